@@ -1,0 +1,75 @@
+"""sdconv: the convolutional networks of Stable Diffusion, opened from any checkpoint, offline."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sdconv.errors import (
+    CheckpointError,
+    InputError,
+    SdconvError,
+    SdconvWarning,
+    UnknownNetworkError,
+    WeightsMismatchError,
+)
+
+if TYPE_CHECKING:
+    from sdconv.checkpoint.header import read_header
+    from sdconv.checkpoint.infer import infer
+    from sdconv.checkpoint.load import load
+    from sdconv.checkpoint.save import save
+    from sdconv.config import (
+        AutoencoderKLConfig,
+        AutoencoderKLFlux2Config,
+        AutoencoderTinyConfig,
+    )
+    from sdconv.tiny import AutoencoderTiny
+    from sdconv.vae import AutoencoderKL, AutoencoderKLFlux2
+
+__version__ = "0.1.0"
+
+# where each name is defined: looked up on first use, so that `import sdconv` costs nothing
+_HOME = {
+    "AutoencoderKL": "sdconv.vae",
+    "AutoencoderKLConfig": "sdconv.config",
+    "AutoencoderKLFlux2": "sdconv.vae",
+    "AutoencoderKLFlux2Config": "sdconv.config",
+    "AutoencoderTiny": "sdconv.tiny",
+    "AutoencoderTinyConfig": "sdconv.config",
+    "infer": "sdconv.checkpoint.infer",
+    "load": "sdconv.checkpoint.load",
+    "read_header": "sdconv.checkpoint.header",
+    "save": "sdconv.checkpoint.save",
+}
+
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLFlux2Config",
+    "AutoencoderTiny",
+    "AutoencoderTinyConfig",
+    "CheckpointError",
+    "InputError",
+    "SdconvError",
+    "SdconvWarning",
+    "UnknownNetworkError",
+    "WeightsMismatchError",
+    "infer",
+    "load",
+    "read_header",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sdconv' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,98 @@
+"""Tensors to files: safetensors and ``config.json``, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdconv.config import AutoencoderTinyConfig, Config
+from sdconv.errors import CheckpointError, SdconvError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# where a single file keeps what its shapes cannot tell
+CONFIG_KEY = "sdconv.config"
+
+
+def write_folder(
+    tensors: Mapping[str, Tensor], config: Config, folder: Path, *, variant: str | None = None
+) -> list[Path]:
+    """Writes one component as diffusers keeps it: ``config.json`` beside ``diffusion_pytorch_model.safetensors``.
+
+    Args:
+        tensors: by diffusers' names.
+        config: the network's.
+        folder: made if absent.
+        variant: a word for the file's name, such as ``"fp16"``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SdconvError: diffusers has no class for this network.
+        CheckpointError: the folder cannot be written.
+    """
+    if isinstance(config, AutoencoderTinyConfig) and not config.in_diffusers:
+        raise SdconvError(
+            "diffusers' AutoencoderTiny cannot represent this network, so a folder for it would open wrongly there",
+            where=folder,
+            expected="both halves, one width, plain stem, no pooled blocks",
+            got=f"a network of {config.num_encoder_blocks} encoder and {config.num_decoder_blocks} decoder blocks",
+            fix="save it as a single file: sdconv.save(model, 'name.safetensors')",
+        )
+    suffix = f".{variant}" if variant else ""
+    weights = folder / f"diffusion_pytorch_model{suffix}.safetensors"
+    content = json.dumps(config.to_json(), indent=2) + "\n"
+    write_tensors(tensors, weights, {"format": "pt"})
+    _whole(folder / "config.json", lambda path: path.write_text(content, encoding="utf-8"))
+    return [folder / "config.json", weights]
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file under its name only once it is complete.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    _whole(path, lambda part: save_file(contiguous, part, metadata=dict(metadata)))
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        # mkstemp's files are private; weights are for whoever the umask says
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        part.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise _unwritable(path, error) from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot be written ({error})",
+        where=path,
+        fix="check that the folder exists, is writable and has room",
+    )

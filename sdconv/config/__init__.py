@@ -1,0 +1,10 @@
+"""What a checkpoint decides, as frozen dataclasses, and the facts of the field that no checkpoint carries."""
+
+from sdconv.config.autoencoders import (
+    AutoencoderKLConfig,
+    AutoencoderKLFlux2Config,
+    AutoencoderTinyConfig,
+)
+from sdconv.config.base import Config
+
+__all__ = ["AutoencoderKLConfig", "AutoencoderKLFlux2Config", "AutoencoderTinyConfig", "Config"]

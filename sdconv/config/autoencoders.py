@@ -1,0 +1,238 @@
+"""Configurations of the autoencoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sdconv.config.base import Config, check_divisible, check_positive
+from sdconv.config.facts import NORM_NUM_GROUPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLConfig(Config):
+    """The VAE of Stable Diffusion 1, 2, XL, 3, of FLUX.1 and of the x4 upscaler.
+
+    ``scaling_factor``, ``shift_factor``: a diffusion model sees ``(latents - shift_factor) * scaling_factor``.
+    ``sample_size``: side in pixels of the pictures it was trained for. ``force_upcast``: it overflows in float16.
+    """
+
+    class_name: ClassVar[str] = "AutoencoderKL"
+    # defaults of diffusers.AutoencoderKL.__init__, where older files were silent
+    assumed: ClassVar[Mapping[str, Any]] = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "norm_num_groups": NORM_NUM_GROUPS,
+        "sample_size": 32,
+        "scaling_factor": 0.18215,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+        "force_upcast": True,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    }
+    constant: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
+    derived: ClassVar[frozenset[str]] = frozenset({"down_block_types", "up_block_types"})
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_num_groups: int
+    sample_size: int
+    scaling_factor: float
+    shift_factor: float | None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool
+    use_quant_conv: bool
+    use_post_quant_conv: bool
+    mid_block_add_attention: bool
+
+    def __post_init__(self) -> None:
+        check_positive(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.norm_num_groups,
+        )
+        check_divisible(self.block_out_channels, self.norm_num_groups)
+
+    @property
+    def down_block_types(self) -> tuple[str, ...]:
+        return ("DownEncoderBlock2D",) * len(self.block_out_channels)
+
+    @property
+    def up_block_types(self) -> tuple[str, ...]:
+        return ("UpDecoderBlock2D",) * len(self.block_out_channels)
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        """The decoder's channels, level 0 (the picture's size) first."""
+        return self.block_out_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLFlux2Config(Config):
+    """The VAE of FLUX.2: 32 channels, and batch-norm statistics in place of a scaling factor.
+
+    A diffusion model sees 2x2 patches of latents, normalised by ``bn`` (``batch_norm_eps``, no affine part).
+    """
+
+    class_name: ClassVar[str] = "AutoencoderKLFlux2"
+    # defaults of diffusers.AutoencoderKLFlux2.__init__
+    assumed: ClassVar[Mapping[str, Any]] = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (128, 256, 512, 512),
+        "decoder_block_out_channels": None,
+        "layers_per_block": 2,
+        "latent_channels": 32,
+        "norm_num_groups": NORM_NUM_GROUPS,
+        "sample_size": 1024,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+        "batch_norm_eps": 1e-4,
+        "batch_norm_momentum": 0.1,
+        "patch_size": (2, 2),
+    }
+    constant: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
+    # diffusers' pipelines write force_upcast beside this class's own fields
+    derived: ClassVar[frozenset[str]] = frozenset({"down_block_types", "up_block_types", "force_upcast"})
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    decoder_block_out_channels: tuple[int, ...] | None
+    layers_per_block: int
+    latent_channels: int
+    norm_num_groups: int
+    sample_size: int
+    use_quant_conv: bool
+    use_post_quant_conv: bool
+    mid_block_add_attention: bool
+    batch_norm_eps: float
+    batch_norm_momentum: float
+    patch_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        check_positive(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.norm_num_groups,
+            patch_size=self.patch_size,
+        )
+        check_divisible(self.block_out_channels + self.decoder_channels, self.norm_num_groups)
+        if len(self.decoder_channels) != len(self.block_out_channels):
+            raise ValueError("encoder and decoder have different numbers of levels")
+
+    @property
+    def down_block_types(self) -> tuple[str, ...]:
+        return ("DownEncoderBlock2D",) * len(self.block_out_channels)
+
+    @property
+    def up_block_types(self) -> tuple[str, ...]:
+        return ("UpDecoderBlock2D",) * len(self.decoder_channels)
+
+    @property
+    def force_upcast(self) -> bool:
+        return True
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        """The decoder's channels, level 0 (the picture's size) first."""
+        return self.decoder_block_out_channels or self.block_out_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTinyConfig(Config):
+    """TAESD and its relatives: a plain stack of convolutions and three-convolution residual blocks.
+
+    ``num_encoder_blocks`` and ``num_decoder_blocks`` count the residual blocks of each stage, ``()`` where that half
+    is absent. ``encoder_stem_channels``: channels of strided convolutions before the first stage (TAESANA's
+    ``(32, 64)``), ``()`` for the plain 3x3 stem. ``use_midblock_gn``: the stage next to the latents adds a pooled
+    GroupNorm branch to each block (TAEF2). The last two have no counterpart in diffusers.
+    """
+
+    class_name: ClassVar[str] = "AutoencoderTiny"
+    # defaults of diffusers.AutoencoderTiny.__init__
+    assumed: ClassVar[Mapping[str, Any]] = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "encoder_block_out_channels": (64, 64, 64, 64),
+        "decoder_block_out_channels": (64, 64, 64, 64),
+        "num_encoder_blocks": (1, 3, 3, 3),
+        "num_decoder_blocks": (3, 3, 3, 1),
+        "latent_channels": 4,
+        "encoder_stem_channels": (),
+        "use_midblock_gn": False,
+        "latent_magnitude": 3.0,
+        "latent_shift": 0.5,
+        "force_upcast": False,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    }
+    constant: ClassVar[Mapping[str, Any]] = {
+        "act_fn": "relu",
+        "upsample_fn": "nearest",
+        "upsampling_scaling_factor": 2,
+    }
+    derived: ClassVar[frozenset[str]] = frozenset({"block_out_channels"})
+
+    in_channels: int
+    out_channels: int
+    encoder_block_out_channels: tuple[int, ...]
+    decoder_block_out_channels: tuple[int, ...]
+    num_encoder_blocks: tuple[int, ...]
+    num_decoder_blocks: tuple[int, ...]
+    latent_channels: int
+    encoder_stem_channels: tuple[int, ...]
+    use_midblock_gn: bool
+    latent_magnitude: float
+    latent_shift: float
+    force_upcast: bool
+    scaling_factor: float
+    shift_factor: float
+
+    def __post_init__(self) -> None:
+        check_positive(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            latent_channels=self.latent_channels,
+        )
+        halves = (
+            ("encoder", self.encoder_block_out_channels, self.num_encoder_blocks),
+            ("decoder", self.decoder_block_out_channels, self.num_decoder_blocks),
+        )
+        for half, channels, blocks in halves:
+            if len(channels) != len(blocks):
+                raise ValueError(f"{half}_block_out_channels and num_{half}_blocks differ in length")
+            if channels:
+                check_positive(**{f"{half}_block_out_channels": channels})
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        # diffusers' pipelines read the downscaling from this field's length
+        return self.decoder_block_out_channels or self.encoder_block_out_channels
+
+    @property
+    def in_diffusers(self) -> bool:
+        """Whether ``diffusers.AutoencoderTiny`` can build this network."""
+        even = len({*self.encoder_block_out_channels, *self.decoder_block_out_channels}) == 1
+        return (
+            bool(self.num_encoder_blocks and self.num_decoder_blocks)
+            and even
+            and not self.encoder_stem_channels
+            and not self.use_midblock_gn
+        )

@@ -1,0 +1,120 @@
+"""What every configuration has in common: fields by attribute and by key, and ``config.json`` both ways.
+
+Field names are diffusers', so that a config reads the same on both sides. A field has no default when weights
+decide it: leaving one out is a ``TypeError``, not a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from sdconv.errors import CheckpointError, SdconvWarning
+
+class Config(Mapping[str, Any]):
+    """A network's configuration: fields by attribute (``config.latent_channels``) and by key (``config["..."]``).
+
+    As a mapping it has exactly the keys of the ``config.json`` that diffusers writes for the class of the same name.
+    """
+
+    class_name: ClassVar[str]
+    # what diffusers assumes where an old config.json says nothing
+    assumed: ClassVar[Mapping[str, Any]] = {}
+    # keys of a config.json that have one value in the networks built here; another value is refused
+    constant: ClassVar[Mapping[str, Any]] = {}
+    # keys of a config.json that follow from other fields, or that no network reads
+    derived: ClassVar[frozenset[str]] = frozenset()
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._keys():
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
+
+    def _keys(self) -> list[str]:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return names + sorted(self.derived | set(self.constant))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).constant:
+            return type(self).constant[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a ``config.json`` that diffusers reads."""
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in self.items()}
+        return {"_class_name": self.class_name, **lists}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: object) -> Self:
+        """Reads the content of a ``config.json``.
+
+        Args:
+            content: the parsed JSON object.
+            where: the file's name, for messages.
+
+        Raises:
+            CheckpointError: a field is missing, of the wrong type, or asks for something this network has not.
+        """
+        given = {k: v for k, v in content.items() if not k.startswith("_")}
+        for key, value in cls.constant.items():
+            if key in given and given[key] != value:
+                raise CheckpointError(
+                    f"config.json asks for {key} = {given[key]!r}",
+                    where=where,
+                    expected=f"{key} = {value!r}",
+                    got=repr(given[key]),
+                    fix="sdconv does not build this variant; use diffusers for it",
+                )
+        fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = set(given) - fields - set(cls.constant) - cls.derived
+        if unknown:
+            warnings.warn(
+                f"{where}: fields that sdconv does not know are passed over: {', '.join(sorted(unknown))}",
+                SdconvWarning,
+                stacklevel=2,
+            )
+        values = {**cls.assumed, **{k: v for k, v in given.items() if k in fields}}
+        missing = fields - set(values)
+        if missing:
+            raise CheckpointError(
+                f"config.json lacks {', '.join(sorted(missing))}",
+                where=where,
+                expected=f"the fields of {cls.class_name}",
+                got=", ".join(sorted(given)) or "none",
+                fix="remove config.json: the config is then read from the weights' shapes",
+            )
+        try:
+            return cls(**{k: _frozen(v) for k, v in values.items()})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"config.json does not describe a {cls.class_name}: {error}",
+                where=where,
+                fix="remove config.json: the config is then read from the weights' shapes",
+            ) from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_positive(**named: Any) -> None:
+    """Refuses what is not a positive int or a non-empty tuple of them; ``bool`` is no int here."""
+    for name, value in named.items():
+        items = value if isinstance(value, tuple) else (value,)
+        if not items or any(type(item) is not int or item < 1 for item in items):
+            raise ValueError(f"{name} = {value!r} is not made of positive integers")
+
+
+def check_divisible(channels: tuple[int, ...], groups: int) -> None:
+    for count in channels:
+        if count % groups:
+            raise ValueError(f"{count} channels cannot be split into {groups} normalisation groups")

@@ -1,0 +1,85 @@
+"""Facts of the field that no checkpoint carries, each once, with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# GroupNorm, in every network of the family: 32 groups (ldm/modules/diffusionmodules/model.py, `Normalize`).
+NORM_NUM_GROUPS = 32
+# eps of every GroupNorm in the VAE and of the transformers' input norm (same function).
+VAE_NORM_EPS = 1e-6
+# eps of the U-Net's ResNet blocks and of its output norm (torch's default, `normalization` in ldm's util.py).
+UNET_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeFacts:
+    """What a VAE's shapes cannot tell; ``source`` is the ``vae/config.json`` of the model named there."""
+
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float | None
+    sample_size: int
+    force_upcast: bool
+    source: str
+
+
+VAE_FACTS: Mapping[str, VaeFacts] = {
+    "sd1": VaeFacts(
+        latent_channels=4,
+        scaling_factor=0.18215,
+        shift_factor=None,
+        sample_size=512,
+        force_upcast=True,
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ),
+    "sd2": VaeFacts(
+        latent_channels=4,
+        scaling_factor=0.18215,
+        shift_factor=None,
+        sample_size=768,
+        force_upcast=True,
+        source="stabilityai/stable-diffusion-2-1",
+    ),
+    "sdxl": VaeFacts(
+        latent_channels=4,
+        scaling_factor=0.13025,
+        shift_factor=None,
+        sample_size=1024,
+        force_upcast=True,
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+    ),
+    "sdxl-refiner": VaeFacts(
+        latent_channels=4,
+        scaling_factor=0.13025,
+        shift_factor=None,
+        sample_size=1024,
+        force_upcast=True,
+        source="stabilityai/stable-diffusion-xl-refiner-1.0",
+    ),
+    "x4-upscaler": VaeFacts(
+        latent_channels=4,
+        scaling_factor=0.08333,
+        shift_factor=None,
+        sample_size=256,
+        force_upcast=True,
+        source="stabilityai/stable-diffusion-x4-upscaler",
+    ),
+    "sd3": VaeFacts(
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        sample_size=1024,
+        force_upcast=True,
+        source="stabilityai/stable-diffusion-3-medium-diffusers",
+    ),
+    "flux1": VaeFacts(
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        sample_size=1024,
+        force_upcast=True,
+        source="black-forest-labs/FLUX.1-schnell",
+    ),
+}

@@ -1,0 +1,1 @@
+"""Where sdconv meets other packages."""

@@ -1,0 +1,1 @@
+"""What sdconv shows: tables and pictures."""

@@ -1,0 +1,235 @@
+"""The VAE: pictures to latents an eighth of their size along each side, and back.
+
+Source: ``ldm/modules/diffusionmodules/model.py`` and ``ldm/models/autoencoder.py`` (Rombach et al. 2022,
+https://arxiv.org/abs/2112.10752), with diffusers' names.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sdconv.blocks import DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D
+from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
+from sdconv.config.facts import VAE_NORM_EPS
+from sdconv.network import Autoencoder, Recomputed, moved_by_hooks
+from sdconv.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+
+
+class Encoder(Recomputed):
+    """Pictures to the moments of latents: strided convolutions halve the map between levels.
+
+    Args:
+        in_channels: the picture's. latent_channels: half the output's (mean and log-variance).
+        block_out_channels: of each level, the picture's size first.
+        layers_per_block: ResNet blocks on each level.
+        groups: normalisation groups. attention: whether the middle has it.
+
+    Shape: ``(B, in_channels, H, W)`` to ``(B, 2 * latent_channels, H / 2^(n-1), W / 2^(n-1))``, n levels.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        latent_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        groups: int,
+        attention: bool,
+    ) -> None:
+        super().__init__()
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownEncoderBlock2D(
+                before,
+                channels,
+                layers=layers_per_block,
+                downsample=level < len(block_out_channels),
+                groups=groups,
+                eps=VAE_NORM_EPS,
+            )
+            for level, (before, channels) in enumerate(pairwise((first, *block_out_channels)), 1)
+        )
+        self.mid_block = MidBlock2D(last, attention=attention, groups=groups, eps=VAE_NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, last, eps=VAE_NORM_EPS)
+        self.conv_act = nn.SiLU()
+        self.conv_out = nn.Conv2d(last, 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x = self.call(block, x)
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+
+
+class Decoder(Recomputed):
+    """Latents to pictures: nearest-neighbour doubling and a convolution between levels.
+
+    Args:
+        latent_channels: the input's. out_channels: the picture's.
+        block_out_channels: of each level, the picture's size first (the encoder's order, walked backwards here).
+        layers_per_block: as in the encoder; a level here has one ResNet block more.
+        groups: normalisation groups. attention: whether the middle has it.
+
+    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h * 2^(n-1), w * 2^(n-1))``, n levels.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int,
+        out_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        groups: int,
+        attention: bool,
+    ) -> None:
+        super().__init__()
+        channels = block_out_channels[::-1]
+        first, last = channels[0], channels[-1]
+        self.conv_in = nn.Conv2d(latent_channels, first, 3, padding=1)
+        self.up_blocks = nn.ModuleList(
+            UpDecoderBlock2D(
+                before,
+                after,
+                layers=layers_per_block + 1,
+                upsample=level < len(channels),
+                groups=groups,
+                eps=VAE_NORM_EPS,
+            )
+            for level, (before, after) in enumerate(pairwise((first, *channels)), 1)
+        )
+        self.mid_block = MidBlock2D(first, attention=attention, groups=groups, eps=VAE_NORM_EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, last, eps=VAE_NORM_EPS)
+        self.conv_act = nn.SiLU()
+        self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for block in (self.mid_block, *self.up_blocks):
+            x = self.call(block, x)
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+
+
+class AutoencoderKL(Autoencoder):
+    """The VAE of Stable Diffusion 1, 2, XL, 3, of FLUX.1 and of the x4 upscaler.
+
+    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: what a diffusion model sees is
+    ``(latents - config.shift_factor) * config.scaling_factor``.
+
+    Args:
+        config: which channels, levels and parts; read from a checkpoint by ``sdconv.infer``.
+    """
+
+    config: AutoencoderKLConfig | AutoencoderKLFlux2Config
+
+    def __init__(self, config: AutoencoderKLConfig | AutoencoderKLFlux2Config) -> None:
+        super().__init__(config)
+        latent = config.latent_channels
+        self.encoder = Encoder(
+            in_channels=config.in_channels,
+            latent_channels=latent,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            groups=config.norm_num_groups,
+            attention=config.mid_block_add_attention,
+        )
+        self.decoder = Decoder(
+            latent_channels=latent,
+            out_channels=config.out_channels,
+            block_out_channels=config.decoder_channels,
+            layers_per_block=config.layers_per_block,
+            groups=config.norm_num_groups,
+            attention=config.mid_block_add_attention,
+        )
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
+
+    @property
+    def downscale(self) -> int:
+        """How many pixels, along each side, one latent stands for."""
+        return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    @moved_by_hooks
+    def encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Pictures to a distribution over latents.
+
+        Args:
+            x: ``(B, in_channels, H, W)`` in [-1, 1].
+            return_dict: False for a plain tuple.
+
+        Returns:
+            ``.latent_dist``, over latents ``(B, latent_channels, H // downscale, W // downscale)``.
+
+        Raises:
+            InputError: another number of axes or channels, or a picture smaller than one latent.
+        """
+        x = self._checked(x, "pictures", self.config.in_channels, self.downscale)
+        posterior = DiagonalGaussianDistribution(self._over_batch(self._moments, x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @moved_by_hooks
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents to pictures.
+
+        Args:
+            z: ``(B, latent_channels, h, w)``, raw.
+            return_dict: False for a plain tuple.
+            generator: taken because pipelines pass one; decoding draws no noise.
+
+        Returns:
+            ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1], not clamped.
+
+        Raises:
+            InputError: another number of axes or channels.
+        """
+        z = self._checked(z, "latents", self.config.latent_channels, 1)
+        sample = self._over_batch(self._pictures, z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Pictures through the latents and back: ``decode(encode(sample))``, at the mode unless asked to sample."""
+        (posterior,) = self.encode(sample, return_dict=False)
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        moments = self.encoder(x)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def _pictures(self, z: Tensor) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))  # type: ignore[no-any-return]
+
+
+class AutoencoderKLFlux2(AutoencoderKL):
+    """The VAE of FLUX.2: the same network with 32 channels, and ``bn``, the statistics of its latents.
+
+    ``encode`` and ``decode`` do not apply ``bn``: pipelines normalise 2x2 patches of latents with
+    ``bn.running_mean`` and ``bn.running_var``.
+    """
+
+    config: AutoencoderKLFlux2Config
+
+    def __init__(self, config: AutoencoderKLFlux2Config) -> None:
+        super().__init__(config)
+        self.bn = nn.BatchNorm2d(
+            math.prod(config.patch_size) * config.latent_channels,
+            eps=config.batch_norm_eps,
+            momentum=config.batch_norm_momentum,
+            affine=False,
+        )
