@@ -1,0 +1,51 @@
+# Python >= 3.11, git and make are all that a machine needs: every target sets up .venv itself.
+PYTHON ?= python3
+# processes that share the tests (pytest -n); 0 is one process, without pytest-xdist
+WORKERS ?= 0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SETUP := .venv/.installed
+
+.PHONY: help setup demo test lint check clean
+
+help:
+	@echo "make demo    a photo through the tiny VAE and back, compared with diffusers, into out/"
+	@echo "make test    the ordinary tests"
+	@echo "make check   format, lint, types and tests"
+	@echo "make clean   remove what the other targets left, except .venv"
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "sdconv needs \
+	Python 3.11 or newer; %s is %d.%d. Name another one: make PYTHON=python3.12" % \
+	(sys.executable, *v[:2]))'
+	@echo "setting up .venv (minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@# first torch, as pinned: asked for by a range only, a build for CUDA could come; and what builds
+	@# sdconv, pinned too, in place of the newest that pip would put into a build environment
+	@$(PIP) torch hatchling editables
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(SETUP)
+	@mkdir -p out
+	$(BIN)/sdconv reconstruct weights/photo.jpg --model weights/tiny-vae.safetensors --out out/reconstruct.png
+	$(BIN)/sdconv check weights/tiny-vae.safetensors
+	$(BIN)/sdconv anatomy weights/tiny-vae.safetensors --plot out/anatomy.png
+	@echo "made: out/reconstruct.png out/anatomy.png"
+
+test: $(SETUP)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(SETUP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

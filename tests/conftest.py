@@ -1,0 +1,62 @@
+"""What every test shares: skips that say how to run the skipped, threads, hypothesis' profiles."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        # read by torch when it is first imported, here and in the commands that tests start
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _shared() -> Path | None:
+    named = os.environ.get("SDCONV_SHARED")
+    folder = Path(named).resolve() if named else None
+    return folder if folder and folder.is_dir() else None
+
+
+def _cuda() -> bool:
+    import torch  # only where a test asks for it
+
+    return torch.cuda.is_available()
+
+
+# marker: is what it needs there, and what makes it be there
+NEEDS: dict[str, tuple[Callable[[], object], str]] = {
+    "shared": (
+        _shared,
+        "needs the folder of shared fixtures: SDCONV_SHARED=/path/to/shared make test",
+    ),
+    "gpu": (_cuda, "needs a CUDA device; on a machine that has one: .venv/bin/pytest -m gpu"),
+    "browser": (lambda: shutil.which("chromium"), "needs chromium: apt-get install chromium"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, (is_there, how) in NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not is_there():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=how))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder that SDCONV_SHARED names, for tests marked `shared`."""
+    folder = _shared()
+    assert folder, "a test that uses shared_dir must be marked shared"
+    return folder
