@@ -1,8 +1,9 @@
 """The convolutional blocks that the VAE and the U-Net are made of.
 
-Shapes: ``B`` batch, ``C`` channels, ``H W`` rows and columns, ``T`` width of the time embedding. Parameters stand in
-diffusers' order, which optimizer states depend on. Original code: ``ldm/modules/diffusionmodules/model.py`` (VAE) and
-``openaimodel.py`` (U-Net) of CompVis/latent-diffusion.
+Shapes: ``B`` batch, ``C`` channels, ``H W`` rows and columns, ``T`` width of the time embedding.
+Parameters stand in diffusers' order, which optimizer states depend on. Original code:
+``ldm/modules/diffusionmodules/model.py`` (VAE) and ``openaimodel.py`` (U-Net) of
+CompVis/latent-diffusion.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ from torch import Tensor, nn
 class ResnetBlock2D(nn.Module):
     """Two 3x3 convolutions with a bypass: ``x + conv2(silu(norm2(conv1(silu(norm1(x))) + time)))``.
 
-    Source: He et al. 2016 in its pre-activation form, with GroupNorm and SiLU. Where the channels differ the bypass is
-    a 1x1 convolution.
+    Source: He et al. 2016 in its pre-activation form, with GroupNorm and SiLU. Where the channels
+    differ the bypass is a 1x1 convolution.
 
     Args:
         in_channels, out_channels: multiples of ``groups``.
         temb_channels: ``T``, or None for a block that knows no time (the VAE's).
         groups: normalisation groups. eps: added to each group's variance.
 
-    Shape: ``(B, in_channels, H, W)``, and ``(B, T)`` if it takes a time embedding, to ``(B, out_channels, H, W)``.
+    Shape: ``(B, in_channels, H, W)``, and ``(B, T)`` if it takes a time embedding, to ``(B,
+    out_channels, H, W)``.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, temb_channels: int | None, groups: int, eps: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int | None,
+        groups: int,
+        eps: float,
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
@@ -52,7 +60,8 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """The U-Net's halving of rows and columns: a 3x3 convolution at stride 2, one row of zeros on every side.
+    """The U-Net's halving of rows and columns: a 3x3 convolution at stride 2, one row of zeros on
+    every side.
 
     Shape: ``(B, C, H, W)`` to ``(B, C, ceil(H/2), ceil(W/2))``.
     """
@@ -84,7 +93,8 @@ class AsymmetricDownsample2D(nn.Module):
 class Upsample2D(nn.Module):
     """Each pixel repeated as a 2x2 square, then a 3x3 convolution.
 
-    Shape: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``, or to ``(B, C, *output_size)`` where a skip of odd size waits.
+    Shape: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``, or to ``(B, C, *output_size)`` where a skip of
+    odd size waits.
     """
 
     def __init__(self, channels: int) -> None:
@@ -100,11 +110,14 @@ class Upsample2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """The VAE's self-attention: every position looks at every other, one head as wide as the map has channels.
+    """The VAE's self-attention: every position looks at every other, one head as wide as the map
+    has channels.
 
-    Source: ``AttnBlock`` in the original; there the four projections are 1x1 convolutions, here they are linear.
+    Source: ``AttnBlock`` in the original; there the four projections are 1x1 convolutions, here
+    they are linear.
 
-    Shape: ``(B, C, H, W)`` to the same; memory of the fused kernel grows with ``H*W``, time with ``(H*W)^2``.
+    Shape: ``(B, C, H, W)`` to the same; memory of the fused kernel grows with ``H*W``, time with
+    ``(H*W)^2``.
     """
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
@@ -118,7 +131,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        # normalised as (B, C, HW) and only then turned: the memory layout that diffusers gives to the projections
+        # normalised as (B, C, HW) and only then turned: the memory layout that diffusers gives to
+        # the projections
         tokens = self.group_norm(x.view(batch, channels, height * width)).transpose(1, 2)
         query, key, value = (
             # (B, 1 head, HW, C)
@@ -213,4 +227,3 @@ class UpDecoderBlock2D(nn.Module):
         for part in (*self.resnets, *(self.upsamplers or ())):
             x = part(x)
         return x
-

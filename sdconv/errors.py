@@ -42,11 +42,13 @@ class CheckpointError(SdconvError):
 
 
 class UnknownNetworkError(SdconvError):
-    """Readable weights, but of no network that sdconv knows, or of several where one was asked for."""
+    """Readable weights, but of no network that sdconv knows, or of several where one was asked
+    for."""
 
 
 class WeightsMismatchError(SdconvError):
-    """Tensors that are missing, unexpected or of the wrong shape for the network they claim to be."""
+    """Tensors that are missing, unexpected or of the wrong shape for the network they claim to
+    be."""
 
 
 class InputError(SdconvError):

@@ -1,4 +1,5 @@
-"""What every network here has in common, and what lets it stand in for diffusers' class of the same name."""
+"""What every network here has in common, and what lets it stand in for diffusers' class of the same
+name."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ N = TypeVar("N", bound="Network")
 
 
 class Recomputed(nn.Module):
-    """A module that can forget its parts' activations and compute them again in the backward pass."""
+    """A module that can forget its parts' activations and compute them again in the backward
+    pass."""
 
     gradient_checkpointing: bool = False
 
     def call(self, part: nn.Module, *args: Any) -> Any:
-        """Runs ``part(*args)``, through ``torch.utils.checkpoint`` while gradient checkpointing is on."""
+        """Runs ``part(*args)``, through ``torch.utils.checkpoint`` while gradient checkpointing is
+        on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(part, *args, use_reentrant=False)
         return part(*args)
@@ -49,10 +52,11 @@ def moved_by_hooks(method: Callable[Concatenate[N, P], R]) -> Callable[Concatena
 class Network(nn.Module):
     """A network built from a config.
 
-    It stands in for the diffusers class that its config names: a pipeline takes it, moves it, offloads it, saves it
-    under that class's name and accepts it in ``from_pretrained(..., vae=network)``. Pipelines decide that by
-    ``isinstance`` and by the class's name, so once diffusers is imported ``network.__class__`` answers with
-    diffusers' class, as proxies do in Python; ``type(network)`` stays sdconv's. diffusers is never imported here.
+    It stands in for the diffusers class that its config names: a pipeline takes it, moves it,
+    offloads it, saves it under that class's name and accepts it in ``from_pretrained(...,
+    vae=network)``. Pipelines decide that by ``isinstance`` and by the class's name, so once
+    diffusers is imported ``network.__class__`` answers with diffusers' class, as proxies do in
+    Python; ``type(network)`` stays sdconv's. diffusers is never imported here.
     """
 
     config: Config
@@ -83,7 +87,8 @@ class Network(nn.Module):
         return next(self.parameters()).device
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trades time for memory in training: activations inside blocks are computed again for the gradient."""
+        """Trades time for memory in training: activations inside blocks are computed again for the
+        gradient."""
         self._set_gradient_checkpointing(True)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -107,7 +112,8 @@ class Network(nn.Module):
         variant: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``, as pipelines ask for it.
+        """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``, as
+        pipelines ask for it.
 
         Args:
             save_directory: the component's folder; made if absent.
@@ -123,7 +129,7 @@ class Network(nn.Module):
                 "sdconv writes one safetensors file for each network",
                 where="save_pretrained",
                 expected="safe_serialization=True and no further options",
-                got=f"safe_serialization={safe_serialization}, {', '.join(kwargs) or 'nothing more'}",
+                got=", ".join([f"safe_serialization={safe_serialization}", *kwargs]),
             )
         write_folder(self.state_dict(), self.config, Path(save_directory), variant=variant)
 
@@ -151,13 +157,14 @@ class Autoencoder(Network):
         self.use_slicing = False
 
     def enable_tiling(self, *args: object, **kwargs: object) -> None:
-        """Refused: tiles see other normalisation statistics than the picture, so the result would differ.
+        """Refused: tiles see other normalisation statistics than the picture, so the result would
+        differ.
 
         Raises:
             SdconvError: always.
         """
         raise SdconvError(
-            "tiling is not offered: GroupNorm and attention over tiles change the picture (seams, colour shifts)",
+            "tiling is not offered: GroupNorm and attention over tiles change the picture",
             where=f"{self.config.class_name}.enable_tiling",
             fix="decode the picture whole; enable_slicing() saves memory over a batch",
         )
@@ -171,7 +178,8 @@ class Autoencoder(Network):
         return run(batch)
 
     def _checked(self, x: Tensor, what: str, channels: int, least: int) -> Tensor:
-        """``x`` if it is a batch of maps with this many channels, at least ``least`` rows and columns."""
+        """``x`` if it is a batch of maps with this many channels, at least ``least`` rows and
+        columns."""
         if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < least:
             raise InputError(
                 f"{what} of the wrong shape",

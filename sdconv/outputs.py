@@ -1,4 +1,5 @@
-"""What the networks return: small named results, read by name, by key or by position as diffusers' are."""
+"""What the networks return: small named results, read by name, by key or by position as diffusers'
+are."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class DiagonalGaussianDistribution:
         parameters: ``(B, 2C, H, W)``, mean and log-variance stacked along the channels.
 
     Attributes:
-        parameters: as given. mean, std, var, logvar: ``(B, C, H, W)``; the log-variance is clamped to [-30, 20].
+        parameters: as given. mean, std, var, logvar: ``(B, C, H, W)``; the log-variance is clamped
+            to [-30, 20].
     """
 
     def __init__(self, parameters: Tensor) -> None:
@@ -43,12 +45,15 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
         self.var = torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    def sample(
+        self, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> Tensor:
         """Draws ``mean + std * noise``, ``(B, C, H, W)``.
 
         Args:
-            generator: one generator, or one for each picture of the batch; noise is drawn on the generator's own
-                device and then moved, so that a CPU seed gives the same latents on every device.
+            generator: one generator, or one for each picture of the batch; noise is drawn on the
+                generator's own device and then moved, so that a CPU seed gives the same latents on
+                every device.
         """
         return self.mean + self.std * _randn_like(self.mean, generator)
 
@@ -57,7 +62,8 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Kullback-Leibler divergence from ``other`` (the standard normal if None), ``(B,)``, in nats."""
+        """Kullback-Leibler divergence from ``other`` (the standard normal if None), ``(B,)``, in
+        nats."""
         if other is None:
             terms = torch.pow(self.mean, 2) + self.var - 1.0 - self.logvar
         else:

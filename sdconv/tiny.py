@@ -1,7 +1,8 @@
 """The tiny autoencoder: TAESD and its relatives, a distilled VAE made of plain convolutions.
 
-Source: ``taesd.py`` of madebyollin/taesd. There pictures are in [0, 1]; here, as in diffusers, they are in [-1, 1].
-Layer numbers are diffusers': the original decoder counts its clamp as layer 0, so its numbers are one higher.
+Source: ``taesd.py`` of madebyollin/taesd. There pictures are in [0, 1]; here, as in diffusers, they
+are in [-1, 1]. Layer numbers are diffusers': the original decoder counts its clamp as layer 0, so
+its numbers are one higher.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from sdconv.outputs import AutoencoderTinyOutput, DecoderOutput
 
 
 class TinyBlock(nn.Module):
-    """Three 3x3 convolutions with a bypass: ``relu(convs(x) + x)``. Shape: ``(B, C, H, W)`` to the same."""
+    """Three 3x3 convolutions with a bypass: ``relu(convs(x) + x)``. Shape: ``(B, C, H, W)`` to the
+    same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -36,7 +38,8 @@ class TinyBlock(nn.Module):
 
 
 class PooledTinyBlock(TinyBlock):
-    """A block that first adds a branch normalised over the whole map (TAEF2): ``y = x + pool(x)``, then as above.
+    """A block that first adds a branch normalised over the whole map (TAEF2): ``y = x + pool(x)``,
+    then as above.
 
     GroupNorm's statistics are what lets distant parts of the picture know of each other.
     """
@@ -57,7 +60,8 @@ class PooledTinyBlock(TinyBlock):
 class EncoderTiny(Recomputed):
     """Pictures to latents: stem, then stages that each begin with a convolution at stride 2.
 
-    Shape: ``(B, in_channels, H, W)`` in [-1, 1] to ``(B, latent_channels, H/f, W/f)``, f = 2 for each halving.
+    Shape: ``(B, in_channels, H, W)`` in [-1, 1] to ``(B, latent_channels, H/f, W/f)``, f = 2 for
+    each halving.
     """
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
@@ -86,7 +90,8 @@ class EncoderTiny(Recomputed):
 class DecoderTiny(Recomputed):
     """Latents to pictures: stages of blocks, a doubling and a convolution after each but the last.
 
-    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h*f, w*f)`` in [-1, 1], f = 2 for each doubling.
+    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h*f, w*f)`` in [-1, 1], f = 2 for
+    each doubling.
     """
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
@@ -120,8 +125,8 @@ def _block(channels: int, pooled: bool) -> TinyBlock:
 class AutoencoderTiny(Autoencoder):
     """TAESD, TAESDXL, TAESD3, TAEF1, TAEF2, TAESANA: encoder, decoder, or both.
 
-    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: they live in the space that the
-    diffusion model sees, so a pipeline scales them by 1.
+    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: they live in
+    the space that the diffusion model sees, so a pipeline scales them by 1.
 
     Args:
         config: channels and blocks of each half; a half without blocks is absent.
@@ -143,9 +148,7 @@ class AutoencoderTiny(Autoencoder):
         return int(2 ** (len(self.config.num_decoder_blocks) - 1))
 
     @moved_by_hooks
-    def encode(
-        self, x: Tensor, return_dict: bool = True
-    ) -> AutoencoderTinyOutput | tuple[Tensor]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """Pictures to latents.
 
         Args:
@@ -156,7 +159,8 @@ class AutoencoderTiny(Autoencoder):
             ``.latents``: ``(B, latent_channels, H / downscale, W / downscale)``, raw.
 
         Raises:
-            InputError: another number of axes or channels. SdconvError: only the decoder was loaded.
+            InputError: another number of axes or channels. SdconvError: only the decoder was
+            loaded.
         """
         encoder = self._half("encoder", self.encoder)
         x = self._checked(x, "pictures", self.config.in_channels, 1)
@@ -175,10 +179,12 @@ class AutoencoderTiny(Autoencoder):
             return_dict: False for a plain tuple.
 
         Returns:
-            ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1], not clamped.
+            ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
+            not clamped.
 
         Raises:
-            InputError: another number of axes or channels. SdconvError: only the encoder was loaded.
+            InputError: another number of axes or channels. SdconvError: only the encoder was
+            loaded.
         """
         decoder = self._half("decoder", self.decoder)
         x = self._checked(x, "latents", self.config.latent_channels, 1)

@@ -1,7 +1,7 @@
 """The VAE: pictures to latents an eighth of their size along each side, and back.
 
-Source: ``ldm/modules/diffusionmodules/model.py`` and ``ldm/models/autoencoder.py`` (Rombach et al. 2022,
-https://arxiv.org/abs/2112.10752), with diffusers' names.
+Source: ``ldm/modules/diffusionmodules/model.py`` and ``ldm/models/autoencoder.py`` (Rombach et al.
+2022, https://arxiv.org/abs/2112.10752), with diffusers' names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Encoder(Recomputed):
         layers_per_block: ResNet blocks on each level.
         groups: normalisation groups. attention: whether the middle has it.
 
-    Shape: ``(B, in_channels, H, W)`` to ``(B, 2 * latent_channels, H / 2^(n-1), W / 2^(n-1))``, n levels.
+    Shape: ``(B, in_channels, H, W)`` to ``(B, 2 * latent_channels, H / 2^(n-1), W / 2^(n-1))``, n
+    levels.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Decoder(Recomputed):
 
     Args:
         latent_channels: the input's. out_channels: the picture's.
-        block_out_channels: of each level, the picture's size first (the encoder's order, walked backwards here).
+        block_out_channels: of each level, the picture's size first (the encoder's order, walked
+            backwards here).
         layers_per_block: as in the encoder; a level here has one ResNet block more.
         groups: normalisation groups. attention: whether the middle has it.
 
-    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h * 2^(n-1), w * 2^(n-1))``, n levels.
+    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h * 2^(n-1), w * 2^(n-1))``, n
+    levels.
     """
 
     def __init__(
@@ -119,8 +122,8 @@ class Decoder(Recomputed):
 class AutoencoderKL(Autoencoder):
     """The VAE of Stable Diffusion 1, 2, XL, 3, of FLUX.1 and of the x4 upscaler.
 
-    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: what a diffusion model sees is
-    ``(latents - config.shift_factor) * config.scaling_factor``.
+    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: what a
+    diffusion model sees is ``(latents - config.shift_factor) * config.scaling_factor``.
 
     Args:
         config: which channels, levels and parts; read from a checkpoint by ``sdconv.infer``.
@@ -187,7 +190,8 @@ class AutoencoderKL(Autoencoder):
             generator: taken because pipelines pass one; decoding draws no noise.
 
         Returns:
-            ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1], not clamped.
+            ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
+            not clamped.
 
         Raises:
             InputError: another number of axes or channels.
@@ -203,7 +207,7 @@ class AutoencoderKL(Autoencoder):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Pictures through the latents and back: ``decode(encode(sample))``, at the mode unless asked to sample."""
+        """``decode(encode(sample))``, at the posterior's mode unless asked to sample from it."""
         (posterior,) = self.encode(sample, return_dict=False)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
@@ -217,7 +221,8 @@ class AutoencoderKL(Autoencoder):
 
 
 class AutoencoderKLFlux2(AutoencoderKL):
-    """The VAE of FLUX.2: the same network with 32 channels, and ``bn``, the statistics of its latents.
+    """The VAE of FLUX.2: the same network with 32 channels, and ``bn``, the statistics of its
+    latents.
 
     ``encode`` and ``decode`` do not apply ``bn``: pipelines normalise 2x2 patches of latents with
     ``bn.running_mean`` and ``bn.running_var``.

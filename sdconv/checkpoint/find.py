@@ -1,4 +1,5 @@
-"""Which networks a set of named shapes holds, in which layout and under which prefix: names only, no numbers."""
+"""Which networks a set of named shapes holds, in which layout and under which prefix: names only,
+no numbers."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Found:
     """One network in a checkpoint.
 
-    ``component``: ``"vae"`` or ``"unet"``. ``kind``: the class of network. ``layout``: ``"diffusers"`` or
-    ``"original"``. ``prefix``: what stands before each of its names. ``names``: diffusers' name -> the name in the
-    file. ``dropped``: names under the prefix that are on purpose no weights of it (losses, EMA copies).
-    ``unexpected``: names under the prefix that it has no place for.
+    ``component``: ``"vae"`` or ``"unet"``. ``kind``: the class of network. ``layout``:
+    ``"diffusers"`` or ``"original"``. ``prefix``: what stands before each of its names. ``names``:
+    diffusers' name -> the name in the file. ``dropped``: names under the prefix that are on purpose
+    no weights of it (losses, EMA copies). ``unexpected``: names under the prefix that it has no
+    place for.
     """
 
     component: str
@@ -37,7 +39,8 @@ class Found:
     unexpected: tuple[str, ...]
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Its tensors' shapes by diffusers' names, 1x1-convolution attention weights as the linear ones they are."""
+        """Its tensors' shapes by diffusers' names, 1x1-convolution attention weights as the linear
+        ones they are."""
         return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
 
 
@@ -71,7 +74,8 @@ _TINY_SCALARS = frozenset({"vae_scale", "vae_shift"})
 
 
 def linear_shape(canonical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``(out, in)`` for the VAE's attention projections where a file keeps them as 1x1 convolutions."""
+    """``(out, in)`` for the VAE's attention projections where a file keeps them as 1x1
+    convolutions."""
     if len(shape) == 4 and shape[2:] == (1, 1) and is_vae_projection(canonical):
         return shape[:2]
     return shape
@@ -113,11 +117,17 @@ def _find_vaes(shapes: Shapes) -> Iterable[Found]:
 
 def _vae(prefix: str, layout: str, inside: set[str]) -> Found:
     levels = 1 + max(
-        (int(m[1]) for name in inside if (m := re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name))),
+        (
+            int(m[1])
+            for name in inside
+            if (m := re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name))
+        ),
         default=-1,
     )
     within_halves = "decoder.post_quant_conv.weight" in inside
-    keymap = KeyMap(FLUX2_RULES if within_halves or "bn.running_mean" in inside else VAE_RULES, levels)
+    keymap = KeyMap(
+        FLUX2_RULES if within_halves or "bn.running_mean" in inside else VAE_RULES, levels
+    )
     # the statistics also stand beside quant convolutions outside the halves: repacked FLUX.2 files
     outside = KeyMap(VAE_RULES, levels)
     names: dict[str, str] = {}
@@ -154,7 +164,9 @@ def _beside(name: str) -> bool:
 _TINY_NAME = re.compile(
     r"(?P<prefix>(?:.*\.)?)(?P<half>(?:taesd_)?(?:encoder|decoder)\.)(?P<layers>layers\.)?(?P<rest>\d+\..+)"
 )
-_BARE = re.compile(r"\d+\.(weight|bias|conv\.[024]\.(weight|bias)|pool\.[013]\.(weight|bias)|skip\.weight)")
+_BARE = re.compile(
+    r"\d+\.(weight|bias|conv\.[024]\.(weight|bias)|pool\.[013]\.(weight|bias)|skip\.weight)"
+)
 
 
 def _find_tiny(shapes: Shapes) -> Iterable[Found]:
@@ -206,7 +218,8 @@ def is_bare_half(shapes: Shapes) -> bool:
 
 
 def tiny_half(shapes: Shapes) -> str:
-    """``"encoder"`` or ``"decoder"``: which half a file of bare numbered layers is, by its shapes alone.
+    """``"encoder"`` or ``"decoder"``: which half a file of bare numbered layers is, by its shapes
+    alone.
 
     Raises:
         UnknownNetworkError: neither takes nor gives pictures of three channels.
@@ -225,5 +238,7 @@ def tiny_half(shapes: Shapes) -> str:
     raise UnknownNetworkError(
         "numbered layers that are no half of a tiny autoencoder",
         expected="3 channels into the first layer (an encoder) or out of the last one (a decoder)",
-        got=f"convolutions {dict(sorted(convolutions.items()))}" if convolutions else "no convolutions",
+        got=f"convolutions {dict(sorted(convolutions.items()))}"
+        if convolutions
+        else "no convolutions",
     )

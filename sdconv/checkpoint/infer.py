@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
 import warnings
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdconv.checkpoint.find import Found, Shapes, find_networks
+from sdconv.checkpoint.write import CONFIG_KEY
 from sdconv.config import (
     AutoencoderKLConfig,
     AutoencoderKLFlux2Config,
@@ -17,15 +20,21 @@ from sdconv.config import (
     Config,
 )
 from sdconv.config.facts import NORM_NUM_GROUPS, VAE_FACTS, VaeFacts
-from sdconv.errors import InputError, SdconvWarning, UnknownNetworkError, WeightsMismatchError
+from sdconv.errors import (
+    CheckpointError,
+    InputError,
+    SdconvWarning,
+    UnknownNetworkError,
+    WeightsMismatchError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identified:
     """A network in a checkpoint, and what it is.
 
-    ``family``: a name such as ``"sdxl"``. ``evidence``: what decided it. ``open_to``: the families among which
-    nothing decided, empty where something did.
+    ``family``: a name such as ``"sdxl"``. ``evidence``: what decided it. ``open_to``: the families
+    among which nothing decided, empty where something did.
     """
 
     found: Found
@@ -46,8 +55,8 @@ def infer(
     """Configs of the networks in a checkpoint, from names and shapes alone.
 
     Args:
-        shapes: name -> shape of every tensor, as ``read_header(path).shapes`` gives them; diffusers' or the original
-            layout, bare or prefixed, whatever else the file holds beside.
+        shapes: name -> shape of every tensor, as ``read_header(path).shapes`` gives them;
+            diffusers' or the original layout, bare or prefixed, whatever else is beside.
         metadata: the file's own, which may name the family.
         family: the family, where the caller knows it (``"sd1"``, ``"sdxl"``, ``"flux1"``, ...).
 
@@ -69,9 +78,21 @@ def infer(
 
 
 def identify(
-    shapes: Shapes, *, metadata: Mapping[str, str] | None = None, family: str | None = None
+    shapes: Shapes,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    family: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    where: object = None,
 ) -> list[Identified]:
-    """Like ``infer``, with where each network was found and what decided its family; it does not warn."""
+    """Like ``infer``, with where each network was found and what decided its family; it does not
+    warn.
+
+    Args:
+        shapes, metadata, family: as for ``infer``.
+        config: the content of a ``config.json`` beside the weights. where: the weights' name, for
+            messages.
+    """
     if family is not None and family not in VAE_FACTS and family not in _TINY_FAMILIES:
         raise InputError(
             "no such family",
@@ -96,15 +117,72 @@ def identify(
                 got=", ".join(f"{one.kind} under {one.prefix or 'no prefix'!r}" for one in several),
                 fix="pass a state dict that holds one of them",
             )
-    return [_IDENTIFY[one.kind](one, shapes, metadata or {}, family) for one in found]
+    metadata = metadata or {}
+    told = dict(config or {}) or _told(metadata, where)
+    return [
+        _as_told(one, told, family, where)
+        if told
+        else _IDENTIFY[one.kind](one, shapes, metadata, family)
+        for one in found
+    ]
+
+
+def _told(metadata: Mapping[str, str], where: object) -> dict[str, Any]:
+    """The config that a file written by sdconv carries; empty where it carries none."""
+    if CONFIG_KEY not in metadata:
+        return {}
+    try:
+        content = json.loads(metadata[CONFIG_KEY])
+    except ValueError as error:
+        raise CheckpointError(
+            f"the config in the file's metadata is not JSON ({error})",
+            where=where,
+            expected=f"a JSON object under {CONFIG_KEY}",
+            got=metadata[CONFIG_KEY][:80],
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _as_told(
+    found: Found, told: Mapping[str, Any], family: str | None, where: object
+) -> Identified:
+    """The network with the config that is written beside it."""
+    name = told.get("_class_name", found.kind)
+    if name != found.kind:
+        raise UnknownNetworkError(
+            f"the config beside the {found.component} is for another class of network",
+            where=where,
+            expected=found.kind,
+            got=name,
+            fix="remove the config: it is then read from the shapes",
+        )
+    config = _CONFIGS[found.kind].from_json(told, where)
+    if family in VAE_FACTS and isinstance(config, AutoencoderKLConfig):
+        facts = VAE_FACTS[family]
+        config = dataclasses.replace(
+            config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
+        )
+    named = family or _named_by(config) or "of no known family"
+    return Identified(found=found, config=config, family=named, evidence="the config beside it")
+
+
+def _named_by(config: Config) -> str | None:
+    """The family whose scaling factor a config gives, where exactly one has it."""
+    fitting = [
+        name
+        for name, facts in VAE_FACTS.items()
+        if config.get("scaling_factor") == facts.scaling_factor
+        and config.get("latent_channels") == facts.latent_channels
+    ]
+    return " or ".join(fitting) or None
 
 
 def warn_if_open(identified: Identified) -> None:
     """Warns where a choice of family was made that neither the weights nor the caller decided."""
     if identified.open_to:
         warnings.warn(
-            f"the {identified.component} could be of {' or '.join(identified.open_to)}, which differ in what shapes "
-            f"cannot tell (the scaling factor); {identified.family} was taken: pass family= to decide",
+            f"the {identified.component} could be of {' or '.join(identified.open_to)}, which differ "
+            f"in the scaling factor; {identified.family} was taken: pass family= to decide",
             SdconvWarning,
             stacklevel=3,
         )
@@ -210,10 +288,17 @@ def _autoencoder_tiny(
         else {4: "taesd or taesdxl", 16: "taesd3 or taef1"}.get(latent, "taesd-like")
     )
     # these families differ in no number, so nothing is left open
-    return Identified(found=found, config=config, family=name, evidence="layers and latent channels")
+    return Identified(
+        found=found, config=config, family=name, evidence="layers and latent channels"
+    )
 
 
 _TINY_FAMILIES = ("taesd", "taesdxl", "taesd3", "taef1", "taef2", "taesana")
+_CONFIGS: Mapping[str, type[Config]] = {
+    "AutoencoderKL": AutoencoderKLConfig,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2Config,
+    "AutoencoderTiny": AutoencoderTinyConfig,
+}
 _IDENTIFY = {
     "AutoencoderKL": _autoencoder_kl,
     "AutoencoderKLFlux2": _autoencoder_kl_flux2,
@@ -235,7 +320,9 @@ def _vae_structure(own: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             + (f", without {', '.join(missing)}" if missing else ""),
             fix="load a file that holds the whole VAE",
         )
-    layers = {int(m[1]) for k in own if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", k))}
+    layers = {
+        int(m[1]) for k in own if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", k))
+    }
     return {
         "in_channels": own["encoder.conv_in.weight"][1],
         "out_channels": own["decoder.conv_out.weight"][0],
@@ -250,7 +337,8 @@ def _vae_structure(own: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _levels(own: Mapping[str, tuple[int, ...]], blocks: str) -> tuple[int, ...]:
-    """Output channels of each block, in the order of the blocks, as far as they are numbered without a gap."""
+    """Output channels of each block, in the order of the blocks, as far as they are numbered
+    without a gap."""
     channels: list[int] = []
     while (shape := own.get(f"{blocks}.{len(channels)}.resnets.0.conv1.weight")) is not None:
         channels.append(shape[0])
@@ -264,7 +352,8 @@ class _Choice:
     open_to: tuple[str, ...] = ()
 
 
-# words that a file's metadata uses for its architecture (modelspec.architecture), most telling first
+# words that a file's metadata uses for its architecture (modelspec.architecture), most telling
+# first
 _METADATA_WORDS: Sequence[tuple[str, str]] = (
     ("stable-diffusion-xl-v1-refiner", "sdxl-refiner"),
     ("stable-diffusion-xl", "sdxl"),
@@ -309,11 +398,14 @@ def _vae_family(
         return _Choice("sd1", "4 latent channels", open_to=("sd1", "sd2", "sdxl"))
     if latent == 16:
         return _Choice("flux1", "16 latent channels", open_to=("flux1", "sd3"))
-    return _Choice(f"{latent}-channel", f"{latent} latent channels", open_to=("a family unknown here",))
+    return _Choice(
+        f"{latent}-channel", f"{latent} latent channels", open_to=("a family unknown here",)
+    )
 
 
 def _family_beside(shapes: Shapes) -> tuple[str, str] | None:
-    """What the other networks in the same checkpoint say of the family, and which of them said it."""
+    """What the other networks in the same checkpoint say of the family, and which of them said
+    it."""
     for name, shape in shapes.items():
         if name.endswith(("input_blocks.0.0.weight", "conv_in.weight")) and shape[1:2] == (7,):
             return "x4-upscaler", f"{name} takes 7 channels"
@@ -417,7 +509,7 @@ def _built(cls: type[Config], **fields: Any) -> Config:
     except ValueError as error:
         raise WeightsMismatchError(
             f"the shapes make no {cls.class_name}: {error}",
-            expected=f"channels that are multiples of {NORM_NUM_GROUPS}, the groups of every known family",
+            expected=f"channels that are multiples of {NORM_NUM_GROUPS}, as in every known family",
             fix="a network with other groups needs its config.json beside the weights",
         ) from error
 
@@ -425,4 +517,6 @@ def _built(cls: type[Config], **fields: Any) -> Config:
 def _glimpse(names: list[str]) -> str:
     if not names:
         return "no tensors"
-    return f"{len(names)} tensors: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
+    return (
+        f"{len(names)} tensors: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
+    )

@@ -2,10 +2,13 @@
 
 A rule pairs two templates for a module's name. Fields in braces stand for what varies:
 
-- ``{half}``: ``encoder`` or ``decoder``; ``{level}``, ``{layer}``: numbers that are the same on both sides;
-- ``{up}``: a level that is counted from the other end (original ``decoder.up.i`` is ``up_blocks.(n-1-i)``);
+- ``{half}``: ``encoder`` or ``decoder``; ``{level}``, ``{layer}``: numbers that are the same on
+  both sides;
+- ``{up}``: a level that is counted from the other end (original ``decoder.up.i`` is
+  ``up_blocks.(n-1-i)``);
 - ``{nth}``: a number that the original counts from 1;
-- ``{resnet}``, ``{attention}``: a leaf that is named differently on each side, from the tables below.
+- ``{resnet}``, ``{attention}``: a leaf that is named differently on each side, from the tables
+  below.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ VAE_RULES: Rules = (
     ("{half}.conv_in", "{half}.conv_in"),
     ("{half}.conv_norm_out", "{half}.norm_out"),
     ("{half}.conv_out", "{half}.conv_out"),
-    ("encoder.down_blocks.{level}.resnets.{layer}.{resnet}", "encoder.down.{level}.block.{layer}.{resnet}"),
+    (
+        "encoder.down_blocks.{level}.resnets.{layer}.{resnet}",
+        "encoder.down.{level}.block.{layer}.{resnet}",
+    ),
     ("encoder.down_blocks.{level}.downsamplers.0.conv", "encoder.down.{level}.downsample.conv"),
     ("decoder.up_blocks.{up}.resnets.{layer}.{resnet}", "decoder.up.{up}.block.{layer}.{resnet}"),
     ("decoder.up_blocks.{up}.upsamplers.0.conv", "decoder.up.{up}.upsample.conv"),
@@ -58,7 +64,8 @@ VAE_RULES: Rules = (
     ("post_quant_conv", "post_quant_conv"),
 )
 
-# the original FLUX.2 file keeps the quant convolutions inside the halves, and batch-norm statistics beside them
+# the original FLUX.2 file keeps the quant convolutions inside the halves, and batch-norm statistics
+# beside them
 FLUX2_RULES: Rules = (
     *VAE_RULES[:-2],
     ("quant_conv", "encoder.quant_conv"),
@@ -91,7 +98,7 @@ class KeyMap:
     levels: int
 
     def canonical(self, original: str) -> str | None:
-        """diffusers' name for a tensor that the original layout calls ``original``; None where no rule fits."""
+        """diffusers' name for what the original layout calls ``original``, or None."""
         return self._translate(original, self._from_original, 0)
 
     def original(self, canonical: str) -> str | None:
@@ -143,7 +150,8 @@ def _pattern(template: str, side: int) -> re.Pattern[str]:
 
 
 def modern_attention(name: str) -> str:
-    """A name in diffusers' layout with the attention's present names: ``query`` becomes ``to_q``, and so on."""
+    """A name in diffusers' layout with the attention's present names: ``query`` becomes ``to_q``,
+    and so on."""
     tail = _TAIL.fullmatch(name)
     if tail and (old := _OLD.fullmatch(tail[1])):
         return f"{old[1]}.{OLD_ATTENTION[old[2]]}.{tail[2]}"
@@ -151,13 +159,13 @@ def modern_attention(name: str) -> str:
 
 
 def tiny_layer(canonical: str) -> tuple[str, int, str] | None:
-    """Splits ``decoder.layers.3.conv.0.weight`` into ``("decoder", 3, "conv.0.weight")``; None for other names."""
+    """``decoder.layers.3.conv.0.weight`` as ``("decoder", 3, "conv.0.weight")``, or None."""
     match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", canonical)
     return (match[1], int(match[2]), match[3]) if match else None
 
 
 def tiny_original(canonical: str) -> tuple[str, str] | None:
-    """The half and the name within that half's own file: the original decoder counts its clamp as layer 0."""
+    """The half, and the name within its own file: the decoder counts its clamp as layer 0."""
     if (split := tiny_layer(canonical)) is None:
         return None
     half, number, rest = split
@@ -165,7 +173,7 @@ def tiny_original(canonical: str) -> tuple[str, str] | None:
 
 
 def tiny_canonical(half: str, original: str) -> str | None:
-    """diffusers' name for a tensor of one half's own file; None where it cannot be a layer of that half."""
+    """diffusers' name for a tensor of one half's own file, or None."""
     number, _, rest = original.partition(".")
     layer = int(number) - (half == "decoder") if number.isdecimal() else -1
     return f"{half}.layers.{layer}.{rest}" if layer >= 0 and rest else None

@@ -22,7 +22,8 @@ CONFIG_KEY = "sdconv.config"
 def write_folder(
     tensors: Mapping[str, Tensor], config: Config, folder: Path, *, variant: str | None = None
 ) -> list[Path]:
-    """Writes one component as diffusers keeps it: ``config.json`` beside ``diffusion_pytorch_model.safetensors``.
+    """Writes one component as diffusers keeps it: ``config.json`` beside
+    ``diffusion_pytorch_model.safetensors``.
 
     Args:
         tensors: by diffusers' names.
@@ -39,10 +40,10 @@ def write_folder(
     """
     if isinstance(config, AutoencoderTinyConfig) and not config.in_diffusers:
         raise SdconvError(
-            "diffusers' AutoencoderTiny cannot represent this network, so a folder for it would open wrongly there",
+            "diffusers' AutoencoderTiny cannot represent this network",
             where=folder,
             expected="both halves, one width, plain stem, no pooled blocks",
-            got=f"a network of {config.num_encoder_blocks} encoder and {config.num_decoder_blocks} decoder blocks",
+            got=f"blocks {config.num_encoder_blocks} and {config.num_decoder_blocks}",
             fix="save it as a single file: sdconv.save(model, 'name.safetensors')",
         )
     suffix = f".{variant}" if variant else ""

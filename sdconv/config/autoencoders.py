@@ -14,8 +14,9 @@ from sdconv.config.facts import NORM_NUM_GROUPS
 class AutoencoderKLConfig(Config):
     """The VAE of Stable Diffusion 1, 2, XL, 3, of FLUX.1 and of the x4 upscaler.
 
-    ``scaling_factor``, ``shift_factor``: a diffusion model sees ``(latents - shift_factor) * scaling_factor``.
-    ``sample_size``: side in pixels of the pictures it was trained for. ``force_upcast``: it overflows in float16.
+    ``scaling_factor``, ``shift_factor``: a diffusion model sees ``(latents - shift_factor) *
+    scaling_factor``. ``sample_size``: side in pixels of the pictures it was trained for.
+    ``force_upcast``: it overflows in float16.
     """
 
     class_name: ClassVar[str] = "AutoencoderKL"
@@ -83,7 +84,8 @@ class AutoencoderKLConfig(Config):
 class AutoencoderKLFlux2Config(Config):
     """The VAE of FLUX.2: 32 channels, and batch-norm statistics in place of a scaling factor.
 
-    A diffusion model sees 2x2 patches of latents, normalised by ``bn`` (``batch_norm_eps``, no affine part).
+    A diffusion model sees 2x2 patches of latents, normalised by ``bn`` (``batch_norm_eps``, no
+    affine part).
     """
 
     class_name: ClassVar[str] = "AutoencoderKLFlux2"
@@ -106,7 +108,9 @@ class AutoencoderKLFlux2Config(Config):
     }
     constant: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
     # diffusers' pipelines write force_upcast beside this class's own fields
-    derived: ClassVar[frozenset[str]] = frozenset({"down_block_types", "up_block_types", "force_upcast"})
+    derived: ClassVar[frozenset[str]] = frozenset(
+        {"down_block_types", "up_block_types", "force_upcast"}
+    )
 
     in_channels: int
     out_channels: int
@@ -159,10 +163,11 @@ class AutoencoderKLFlux2Config(Config):
 class AutoencoderTinyConfig(Config):
     """TAESD and its relatives: a plain stack of convolutions and three-convolution residual blocks.
 
-    ``num_encoder_blocks`` and ``num_decoder_blocks`` count the residual blocks of each stage, ``()`` where that half
-    is absent. ``encoder_stem_channels``: channels of strided convolutions before the first stage (TAESANA's
-    ``(32, 64)``), ``()`` for the plain 3x3 stem. ``use_midblock_gn``: the stage next to the latents adds a pooled
-    GroupNorm branch to each block (TAEF2). The last two have no counterpart in diffusers.
+    ``num_encoder_blocks`` and ``num_decoder_blocks`` count the residual blocks of each stage,
+    ``()`` where that half is absent. ``encoder_stem_channels``: channels of strided convolutions
+    before the first stage (TAESANA's ``(32, 64)``), ``()`` for the plain 3x3 stem.
+    ``use_midblock_gn``: the stage next to the latents adds a pooled GroupNorm branch to each block
+    (TAEF2). The last two have no counterpart in diffusers.
     """
 
     class_name: ClassVar[str] = "AutoencoderTiny"
@@ -217,7 +222,9 @@ class AutoencoderTinyConfig(Config):
         )
         for half, channels, blocks in halves:
             if len(channels) != len(blocks):
-                raise ValueError(f"{half}_block_out_channels and num_{half}_blocks differ in length")
+                raise ValueError(
+                    f"{half}_block_out_channels and num_{half}_blocks differ in length"
+                )
             if channels:
                 check_positive(**{f"{half}_block_out_channels": channels})
 

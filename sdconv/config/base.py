@@ -1,6 +1,8 @@
-"""What every configuration has in common: fields by attribute and by key, and ``config.json`` both ways.
+"""What every configuration has in common: fields by attribute and by key, and ``config.json`` both
+ways.
 
-Field names are diffusers', so that a config reads the same on both sides. A field has no default when weights
+Field names are diffusers', so that a config reads the same on both sides. A field has no default
+when weights
 decide it: leaving one out is a ``TypeError``, not a guess.
 """
 
@@ -9,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from sdconv.errors import CheckpointError, SdconvWarning
 
-class Config(Mapping[str, Any]):
-    """A network's configuration: fields by attribute (``config.latent_channels``) and by key (``config["..."]``).
 
-    As a mapping it has exactly the keys of the ``config.json`` that diffusers writes for the class of the same name.
+class Config(Mapping[str, Any]):
+    """A network's configuration: fields by attribute (``config.latent_channels``) and by key
+    (``config["..."]``).
+
+    As a mapping it has exactly the keys of the ``config.json`` that diffusers writes for the class
+    of the same name.
     """
 
     class_name: ClassVar[str]
@@ -62,7 +66,8 @@ class Config(Mapping[str, Any]):
             where: the file's name, for messages.
 
         Raises:
-            CheckpointError: a field is missing, of the wrong type, or asks for something this network has not.
+            CheckpointError: a field is missing, of the wrong type, or asks for something this
+            network has not.
         """
         given = {k: v for k, v in content.items() if not k.startswith("_")}
         for key, value in cls.constant.items():
@@ -78,7 +83,7 @@ class Config(Mapping[str, Any]):
         unknown = set(given) - fields - set(cls.constant) - cls.derived
         if unknown:
             warnings.warn(
-                f"{where}: fields that sdconv does not know are passed over: {', '.join(sorted(unknown))}",
+                f"{where}: unknown fields are passed over: {', '.join(sorted(unknown))}",
                 SdconvWarning,
                 stacklevel=2,
             )

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# GroupNorm, in every network of the family: 32 groups (ldm/modules/diffusionmodules/model.py, `Normalize`).
+# GroupNorm, in every network of the family: 32 groups (ldm/modules/diffusionmodules/model.py,
+# `Normalize`).
 NORM_NUM_GROUPS = 32
 # eps of every GroupNorm in the VAE and of the transformers' input norm (same function).
 VAE_NORM_EPS = 1e-6
-# eps of the U-Net's ResNet blocks and of its output norm (torch's default, `normalization` in ldm's util.py).
+# eps of the U-Net's ResNet blocks and of its output norm (torch's default, `normalization` in ldm's
+# util.py).
 UNET_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeFacts:
-    """What a VAE's shapes cannot tell; ``source`` is the ``vae/config.json`` of the model named there."""
+    """What a VAE's shapes cannot tell; ``source`` is the ``vae/config.json`` of the model named
+    there."""
 
     latent_channels: int
     scaling_factor: float

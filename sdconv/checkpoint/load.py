@@ -1,0 +1,239 @@
+"""From a path to a network: the whole line from file to module, for any layout, without a network
+connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdconv.checkpoint.find import is_bare_half, is_vae_projection, tiny_half
+from sdconv.checkpoint.infer import Identified, identify, warn_if_open
+from sdconv.checkpoint.source import Source, components_in, open_source
+from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
+from sdconv.network import Network
+from sdconv.tiny import AutoencoderTiny
+from sdconv.vae import AutoencoderKL, AutoencoderKLFlux2
+
+Weights = str | Path | Sequence[str | Path] | Mapping[str, Tensor]
+
+BUILD: Mapping[str, Callable[..., Network]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2,
+    "AutoencoderTiny": AutoencoderTiny,
+}
+# one-byte floats are for storage: nothing computes in them
+_STORAGE_ONLY = frozenset(
+    getattr(torch, name)
+    for name in dir(torch)
+    if name.startswith("float8") or name == "float4_e2m1fn_x2"
+)
+
+
+def load(
+    path: Weights,
+    component: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    family: str | None = None,
+    backend: str = "reference",
+) -> Network:
+    """Opens a network from a checkpoint, in eval mode, never through a network connection.
+
+    On the CPU, in the file's own dtype, safetensors weights are memory-mapped: nothing is read
+    until it is used. Otherwise each tensor is read once, straight to the device and dtype.
+
+    Args:
+        path: a ``.safetensors``, ``.ckpt``, ``.pth`` or ``.bin`` file in diffusers' or the original
+            layout; a folder of
+            one component, or of a whole pipeline; several files of one network (shards, or a tiny
+            autoencoder's two halves in any order); or a state dict, whose tensors are shared, not
+            copied.
+        component: ``"vae"`` or ``"unet"``; None for the only one there is.
+        dtype: a floating-point dtype; None keeps the file's. A network computes in one dtype, so a
+            file of several
+            gives the widest, and one-byte floats become float32.
+        device: where the weights go.
+        family: the family, where shapes leave it open (``"sd1"``, ``"sdxl"``, ``"sd3"``,
+            ``"flux1"``, ...).
+        backend: ``"reference"``, torch's own operations in diffusers' order.
+
+    Returns:
+        ``AutoencoderKL``, ``AutoencoderKLFlux2`` or ``AutoencoderTiny``.
+
+    Raises:
+        CheckpointError: what is there cannot be read as weights.
+        UnknownNetworkError: no network that sdconv knows, several, or not the component asked for.
+        WeightsMismatchError: a tensor is missing, unexpected or of the wrong shape.
+        InputError: an argument has no such value.
+
+    Warns:
+        SdconvWarning: the family is open, and one was chosen.
+    """
+    _check_arguments(dtype, backend)
+    with open_source(_component_path(path, component)) as source:
+        view = SourceView(source)
+        chosen = _chosen(view.identify(family), component, source.label)
+        warn_if_open(chosen)
+        with torch.device("meta"):
+            network = BUILD[chosen.found.kind](chosen.config)
+        _check_names(network, chosen, view, source.label)
+        network.load_state_dict(
+            _tensors(network, chosen, view, dtype, torch.device(device)), strict=True, assign=True
+        )
+    return network.eval()
+
+
+class SourceView:
+    """A source's tensors by one set of names: two files of bare numbered layers get their halves'
+    names before them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._homes: dict[str, Callable[[], Tensor]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        files = source.files
+        if len(files) > 1 and all(is_bare_half(file.shapes) for file in files):
+            halves = [tiny_half(file.shapes) for file in files]
+            if len(files) > 2 or len(set(halves)) < 2:
+                raise UnknownNetworkError(
+                    "these files are not the two halves of a tiny autoencoder",
+                    where=source.label,
+                    expected="one encoder and one decoder",
+                    got=" and ".join(f"{f.label}: {h}" for f, h in zip(files, halves, strict=True)),
+                )
+            for half, file in zip(halves, files, strict=True):
+                self.shapes |= {f"{half}.{name}": shape for name, shape in file.shapes.items()}
+                self._homes |= {
+                    f"{half}.{name}": lambda file=file, name=name: file.tensor(name)  # type: ignore[misc]
+                    for name in file.shapes
+                }
+        else:
+            self.shapes = dict(source.shapes)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor on the CPU, mapped where the file allows it."""
+        home = self._homes.get(name)
+        return home() if home is not None else self.source.tensor(name)
+
+    def identify(self, family: str | None) -> list[Identified]:
+        """The networks in it."""
+        return identify(
+            self.shapes,
+            metadata=self.source.metadata,
+            family=family,
+            config=self.source.config,
+            where=self.source.label,
+        )
+
+
+def _check_arguments(dtype: torch.dtype | None, backend: str) -> None:
+    if backend != "reference":
+        raise InputError(
+            "no such backend", where="backend", expected="'reference'", got=repr(backend)
+        )
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in _STORAGE_ONLY
+    ):
+        raise InputError(
+            "networks do not compute in this dtype",
+            where="dtype",
+            expected="torch.float32, float16, bfloat16 or float64",
+            got=dtype,
+        )
+
+
+def _component_path(path: Weights, component: str | None) -> Weights:
+    """The component's own folder where ``path`` is a whole pipeline's."""
+    if not isinstance(path, str | Path) or not (parts := components_in(Path(path))):
+        return path
+    known = {name: folder for name, folder in parts.items() if name in ("vae", "unet")}
+    return known[_one_of(known, component, path)]
+
+
+def _chosen(identified: list[Identified], component: str | None, where: object) -> Identified:
+    by_name = {one.component: one for one in identified}
+    return by_name[_one_of(by_name, component, where)]
+
+
+def _one_of(known: Mapping[str, object], component: str | None, where: object) -> str:
+    names = ", ".join(sorted(known)) or "none that sdconv knows"
+    if component is None and len(known) == 1:
+        return next(iter(known))
+    if component is None:
+        raise UnknownNetworkError(
+            "one component must be chosen" if known else "no network that sdconv knows",
+            where=where,
+            expected="one component",
+            got=names,
+            fix="pass component=" + (" or component=".join(f"{name!r}" for name in sorted(known))),
+        )
+    if component not in known:
+        raise UnknownNetworkError(
+            f"there is no component {component!r}", where=where, expected=repr(component), got=names
+        )
+    return component
+
+
+def _check_names(network: Network, chosen: Identified, view: SourceView, where: object) -> None:
+    """Every tensor of the network is there once, in its shape, and nothing is left over."""
+    found = chosen.found
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    have = found.shapes(view.shapes)
+    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing = [name for name in wanted if name not in have and name not in optional]
+    unexpected = [found.names[name] for name in have if name not in wanted] + list(found.unexpected)
+    wrong = [name for name in wanted if name in have and have[name] != wanted[name]]
+    if not (missing or unexpected or wrong):
+        return
+    shapes = [f"{found.names[n]} {wanted[n]}" for n in wrong]
+    came = [f"{found.names[n]} {have[n]}" for n in wrong]
+    parts = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
+    raise WeightsMismatchError(
+        f"the weights do not fit the {chosen.component}: "
+        + "; ".join(f"{len(names)} {what}" for what, names in parts if names),
+        where=where,
+        expected=_some(shapes + missing) or "nothing more than the network's own tensors",
+        got=_some(came + unexpected) or "nothing under these names",
+        fix="check that the file is whole and of one network; `sdconv inspect` lists what it holds",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _tensors(
+    network: nn.Module,
+    chosen: Identified,
+    view: SourceView,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    names = chosen.found.names
+    if dtype is None:
+        dtype = _common_dtype(view.tensor(name) for name in names.values())
+    state = {}
+    for canonical, blank in network.state_dict().items():
+        if canonical not in names:
+            state[canonical] = torch.zeros_like(blank, device=device)
+            continue
+        tensor = view.tensor(names[canonical])
+        if tensor.ndim == 4 and is_vae_projection(canonical):
+            tensor = tensor.flatten(1)
+        state[canonical] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    return state
+
+
+def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The widest of the tensors' floating-point dtypes; one-byte floats count as float32."""
+    dtypes = {
+        torch.float32 if t.dtype in _STORAGE_ONLY else t.dtype
+        for t in tensors
+        if t.is_floating_point()
+    }
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32

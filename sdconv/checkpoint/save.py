@@ -1,0 +1,88 @@
+"""A network to files, in either layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from sdconv.checkpoint.find import is_vae_projection
+from sdconv.checkpoint.keys import FLUX2_RULES, VAE_RULES, KeyMap, tiny_original
+from sdconv.checkpoint.write import CONFIG_KEY, write_folder, write_tensors
+from sdconv.config import AutoencoderKLFlux2Config, AutoencoderTinyConfig, Config
+from sdconv.errors import InputError
+from sdconv.network import Network
+
+LAYOUTS = ("diffusers", "original")
+
+
+def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Path]:
+    """Writes a network's weights; opening them again gives the same tensors and the same config.
+
+    Args:
+        model: one of sdconv's networks.
+        path: a name ending in ``.safetensors`` for a single file, which then carries the config in
+            its metadata; any
+            other name is a folder, written as diffusers keeps a component (``layout="diffusers"``
+            only).
+        layout: ``"diffusers"``, or ``"original"`` for the names of the original implementation,
+            without a prefix.
+            A tiny autoencoder's original layout is one file with ``encoder.`` and ``decoder.``
+            before its layers.
+
+    Returns:
+        The files written. A file stands under its name only once it is complete.
+
+    Raises:
+        InputError: not a network of sdconv's, an unknown layout, or a folder in the original
+        layout. CheckpointError: the path cannot be written.
+    """
+    path = Path(path)
+    if layout not in LAYOUTS:
+        raise InputError(
+            "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
+        )
+    if not issubclass(type(model), Network):
+        raise InputError(
+            "not a network of sdconv's",
+            where="model",
+            expected="what sdconv.load returns",
+            got=type(model).__name__,
+        )
+    tensors = model.state_dict()
+    if path.suffix != ".safetensors":
+        if layout == "original":
+            raise InputError(
+                "the original layout is a single file",
+                where=path,
+                expected="a name that ends in .safetensors",
+                got=path.name,
+            )
+        return write_folder(tensors, model.config, path)
+    if layout == "original":
+        tensors = original_tensors(tensors, model.config)
+    write_tensors(tensors, path, {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_json())})
+    return [path]
+
+
+def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A network's tensors by the original layout's names, attention projections as 1x1
+    convolutions.
+
+    Args:
+        tensors: by diffusers' names, every one of which is known.
+        config: the network's.
+    """
+    if isinstance(config, AutoencoderTinyConfig):
+        halves = {tiny_original(name): tensor for name, tensor in tensors.items()}
+        return {".".join(name): tensor for name, tensor in halves.items() if name}
+    rules = FLUX2_RULES if isinstance(config, AutoencoderKLFlux2Config) else VAE_RULES
+    keymap = KeyMap(rules, len(config["block_out_channels"]))
+    result = {}
+    for name, tensor in tensors.items():
+        original = keymap.original(name)
+        if original is None:
+            raise KeyError(f"no rule for {name}")
+        result[original] = tensor[:, :, None, None] if is_vae_projection(name) else tensor
+    return result
