@@ -1,0 +1,1 @@
+"""Arithmetic on tensors, without modules; start reading at :mod:`sdconv.ops.convolution`."""
