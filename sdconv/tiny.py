@@ -45,7 +45,7 @@ class PooledTinyBlock(TinyBlock):
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.pool = nn.Sequential(
             nn.Conv2d(channels, 4 * channels, 1, bias=False),
             nn.GroupNorm(4, 4 * channels),

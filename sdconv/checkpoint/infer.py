@@ -104,6 +104,7 @@ def identify(
     if not found:
         raise UnknownNetworkError(
             "no network that sdconv knows",
+            where=where,
             expected="a VAE or a tiny autoencoder, in diffusers' or the original layout",
             got=_glimpse(list(shapes)),
             fix="check that this is the file you meant; `sdconv inspect` lists what a file holds",
@@ -113,6 +114,7 @@ def identify(
         if len(several) > 1:
             raise UnknownNetworkError(
                 f"several networks that could be the {component}",
+                where=where,
                 expected="one",
                 got=", ".join(f"{one.kind} under {one.prefix or 'no prefix'!r}" for one in several),
                 fix="pass a state dict that holds one of them",

@@ -3,16 +3,17 @@ connection."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sdconv.checkpoint.files import os_errors
 from sdconv.checkpoint.find import is_bare_half, is_vae_projection, tiny_half
 from sdconv.checkpoint.infer import Identified, identify, warn_if_open
-from sdconv.checkpoint.source import Source, components_in, open_source
+from sdconv.checkpoint.source import Source, SourceFile, components_in, open_source
 from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
 from sdconv.network import Network
 from sdconv.tiny import AutoencoderTiny
@@ -96,8 +97,8 @@ class SourceView:
         self._homes: dict[str, Callable[[], Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         files = source.files
-        if len(files) > 1 and all(is_bare_half(file.shapes) for file in files):
-            halves = [tiny_half(file.shapes) for file in files]
+        if len(files) > 1 and all(is_bare_half(_shapes(file)) for file in files):
+            halves = [tiny_half(_shapes(file)) for file in files]
             if len(files) > 2 or len(set(halves)) < 2:
                 raise UnknownNetworkError(
                     "these files are not the two halves of a tiny autoencoder",
@@ -106,10 +107,10 @@ class SourceView:
                     got=" and ".join(f"{f.label}: {h}" for f, h in zip(files, halves, strict=True)),
                 )
             for half, file in zip(halves, files, strict=True):
-                self.shapes |= {f"{half}.{name}": shape for name, shape in file.shapes.items()}
+                self.shapes |= {f"{half}.{name}": shape for name, shape in _shapes(file).items()}
                 self._homes |= {
                     f"{half}.{name}": lambda file=file, name=name: file.tensor(name)  # type: ignore[misc]
-                    for name in file.shapes
+                    for name in file.entries
                 }
         else:
             self.shapes = dict(source.shapes)
@@ -130,6 +131,10 @@ class SourceView:
         )
 
 
+def _shapes(file: SourceFile) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in file.entries.items()}
+
+
 def _check_arguments(dtype: torch.dtype | None, backend: str) -> None:
     if backend != "reference":
         raise InputError(
@@ -146,12 +151,25 @@ def _check_arguments(dtype: torch.dtype | None, backend: str) -> None:
         )
 
 
+def pipeline_parts(path: Weights) -> dict[str, Path]:
+    """The folders of a pipeline's networks by component; empty where ``path`` is no such folder.
+
+    Raises:
+        CheckpointError: the folder may not be listed.
+    """
+    if not isinstance(path, str | Path):
+        return {}
+    folder = Path(path)
+    with os_errors(folder):
+        if not folder.is_dir():
+            return {}
+    return {name: part for name, part in components_in(folder).items() if name in ("vae", "unet")}
+
+
 def _component_path(path: Weights, component: str | None) -> Weights:
     """The component's own folder where ``path`` is a whole pipeline's."""
-    if not isinstance(path, str | Path) or not (parts := components_in(Path(path))):
-        return path
-    known = {name: folder for name, folder in parts.items() if name in ("vae", "unet")}
-    return known[_one_of(known, component, path)]
+    parts = pipeline_parts(path)
+    return parts[_one_of(parts, component, path)] if parts else path
 
 
 def _chosen(identified: list[Identified], component: str | None, where: object) -> Identified:
@@ -229,7 +247,7 @@ def _tensors(
     return state
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """The widest of the tensors' floating-point dtypes; one-byte floats count as float32."""
     dtypes = {
         torch.float32 if t.dtype in _STORAGE_ONLY else t.dtype
