@@ -1,0 +1,343 @@
+"""Known checkpoints, downloaded through the Hugging Face hub and compared with its sha256.
+
+The hub's client does the carrying: its cache, its progress bars, its resuming of a connection that
+is cut, its environment variables (``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``).
+What is added here is a list of names, a check of every byte, and errors that say what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import re
+import tomllib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdconv.errors import InputError, SdconvError, SdconvWarning
+
+FAMILIES = frozenset(
+    "sd1 sd2 sdxl sdxl-refiner sd3 flux1 flux2 x4-upscaler taesd taesdxl taesd3 taef1 taef2".split()
+)
+COMPONENTS = frozenset({"vae", "unet"})
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# how the hub's client begins its warning; it then goes on and fills the disk
+_DISK_TOO_SMALL = "Not enough free disk space"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PLACE = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
+_CHUNK = 1 << 20
+
+
+class FetchError(SdconvError):
+    """A known checkpoint that could not be had whole; nothing broken bears the file's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownCheckpoint:
+    """One table of ``weights/manifest.toml``; the head of that file says what each field means.
+
+    Exactly one of ``size`` and ``approximate_size`` (both in bytes) is known.
+    """
+
+    name: str
+    repository: str
+    file: str
+    components: tuple[str, ...]
+    family: str
+    licence: str
+    size: int | None = None
+    approximate_size: int | None = None
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.repository}, {self.file})"
+
+
+def load_manifest(path: Path | None = None) -> dict[str, KnownCheckpoint]:
+    """The known checkpoints by name, in the manifest's order.
+
+    Args:
+        path: a manifest; by default the one installed with the package, else the repository's.
+
+    Raises:
+        SdconvError: the manifest is absent, not TOML, or an entry has a field missing, unknown or
+            of a wrong value.
+    """
+    where = path or _manifest_path()
+    try:
+        tables = tomllib.loads(where.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SdconvError("the manifest cannot be read", where=where, got=error.strerror) from error
+    except ValueError as error:  # tomllib's errors and unicode's are both
+        raise SdconvError("not a TOML file", where=where, got=error) from error
+    return {name: _entry(name, table, where) for name, table in tables.items()}
+
+
+def fetch(name: str, *, directory: Path | None = None, progress: bool = True) -> Path:
+    """Downloads a known checkpoint, or finds the download of an earlier call; checks its sha256.
+
+    When the hub does not answer (no network, offline mode, terms not accepted), an earlier download
+    serves: one in the hub's cache is checked against the hash it is stored under, one in
+    ``directory`` cannot be checked, which a warning says.
+
+    Args:
+        name: a name of the manifest.
+        directory: the file goes to ``directory/name``; by default to the hub's own cache.
+        progress: show progress bars where standard error is a terminal.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        InputError: no such name.
+        FetchError: the hub cannot be reached, refuses the file, does not have it or does not state
+            its sha256; the connection was cut; the disk is full or not writable; the bytes are not
+            those stated (they are then deleted), or another file stands in ``directory/name``.
+    """
+    known = _find(name)
+    folder = None if directory is None else Path(directory).expanduser() / known.name
+    with _hub_errors(known), _bars(progress):
+        try:
+            with _hub_errors(known):
+                stated = _stated_sha256(known)
+        except FetchError as error:
+            return _earlier_download(known, folder, error)
+        if folder is not None and (folder / known.file).exists():
+            return _keep(folder / known.file, stated)
+        return _verify(_download(known, folder), stated)
+
+
+def _manifest_path() -> Path:
+    packaged = Path(str(resources.files("sdconv"))) / "data" / "manifest.toml"
+    repository = Path(__file__).parent.parent / "weights" / "manifest.toml"
+    return packaged if packaged.is_file() else repository
+
+
+def _entry(name: str, table: object, where: Path) -> KnownCheckpoint:
+    def wrong(what: str, expected: object, got: object) -> SdconvError:
+        return SdconvError(what, where=f"{where} [{name}]", expected=expected, got=got)
+
+    if not isinstance(table, dict):
+        raise wrong("an entry is a table of fields", "a table", repr(table))
+    known = {field.name: field for field in fields(KnownCheckpoint) if field.name != "name"}
+    required = {key for key, field in known.items() if field.default is MISSING}
+    if required - table.keys() or table.keys() - known.keys():
+        optional = sorted(known.keys() - required)
+        raise wrong("wrong fields", f"{sorted(required)}, perhaps {optional}", sorted(table))
+
+    for key in ("repository", "file", "family", "licence"):
+        if not isinstance(table[key], str) or not table[key]:
+            raise wrong(f"{key} is a text", "a text", repr(table[key]))
+    if not _REPOSITORY.fullmatch(table["repository"]):
+        raise wrong("repository is not one of the hub's", "owner/name", table["repository"])
+    inside = PurePosixPath(table["file"])
+    if inside.is_absolute() or ".." in inside.parts or "\\" in table["file"]:
+        raise wrong("file is a path inside the repository", "a relative path", table["file"])
+    if table["family"] not in FAMILIES:
+        raise wrong("unknown family", ", ".join(sorted(FAMILIES)), table["family"])
+    parts = table["components"]
+    if not isinstance(parts, list) or not parts or any(part not in COMPONENTS for part in parts):
+        raise wrong("components is a list of networks", sorted(COMPONENTS), repr(parts))
+    sizes = [table[key] for key in ("size", "approximate_size") if key in table]
+    if len(sizes) != 1 or type(sizes[0]) is not int or sizes[0] <= 0:
+        raise wrong("size or approximate_size is a number of bytes", "one of them, > 0", sizes)
+    if not isinstance(table.get("gated", False), bool):
+        raise wrong("gated is true or false", "true or false", repr(table["gated"]))
+    return KnownCheckpoint(name=name, **{**table, "components": tuple(parts)})
+
+
+def _find(name: str) -> KnownCheckpoint:
+    manifest = load_manifest()
+    if name in manifest:
+        return manifest[name]
+    near = difflib.get_close_matches(name.lower(), manifest, n=1, cutoff=0.4)
+    raise InputError(
+        "no known checkpoint has this name",
+        where=repr(name),
+        expected=f"one of {', '.join(manifest)}",
+        fix=f"did you mean {near[0]}?" if near else "choose one of the names above",
+    )
+
+
+def _stated_sha256(known: KnownCheckpoint) -> str:
+    """The hub's sha256: a large file's ETag is one, else the repository's listing has it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    metadata = get_hf_file_metadata(hf_hub_url(known.repository, known.file))
+    if metadata.etag is not None and _SHA256.fullmatch(metadata.etag):
+        return metadata.etag
+
+    from huggingface_hub.hf_api import HfApi, RepoFile  # slow to import, and seldom needed
+
+    commit = metadata.commit_hash
+    for entry in HfApi().get_paths_info(known.repository, [known.file], revision=commit):
+        if isinstance(entry, RepoFile) and entry.lfs is not None:
+            return entry.lfs.sha256
+    raise FetchError(
+        "the hub states no sha256 for this file, so its bytes could not be checked",
+        where=known,
+        got=f"ETag {metadata.etag}",
+        fix="check HF_ENDPOINT, or download the file by hand and give its path",
+    )
+
+
+def _download(known: KnownCheckpoint, folder: Path | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=_DISK_TOO_SMALL)
+        return Path(hf_hub_download(known.repository, known.file, local_dir=folder))
+
+
+def _earlier_download(known: KnownCheckpoint, folder: Path | None, why: FetchError) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    if folder is not None:
+        path = folder / known.file
+        if not path.is_file():
+            raise why
+        reason = str(why).splitlines()[0]
+        warnings.warn(f"{path} could not be checked: {reason}", SdconvWarning, stacklevel=3)
+        return path
+    cached = try_to_load_from_cache(known.repository, known.file)
+    if not isinstance(cached, str):
+        raise why
+    path = Path(cached)
+    # the cache stores a file under its hash, and links to it under its name
+    stored_as = path.readlink().name if path.is_symlink() else ""
+    return _verify(path, stored_as) if _SHA256.fullmatch(stored_as) else path
+
+
+def _keep(path: Path, stated: str) -> Path:
+    got = _sha256(path)
+    if got != stated:
+        raise FetchError(
+            "another file stands here than the hub has now; it was left alone",
+            where=path,
+            expected=f"sha256 {stated}",
+            got=f"sha256 {got}",
+            fix="move it away, or choose another directory",
+        )
+    return path
+
+
+def _verify(path: Path, stated: str) -> Path:
+    got = _sha256(path)
+    if got != stated:
+        size = path.stat().st_size
+        _remove(path)
+        raise FetchError(
+            "the bytes are not the ones that the hub states; the file was deleted",
+            where=path,
+            expected=f"sha256 {stated}",
+            got=f"sha256 {got} ({size} bytes)",
+            fix="fetch it again; if this repeats, something on the way to the hub changes the data",
+        )
+    return path
+
+
+def _remove(path: Path) -> None:
+    """Deletes a file and every symbolic link on the way to it, as the hub's cache has them."""
+    while path.is_symlink():
+        target = path.parent / path.readlink()
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    from huggingface_hub.utils.tqdm import tqdm
+
+    bar: type[Any] = tqdm  # it is not typed
+    shown = {"desc": "sha256", "total": path.stat().st_size, "unit": "B", "unit_scale": True}
+    digest = hashlib.sha256()
+    with path.open("rb") as file, bar(**shown, disable=None) as progress:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            progress.update(len(chunk))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _bars(progress: bool) -> Iterator[None]:
+    """Hides the progress bars of the hub's client, unless its environment variable decides."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    decided = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+    if progress or decided or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _hub_errors(known: KnownCheckpoint) -> Iterator[None]:
+    """Turns whatever the hub's client raises into an error that says what to do.
+
+    The client raises its own errors, its HTTP library's, the operating system's and those of its
+    compiled downloader: they have no narrower base in common than Exception.
+    """
+    try:
+        yield
+    except (SdconvError, SdconvWarning):
+        raise
+    except Exception as error:
+        raise _explain(known, error) from error
+
+
+def _explain(known: KnownCheckpoint, error: Exception) -> FetchError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    page = f"{constants.ENDPOINT}/{known.repository}"
+    got = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+    def told(what: str, fix: str) -> FetchError:
+        return FetchError(what, where=known, got=got, fix=fix)
+
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403) and known.gated:
+            return told(
+                "the hub gives this file only to those who accepted its terms",
+                f"accept them at {page}, log in with `hf auth login` or set HF_TOKEN, fetch again",
+            )
+        if status in (401, 403):
+            return told(
+                "the hub refuses this file: the repository is private or gone, or the token bad",
+                f"look at {page}; log in again with `hf auth login`, or unset HF_TOKEN",
+            )
+        if status == 404:
+            return told("the hub has no such file", f"it may have moved: look at {page}")
+        return told(f"the hub answered with HTTP status {status}", "try again later")
+    if isinstance(error, OfflineModeIsEnabled):
+        return told(
+            "offline mode is on, and no earlier download is at hand",
+            "unset HF_HUB_OFFLINE, or give the path of a file that you have",
+        )
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _DISK_FULL or str(error).startswith(_DISK_TOO_SMALL):
+        return told("the disk is too full", "make room, or choose another directory or HF_HOME")
+    if number in (*_NO_ACCESS, *_NO_PLACE):
+        return told("it cannot be read or written there", "choose another directory or HF_HOME")
+    return told(
+        "the hub could not be reached, or the connection was cut; nothing half-done was kept",
+        f"check the network, and whether {constants.ENDPOINT} is the hub (HF_ENDPOINT)",
+    )

@@ -1,0 +1,296 @@
+"""``sdconv.fetch`` against a local server that speaks the hub's protocol.
+
+The calls run in another process: the hub's client reads ``HF_ENDPOINT`` and ``HF_HOME`` once, when
+it is imported. One such process serves all calls but those that need other variables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hub_server import Hub, HubFile, serve
+
+from sdconv.errors import InputError
+from sdconv.fetch import fetch, load_manifest
+
+NAME = "taesd"
+GATED = "flux1-vae"
+# the client writes what it has received in pieces of this size: only whole ones outlive a cut
+PIECE = 10 * 1024 * 1024
+
+CALLS = """
+import json, sys, warnings
+from pathlib import Path
+from sdconv.errors import SdconvError
+from sdconv.fetch import fetch
+for line in sys.stdin:
+    name, directory = json.loads(line)
+    directory = None if directory is None else Path(directory)
+    answer = {}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            answer["path"] = str(fetch(name, directory=directory, progress=False))
+        except SdconvError as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+    answer["warnings"] = [str(warning.message) for warning in warned]
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call of ``fetch`` gave: a path or an error, and warnings."""
+
+    path: str = ""
+    error: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class Client:
+    """Calls ``fetch`` with ``hub`` for its hub and a cache below ``home``."""
+
+    hub: Hub
+    home: Path
+
+    def start(self, **env: str) -> subprocess.Popen[str]:
+        ours = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
+        ours |= {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.home), "NO_PROXY": "*"}
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", CALLS]
+        return subprocess.Popen(command, env={**ours, **env}, stdin=pipe, stdout=pipe, text=True)
+
+    def call(self, name: str, directory: Path | None = None, **env: str) -> Answer:
+        question = json.dumps([name, None if directory is None else str(directory)])
+        if env:
+            with self.start(**env) as process:
+                line, _ = process.communicate(question, timeout=30)
+        else:
+            assert self.process.stdin is not None and self.process.stdout is not None
+            print(question, file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        answer = json.loads(line)
+        return Answer(**{**answer, "warnings": tuple(answer["warnings"])})
+
+    def __enter__(self) -> Client:
+        self.process = self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate(timeout=30)
+
+    def path(self, name: str, directory: Path | None = None, **env: str) -> Path:
+        answer = self.call(name, directory, **env)
+        assert answer.error == ""
+        assert answer.warnings == ()
+        return Path(answer.path)
+
+    def error(self, name: str, directory: Path | None = None, **env: str) -> str:
+        answer = self.call(name, directory, **env)
+        assert answer.error.startswith("FetchError: "), answer
+        return answer.error
+
+    def weights(self) -> list[Path]:
+        """Whatever the cache holds of the bytes, under whatever name, finished or not."""
+        held = [p for p in self.home.glob("hub/models--*/*/**/*") if p.is_file() or p.is_symlink()]
+        return [p for p in held if p.parent.name != "refs"]
+
+
+def noise(size: int) -> bytes:
+    return random.Random(7).randbytes(size)
+
+
+def repository(name: str = NAME) -> tuple[str, str]:
+    known = load_manifest()[name]
+    return known.repository, known.file
+
+
+@pytest.fixture(scope="module")
+def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    home = tmp_path_factory.mktemp("home")
+    with serve(Hub()) as hub, Client(hub, home) as client:
+        yield client
+
+
+@pytest.fixture
+def client(shared_client: Client) -> Client:
+    """A hub with one file and without a past, and an empty cache."""
+    shutil.rmtree(shared_client.home / "hub", ignore_errors=True)
+    shared_client.hub.clear()
+    shared_client.hub.files[repository()] = HubFile(noise(100_000))
+    return shared_client
+
+
+def test_a_download_is_whole_and_a_second_call_asks_for_no_bytes(client: Client) -> None:
+    path = client.path(NAME)
+    assert path.read_bytes() == noise(100_000)
+    assert path.name == repository()[1]
+    assert path.is_relative_to(client.home)
+    assert client.hub.ranges == [None]
+
+    assert client.path(NAME) == path
+    assert client.hub.ranges == [None]
+
+
+def test_a_directory_gets_the_file_below_its_name(client: Client, tmp_path: Path) -> None:
+    path = client.path(NAME, tmp_path / "weights")
+    assert path == tmp_path / "weights" / NAME / repository()[1]
+    assert path.read_bytes() == noise(100_000)
+
+    assert client.path(NAME, tmp_path / "weights") == path
+    assert client.hub.ranges == [None]
+
+
+def test_another_file_in_its_place_is_left_alone(client: Client, tmp_path: Path) -> None:
+    mine = tmp_path / NAME / repository()[1]
+    mine.parent.mkdir()
+    mine.write_bytes(b"my own training")
+    text = client.error(NAME, tmp_path)
+    assert f"{mine}: another file stands here" in text
+    assert mine.read_bytes() == b"my own training"
+    assert client.hub.ranges == []
+
+
+def test_a_cut_connection_is_resumed_where_it_broke(client: Client) -> None:
+    content = noise(PIECE + 2_000_000)
+    client.hub.files[repository()] = HubFile(content)
+    client.hub.cuts = [PIECE + 1_000_000]
+    path = client.path(NAME)
+    assert client.hub.ranges == [None, f"bytes={PIECE}-"]
+    assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(content).digest()
+
+
+def test_a_connection_cut_for_good_leaves_nothing(client: Client) -> None:
+    client.hub.cuts = [5_000] * 100
+    text = client.error(NAME)
+    assert "the connection was cut; nothing half-done was kept" in text
+    assert client.hub.endpoint in text
+    assert client.hub.ranges
+    assert client.weights() == []
+
+
+@pytest.mark.parametrize("into_directory", [False, True])
+def test_a_wrong_hash_deletes_the_file(
+    client: Client, tmp_path: Path, into_directory: bool
+) -> None:
+    target = tmp_path / "weights" if into_directory else None
+    stated, got = "ab" * 32, hashlib.sha256(noise(100_000)).hexdigest()
+    client.hub.files[repository()] = HubFile(noise(100_000), sha256=stated)
+    text = client.error(NAME, target)
+    assert f"{repository()[1]}: the bytes are not the ones that the hub states" in text
+    assert f"expected: sha256 {stated}" in text
+    assert f"got: sha256 {got} (100000 bytes)" in text
+    assert "to do: fetch it again" in text
+    assert client.weights() == []
+    assert list(tmp_path.rglob(repository()[1])) == []
+
+    client.hub.files[repository()] = HubFile(noise(100_000))
+    assert client.path(NAME, target).read_bytes() == noise(100_000)
+
+
+def test_a_hash_that_only_the_listing_states_is_checked(client: Client) -> None:
+    client.hub.files[repository()] = HubFile(noise(100_000), etag="c0ffee")
+    assert client.path(NAME).read_bytes() == noise(100_000)
+
+    client.hub.files[repository()] = HubFile(noise(9_000), etag="decaf", sha256="ab" * 32)
+    assert f"expected: sha256 {'ab' * 32}" in client.error(NAME)
+
+
+def test_a_file_without_a_stated_hash_is_not_downloaded(client: Client) -> None:
+    client.hub.files[repository()] = HubFile(noise(100_000), etag="c0ffee", listed=False)
+    assert "the hub states no sha256" in client.error(NAME)
+    assert client.hub.ranges == []
+
+
+def test_a_file_that_moved(client: Client) -> None:
+    client.hub.files.clear()
+    text = client.error(NAME)
+    assert "the hub has no such file" in text
+    assert f"look at {client.hub.endpoint}/{repository()[0]}" in text
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_file_names_the_page_and_the_login(client: Client, status: int) -> None:
+    client.hub.refused[repository(GATED)[0]] = (status, "GatedRepo")
+    text = client.error(GATED)
+    assert "only to those who accepted its terms" in text
+    assert f"accept them at {client.hub.endpoint}/{repository(GATED)[0]}" in text
+    assert "`hf auth login`" in text
+
+
+def test_an_open_repository_that_refuses_is_no_gated_one(client: Client) -> None:
+    client.hub.refused[repository()[0]] = (401, "")
+    text = client.error(NAME)
+    assert "the repository is private or gone, or the token bad" in text
+    assert "accepted" not in text
+
+
+def test_a_hub_in_trouble(client: Client) -> None:
+    client.hub.refused[repository()[0]] = (503, "")
+    assert "HTTP status 503" in client.error(NAME)
+
+
+def test_a_file_larger_than_the_disk_is_not_begun(client: Client) -> None:
+    client.hub.files[repository()] = HubFile(noise(100_000), size=10**18)
+    assert "the disk is too full" in client.error(NAME)
+    assert client.hub.ranges == []
+    assert client.weights() == []
+
+
+def test_a_directory_that_is_a_file(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert "cannot be read or written there" in client.error(NAME, tmp_path / "file")
+
+
+def test_offline_mode(client: Client, tmp_path: Path) -> None:
+    text = client.error(NAME, HF_HUB_OFFLINE="1")
+    assert "offline mode is on, and no earlier download is at hand" in text
+    assert "unset HF_HUB_OFFLINE" in text
+
+    path = client.path(NAME)
+    assert client.path(NAME, HF_HUB_OFFLINE="1") == path
+
+    path = client.path(NAME, tmp_path)
+    answer = client.call(NAME, tmp_path, HF_HUB_OFFLINE="1")
+    assert answer.path == str(path)
+    assert f"{path} could not be checked" in answer.warnings[0]
+
+
+def test_a_cached_file_that_rotted_is_not_given_offline(client: Client) -> None:
+    client.path(NAME).write_bytes(noise(99_000))
+    assert "the bytes are not the ones" in client.error(NAME, HF_HUB_OFFLINE="1")
+    assert client.weights() == []
+
+
+def test_a_hub_out_of_reach(client: Client) -> None:
+    assert "could not be reached" in client.error(NAME, HF_ENDPOINT="http://127.0.0.1:9")
+    path = client.path(NAME)
+    assert client.path(NAME, HF_ENDPOINT="http://127.0.0.1:9") == path
+
+
+def test_an_unknown_name_is_told_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean sdxl-vae-fp16-fix") as caught:
+        fetch("sdxl-vae-fp16fix")
+    assert all(name in str(caught.value) for name in load_manifest())
+    with pytest.raises(InputError, match="choose one of the names above"):
+        fetch("")
+
+
+def test_importing_it_does_not_import_the_hub() -> None:
+    look = "import sys, sdconv.fetch; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", look], capture_output=True, text=True, check=True
+    )
+    assert not {"huggingface_hub", "torch", "diffusers"} & set(loaded.stdout.split())
+    assert "sdconv.fetch" in loaded.stdout.split()
