@@ -21,10 +21,10 @@ LAYERS = (
     ("config",),
     ("ops",),
     ("checkpoint.files",),
-    ("checkpoint.header", "checkpoint.pickles", "checkpoint.source"),
-    ("checkpoint.keys",),
+    ("checkpoint.header", "checkpoint.pickles", "checkpoint.folder", "checkpoint.source"),
+    ("checkpoint.keys", "checkpoint.keys_unet"),
     ("checkpoint.write",),  # before infer, which reads the configs that it writes
-    ("checkpoint.find", "checkpoint.infer"),
+    ("checkpoint.find", "checkpoint.infer", "checkpoint.infer_unet"),
     ("network", "outputs", "blocks"),
     ("vae", "tiny", "unet"),
     ("checkpoint.load", "checkpoint.save"),
