@@ -56,7 +56,8 @@ class ResnetBlock2D(nn.Module):
         hidden = self.conv2(self.nonlinearity(self.norm2(hidden)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return x + hidden
+        out: Tensor = x + hidden
+        return out
 
 
 class Downsample2D(nn.Module):
@@ -133,7 +134,7 @@ class Attention(nn.Module):
         batch, channels, height, width = x.shape
         # normalised as (B, C, HW) and only then turned: the memory layout that diffusers gives to
         # the projections
-        tokens = self.group_norm(x.view(batch, channels, height * width)).transpose(1, 2)
+        tokens = self.group_norm(x.flatten(2)).transpose(1, 2)
         query, key, value = (
             # (B, 1 head, HW, C)
             project(tokens).view(batch, -1, 1, channels).transpose(1, 2)
@@ -141,7 +142,8 @@ class Attention(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed = self.to_out[0](mixed.transpose(1, 2).reshape(batch, -1, channels))
-        return mixed.transpose(-1, -2).reshape(batch, channels, height, width) + x
+        out: Tensor = mixed.transpose(-1, -2).reshape(batch, channels, height, width) + x
+        return out
 
 
 class MidBlock2D(nn.Module):

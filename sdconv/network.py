@@ -7,7 +7,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from sdconv.checkpoint.write import write_folder
 from sdconv.config import Config
 from sdconv.errors import InputError, SdconvError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-N = TypeVar("N", bound="Network")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Recomputed(nn.Module):
@@ -36,17 +34,17 @@ class Recomputed(nn.Module):
         return part(*args)
 
 
-def moved_by_hooks(method: Callable[Concatenate[N, P], R]) -> Callable[Concatenate[N, P], R]:
+def moved_by_hooks(method: Method) -> Method:
     """Lets accelerate's CPU offload see a call of ``method``, as it sees one of ``forward``."""
 
     @functools.wraps(method)
-    def wrapper(self: N, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(self: Network, *args: Any, **kwargs: Any) -> Any:
         hook = getattr(self, "_hf_hook", None)
         if hook is not None and hasattr(hook, "pre_forward"):
             hook.pre_forward(self)
         return method(self, *args, **kwargs)
 
-    return wrapper
+    return cast(Method, wrapper)
 
 
 class Network(nn.Module):
@@ -67,8 +65,8 @@ class Network(nn.Module):
         # recorded by pipelines in model_index.json, so that what they save opens without sdconv
         self.__dict__["__module__"] = "diffusers"
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         diffusers = sys.modules.get("diffusers")
         return getattr(diffusers, self.config.class_name, type(self)) if diffusers else type(self)
 
@@ -174,7 +172,7 @@ class Autoencoder(Network):
 
     def _over_batch(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         if self.use_slicing and len(batch) > 1:
-            return torch.cat([run(one) for one in batch.split(1)])
+            return torch.cat([run(one) for one in torch.split(batch, 1)])
         return run(batch)
 
     def _checked(self, x: Tensor, what: str, channels: int, least: int) -> Tensor:

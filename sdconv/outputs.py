@@ -96,7 +96,7 @@ def _randn_like(
                 expected=f"{len(like)} generators",
                 got=len(generator),
             )
-        pairs = zip(like.split(1), generator, strict=True)
+        pairs = zip(torch.split(like, 1), generator, strict=True)
         return torch.cat([_randn_like(one, source) for one, source in pairs])
     device = like.device if generator is None else generator.device
     noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)

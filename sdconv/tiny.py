@@ -162,9 +162,7 @@ class AutoencoderTiny(Autoencoder):
             InputError: another number of axes or channels. SdconvError: only the decoder was
             loaded.
         """
-        encoder = self._half("encoder", self.encoder)
-        x = self._checked(x, "pictures", self.config.in_channels, 1)
-        latents = self._over_batch(encoder, x)
+        latents = self._latents(x)
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
     @moved_by_hooks
@@ -193,8 +191,7 @@ class AutoencoderTiny(Autoencoder):
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Pictures through latents stored as bytes, as TAESD's own command does, and back."""
-        (latents,) = self.encode(sample, return_dict=False)
-        stored = self.scale_latents(latents).mul_(255).round_().byte()
+        stored = self.scale_latents(self._latents(sample)).mul_(255).round_().byte()
         return self.decode(self.unscale_latents(stored / 255.0), return_dict=return_dict)
 
     def scale_latents(self, x: Tensor) -> Tensor:
@@ -205,6 +202,10 @@ class AutoencoderTiny(Autoencoder):
     def unscale_latents(self, x: Tensor) -> Tensor:
         """[0, 1] back to raw latents."""
         return x.sub(self.config.latent_shift).mul(2 * self.config.latent_magnitude)
+
+    def _latents(self, x: Tensor) -> Tensor:
+        encoder = self._half("encoder", self.encoder)
+        return self._over_batch(encoder, self._checked(x, "pictures", self.config.in_channels, 1))
 
     def _half(self, name: str, half: nn.Module | None) -> nn.Module:
         if half is None:

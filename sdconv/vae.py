@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -174,8 +175,7 @@ class AutoencoderKL(Autoencoder):
         Raises:
             InputError: another number of axes or channels, or a picture smaller than one latent.
         """
-        x = self._checked(x, "pictures", self.config.in_channels, self.downscale)
-        posterior = DiagonalGaussianDistribution(self._over_batch(self._moments, x))
+        posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @moved_by_hooks
@@ -196,8 +196,7 @@ class AutoencoderKL(Autoencoder):
         Raises:
             InputError: another number of axes or channels.
         """
-        z = self._checked(z, "latents", self.config.latent_channels, 1)
-        sample = self._over_batch(self._pictures, z)
+        sample = self._sample(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -208,13 +207,21 @@ class AutoencoderKL(Autoencoder):
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """``decode(encode(sample))``, at the posterior's mode unless asked to sample from it."""
-        (posterior,) = self.encode(sample, return_dict=False)
+        posterior = self._posterior(sample)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
+    def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
+        x = self._checked(x, "pictures", self.config.in_channels, self.downscale)
+        return DiagonalGaussianDistribution(self._over_batch(self._moments, x))
+
+    def _sample(self, z: Tensor) -> Tensor:
+        z = self._checked(z, "latents", self.config.latent_channels, 1)
+        return self._over_batch(self._pictures, z)
+
     def _moments(self, x: Tensor) -> Tensor:
-        moments = self.encoder(x)
-        return moments if self.quant_conv is None else self.quant_conv(moments)
+        moments: Tensor = self.encoder(x)
+        return moments if self.quant_conv is None else cast(Tensor, self.quant_conv(moments))
 
     def _pictures(self, z: Tensor) -> Tensor:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sdconv.checkpoint.keys import (
     FLUX2_RULES,
@@ -14,6 +14,7 @@ from sdconv.checkpoint.keys import (
     modern_attention,
     tiny_canonical,
 )
+from sdconv.checkpoint.keys_unet import ema_name, keys_of_canonical, keys_of_original
 from sdconv.errors import UnknownNetworkError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -27,7 +28,7 @@ class Found:
     ``"diffusers"`` or ``"original"``. ``prefix``: what stands before each of its names. ``names``:
     diffusers' name -> the name in the file. ``dropped``: names under the prefix that are on purpose
     no weights of it (losses, EMA copies). ``unexpected``: names under the prefix that it has no
-    place for.
+    place for. ``ema``: diffusers' name -> the name of its running average, as far as there are any.
     """
 
     component: str
@@ -37,6 +38,7 @@ class Found:
     names: Mapping[str, str]
     dropped: tuple[str, ...]
     unexpected: tuple[str, ...]
+    ema: Mapping[str, str] = field(default_factory=dict)
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Its tensors' shapes by diffusers' names, 1x1-convolution attention weights as the linear
@@ -89,12 +91,12 @@ def is_vae_projection(canonical: str) -> bool:
 
 
 def find_networks(shapes: Shapes) -> list[Found]:
-    """Every network in a checkpoint that sdconv knows, VAEs first.
+    """Every network in a checkpoint that sdconv knows: VAEs, tiny ones, U-Nets.
 
     Args:
         shapes: name -> shape of every tensor of the checkpoint.
     """
-    return [*_find_vaes(shapes), *_find_tiny(shapes)]
+    return [*_find_vaes(shapes), *_find_tiny(shapes), *_find_unets(shapes)]
 
 
 def _find_vaes(shapes: Shapes) -> Iterable[Found]:
@@ -172,8 +174,8 @@ _BARE = re.compile(
 def _find_tiny(shapes: Shapes) -> Iterable[Found]:
     if is_bare_half(shapes):
         half = tiny_half(shapes)
-        names = {tiny_canonical(half, name): name for name in shapes}
-        yield _tiny("", "original", {k: v for k, v in names.items() if k}, ())
+        bare = {canonical: name for name in shapes if (canonical := tiny_canonical(half, name))}
+        yield _tiny("", "original", bare, ())
         return
     groups: dict[tuple[str, str], dict[str, str]] = {}
     for name in shapes:
@@ -241,4 +243,65 @@ def tiny_half(shapes: Shapes) -> str:
         got=f"convolutions {dict(sorted(convolutions.items()))}"
         if convolutions
         else "no convolutions",
+    )
+
+
+# what only a U-Net has all of, by layout: the way in, the time, the way up
+_UNET_ANCHORS: Mapping[str, tuple[str, ...]] = {
+    "diffusers": (
+        "conv_in.weight",
+        "time_embedding.linear_1.weight",
+        "up_blocks.0.resnets.0.conv1.weight",
+    ),
+    "original": (
+        "input_blocks.0.0.weight",
+        "time_embed.0.weight",
+        "output_blocks.0.0.in_layers.0.weight",
+    ),
+}
+# modules of networks that are built around such a U-Net: for videos, and ControlNets
+_NOT_A_UNET = re.compile(
+    r".*(?:motion_modules|temp_convs|temp_attentions|temporal_transformer_block|time_stack"
+    r"|time_mixer|input_hint_block|zero_convs|controlnet_\w+)\..*"
+)
+
+
+def _find_unets(shapes: Shapes) -> Iterable[Found]:
+    for layout, anchors in _UNET_ANCHORS.items():
+        starts = {name[: -len(anchors[0])] for name in shapes if name.endswith(anchors[0])}
+        for prefix in sorted(starts):
+            inside = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
+            if (
+                all(prefix + anchor in shapes for anchor in anchors)
+                and (not prefix or prefix.endswith("."))
+                and len(shapes[prefix + anchors[0]]) == 4
+                and not any(_NOT_A_UNET.fullmatch(name) for name in inside)
+            ):
+                yield _unet(prefix, layout, sorted(inside), shapes)
+
+
+def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
+    there = frozenset(inside)
+    keys = keys_of_canonical(there) if layout == "diffusers" else keys_of_original(there)
+    names: dict[str, str] = {}
+    unexpected: list[str] = []
+    for name in inside:
+        if layout == "diffusers":
+            canonical = name if keys.original(name) else None
+        else:
+            canonical = keys.canonical(name)
+        if canonical is not None:
+            names[canonical] = prefix + name
+        elif prefix or not _beside(name):
+            unexpected.append(prefix + name)
+    averages = {canonical: ema_name(name) for canonical, name in names.items()}
+    return Found(
+        component="unet",
+        kind="UNet2DConditionModel",
+        layout=layout,
+        prefix=prefix,
+        names=names,
+        dropped=(),
+        unexpected=tuple(unexpected),
+        ema={canonical: name for canonical, name in averages.items() if name in shapes},
     )

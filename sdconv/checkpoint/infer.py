@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdconv.checkpoint.find import Found, Shapes, find_networks
+from sdconv.checkpoint.infer_unet import read_unet
 from sdconv.checkpoint.write import CONFIG_KEY
 from sdconv.config import (
     AutoencoderKLConfig,
     AutoencoderKLFlux2Config,
     AutoencoderTinyConfig,
     Config,
+    UNet2DConditionConfig,
 )
 from sdconv.config.facts import NORM_NUM_GROUPS, VAE_FACTS, VaeFacts
 from sdconv.errors import (
@@ -61,7 +63,7 @@ def infer(
         family: the family, where the caller knows it (``"sd1"``, ``"sdxl"``, ``"flux1"``, ...).
 
     Returns:
-        ``{"vae": config}``; frozen dataclasses with diffusers' field names.
+        ``{"vae": config, "unet": config}``, as far as they are there; frozen dataclasses with diffusers' field names.
 
     Raises:
         UnknownNetworkError: no network that sdconv knows, or two of one kind.
@@ -105,7 +107,7 @@ def identify(
         raise UnknownNetworkError(
             "no network that sdconv knows",
             where=where,
-            expected="a VAE or a tiny autoencoder, in diffusers' or the original layout",
+            expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
             got=_glimpse(list(shapes)),
             fix="check that this is the file you meant; `sdconv inspect` lists what a file holds",
         )
@@ -159,8 +161,8 @@ def _as_told(
             fix="remove the config: it is then read from the shapes",
         )
     config = _CONFIGS[found.kind].from_json(told, where)
-    if family in VAE_FACTS and isinstance(config, AutoencoderKLConfig):
-        facts = VAE_FACTS[family]
+    facts = VAE_FACTS.get(family or "")
+    if facts is not None and isinstance(config, AutoencoderKLConfig):
         config = dataclasses.replace(
             config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
         )
@@ -295,16 +297,31 @@ def _autoencoder_tiny(
     )
 
 
+def _unet(
+    found: Found, shapes: Shapes, metadata: Mapping[str, str], family: str | None
+) -> Identified:
+    read = read_unet(found.shapes(shapes), family)
+    return Identified(
+        found=found,
+        config=read.config,
+        family=read.family,
+        evidence=read.evidence,
+        open_to=read.open_to,
+    )
+
+
 _TINY_FAMILIES = ("taesd", "taesdxl", "taesd3", "taef1", "taef2", "taesana")
 _CONFIGS: Mapping[str, type[Config]] = {
     "AutoencoderKL": AutoencoderKLConfig,
     "AutoencoderKLFlux2": AutoencoderKLFlux2Config,
     "AutoencoderTiny": AutoencoderTinyConfig,
+    "UNet2DConditionModel": UNet2DConditionConfig,
 }
 _IDENTIFY = {
     "AutoencoderKL": _autoencoder_kl,
     "AutoencoderKLFlux2": _autoencoder_kl_flux2,
     "AutoencoderTiny": _autoencoder_tiny,
+    "UNet2DConditionModel": _unet,
 }
 
 
