@@ -25,8 +25,8 @@ from sdconv.errors import InputError, SdconvError, SdconvWarning
 FAMILIES = frozenset(
     "sd1 sd2 sdxl sdxl-refiner sd3 flux1 flux2 x4-upscaler taesd taesdxl taesd3 taef1 taef2".split()
 )
-COMPONENTS = frozenset({"vae", "unet"})
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+COMPONENTS = ("vae", "unet")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # how the hub's client begins its warning; it then goes on and fills the disk
 _DISK_TOO_SMALL = "Not enough free disk space"
@@ -145,7 +145,7 @@ def _entry(name: str, table: object, where: Path) -> KnownCheckpoint:
         raise wrong("unknown family", ", ".join(sorted(FAMILIES)), table["family"])
     parts = table["components"]
     if not isinstance(parts, list) or not parts or any(part not in COMPONENTS for part in parts):
-        raise wrong("components is a list of networks", sorted(COMPONENTS), repr(parts))
+        raise wrong("components is a list of networks", f"some of {COMPONENTS}", repr(parts))
     sizes = [table[key] for key in ("size", "approximate_size") if key in table]
     if len(sizes) != 1 or type(sizes[0]) is not int or sizes[0] <= 0:
         raise wrong("size or approximate_size is a number of bytes", "one of them, > 0", sizes)
@@ -338,6 +338,6 @@ def _explain(known: KnownCheckpoint, error: Exception) -> FetchError:
     if number in (*_NO_ACCESS, *_NO_PLACE):
         return told("it cannot be read or written there", "choose another directory or HF_HOME")
     return told(
-        "the hub could not be reached, or the connection was cut; nothing half-done was kept",
-        f"check the network, and whether {constants.ENDPOINT} is the hub (HF_ENDPOINT)",
+        "the hub could not be reached, or the connection was cut; no half-done file bears the name",
+        f"check that there is a network and that {constants.ENDPOINT} is a hub, then fetch again",
     )
