@@ -63,7 +63,8 @@ def infer(
         family: the family, where the caller knows it (``"sd1"``, ``"sdxl"``, ``"flux1"``, ...).
 
     Returns:
-        ``{"vae": config, "unet": config}``, as far as they are there; frozen dataclasses with diffusers' field names.
+        ``{"vae": config, "unet": config}``, as far as they are there; frozen dataclasses with
+        diffusers' field names.
 
     Raises:
         UnknownNetworkError: no network that sdconv knows, or two of one kind.
@@ -181,12 +182,17 @@ def _named_by(config: Config) -> str | None:
     return " or ".join(fitting) or None
 
 
+# what shapes leave open, where they do
+_OPEN = {"vae": "the scaling factor", "unet": "the number of attention heads"}
+
+
 def warn_if_open(identified: Identified) -> None:
     """Warns where a choice of family was made that neither the weights nor the caller decided."""
     if identified.open_to:
         warnings.warn(
-            f"the {identified.component} could be of {' or '.join(identified.open_to)}, which differ "
-            f"in the scaling factor; {identified.family} was taken: pass family= to decide",
+            f"the {identified.component} could be of {' or '.join(identified.open_to)}, which "
+            f"differ in {_OPEN[identified.component]}; {identified.family} was taken: pass "
+            "family= to decide",
             SdconvWarning,
             stacklevel=3,
         )

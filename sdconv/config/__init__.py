@@ -1,4 +1,5 @@
-"""What a checkpoint decides, as frozen dataclasses, and the facts of the field that no checkpoint carries."""
+"""What a checkpoint decides, as frozen dataclasses, and the facts of the field that no checkpoint
+carries."""
 
 from sdconv.config.autoencoders import (
     AutoencoderKLConfig,
@@ -6,5 +7,12 @@ from sdconv.config.autoencoders import (
     AutoencoderTinyConfig,
 )
 from sdconv.config.base import Config
+from sdconv.config.unet import UNet2DConditionConfig
 
-__all__ = ["AutoencoderKLConfig", "AutoencoderKLFlux2Config", "AutoencoderTinyConfig", "Config"]
+__all__ = [
+    "AutoencoderKLConfig",
+    "AutoencoderKLFlux2Config",
+    "AutoencoderTinyConfig",
+    "Config",
+    "UNet2DConditionConfig",
+]

@@ -108,7 +108,7 @@ class Config(Mapping[str, Any]):
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def check_positive(**named: Any) -> None:

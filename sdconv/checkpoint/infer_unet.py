@@ -1,0 +1,271 @@
+"""A U-Net's shapes to its config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdconv.checkpoint.keys_unet import how_many
+from sdconv.config import UNet2DConditionConfig
+from sdconv.config.facts import NORM_NUM_GROUPS
+from sdconv.config.unet import (
+    CROSS_DOWN,
+    CROSS_MID,
+    CROSS_UP,
+    DOWN,
+    MID,
+    UNET_FACTS,
+    UP,
+    Depths,
+    UNetFacts,
+)
+from sdconv.errors import InputError, WeightsMismatchError
+
+Own = Mapping[str, tuple[int, ...]]
+
+# width of an embedded size or position in SDXL (`addition_time_embed_dim`), in every known family
+ADDED_TIME_DIM = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetRead:
+    """A config, its family and what decided that, as in ``sdconv.checkpoint.infer.Identified``."""
+
+    config: UNet2DConditionConfig
+    family: str
+    evidence: str
+    open_to: tuple[str, ...]
+
+
+def read_unet(own: Own, family: str | None = None) -> UNetRead:
+    """The config of a U-Net.
+
+    Args:
+        own: shape of each of its tensors, by diffusers' names.
+        family: a key of ``UNET_FACTS``, where the caller knows it.
+
+    Raises:
+        WeightsMismatchError: a part is missing, or laid out as diffusers' class cannot be.
+        InputError: the family does not fit.
+    """
+    _check_complete(own)
+    channels = _levels(own, "down_blocks")
+    depths = _Depths.read(own, len(channels))
+    linear = any(len(own[k]) == 2 for k in own if k.endswith(".proj_in.weight"))
+    added = own.get("add_embedding.linear_1.weight")
+    projected = own.get("class_embedding.linear_1.weight")
+    listed = own.get("class_embedding.weight")
+    context = _context_width(own)
+    name, evidence, fitting = _family(own, linear, context)
+    if family is not None:
+        if family not in fitting:
+            raise InputError(
+                f"the family {family!r} does not fit this U-Net ({evidence})",
+                where="family",
+                expected=" or ".join(fitting),
+                got=repr(family),
+            )
+        name, evidence = family, "the caller's word"
+    facts = UNET_FACTS[name]
+    time_channels, first = own["time_embedding.linear_1.weight"]
+    try:
+        config = UNet2DConditionConfig(
+            sample_size=facts.sample_size,
+            in_channels=own["conv_in.weight"][1],
+            out_channels=own["conv_out.weight"][0],
+            down_block_types=tuple(CROSS_DOWN if d else DOWN for d in depths.down),
+            mid_block_type=depths.mid_type,
+            up_block_types=tuple(CROSS_UP if d else UP for d in depths.up),
+            only_cross_attention=_only_cross(own, channels, context, name),
+            block_out_channels=channels,
+            layers_per_block=_short(depths.layers),
+            norm_num_groups=NORM_NUM_GROUPS,
+            cross_attention_dim=context or UNet2DConditionConfig.assumed["cross_attention_dim"],
+            transformer_layers_per_block=depths.per_block,
+            reverse_transformer_layers_per_block=depths.reverse_per_block,
+            attention_head_dim=_heads(channels, facts),
+            use_linear_projection=linear,
+            upcast_attention=facts.upcast_attention,
+            class_embed_type="projection" if projected else None,
+            num_class_embeds=listed[0] if listed else None,
+            addition_embed_type="text_time" if added else None,
+            addition_time_embed_dim=ADDED_TIME_DIM if added else None,
+            projection_class_embeddings_input_dim=(added or projected or (0, None))[1],
+            time_embedding_dim=None if time_channels == 4 * first else time_channels,
+            time_cond_proj_dim=own.get("time_embedding.cond_proj.weight", (0, None))[1],
+        )
+    except ValueError as error:
+        raise WeightsMismatchError(
+            f"the shapes make no U-Net that sdconv builds: {error}",
+            expected=f"channels that are multiples of {NORM_NUM_GROUPS}",
+            fix="a network with other groups needs its config.json beside the weights",
+        ) from error
+    unsure = (
+        family is None and facts.head_channels and any(c % facts.head_channels for c in channels)
+    )
+    return UNetRead(
+        config=config,
+        family=name,
+        evidence=evidence,
+        open_to=tuple(fitting) if unsure else (),
+    )
+
+
+def _check_complete(own: Own) -> None:
+    needed = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
+    missing = [name for name in needed if name not in own]
+    down, up = _levels(own, "down_blocks"), _levels(own, "up_blocks")
+    if missing or len(down) != len(up):
+        raise WeightsMismatchError(
+            "the U-Net is incomplete",
+            expected="a way down and a way up with as many levels each",
+            got=f"{len(down)} levels down, {len(up)} up"
+            + (f", without {', '.join(missing)}" if missing else ""),
+            fix="load a file that holds the whole U-Net",
+        )
+
+
+def _levels(own: Own, blocks: str) -> tuple[int, ...]:
+    """Channels of each block, in the order of the blocks, as far as they follow each other."""
+    first = blocks + ".{}.resnets.0.conv1.weight"
+    return tuple(own[first.format(level)][0] for level in range(how_many(first, own)))
+
+
+@dataclass(frozen=True)
+class _Depths:
+    """How many blocks each transformer has: of each level, of each layer; empty where a level has
+    no transformers. ``mid``: likewise, of the middle, with ``mid_type``."""
+
+    layers: tuple[int, ...]
+    down: tuple[tuple[int, ...], ...]
+    up: tuple[tuple[int, ...], ...]
+    mid: tuple[int, ...]
+    mid_type: str | None
+
+    @staticmethod
+    def read(own: Own, levels: int) -> _Depths:
+        layers, up_layers = (
+            tuple(how_many(f"{way}.{i}.resnets.{{}}.conv1.weight", own) for i in range(levels))
+            for way in ("down_blocks", "up_blocks")
+        )
+        if up_layers != tuple(n + 1 for n in layers[::-1]):
+            raise WeightsMismatchError(
+                "the way up does not match the way down",
+                expected=f"{[n + 1 for n in layers[::-1]]} ResNet blocks up, level by level",
+                got=list(up_layers),
+                fix="load a file that holds the whole U-Net",
+            )
+        mid = _transformers(own, "mid_block", 1)
+        has_mid = "mid_block.resnets.0.conv1.weight" in own
+        return _Depths(
+            layers=layers,
+            down=tuple(_transformers(own, f"down_blocks.{i}", n) for i, n in enumerate(layers)),
+            up=tuple(_transformers(own, f"up_blocks.{i}", n) for i, n in enumerate(up_layers)),
+            mid=mid,
+            mid_type=CROSS_MID if mid else MID if has_mid else None,
+        )
+
+    @property
+    def per_block(self) -> int | tuple[Depths, ...]:
+        known = {d for depths in (*self.down, *self.up, self.mid) for d in depths}
+        if len(known) < 2:
+            return known.pop() if known else 1
+        # where nothing tells: 1, as SDXL's config has it
+        spare = (1,) * (len(self.down) - 1) + (self.mid[0] if self.mid else 1,)
+        if not self._mirrored:
+            return tuple(d or one for d, one in zip(self.down, spare, strict=True))
+        return tuple(
+            _short(down or up) if down or up else one
+            for down, up, one in zip(self.down, self.up[::-1], spare, strict=True)
+        )
+
+    @property
+    def reverse_per_block(self) -> tuple[Depths, ...] | None:
+        return None if self._mirrored else tuple(depths or 1 for depths in self.up)
+
+    @property
+    def _mirrored(self) -> bool:
+        """Whether one number for each level says it all."""
+        return all(
+            len({*down, *up}) <= 1 for down, up in zip(self.down, self.up[::-1], strict=True)
+        )
+
+
+def _transformers(own: Own, block: str, layers: int) -> tuple[int, ...]:
+    """Blocks of each layer's transformer; empty without transformers."""
+    there = [f"{block}.attentions.{i}.proj_in.weight" in own for i in range(layers)]
+    if any(there) and not all(there):
+        raise WeightsMismatchError(
+            "a transformer is missing",
+            where=block,
+            expected=f"{layers} transformers, one behind each ResNet block, or none",
+            got=f"{sum(there)}",
+        )
+    return tuple(
+        how_many(f"{block}.attentions.{i}.transformer_blocks.{{}}.norm1.weight", own)
+        for i in range(layers)
+        if there[i]
+    )
+
+
+def _context_width(own: Own) -> int | None:
+    widths = {shape[1] for name, shape in own.items() if name.endswith("attn2.to_k.weight")}
+    if len(widths) > 1:
+        raise WeightsMismatchError(
+            "the transformers read texts of different widths",
+            expected="one width",
+            got=sorted(widths),
+        )
+    return widths.pop() if widths else None
+
+
+def _only_cross(
+    own: Own, channels: tuple[int, ...], context: int | None, family: str
+) -> bool | tuple[bool, ...]:
+    """Of each level, whether its blocks' first attention reads the text as well."""
+    # where the text is as wide as the map, or there is no transformer, shapes do not tell: the x4
+    # upscaler has no self-attention but on its last level
+    upscaler = family == "x4-upscaler"
+    result = [upscaler and level < len(channels) - 1 for level in range(len(channels))]
+    for name, shape in own.items():
+        match = re.fullmatch(r"(down|up)_blocks\.(\d+)\..+\.attn1\.to_k\.weight", name)
+        if match and context != shape[0]:
+            level = int(match[2]) if match[1] == "down" else len(channels) - 1 - int(match[2])
+            result[level] = shape[1] == context
+    return tuple(result) if any(result) else False
+
+
+def _heads(channels: tuple[int, ...], facts: UNetFacts) -> int | tuple[int, ...]:
+    if facts.head_channels is None:
+        return facts.heads or 1
+    return tuple(max(1, count // facts.head_channels) for count in channels)
+
+
+def _family(own: Own, linear: bool, context: int | None) -> tuple[str, str, list[str]]:
+    """The family, what decided it, and all families that the shapes allow."""
+    inputs = own["conv_in.weight"][1]
+    if (added := own.get("add_embedding.linear_1.weight")) is not None:
+        # the refiner embeds five numbers beside 1280 channels of text, SDXL six
+        refiner = added[1] == 1280 + 5 * ADDED_TIME_DIM or context == 1280
+        name = "sdxl-refiner" if refiner else "sdxl"
+        return name, f"text and sizes {added[1]} wide beside the time", ["sdxl", "sdxl-refiner"]
+    if context is None:
+        return "sd1", "no transformers", list(UNET_FACTS)
+    if not linear:
+        kinds = {9: " (inpainting)", 8: " (InstructPix2Pix)"}
+        return (
+            "sd1",
+            f"proj_in is a convolution; {inputs} channels in{kinds.get(inputs, '')}",
+            ["sd1"],
+        )
+    fitting = ["sd2", "x4-upscaler"]
+    if inputs == 7 and "class_embedding.weight" in own:
+        return "x4-upscaler", "7 channels in and a list of class embeddings", fitting
+    return "sd2", "proj_in is linear", fitting
+
+
+def _short(values: tuple[int, ...]) -> Any:
+    """One number where all are the same."""
+    return values[0] if len(set(values)) == 1 else values

@@ -1,0 +1,389 @@
+"""The U-Net read from shapes: every family, both layouts, and what must not be taken for one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import sdconv
+from sdconv.checkpoint.find import Found, find_networks
+from sdconv.checkpoint.infer import identify
+from sdconv.checkpoint.keys_unet import keys_of_canonical, keys_of_original
+
+Shapes = dict[str, tuple[int, ...]]
+
+CROSS4 = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+SD1: dict[str, Any] = {**CROSS4, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD2: dict[str, Any] = {
+    **CROSS4,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SMALL: dict[str, Any] = {
+    "block_out_channels": (64, 128, 192),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
+    "cross_attention_dim": 48,
+}
+
+# the published configs, as far as they differ from diffusers' defaults
+FAMILIES: dict[str, dict[str, Any]] = {
+    "SD1": SD1,
+    "SD1 inpainting": {**SD1, "in_channels": 9},
+    "InstructPix2Pix": {**SD1, "in_channels": 8},
+    "LCM": {**SD1, "time_cond_proj_dim": 256},
+    "SD2": SD2,
+    "SD2 unCLIP": {
+        **SD2,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 2048,
+    },
+    "SDXL": SDXL,
+    "SDXL refiner": {
+        **CROSS4,
+        "block_out_channels": (384, 768, 1536, 1536),
+        "down_block_types": (
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": 4,
+        "attention_head_dim": (6, 12, 24, 24),
+        "cross_attention_dim": 1280,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2560,
+    },
+    "SSD-1B": {
+        **SDXL,
+        "transformer_layers_per_block": (1, (2, 2), (4, 4)),
+        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "Segmind Vega": {
+        **SDXL,
+        "transformer_layers_per_block": (1, 1, 2),
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "KOALA 700M": {
+        **SDXL,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2, 5),
+        "mid_block_type": None,
+    },
+    "tiny SD": {
+        **SD1,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        "layers_per_block": 1,
+        "mid_block_type": None,
+    },
+    "small SD": {**SD1, "layers_per_block": 1, "mid_block_type": "UNetMidBlock2D"},
+    "x4 upscaler": {
+        "in_channels": 7,
+        "block_out_channels": (256, 512, 512, 1024),
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
+        "only_cross_attention": (True, True, True, False),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+        "num_class_embeds": 1000,
+    },
+    "first attention on the text": {
+        **SD1,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        "layers_per_block": 1,
+        "only_cross_attention": (True, False, False),
+        "mid_block_type": None,
+    },
+    "uneven layers": {**SMALL, "layers_per_block": (1, 2, 3), "attention_head_dim": 8},
+    "uneven depths": {
+        **SMALL,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        "transformer_layers_per_block": (3, 1, 2),
+    },
+    "one level": {
+        "block_out_channels": (64,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "cross_attention_dim": 32,
+        "time_embedding_dim": 128,
+    },
+    "no transformers": {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "mid_block_type": "UNetMidBlock2D",
+    },
+}
+# not to be read off any shape
+PIPELINE_ONLY = {"sample_size", "upcast_attention"}
+
+
+def peer(config: Mapping[str, Any]) -> diffusers.UNet2DConditionModel:
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(**config)
+
+
+def shapes_in(network: torch.nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def shapes_of(config: Mapping[str, Any]) -> Shapes:
+    return shapes_in(peer(config))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Shapes]:
+    """The whole config that diffusers makes of the published one, and its network's shapes."""
+    network = peer(FAMILIES[request.param])
+    config = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    return config, shapes_in(network)
+
+
+def found(shapes: Shapes) -> Found:
+    (one,) = [one for one in find_networks(shapes) if one.component == "unet"]
+    return one
+
+
+def test_family_is_read_from_shapes(family: tuple[dict[str, Any], Shapes]) -> None:
+    published, shapes = family
+    config = sdconv.infer(shapes)["unet"]
+    assert set(config) == set(published)
+    differing = {k: (config[k], v) for k, v in published.items() if config[k] != v}
+    assert {k: v for k, v in differing.items() if k not in PIPELINE_ONLY} == {}
+    assert shapes_of(config) == shapes
+
+
+def test_names_survive_the_original_layout(family: tuple[dict[str, Any], Shapes]) -> None:
+    _, shapes = family
+    there = keys_of_canonical(shapes)
+    original = {there.original(name): shape for name, shape in shapes.items()}
+    assert None not in original
+    assert len(original) == len(shapes)
+    assert not set(original) & set(shapes)
+    assert keys_of_original([k for k in original if k]) == there
+    prefixed = {f"model.diffusion_model.{name}": shape for name, shape in original.items()}
+    one = found(prefixed)
+    assert one.layout == "original"
+    assert one.prefix == "model.diffusion_model."
+    assert one.shapes(prefixed) == shapes
+    assert one.unexpected == ()
+    assert sdconv.infer(prefixed) == sdconv.infer(shapes)
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model."])
+def test_prefix_in_diffusers_layout(prefix: str) -> None:
+    shapes = shapes_of(FAMILIES["uneven layers"])
+    one = found({prefix + name: shape for name, shape in shapes.items()})
+    assert (one.layout, one.prefix) == ("diffusers", prefix)
+    assert one.names == {name: prefix + name for name in shapes}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("sd15-ldm", "SD1"),
+        ("sd15-ldm-with-ema", "SD1"),
+        ("sd21-ldm", "SD2"),
+        ("sdxl-base-ldm", "SDXL"),
+    ],
+)
+def test_original_headers(shared_dir: Path, header: str, name: str) -> None:
+    entries = json.loads((shared_dir / "headers" / f"{header}.json").read_text())
+    shapes = {name: tuple(shape) for name, (shape, _) in entries.items()}
+    configs = sdconv.infer(shapes)
+    assert set(configs) == {"vae", "unet"}
+    one = found(shapes)
+    assert one.unexpected == ()
+    assert one.shapes(shapes) == shapes_of(configs["unet"]) == shapes_of(FAMILIES[name])
+    averages = {name for name in shapes if name.startswith("model_ema.diffusion_model")}
+    assert set(one.ema.values()) == averages
+    assert set(one.ema) == (set(one.names) if averages else set())
+
+
+def test_ema_has_no_dots() -> None:
+    shapes = {f"model.diffusion_model.{k}": v for k, v in _original("one level").items()}
+    shapes["model_ema.diffusion_modelinput_blocks10in_layers0weight"] = (64,)
+    assert found(shapes).ema == {
+        "down_blocks.0.resnets.0.norm1.weight": (
+            "model_ema.diffusion_modelinput_blocks10in_layers0weight"
+        )
+    }
+
+
+def _original(family: str) -> Shapes:
+    shapes = shapes_of(FAMILIES[family])
+    keys = keys_of_canonical(shapes)
+    return {keys.original(name) or "": shape for name, shape in shapes.items()}
+
+
+def test_what_is_beside_is_left_alone() -> None:
+    shapes = shapes_of(FAMILIES["one level"])
+    whole = {
+        **{f"model.diffusion_model.{k}": v for k, v in shapes.items()},
+        "model.diffusion_model.down_blocks.0.attentions.0.added.weight": (3,),
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight": (768,),
+        "alphas_cumprod": (1000,),
+    }
+    one = found(whole)
+    assert set(one.names) == set(shapes)
+    assert one.unexpected == ("model.diffusion_model.down_blocks.0.attentions.0.added.weight",)
+
+
+def _controlnet() -> Shapes:
+    with torch.device("meta"):
+        network = diffusers.ControlNetModel(
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            cross_attention_dim=32,
+            conditioning_embedding_out_channels=(16, 32),
+        )
+    return shapes_in(network)
+
+
+def _video() -> Shapes:
+    with torch.device("meta"):
+        network = diffusers.UNet3DConditionModel(
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+        )
+    return shapes_in(network)
+
+
+def _original_controlnet() -> Shapes:
+    way_down = {
+        f"control_model.{k}": v for k, v in _original("one level").items() if "output" not in k
+    }
+    return {**way_down, "control_model.input_hint_block.0.weight": (16, 3, 3, 3)}
+
+
+def _lora() -> Shapes:
+    return {f"unet.{k}"[:-7] + ".lora_A.weight": (4, 8) for k in shapes_of(FAMILIES["one level"])}
+
+
+def _ip_adapter() -> Shapes:
+    return {"image_proj.proj.weight": (3072, 1024), "ip_adapter.1.to_k_ip.weight": (320, 768)}
+
+
+@pytest.mark.parametrize(
+    "strangers", [_controlnet, _video, _original_controlnet, _lora, _ip_adapter]
+)
+def test_strangers_are_not_taken_for_a_unet(strangers: Any) -> None:
+    shapes = strangers()
+    assert shapes
+    with pytest.raises(sdconv.UnknownNetworkError, match="no network that sdconv knows"):
+        sdconv.infer(shapes)
+
+
+def test_unet_beside_its_controlnet() -> None:
+    shapes = {
+        **_original_controlnet(),
+        **{f"model.diffusion_model.{k}": v for k, v in _original("one level").items()},
+    }
+    assert found(shapes).prefix == "model.diffusion_model."
+
+
+def test_heads_that_no_family_has_are_open() -> None:
+    narrow = {**SMALL, "block_out_channels": (32, 64, 96), "use_linear_projection": True}
+    shapes = shapes_of(narrow)
+    with pytest.warns(sdconv.SdconvWarning, match="differ in the number of attention heads"):
+        config = sdconv.infer(shapes)["unet"]
+    assert config.attention_head_dim == (1, 1, 1)
+    told = sdconv.infer(shapes, family="x4-upscaler")["unet"]
+    assert told.attention_head_dim == 8
+
+
+def test_family_that_does_not_fit() -> None:
+    with pytest.raises(sdconv.InputError, match="does not fit this U-Net"):
+        sdconv.infer(shapes_of(FAMILIES["one level"]), family="sdxl")
+
+
+@pytest.mark.parametrize(
+    ("gone", "says"),
+    [
+        ("conv_out.", "without conv_out.weight"),
+        ("up_blocks.2.", "3 levels down, 2 up"),
+        ("up_blocks.1.resnets.1", "the way up does not match the way down"),
+        ("down_blocks.1.attentions.0.", "a transformer is missing"),
+    ],
+)
+def test_incomplete(gone: str, says: str) -> None:
+    shapes = shapes_of(FAMILIES["uneven layers"])
+    kept = {k: v for k, v in shapes.items() if not k.startswith(gone)}
+    with pytest.raises(sdconv.WeightsMismatchError, match=says):
+        sdconv.infer(kept)
+
+
+def test_two_context_widths() -> None:
+    shapes = shapes_of(FAMILIES["one level"])
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    with pytest.raises(sdconv.WeightsMismatchError, match="different widths"):
+        sdconv.infer({**shapes, name: (64, 40)})
+
+
+def test_config_json_of_a_published_model_comes_back(tmp_path: Path) -> None:
+    network = diffusers.UNet2DConditionModel(**FAMILIES["one level"])
+    network.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    shapes = shapes_in(network)
+    (one,) = identify(shapes, config=content, where=tmp_path)
+    assert one.evidence == "the config beside it"
+    read = sdconv.infer(shapes)["unet"]
+    assert {k: v for k, v in one.config.items() if k not in PIPELINE_ONLY} == {
+        k: v for k, v in read.items() if k not in PIPELINE_ONLY
+    }
+    assert one.config.from_json(json.loads(json.dumps(one.config.to_json())), "") == one.config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"down_block_types": ["SimpleCrossAttnDownBlock2D"]},
+        {"class_embed_type": "timestep"},
+        {"addition_embed_type": "text"},
+        {"attention_head_dim": 7},
+        {"block_out_channels": [64, 64]},
+        {"norm_eps": 1e-6},
+        {"transformer_layers_per_block": [[1]]},
+    ],
+)
+def test_config_json_that_is_not_built(change: dict[str, Any]) -> None:
+    shapes = shapes_of(FAMILIES["one level"])
+    content = {**sdconv.infer(shapes)["unet"].to_json(), **change}
+    with pytest.raises(sdconv.CheckpointError, match=r"config\.json"):
+        identify(shapes, config=content)
