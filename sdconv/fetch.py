@@ -158,12 +158,14 @@ def _find(name: str) -> KnownCheckpoint:
     manifest = load_manifest()
     if name in manifest:
         return manifest[name]
-    near = difflib.get_close_matches(name.lower(), manifest, n=1, cutoff=0.4)
+    asked = name.lower()
+    near = [known for known in manifest if asked and known.startswith(asked)]
+    near = near or difflib.get_close_matches(asked, manifest, n=1, cutoff=0.4)
     raise InputError(
         "no known checkpoint has this name",
         where=repr(name),
         expected=f"one of {', '.join(manifest)}",
-        fix=f"did you mean {near[0]}?" if near else "choose one of the names above",
+        fix=f"did you mean {' or '.join(near)}?" if near else "choose one of the names above",
     )
 
 

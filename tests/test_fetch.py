@@ -283,6 +283,8 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean sdxl-vae-fp16-fix") as caught:
         fetch("sdxl-vae-fp16fix")
     assert all(name in str(caught.value) for name in load_manifest())
+    with pytest.raises(InputError, match="mean sdxl-base or sdxl-refiner or sdxl-vae or"):
+        fetch("SDXL")
     with pytest.raises(InputError, match="choose one of the names above"):
         fetch("")
 
