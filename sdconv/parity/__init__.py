@@ -1,0 +1,6 @@
+"""Comparison with a reference, module by module."""
+
+from sdconv.parity.check import ParityReport, check
+from sdconv.parity.compare import ModuleDifference, compare
+
+__all__ = ["ModuleDifference", "ParityReport", "check", "compare"]

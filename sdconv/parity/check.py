@@ -1,0 +1,252 @@
+"""A file's network against another library's, built from the same file by that library's own
+means."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdconv.checkpoint.load import SourceView, Weights, load, pipeline_parts
+from sdconv.checkpoint.source import open_source
+from sdconv.errors import InputError
+from sdconv.network import Autoencoder, Network
+from sdconv.parity.compare import ModuleDifference, compare
+from sdconv.parity.stepwise import Inputs
+
+# not square, so that rows taken for columns show
+DEFAULT_SIZE = (96, 128)
+_EXACT = (torch.float32, torch.float64)
+_EQUAL = "the same operations in the same order: equal bit for bit"
+_NEAR = (
+    "for each module twice the reference's own error in {dtype} against float64 with the same"
+    " {dtype} weights and input"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """What a comparison found.
+
+    ``label``: the file. ``against``: the reference and its version; ``conversion``: how the file's
+    names became the reference's. ``input_shapes``: by the method that was called. ``rows``: one for
+    each call of each module, in the order in which they finished. ``tolerance``: the largest of the
+    rows', ``tolerance_source`` where it comes from.
+    """
+
+    label: str
+    component: str
+    class_name: str
+    against: str
+    conversion: str
+    dtype: str
+    device: str
+    input_shapes: dict[str, tuple[int, ...]]
+    rows: tuple[ModuleDifference, ...]
+    tolerance_source: str
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative difference that passes anywhere; 0 where only equality does."""
+        return max(row.tolerance for row in self.rows)
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first module whose output is not the reference's bit for bit, within tolerance or
+        not; None where there is none."""
+        return next((row.name for row in self.rows if not row.equal or not row.passed), None)
+
+    @property
+    def worst(self) -> ModuleDifference:
+        """A row that did not pass if there is one, and among those the largest relative
+        difference."""
+        return max(self.rows, key=lambda row: (not row.passed, _size(row.relative)))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row did."""
+        return all(row.passed for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as what ``json.dumps(..., allow_nan=False)`` takes; infinite and undefined
+        numbers as text."""
+        summary = {
+            "passed": self.passed,
+            "first_difference": self.first_difference,
+            "tolerance": self.tolerance,
+            "worst": self.worst,
+        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _plain(value) for name, value in (fields | summary).items()}
+
+
+def check(
+    path: Weights,
+    *,
+    component: str | None = None,
+    against: str = "diffusers",
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    batch: int = 1,
+) -> ParityReport:
+    """Builds a file's network twice, by sdconv and by a reference, and compares every module.
+
+    On the CPU float32 and float64 must agree bit for bit. Elsewhere rounding differs from kernel to
+    kernel, and the tolerance is derived from the reference's own error against float64
+    (``sdconv.parity.compare`` has the formula).
+
+    Args:
+        path, component, family: as for ``sdconv.load``.
+        against: ``"diffusers"``.
+        dtype: what both compute in; None for float32.
+        device: ``"cpu"`` or ``"cuda"``.
+        size: rows and columns of the picture; None for 96 x 128.
+        seed: of the picture and the latents, standard normal both.
+        batch: pictures at once.
+
+    Raises:
+        InputError: an argument has no such value, or the device is not there.
+        SdconvError: the reference has no such network; or the file cannot be opened, as for
+            ``sdconv.load``.
+    """
+    dtype = dtype or torch.float32
+    device = _device(device)
+    shape = (batch, *(size or DEFAULT_SIZE))
+    if len(shape) != 3 or any(type(number) is not int or number < 1 for number in shape):
+        raise InputError(
+            "no such batch of pictures",
+            where="batch, size",
+            expected="positive numbers: of pictures, of rows and columns",
+            got=shape,
+        )
+    if against != "diffusers":
+        raise InputError(
+            "no such reference", where="against", expected="'diffusers'", got=repr(against)
+        )
+    ours = load(path, component, dtype=dtype, device=device, family=family)
+    other = _reference(path, component, family, dtype)
+    exact = device.type == "cpu" and dtype in _EXACT
+    truth = None if exact else copy.deepcopy(other.network).double()
+    inputs = _inputs(ours, shape, seed, dtype, device)
+    return ParityReport(
+        label=other.label,
+        component=other.component,
+        class_name=ours.config.class_name,
+        against=other.version,
+        conversion=other.conversion,
+        dtype=_short(dtype),
+        device=str(device),
+        input_shapes={method: tuple(x.shape) for method, (x,) in inputs.items()},
+        rows=compare(ours, other.network.to(device), inputs, truth=truth),
+        tolerance_source=_EQUAL if exact else _NEAR.format(dtype=_short(dtype)),
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Another library's network of a file, on the CPU; whose it is, how the file's names became its
+    names, and where it was found."""
+
+    network: nn.Module
+    version: str
+    conversion: str
+    label: str
+    component: str
+
+
+def _reference(
+    path: Weights, component: str | None, family: str | None, dtype: torch.dtype
+) -> _Reference:
+    from sdconv.integrations.peers import VERSION, peer
+
+    # sdconv.load has opened the same before: the component is there, and is the only one if unnamed
+    parts = {k: v for k, v in pipeline_parts(path).items() if component in (None, k)}
+    with open_source(next(iter(parts.values()), path)) as source:
+        view = SourceView(source)
+        (one,) = (one for one in view.identify(family) if component in (None, one.component))
+        prefix = one.found.prefix
+        tensors = {
+            name.removeprefix(prefix): t.to(dtype) if t.is_floating_point() else t
+            for name, t in ((n, view.tensor(n)) for n in view.shapes if _belongs(n, prefix))
+        }
+        network, conversion = peer(one.config, source.config, tensors, one.found.layout)
+    return _Reference(network, VERSION, conversion, source.label, one.component)
+
+
+def _belongs(name: str, prefix: str) -> bool:
+    """Whether a tensor is the autoencoder's: its losses and what stands beside it are not."""
+    rest = name.removeprefix(prefix)
+    roots = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")
+    return name.startswith(prefix) and rest.removeprefix("taesd_").startswith(roots)
+
+
+def _inputs(
+    network: Network,
+    shape: tuple[int, int, int],
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Inputs:
+    if not isinstance(network, Autoencoder):
+        raise InputError("only autoencoders are compared", where="component")
+    batch, height, width = shape
+    stride, config = network.downscale, network.config
+    picture = (batch, config["in_channels"], height, width)
+    latents = (
+        batch,
+        config["latent_channels"],
+        max(1, height // stride),
+        max(1, width // stride),
+    )
+    random = torch.Generator().manual_seed(seed)
+    return {
+        method: (torch.randn(size, generator=random).to(device, dtype),)
+        for method, size in (("encode", picture), ("decode", latents))
+    }
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InputError("no such device", where="device", expected="cpu or cuda", got=device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "this torch sees no CUDA device",
+            where="device",
+            expected="a GPU and a build of torch for it",
+            got=f"torch {torch.__version__}",
+            fix="compare on the CPU: device='cpu'",
+        )
+    return found
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(relative: float) -> float:
+    return math.inf if math.isnan(relative) else relative
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case ModuleDifference():
+            return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
+        case dict():
+            return {k: _plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    return value
