@@ -62,7 +62,9 @@ def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Pa
         return write_folder(tensors, model.config, path)
     if layout == "original":
         tensors = original_tensors(tensors, model.config)
-    write_tensors(tensors, path, {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_json())})
+    # one entry only: safetensors writes several in any order, and the same network should
+    # give the same bytes
+    write_tensors(tensors, path, {CONFIG_KEY: json.dumps(model.config.to_json())})
     return [path]
 
 

@@ -107,10 +107,8 @@ class AutoencoderKLFlux2Config(Config):
         "patch_size": (2, 2),
     }
     constant: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
-    # diffusers' pipelines write force_upcast beside this class's own fields
-    derived: ClassVar[frozenset[str]] = frozenset(
-        {"down_block_types", "up_block_types", "force_upcast"}
-    )
+    derived: ClassVar[frozenset[str]] = frozenset({"down_block_types", "up_block_types"})
+    unused: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
 
     in_channels: int
     out_channels: int
@@ -148,10 +146,6 @@ class AutoencoderKLFlux2Config(Config):
     @property
     def up_block_types(self) -> tuple[str, ...]:
         return ("UpDecoderBlock2D",) * len(self.decoder_channels)
-
-    @property
-    def force_upcast(self) -> bool:
-        return True
 
     @property
     def decoder_channels(self) -> tuple[int, ...]:
@@ -194,6 +188,7 @@ class AutoencoderTinyConfig(Config):
         "upsampling_scaling_factor": 2,
     }
     derived: ClassVar[frozenset[str]] = frozenset({"block_out_channels"})
+    extensions: ClassVar[frozenset[str]] = frozenset({"encoder_stem_channels", "use_midblock_gn"})
 
     in_channels: int
     out_channels: int

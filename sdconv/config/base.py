@@ -29,8 +29,12 @@ class Config(Mapping[str, Any]):
     assumed: ClassVar[Mapping[str, Any]] = {}
     # keys of a config.json that have one value in the networks built here; another value is refused
     constant: ClassVar[Mapping[str, Any]] = {}
-    # keys of a config.json that follow from other fields, or that no network reads
+    # keys of a config.json that follow from other fields
     derived: ClassVar[frozenset[str]] = frozenset()
+    # keys of a config.json that this network has no use for
+    unused: ClassVar[frozenset[str]] = frozenset()
+    # fields unknown to diffusers, which are written only where they say something
+    extensions: ClassVar[frozenset[str]] = frozenset()
 
     def __getitem__(self, key: str) -> Any:
         if key in self._keys():
@@ -54,7 +58,9 @@ class Config(Mapping[str, Any]):
 
     def to_json(self) -> dict[str, Any]:
         """The content of a ``config.json`` that diffusers reads."""
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in self.items()}
+        silent = {k for k in self.extensions if self[k] == self.assumed[k]}
+        kept = {k: v for k, v in self.items() if k not in silent}
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
         return {"_class_name": self.class_name, **lists}
 
     @classmethod
@@ -80,7 +86,7 @@ class Config(Mapping[str, Any]):
                     fix="sdconv does not build this variant; use diffusers for it",
                 )
         fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = set(given) - fields - set(cls.constant) - cls.derived
+        unknown = set(given) - fields - set(cls.constant) - cls.derived - cls.unused
         if unknown:
             warnings.warn(
                 f"{where}: unknown fields are passed over: {', '.join(sorted(unknown))}",
