@@ -1,7 +1,7 @@
 # Python >= 3.11, git and make are all that a machine needs: every target sets up .venv itself.
 PYTHON ?= python3
 # processes that share the tests (pytest -n); 0 is one process, without pytest-xdist
-WORKERS ?= 0
+WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
