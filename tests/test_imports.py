@@ -70,7 +70,7 @@ def arrows(sources: dict[str, str]) -> Iterator[Arrow]:
 def _in_tree(
     node: ast.AST, name: str, package: str, sources: dict[str, str], lazy: bool
 ) -> Iterator[Arrow]:
-    for target in _targets(node, package, sources):
+    for target in dict.fromkeys(_targets(node, package, sources)):
         yield Arrow(name, target, getattr(node, "lineno", 0), lazy)
     lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     for child in ast.iter_child_nodes(node):
