@@ -1,0 +1,346 @@
+"""A source of weights: named tensors from files, a folder or memory, known before they are read.
+
+What everything behind it works on. A source is one or more files (a state dict in memory counts as
+one). Each file keeps its own names, since the two halves of a tiny autoencoder both number their
+layers from 0; only who asks the whole source for its entries says that it is one network, and
+then a name in two files is an error.
+
+    with open_source("vae/diffusion_pytorch_model.safetensors") as source:
+        source.shapes                               # from the header alone
+        source.tensor("decoder.conv_in.weight")     # memory-mapped, not copied
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+
+from sdconv.checkpoint.files import as_path, os_errors, read_json, short
+from sdconv.checkpoint.folder import components_in, is_pipeline, weights_in
+from sdconv.checkpoint.header import TensorInfo, read_header
+from sdconv.checkpoint.pickles import PICKLE_SUFFIXES, read_pickle
+from sdconv.errors import CheckpointError, InputError
+
+__all__ = ["TORCH_DTYPES", "Source", "SourceFile", "components_in", "open_source"]
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "BOOL": torch.bool,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+        "I16": torch.int16,
+        "U16": torch.uint16,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I32": torch.int32,
+        "U32": torch.uint32,
+        "F32": torch.float32,
+        "I64": torch.int64,
+        "U64": torch.uint64,
+        "F64": torch.float64,
+        "C64": torch.complex64,
+    }
+)
+"""Safetensors' dtype names that are one torch dtype each: all but F4 (two to a byte) and F6."""
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class SourceFile(ABC):
+    """The tensors of one file, or of one state dict in memory.
+
+    ``label`` names it in messages; ``entries`` are its tensors by name, ``metadata`` what the file
+    says of itself.
+    """
+
+    label: str
+    entries: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of that name, in the file's dtype.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, or torch has no such dtype.
+        """
+        if name not in self.entries:
+            raise CheckpointError(
+                f"holds no tensor {short(name)}",
+                where=self.label,
+                expected=f"one of its {len(self.entries)} names, such as "
+                f"{short(next(iter(self.entries), None))}",
+            )
+        return self._read(name)
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """Let go of the file; tensors read so far stay valid."""
+
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsFile(SourceFile):
+    """A safetensors file: its tensors are views of one private mapping of the file."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self.label = str(path)
+        self.entries = header.tensors
+        self.metadata = header.metadata
+        self._path = path
+        self._handle: Any = None
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.__exit__(None, None, None)
+            self._handle = None
+
+    def _read(self, name: str) -> torch.Tensor:
+        try:
+            if self._handle is None:
+                self._handle = safe_open(self._path, framework="pt", device="cpu")
+            tensor: torch.Tensor = self._handle.get_tensor(name)
+        except Exception as error:  # the file changed meanwhile, or torch has no such dtype
+            raise CheckpointError(
+                f"tensor {short(name)} cannot be read",
+                where=self.label,
+                expected=f"a dtype of torch ({', '.join(TORCH_DTYPES)})",
+                got=f"{self.entries[name].dtype}: {error}",
+                fix="convert the file to another dtype, or check that nothing is writing to it",
+            ) from error
+        return tensor
+
+
+class TensorsFile(SourceFile):
+    """Tensors that are already there: a pickle's, or a caller's state dict."""
+
+    def __init__(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.label = label
+        self.entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
+        self.metadata: Mapping[str, str] = {}
+        self._tensors = tensors
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name].detach()
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"tensor {short(name)} is on the meta device and has no values",
+                where=self.label,
+                expected="a tensor on the CPU or a GPU",
+            )
+        return tensor
+
+
+class Source:
+    """Named tensors from one or more files; a context manager that closes them.
+
+    ``label`` names the source in messages, ``files`` are its parts, ``config`` is a component
+    folder's parsed ``config.json`` (None where there is none).
+    """
+
+    def __init__(
+        self, label: str, files: Sequence[SourceFile], config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.label = label
+        self.files = tuple(files)
+        self.config = config
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; tensors read so far stay valid."""
+        for file in self.files:
+            file.close()
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of every file by its name, as the parts of one network.
+
+        Raises:
+            CheckpointError: two files hold a tensor of the same name.
+        """
+        return {name: file.entries[name] for name, file in self._owners.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name. Raises: as ``entries``."""
+        return {name: info.shape for name, info in self.entries.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files say of themselves; where they differ, the first file's word."""
+        merged: dict[str, str] = {}
+        for file in reversed(self.files):
+            merged.update(file.metadata)
+        return merged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for file in self.files for info in file.entries.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in the file's dtype (fp8 as ``torch.float8_*``).
+
+        On the CPU, memory-mapped and not copied, from a file (but for pickles of torch's oldest
+        format and compressed ones, which are read when opened); where the caller has it, from a
+        state dict. Writing to it does not reach the file.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, torch has no such dtype, or two
+                files claim a name.
+        """
+        owner = self._owners.get(name)
+        if owner is None:
+            raise CheckpointError(
+                f"holds no tensor {short(name)}",
+                where=self.label,
+                expected=f"one of its {len(self._owners)} names",
+            )
+        return owner.tensor(name)
+
+    @cached_property
+    def _owners(self) -> dict[str, SourceFile]:
+        owners: dict[str, SourceFile] = {}
+        for file in self.files:
+            for name in file.entries:
+                if name in owners:
+                    raise CheckpointError(
+                        f"tensor {short(name)} stands in two files of one network",
+                        where=self.label,
+                        expected="every name in one file",
+                        got=f"{owners[name].label} and {file.label}",
+                        fix="give only the files that belong together",
+                    )
+                owners[name] = file
+        return owners
+
+
+def open_source(
+    path_or_paths: str | Path | Sequence[str | Path] | Mapping[str, torch.Tensor],
+) -> Source:
+    """Open weights: a file, a component's folder, a list of files, or a state dict in memory.
+
+    Headers are read, tensors are not; nothing outside of what is named is opened, and nothing is
+    fetched. A file whose name ends in ``PICKLE_SUFFIXES`` is read as a torch checkpoint, by
+    ``read_pickle``; any other as safetensors.
+
+    Raises:
+        CheckpointError: something cannot be read, is no weights, or a folder's index and its
+            shards disagree; a folder is a whole pipeline (see ``components_in``).
+        InputError: the argument is none of these four.
+    """
+    match path_or_paths:
+        case str() | Path():
+            path = as_path(path_or_paths)
+            with os_errors(path):
+                is_folder = path.is_dir()
+            return _open_folder(path) if is_folder else Source(str(path), [_open_file(path)])
+        case Mapping():
+            return Source("state dict in memory", [_in_memory(path_or_paths)])
+        case Sequence() if path_or_paths and not isinstance(path_or_paths, bytes | bytearray):
+            paths = [as_path(path) for path in path_or_paths]
+            return Source(", ".join(map(str, paths)), [_open_file(path) for path in paths])
+    raise InputError(
+        "no weights",
+        expected="a path, a list of one path or more, or a dict of tensors by name",
+        got=short(path_or_paths),
+    )
+
+
+def _open_file(path: Path) -> SourceFile:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return TensorsFile(str(path), read_pickle(path))
+    return SafetensorsFile(path)
+
+
+def _open_folder(folder: Path) -> Source:
+    if is_pipeline(folder):
+        raise _is_pipeline(folder, components_in(folder))
+    try:
+        weights = weights_in(folder)
+    except CheckpointError:
+        if components := components_in(folder):
+            raise _is_pipeline(folder, components) from None
+        raise
+    files = {path: _open_file(path) for path in weights.files}
+    if weights.weight_map is not None:
+        _check_index(folder, files, weights.weight_map)
+    config = folder / "config.json"
+    with os_errors(config):
+        has_config = config.exists()
+    return Source(str(folder), list(files.values()), read_json(config) if has_config else None)
+
+
+def _is_pipeline(folder: Path, components: Mapping[str, Path]) -> CheckpointError:
+    return CheckpointError(
+        "is a whole pipeline, not one component",
+        where=folder,
+        expected="the folder of one component",
+        got=f"subfolders with weights: {', '.join(components) or 'none'}",
+        fix="name the subfolder, or the component=",
+    )
+
+
+def _check_index(
+    folder: Path, files: Mapping[Path, SourceFile], weight_map: Mapping[str, Path]
+) -> None:
+    """An index and its shards must say the same of every tensor."""
+    for name, path in weight_map.items():
+        if name not in files[path].entries:
+            raise CheckpointError(
+                f"its index puts tensor {short(name)} into a shard that does not hold it",
+                where=folder,
+                expected=f"{short(name)} in {path.name}",
+                fix="download index and shards again, from the same revision",
+            )
+    for path, file in files.items():
+        for name in file.entries:
+            if weight_map.get(name) != path:
+                raise CheckpointError(
+                    f"a shard holds tensor {short(name)}, which its index does not put there",
+                    where=folder,
+                    expected=f"{short(name)} listed for {path.name}",
+                    fix="download index and shards again, from the same revision",
+                )
+
+
+def _in_memory(tensors: Mapping[Any, Any]) -> TensorsFile:
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise InputError(
+                "a state dict holds what is no tensor by a name",
+                where="state dict in memory",
+                expected="torch.Tensor values by str names",
+                got=f"{short(name)}: {type(value).__name__}",
+                fix="pass the inner dict, such as checkpoint['state_dict']",
+            )
+    if not tensors:
+        raise InputError("an empty state dict", expected="tensors by name", got="no name")
+    return TensorsFile("state dict in memory", tensors)
+
+
+def _entry(name: str, tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
+        start=0,
+        end=tensor.numel() * tensor.element_size(),
+    )
