@@ -25,13 +25,14 @@ LAYERS = (
     ("checkpoint.keys", "checkpoint.keys_unet"),
     ("checkpoint.write",),  # before infer, which reads the configs that it writes
     ("checkpoint.find", "checkpoint.infer", "checkpoint.infer_unet"),
-    ("network", "outputs", "blocks"),
+    ("network", "outputs", "blocks", "unet_blocks"),
     ("vae", "tiny", "unet"),
     ("checkpoint.load", "checkpoint.save"),
     ("anatomy", "inspection", "latents", "parity", "images", "report", "fetch"),
     ("integrations",),
     ("",),  # sdconv/__init__.py itself, whose public names come from everywhere above
     ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
