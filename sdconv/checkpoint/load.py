@@ -4,7 +4,7 @@ connection."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from sdconv.checkpoint.files import os_errors
 from sdconv.checkpoint.find import is_bare_half, is_vae_projection, tiny_half
 from sdconv.checkpoint.infer import Identified, identify, warn_if_open
-from sdconv.checkpoint.source import Source, SourceFile, components_in, open_source
+from sdconv.checkpoint.source import (
+    TORCH_DTYPES,
+    Source,
+    SourceFile,
+    components_in,
+    open_source,
+)
 from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
 from sdconv.network import Network
 from sdconv.tiny import AutoencoderTiny
+from sdconv.unet import with_diffusers_transformers
 from sdconv.vae import AutoencoderKL, AutoencoderKLFlux2
 
 Weights = str | Path | Sequence[str | Path] | Mapping[str, Tensor]
@@ -25,6 +32,7 @@ BUILD: Mapping[str, Callable[..., Network]] = {
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderKLFlux2": AutoencoderKLFlux2,
     "AutoencoderTiny": AutoencoderTiny,
+    "UNet2DConditionModel": with_diffusers_transformers,
 }
 # one-byte floats are for storage: nothing computes in them
 _STORAGE_ONLY = frozenset(
@@ -63,7 +71,8 @@ def load(
         backend: ``"reference"``, torch's own operations in diffusers' order.
 
     Returns:
-        ``AutoencoderKL``, ``AutoencoderKLFlux2`` or ``AutoencoderTiny``.
+        ``AutoencoderKL``, ``AutoencoderKLFlux2``, ``AutoencoderTiny`` or ``UNet2DConditionModel``;
+        the last with diffusers' transformers in its slots, for which diffusers is imported.
 
     Raises:
         CheckpointError: what is there cannot be read as weights.
@@ -89,36 +98,37 @@ def load(
 
 
 class SourceView:
-    """A source's tensors by one set of names: two files of bare numbered layers get their halves'
-    names before them."""
+    """A source's tensors under names of one network each.
+
+    The two files of a tiny autoencoder's halves both number their layers from 0: their names here
+    begin with ``encoder.`` and ``decoder.``, which their shapes tell.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._homes: dict[str, Callable[[], Tensor]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
         files = source.files
         if len(files) > 1 and all(is_bare_half(_shapes(file)) for file in files):
-            halves = [tiny_half(_shapes(file)) for file in files]
-            if len(files) > 2 or len(set(halves)) < 2:
-                raise UnknownNetworkError(
-                    "these files are not the two halves of a tiny autoencoder",
-                    where=source.label,
-                    expected="one encoder and one decoder",
-                    got=" and ".join(f"{f.label}: {h}" for f, h in zip(files, halves, strict=True)),
-                )
-            for half, file in zip(halves, files, strict=True):
-                self.shapes |= {f"{half}.{name}": shape for name, shape in _shapes(file).items()}
-                self._homes |= {
-                    f"{half}.{name}": lambda file=file, name=name: file.tensor(name)  # type: ignore[misc]
-                    for name in file.entries
-                }
+            self._homes = _named_halves(source)
         else:
-            self.shapes = dict(source.shapes)
+            # asked for as a whole, a source refuses a name that stands in two files
+            names = list(source.entries)
+            owners = {name: file for file in files for name in file.entries}
+            self._homes = {name: (owners[name], name) for name in names}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name."""
+        return {name: file.entries[own].shape for name, (file, own) in self._homes.items()}
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype, by safetensors' name for it."""
+        file, own = self._homes[name]
+        return file.entries[own].dtype
 
     def tensor(self, name: str) -> Tensor:
         """The tensor on the CPU, mapped where the file allows it."""
-        home = self._homes.get(name)
-        return home() if home is not None else self.source.tensor(name)
+        file, own = self._homes[name]
+        return file.tensor(own)
 
     def identify(self, family: str | None) -> list[Identified]:
         """The networks in it."""
@@ -129,6 +139,23 @@ class SourceView:
             config=self.source.config,
             where=self.source.label,
         )
+
+
+def _named_halves(source: Source) -> dict[str, tuple[SourceFile, str]]:
+    halves = [tiny_half(_shapes(file)) for file in source.files]
+    if sorted(halves) != ["decoder", "encoder"]:
+        pairs = zip(source.files, halves, strict=True)
+        raise UnknownNetworkError(
+            "these files are not the two halves of a tiny autoencoder",
+            where=source.label,
+            expected="one encoder and one decoder",
+            got=" and ".join(f"{file.label}: {half}" for file, half in pairs),
+        )
+    return {
+        f"{half}.{name}": (file, name)
+        for half, file in zip(halves, source.files, strict=True)
+        for name in file.entries
+    }
 
 
 def _shapes(file: SourceFile) -> dict[str, tuple[int, ...]]:
@@ -234,7 +261,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     names = chosen.found.names
     if dtype is None:
-        dtype = _common_dtype(view.tensor(name) for name in names.values())
+        dtype = _common_dtype({view.dtype(name) for name in names.values()})
     state = {}
     for canonical, blank in network.state_dict().items():
         if canonical not in names:
@@ -247,11 +274,12 @@ def _tensors(
     return state
 
 
-def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The widest of the tensors' floating-point dtypes; one-byte floats count as float32."""
-    dtypes = {
-        torch.float32 if t.dtype in _STORAGE_ONLY else t.dtype
-        for t in tensors
-        if t.is_floating_point()
+def _common_dtype(names: Iterable[str]) -> torch.dtype:
+    """The widest of some floating-point dtypes; one-byte floats count as float32."""
+    stored = {TORCH_DTYPES[name] for name in names if name in TORCH_DTYPES}
+    floats = {
+        torch.float32 if dtype in _STORAGE_ONLY else dtype
+        for dtype in stored
+        if dtype.is_floating_point
     }
-    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+    return reduce(torch.promote_types, floats) if floats else torch.float32
