@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdconv.checkpoint.keys_unet import how_many
+from sdconv.checkpoint.reading import Reading
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import NORM_NUM_GROUPS
 from sdconv.config.unet import (
@@ -29,17 +30,7 @@ Own = Mapping[str, tuple[int, ...]]
 ADDED_TIME_DIM = 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class UNetRead:
-    """A config, its family and what decided that, as in ``sdconv.checkpoint.infer.Identified``."""
-
-    config: UNet2DConditionConfig
-    family: str
-    evidence: str
-    open_to: tuple[str, ...]
-
-
-def read_unet(own: Own, family: str | None = None) -> UNetRead:
+def read_unet(own: Own, family: str | None = None) -> Reading:
     """The config of a U-Net.
 
     Args:
@@ -105,7 +96,7 @@ def read_unet(own: Own, family: str | None = None) -> UNetRead:
     unsure = (
         family is None and facts.head_channels and any(c % facts.head_channels for c in channels)
     )
-    return UNetRead(
+    return Reading(
         config=config,
         family=name,
         evidence=evidence,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.checkpoint.files import os_errors
-from sdconv.checkpoint.find import is_bare_half, is_vae_projection, tiny_half
+from sdconv.checkpoint.find import find_networks, is_bare_half, is_vae_projection, tiny_half
 from sdconv.checkpoint.infer import Identified, identify, warn_if_open
 from sdconv.checkpoint.source import (
     TORCH_DTYPES,
@@ -86,7 +86,10 @@ def load(
     _check_arguments(dtype, backend)
     with open_source(_component_path(path, component)) as source:
         view = SourceView(source)
-        chosen = _chosen(view.identify(family), component, source.label)
+        names = {found.component: found for found in find_networks(view.shapes)}
+        if names:
+            component = _one_of(names, component, source.label)
+        (chosen,) = view.identify(family, component)
         warn_if_open(chosen)
         with torch.device("meta"):
             network = BUILD[chosen.found.kind](chosen.config)
@@ -130,12 +133,13 @@ class SourceView:
         file, own = self._homes[name]
         return file.tensor(own)
 
-    def identify(self, family: str | None) -> list[Identified]:
-        """The networks in it."""
+    def identify(self, family: str | None, component: str | None = None) -> list[Identified]:
+        """The networks in it, or only the one that is asked for."""
         return identify(
             self.shapes,
             metadata=self.source.metadata,
             family=family,
+            component=component,
             config=self.source.config,
             where=self.source.label,
         )
@@ -197,11 +201,6 @@ def _component_path(path: Weights, component: str | None) -> Weights:
     """The component's own folder where ``path`` is a whole pipeline's."""
     parts = pipeline_parts(path)
     return parts[_one_of(parts, component, path)] if parts else path
-
-
-def _chosen(identified: list[Identified], component: str | None, where: object) -> Identified:
-    by_name = {one.component: one for one in identified}
-    return by_name[_one_of(by_name, component, where)]
 
 
 def _one_of(known: Mapping[str, object], component: str | None, where: object) -> str:

@@ -1,0 +1,141 @@
+"""A tiny autoencoder's shapes to its config: its layers are walked in order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sdconv.checkpoint.reading import Reading, built
+from sdconv.config import AutoencoderTinyConfig
+from sdconv.errors import WeightsMismatchError
+
+Own = Mapping[str, tuple[int, ...]]
+
+TINY_FAMILIES = ("taesd", "taesdxl", "taesd3", "taef1", "taef2", "taesana")
+
+
+def read_tiny(own: Own, family: str | None = None) -> Reading:
+    """The config of a tiny autoencoder, or of one half of it.
+
+    Args:
+        own: shape of each of its tensors, by diffusers' names.
+        family: one of ``TINY_FAMILIES``, where the caller knows it; no number depends on it.
+
+    Raises:
+        WeightsMismatchError: a layer is incomplete, or the halves are of different networks.
+    """
+    encoder = _tiny_layers(own, "encoder")
+    decoder = _tiny_layers(own, "decoder")
+    assumed = AutoencoderTinyConfig.assumed
+    stem, encoder_channels, encoder_blocks = _tiny_encoder(encoder)
+    decoder_channels, decoder_blocks = _tiny_decoder(decoder)
+    latent = decoder[0].shape[1] if decoder else encoder[-1].shape[0]
+    if encoder and decoder and encoder[-1].shape[0] != latent:
+        raise WeightsMismatchError(
+            "encoder and decoder are of different autoencoders",
+            expected=f"{latent} latent channels, the decoder's",
+            got=f"{encoder[-1].shape[0]} out of the encoder",
+            fix="load the two halves of one autoencoder",
+        )
+    pooled = any(layer.pooled for layer in (*encoder, *decoder))
+    config = built(
+        AutoencoderTinyConfig,
+        in_channels=encoder[0].shape[1] if encoder else 3,
+        out_channels=decoder[-1].shape[0] if decoder else 3,
+        encoder_block_out_channels=encoder_channels,
+        decoder_block_out_channels=decoder_channels,
+        num_encoder_blocks=encoder_blocks,
+        num_decoder_blocks=decoder_blocks,
+        latent_channels=latent,
+        encoder_stem_channels=stem,
+        use_midblock_gn=pooled,
+        latent_magnitude=assumed["latent_magnitude"],
+        latent_shift=assumed["latent_shift"],
+        force_upcast=assumed["force_upcast"],
+        scaling_factor=assumed["scaling_factor"],
+        shift_factor=assumed["shift_factor"],
+    )
+    if family is not None:
+        return Reading(config=config, family=family, evidence="the caller's word")
+    name = (
+        "taef2"
+        if pooled
+        else "taesana"
+        if stem or len(decoder_blocks) == 6
+        else {4: "taesd or taesdxl", 16: "taesd3 or taef1"}.get(latent, "taesd-like")
+    )
+    # these families differ in no number, so nothing is left open
+    return Reading(config=config, family=name, evidence="layers and latent channels")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a tiny autoencoder: its first convolution's shape and what it is."""
+
+    shape: tuple[int, ...]
+    block: bool
+    biased: bool
+    pooled: bool
+
+
+def _tiny_layers(own: Own, half: str) -> list[_Layer]:
+    """The layers of one half that have weights, in order; empty where that half is absent."""
+    numbers = {int(m[1]) for name in own if (m := re.match(rf"{half}\.layers\.(\d+)\.", name))}
+    layers = []
+    for number in sorted(numbers):
+        at = f"{half}.layers.{number}."
+        shape = own.get(at + "conv.0.weight") or own.get(at + "weight")
+        if shape is None or len(shape) != 4:
+            raise WeightsMismatchError(
+                "a layer of the tiny autoencoder is incomplete",
+                where=at.removesuffix("."),
+                expected="a 3x3 convolution or a block of three",
+                got=", ".join(k for k in own if k.startswith(at)),
+            )
+        layers.append(
+            _Layer(
+                shape=shape,
+                block=at + "conv.0.weight" in own,
+                biased=at + "bias" in own,
+                pooled=at + "pool.0.weight" in own,
+            )
+        )
+    if layers and (layers[0].block or layers[-1].block or len(layers) < 3):
+        raise WeightsMismatchError(
+            "the tiny autoencoder is incomplete",
+            where=half,
+            expected="a convolution at each end and blocks between",
+            got=f"{len(layers)} layers with weights",
+        )
+    return layers
+
+
+def _tiny_encoder(
+    layers: list[_Layer],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Stem channels, channels and number of blocks of each stage."""
+    if not layers:
+        return (), (), ()
+    body = layers[:-1]
+    stem = [layer.shape[0] for layer in body if layer.biased and not layer.block]
+    channels, blocks = _stages(stem[-1], body)
+    # a stem of one convolution is the plain one, at stride 1; the strided stem has several
+    return tuple(stem) if len(stem) > 1 else (), channels, blocks
+
+
+def _tiny_decoder(layers: list[_Layer]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and number of blocks of each stage."""
+    return _stages(layers[0].shape[0], layers[:-1]) if layers else ((), ())
+
+
+def _stages(first: int, layers: list[_Layer]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Stages begin at convolutions without bias: those at stride 2, and those after a doubling."""
+    channels, blocks = [first], [0]
+    for layer in layers:
+        if layer.block:
+            blocks[-1] += 1
+        elif not layer.biased:
+            channels.append(layer.shape[0])
+            blocks.append(0)
+    return tuple(channels), tuple(blocks)
