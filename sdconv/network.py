@@ -26,7 +26,7 @@ class Recomputed(nn.Module):
 
     gradient_checkpointing: bool = False
 
-    def call(self, part: nn.Module, *args: Any) -> Any:
+    def call(self, part: Callable[..., Any], *args: Any) -> Any:
         """Runs ``part(*args)``, through ``torch.utils.checkpoint`` while gradient checkpointing is
         on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():

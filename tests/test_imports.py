@@ -25,7 +25,7 @@ LAYERS = (
     ("checkpoint.keys", "checkpoint.keys_unet"),
     ("checkpoint.write",),  # before infer, which reads the configs that it writes
     ("checkpoint.find", "checkpoint.infer", "checkpoint.infer_unet"),
-    ("network", "outputs", "blocks", "unet_blocks"),
+    ("network", "outputs", "blocks", "unet_blocks", "unet_inputs"),
     ("vae", "tiny", "unet"),
     ("checkpoint.load", "checkpoint.save"),
     ("anatomy", "inspection", "latents", "parity", "images", "report", "fetch"),

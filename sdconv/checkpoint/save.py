@@ -9,8 +9,14 @@ from torch import Tensor
 
 from sdconv.checkpoint.find import is_vae_projection
 from sdconv.checkpoint.keys import FLUX2_RULES, VAE_RULES, KeyMap, tiny_original
+from sdconv.checkpoint.keys_unet import UNetKeys, keys_of_canonical
 from sdconv.checkpoint.write import CONFIG_KEY, write_folder, write_tensors
-from sdconv.config import AutoencoderKLFlux2Config, AutoencoderTinyConfig, Config
+from sdconv.config import (
+    AutoencoderKLFlux2Config,
+    AutoencoderTinyConfig,
+    Config,
+    UNet2DConditionConfig,
+)
 from sdconv.errors import InputError
 from sdconv.network import Network
 
@@ -79,8 +85,12 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
     if isinstance(config, AutoencoderTinyConfig):
         halves = {tiny_original(name): tensor for name, tensor in tensors.items()}
         return {".".join(name): tensor for name, tensor in halves.items() if name}
-    rules = FLUX2_RULES if isinstance(config, AutoencoderKLFlux2Config) else VAE_RULES
-    keymap = KeyMap(rules, len(config["block_out_channels"]))
+    keymap: KeyMap | UNetKeys
+    if isinstance(config, UNet2DConditionConfig):
+        keymap = keys_of_canonical(tensors)
+    else:
+        rules = FLUX2_RULES if isinstance(config, AutoencoderKLFlux2Config) else VAE_RULES
+        keymap = KeyMap(rules, len(config["block_out_channels"]))
     result = {}
     for name, tensor in tensors.items():
         original = keymap.original(name)

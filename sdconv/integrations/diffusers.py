@@ -1,0 +1,72 @@
+"""diffusers' own transformers in the U-Net's slots, and what lets its loaders work on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import diffusers
+from diffusers.loaders import PeftAdapterMixin, UNet2DConditionLoadersMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.utils.peft_utils import apply_lora_scale
+from torch import nn
+
+from sdconv import unet
+from sdconv.config import UNet2DConditionConfig
+from sdconv.unet_blocks import TransformerSlot
+
+
+def transformer(slot: TransformerSlot) -> nn.Module:
+    """diffusers' ``Transformer2DModel`` for a slot."""
+    made: nn.Module = Transformer2DModel(
+        slot.heads,
+        slot.channels // slot.heads,
+        in_channels=slot.channels,
+        num_layers=slot.depth,
+        cross_attention_dim=slot.cross_attention_dim,
+        norm_num_groups=slot.norm_num_groups,
+        use_linear_projection=slot.use_linear_projection,
+        only_cross_attention=slot.only_cross_attention,
+        upcast_attention=slot.upcast_attention,
+    )
+    return made
+
+
+class AdaptableConfig(UNet2DConditionConfig):
+    """A U-Net's config whose ``encoder_hid_dim_type`` may be set, as diffusers' IP-Adapter loader
+    does; as there, that is no part of what is written to ``config.json``."""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.constant[key] if key in self.constant else super().__getitem__(key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UNet2DConditionConfig) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+
+class UNet2DConditionModel(
+    unet.UNet2DConditionModel,
+    AttentionMixin,  # type: ignore[misc]
+    UNet2DConditionLoadersMixin,  # type: ignore[misc]
+    PeftAdapterMixin,  # type: ignore[misc]
+):
+    """sdconv's U-Net with diffusers' transformers in all slots, and the methods by which attention
+    processors, LoRA and IP-Adapters are put into diffusers' class.
+
+    Args:
+        config: read from a checkpoint by ``sdconv.infer``.
+    """
+
+    def __init__(self, config: UNet2DConditionConfig) -> None:
+        fields = {field.name: config[field.name] for field in dataclasses.fields(config)}
+        super().__init__(AdaptableConfig(**fields), transformer)
+
+    # takes a LoRA's scale out of cross_attention_kwargs
+    forward = apply_lora_scale("cross_attention_kwargs")(unet.UNet2DConditionModel.forward)
+    set_attention_slice = diffusers.UNet2DConditionModel.set_attention_slice
+    set_default_attn_processor = diffusers.UNet2DConditionModel.set_default_attn_processor
+    fuse_qkv_projections = diffusers.UNet2DConditionModel.fuse_qkv_projections
+    unfuse_qkv_projections = diffusers.UNet2DConditionModel.unfuse_qkv_projections

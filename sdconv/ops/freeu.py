@@ -1,0 +1,26 @@
+"""FreeU (Si et al. 2023, https://arxiv.org/abs/2309.11497): more of the backbone, less of the
+skips' low frequencies, on the way up of a U-Net."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fft import fftn, fftshift, ifftn, ifftshift
+
+
+def amplified(x: Tensor, factor: float) -> Tensor:
+    """``x`` ``(B, C, H, W)`` with the first half of its channels times ``factor``."""
+    half = x.shape[1] // 2
+    return torch.cat([x[:, :half] * factor, x[:, half:]], dim=1)
+
+
+def low_frequencies_scaled(x: Tensor, factor: float) -> Tensor:
+    """``x`` ``(B, C, H, W)`` with its lowest frequencies (0 and -1 cycles along each side) times
+    ``factor``; computed in float32."""
+    waves = fftshift(fftn(x.float(), dim=(-2, -1)), dim=(-2, -1))
+    row, column = waves.shape[-2] // 2, waves.shape[-1] // 2
+    mask = torch.ones(waves.shape, device=x.device)
+    mask[..., row - 1 : row + 1, column - 1 : column + 1] = factor
+    waves = ifftshift(waves * mask, dim=(-2, -1))
+    result: Tensor = ifftn(waves, dim=(-2, -1)).real.to(x.dtype)
+    return result
