@@ -1,0 +1,136 @@
+"""What opening a network touches on disk and takes in memory. Linux only: it reads /proc."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sdconv
+from sdconv.checkpoint.save import original_tensors
+from sdconv.config import AutoencoderKLConfig
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="needs Linux: it reads /proc/self/smaps"
+)
+
+MB = 1 << 20
+
+
+def whole_checkpoint(path: Path, channels: tuple[int, ...], beside: int) -> int:
+    """A file with a float32 VAE and ``beside`` bytes of another network before and after it.
+
+    The other network's bytes are a hole in the file. Returns the VAE's bytes.
+    """
+    config = AutoencoderKLConfig(
+        **{
+            **AutoencoderKLConfig.assumed,
+            "block_out_channels": channels,
+            "layers_per_block": 2,
+            "sample_size": 512,
+        }
+    )
+    torch.manual_seed(0)
+    tensors = original_tensors(sdconv.AutoencoderKL(config).state_dict(), config)
+    own = {f"first_stage_model.{k}": v.contiguous() for k, v in tensors.items()}
+    save_file(own, path)
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    body = data[8 + length :]
+    for entry in header.values():
+        entry["data_offsets"] = [offset + beside for offset in entry["data_offsets"]]
+    end = beside + len(body)
+    for name, start in (("a", 0), ("z", end)):
+        header[f"model.diffusion_model.{name}"] = {
+            "dtype": "U8",
+            "shape": [beside],
+            "data_offsets": [start, start + beside],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.seek(beside, 1)
+        file.write(body)
+        file.truncate(file.tell() + beside)
+    return len(body)
+
+
+CHILD = """
+import re, sys, threading, time
+import torch, sdconv, sdconv.checkpoint.load
+from pathlib import Path
+
+path, dtype = sys.argv[1], getattr(torch, sys.argv[2], None)
+config = sdconv.infer(sdconv.read_header(path).shapes, family="sd1")["vae"]
+with torch.device("meta"):
+    sdconv.AutoencoderKL(config)
+
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", text)[1]) * 1024
+
+def mapped():
+    text = Path("/proc/self/smaps").read_text()
+    mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", text)
+    own = [m for m in mappings if path in m.split("\\n")[0]]
+    return sum(int(re.search(r"Rss:\\s+(\\d+)", m)[1]) * 1024 for m in own)
+
+peak, touched, done = 0, 0, False
+def watch():
+    global peak, touched
+    while not done:
+        peak = max(peak, anonymous())
+        # the mapping goes when the last tensor that views it does
+        touched = max(touched, mapped())
+        time.sleep(0.0005)
+
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+vae = sdconv.load(path, dtype=dtype, component="vae", family="sd1")
+done = True
+thread.join()
+touched = max(touched, mapped())
+parameters = list(vae.parameters())
+sizes = [p.numel() * p.element_size() for p in parameters]
+print(max(peak, anonymous()) - before, touched, sum(sizes), max(sizes))
+"""
+
+
+def opened(path: Path, dtype: str) -> tuple[int, int, int, int]:
+    """Bytes: peak anonymous memory, the file's that were touched, weights, largest tensor."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path), dtype], check=True, capture_output=True, text=True
+    )
+    peak, touched, weights, largest = map(int, done.stdout.split())
+    return peak, touched, weights, largest
+
+
+@pytest.mark.parametrize("dtype", ["None", "float16", "float64"])
+def test_only_the_component_is_read(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    own = whole_checkpoint(path, (64, 128, 128), beside=512 * MB)
+    peak, touched, weights, largest = opened(path, dtype)
+    # the kernel maps the pages around each one that is used, 64 kB at most on either side
+    assert touched <= own + 8 * MB
+    assert peak <= (0 if dtype == "None" else weights) + largest + 60 * MB
+    if dtype != "None":
+        assert touched >= 0.5 * own, "the control: what is converted has been read"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["None", "float16", "float64"])
+def test_full_size_peak_memory(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    own = whole_checkpoint(path, (128, 256, 512, 512), beside=2048 * MB)
+    peak, touched, weights, largest = opened(path, dtype)
+    assert touched <= own + 16 * MB
+    assert peak <= (0 if dtype == "None" else weights) + largest + 60 * MB
