@@ -1,0 +1,529 @@
+"""The role of each convolution: its kernel, its share of the work, what it sees of the picture.
+
+The network runs on torch's meta device, where tensors have shapes and no values, and each operation
+is recorded as it passes: padding, strides and shortcuts are those of a real run.
+
+Multiplies are counted for one picture:
+
+- convolutions and linear layers: each weight once for each place where it is applied, zeros of the
+  padding included (multiply-accumulates, as torch's own counter has them);
+- attention: beside its linear layers its two matrix products, places * places * channels each;
+- GroupNorm: two for each value (the square for the variance, and the scaling);
+- SiLU: one for each value. ReLU, additions and nearest upsampling: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import groupby
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sdconv.blocks import (
+    AsymmetricDownsample2D,
+    Attention,
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+)
+from sdconv.checkpoint.load import BUILD
+from sdconv.config import Config
+from sdconv.errors import InputError
+from sdconv.network import Autoencoder
+from sdconv.ops.geometry import Window, conv_multiplies, pair
+from sdconv.tiny import TinyBlock
+
+ROLES = ("convolution", "attention", "normalisation", "activation", "upsampling")
+"""What an operation is there for."""
+
+LARGEST_SIDE = 1 << 16
+"""Rows or columns of the largest picture that is looked at."""
+
+_BLOCKS = (ResnetBlock2D, Attention, Downsample2D, AsymmetricDownsample2D, Upsample2D, TinyBlock)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One operation. Pairs are (rows, columns).
+
+    ``name``: of its module, with diffusers' names. ``block``: of the block that it is a part of.
+    ``path``: ``"encode"`` or ``"decode"``. ``role``: one of ``ROLES``. ``kernel`` and ``stride``:
+    of a convolution, else None. ``padding``: zeros above, below, left and right. ``in_size``,
+    ``out_size``: of the map.
+
+    ``receptive_field``: input pixels (latents, when decoding) that one output sees through the
+    convolutions. ``step``: input pixels from one output to the next, below 1 after upsampling.
+    ``sees_all``: an attention, here or before, lets every output see the whole map.
+    """
+
+    name: str
+    block: str
+    block_class: str
+    path: str
+    role: str
+    kernel: tuple[int, int] | None
+    stride: tuple[int, int] | None
+    padding: tuple[int, int, int, int]
+    in_channels: int
+    out_channels: int
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    parameters: int
+    multiplies: int
+    receptive_field: tuple[int, int]
+    step: tuple[Fraction, Fraction]
+    sees_all: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON has them; a step is text such as ``"1/2"``."""
+        return {**vars(self), "step": [str(step) for step in self.step]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Operations that belong together, such as a ResNet block's; ``layers`` in the order they
+    run."""
+
+    name: str
+    class_name: str
+    path: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def convolutions(self) -> tuple[Layer, ...]:
+        """Its convolutions."""
+        return tuple(layer for layer in self.layers if layer.role == "convolution")
+
+    @property
+    def main(self) -> Layer:
+        """Its first convolution, or else its first operation that is no normalisation."""
+        plain = [layer for layer in self.layers if layer.role != "normalisation"]
+        return (*self.convolutions, *plain, *self.layers)[0]
+
+    @property
+    def last(self) -> Layer:
+        """The operation with the widest view among those that set its output's size."""
+        return max(self.layers, key=lambda layer: (layer.sees_all, layer.receptive_field))
+
+    @property
+    def in_size(self) -> tuple[int, int]:
+        """Rows and columns of what goes in."""
+        return self.layers[0].in_size
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Rows and columns of what comes out."""
+        return self.layers[-1].out_size
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of what goes in."""
+        return self.layers[0].in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of what comes out."""
+        return self.layers[-1].out_channels
+
+    @property
+    def parameters(self) -> int:
+        """Of all its layers."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def multiplies(self) -> int:
+        """Of all its layers, for one picture."""
+        return sum(layer.multiplies for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """Counts of all operations of one role, and their shares of the network's."""
+
+    role: str
+    layers: int
+    parameters: int
+    multiplies: int
+    parameter_share: float
+    multiply_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """A network's operations at one size of picture, ``(rows, columns)``."""
+
+    class_name: str
+    latent_channels: int
+    size: tuple[int, int]
+    blocks: tuple[Block, ...]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every operation, in the order they run."""
+        return tuple(layer for block in self.blocks for layer in block.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole network."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def multiplies(self) -> int:
+        """For one picture, through the latents and back."""
+        return sum(layer.multiplies for layer in self.layers)
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the maps before and after the operation that has most: both are held at
+        once."""
+        return max(
+            prod((layer.in_channels, *layer.in_size)) + prod((layer.out_channels, *layer.out_size))
+            for layer in self.layers
+        )
+
+    def half(self, path: str) -> tuple[Block, ...]:
+        """The blocks of ``"encode"`` or ``"decode"``; none where the network lacks that half."""
+        return tuple(block for block in self.blocks if block.path == path)
+
+    @property
+    def totals(self) -> tuple[Total, ...]:
+        """One for each role that occurs, in the order of ``ROLES``."""
+        return tuple(
+            Total(
+                role=role,
+                layers=len(layers),
+                parameters=(parameters := sum(layer.parameters for layer in layers)),
+                multiplies=(multiplies := sum(layer.multiplies for layer in layers)),
+                parameter_share=parameters / self.parameters,
+                multiply_share=multiplies / self.multiplies,
+            )
+            for role in ROLES
+            if (layers := [layer for layer in self.layers if layer.role == role])
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``sdconv anatomy --json`` prints."""
+        return {
+            "class": self.class_name,
+            "latent_channels": self.latent_channels,
+            "size": self.size,
+            "parameters": self.parameters,
+            "multiplies": self.multiplies,
+            "totals": [vars(total) for total in self.totals],
+            "blocks": [
+                {
+                    "name": block.name,
+                    "class": block.class_name,
+                    "path": block.path,
+                    "parameters": block.parameters,
+                    "multiplies": block.multiplies,
+                    "in_size": block.in_size,
+                    "out_size": block.out_size,
+                    "in_channels": block.in_channels,
+                    "out_channels": block.out_channels,
+                    "layers": [layer.to_json() for layer in block.layers],
+                }
+                for block in self.blocks
+            ],
+        }
+
+
+def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
+    """What each layer of an autoencoder does to a picture; no weights are needed or read.
+
+    Args:
+        config: as ``sdconv.infer`` reads it from shapes.
+        size: rows and columns of the picture, or one number for both; at most ``LARGEST_SIDE``.
+
+    Raises:
+        InputError: a size that no picture has, or less than one latent.
+    """
+    rows, columns = pair("size", size, 1)
+    if max(rows, columns) > LARGEST_SIDE:
+        raise InputError(
+            "too large a picture",
+            where="size",
+            expected=f"at most {LARGEST_SIDE} rows and columns",
+            got=f"{rows}x{columns}",
+        )
+    with torch.device("meta"):
+        network = BUILD[config.class_name](config)
+    if not isinstance(network, Autoencoder):
+        raise InputError(
+            "only autoencoders are looked into",
+            where="component",
+            expected="vae",
+            got=config.class_name,
+        )
+    least = network.downscale
+    if min(rows, columns) < least:
+        raise InputError(
+            "too small a picture",
+            where="size",
+            expected=f"at least {least} rows and columns, which make one latent",
+            got=f"{rows}x{columns}",
+        )
+    layers: list[Layer] = []
+    with torch.no_grad():
+        if network.encoder is not None:
+            layers += _record(network, "encode", config["in_channels"], (rows, columns))
+        if network.decoder is not None:
+            latent = rows // least, columns // least
+            layers += _record(network, "decode", config["latent_channels"], latent)
+    return Anatomy(
+        class_name=config.class_name,
+        latent_channels=config["latent_channels"],
+        size=(rows, columns),
+        blocks=tuple(
+            Block(name=name, class_name=class_name, path=path, layers=tuple(group))
+            for (path, name, class_name), group in groupby(
+                layers, key=lambda layer: (layer.path, layer.block, layer.block_class)
+            )
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a tensor is: a map of (rows, columns), what its places see of the input, zeros around
+    it."""
+
+    size: tuple[int, int]
+    rows: Window
+    columns: Window
+    sees_all: bool = False
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def reach(self) -> tuple[bool, int, int]:
+        """What tells which of two views is the wider one."""
+        return self.sees_all, self.rows.size, self.columns.size
+
+
+def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int]) -> list[Layer]:
+    """The layers of ``network.encode`` or ``network.decode`` in the order they run."""
+    recorder = _Recorder(path)
+    x = torch.empty(1, channels, *size, device="meta")
+    recorder.views[id(x)] = x, _View(size, Window(), Window())
+    with recorder.naming(network), recorder:
+        getattr(network, path)(x)
+    return recorder.layers
+
+
+class _Recorder(TorchFunctionMode):
+    """Follows every tensor through torch's functions; ``layers`` grows as they run."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.layers: list[Layer] = []
+        # the tensor is kept beside its view, so that no other gets its id
+        self.views: dict[int, tuple[Tensor, _View]] = {}
+        self._modules: list[tuple[str, nn.Module]] = []
+
+    @contextmanager
+    def naming(self, network: nn.Module) -> Iterator[None]:
+        """Knows, as long as it lasts, which of the network's modules is running."""
+        handles = []
+        for name, module in network.named_modules():
+            here = (name, module)
+            handles += [
+                module.register_forward_pre_hook(lambda *_, here=here: self._modules.append(here)),
+                module.register_forward_hook(lambda *_: self._modules.pop() and None),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and (view := self._widest(args)):
+            follow = _FOLLOW.get(func)
+            if follow is not None:
+                view = follow(self, view, result, *args, **(kwargs or {}))
+            self.views[id(result)] = result, view
+        return result
+
+    def _widest(self, args: Iterable[Any]) -> _View | None:
+        """The view of the tensor among ``args`` that sees most: a bypass adds nothing to it."""
+        views = [
+            self.views[id(one)][1]
+            for arg in args
+            for one in (arg if isinstance(arg, tuple | list) else (arg,))
+            if id(one) in self.views
+        ]
+        return max(views, key=lambda view: view.reach, default=None)
+
+    def add(
+        self,
+        role: str,
+        before: _View,
+        after: _View,
+        *,
+        channels: tuple[int, int],
+        multiplies: int = 0,
+        weights: Iterable[Tensor | None] = (),
+        kernel: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    ) -> _View:
+        """Writes a layer down, under the name of the module that is running; gives ``after``."""
+        block, module = next(
+            (here for here in self._modules if isinstance(here[1], _BLOCKS)), self._modules[-1]
+        )
+        self.layers.append(
+            Layer(
+                name=self._modules[-1][0],
+                block=block,
+                block_class=type(module).__name__,
+                path=self.path,
+                role=role,
+                kernel=kernel,
+                stride=stride,
+                padding=padding,
+                in_channels=channels[0],
+                out_channels=channels[1],
+                in_size=before.size,
+                out_size=after.size,
+                parameters=sum(weight.numel() for weight in weights if weight is not None),
+                multiplies=multiplies,
+                receptive_field=(after.rows.size, after.columns.size),
+                step=(after.rows.stride, after.columns.stride),
+                sees_all=after.sees_all,
+            )
+        )
+        return after
+
+
+def _pad(_: _Recorder, view: _View, y: Tensor, x: Tensor, pad: tuple[int, ...], **__: Any) -> _View:
+    left, right, top, bottom = pad
+    return replace(view, padding=(top, bottom, left, right))
+
+
+def _conv2d(
+    recorder: _Recorder,
+    view: _View,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *_: object,
+) -> _View:
+    top, bottom, left, right = view.padding
+    zeros = (top + padding[0], bottom + padding[0], left + padding[1], right + padding[1])
+    kernel = (weight.shape[2], weight.shape[3])
+    after = replace(
+        view,
+        size=(y.shape[2], y.shape[3]),
+        rows=view.rows.through(kernel[0], stride[0], zeros[:2]),
+        columns=view.columns.through(kernel[1], stride[1], zeros[2:]),
+        padding=(0, 0, 0, 0),
+    )
+    return recorder.add(
+        "convolution",
+        view,
+        after,
+        channels=(x.shape[1], y.shape[1]),
+        multiplies=conv_multiplies(weight.shape[1], weight.shape[0], kernel, after.size),
+        weights=(weight, bias),
+        kernel=kernel,
+        stride=stride,
+        padding=zeros,
+    )
+
+
+def _linear(
+    recorder: _Recorder, view: _View, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> _View:
+    # tokens (B, places, C): a linear layer is applied at each place, as a 1x1 convolution is
+    return recorder.add(
+        "attention",
+        view,
+        view,
+        channels=(x.shape[-1], y.shape[-1]),
+        multiplies=x.shape[1] * weight.numel(),
+        weights=(weight, bias),
+    )
+
+
+def _attention(
+    recorder: _Recorder, view: _View, y: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> _View:
+    # (B, heads, places, C): query with key, and the result with value
+    products = query.numel() * key.shape[-2] + y.numel() * key.shape[-2]
+    channels = y.shape[1] * y.shape[-1]
+    after = replace(view, sees_all=True)
+    return recorder.add(
+        "attention", view, after, channels=(channels, channels), multiplies=products
+    )
+
+
+def _group_norm(
+    recorder: _Recorder,
+    view: _View,
+    y: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> _View:
+    return recorder.add(
+        "normalisation",
+        view,
+        view,
+        channels=(x.shape[1], x.shape[1]),
+        multiplies=2 * x.numel(),
+        weights=(weight, bias),
+    )
+
+
+def _silu(recorder: _Recorder, view: _View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> _View:
+    channels = (x.shape[1], x.shape[1])
+    return recorder.add("activation", view, view, channels=channels, multiplies=x.numel())
+
+
+def _relu(recorder: _Recorder, view: _View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> _View:
+    return recorder.add("activation", view, view, channels=(x.shape[1], x.shape[1]))
+
+
+def _upsample(recorder: _Recorder, view: _View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> _View:
+    rows, columns = y.shape[2] // x.shape[2], y.shape[3] // x.shape[3]
+    after = replace(
+        view,
+        size=(y.shape[2], y.shape[3]),
+        rows=view.rows.upsampled(rows),
+        columns=view.columns.upsampled(columns),
+    )
+    return recorder.add("upsampling", view, after, channels=(x.shape[1], y.shape[1]))
+
+
+# torch's function -> what becomes of the view; any other function leaves it as it is
+_FOLLOW: Mapping[Callable[..., Any], Callable[..., _View]] = {
+    F.pad: _pad,
+    F.conv2d: _conv2d,
+    F.linear: _linear,
+    F.scaled_dot_product_attention: _attention,
+    F.group_norm: _group_norm,
+    F.silu: _silu,
+    F.relu: _relu,
+    F.interpolate: _upsample,
+}

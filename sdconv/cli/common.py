@@ -1,0 +1,288 @@
+"""What every command shares: options, where it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+from sdconv.errors import InputError, SdconvError, SdconvWarning
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console, RenderableType
+
+    from sdconv.network import Autoencoder
+
+
+class Dtype(StrEnum):
+    """What a network computes in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+    def in_torch(self) -> torch.dtype:
+        """torch's dtype of that name."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.value)
+        return dtype
+
+
+class Layout(StrEnum):
+    """Whose names a file's tensors have."""
+
+    diffusers = "diffusers"
+    original = "original"
+
+
+_FILES = "A file, a component's folder, a pipeline's folder, or several files of one network."
+
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help=_FILES, show_default=False)]
+Model = Annotated[
+    list[Path],
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="The weights: a file or a folder. Give it twice for two halves in two files.",
+        show_default=False,
+    ),
+]
+Component = Annotated[
+    str | None, typer.Option(help="vae or unet, where there are several.", show_default=False)
+]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="The family, where the weights leave it open: sd1, sdxl, sd3, flux1, ...",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, nothing else.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="FILE", help="A file that is there is replaced.")
+]
+
+
+def text_of(value: object) -> str:
+    """What is printed of a message: characters that a terminal would act upon are written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(value))
+
+
+def say(words: object, kind: str) -> None:
+    """One message on standard error: ``error: ...``, ``warning: ...``, ``note: ...``."""
+    typer.echo(f"{kind}: {text_of(words)}", err=True)
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """JSON on standard output; numbers that JSON has not (infinity, NaN) become text."""
+    typer.echo(json.dumps(_finite(content), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def show(report: RenderableType) -> None:
+    """A table on standard output; whole lines where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 400
+    console.print(report, soft_wrap=False)
+
+
+def errors_console() -> Console:
+    """Standard error, for progress."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def working(words: str) -> Iterator[None]:
+    """A spinner on standard error while something takes long, if that is a terminal."""
+    console = errors_console()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(words):
+        yield
+
+
+@contextmanager
+def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, if that is a terminal; gives what to call with (name, done, all)."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = errors_console()
+    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(words, total=None)
+        yield lambda name, done, total: progress.update(task, completed=done, total=total)
+
+
+def parsed_size(text: str, name: str = "--size") -> tuple[int, int]:
+    """``512x768`` as (rows, columns), or ``512`` for both.
+
+    Raises:
+        InputError: it is neither.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise InputError(
+            "not a size", where=name, expected="HxW, such as 512x768, or one number", got=repr(text)
+        )
+    if max(map(len, parts)) > 9 or not all(int(part) for part in parts):
+        raise InputError("not a size", where=name, expected="1 to 999999999", got=repr(text))
+    return int(parts[0]), int(parts[-1])
+
+
+def parsed_device(name: str) -> torch.device:
+    """torch's device of that name.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            "no such device here",
+            where="--device",
+            expected="cpu, or cuda where torch finds a GPU",
+            got=f"{name!r}: {str(error).splitlines()[0]}",
+        ) from error
+    return device
+
+
+def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
+    """A single path, or the list of several files of one network."""
+    return paths[0] if len(paths) == 1 else list(paths)
+
+
+def opened(
+    model: Sequence[Path],
+    *,
+    component: str | None,
+    family: str | None,
+    dtype: Dtype,
+    device: str,
+) -> Autoencoder:
+    """The autoencoder of a command that makes pictures, in eval mode.
+
+    Raises:
+        SdconvError: as ``sdconv.load``; or the network is no autoencoder.
+    """
+    from sdconv.checkpoint.load import load
+    from sdconv.network import Autoencoder
+
+    network = load(
+        one_or_all(model),
+        component or "vae",
+        dtype=dtype.in_torch(),
+        device=parsed_device(device),
+        family=family,
+    )
+    if not issubclass(type(network), Autoencoder):
+        raise InputError(
+            "pictures pass through an autoencoder only",
+            where="--component",
+            expected="vae",
+            got=component,
+        )
+    return network  # type: ignore[return-value]
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping, as Linux estimates them; None where it cannot be
+    told."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    kibibytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kibibytes[0]) * 1024 if kibibytes else None
+
+
+def not_an_input(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuses an output that is one of the inputs.
+
+    Raises:
+        InputError: it is.
+    """
+    for one in inputs:
+        if out.exists() and one.exists() and out.samefile(one):
+            raise InputError(
+                "the output is one of the inputs",
+                where=out,
+                fix="give the output another name",
+            )
+
+
+class Commands(TyperGroup):
+    """Ends every command with a message and an exit status, never with a traceback for what the
+    caller can mend: 2 for bad input, 130 for an interruption. Warnings become a line each."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", SdconvWarning)
+            warnings.showwarning = _one_line
+            try:
+                return super().invoke(ctx)
+            except SdconvError as error:
+                fail(error)
+            except KeyboardInterrupt:
+                fail("interrupted; nothing half-written was kept", status=130)
+            except BrokenPipeError:
+                raise  # whoever read the output has gone: typer ends in silence
+            except OSError as error:
+                fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+                    raise
+                fail(
+                    "not enough memory\n"
+                    "  to do: take a smaller picture (--size N), or a narrower --dtype"
+                )
+
+
+_NO_MEMORY = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
+
+
+def fail(words: object, status: int = 2) -> NoReturn:
+    """Ends the command with a message on standard error."""
+    say(words, "error")
+    raise typer.Exit(status)
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    say(" ".join(str(message).split()), "warning")

@@ -1,0 +1,352 @@
+"""Commands that take or make pictures: encode, decode, reconstruct."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdconv.cli.common import (
+    Component,
+    Device,
+    Dtype,
+    Family,
+    Json,
+    Model,
+    Out,
+    free_memory,
+    not_an_input,
+    opened,
+    print_json,
+    say,
+    working,
+)
+from sdconv.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from sdconv.images import Picture
+    from sdconv.network import Autoencoder
+
+ImageFile = Annotated[
+    Path,
+    typer.Argument(metavar="IMAGE", help="A picture of any size: PNG, JPEG, WebP, TIFF, ..."),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Resize it: pixels of the longer side.", show_default=False
+    ),
+]
+In = Annotated[Dtype, typer.Option(help="What the network computes in.")]
+
+
+def encode(
+    image: ImageFile,
+    model: Model,
+    out: Out = Path("latents.safetensors"),
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw from the posterior instead of taking its mode.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+    scaled: Annotated[
+        bool,
+        typer.Option(
+            "--scaled",
+            help="Write them as a diffusion model sees them: (latents - shift) * scaling factor; "
+            "for FLUX.2 2x2 patches, normalised.",
+        ),
+    ] = False,
+    size: Size = None,
+    component: Component = None,
+    family: Family = None,
+    dtype: In = Dtype.float32,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Turn a picture into latents.
+
+    They are written to a safetensors file with one tensor, "latents". Sides are cut around the
+    centre to multiples of what one latent stands for (8 pixels for most). The file says whether
+    they are raw or scaled.
+
+    \b
+    Examples:
+      sdconv encode photo.jpg --model vae.safetensors
+      sdconv encode photo.jpg --model vae.safetensors --size 512 --scaled --out z.safetensors
+      sdconv encode photo.jpg --model vae.safetensors --sample --seed 7
+    """
+    import torch
+
+    from sdconv.latents import scale, write_latents
+
+    if out.suffix.lower() != ".safetensors":
+        raise InputError(
+            "latents are written as safetensors",
+            where=out,
+            expected="a name that ends in .safetensors",
+        )
+    not_an_input(out, [image, *model])
+    network, picture, x = _prepared(
+        image, model, size, component, family, dtype, device, patches=scaled
+    )
+    with working("encoding"), torch.inference_mode():
+        result = network.encode(x)  # type: ignore[operator]
+        if not hasattr(result, "latent_dist"):
+            if sample:
+                raise InputError(
+                    "a tiny autoencoder has no posterior to draw from",
+                    where="--sample",
+                    fix="leave --sample out",
+                )
+            latents = result.latents
+        elif sample:
+            latents = result.latent_dist.sample(torch.Generator().manual_seed(seed))
+        else:
+            latents = result.latent_dist.mode()
+        latents = latents.float()
+        if scaled:
+            latents = scale(network, latents)
+    if not torch.isfinite(latents).all():
+        raise InputError(
+            "the latents came out with NaN or infinity",
+            where=network.config.class_name,
+            fix="compute in a wider dtype: --dtype float32",
+        )
+    write_latents(latents, out, scaled=scaled)
+    shape = tuple(latents.shape)
+    if as_json:
+        print_json(
+            {
+                "file": str(out),
+                "shape": shape,
+                "scaled": scaled,
+                **_sides(picture.image),
+                "notes": picture.notes,
+            }
+        )
+    else:
+        typer.echo(f"{out}: latents {' x '.join(map(str, shape))}, {'scaled' if scaled else 'raw'}")
+
+
+def decode(
+    latents: Annotated[
+        Path,
+        typer.Argument(metavar="LATENT", help="A safetensors file with one tensor, or with --key."),
+    ],
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The picture; a file that is there is replaced. Several get numbers: out-0.png.",
+            show_default=False,
+        ),
+    ],
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The tensor's name.", show_default=False)
+    ] = None,
+    scaled: Annotated[
+        bool | None,
+        typer.Option(
+            "--scaled/--raw",
+            help="They carry the scaling factor (and shift) that a diffusion model sees; for "
+            "FLUX.2 they are 2x2 patches (B, 128, h, w) normalised with bn's statistics.  "
+            "Default: what the file says, else raw.",
+            show_default=False,
+        ),
+    ] = None,
+    component: Component = None,
+    family: Family = None,
+    dtype: In = Dtype.float32,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Turn latents into a picture.
+
+    With --scaled, latents / scaling factor + shift is decoded. For FLUX.2, which has no such
+    factor, patches * sqrt(running_var + eps) + running_mean, put back from 2x2 patches.
+
+    \b
+    Examples:
+      sdconv decode latents.safetensors --model vae.safetensors --out picture.png
+      sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
+    """
+    import torch
+
+    from sdconv.images import image_format, to_image, write_image
+    from sdconv.latents import read_latents, unscale
+
+    image_format(out)
+    not_an_input(out, [latents, *model])
+    z, said = read_latents(latents, key)
+    if scaled is not None and said is not None and scaled != said:
+        raise InputError(
+            "the file says otherwise",
+            where=latents,
+            expected="--scaled" if said else "--raw",
+            got="--scaled" if scaled else "--raw",
+            fix="leave it to the file: give neither",
+        )
+    carries = bool(said if scaled is None else scaled)
+    network = opened(model, component=component, family=family, dtype=dtype, device=device)
+    _no_patches(network, z, carries)
+    with working("decoding"), torch.inference_mode():
+        z = z.to(network.device)
+        z = (unscale(network, z) if carries else z).to(network.dtype)
+        pictures = [to_image(one) for one in network.decode(z).sample]  # type: ignore[operator]
+    outs = [out] if len(pictures) == 1 else _numbered(out, len(pictures))
+    for picture, path in zip(pictures, outs, strict=True):
+        write_image(picture, path)
+    if as_json:
+        names = [str(path) for path in outs]
+        print_json({"files": names, "scaled": carries, **_sides(pictures[0])})
+        return
+    for picture, path in zip(pictures, outs, strict=True):
+        kind = "scaled" if carries else "raw"
+        typer.echo(f"{path}: {picture.width}x{picture.height} from {kind} latents")
+
+
+def reconstruct(
+    image: ImageFile,
+    model: Model,
+    out: Out = Path("reconstruction.png"),
+    size: Size = None,
+    component: Component = None,
+    family: Family = None,
+    dtype: In = Dtype.float32,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Pass a picture through the latents and back.
+
+    Writes original, reconstruction and difference in a row. The difference is amplified, by how
+    much stands over it. PSNR, in dB, is printed: the higher the closer.
+
+    \b
+    Examples:
+      sdconv reconstruct photo.jpg --model vae.safetensors --out out.png
+      sdconv reconstruct photo.jpg --model encoder.safetensors --model decoder.safetensors
+      sdconv reconstruct photo.jpg --model vae.safetensors --size 512 --json
+    """
+    import torch
+
+    from sdconv.images import image_format, psnr, side_by_side, to_image, write_image
+
+    image_format(out)
+    not_an_input(out, [image, *model])
+    network, picture, x = _prepared(image, model, size, component, family, dtype, device)
+    with working("encoding and decoding"), torch.inference_mode():
+        result = network.encode(x)  # type: ignore[operator]
+        latents = result.latents if hasattr(result, "latents") else result.latent_dist.mode()
+        decoded = network.decode(latents).sample  # type: ignore[operator]
+    back = to_image(decoded[0])
+    decibels = psnr(decoded.cpu(), x.cpu())
+    sheet, amplification = side_by_side(
+        picture.image, back, f"reconstruction, PSNR {decibels:.2f} dB"
+    )
+    write_image(sheet, out)
+    if as_json:
+        print_json(
+            {
+                "file": str(out),
+                "psnr": decibels,
+                **_sides(picture.image),
+                "latents": tuple(latents.shape),
+                "amplification": amplification,
+                "notes": picture.notes,
+            }
+        )
+        return
+    shape = " x ".join(map(str, latents.shape[1:]))
+    sides = "{width}x{height}".format(**_sides(picture.image))
+    typer.echo(f"{out}: {sides} through latents of {shape}, PSNR {decibels:.2f} dB")
+
+
+def _prepared(
+    image: Path,
+    model: list[Path],
+    size: int | None,
+    component: str | None,
+    family: str | None,
+    dtype: Dtype,
+    device: str,
+    *,
+    patches: bool = False,
+) -> tuple[Autoencoder, Picture, Tensor]:
+    """The network, the picture cut to what it takes, and the picture as its input."""
+    from sdconv.images import read_image, to_tensor
+
+    picture = read_image(image)
+    network = opened(model, component=component, family=family, dtype=dtype, device=device)
+    if network.config["in_channels"] != 3:
+        raise InputError(
+            "this network takes no pictures in colour",
+            where=network.config.class_name,
+            expected="3 channels",
+            got=network.config["in_channels"],
+        )
+    multiple = network.downscale
+    if patches and "patch_size" in network.config:
+        multiple *= max(network.config["patch_size"])
+    picture = picture.fitted(multiple, size)
+    for note in picture.notes:
+        say(note, "note")
+    _has_room(network, picture)
+    return network, picture, to_tensor(picture.image).to(network.device, network.dtype)
+
+
+def _no_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
+    """Says of FLUX.2's latents in the other form what they are.
+
+    Raises:
+        InputError: patches without --scaled, or no patches with it.
+    """
+    channels = network.config["latent_channels"]
+    if "patch_size" not in network.config or z.shape[1] == (4 * channels if scaled else channels):
+        return
+    if z.shape[1] in (channels, 4 * channels):
+        raise InputError(
+            "these latents are raw" if scaled else "these latents are normalised patches",
+            where=network.config.class_name,
+            expected=f"{4 * channels if scaled else channels} channels",
+            got=tuple(z.shape),
+            fix="leave --scaled out" if scaled else "pass --scaled",
+        )
+
+
+def _has_room(network: Autoencoder, picture: Picture) -> None:
+    """Refuses a picture of which a single layer's maps take more memory than is free.
+
+    Raises:
+        InputError: they do.
+    """
+    from sdconv.anatomy import dissect
+
+    width, height = picture.image.size
+    free = free_memory()
+    if network.device.type != "cpu" or free is None or width * height <= 1 << 20:
+        return
+    least = dissect(network.config, (height, width)).largest * network.dtype.itemsize
+    if least > free:
+        raise InputError(
+            "too large a picture for the memory that is free",
+            where=f"{width}x{height}",
+            expected=f"at most {free / 1e9:.1f} GB",
+            got=f"{least / 1e9:.1f} GB for the maps of one layer alone",
+            fix="make it smaller: --size N sets the longer side",
+        )
+
+
+def _sides(image: Image.Image) -> dict[str, int]:
+    return {"width": image.width, "height": image.height}
+
+
+def _numbered(out: Path, count: int) -> list[Path]:
+    """``picture.png`` as ``picture-0.png``, ``picture-1.png``, ..."""
+    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(count)]

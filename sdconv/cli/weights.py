@@ -1,0 +1,239 @@
+"""Commands about weights: inspect, check, convert, fetch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdconv.cli.common import (
+    Component,
+    Device,
+    Dtype,
+    Family,
+    Json,
+    Layout,
+    Paths,
+    fail,
+    not_an_input,
+    one_or_all,
+    parsed_device,
+    parsed_size,
+    print_json,
+    reading,
+    show,
+    working,
+)
+from sdconv.errors import InputError
+
+_UNWRITABLE = (".ckpt", ".pth", ".pt", ".bin", ".sft", ".gguf")
+
+
+def inspect(
+    paths: Paths,
+    values: Annotated[
+        bool,
+        typer.Option(
+            "--values", help="Read every tensor and look for NaN, infinity and tensors of zeros."
+        ),
+    ] = False,
+    family: Family = None,
+    as_json: Json = False,
+) -> None:
+    """Say what weights hold, from their headers.
+
+    Networks with their configs and families, and whatever lies beside them. Only headers are read,
+    unless --values asks for more. The status is 1 if there is nothing that sdconv knows, if a
+    network lacks tensors, or if --values finds NaN or infinity.
+
+    \b
+    Examples:
+      sdconv inspect v1-5-pruned-emaonly.safetensors
+      sdconv inspect stable-diffusion-v1-5/ --json
+      sdconv inspect vae.safetensors --values
+    """
+    from sdconv.inspection import check_values
+    from sdconv.inspection import inspect as look
+
+    where = one_or_all(paths)
+    found = look(where, family=family)
+    report = None
+    if values:
+        with reading("reading") as progress:
+            report = check_values(where, on_tensor=progress)
+    if as_json:
+        content = found.to_json()
+        print_json(content | {"values": None if report is None else report.to_json()})
+    else:
+        from sdconv.report.tables import inspection_report
+
+        show(inspection_report(found, report))
+    if found.complaint:
+        fail(found.complaint, status=1)
+    if report is not None and not report.sound:
+        odd = ", ".join([*report.nan, *report.infinite][:4])
+        fail(f"NaN or infinity among the values, first in {odd}", status=1)
+
+
+def check(
+    paths: Paths,
+    against: Annotated[str, typer.Option(help="What to compare with: diffusers.")] = "diffusers",
+    component: Component = None,
+    family: Family = None,
+    dtype: Annotated[Dtype, typer.Option(help="What both compute in.")] = Dtype.float32,
+    device: Device = "cpu",
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Of the random picture they get.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of that picture.")] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Show every module.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare with diffusers, module by module.
+
+    Both networks are built from the same file and get the same random input. On the CPU in float32
+    nothing but equality passes, bit for bit; elsewhere a tolerance derived from float64. The status
+    is 1 beyond it.
+
+    \b
+    Examples:
+      sdconv check vae.safetensors
+      sdconv check v1-5-pruned-emaonly.safetensors --component vae --size 256x256 --all
+      sdconv check vae.safetensors --dtype float16 --device cuda --json
+    """
+    from sdconv.parity import check as compare
+
+    shape = None if size is None else parsed_size(size)
+    place = parsed_device(device)
+    with working("building both networks, and comparing them"):
+        report = compare(
+            one_or_all(paths),
+            component=component,
+            against=against,
+            family=family,
+            dtype=dtype.in_torch(),
+            device=place,
+            size=shape,
+            seed=seed,
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        from sdconv.report.tables import parity_report
+
+        show(parity_report(report, every=every))
+    if not report.passed:
+        fail(f"{report.worst.name} differs beyond the tolerance", status=1)
+
+
+def convert(
+    paths: Paths,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="A name ending in .safetensors for a file, any other for a folder as diffusers "
+            "keeps a component.",
+            show_default=False,
+        ),
+    ],
+    layout: Annotated[Layout, typer.Option(help="Whose names the tensors get.")],
+    component: Component = None,
+    family: Family = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="What the weights are stored in; as they are if not given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write weights in another layout or dtype.
+
+    What is at OUT is replaced, once the new one is complete.
+
+    \b
+    Examples:
+      sdconv convert v1-5-pruned-emaonly.safetensors vae/ --layout diffusers --component vae
+      sdconv convert vae/ vae.safetensors --layout original --dtype float16
+    """
+    from sdconv.checkpoint.load import load
+    from sdconv.checkpoint.save import save
+
+    if out.suffix.lower() in _UNWRITABLE:
+        raise InputError(
+            "only safetensors files are written",
+            where=out,
+            expected="a name that ends in .safetensors, or a folder's",
+            got=out.suffix,
+        )
+    not_an_input(out, paths)
+    network = load(
+        one_or_all(paths),
+        component,
+        dtype=None if dtype is None else dtype.in_torch(),
+        family=family,
+    )
+    with working("writing"):
+        files = save(network, out, layout=layout.value)
+    names = [str(file) for file in files]
+    if as_json:
+        stored = str(network.dtype).removeprefix("torch.")
+        print_json({"files": names, "layout": layout.value, "dtype": stored})
+        return
+    for name in names:
+        typer.echo(name)
+
+
+def fetch(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A name that --list shows.", show_default=False),
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the known checkpoints.")] = False,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            metavar="FOLDER",
+            help="Where to put it, below FOLDER/NAME; else the hub's own cache.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Download a known checkpoint and check its bytes.
+
+    From the Hugging Face hub. This is the only command that uses the network. A file that is there
+    already is checked again and kept. The path is printed.
+
+    \b
+    Examples:
+      sdconv fetch --list
+      sdconv fetch taesd
+      sdconv inspect $(sdconv fetch sdxl-vae)
+    """
+    from sdconv.fetch import fetch as download
+    from sdconv.fetch import load_manifest
+
+    if listed == (name is not None):
+        raise InputError(
+            "what is to be fetched?",
+            where="fetch",
+            expected="a name, or --list",
+            got="both" if listed else "neither",
+        )
+    if name is not None:
+        path = download(name, directory=directory, progress=not as_json)
+        if as_json:
+            print_json({"name": name, "path": str(path)})
+        else:
+            typer.echo(path)
+        return
+    known = load_manifest().values()
+    if as_json:
+        print_json({"checkpoints": [vars(one) for one in known]})
+    else:
+        from sdconv.report.tables import manifest_report
+
+        show(manifest_report(known))

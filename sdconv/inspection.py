@@ -1,0 +1,391 @@
+"""What weights hold: networks, whatever lies beside them, and on request the values themselves.
+
+Everything but ``check_values`` comes from headers: no tensor is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, is_dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdconv.checkpoint.files import os_errors
+from sdconv.checkpoint.find import is_bare_half, tiny_half
+from sdconv.checkpoint.folder import is_pipeline
+from sdconv.checkpoint.header import DTYPE_BITS, TensorInfo
+from sdconv.checkpoint.infer import Identified
+from sdconv.checkpoint.load import BUILD, SourceView, pipeline_parts
+from sdconv.checkpoint.source import TORCH_DTYPES, Source, SourceFile, components_in, open_source
+from sdconv.config import Config
+from sdconv.errors import UnknownNetworkError, WeightsMismatchError
+
+Paths = str | Path | Sequence[str | Path]
+
+# what else a checkpoint holds, by how its names begin; the first that fits
+_BESIDE: Sequence[tuple[str, str]] = (
+    ("text encoder", r"cond_stage_model\.|conditioner\.|text_encoders?(_\d+)?\.|text_model\."),
+    ("EMA copy", r"model_ema\.|(first_stage_model\.)?ema\.|ema_"),
+    ("training loss", r"(first_stage_model\.|vae\.)?loss\."),
+    (
+        "diffusion model",
+        r"model\.diffusion_model\.|unet\.|transformer\.|(joint|double|single)_blocks\.",
+    ),
+    (
+        "noise schedule",
+        r"(((sqrt|log)_)?((one_minus|recip|recipm1)_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
+        r"|logvar|scale_factor|global_step|lvlb_weights|denoiser\..+|model_sampling\..+)$",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How much there is: tensors, numbers in them, bytes, and tensors of each dtype (safetensors'
+    names)."""
+
+    tensors: int
+    numbers: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, infos: Sequence[TensorInfo]) -> Amount:
+        """That of these tensors together."""
+        return cls(
+            tensors=len(infos),
+            numbers=sum(prod(info.shape) for info in infos),
+            nbytes=sum(info.nbytes for info in infos),
+            dtypes=dict(Counter(info.dtype for info in infos).most_common()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFound:
+    """A network that sdconv knows.
+
+    ``prefix``: what stands before its names in the file. ``open_to``: the families among which
+    nothing decided. ``parameters``: numbers that are learned (statistics are not).
+    ``missing``, ``unexpected``, ``misshapen``: names of tensors that keep it from being loaded.
+    """
+
+    component: str
+    class_name: str
+    family: str
+    evidence: str
+    open_to: tuple[str, ...]
+    layout: str
+    prefix: str
+    config: Config
+    amount: Amount
+    parameters: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor is there in its shape, and none too many."""
+        return not (self.missing or self.unexpected or self.misshapen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unused:
+    """Tensors of no network that sdconv knows, by how their names begin."""
+
+    what: str
+    prefix: str
+    amount: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One file, several files of one network, or one folder of a pipeline.
+
+    ``problem``: why no network was found in it, in sdconv's words; None where one was.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    amount: Amount
+    metadata: Mapping[str, str]
+    networks: tuple[NetworkFound, ...]
+    unused: tuple[Unused, ...]
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found under ``path``; a pipeline's folder has one part for each component."""
+
+    path: str
+    parts: tuple[Part, ...]
+
+    @property
+    def networks(self) -> tuple[NetworkFound, ...]:
+        """Of all parts."""
+        return tuple(network for part in self.parts for network in part.networks)
+
+    @property
+    def complaint(self) -> str | None:
+        """Why something here cannot be loaded; None where all networks are whole, and there is
+        one."""
+        if not self.networks:
+            return next(part.problem for part in self.parts if part.problem)
+        broken = [one for one in self.networks if not one.whole]
+        return "; ".join(map(_lacks, broken)) or None
+
+    def network(self, component: str | None) -> NetworkFound:
+        """The network of that component, or the only one there is.
+
+        Raises:
+            UnknownNetworkError: there is none, or none was named and there are several.
+        """
+        known = {one.component: one for one in self.networks}
+        wanted = next(iter(known)) if component is None and len(known) == 1 else component
+        if wanted in known:
+            return known[wanted]
+        if not known:
+            raise UnknownNetworkError(self.complaint or "no network that sdconv knows")
+        raise UnknownNetworkError(
+            "one component must be chosen" if component is None else "there is no such component",
+            where=self.path,
+            expected="one of " + ", ".join(known),
+            got=component,
+            fix=f"pass --component {next(iter(known))}",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``sdconv inspect --json`` prints."""
+        return {
+            "path": self.path,
+            "parts": [_plain(part) for part in self.parts],
+            "complaint": self.complaint,
+        }
+
+
+def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
+    """What weights hold, from their headers alone.
+
+    Args:
+        paths: a file, a component's folder, a whole pipeline's folder, or several files of one
+            network.
+        family: the family, where the caller knows it.
+
+    Raises:
+        CheckpointError: something cannot be read as weights.
+        InputError: ``paths`` is no path, or there is no such family.
+    """
+    with ExitStack() as stack:
+        return Inspection(
+            path=str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths)),
+            parts=tuple(_part(name, one, family) for name, one in _open(paths, stack)),
+        )
+
+
+@dataclass(kw_only=True)
+class ValueReport:
+    """What the values are like: how many tensors were read, and the names of odd ones.
+
+    ``nan``, ``infinite``: name -> how many. ``zero``: floating-point tensors of nothing but 0.
+    ``unread``: name -> dtype, where torch has no such dtype.
+    """
+
+    tensors: int = 0
+    nan: dict[str, int] = field(default_factory=dict)
+    infinite: dict[str, int] = field(default_factory=dict)
+    zero: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether every value that was read is a finite number."""
+        return not (self.nan or self.infinite)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``sdconv inspect --values --json`` adds."""
+        return {**vars(self), "sound": self.sound}
+
+    def look(self, name: str, tensor: torch.Tensor) -> None:
+        """Adds what there is to say of one tensor."""
+        self.tensors += 1
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # fp8 is for storage only
+        if not (tensor.is_floating_point() and tensor.numel()):
+            return
+        if not bool(torch.isfinite(values).all()):
+            for found, odd in ((self.nan, torch.isnan), (self.infinite, torch.isinf)):
+                if count := int(odd(values).sum()):
+                    found[name] = count
+        elif not bool(values.any()):
+            self.zero.append(name)
+
+
+def check_values(
+    paths: Paths, *, on_tensor: Callable[[str, int, int], None] = lambda name, done, total: None
+) -> ValueReport:
+    """Reads every tensor, one at a time, and looks for NaN, infinities and tensors of zeros.
+
+    Args:
+        paths: as for ``inspect``.
+        on_tensor: called before each tensor with its name, the bytes read so far and all bytes.
+
+    Raises:
+        CheckpointError: something cannot be read as weights.
+    """
+    done, report = 0, ValueReport()
+    with ExitStack() as stack:
+        sources = _open(paths, stack)
+        total = sum(source.nbytes for _, source in sources)
+        places = [
+            (name if len(sources) == 1 else f"{part}: {name}", file, info)
+            for part, source in sources
+            for file in source.files
+            for name, info in file.entries.items()
+        ]
+        for label, file, info in places:
+            on_tensor(label, done, total)
+            done += info.nbytes
+            if info.dtype in _NO_TORCH_DTYPE:
+                report.unread[label] = info.dtype
+            else:
+                report.look(label, file.tensor(info.name))
+    return report
+
+
+_NO_TORCH_DTYPE = frozenset(DTYPE_BITS) - frozenset(TORCH_DTYPES)
+
+
+def _open(paths: Paths, stack: ExitStack) -> list[tuple[str, Source]]:
+    """The sources under ``paths`` by name: one, or one for each folder of a pipeline."""
+    if not isinstance(paths, str | Path) and len(paths) == 1:
+        (paths,) = paths
+    if isinstance(paths, str | Path) and (pipeline_parts(paths) or _says_pipeline(Path(paths))):
+        folders = components_in(paths)
+        return [(name, stack.enter_context(open_source(at))) for name, at in folders.items()]
+    source = stack.enter_context(open_source(paths))
+    return [(source.label, source)]
+
+
+def _says_pipeline(folder: Path) -> bool:
+    with os_errors(folder):
+        is_folder = folder.is_dir()
+    return is_folder and is_pipeline(folder) and bool(components_in(folder))
+
+
+def _part(name: str, source: Source, family: str | None) -> Part:
+    problem: str | None = None
+    identified: list[Identified] = []
+    entries = {info.name: info for file in source.files for info in file.entries.values()}
+    try:
+        identified = SourceView(source).identify(family)
+        entries = _entries(source)
+    except (UnknownNetworkError, WeightsMismatchError) as error:
+        problem = str(error)
+    places = {place for one in identified for place in one.found.names.values()}
+    places |= {place for one in identified for place in one.found.unexpected}
+    rest = [info for place, info in entries.items() if place not in places]
+    return Part(
+        name=name,
+        files=tuple(file.label for file in source.files),
+        amount=Amount.of([info for file in source.files for info in file.entries.values()]),
+        metadata=source.metadata,
+        networks=tuple(_network(one, entries) for one in identified),
+        unused=_unused(rest),
+        problem=problem,
+    )
+
+
+def _entries(source: Source) -> dict[str, TensorInfo]:
+    """Every tensor by the name that ``SourceView`` gives it."""
+    if len(source.files) > 1 and all(is_bare_half(_shapes(file)) for file in source.files):
+        return {
+            f"{tiny_half(_shapes(file))}.{name}": info
+            for file in source.files
+            for name, info in file.entries.items()
+        }
+    return dict(source.entries)
+
+
+def _shapes(file: SourceFile) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in file.entries.items()}
+
+
+def _network(one: Identified, entries: Mapping[str, TensorInfo]) -> NetworkFound:
+    found = one.found
+    have = found.shapes({name: info.shape for name, info in entries.items()})
+    wanted, learned = have, set(have)
+    if found.kind in BUILD:
+        with torch.device("meta"):
+            network = BUILD[found.kind](one.config)
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        learned = {name for name, _ in network.named_parameters()}
+    return NetworkFound(
+        component=one.component,
+        class_name=found.kind,
+        family=one.family,
+        evidence=one.evidence,
+        open_to=one.open_to,
+        layout=found.layout,
+        prefix=found.prefix,
+        config=one.config,
+        amount=Amount.of([entries[place] for place in found.names.values()]),
+        parameters=sum(prod(shape) for name, shape in have.items() if name in learned),
+        missing=tuple(
+            # the one that may lack counts training batches: nothing computes with it
+            name
+            for name in wanted
+            if name not in have and not name.endswith("num_batches_tracked")
+        ),
+        unexpected=(*found.unexpected, *(found.names[name] for name in have if name not in wanted)),
+        misshapen=tuple(
+            found.names[name] for name in have if have[name] != wanted.get(name, have[name])
+        ),
+    )
+
+
+def _unused(infos: Sequence[TensorInfo]) -> tuple[Unused, ...]:
+    groups: dict[tuple[str, str], list[TensorInfo]] = defaultdict(list)
+    for info in infos:
+        groups[_group(info.name)].append(info)
+    return tuple(
+        Unused(what=what, prefix=prefix, amount=Amount.of(group))
+        for (what, prefix), group in sorted(groups.items())
+    )
+
+
+def _group(name: str) -> tuple[str, str]:
+    """What a tensor belongs to, and the prefix that says so."""
+    for what, pattern in _BESIDE:
+        if match := re.match(pattern, name):
+            return what, match[0] if match[0].endswith(".") else ""
+    # up to the first number: where a stack of layers begins
+    return "unknown", re.split(r"\d", name, maxsplit=1)[0].rpartition(".")[0]
+
+
+def _lacks(one: NetworkFound) -> str:
+    parts = (
+        ("missing", one.missing),
+        ("unexpected", one.unexpected),
+        ("of the wrong shape", one.misshapen),
+    )
+    counts = ", ".join(f"{len(names)} {what}" for what, names in parts if names)
+    return f"the {one.component} cannot be loaded: tensors {counts}"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as JSON has them."""
+    if isinstance(value, Config):
+        return value.to_json()
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

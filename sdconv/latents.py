@@ -1,0 +1,163 @@
+"""Raw latents, and latents as a diffusion model sees them: scaled, or normalised in patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sdconv.checkpoint.source import open_source
+from sdconv.checkpoint.write import write_tensors
+from sdconv.errors import InputError
+from sdconv.network import Autoencoder
+from sdconv.vae import AutoencoderKLFlux2
+
+KEY = "latents"
+"""The name of the tensor in a file of latents that is written here."""
+
+SCALED_KEY = "sdconv.latents"
+"""Where such a file says whether they are ``scaled`` or ``raw``."""
+
+_TO_PATCHES = "b c (h p) (w q) -> b (c p q) h w"
+
+
+def scale(network: Autoencoder, latents: Tensor) -> Tensor:
+    """Raw latents as the diffusion model sees them.
+
+    For most families ``(latents - shift_factor) * scaling_factor``, or with ``latents_mean`` and
+    ``latents_std`` ``(latents - mean) * scaling_factor / std``; a tiny autoencoder's are theirs
+    already. FLUX.2: patches of 2x2 latents stacked along the channels, normalised with ``bn``'s
+    statistics: ``(patches - running_mean) / sqrt(running_var + eps)``, without an affine part
+    (``Flux2Pipeline`` in diffusers).
+
+    Args:
+        network: whose latents they are.
+        latents: ``(B, C, h, w)``.
+
+    Returns:
+        ``(B, C, h, w)``; for FLUX.2 ``(B, 4C, h/2, w/2)``.
+
+    Raises:
+        InputError: another number of axes or channels; for FLUX.2 an odd number of rows or columns.
+    """
+    _check(network, latents, network.config["latent_channels"])
+    if not isinstance(network, AutoencoderKLFlux2):
+        shift, factor = _affine(network, latents)
+        return (latents - shift) * factor
+    p, q = network.config.patch_size
+    if latents.shape[2] % p or latents.shape[3] % q:
+        raise InputError(
+            "latents that cannot be cut into patches",
+            where=network.config.class_name,
+            expected=f"rows and columns in multiples of {p} and {q}",
+            got=tuple(latents.shape),
+            fix="take a picture whose sides are multiples of "
+            f"{p * network.downscale} and {q * network.downscale} pixels",
+        )
+    mean, std = _statistics(network, latents)
+    return (rearrange(latents, _TO_PATCHES, p=p, q=q) - mean) / std
+
+
+def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents as the diffusion model sees them back to raw ones: what ``scale`` does, undone.
+
+    Args:
+        network: whose latents they are.
+        latents: ``(B, C, h, w)``; for FLUX.2 patches, ``(B, 4C, h/2, w/2)``.
+
+    Raises:
+        InputError: another number of axes or channels.
+    """
+    if not isinstance(network, AutoencoderKLFlux2):
+        _check(network, latents, network.config["latent_channels"])
+        shift, factor = _affine(network, latents)
+        return latents / factor + shift
+    p, q = network.config.patch_size
+    _check(network, latents, p * q * network.config.latent_channels)
+    mean, std = _statistics(network, latents)
+    backwards = " -> ".join(reversed(_TO_PATCHES.split(" -> ")))
+    return rearrange(latents * std + mean, backwards, p=p, q=q)
+
+
+def read_latents(path: Path, key: str | None = None) -> tuple[Tensor, bool | None]:
+    """Latents from a file, and whether they are scaled if the file says so (None if it does not).
+
+    Args:
+        path: a safetensors file (or a pickle of tensors) with one tensor, or with ``key``.
+        key: the tensor's name; None for the only one there is, or else the one named ``KEY``.
+
+    Returns:
+        ``(B, C, h, w)``; a single ``(C, h, w)`` gets its first axis.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        InputError: no such tensor, several and none chosen, not of floating point, or not finite.
+    """
+    with open_source(path) as source:
+        names = list(source.entries)
+        if key is None:
+            key = names[0] if len(names) == 1 else KEY
+        if key not in names:
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise InputError(
+                "which tensor holds the latents?",
+                where=path,
+                expected=f"one tensor, or one named {key!r}",
+                got=f"{len(names)} tensors: {shown}",
+                fix="name it: --key NAME",
+            )
+        latents = source.tensor(key)
+        said = source.metadata.get(SCALED_KEY)
+    latents = latents[None] if latents.ndim == 3 else latents
+    if latents.ndim != 4 or not latents.is_floating_point() or not latents.numel():
+        raise InputError(
+            "these are no latents",
+            where=f"{path}: {key}",
+            expected="floating-point numbers of shape (B, C, h, w) or (C, h, w)",
+            got=f"{str(latents.dtype).removeprefix('torch.')} {tuple(latents.shape)}",
+            fix="name another tensor: --key NAME" if len(names) > 1 else None,
+        )
+    latents = latents.float()
+    if not torch.isfinite(latents).all():
+        raise InputError("the latents hold NaN or infinity", where=f"{path}: {key}")
+    return latents, None if said is None else said == "scaled"
+
+
+def write_latents(latents: Tensor, path: Path, *, scaled: bool) -> None:
+    """Writes a safetensors file with one tensor, ``KEY``, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    said = {"format": "pt", SCALED_KEY: "scaled" if scaled else "raw"}
+    write_tensors({KEY: latents.cpu()}, path, said)
+
+
+def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise InputError(
+            "latents of the wrong shape",
+            where=network.config.class_name,
+            expected=f"(B, {channels}, h, w)",
+            got=tuple(latents.shape),
+        )
+
+
+def _affine(network: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and factor of ``(latents - shift) * factor``."""
+    config = network.config
+    factor, shift = like.new_tensor(config["scaling_factor"]), config.get("shift_factor") or 0.0
+    if (mean := config.get("latents_mean")) and (std := config.get("latents_std")):
+        each = (1, -1, 1, 1)
+        return like.new_tensor(mean).view(each), factor / like.new_tensor(std).view(each)
+    return like.new_tensor(shift), factor
+
+
+def _statistics(network: AutoencoderKLFlux2, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the patches, ``(1, 4C, 1, 1)``."""
+    mean, variance = network.bn.running_mean, network.bn.running_var
+    assert mean is not None and variance is not None
+    mean, variance = (t.to(like).view(1, -1, 1, 1) for t in (mean, variance))
+    return mean, torch.sqrt(variance + network.config.batch_norm_eps)

@@ -1,0 +1,349 @@
+"""What commands found, as rich's tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from sdconv.anatomy import Anatomy, Block, Layer
+    from sdconv.fetch import KnownCheckpoint
+    from sdconv.inspection import Amount, Inspection, NetworkFound, Part, ValueReport
+    from sdconv.parity import ModuleDifference, ParityReport
+
+_SHOWN = 8  # names in a line before "and n more"
+
+
+def plain(value: object, style: str = "") -> Text:
+    """Text as it is, whatever a file's names hold: no markup, nothing a terminal acts upon."""
+    words = str(value)
+    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
+    return Text(printable.encode("utf-8", "backslashreplace").decode("utf-8"), style=style)
+
+
+def count(number: int) -> str:
+    """``83653863`` as ``83.65 M``: up to four digits."""
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.4g} {letter}"
+    return str(number)
+
+
+def in_bytes(number: int) -> str:
+    """``334643268`` as ``334.6 MB``."""
+    return f"{count(number)}B" if number >= 1000 else f"{number} B"
+
+
+def inspection_report(inspection: Inspection, values: ValueReport | None) -> RenderableType:
+    """What ``sdconv inspect`` prints."""
+    blocks: list[RenderableType] = []
+    for part in inspection.parts:
+        blocks += _part(part)
+    if values is not None:
+        blocks += _values(values)
+    return Group(*blocks)
+
+
+def parity_report(report: ParityReport, *, every: bool) -> RenderableType:
+    """What ``sdconv check`` prints: each module, or the top-level ones with the first that differs
+    and the worst."""
+    rows = [
+        row
+        for row in report.rows
+        if every or _is_top(row.name) or row.name == report.first_difference or row is report.worst
+    ]
+    table = _table("module", "output", ">max |a-b|", ">relative", ">ULPs", "")
+    for row in rows:
+        table.add_row(
+            plain(row.name if row.call == 1 else f"{row.name} (call {row.call})"),
+            " x ".join(map(str, row.shape)),
+            *_difference(row),
+        )
+    shown = "" if every else f" of {len(report.rows)}; --all shows each"
+    facts = _facts(
+        {
+            "file": report.label,
+            "network": f"{report.component}: {report.class_name}",
+            "against": f"{report.against}, {report.conversion}",
+            "in": f"{report.dtype} on {report.device}",
+            "modules": f"{len(rows)}{shown}",
+            "tolerance": f"{report.tolerance:.3g} ({report.tolerance_source})",
+            "first difference": report.first_difference or "none",
+            "worst": "none" if report.worst.equal else report.worst.name,
+        }
+    )
+    if not report.passed:
+        verdict = Text("failed: beyond the tolerance", style="bold red")
+    elif report.first_difference is None:
+        verdict = Text("passed: every module is equal, bit for bit", style="green")
+    else:
+        verdict = Text("passed: every module is within the tolerance", style="green")
+    return Group(facts, table, verdict)
+
+
+def anatomy_report(anatomy: Anatomy, *, every: bool) -> RenderableType:
+    """What ``sdconv anatomy`` prints: each block, or each single operation, and the totals."""
+    rows, columns = anatomy.size
+    parts: list[RenderableType] = [
+        plain(f"{anatomy.class_name} on a picture of {rows}x{columns} (rows x columns)", "bold")
+    ]
+    for path in ("encode", "decode"):
+        if blocks := anatomy.half(path):
+            parts.append(_half(anatomy, path, blocks, every))
+    return Group(*parts, _totals(anatomy), plain(_EXPLAINED, "dim"))
+
+
+_EXPLAINED = """\
+map: rows x columns of what comes out.  step: pixels from one value to the next; 1/2 in a doubled map
+padding: zeros on every side; 0,1 at the bottom and on the right only
+sees: pixels across that one value depends on through convolutions; * and everything, through an
+attention (GroupNorm's mean and variance are of the whole map too).  Decoding, pixels are latents."""
+
+
+def manifest_report(known: Iterable[KnownCheckpoint]) -> RenderableType:
+    """What ``sdconv fetch --list`` prints."""
+    table = _table("name", "holds", "family", ">size", "licence", "repository", "file")
+    for one in known:
+        size = in_bytes(one.size) if one.size else f"about {in_bytes(one.approximate_size or 0)}"
+        table.add_row(
+            one.name,
+            ", ".join(one.components),
+            one.family,
+            size,
+            one.licence + (" (terms to accept)" if one.gated else ""),
+            one.repository,
+            one.file,
+        )
+    return table
+
+
+def _table(*headings: str) -> Table:
+    """A table without frame; headings that begin with ``>`` are of right-aligned columns."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in headings:
+        align, words = ("right", heading[1:]) if heading.startswith(">") else ("left", heading)
+        table.add_column(words, justify=align, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def _facts(facts: Mapping[str, object]) -> Table:
+    """Names and what is said of them, side by side."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        table.add_row(name, fact if isinstance(fact, Text) else plain(fact))
+    return table
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    rest = len(listed) - _SHOWN
+    return ", ".join(listed[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _amount(amount: Amount) -> str:
+    kinds = ", ".join(f"{number} {dtype}" for dtype, number in amount.dtypes.items())
+    return f"{amount.tensors} tensors ({kinds}), {in_bytes(amount.nbytes)}"
+
+
+def _part(part: Part) -> Iterator[RenderableType]:
+    yield plain(part.name, "bold underline")
+    facts: dict[str, object] = {"holds": _amount(part.amount)}
+    if len(part.files) > 1 or part.files != (part.name,):
+        facts["files"] = _some(part.files)
+    facts |= {
+        f"metadata {key}": value
+        if len(value) < 200
+        else f"{value[:200]} ... ({len(value)} characters)"
+        for key, value in part.metadata.items()
+    }
+    yield _facts(facts)
+    for network in part.networks:
+        yield Text()
+        yield _network(network)
+    if part.problem is not None:
+        yield plain(part.problem, "yellow")
+    if part.unused:
+        yield Text()
+        table = _table("other tensors", "prefix", ">tensors", ">numbers", ">size", "dtypes")
+        for unused in part.unused:
+            amount = unused.amount
+            table.add_row(
+                unused.what,
+                plain(unused.prefix),
+                str(amount.tensors),
+                count(amount.numbers),
+                in_bytes(amount.nbytes),
+                plain(", ".join(amount.dtypes)),
+            )
+        yield table
+    yield Text()
+
+
+def _network(found: NetworkFound) -> RenderableType:
+    family = f"{found.family} (by {found.evidence})"
+    if found.open_to:
+        family += f"; open to {' or '.join(found.open_to)}: pass --family to decide"
+    facts: dict[str, object] = {
+        "component": Text(found.component, style="green"),
+        "class": found.class_name,
+        "family": family,
+        "layout": f"{found.layout}, prefix {found.prefix!r}"
+        if found.prefix
+        else f"{found.layout}, no prefix",
+        "parameters": f"{found.parameters:,} ({count(found.parameters)})",
+        "holds": _amount(found.amount),
+    }
+    names = [field.name for field in fields(found.config)]  # type: ignore[arg-type]
+    facts |= {f"  {name}": found.config[name] for name in names}
+    lacks = (
+        ("missing", found.missing),
+        ("unexpected", found.unexpected),
+        ("wrong shape", found.misshapen),
+    )
+    facts |= {what: plain(_some(names), "bold red") for what, names in lacks if names}
+    return _facts(facts)
+
+
+def _values(values: ValueReport) -> Iterator[RenderableType]:
+    yield plain(f"values: {values.tensors} tensors read", "bold")
+    if values.sound and not values.zero and not values.unread:
+        yield plain("all finite, no tensor of nothing but zeros", "green")
+        return
+    table = _table("tensor", "finding")
+    for name, number in values.nan.items():
+        table.add_row(plain(name), Text(f"{number} NaN", style="bold red"))
+    for name, number in values.infinite.items():
+        table.add_row(plain(name), Text(f"{number} infinite", style="bold red"))
+    for name in values.zero[:_SHOWN]:
+        table.add_row(plain(name), "all zero")
+    if (rest := len(values.zero) - _SHOWN) > 0:
+        table.add_row(f"and {rest} more", "all zero (--json names them)")
+    for name, dtype in values.unread.items():
+        table.add_row(plain(name), plain(f"not read: torch has no dtype {dtype}"))
+    yield table
+
+
+def _is_top(name: str) -> bool:
+    """Whether a module is a block of the network's own list, or what the whole network gives."""
+    parts = name.split(".")
+    return len(parts) <= 2 or (len(parts) == 3 and parts[2].isdecimal())
+
+
+def _difference(row: ModuleDifference) -> tuple[RenderableType, ...]:
+    if row.equal and row.passed:
+        return "0", "0", "0", Text("equal", style="green")
+    mark = Text("within", style="yellow") if row.passed else Text("beyond", style="bold red")
+    return f"{row.max_abs:.3g}", f"{row.relative:.3g}", str(row.ulps), mark
+
+
+def _half(anatomy: Anatomy, path: str, blocks: tuple[Block, ...], every: bool) -> RenderableType:
+    counts = (">params", ">multiplies", ">share", ">sees", ">step")
+    table = _table(path, "kernel", "stride", "padding", ">channels", ">map", *counts)
+    table.columns[0].no_wrap = True
+    for block in blocks:
+        if every:
+            for layer in block.layers:
+                table.add_row(*_layer_row(anatomy, layer))
+        elif block.parameters or block.in_size != block.out_size:
+            table.add_row(*_block_row(anatomy, block))
+    return Group(Text(), table)
+
+
+def _layer_row(anatomy: Anatomy, layer: Layer) -> tuple[str, ...]:
+    return (
+        f"{_short(layer.name)} ({layer.role})",
+        _sides(layer.kernel),
+        _both(layer.stride),
+        _padding(layer.padding) if layer.kernel else "",
+        _change(layer.in_channels, layer.out_channels),
+        _sides(layer.out_size),
+        count(layer.parameters),
+        count(layer.multiplies),
+        _percent(layer.multiplies / anatomy.multiplies),
+        _sees(layer),
+        _both(layer.step),
+    )
+
+
+def _block_row(anatomy: Anatomy, block: Block) -> tuple[str, ...]:
+    convolutions = block.convolutions
+    return (
+        _short(block.name),
+        " ".join(_sides(one.kernel) for one in convolutions) or block.class_name,
+        " ".join(dict.fromkeys(_both(one.stride) for one in convolutions)),
+        # a bypass of 1x1 has none, and goes without saying
+        " ".join(dict.fromkeys(_padding(c.padding) for c in convolutions if c.kernel != (1, 1))),
+        _change(block.in_channels, block.out_channels),
+        _sides(block.out_size),
+        count(block.parameters),
+        count(block.multiplies),
+        _percent(block.multiplies / anatomy.multiplies),
+        _sees(block.last),
+        _both(block.last.step),
+    )
+
+
+def _totals(anatomy: Anatomy) -> RenderableType:
+    table = _table("role", ">operations", ">parameters", ">share", ">multiplies", ">share")
+    for total in anatomy.totals:
+        table.add_row(
+            total.role,
+            str(total.layers),
+            count(total.parameters),
+            _percent(total.parameter_share),
+            count(total.multiplies),
+            _percent(total.multiply_share),
+        )
+    table.add_row(
+        "all",
+        str(len(anatomy.layers)),
+        count(anatomy.parameters),
+        _percent(1.0),
+        count(anatomy.multiplies),
+        _percent(1.0),
+        style="bold",
+    )
+    return Group(Text(), table, Text())
+
+
+def _short(name: str) -> str:
+    """A module's name within its half."""
+    return name.removeprefix("encoder.").removeprefix("decoder.")
+
+
+def _sides(pair: tuple[int, int] | None) -> str:
+    """``3x3``: rows x columns."""
+    return "" if pair is None else f"{pair[0]}x{pair[1]}"
+
+
+def _both(pair: tuple[object, object] | None) -> str:
+    """``2`` where it is the same for rows and columns, else ``2x1``."""
+    if pair is None:
+        return ""
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
+
+
+def _sees(layer: Layer) -> str:
+    return _both(layer.receptive_field) + ("*" if layer.sees_all else "")
+
+
+def _padding(padding: tuple[int, int, int, int]) -> str:
+    top, bottom, left, right = padding
+    if top == bottom == left == right:
+        return str(top)
+    return f"{top},{bottom}" if (top, bottom) == (left, right) else f"{top},{bottom}/{left},{right}"
+
+
+def _change(before: object, after: object) -> str:
+    return str(before) if before == after else f"{before} > {after}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
