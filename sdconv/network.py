@@ -68,7 +68,10 @@ class Network(nn.Module):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         diffusers = sys.modules.get("diffusers")
-        return getattr(diffusers, self.config.class_name, type(self)) if diffusers else type(self)
+        # torch.compile looks attributes up by __class__, and is to find ours
+        if diffusers is None or torch.compiler.is_compiling():
+            return type(self)
+        return getattr(diffusers, self.config.class_name, type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle insists that an object's __class__ be what it rebuilds
