@@ -1,9 +1,8 @@
 """A source of weights: named tensors from files, a folder or memory, known before they are read.
 
-What everything behind it works on. A source is one or more files (a state dict in memory counts as
-one). Each file keeps its own names, since the two halves of a tiny autoencoder both number their
-layers from 0; only who asks the whole source for its entries says that it is one network, and
-then a name in two files is an error.
+A source is one file or more (a state dict in memory counts as one). Each file keeps its own names,
+for the two halves of a tiny autoencoder both number their layers from 0; who asks the whole source
+for its entries says that it is one network, and then a name in two files is an error.
 
     with open_source("vae/diffusion_pytorch_model.safetensors") as source:
         source.shapes                               # from the header alone
@@ -20,7 +19,6 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 
 from sdconv.checkpoint.files import as_path, os_errors, read_json, short
 from sdconv.checkpoint.folder import components_in, is_pipeline, weights_in
@@ -30,30 +28,22 @@ from sdconv.errors import CheckpointError, InputError
 
 __all__ = ["TORCH_DTYPES", "Source", "SourceFile", "components_in", "open_source"]
 
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"F8_{kind}": f"float8_{kind.lower()}" for kind in ("E5M2", "E4M3FNUZ", "E5M2FNUZ")},
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+}
+
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-        "I16": torch.int16,
-        "U16": torch.uint16,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I32": torch.int32,
-        "U32": torch.uint32,
-        "F32": torch.float32,
-        "I64": torch.int64,
-        "U64": torch.uint64,
-        "F64": torch.float64,
-        "C64": torch.complex64,
-    }
+    {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
 )
-"""Safetensors' dtype names that are one torch dtype each: all but F4 (two to a byte) and F6."""
+"""Safetensors' dtype names that are one dtype of this torch: all but F4 (two to a byte) and F6."""
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -92,35 +82,49 @@ class SourceFile(ABC):
 
 
 class SafetensorsFile(SourceFile):
-    """A safetensors file: its tensors are views of one private mapping of the file."""
+    """A safetensors file: its tensors are views of one private mapping of the file.
+
+    Not ``safe_open``'s mapping, which reads a page of every tensor that it hands out.
+    """
 
     def __init__(self, path: Path) -> None:
         header = read_header(path)
         self.label = str(path)
         self.entries = header.tensors
         self.metadata = header.metadata
-        self._path = path
-        self._handle: Any = None
+        self._mapping: Any = None  # an UntypedStorage of the whole file
 
     def close(self) -> None:
-        if self._handle is not None:
-            self._handle.__exit__(None, None, None)
-            self._handle = None
+        self._mapping = None  # unmapped with the last tensor that was read from it
 
     def _read(self, name: str) -> torch.Tensor:
-        try:
-            if self._handle is None:
-                self._handle = safe_open(self._path, framework="pt", device="cpu")
-            tensor: torch.Tensor = self._handle.get_tensor(name)
-        except Exception as error:  # the file changed meanwhile, or torch has no such dtype
+        info = self.entries[name]
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None:
             raise CheckpointError(
-                f"tensor {short(name)} cannot be read",
+                f"tensor {short(name)} has a dtype that torch has not",
                 where=self.label,
-                expected=f"a dtype of torch ({', '.join(TORCH_DTYPES)})",
-                got=f"{self.entries[name].dtype}: {error}",
-                fix="convert the file to another dtype, or check that nothing is writing to it",
-            ) from error
-        return tensor
+                expected=f"one of {', '.join(TORCH_DTYPES)}",
+                got=info.dtype,
+                fix="convert the file to another dtype with the library that wrote it",
+            )
+        values: torch.UntypedStorage = self._mapped()[info.start : info.end]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(values).view(info.shape)
+
+    def _mapped(self) -> Any:
+        if self._mapping is None:
+            size = max(info.end for info in self.entries.values())
+            try:
+                self._mapping = torch.UntypedStorage.from_file(self.label, False, size)
+            except Exception as error:  # the file changed meanwhile, or memory cannot be had
+                raise CheckpointError(
+                    "cannot be mapped into memory",
+                    where=self.label,
+                    expected=f"a file of {size} bytes, as when its header was read",
+                    got=error,
+                    fix="check that nothing is writing to it, and try again",
+                ) from error
+        return self._mapping
 
 
 class TensorsFile(SourceFile):
@@ -302,13 +306,14 @@ def _check_index(
     folder: Path, files: Mapping[Path, SourceFile], weight_map: Mapping[str, Path]
 ) -> None:
     """An index and its shards must say the same of every tensor."""
+    fix = "download index and shards again, from the same revision"
     for name, path in weight_map.items():
         if name not in files[path].entries:
             raise CheckpointError(
                 f"its index puts tensor {short(name)} into a shard that does not hold it",
                 where=folder,
                 expected=f"{short(name)} in {path.name}",
-                fix="download index and shards again, from the same revision",
+                fix=fix,
             )
     for path, file in files.items():
         for name in file.entries:
@@ -317,7 +322,7 @@ def _check_index(
                     f"a shard holds tensor {short(name)}, which its index does not put there",
                     where=folder,
                     expected=f"{short(name)} listed for {path.name}",
-                    fix="download index and shards again, from the same revision",
+                    fix=fix,
                 )
 
 
