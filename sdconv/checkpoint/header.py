@@ -78,6 +78,16 @@ class Header:
     metadata: Mapping[str, str]
 
     @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self.tensors)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Every tensor's dtype by its name, in safetensors' words: ``F32``, ``BF16``, ..."""
+        return {name: info.dtype for name, info in self.tensors.items()}
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape by its name."""
         return {name: info.shape for name, info in self.tensors.items()}

@@ -92,6 +92,8 @@ def identify(
             expected=", ".join([*VAE_FACTS, *TINY_FAMILIES]),
             got=repr(family),
         )
+    # JSON has lists where Python has tuples
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
     everything = find_networks(shapes)
     found = [one for one in everything if component in (None, one.component)]
     if everything and not found:

@@ -74,6 +74,8 @@ def test_what_safetensors_writes_is_read_back_with_its_place_in_the_file(tmp_pat
     assert header.path == file
     assert header.metadata == {"format": "pt"}
     assert header.shapes == {"b.weight": (2, 3), "a": (5,)}
+    assert header.names == list(header.shapes)
+    assert set(header.dtypes) == set(header.names)
     assert {name: info.dtype for name, info in header.tensors.items()} == {
         "b.weight": "F32",
         "a": "BF16",

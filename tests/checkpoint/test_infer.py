@@ -229,6 +229,12 @@ def test_the_caller_decides() -> None:
         sdconv.infer(shapes, family="sd9")
 
 
+def test_shapes_may_be_lists_as_json_has_them() -> None:
+    shapes = shapes_in(CONFIGS["three levels"], "original")
+    lists = json.loads(json.dumps(shapes))
+    assert sdconv.infer(lists) == sdconv.infer(shapes)
+
+
 def test_flux2_is_known_by_its_statistics() -> None:
     config = AutoencoderKLFlux2Config(**AutoencoderKLFlux2Config.assumed)
     shapes = shapes_of(on_meta(config))
