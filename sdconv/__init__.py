@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         AutoencoderKLFlux2Config,
         AutoencoderTinyConfig,
     )
+    from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.tiny import AutoencoderTiny
     from sdconv.vae import AutoencoderKL, AutoencoderKLFlux2
 
@@ -37,9 +38,11 @@ _HOME = {
     "AutoencoderKLFlux2Config": "sdconv.config",
     "AutoencoderTiny": "sdconv.tiny",
     "AutoencoderTinyConfig": "sdconv.config",
+    "apply_patch": "sdconv.integrations.patch",
     "infer": "sdconv.checkpoint.infer",
     "load": "sdconv.checkpoint.load",
     "read_header": "sdconv.checkpoint.header",
+    "remove_patch": "sdconv.integrations.patch",
     "save": "sdconv.checkpoint.save",
 }
 
@@ -56,9 +59,11 @@ __all__ = [
     "SdconvWarning",
     "UnknownNetworkError",
     "WeightsMismatchError",
+    "apply_patch",
     "infer",
     "load",
     "read_header",
+    "remove_patch",
     "save",
 ]
 

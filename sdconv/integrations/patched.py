@@ -1,0 +1,256 @@
+"""diffusers' convolutional blocks computing with sdconv's code: what ``apply_patch`` makes of them.
+
+A patched block is diffusers' own object under one of these classes, so all that hangs on it stays:
+parameters and their order, hooks, LoRA layers, whoever else refers to it. They are called as
+diffusers' are; a call with more than sdconv's block takes goes to diffusers' code, as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from types import MethodType
+from typing import Any
+
+from diffusers.models import attention_processor, downsampling, resnet, upsampling
+from diffusers.models.autoencoders import vae as autoencoder
+from torch import Tensor, is_grad_enabled, nn
+
+from sdconv import blocks, vae
+
+
+class ResnetBlock2D(blocks.ResnetBlock2D, resnet.ResnetBlock2D):  # type: ignore[misc]
+    """``(B, in_channels, H, W)``, and ``(B, T)`` if it has a projection for it, to ``(B,
+    out_channels, H, W)``."""
+
+    def forward(  # type: ignore[override]
+        self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        # an embedding that no projection waits for is added as it is
+        if args or kwargs or (self.time_emb_proj is None and temb is not None):
+            return resnet.ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
+        return blocks.ResnetBlock2D.forward(self, input_tensor, temb)
+
+
+class Downsample2D(blocks.Downsample2D, downsampling.Downsample2D):  # type: ignore[misc]
+    """``(B, C, H, W)`` to ``(B, C, ceil(H/2), ceil(W/2))``."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if args or kwargs:
+            return downsampling.Downsample2D.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        return blocks.Downsample2D.forward(self, hidden_states)
+
+
+class AsymmetricDownsample2D(blocks.AsymmetricDownsample2D, downsampling.Downsample2D):  # type: ignore[misc]
+    """``(B, C, H, W)`` to ``(B, C, floor(H/2), floor(W/2))``."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if args or kwargs:
+            return downsampling.Downsample2D.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        return blocks.AsymmetricDownsample2D.forward(self, hidden_states)
+
+
+class Upsample2D(blocks.Upsample2D, upsampling.Upsample2D):  # type: ignore[misc]
+    """``(B, C, H, W)`` to ``(B, C, 2H, 2W)`` or ``(B, C, *output_size)``."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if args or kwargs:
+            return upsampling.Upsample2D.forward(self, hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
+        return blocks.Upsample2D.forward(self, hidden_states, output_size)
+
+
+class Attention(blocks.Attention, attention_processor.Attention):  # type: ignore[misc]
+    """The VAE's, ``(B, C, H, W)`` to the same; while a processor other than the default one is set,
+    diffusers' own."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        more = kwargs or encoder_hidden_states is not None or attention_mask is not None
+        default = type(self.processor) is attention_processor.AttnProcessor2_0
+        if more or not default or hidden_states.ndim != 4:
+            return attention_processor.Attention.forward(  # type: ignore[no-any-return]
+                self, hidden_states, encoder_hidden_states, attention_mask, temb=temb, **kwargs
+            )
+        return blocks.Attention.forward(self, hidden_states)
+
+
+class Encoder(vae.Encoder, autoencoder.Encoder):  # type: ignore[misc]
+    """``(B, in_channels, H, W)`` to the moments of latents."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return vae.Encoder.forward(self, sample)
+
+    def call(self, part: Callable[..., Any], *args: Any) -> Any:
+        return _checkpointed(self, part, *args)
+
+
+class Decoder(vae.Decoder, autoencoder.Decoder):  # type: ignore[misc]
+    """``(B, latent_channels, h, w)`` to pictures."""
+
+    def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+        if latent_embeds is not None:
+            return autoencoder.Decoder.forward(self, sample, latent_embeds)  # type: ignore[no-any-return]
+        return vae.Decoder.forward(self, sample)
+
+    def call(self, part: Callable[..., Any], *args: Any) -> Any:
+        return _checkpointed(self, part, *args)
+
+
+def _checkpointed(whole: Any, part: Callable[..., Any], *args: Any) -> Any:
+    """Recomputes activations, where that is on, by the function that diffusers was given for it."""
+    if whole.gradient_checkpointing and is_grad_enabled():
+        return whole._gradient_checkpointing_func(part, *args)
+    return part(*args)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A class of diffusers', the one to put in its place, and for which of its objects.
+
+    ``expected``: attributes that an object must have for sdconv's code to compute the same; a class
+    stands for an object of just that class, an attrgetter for what it gets from the block.
+    """
+
+    theirs: type[nn.Module]
+    ours: type[nn.Module]
+    expected: Mapping[str, object]
+
+    def obstacle(self, block: nn.Module) -> str | None:
+        """The first attribute that is not as expected."""
+        for name, expected in self.expected.items():
+            got = attrgetter(name)(block)
+            if isinstance(expected, attrgetter):
+                expected = expected(block)
+            if isinstance(expected, type):
+                got = type(got)
+            if got != expected:
+                return f"{name} is {got.__name__ if isinstance(got, type) else got}"
+        return None
+
+
+_HALVES = {"use_conv": True, "norm": None}
+PATCHES = (
+    Patch(
+        resnet.ResnetBlock2D,
+        ResnetBlock2D,
+        {
+            "up": False,
+            "down": False,
+            "time_embedding_norm": "default",
+            "skip_time_act": False,
+            "output_scale_factor": 1,
+            "dropout.p": 0,
+        },
+    ),
+    Patch(downsampling.Downsample2D, Downsample2D, _HALVES | {"padding": 1}),
+    Patch(downsampling.Downsample2D, AsymmetricDownsample2D, _HALVES | {"padding": 0}),
+    Patch(
+        upsampling.Upsample2D,
+        Upsample2D,
+        {
+            "use_conv": True,
+            "use_conv_transpose": False,
+            "interpolate": True,
+            "norm": None,
+            "name": "conv",
+        },
+    ),
+    Patch(
+        attention_processor.Attention,
+        Attention,
+        {
+            "processor": attention_processor.AttnProcessor2_0,
+            "heads": 1,
+            "inner_dim": attrgetter("query_dim"),
+            "is_cross_attention": False,
+            "added_kv_proj_dim": None,
+            "spatial_norm": None,
+            "norm_q": None,
+            "norm_k": None,
+            "residual_connection": True,
+            "rescale_output_factor": 1,
+            "dropout": 0,
+        },
+    ),
+    Patch(autoencoder.Encoder, Encoder, {}),
+    Patch(autoencoder.Decoder, Decoder, {"conv_norm_out": nn.GroupNorm}),
+)
+_THEIRS = {patch.ours: patch.theirs for patch in PATCHES}
+
+# of diffusers' other blocks, what sdconv does not have; each under one of these names
+_UNKNOWN = {
+    "ResnetBlockCondNorm2D": "norms that read the embedding",
+    "FirDownsample2D": "FIR kernel",
+    "FirUpsample2D": "FIR kernel",
+    "KDownsample2D": "fixed kernel",
+    "KUpsample2D": "fixed kernel",
+}
+
+
+def plan(block: nn.Module) -> type[nn.Module] | str | None:
+    """The class under which a block computes with sdconv's code.
+
+    Args:
+        block: any module.
+
+    Returns:
+        The class, or why the block is left as it is, or None for what is no convolutional block of
+        diffusers' (or is patched already).
+    """
+    kind = type(block)
+    if is_patched(block):
+        return None
+    if isinstance(block, attention_processor.Attention) and not _reads_maps(block):
+        return None
+    fitting = [patch for patch in PATCHES if patch.theirs is kind]
+    if not fitting:
+        if kind.__module__ in (resnet.__name__, downsampling.__name__, upsampling.__name__):
+            return _UNKNOWN.get(kind.__name__, "sdconv has no such block")
+        above = [patch.theirs.__name__ for patch in PATCHES if isinstance(block, patch.theirs)]
+        return f"a class of its own, derived from {above[0]}" if above else None
+    if "forward" in vars(block) and not list(_bound(block)):
+        return "its forward is overridden"
+    obstacles = [patch.obstacle(block) for patch in fitting]
+    if None in obstacles:
+        return fitting[obstacles.index(None)].ours
+    return obstacles[0]
+
+
+def is_patched(block: nn.Module) -> bool:
+    """Whether a block computes with sdconv's code in diffusers' place."""
+    return type(block) in _THEIRS
+
+
+def put(block: nn.Module, kind: type[nn.Module]) -> None:
+    """Gives a block another class, and accelerate's hooks on it that class's ``forward``."""
+    for name in list(_bound(block)):
+        vars(block)[name] = MethodType(kind.forward, block)
+    block.__class__ = kind
+
+
+def put_back(block: nn.Module) -> None:
+    """Gives a patched block the class that it had."""
+    put(block, _THEIRS[type(block)])
+
+
+def _bound(block: nn.Module) -> Iterator[str]:
+    """Names under which a block keeps its class's own ``forward``: accelerate's hooks put theirs
+    in front of ``_old_forward``, and leave it as ``forward`` when they go."""
+    for name in ("forward", "_old_forward"):
+        method = vars(block).get(name)
+        if isinstance(method, MethodType) and method.__func__ is type(block).forward:
+            yield name
+
+
+def _reads_maps(attention: Any) -> bool:
+    """Told from a transformer's attention by its norm over the channels of a map."""
+    return attention.group_norm is not None or attention.spatial_norm is not None
