@@ -50,7 +50,7 @@ def write_folder(
     weights = folder / f"diffusion_pytorch_model{suffix}.safetensors"
     content = json.dumps(config.to_json(), indent=2) + "\n"
     write_tensors(tensors, weights, {"format": "pt"})
-    _whole(folder / "config.json", lambda path: path.write_text(content, encoding="utf-8"))
+    write_whole(folder / "config.json", lambda path: path.write_text(content, encoding="utf-8"))
     return [folder / "config.json", weights]
 
 
@@ -63,10 +63,15 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    _whole(path, lambda part: save_file(contiguous, part, metadata=dict(metadata)))
+    write_whole(path, lambda part: save_file(contiguous, part, metadata=dict(metadata)))
 
 
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a file of another name beside ``path``, which then takes that name.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdconv.checkpoint.write import _whole as write_whole
+from sdconv.checkpoint.write import write_whole
 from sdconv.errors import InputError, SdconvError
 from sdconv.report.tables import count
 
