@@ -122,17 +122,18 @@ def identify(
                 fix="pass a state dict that holds one of them",
             )
     metadata = metadata or {}
-    told = dict(config or {}) or _told(metadata, where)
-    return [
-        _as_told(one, told, family, where)
-        if told
-        else Identified(found=one, **vars(_read(one, shapes, metadata, family)))
-        for one in found
-    ]
+    result = []
+    for one in found:
+        if told := dict(config or {}) or _told(metadata, one.component, where):
+            result.append(_as_told(one, told, family, where))
+        else:
+            result.append(Identified(found=one, **vars(_read(one, shapes, metadata, family))))
+    return result
 
 
-def _told(metadata: Mapping[str, str], where: object) -> dict[str, Any]:
-    """The config that a file written by sdconv carries; empty where it carries none."""
+def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
+    """The config that a file written by sdconv carries, of its one network or by component; empty
+    where it carries none."""
     if CONFIG_KEY not in metadata:
         return {}
     try:
@@ -144,6 +145,8 @@ def _told(metadata: Mapping[str, str], where: object) -> dict[str, Any]:
             expected=f"a JSON object under {CONFIG_KEY}",
             got=metadata[CONFIG_KEY][:80],
         ) from error
+    if isinstance(content, dict) and {"vae", "unet"} & set(content):
+        content = content.get(component)
     return content if isinstance(content, dict) else {}
 
 

@@ -128,6 +128,10 @@ class SourceView:
         file, own = self._homes[name]
         return file.entries[own].dtype
 
+    def home(self, name: str) -> tuple[SourceFile, str]:
+        """The file that holds a tensor, and the tensor's name in it."""
+        return self._homes[name]
+
     def tensor(self, name: str) -> Tensor:
         """The tensor on the CPU, mapped where the file allows it."""
         file, own = self._homes[name]

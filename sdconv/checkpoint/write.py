@@ -38,6 +38,19 @@ def write_folder(
         SdconvError: diffusers has no class for this network.
         CheckpointError: the folder cannot be written.
     """
+    check_in_diffusers(config, folder)
+    suffix = f".{variant}" if variant else ""
+    weights = folder / f"diffusion_pytorch_model{suffix}.safetensors"
+    write_tensors(tensors, weights, {"format": "pt"})
+    return [write_config(config, folder), weights]
+
+
+def check_in_diffusers(config: Config, folder: Path) -> None:
+    """Refuses a network that a folder as diffusers keeps it cannot hold.
+
+    Raises:
+        SdconvError: diffusers has no class for this network.
+    """
     if isinstance(config, AutoencoderTinyConfig) and not config.in_diffusers:
         raise SdconvError(
             "diffusers' AutoencoderTiny cannot represent this network",
@@ -46,12 +59,17 @@ def write_folder(
             got=f"blocks {config.num_encoder_blocks} and {config.num_decoder_blocks}",
             fix="save it as a single file: sdconv.save(model, 'name.safetensors')",
         )
-    suffix = f".{variant}" if variant else ""
-    weights = folder / f"diffusion_pytorch_model{suffix}.safetensors"
-    content = json.dumps(config.to_json(), indent=2) + "\n"
-    write_tensors(tensors, weights, {"format": "pt"})
-    write_whole(folder / "config.json", lambda path: path.write_text(content, encoding="utf-8"))
-    return [folder / "config.json", weights]
+
+
+def write_config(config: Config, folder: Path) -> Path:
+    """Writes a component's ``config.json``, and gives its path.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path, content = folder / "config.json", json.dumps(config.to_json(), indent=2) + "\n"
+    write_whole(path, lambda part: part.write_text(content, encoding="utf-8"))
+    return path
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
