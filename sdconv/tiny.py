@@ -192,7 +192,9 @@ class AutoencoderTiny(Autoencoder):
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Pictures through latents stored as bytes, as TAESD's own command does, and back."""
         stored = self.scale_latents(self._latents(sample)).mul_(255).round_().byte()
-        return self.decode(self.unscale_latents(stored / 255.0), return_dict=return_dict)
+        # bytes divide to float32: back to the network's own
+        latents = self.unscale_latents((stored / 255.0).to(self.dtype))
+        return self.decode(latents, return_dict=return_dict)
 
     def scale_latents(self, x: Tensor) -> Tensor:
         """Raw latents to [0, 1], to be stored as a picture."""
