@@ -72,7 +72,8 @@ class NetworkFound:
 
     ``prefix``: what stands before its names in the file. ``open_to``: the families among which
     nothing decided. ``parameters``: numbers that are learned (statistics are not).
-    ``missing``, ``unexpected``, ``misshapen``: names of tensors that keep it from being loaded.
+    ``missing``, ``unexpected``, ``misshapen``: names of tensors that keep it from being loaded (of
+    a U-Net only what is unexpected is known before it is built).
     """
 
     component: str
@@ -320,7 +321,8 @@ def _network(one: Identified, entries: Mapping[str, TensorInfo]) -> NetworkFound
     found = one.found
     have = found.shapes({name: info.shape for name, info in entries.items()})
     wanted, learned = have, set(have)
-    if found.kind in BUILD:
+    # a U-Net takes its transformers from diffusers: too slow to import for a look at a header
+    if one.component == "vae":
         with torch.device("meta"):
             network = BUILD[found.kind](one.config)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -99,10 +99,11 @@ def anatomy_report(anatomy: Anatomy, *, every: bool) -> RenderableType:
 
 
 _EXPLAINED = """\
-map: rows x columns of what comes out.  step: pixels from one value to the next; 1/2 in a doubled map
+map: rows x columns of what comes out
 padding: zeros on every side; 0,1 at the bottom and on the right only
 sees: pixels across that one value depends on through convolutions; * and everything, through an
-attention (GroupNorm's mean and variance are of the whole map too).  Decoding, pixels are latents."""
+attention (GroupNorm's mean and variance are of the whole map too); latents for pixels in decoding
+step: pixels from one value to the next; 1/2 where the map was doubled"""
 
 
 def manifest_report(known: Iterable[KnownCheckpoint]) -> RenderableType:

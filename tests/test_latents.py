@@ -1,0 +1,112 @@
+"""Raw and scaled latents: the formula of each family, undone exactly, and files that say which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import seeded
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sdconv
+from sdconv.latents import read_latents, scale, unscale, write_latents
+
+SD3 = seeded.kl((32, 32), 16, False, scaling_factor=1.5305, shift_factor=0.0609)
+SPREAD = seeded.kl(
+    (32, 32), 2, False, scaling_factor=0.5, latents_mean=(1.0, 2.0), latents_std=(4.0, 8.0)
+)
+FLUX2 = seeded.flux2((32, 32), layers_per_block=1)
+
+
+def latents(channels: int, rows: int = 4, columns: int = 6) -> Tensor:
+    return torch.randn(2, channels, rows, columns, generator=torch.Generator().manual_seed(3))
+
+
+def patches_as_diffusers_makes_them(z: Tensor) -> Tensor:
+    """``Flux2Pipeline._patchify_latents``."""
+    b, c, h, w = z.shape
+    z = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return z.reshape(b, 4 * c, h // 2, w // 2)
+
+
+def test_shift_and_factor() -> None:
+    z = latents(16)
+    assert torch.equal(scale(seeded.network(SD3), z), (z - 0.0609) * 1.5305)
+
+
+def test_mean_and_standard_deviation_of_each_channel() -> None:
+    z = torch.ones(1, 2, 1, 1)
+    assert scale(seeded.network(SPREAD), z).flatten().tolist() == [0.0, -0.0625]
+
+
+def test_a_tiny_autoencoders_latents_are_scaled_already() -> None:
+    z = latents(4)
+    assert torch.equal(scale(seeded.network(seeded.tiny()), z), z)
+
+
+def test_flux2_normalises_patches() -> None:
+    network, z = seeded.network(FLUX2), latents(32)
+    mean, variance = (
+        t.view(1, -1, 1, 1) for t in (network.bn.running_mean, network.bn.running_var)
+    )
+    expected = (patches_as_diffusers_makes_them(z) - mean) / torch.sqrt(variance + 1e-4)
+    assert torch.equal(scale(network, z), expected)
+    assert scale(network, z).shape == (2, 128, 2, 3)
+
+
+@pytest.mark.parametrize("config", [SD3, SPREAD, FLUX2, seeded.tiny()])
+def test_there_and_back(config: sdconv.AutoencoderKLConfig) -> None:
+    network, z = seeded.network(config), latents(config.latent_channels)
+    assert torch.allclose(unscale(network, scale(network, z)), z, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [SD3, FLUX2])
+@pytest.mark.parametrize("direction", [scale, unscale])
+def test_other_channels(config: sdconv.AutoencoderKLConfig, direction: object) -> None:
+    with pytest.raises(sdconv.InputError, match="wrong shape"):
+        direction(seeded.network(config), latents(5))  # type: ignore[operator]
+
+
+def test_odd_latents_make_no_patches() -> None:
+    with pytest.raises(sdconv.InputError, match="cannot be cut into patches"):
+        scale(seeded.network(FLUX2), latents(32, 3, 4))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_file_says_whether_they_are_scaled(scaled: bool, tmp_path: Path) -> None:
+    path = tmp_path / "z.safetensors"
+    write_latents(latents(4), path, scaled=scaled)
+    read, said = read_latents(path)
+    assert torch.equal(read, latents(4))
+    assert said is scaled
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "z.safetensors"
+    save_file({"samples": latents(4)[0].half()}, path)
+    read, said = read_latents(path)
+    assert (read.shape, read.dtype, said) == ((1, 4, 4, 6), torch.float32, None)
+    save_file({"samples": latents(4), "noise": latents(3)}, path)
+    assert read_latents(path, "noise")[0].shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "key", "words"),
+    [
+        ({"a": torch.zeros(1, 4, 2, 2), "b": torch.zeros(1)}, None, "which tensor"),
+        ({"a": torch.zeros(1, 4, 2, 2)}, "b", "which tensor"),
+        ({"a": torch.zeros(4)}, None, "no latents"),
+        ({"a": torch.zeros(1, 4, 0, 2)}, None, "no latents"),
+        ({"a": torch.zeros(1, 4, 2, 2, dtype=torch.int32)}, None, "no latents"),
+        ({"a": torch.full((1, 4, 2, 2), torch.nan)}, None, "NaN"),
+    ],
+)
+def test_no_latents(
+    tensors: dict[str, Tensor], key: str | None, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "z.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(sdconv.InputError, match=words):
+        read_latents(path, key)
