@@ -22,15 +22,18 @@ LAYERS = (
     ("ops",),
     ("checkpoint.files",),
     ("checkpoint.header", "checkpoint.pickles", "checkpoint.folder", "checkpoint.source"),
-    ("checkpoint.keys", "checkpoint.keys_unet"),
-    ("checkpoint.write",),  # before infer, which reads the configs that it writes
+    ("checkpoint.keys", "checkpoint.keys_unet", "checkpoint.keys_clip"),
+    # before infer, which reads the configs that it writes
+    ("checkpoint.write", "checkpoint.stream"),
     ("checkpoint.find", "checkpoint.reading"),
     ("checkpoint.infer_vae", "checkpoint.infer_tiny", "checkpoint.infer_unet"),
     ("checkpoint.infer",),
     ("network", "outputs", "blocks", "unet_blocks", "unet_inputs"),
     ("vae", "tiny", "unet"),
     ("checkpoint.load", "checkpoint.save"),
-    ("anatomy", "inspection", "latents", "parity", "images", "report", "fetch"),
+    ("checkpoint.whole", "checkpoint.convert"),
+    ("anatomy", "comparison", "inspection", "latents", "lora"),
+    ("parity", "images", "report", "fetch"),
     ("integrations",),
     ("",),  # sdconv/__init__.py itself, whose public names come from everywhere above
     ("cli",),

@@ -1,0 +1,215 @@
+"""Everything that a checkpoint holds, as one list of tensors under the names that are asked for.
+
+A checkpoint is a file of one network or of a whole model, or the folder of a pipeline, whose
+subfolders are its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sdconv.checkpoint.files import os_errors, read_json
+from sdconv.checkpoint.find import Found, find_networks
+from sdconv.checkpoint.folder import components_in, is_pipeline
+from sdconv.checkpoint.keys_clip import TRANSPOSED, long_name, open_clip_names
+from sdconv.checkpoint.load import SourceView, Weights, pipeline_parts
+from sdconv.checkpoint.source import open_source
+from sdconv.checkpoint.stream import Entry
+
+COMPONENTS = ("unet", "vae")
+"""What has names of its own in both layouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source of a checkpoint; ``name`` is a pipeline's component, or empty."""
+
+    name: str
+    view: SourceView
+
+    def entry(
+        self,
+        name: str,
+        pieces: Sequence[str],
+        shape: tuple[int, ...] | None = None,
+        component: str | None = None,
+    ) -> Entry:
+        """A tensor made of this part's tensors, in the first one's shape where none is given."""
+        return Entry(
+            name=name,
+            shape=self.view.shapes[pieces[0]] if shape is None else shape,
+            pieces=tuple(self.view.home(piece) for piece in pieces),
+            component=component,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An open checkpoint; ``label`` names it in messages."""
+
+    label: str
+    parts: tuple[Part, ...]
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether its parts are the components of a pipeline."""
+        return any(part.name for part in self.parts)
+
+    def networks(self) -> Iterator[tuple[Part, Found]]:
+        """What sdconv knows in it, with where it is; of a pipeline, in the folders that are named
+        for it."""
+        for part in self.parts:
+            for found in find_networks(part.view.shapes) if part.name in ("", *COMPONENTS) else ():
+                if part.name in ("", found.component):
+                    yield part, found
+
+
+Naming = Callable[[Found, SourceView], Mapping[str, tuple[str, tuple[int, ...]]]]
+"""Of a network, diffusers' name of each tensor -> the name and the shape that it is to have."""
+
+
+def opened(path: Weights, stack: ExitStack) -> Checkpoint:
+    """Opens a checkpoint; ``stack`` closes it.
+
+    Args:
+        path: as for ``sdconv.load``, or the folder of a pipeline.
+
+    Raises:
+        CheckpointError: something cannot be read as weights. InputError: ``path`` is no path.
+    """
+    if isinstance(path, str | Path) and _is_pipeline(Path(path)):
+        parts = tuple(
+            Part(name=name, view=SourceView(stack.enter_context(open_source(folder))))
+            for name, folder in _components(Path(path)).items()
+        )
+        return Checkpoint(label=str(path), parts=parts)
+    source = stack.enter_context(open_source(path))
+    return Checkpoint(label=source.label, parts=(Part(name="", view=SourceView(source)),))
+
+
+def _is_pipeline(path: Path) -> bool:
+    with os_errors(path):
+        is_folder = path.is_dir()
+    return is_folder and (is_pipeline(path) or bool(pipeline_parts(path)))
+
+
+def _components(folder: Path) -> dict[str, Path]:
+    """The folders with weights, as far as the pipeline's index, if there is one, lists them."""
+    found = components_in(folder)
+    index = folder / "model_index.json"
+    with os_errors(index):
+        there = index.exists()
+    listed = read_json(index) if there else found
+    return {name: path for name, path in found.items() if name in listed}
+
+
+def entries(
+    checkpoint: Checkpoint,
+    networks: Iterable[tuple[Part, Found]],
+    naming: Naming,
+    *,
+    placed: bool,
+) -> list[Entry]:
+    """Every tensor of a checkpoint once: those of ``networks`` renamed, the rest as they are.
+
+    Of a pipeline, the rest has its component's name before it (``safety_checker.``); text encoders
+    get the names and the layout that they have in original files, if ``placed``.
+
+    Args:
+        checkpoint: open.
+        networks: those to rename.
+        naming: gives their names and shapes.
+        placed: whether text encoders are put where original files have them.
+    """
+    networks = list(networks)
+    places = _text_places(networks, checkpoint.parts) if placed else {}
+    result: list[Entry] = []
+    for part in checkpoint.parts:
+        taken: set[str] = set()
+        for found in (found for home, found in networks if home is part):
+            taken |= set(found.names.values())
+            for canonical, (name, shape) in naming(found, part.view).items():
+                place = found.names[canonical]
+                result.append(part.entry(name, [place], shape, found.component))
+        text = _text(part, places[part.name]) if part.name in places else []
+        prefix = f"{part.name}." if part.name else ""
+        rest = [name for name in part.view.shapes if name not in taken]
+        result += text or [part.entry(prefix + name, [name]) for name in rest]
+    return result
+
+
+def left_over(found: Iterable[Entry]) -> dict[str, int]:
+    """How many tensors are of no known component, by the first word of their names; those with one
+    word stand together under an empty one."""
+    counts: dict[str, int] = {}
+    for entry in found:
+        if entry.component is None:
+            first, _, more = entry.name.partition(".")
+            counts[first if more else ""] = counts.get(first if more else "", 0) + 1
+    return counts
+
+
+@dataclass(frozen=True)
+class _TextPlace:
+    """Where an original file has a text encoder, and whether in OpenCLIP's layout."""
+
+    prefix: str
+    is_open_clip: bool
+
+
+_TEXT_PLACES: Mapping[str, Mapping[str, _TextPlace]] = {
+    "sd1": {"text_encoder": _TextPlace("cond_stage_model.transformer.", False)},
+    "sd2": {"text_encoder": _TextPlace("cond_stage_model.model.", True)},
+    "sdxl": {
+        "text_encoder": _TextPlace("conditioner.embedders.0.transformer.", False),
+        "text_encoder_2": _TextPlace("conditioner.embedders.1.model.", True),
+    },
+    "sdxl-refiner": {"text_encoder_2": _TextPlace("conditioner.embedders.0.model.", True)},
+}
+
+
+def _text_places(
+    networks: Sequence[tuple[Part, Found]], parts: Sequence[Part]
+) -> Mapping[str, _TextPlace]:
+    """By component, where text encoders go, which the U-Net beside them decides."""
+    for part, found in networks:
+        if found.component == "unet" and part.name:
+            if "add_embedding.linear_1.weight" in found.names:
+                both = any(one.name == "text_encoder" for one in parts)
+                return _TEXT_PLACES["sdxl" if both else "sdxl-refiner"]
+            shapes = found.shapes(part.view.shapes)
+            linear = any(len(v) == 2 for k, v in shapes.items() if k.endswith(".proj_in.weight"))
+            return _TEXT_PLACES["sd2" if linear else "sd1"]
+    return {}
+
+
+def _text(part: Part, place: _TextPlace) -> list[Entry]:
+    """A CLIP text encoder's tensors in the place of an original file; none where it is no such
+    encoder."""
+    made = open_clip_names(part.view.shapes)
+    if made is None:
+        return []
+    if not place.is_open_clip:
+        return [
+            part.entry(place.prefix + long_name(name), [name], component=part.name)
+            for name in part.view.shapes
+        ]
+    result = []
+    for name, pieces in made.items():
+        transposed = name == TRANSPOSED
+        shape = _joined([part.view.shapes[piece] for piece in pieces])
+        if shape is None or (transposed and len(shape) != 2):
+            return []
+        entry = part.entry(place.prefix + name, pieces, shape, part.name)
+        result.append(replace(entry, shape=shape[::-1], transposed=True) if transposed else entry)
+    return result
+
+
+def _joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of tensors whose rows follow each other; None where they do not fit."""
+    if not all(shapes) or len({shape[1:] for shape in shapes}) > 1:
+        return None
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
