@@ -14,8 +14,8 @@ from torch import nn
 
 from sdconv.checkpoint.load import SourceView, Weights, load, pipeline_parts
 from sdconv.checkpoint.source import open_source
-from sdconv.errors import InputError
-from sdconv.network import Autoencoder, Network
+from sdconv.errors import InputError, SdconvError
+from sdconv.network import Autoencoder
 from sdconv.parity.compare import ModuleDifference, compare
 from sdconv.parity.stepwise import Inputs
 
@@ -132,6 +132,14 @@ def check(
             "no such reference", where="against", expected="'diffusers'", got=repr(against)
         )
     ours = load(path, component, dtype=dtype, device=device, family=family)
+    if not isinstance(ours, Autoencoder):
+        raise SdconvError(
+            "only autoencoders are compared so far",
+            where=ours.config.class_name,
+            expected="a VAE or a tiny autoencoder",
+            got=ours.config.class_name,
+            fix="name the other component where the file has one: component='vae'",
+        )
     other = _reference(path, component, family, dtype)
     exact = device.type == "cpu" and dtype in _EXACT
     truth = None if exact else copy.deepcopy(other.network).double()
@@ -189,14 +197,12 @@ def _belongs(name: str, prefix: str) -> bool:
 
 
 def _inputs(
-    network: Network,
+    network: Autoencoder,
     shape: tuple[int, int, int],
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Inputs:
-    if not isinstance(network, Autoencoder):
-        raise InputError("only autoencoders are compared", where="component")
     batch, height, width = shape
     stride, config = network.downscale, network.config
     picture = (batch, config["in_channels"], height, width)

@@ -46,7 +46,7 @@ def steps(network: nn.Module, inputs: Inputs, names: Collection[str]) -> Generat
     Raises:
         Whatever the network raises.
     """
-    walk = _Walk()
+    walk = _Walk(network, inputs)
     places: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if name in names:
@@ -54,8 +54,7 @@ def steps(network: nn.Module, inputs: Inputs, names: Collection[str]) -> Generat
     hooks = [
         module.register_forward_hook(walk.hook(own_names)) for module, own_names in places.items()
     ]
-    thread = threading.Thread(target=walk.run, args=(network, inputs), daemon=True)
-    thread.start()
+    walk.thread.start()
     try:
         while True:
             walk.turn.release()
@@ -68,7 +67,7 @@ def steps(network: nn.Module, inputs: Inputs, names: Collection[str]) -> Generat
     finally:
         walk.left = True
         walk.turn.release()
-        thread.join()
+        walk.thread.join()
         for hook in hooks:
             hook.remove()
 
@@ -78,12 +77,13 @@ class _Left(BaseException):
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        self.thread = threading.Thread(target=self._run, args=(network, inputs), daemon=True)
         self.turn = threading.Semaphore(0)
         self.handed: SimpleQueue[Step | BaseException | None] = SimpleQueue()
         self.left = False
 
-    def run(self, network: nn.Module, inputs: Inputs) -> None:
+    def _run(self, network: nn.Module, inputs: Inputs) -> None:
         last: BaseException | None = None
         try:
             self._wait()
@@ -103,6 +103,8 @@ class _Walk:
 
         def pause(module: nn.Module, arguments: object, output: object) -> None:
             nonlocal calls
+            if threading.current_thread() is not self.thread:
+                return  # another walk over the same module
             name, call = names[calls % len(names)], calls // len(names) + 1
             calls += 1
             first = output[0] if isinstance(output, tuple) and output else output
