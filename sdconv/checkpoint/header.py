@@ -44,7 +44,7 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 """Bits of one element of every dtype that safetensors 0.8 knows."""
 
 _LENGTH_BYTES = 8
-_LARGEST = 2**63  # no offset, dimension or byte count of a tensor reaches it
+_LARGEST = 2**63  # no tensor has so many elements or bytes
 _DEEPEST = 127  # levels of nested JSON that safetensors reads
 
 
@@ -246,7 +246,7 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
         raise CheckpointError(
             "has a shape that is none",
             where=where,
-            expected="a list of whole numbers from 0 to 2**63 - 1",
+            expected="a list of whole numbers from 0 on",
             got=short(shape),
             fix=AGAIN,
         )
@@ -254,7 +254,7 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
         raise CheckpointError(
             "has data_offsets that are none",
             where=where,
-            expected="a list of two whole numbers from 0 to 2**63 - 1",
+            expected="a list of two whole numbers from 0 on",
             got=short(offsets),
             fix=AGAIN,
         )
@@ -286,7 +286,7 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
 
 
 def _natural(value: object) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST  # a bool is no number
+    return type(value) is int and value >= 0  # a bool is no number
 
 
 def _bits(where: str, dtype: str, shape: list[int]) -> int:
@@ -295,7 +295,7 @@ def _bits(where: str, dtype: str, shape: list[int]) -> int:
     for length in shape:
         bound *= max(length, 1)
         elements *= length
-        if bound * DTYPE_BITS[dtype] >= 8 * _LARGEST:
+        if bound * max(8, DTYPE_BITS[dtype]) >= 8 * _LARGEST:
             raise CheckpointError(
                 "has a shape larger than any tensor",
                 where=where,

@@ -63,8 +63,7 @@ def agree(content: bytes) -> bool:
         try:
             got = seen(read_header(file))
         except CheckpointError as error:
-            beyond_torch = "a shape that is none" in str(error) and str(HUGE)[:6] in str(error)
-            return expected is None or beyond_torch or any(w in str(error) for w in STRICTER)
+            return expected is None or any(what in str(error) for what in STRICTER)
         return got == expected
 
 
@@ -158,13 +157,13 @@ def test_what_is_valid_is_read_alike(valid: tuple[dict[str, Any], int]) -> None:
 
 
 @given(mutated_fields())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_what_has_other_fields_is_read_or_refused_as_safetensors_does(content: bytes) -> None:
     assert agree(content)
 
 
 @given(mutated_bytes())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_what_has_other_bytes_is_read_or_refused_as_safetensors_does(content: bytes) -> None:
     assert agree(content)
 
@@ -190,7 +189,7 @@ def test_where_this_reader_is_stricter_on_purpose(tmp_path: Path) -> None:
         (packed(b'{"a":' + one + b',"a":' + one + b"}", b"1"), "twice"),
         (packed({"a": ["U8", [1], [0, 1]]}, b"1"), "not an object"),
         (packed({"a": entry({"U8": None}, [1], 0, 1)}, b"1"), "unknown dtype"),
-        (packed({"a": entry("U8", [0, HUGE], 0, 0)}), "a shape that is none"),
+        (packed({"a": entry("U8", [0, HUGE], 0, 0)}), "larger than any tensor"),
         (packed({"a": entry("U8", [0, 2**40, 2**23], 0, 0)}), "larger than any tensor"),
     ):
         file = written(tmp_path, content)
