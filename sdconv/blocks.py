@@ -52,7 +52,8 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         hidden = self.conv1(self.nonlinearity(self.norm1(x)))
         if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+            time = self.time_emb_proj(self.nonlinearity(temb))
+            hidden = hidden + time.unsqueeze(-1).unsqueeze(-1)
         hidden = self.conv2(self.nonlinearity(self.norm2(hidden)))
         if self.conv_shortcut is not None:
             # the memory layout that diffusers gives it in training, which rounding depends on

@@ -27,5 +27,5 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     exponents = -math.log(MAX_PERIOD) * torch.arange(
         half, dtype=torch.float32, device=timesteps.device
     )
-    angles = timesteps[:, None].float() * torch.exp(exponents / half)[None]
+    angles = torch.outer(timesteps.float(), torch.exp(exponents / half))
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from unets import FAMILIES, SMALL, peer_of
 
 import sdconv
 from sdconv.checkpoint.find import Found, find_networks
@@ -18,141 +19,8 @@ from sdconv.checkpoint.keys_unet import keys_of_canonical, keys_of_original
 
 Shapes = dict[str, tuple[int, ...]]
 
-CROSS4 = {
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
-SD1: dict[str, Any] = {**CROSS4, "cross_attention_dim": 768, "attention_head_dim": 8}
-SD2: dict[str, Any] = {
-    **CROSS4,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}
-SDXL: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SMALL: dict[str, Any] = {
-    "block_out_channels": (64, 128, 192),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2,
-    "cross_attention_dim": 48,
-}
-
-# the published configs, as far as they differ from diffusers' defaults
-FAMILIES: dict[str, dict[str, Any]] = {
-    "SD1": SD1,
-    "SD1 inpainting": {**SD1, "in_channels": 9},
-    "InstructPix2Pix": {**SD1, "in_channels": 8},
-    "LCM": {**SD1, "time_cond_proj_dim": 256},
-    "SD2": SD2,
-    "SD2 unCLIP": {
-        **SD2,
-        "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 2048,
-    },
-    "SDXL": SDXL,
-    "SDXL refiner": {
-        **CROSS4,
-        "block_out_channels": (384, 768, 1536, 1536),
-        "down_block_types": (
-            "DownBlock2D",
-            "CrossAttnDownBlock2D",
-            "CrossAttnDownBlock2D",
-            "DownBlock2D",
-        ),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": 4,
-        "attention_head_dim": (6, 12, 24, 24),
-        "cross_attention_dim": 1280,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2560,
-    },
-    "SSD-1B": {
-        **SDXL,
-        "transformer_layers_per_block": (1, (2, 2), (4, 4)),
-        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
-        "mid_block_type": "UNetMidBlock2D",
-    },
-    "Segmind Vega": {
-        **SDXL,
-        "transformer_layers_per_block": (1, 1, 2),
-        "mid_block_type": "UNetMidBlock2D",
-    },
-    "KOALA 700M": {
-        **SDXL,
-        "layers_per_block": 1,
-        "transformer_layers_per_block": (1, 2, 5),
-        "mid_block_type": None,
-    },
-    "tiny SD": {
-        **SD1,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-        "layers_per_block": 1,
-        "mid_block_type": None,
-    },
-    "small SD": {**SD1, "layers_per_block": 1, "mid_block_type": "UNetMidBlock2D"},
-    "x4 upscaler": {
-        "in_channels": 7,
-        "block_out_channels": (256, 512, 512, 1024),
-        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
-        "only_cross_attention": (True, True, True, False),
-        "attention_head_dim": 8,
-        "cross_attention_dim": 1024,
-        "use_linear_projection": True,
-        "num_class_embeds": 1000,
-    },
-    "first attention on the text": {
-        **SD1,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-        "layers_per_block": 1,
-        "only_cross_attention": (True, False, False),
-        "mid_block_type": None,
-    },
-    "uneven layers": {**SMALL, "layers_per_block": (1, 2, 3), "attention_head_dim": 8},
-    "uneven depths": {
-        **SMALL,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-        "transformer_layers_per_block": (3, 1, 2),
-    },
-    "one level": {
-        "block_out_channels": (64,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "cross_attention_dim": 32,
-        "time_embedding_dim": 128,
-    },
-    "no transformers": {
-        "block_out_channels": (32, 64),
-        "down_block_types": ("DownBlock2D",) * 2,
-        "up_block_types": ("UpBlock2D",) * 2,
-        "mid_block_type": "UNetMidBlock2D",
-    },
-}
 # not to be read off any shape
 PIPELINE_ONLY = {"sample_size", "upcast_attention"}
-
-
-def peer(config: Mapping[str, Any]) -> diffusers.UNet2DConditionModel:
-    with torch.device("meta"):
-        return diffusers.UNet2DConditionModel(**config)
 
 
 def shapes_in(network: torch.nn.Module) -> Shapes:
@@ -160,13 +28,13 @@ def shapes_in(network: torch.nn.Module) -> Shapes:
 
 
 def shapes_of(config: Mapping[str, Any]) -> Shapes:
-    return shapes_in(peer(config))
+    return shapes_in(peer_of(dict(config)))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Shapes]:
     """The whole config that diffusers makes of the published one, and its network's shapes."""
-    network = peer(FAMILIES[request.param])
+    network = peer_of(FAMILIES[request.param])
     config = {k: v for k, v in network.config.items() if not k.startswith("_")}
     return config, shapes_in(network)
 
