@@ -4,6 +4,7 @@ connection."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, reduce
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def load(
     device: str | torch.device = "cpu",
     family: str | None = None,
     backend: str = "reference",
+    ema: bool = False,
 ) -> Network:
     """Opens a network from a checkpoint, in eval mode, never through a network connection.
 
@@ -57,18 +59,18 @@ def load(
 
     Args:
         path: a ``.safetensors``, ``.ckpt``, ``.pth`` or ``.bin`` file in diffusers' or the original
-            layout; a folder of
-            one component, or of a whole pipeline; several files of one network (shards, or a tiny
-            autoencoder's two halves in any order); or a state dict, whose tensors are shared, not
-            copied.
+            layout; a folder of one component, or of a whole pipeline; several files of one network
+            (shards, or a tiny autoencoder's two halves in any order); or a state dict, whose
+            tensors are shared, not copied.
         component: ``"vae"`` or ``"unet"``; None for the only one there is.
         dtype: a floating-point dtype; None keeps the file's. A network computes in one dtype, so a
-            file of several
-            gives the widest, and one-byte floats become float32.
+            file of several gives the widest, and one-byte floats become float32.
         device: where the weights go.
         family: the family, where shapes leave it open (``"sd1"``, ``"sdxl"``, ``"sd3"``,
             ``"flux1"``, ...).
         backend: ``"reference"``, torch's own operations in diffusers' order.
+        ema: take the running averages of the weights that an original checkpoint keeps beside them
+            (``model_ema.*``), in place of the weights.
 
     Returns:
         ``AutoencoderKL``, ``AutoencoderKLFlux2``, ``AutoencoderTiny`` or ``UNet2DConditionModel``;
@@ -90,6 +92,8 @@ def load(
         if names:
             component = _one_of(names, component, source.label)
         (chosen,) = view.identify(family, component)
+        if ema:
+            chosen = _averaged(chosen, source.label)
         warn_if_open(chosen)
         with torch.device("meta"):
             network = BUILD[chosen.found.kind](chosen.config)
@@ -224,6 +228,19 @@ def _one_of(known: Mapping[str, object], component: str | None, where: object) -
             f"there is no component {component!r}", where=where, expected=repr(component), got=names
         )
     return component
+
+
+def _averaged(chosen: Identified, where: object) -> Identified:
+    """The same network with the names of its weights' running averages."""
+    if not chosen.found.ema:
+        raise UnknownNetworkError(
+            f"there are no running averages of the {chosen.component}",
+            where=where,
+            expected="tensors under model_ema.",
+            got=f"{len(chosen.found.names)} weights without any",
+            fix="leave ema=True out: many files hold the averages as their only weights",
+        )
+    return replace(chosen, found=replace(chosen.found, names=chosen.found.ema))
 
 
 def _check_names(network: Network, chosen: Identified, view: SourceView, where: object) -> None:

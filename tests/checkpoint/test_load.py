@@ -369,3 +369,24 @@ def test_nothing_there(tmp_path: Path) -> None:
         sdconv.load(tmp_path / "absent.safetensors")
     with pytest.raises(sdconv.CheckpointError):
         sdconv.load(tmp_path)
+
+
+def test_running_averages_on_request(tmp_path: Path) -> None:
+    import unets
+
+    unet = unets.ours(unets.theirs(unets.smallest("SD1")))
+    weights = original_tensors(unet.state_dict(), unet.config)
+    weights = {f"model.diffusion_model.{k}": v for k, v in weights.items()}
+    averages = {
+        "model_ema." + k.removeprefix("model.").replace(".", ""): v + 1 for k, v in weights.items()
+    }
+    path = tmp_path / "with-ema.safetensors"
+    save_file({k: v.contiguous() for k, v in (weights | averages).items()}, path)
+    assert same(sdconv.load(path), dict(unet.state_dict()))
+    assert same(sdconv.load(path, ema=True), {k: v + 1 for k, v in unet.state_dict().items()})
+    save_file({k: v.contiguous() for k, v in weights.items()}, path)
+    with pytest.raises(sdconv.UnknownNetworkError, match="no running averages"):
+        sdconv.load(path, ema=True)
+    del averages[next(iter(averages))]
+    with pytest.raises(sdconv.WeightsMismatchError, match="1 missing"):
+        sdconv.load(weights | averages, ema=True)
