@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import seeded
 import torch
+import unets
+from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -277,6 +279,12 @@ def test_no_peer(kind: str) -> None:
         checked(seeded.WITHOUT_PEER[kind])
 
 
+def test_a_unet_is_not_compared_yet() -> None:
+    unet = UNet2DConditionModel(**unets.SMALL).state_dict()
+    with pytest.raises(sdconv.SdconvError, match="only autoencoders are compared so far"):
+        check(unet, family="sd1")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -284,6 +292,9 @@ def test_no_peer(kind: str) -> None:
         ({"device": "tpu"}, "device: no such device"),
         ({"device": "meta"}, "device: no such device"),
         ({"dtype": torch.int32}, "dtype"),
+        ({"device": None}, "device: no such device"),
+        ({"size": 8}, "no such batch of pictures"),
+        ({"size": (8.0, 8)}, "no such batch of pictures"),
         ({"size": (0, 8)}, "no such batch of pictures"),
         ({"size": (8, 8, 8)}, "no such batch of pictures"),
         ({"batch": 0}, "no such batch of pictures"),
@@ -297,7 +308,7 @@ def test_arguments_without_sense(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_where_there_is_none() -> None:
-    with pytest.raises(sdconv.InputError, match="sees no CUDA device"):
+    with pytest.raises(sdconv.InputError, match="sees no CUDA devices"):
         checked(SMALL, device="cuda")
 
 

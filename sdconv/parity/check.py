@@ -119,7 +119,8 @@ def check(
     """
     dtype = dtype or torch.float32
     device = _device(device)
-    shape = (batch, *(size or DEFAULT_SIZE))
+    sides = DEFAULT_SIZE if size is None else size
+    shape = (batch, *sides) if isinstance(sides, tuple | list) else (batch, sides)
     if len(shape) != 3 or any(type(number) is not int or number < 1 for number in shape):
         raise InputError(
             "no such batch of pictures",
@@ -222,13 +223,13 @@ def _inputs(
 def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise InputError("no such device", where="device", expected="cpu or cuda", got=device)
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            "this torch sees no CUDA device",
+            f"this torch sees {torch.cuda.device_count() or 'no'} CUDA devices",
             where="device",
             expected="a GPU and a build of torch for it",
             got=f"torch {torch.__version__}",
