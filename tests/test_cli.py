@@ -91,6 +91,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, folder / "nan.safetensors")
     save_file({"z": torch.zeros(1, 4, 4, 5)}, folder / "z.safetensors")
     save_file({"z": torch.zeros(1, 7, 4, 5)}, folder / "z7.safetensors")
+    save_file({"z": torch.zeros(1, 4, 1, 1)}, folder / "spot.safetensors")
     save_file({"z": torch.zeros(3)}, folder / "z1.safetensors")
     save_file({"a": torch.zeros(1, 4, 2, 2), "b": torch.zeros(1)}, folder / "z2.safetensors")
     save_file({"z": torch.zeros(1, 128, 4, 5)}, folder / "patches.safetensors")
@@ -127,6 +128,8 @@ encode damaged.jpg -m vae.safetensors -o OUT.safetensors            | damaged
 encode empty -m vae.safetensors -o OUT.safetensors                  | cannot be opened
 encode speck.png -m vae.safetensors -o OUT.safetensors              | too small
 encode photo.png -m vae.safetensors -o OUT.safetensors --size 0     | --size
+encode photo.png -m vae.safetensors -o OUT.safetensors --size 14    | too small for this network
+decode spot.safetensors -m vae.safetensors -o OUT.png               | too small for this network
 encode photo.png -m vae.safetensors -o OUT.png                      | as safetensors
 encode photo.png -m vae.safetensors -o vae.safetensors              | one of the inputs
 encode photo.png -m llm.safetensors -o OUT.safetensors              | no network

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console, RenderableType
 
-    from sdconv.network import Autoencoder
-
 
 class Dtype(StrEnum):
     """What a network computes in."""
@@ -75,6 +73,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="FILE", help="A file that is there is replaced.")
 ]
+
+
+LARGEST_SEED = 2**63 - 1
+"""Of torch's generators."""
 
 
 def text_of(value: object) -> str:
@@ -180,50 +182,6 @@ def parsed_device(name: str) -> torch.device:
 def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
     """A single path, or the list of several files of one network."""
     return paths[0] if len(paths) == 1 else list(paths)
-
-
-def opened(
-    model: Sequence[Path],
-    *,
-    component: str | None,
-    family: str | None,
-    dtype: Dtype,
-    device: str,
-) -> Autoencoder:
-    """The autoencoder of a command that makes pictures, in eval mode.
-
-    Raises:
-        SdconvError: as ``sdconv.load``; or the network is no autoencoder.
-    """
-    from sdconv.checkpoint.load import load
-    from sdconv.network import Autoencoder
-
-    network = load(
-        one_or_all(model),
-        component or "vae",
-        dtype=dtype.in_torch(),
-        device=parsed_device(device),
-        family=family,
-    )
-    if not issubclass(type(network), Autoencoder):
-        raise InputError(
-            "pictures pass through an autoencoder only",
-            where="--component",
-            expected="vae",
-            got=component,
-        )
-    return network  # type: ignore[return-value]
-
-
-def free_memory() -> int | None:
-    """Bytes that can be had without swapping, as Linux estimates them; None where it cannot be
-    told."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except (OSError, ValueError):
-        return None
-    kibibytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kibibytes[0]) * 1024 if kibibytes else None
 
 
 def not_an_input(out: Path, inputs: Sequence[Path]) -> None:

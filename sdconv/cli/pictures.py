@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdconv.cli.common import (
+    LARGEST_SEED,
     Component,
     Device,
     Dtype,
@@ -15,21 +16,14 @@ from sdconv.cli.common import (
     Json,
     Model,
     Out,
-    free_memory,
     not_an_input,
-    opened,
     print_json,
-    say,
-    working,
 )
+from sdconv.cli.running import check_patches, opened, prepared, running
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
-
-    from sdconv.images import Picture
-    from sdconv.network import Autoencoder
 
 ImageFile = Annotated[
     Path,
@@ -51,7 +45,7 @@ def encode(
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw from the posterior instead of taking its mode.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of that draw.")] = 0,
     scaled: Annotated[
         bool,
         typer.Option(
@@ -90,10 +84,10 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     not_an_input(out, [image, *model])
-    network, picture, x = _prepared(
+    network, picture, x = prepared(
         image, model, size, component, family, dtype, device, patches=scaled
     )
-    with working("encoding"), torch.inference_mode():
+    with running("encoding"):
         result = network.encode(x)  # type: ignore[operator]
         if not hasattr(result, "latent_dist"):
             if sample:
@@ -177,8 +171,6 @@ def decode(
       sdconv decode latents.safetensors --model vae.safetensors --out picture.png
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
     """
-    import torch
-
     from sdconv.images import image_format, to_image, write_image
     from sdconv.latents import read_latents, unscale
 
@@ -195,8 +187,8 @@ def decode(
         )
     carries = bool(said if scaled is None else scaled)
     network = opened(model, component=component, family=family, dtype=dtype, device=device)
-    _no_patches(network, z, carries)
-    with working("decoding"), torch.inference_mode():
+    check_patches(network, z, carries)
+    with running("decoding"):
         z = z.to(network.device)
         z = (unscale(network, z) if carries else z).to(network.dtype)
         pictures = [to_image(one) for one in network.decode(z).sample]  # type: ignore[operator]
@@ -234,14 +226,12 @@ def reconstruct(
       sdconv reconstruct photo.jpg --model encoder.safetensors --model decoder.safetensors
       sdconv reconstruct photo.jpg --model vae.safetensors --size 512 --json
     """
-    import torch
-
     from sdconv.images import image_format, psnr, side_by_side, to_image, write_image
 
     image_format(out)
     not_an_input(out, [image, *model])
-    network, picture, x = _prepared(image, model, size, component, family, dtype, device)
-    with working("encoding and decoding"), torch.inference_mode():
+    network, picture, x = prepared(image, model, size, component, family, dtype, device)
+    with running("encoding and decoding"):
         result = network.encode(x)  # type: ignore[operator]
         latents = result.latents if hasattr(result, "latents") else result.latent_dist.mode()
         decoded = network.decode(latents).sample  # type: ignore[operator]
@@ -266,81 +256,6 @@ def reconstruct(
     shape = " x ".join(map(str, latents.shape[1:]))
     sides = "{width}x{height}".format(**_sides(picture.image))
     typer.echo(f"{out}: {sides} through latents of {shape}, PSNR {decibels:.2f} dB")
-
-
-def _prepared(
-    image: Path,
-    model: list[Path],
-    size: int | None,
-    component: str | None,
-    family: str | None,
-    dtype: Dtype,
-    device: str,
-    *,
-    patches: bool = False,
-) -> tuple[Autoencoder, Picture, Tensor]:
-    """The network, the picture cut to what it takes, and the picture as its input."""
-    from sdconv.images import read_image, to_tensor
-
-    picture = read_image(image)
-    network = opened(model, component=component, family=family, dtype=dtype, device=device)
-    if network.config["in_channels"] != 3:
-        raise InputError(
-            "this network takes no pictures in colour",
-            where=network.config.class_name,
-            expected="3 channels",
-            got=network.config["in_channels"],
-        )
-    multiple = network.downscale
-    if patches and "patch_size" in network.config:
-        multiple *= max(network.config["patch_size"])
-    picture = picture.fitted(multiple, size)
-    for note in picture.notes:
-        say(note, "note")
-    _has_room(network, picture)
-    return network, picture, to_tensor(picture.image).to(network.device, network.dtype)
-
-
-def _no_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
-    """Says of FLUX.2's latents in the other form what they are.
-
-    Raises:
-        InputError: patches without --scaled, or no patches with it.
-    """
-    channels = network.config["latent_channels"]
-    if "patch_size" not in network.config or z.shape[1] == (4 * channels if scaled else channels):
-        return
-    if z.shape[1] in (channels, 4 * channels):
-        raise InputError(
-            "these latents are raw" if scaled else "these latents are normalised patches",
-            where=network.config.class_name,
-            expected=f"{4 * channels if scaled else channels} channels",
-            got=tuple(z.shape),
-            fix="leave --scaled out" if scaled else "pass --scaled",
-        )
-
-
-def _has_room(network: Autoencoder, picture: Picture) -> None:
-    """Refuses a picture of which a single layer's maps take more memory than is free.
-
-    Raises:
-        InputError: they do.
-    """
-    from sdconv.anatomy import dissect
-
-    width, height = picture.image.size
-    free = free_memory()
-    if network.device.type != "cpu" or free is None or width * height <= 1 << 20:
-        return
-    least = dissect(network.config, (height, width)).largest * network.dtype.itemsize
-    if least > free:
-        raise InputError(
-            "too large a picture for the memory that is free",
-            where=f"{width}x{height}",
-            expected=f"at most {free / 1e9:.1f} GB",
-            got=f"{least / 1e9:.1f} GB for the maps of one layer alone",
-            fix="make it smaller: --size N sets the longer side",
-        )
 
 
 def _sides(image: Image.Image) -> dict[str, int]:

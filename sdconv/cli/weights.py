@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sdconv.cli.common import (
+    LARGEST_SEED,
     Component,
     Device,
     Dtype,
@@ -87,7 +88,7 @@ def check(
         str | None,
         typer.Option(metavar="HxW", help="Of the random picture they get.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of that picture.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of that picture.")] = 0,
     every: Annotated[bool, typer.Option("--all", help="Show every module.")] = False,
     as_json: Json = False,
 ) -> None:

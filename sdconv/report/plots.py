@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdconv.checkpoint.write import write_whole
 from sdconv.errors import InputError, SdconvError
-from sdconv.report.tables import count
+from sdconv.report.pieces import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from sdconv.report.pieces import SHOWN, count, facts_of, in_bytes, plain, some, table_of
 
 if TYPE_CHECKING:
     from sdconv.anatomy import Anatomy, Block, Layer
     from sdconv.fetch import KnownCheckpoint
     from sdconv.inspection import Amount, Inspection, NetworkFound, Part, ValueReport
     from sdconv.parity import ModuleDifference, ParityReport
-
-_SHOWN = 8  # names in a line before "and n more"
-
-
-def plain(value: object, style: str = "") -> Text:
-    """Text as it is, whatever a file's names hold: no markup, nothing a terminal acts upon."""
-    words = str(value)
-    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
-    return Text(printable.encode("utf-8", "backslashreplace").decode("utf-8"), style=style)
-
-
-def count(number: int) -> str:
-    """``83653863`` as ``83.65 M``: up to four digits."""
-    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if number >= 10**power:
-            return f"{number / 10**power:.4g} {letter}"
-    return str(number)
-
-
-def in_bytes(number: int) -> str:
-    """``334643268`` as ``334.6 MB``."""
-    return f"{count(number)}B" if number >= 1000 else f"{number} B"
 
 
 def inspection_report(inspection: Inspection, values: ValueReport | None) -> RenderableType:
@@ -57,7 +36,7 @@ def parity_report(report: ParityReport, *, every: bool) -> RenderableType:
         for row in report.rows
         if every or _is_top(row.name) or row.name == report.first_difference or row is report.worst
     ]
-    table = _table("module", "output", ">max |a-b|", ">relative", ">ULPs", "")
+    table = table_of("module", "output", ">max |a-b|", ">relative", ">ULPs", "")
     for row in rows:
         table.add_row(
             plain(row.name if row.call == 1 else f"{row.name} (call {row.call})"),
@@ -65,7 +44,7 @@ def parity_report(report: ParityReport, *, every: bool) -> RenderableType:
             *_difference(row),
         )
     shown = "" if every else f" of {len(report.rows)}; --all shows each"
-    facts = _facts(
+    facts = facts_of(
         {
             "file": report.label,
             "network": f"{report.component}: {report.class_name}",
@@ -108,7 +87,7 @@ step: pixels from one value to the next; 1/2 where the map was doubled"""
 
 def manifest_report(known: Iterable[KnownCheckpoint]) -> RenderableType:
     """What ``sdconv fetch --list`` prints."""
-    table = _table("name", "holds", "family", ">size", "licence", "repository", "file")
+    table = table_of("name", "holds", "family", ">size", "licence", "repository", "file")
     for one in known:
         size = in_bytes(one.size) if one.size else f"about {in_bytes(one.approximate_size or 0)}"
         table.add_row(
@@ -123,31 +102,6 @@ def manifest_report(known: Iterable[KnownCheckpoint]) -> RenderableType:
     return table
 
 
-def _table(*headings: str) -> Table:
-    """A table without frame; headings that begin with ``>`` are of right-aligned columns."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in headings:
-        align, words = ("right", heading[1:]) if heading.startswith(">") else ("left", heading)
-        table.add_column(words, justify=align, overflow="fold")  # type: ignore[arg-type]
-    return table
-
-
-def _facts(facts: Mapping[str, object]) -> Table:
-    """Names and what is said of them, side by side."""
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, fact in facts.items():
-        table.add_row(name, fact if isinstance(fact, Text) else plain(fact))
-    return table
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    rest = len(listed) - _SHOWN
-    return ", ".join(listed[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _amount(amount: Amount) -> str:
     kinds = ", ".join(f"{number} {dtype}" for dtype, number in amount.dtypes.items())
     return f"{amount.tensors} tensors ({kinds}), {in_bytes(amount.nbytes)}"
@@ -157,14 +111,14 @@ def _part(part: Part) -> Iterator[RenderableType]:
     yield plain(part.name, "bold underline")
     facts: dict[str, object] = {"holds": _amount(part.amount)}
     if len(part.files) > 1 or part.files != (part.name,):
-        facts["files"] = _some(part.files)
+        facts["files"] = some(part.files)
     facts |= {
         f"metadata {key}": value
         if len(value) < 200
         else f"{value[:200]} ... ({len(value)} characters)"
         for key, value in part.metadata.items()
     }
-    yield _facts(facts)
+    yield facts_of(facts)
     for network in part.networks:
         yield Text()
         yield _network(network)
@@ -172,7 +126,7 @@ def _part(part: Part) -> Iterator[RenderableType]:
         yield plain(part.problem, "yellow")
     if part.unused:
         yield Text()
-        table = _table("other tensors", "prefix", ">tensors", ">numbers", ">size", "dtypes")
+        table = table_of("other tensors", "prefix", ">tensors", ">numbers", ">size", "dtypes")
         for unused in part.unused:
             amount = unused.amount
             table.add_row(
@@ -208,8 +162,8 @@ def _network(found: NetworkFound) -> RenderableType:
         ("unexpected", found.unexpected),
         ("wrong shape", found.misshapen),
     )
-    facts |= {what: plain(_some(names), "bold red") for what, names in lacks if names}
-    return _facts(facts)
+    facts |= {what: plain(some(names), "bold red") for what, names in lacks if names}
+    return facts_of(facts)
 
 
 def _values(values: ValueReport) -> Iterator[RenderableType]:
@@ -217,14 +171,14 @@ def _values(values: ValueReport) -> Iterator[RenderableType]:
     if values.sound and not values.zero and not values.unread:
         yield plain("all finite, no tensor of nothing but zeros", "green")
         return
-    table = _table("tensor", "finding")
+    table = table_of("tensor", "finding")
     for name, number in values.nan.items():
         table.add_row(plain(name), Text(f"{number} NaN", style="bold red"))
     for name, number in values.infinite.items():
         table.add_row(plain(name), Text(f"{number} infinite", style="bold red"))
-    for name in values.zero[:_SHOWN]:
+    for name in values.zero[:SHOWN]:
         table.add_row(plain(name), "all zero")
-    if (rest := len(values.zero) - _SHOWN) > 0:
+    if (rest := len(values.zero) - SHOWN) > 0:
         table.add_row(f"and {rest} more", "all zero (--json names them)")
     for name, dtype in values.unread.items():
         table.add_row(plain(name), plain(f"not read: torch has no dtype {dtype}"))
@@ -246,7 +200,7 @@ def _difference(row: ModuleDifference) -> tuple[RenderableType, ...]:
 
 def _half(anatomy: Anatomy, path: str, blocks: tuple[Block, ...], every: bool) -> RenderableType:
     counts = (">params", ">multiplies", ">share", ">sees", ">step")
-    table = _table(path, "kernel", "stride", "padding", ">channels", ">map", *counts)
+    table = table_of(path, "kernel", "stride", "padding", ">channels", ">map", *counts)
     table.columns[0].no_wrap = True
     for block in blocks:
         if every:
@@ -292,7 +246,7 @@ def _block_row(anatomy: Anatomy, block: Block) -> tuple[str, ...]:
 
 
 def _totals(anatomy: Anatomy) -> RenderableType:
-    table = _table("role", ">operations", ">parameters", ">share", ">multiplies", ">share")
+    table = table_of("role", ">operations", ">parameters", ">share", ">multiplies", ">share")
     for total in anatomy.totals:
         table.add_row(
             total.role,

@@ -1,32 +1,26 @@
-"""What weights hold: networks, whatever lies beside them, and on request the values themselves.
-
-Everything but ``check_values`` comes from headers: no tensor is read.
-"""
+"""What weights hold, from their headers alone: networks, and whatever lies beside them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdconv.checkpoint.files import os_errors
 from sdconv.checkpoint.find import is_bare_half, tiny_half
-from sdconv.checkpoint.folder import is_pipeline
-from sdconv.checkpoint.header import DTYPE_BITS, TensorInfo
+from sdconv.checkpoint.header import TensorInfo
 from sdconv.checkpoint.infer import Identified
-from sdconv.checkpoint.load import BUILD, SourceView, pipeline_parts
-from sdconv.checkpoint.source import TORCH_DTYPES, Source, SourceFile, components_in, open_source
+from sdconv.checkpoint.load import BUILD, SourceView
+from sdconv.checkpoint.source import Source, SourceFile
 from sdconv.config import Config
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError
-
-Paths = str | Path | Sequence[str | Path]
+from sdconv.inspection.places import Paths, open_all
 
 # what else a checkpoint holds, by how its names begin; the first that fits
 _BESIDE: Sequence[tuple[str, str]] = (
@@ -186,97 +180,8 @@ def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
     with ExitStack() as stack:
         return Inspection(
             path=str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths)),
-            parts=tuple(_part(name, one, family) for name, one in _open(paths, stack)),
+            parts=tuple(_part(name, one, family) for name, one in open_all(paths, stack)),
         )
-
-
-@dataclass(kw_only=True)
-class ValueReport:
-    """What the values are like: how many tensors were read, and the names of odd ones.
-
-    ``nan``, ``infinite``: name -> how many. ``zero``: floating-point tensors of nothing but 0.
-    ``unread``: name -> dtype, where torch has no such dtype.
-    """
-
-    tensors: int = 0
-    nan: dict[str, int] = field(default_factory=dict)
-    infinite: dict[str, int] = field(default_factory=dict)
-    zero: list[str] = field(default_factory=list)
-    unread: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def sound(self) -> bool:
-        """Whether every value that was read is a finite number."""
-        return not (self.nan or self.infinite)
-
-    def to_json(self) -> dict[str, Any]:
-        """What ``sdconv inspect --values --json`` adds."""
-        return {**vars(self), "sound": self.sound}
-
-    def look(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds what there is to say of one tensor."""
-        self.tensors += 1
-        values = tensor.float() if tensor.element_size() == 1 else tensor  # fp8 is for storage only
-        if not (tensor.is_floating_point() and tensor.numel()):
-            return
-        if not bool(torch.isfinite(values).all()):
-            for found, odd in ((self.nan, torch.isnan), (self.infinite, torch.isinf)):
-                if count := int(odd(values).sum()):
-                    found[name] = count
-        elif not bool(values.any()):
-            self.zero.append(name)
-
-
-def check_values(
-    paths: Paths, *, on_tensor: Callable[[str, int, int], None] = lambda name, done, total: None
-) -> ValueReport:
-    """Reads every tensor, one at a time, and looks for NaN, infinities and tensors of zeros.
-
-    Args:
-        paths: as for ``inspect``.
-        on_tensor: called before each tensor with its name, the bytes read so far and all bytes.
-
-    Raises:
-        CheckpointError: something cannot be read as weights.
-    """
-    done, report = 0, ValueReport()
-    with ExitStack() as stack:
-        sources = _open(paths, stack)
-        total = sum(source.nbytes for _, source in sources)
-        places = [
-            (name if len(sources) == 1 else f"{part}: {name}", file, info)
-            for part, source in sources
-            for file in source.files
-            for name, info in file.entries.items()
-        ]
-        for label, file, info in places:
-            on_tensor(label, done, total)
-            done += info.nbytes
-            if info.dtype in _NO_TORCH_DTYPE:
-                report.unread[label] = info.dtype
-            else:
-                report.look(label, file.tensor(info.name))
-    return report
-
-
-_NO_TORCH_DTYPE = frozenset(DTYPE_BITS) - frozenset(TORCH_DTYPES)
-
-
-def _open(paths: Paths, stack: ExitStack) -> list[tuple[str, Source]]:
-    """The sources under ``paths`` by name: one, or one for each folder of a pipeline."""
-    if not isinstance(paths, str | Path) and len(paths) == 1:
-        (paths,) = paths
-    if isinstance(paths, str | Path) and (pipeline_parts(paths) or _says_pipeline(Path(paths))):
-        folders = components_in(paths)
-        return [(name, stack.enter_context(open_source(at))) for name, at in folders.items()]
-    source = stack.enter_context(open_source(paths))
-    return [(source.label, source)]
-
-
-def _says_pipeline(folder: Path) -> bool:
-    with os_errors(folder):
-        is_folder = folder.is_dir()
-    return is_folder and is_pipeline(folder) and bool(components_in(folder))
 
 
 def _part(name: str, source: Source, family: str | None) -> Part:

@@ -1,0 +1,6 @@
+"""The role of each convolution: its kernel, its share of the work, what it sees of the picture."""
+
+from sdconv.anatomy.counts import ROLES, Anatomy, Block, Layer, Total
+from sdconv.anatomy.recording import LARGEST_SIDE, dissect
+
+__all__ = ["LARGEST_SIDE", "ROLES", "Anatomy", "Block", "Layer", "Total", "dissect"]

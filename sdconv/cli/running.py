@@ -1,0 +1,157 @@
+"""Networks at work in the commands that take or make pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdconv.cli.common import Dtype, one_or_all, parsed_device, say, working
+from sdconv.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdconv.images import Picture
+    from sdconv.network import Autoencoder
+
+
+def opened(
+    model: Sequence[Path],
+    *,
+    component: str | None,
+    family: str | None,
+    dtype: Dtype,
+    device: str,
+) -> Autoencoder:
+    """The autoencoder of a command that makes pictures, in eval mode.
+
+    Raises:
+        SdconvError: as ``sdconv.load``; or the network is no autoencoder.
+    """
+    from sdconv.checkpoint.load import load
+    from sdconv.network import Autoencoder
+
+    network = load(
+        one_or_all(model),
+        component or "vae",
+        dtype=dtype.in_torch(),
+        device=parsed_device(device),
+        family=family,
+    )
+    if not issubclass(type(network), Autoencoder):
+        raise InputError(
+            "pictures pass through an autoencoder only",
+            where="--component",
+            expected="vae",
+            got=component,
+        )
+    return network  # type: ignore[return-value]
+
+
+@contextmanager
+def running(words: str) -> Iterator[None]:
+    """A network at work, without gradients.
+
+    Raises:
+        InputError: torch's normalisation finds a single value in a group.
+    """
+    import torch
+
+    try:
+        with working(words), torch.inference_mode():
+            yield
+    except ValueError as error:
+        raise InputError(
+            "too small for this network",
+            where="picture or latents",
+            expected="a map on which its normalisation has more than one value",
+            got=error,
+        ) from error
+
+
+def prepared(
+    image: Path,
+    model: list[Path],
+    size: int | None,
+    component: str | None,
+    family: str | None,
+    dtype: Dtype,
+    device: str,
+    *,
+    patches: bool = False,
+) -> tuple[Autoencoder, Picture, Tensor]:
+    """The network, the picture cut to what it takes, and the picture as its input."""
+    from sdconv.images import read_image, to_tensor
+
+    picture = read_image(image)
+    network = opened(model, component=component, family=family, dtype=dtype, device=device)
+    if network.config["in_channels"] != 3:
+        raise InputError(
+            "this network takes no pictures in colour",
+            where=network.config.class_name,
+            expected="3 channels",
+            got=network.config["in_channels"],
+        )
+    multiple = network.downscale
+    if patches and "patch_size" in network.config:
+        multiple *= max(network.config["patch_size"])
+    picture = picture.fitted(multiple, size)
+    for note in picture.notes:
+        say(note, "note")
+    _has_room(network, picture)
+    return network, picture, to_tensor(picture.image).to(network.device, network.dtype)
+
+
+def check_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
+    """Says of FLUX.2's latents in the other form what they are.
+
+    Raises:
+        InputError: patches without --scaled, or no patches with it.
+    """
+    channels = network.config["latent_channels"]
+    if "patch_size" not in network.config or z.shape[1] == (4 * channels if scaled else channels):
+        return
+    if z.shape[1] in (channels, 4 * channels):
+        raise InputError(
+            "these latents are raw" if scaled else "these latents are normalised patches",
+            where=network.config.class_name,
+            expected=f"{4 * channels if scaled else channels} channels",
+            got=tuple(z.shape),
+            fix="leave --scaled out" if scaled else "pass --scaled",
+        )
+
+
+def _has_room(network: Autoencoder, picture: Picture) -> None:
+    """Refuses a picture of which a single layer's maps take more memory than is free.
+
+    Raises:
+        InputError: they do.
+    """
+    from sdconv.anatomy import dissect
+
+    width, height = picture.image.size
+    free = _free_memory()
+    if network.device.type != "cpu" or free is None or width * height <= 1 << 20:
+        return
+    least = dissect(network.config, (height, width)).largest * network.dtype.itemsize
+    if least > free:
+        raise InputError(
+            "too large a picture for the memory that is free",
+            where=f"{width}x{height}",
+            expected=f"at most {free / 1e9:.1f} GB",
+            got=f"{least / 1e9:.1f} GB for the maps of one layer alone",
+            fix="make it smaller: --size N sets the longer side",
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping, as Linux estimates them; None where it cannot be
+    told."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    kibibytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kibibytes[0]) * 1024 if kibibytes else None
