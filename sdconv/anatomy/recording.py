@@ -64,15 +64,16 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
             expected=f"at most {LARGEST_SIDE} rows and columns",
             got=f"{rows}x{columns}",
         )
-    with torch.device("meta"):
-        network = BUILD[config.class_name](config)
-    if not isinstance(network, Autoencoder):
+    if not config.class_name.startswith("Autoencoder"):
         raise InputError(
             "only autoencoders are looked into",
             where="component",
             expected="vae",
             got=config.class_name,
         )
+    with torch.device("meta"):
+        network = BUILD[config.class_name](config)
+    assert isinstance(network, Autoencoder)
     least = network.downscale
     if min(rows, columns) < least:
         raise InputError(

@@ -58,7 +58,7 @@ def anatomy(
         from sdconv.report.plots import plot_format
 
         plot_format(plot)
-    found = inspect(one_or_all(paths), family=family).network(component)
+    found = inspect(one_or_all(paths), family=family).network(component or "vae")
     result = dissect(found.config, shape)
     if plot is not None:
         from sdconv.report.plots import draw_anatomy

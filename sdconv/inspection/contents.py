@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from sdconv.checkpoint.find import is_bare_half, tiny_half
 from sdconv.checkpoint.header import TensorInfo
 from sdconv.checkpoint.infer import Identified
 from sdconv.checkpoint.load import BUILD, SourceView
-from sdconv.checkpoint.source import Source, SourceFile
+from sdconv.checkpoint.source import Source
 from sdconv.config import Config
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError
 from sdconv.inspection.places import Paths, open_all
@@ -189,8 +188,9 @@ def _part(name: str, source: Source, family: str | None) -> Part:
     identified: list[Identified] = []
     entries = {info.name: info for file in source.files for info in file.entries.values()}
     try:
-        identified = SourceView(source).identify(family)
-        entries = _entries(source)
+        view = SourceView(source)
+        identified = view.identify(family)
+        entries = {name: _entry(view, name) for name in view.shapes}
     except (UnknownNetworkError, WeightsMismatchError) as error:
         problem = str(error)
     places = {place for one in identified for place in one.found.names.values()}
@@ -207,19 +207,9 @@ def _part(name: str, source: Source, family: str | None) -> Part:
     )
 
 
-def _entries(source: Source) -> dict[str, TensorInfo]:
-    """Every tensor by the name that ``SourceView`` gives it."""
-    if len(source.files) > 1 and all(is_bare_half(_shapes(file)) for file in source.files):
-        return {
-            f"{tiny_half(_shapes(file))}.{name}": info
-            for file in source.files
-            for name, info in file.entries.items()
-        }
-    return dict(source.entries)
-
-
-def _shapes(file: SourceFile) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for name, info in file.entries.items()}
+def _entry(view: SourceView, name: str) -> TensorInfo:
+    file, own = view.home(name)
+    return file.entries[own]
 
 
 def _network(one: Identified, entries: Mapping[str, TensorInfo]) -> NetworkFound:
