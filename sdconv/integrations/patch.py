@@ -125,4 +125,5 @@ def _inverted(mapping: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _first(names: tuple[str, ...] | list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+    named = [name or "the module itself" for name in names]
+    return named[0] if len(named) == 1 else f"{named[0]} ... {named[-1]}"

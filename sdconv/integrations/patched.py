@@ -20,7 +20,7 @@ from torch import Tensor, is_grad_enabled, nn
 from sdconv import blocks, vae
 
 
-class ResnetBlock2D(blocks.ResnetBlock2D, resnet.ResnetBlock2D):  # type: ignore[misc]
+class ResnetBlock2D(blocks.ResnetBlock2D):
     """``(B, in_channels, H, W)``, and ``(B, T)`` if it has a projection for it, to ``(B,
     out_channels, H, W)``."""
 
@@ -33,7 +33,7 @@ class ResnetBlock2D(blocks.ResnetBlock2D, resnet.ResnetBlock2D):  # type: ignore
         return blocks.ResnetBlock2D.forward(self, input_tensor, temb)
 
 
-class Downsample2D(blocks.Downsample2D, downsampling.Downsample2D):  # type: ignore[misc]
+class Downsample2D(blocks.Downsample2D):
     """``(B, C, H, W)`` to ``(B, C, ceil(H/2), ceil(W/2))``."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -42,7 +42,7 @@ class Downsample2D(blocks.Downsample2D, downsampling.Downsample2D):  # type: ign
         return blocks.Downsample2D.forward(self, hidden_states)
 
 
-class AsymmetricDownsample2D(blocks.AsymmetricDownsample2D, downsampling.Downsample2D):  # type: ignore[misc]
+class AsymmetricDownsample2D(blocks.AsymmetricDownsample2D):
     """``(B, C, H, W)`` to ``(B, C, floor(H/2), floor(W/2))``."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -51,7 +51,7 @@ class AsymmetricDownsample2D(blocks.AsymmetricDownsample2D, downsampling.Downsam
         return blocks.AsymmetricDownsample2D.forward(self, hidden_states)
 
 
-class Upsample2D(blocks.Upsample2D, upsampling.Upsample2D):  # type: ignore[misc]
+class Upsample2D(blocks.Upsample2D):
     """``(B, C, H, W)`` to ``(B, C, 2H, 2W)`` or ``(B, C, *output_size)``."""
 
     def forward(  # type: ignore[override]
@@ -63,8 +63,8 @@ class Upsample2D(blocks.Upsample2D, upsampling.Upsample2D):  # type: ignore[misc
 
 
 class Attention(blocks.Attention, attention_processor.Attention):  # type: ignore[misc]
-    """The VAE's, ``(B, C, H, W)`` to the same; while a processor other than the default one is set,
-    diffusers' own."""
+    """The VAE's, ``(B, C, H, W)`` to the same; diffusers' own while another than the default
+    processor is set, which is why it remains diffusers' class too."""
 
     def forward(  # type: ignore[override]
         self,
@@ -83,7 +83,7 @@ class Attention(blocks.Attention, attention_processor.Attention):  # type: ignor
         return blocks.Attention.forward(self, hidden_states)
 
 
-class Encoder(vae.Encoder, autoencoder.Encoder):  # type: ignore[misc]
+class Encoder(vae.Encoder):
     """``(B, in_channels, H, W)`` to the moments of latents."""
 
     def forward(self, sample: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Encoder(vae.Encoder, autoencoder.Encoder):  # type: ignore[misc]
         return _checkpointed(self, part, *args)
 
 
-class Decoder(vae.Decoder, autoencoder.Decoder):  # type: ignore[misc]
+class Decoder(vae.Decoder):
     """``(B, latent_channels, h, w)`` to pictures."""
 
     def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
@@ -114,81 +114,92 @@ def _checkpointed(whole: Any, part: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(frozen=True)
 class Patch:
-    """A class of diffusers', the one to put in its place, and for which of its objects.
+    """A class of diffusers' and the one to put in its place.
 
-    ``expected``: attributes that an object must have for sdconv's code to compute the same; a class
-    stands for an object of just that class, an attrgetter for what it gets from the block.
+    ``covers``: for an object of that class, by attribute, whether it is one that sdconv's code
+    computes the same with.
     """
 
     theirs: type[nn.Module]
     ours: type[nn.Module]
-    expected: Mapping[str, object]
+    covers: Callable[[Any], Mapping[str, bool]]
 
     def obstacle(self, block: nn.Module) -> str | None:
-        """The first attribute that is not as expected."""
-        for name, expected in self.expected.items():
-            got = attrgetter(name)(block)
-            if isinstance(expected, attrgetter):
-                expected = expected(block)
-            if isinstance(expected, type):
-                got = type(got)
-            if got != expected:
-                return f"{name} is {got.__name__ if isinstance(got, type) else got}"
+        """The first attribute that is not as it must be, if any."""
+        for name, fits in self.covers(block).items():
+            if not fits:
+                got = attrgetter(name)(block)
+                plain = got is None or isinstance(got, bool | int | float | str)
+                return f"{name} is {got if plain else type(got).__name__}"
         return None
 
 
-_HALVES = {"use_conv": True, "norm": None}
 PATCHES = (
     Patch(
         resnet.ResnetBlock2D,
         ResnetBlock2D,
-        {
-            "up": False,
-            "down": False,
-            "time_embedding_norm": "default",
-            "skip_time_act": False,
-            "output_scale_factor": 1,
-            "dropout.p": 0,
+        lambda block: {
+            "up": not block.up,
+            "down": not block.down,
+            # "group" is what the VAE's decoder says, whose blocks know no time
+            "time_embedding_norm": block.time_embedding_norm in ("default", "group"),
+            "skip_time_act": not block.skip_time_act,
+            "output_scale_factor": block.output_scale_factor == 1,
+            "dropout.p": block.dropout.p == 0,
         },
     ),
-    Patch(downsampling.Downsample2D, Downsample2D, _HALVES | {"padding": 1}),
-    Patch(downsampling.Downsample2D, AsymmetricDownsample2D, _HALVES | {"padding": 0}),
+    *(
+        Patch(
+            downsampling.Downsample2D,
+            ours,
+            lambda block, padding=padding: {  # type: ignore[misc]
+                "use_conv": block.use_conv,
+                "norm": block.norm is None,
+                "padding": block.padding == padding,
+            },
+        )
+        for ours, padding in ((Downsample2D, 1), (AsymmetricDownsample2D, 0))
+    ),
     Patch(
         upsampling.Upsample2D,
         Upsample2D,
-        {
-            "use_conv": True,
-            "use_conv_transpose": False,
-            "interpolate": True,
-            "norm": None,
-            "name": "conv",
+        lambda block: {
+            "use_conv": block.use_conv,
+            "use_conv_transpose": not block.use_conv_transpose,
+            "interpolate": block.interpolate,
+            "norm": block.norm is None,
+            "name": block.name == "conv",
         },
     ),
     Patch(
         attention_processor.Attention,
         Attention,
-        {
-            "processor": attention_processor.AttnProcessor2_0,
-            "heads": 1,
-            "inner_dim": attrgetter("query_dim"),
-            "is_cross_attention": False,
-            "added_kv_proj_dim": None,
-            "spatial_norm": None,
-            "norm_q": None,
-            "norm_k": None,
-            "residual_connection": True,
-            "rescale_output_factor": 1,
-            "dropout": 0,
+        lambda block: {
+            "processor": type(block.processor) is attention_processor.AttnProcessor2_0,
+            "heads": block.heads == 1,
+            "inner_dim": block.inner_dim == block.query_dim,
+            "is_cross_attention": not block.is_cross_attention,
+            "added_kv_proj_dim": block.added_kv_proj_dim is None,
+            "spatial_norm": block.spatial_norm is None,
+            "norm_q": block.norm_q is None,
+            "norm_k": block.norm_k is None,
+            "residual_connection": block.residual_connection,
+            "rescale_output_factor": block.rescale_output_factor == 1,
+            "dropout": block.dropout == 0,
         },
     ),
-    Patch(autoencoder.Encoder, Encoder, {}),
-    Patch(autoencoder.Decoder, Decoder, {"conv_norm_out": nn.GroupNorm}),
+    Patch(autoencoder.Encoder, Encoder, lambda block: {}),
+    Patch(
+        autoencoder.Decoder,
+        Decoder,
+        lambda block: {"conv_norm_out": type(block.conv_norm_out) is nn.GroupNorm},
+    ),
 )
 _THEIRS = {patch.ours: patch.theirs for patch in PATCHES}
 
-# of diffusers' other blocks, what sdconv does not have; each under one of these names
+# what of diffusers' other blocks sdconv does not have
 _UNKNOWN = {
-    "ResnetBlockCondNorm2D": "norms that read the embedding",
+    "ResnetBlockCondNorm2D": "time_embedding_norm is {0.time_embedding_norm}",
     "FirDownsample2D": "FIR kernel",
     "FirUpsample2D": "FIR kernel",
     "KDownsample2D": "fixed kernel",
@@ -214,7 +225,7 @@ def plan(block: nn.Module) -> type[nn.Module] | str | None:
     fitting = [patch for patch in PATCHES if patch.theirs is kind]
     if not fitting:
         if kind.__module__ in (resnet.__name__, downsampling.__name__, upsampling.__name__):
-            return _UNKNOWN.get(kind.__name__, "sdconv has no such block")
+            return _UNKNOWN.get(kind.__name__, "sdconv has no such block").format(block)
         above = [patch.theirs.__name__ for patch in PATCHES if isinstance(block, patch.theirs)]
         return f"a class of its own, derived from {above[0]}" if above else None
     if "forward" in vars(block) and not list(_bound(block)):
