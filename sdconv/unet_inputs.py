@@ -38,6 +38,8 @@ def check_sample(
         shape = (batch,)
     if (None if class_labels is None else tuple(class_labels.shape)) != shape:
         raise _wrong("class_labels that this U-Net does not take", shape, class_labels)
+    if class_labels is not None and len(shape or ()) == 1 and class_labels.is_floating_point():
+        raise _wrong("class_labels must be whole numbers", "torch.int64", class_labels.dtype)
 
 
 def check_text(config: UNet2DConditionConfig, batch: int, text: object) -> None:

@@ -27,9 +27,11 @@ from sdconv.unet_blocks import NoTransformer, TransformerSlot
 DATA = Path(__file__).parent / "data"
 SMALL = "one level"
 
+Pair = tuple[UNet2DConditionModel, Any]
 
-def pair(family: str) -> tuple[UNet2DConditionModel, Any]:
-    peer = unets.theirs(unets.small(family))
+
+def pair(family: str, config: Callable[[str], Any] = unets.small) -> Pair:
+    peer = unets.theirs(config(family))
     return unets.ours(peer), peer
 
 
@@ -259,7 +261,7 @@ def other_eps(network: UNet2DConditionModel) -> None:
     ],
 )
 def test_control(spoil: Callable[[UNet2DConditionModel], None], first: str) -> None:
-    ours, peer = pair("SD1")
+    ours, peer = pair("SD1", unets.smallest)
     arguments = unets.inputs(peer.config)
     assert first_failure(rows(ours, peer, *arguments)) is None
     spoil(ours)
@@ -269,7 +271,7 @@ def test_control(spoil: Callable[[UNet2DConditionModel], None], first: str) -> N
 
 
 def test_control_heads() -> None:
-    config = unets.small("SD1")
+    config = unets.smallest("SD1")
     peer = unets.theirs(config)
     spoilt = unets.ours(unets.theirs({**config, "attention_head_dim": 4}))
     first = first_failure(rows(spoilt, peer, *unets.inputs(peer.config)))
