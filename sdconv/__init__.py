@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         AutoencoderTinyConfig,
     )
     from sdconv.integrations.patch import apply_patch, remove_patch
+    from sdconv.lora.merge import merge_lora, unmerge_lora
     from sdconv.tiny import AutoencoderTiny
     from sdconv.vae import AutoencoderKL, AutoencoderKLFlux2
 
@@ -41,9 +42,11 @@ _HOME = {
     "apply_patch": "sdconv.integrations.patch",
     "infer": "sdconv.checkpoint.infer",
     "load": "sdconv.checkpoint.load",
+    "merge_lora": "sdconv.lora.merge",
     "read_header": "sdconv.checkpoint.header",
     "remove_patch": "sdconv.integrations.patch",
     "save": "sdconv.checkpoint.save",
+    "unmerge_lora": "sdconv.lora.merge",
 }
 
 __all__ = [
@@ -62,9 +65,11 @@ __all__ = [
     "apply_patch",
     "infer",
     "load",
+    "merge_lora",
     "read_header",
     "remove_patch",
     "save",
+    "unmerge_lora",
 ]
 
 

@@ -1,0 +1,1 @@
+"""LoRA files merged into a network's weights, and taken out again."""

@@ -1,0 +1,93 @@
+"""What LoRA files call a network's layers.
+
+Four kinds of names are in use, of diffusers' or of the original layout's layers:
+
+- kohya's, with underscores: ``lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight``, with
+  ``.lora_up``, ``.lora_mid`` and ``.alpha``;
+- PEFT's: ``unet.down_blocks.0.resnets.0.conv1.lora_A.weight`` and ``.lora_B``, perhaps behind
+  ``base_model.model.``;
+- diffusers': ``unet....to_q.lora.down.weight``, or ``.lora_linear_layer.down``;
+- those of its attention processors: ``unet....attn1.processor.to_q_lora.down.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from sdconv.checkpoint.keys import VAE_RULES, KeyMap
+from sdconv.checkpoint.keys_unet import how_many, keys_of_canonical
+
+_MATRIX = re.compile(
+    r"(?P<layer>.+?)"
+    r"(?:\.lora_(?P<one>down|up|mid|A|B)(?:\.\w+)?|(?:[._]lora|\.lora_linear_layer)\.(?P<two>down|up))"
+    r"\.weight"
+)
+_ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+_ROLES: Mapping[str, str] = {"A": "down", "B": "up"}
+_WRAPPER = re.compile(r"base_model\.model\.")
+_PREFIX = re.compile(
+    r"unet\.|vae\.|model\.diffusion_model\.|diffusion_model\.|first_stage_model\."
+    r"|lora_unet_|lora_vae_|lycoris_"
+)
+_PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))")
+_TEXT = re.compile(r"(?:lora_te\d*_|text_encoder(?:_\d+)?\.|te\d*\.).+")
+
+
+@dataclass(frozen=True)
+class LoraKey:
+    """What a name in a LoRA file says: whose it is, and ``"down"``, ``"up"``, ``"mid"`` or
+    ``"alpha"``."""
+
+    layer: str
+    role: str
+
+
+def parsed(name: str) -> LoraKey | None:
+    """What a name says; None where it is none of a LoRA.
+
+    The layer is without prefix, in whichever layout and spelling the file has it.
+    """
+    if match := _MATRIX.fullmatch(name):
+        role = match["one"] or match["two"]
+    elif match := _ALPHA.fullmatch(name):
+        role = "alpha"
+    else:
+        return None
+    layer = _without(_PREFIX, _without(_WRAPPER, match["layer"]))
+    if old := _PROCESSOR.fullmatch(layer.removesuffix("_lora")):
+        layer = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
+    return LoraKey(layer, _ROLES.get(role, role))
+
+
+def is_of_text_encoder(name: str) -> bool:
+    """Whether a name in a LoRA file is of a text encoder's layer."""
+    return bool(_TEXT.fullmatch(_without(_WRAPPER, name)))
+
+
+def spellings(layers: Collection[str]) -> dict[str, str]:
+    """Every way to write a network's layers, and the layer.
+
+    Args:
+        layers: by diffusers' names.
+
+    Returns:
+        Diffusers' and the original layout's names, with dots and with underscores -> diffusers'
+        name.
+    """
+    tensors = {f"{layer}.weight" for layer in layers}
+    levels = how_many("decoder.up_blocks.{}.resnets.0.conv1.weight", tensors)
+    maps = (keys_of_canonical(tensors), KeyMap(VAE_RULES, levels))
+    table: dict[str, str] = {}
+    for layer in layers:
+        originals = [keys.original(f"{layer}.weight") for keys in maps]
+        for name in (layer, *(o.removesuffix(".weight") for o in originals if o)):
+            table.setdefault(name, layer)
+            table.setdefault(name.replace(".", "_"), layer)
+    return table
+
+
+def _without(prefix: re.Pattern[str], name: str) -> str:
+    match = prefix.match(name)
+    return name[match.end() :] if match else name
