@@ -23,10 +23,12 @@ if TYPE_CHECKING:
         AutoencoderKLConfig,
         AutoencoderKLFlux2Config,
         AutoencoderTinyConfig,
+        UNet2DConditionConfig,
     )
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.lora.merge import merge_lora, unmerge_lora
     from sdconv.tiny import AutoencoderTiny
+    from sdconv.unet import UNet2DConditionModel
     from sdconv.vae import AutoencoderKL, AutoencoderKLFlux2
 
 __version__ = "0.1.0"
@@ -39,6 +41,8 @@ _HOME = {
     "AutoencoderKLFlux2Config": "sdconv.config",
     "AutoencoderTiny": "sdconv.tiny",
     "AutoencoderTinyConfig": "sdconv.config",
+    "UNet2DConditionConfig": "sdconv.config",
+    "UNet2DConditionModel": "sdconv.unet",
     "apply_patch": "sdconv.integrations.patch",
     "infer": "sdconv.checkpoint.infer",
     "load": "sdconv.checkpoint.load",
@@ -60,6 +64,8 @@ __all__ = [
     "InputError",
     "SdconvError",
     "SdconvWarning",
+    "UNet2DConditionConfig",
+    "UNet2DConditionModel",
     "UnknownNetworkError",
     "WeightsMismatchError",
     "apply_patch",
