@@ -277,6 +277,16 @@ def test_calls_that_ours_does_not_know_go_to_diffusers() -> None:
                 call()
 
 
+def test_embeddings_of_latents_still_have_no_place_in_a_plain_decoder() -> None:
+    decoder = vae(2).decoder
+    z = torch.rand(1, 4, 5, 7)
+    sdconv.apply_patch(decoder)
+    with torch.no_grad():
+        assert torch.equal(decoder(z, None), decoder(sample=z))
+        with pytest.raises(TypeError):
+            decoder(z, z)
+
+
 def test_a_scale_is_still_deprecated() -> None:
     for block in (
         downsampling.Downsample2D(32, use_conv=True),
