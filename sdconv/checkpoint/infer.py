@@ -23,7 +23,17 @@ from sdconv.config import (
     UNet2DConditionConfig,
 )
 from sdconv.config.facts import VAE_FACTS
-from sdconv.errors import CheckpointError, InputError, SdconvWarning, UnknownNetworkError
+from sdconv.config.unet import UNET_FACTS
+from sdconv.errors import (
+    CheckpointError,
+    InputError,
+    SdconvError,
+    SdconvWarning,
+    UnknownNetworkError,
+)
+
+# every word that ``family=`` takes
+FAMILIES = tuple(dict.fromkeys((*VAE_FACTS, *UNET_FACTS, "flux2", *TINY_FAMILIES)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +95,9 @@ def identify(
         config: the content of a ``config.json`` beside the weights. where: the weights' name, for
             messages.
     """
-    if family is not None and family not in VAE_FACTS and family not in TINY_FAMILIES:
+    if family is not None and family not in FAMILIES:
         raise InputError(
-            "no such family",
-            where="family",
-            expected=", ".join([*VAE_FACTS, *TINY_FAMILIES]),
-            got=repr(family),
+            "no such family", where="family", expected=", ".join(FAMILIES), got=repr(family)
         )
     # JSON has lists where Python has tuples
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
@@ -125,7 +132,7 @@ def identify(
     result = []
     for one in found:
         if told := dict(config or {}) or _told(metadata, one.component, where):
-            result.append(_as_told(one, told, family, where))
+            result.append(_as_told(one, shapes, told, family, where))
         else:
             result.append(Identified(found=one, **vars(_read(one, shapes, metadata, family))))
     return result
@@ -151,7 +158,7 @@ def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[st
 
 
 def _as_told(
-    found: Found, told: Mapping[str, Any], family: str | None, where: object
+    found: Found, shapes: Shapes, told: Mapping[str, Any], family: str | None, where: object
 ) -> Identified:
     """The network with the config that is written beside it."""
     name = told.get("_class_name", found.kind)
@@ -169,19 +176,24 @@ def _as_told(
         config = dataclasses.replace(
             config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
         )
-    named = family or _named_by(config) or "of no known family"
+    named = family or _named_by(config, found, shapes)
     return Identified(found=found, config=config, family=named, evidence="the config beside it")
 
 
-def _named_by(config: Config) -> str | None:
-    """The family whose scaling factor a config gives, where exactly one has it."""
+def _named_by(config: Config, found: Found, shapes: Shapes) -> str:
+    """The families that a config fits: by its scaling factor, or else by its shapes."""
+    if not isinstance(config, AutoencoderKLConfig):
+        try:
+            return _read(found, shapes, {}, None).family
+        except SdconvError:  # a network of no known shape, which only its config can describe
+            return "of no known family"
     fitting = [
         name
         for name, facts in VAE_FACTS.items()
-        if config.get("scaling_factor") == facts.scaling_factor
-        and config.get("latent_channels") == facts.latent_channels
+        if (config.scaling_factor, config.latent_channels)
+        == (facts.scaling_factor, facts.latent_channels)
     ]
-    return " or ".join(fitting) or None
+    return " or ".join(fitting) or "of no known family"
 
 
 # what shapes leave open, where they do
@@ -206,7 +218,7 @@ def _read(found: Found, shapes: Shapes, metadata: Mapping[str, str], family: str
         case "AutoencoderKL":
             return read_vae(own, shapes, metadata, family)
         case "AutoencoderKLFlux2":
-            return read_flux2(own)
+            return read_flux2(own, family)
         case "AutoencoderTiny":
             return read_tiny(own, family)
     return read_unet(own, family)

@@ -58,8 +58,15 @@ def read_vae(
     )
 
 
-def read_flux2(own: Own) -> Reading:
+def read_flux2(own: Own, family: str | None = None) -> Reading:
     """The config of FLUX.2's VAE. Args, Raises: as ``read_vae``."""
+    if family not in (None, "flux2"):
+        raise InputError(
+            f"the family {family!r} does not fit a VAE with statistics of its latents",
+            where="family",
+            expected="flux2",
+            got=repr(family),
+        )
     structure = _vae_structure(own)
     decoder = _levels(own, "decoder.up_blocks")[::-1]
     same = decoder == structure["block_out_channels"]

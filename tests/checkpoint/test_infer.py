@@ -242,6 +242,11 @@ def test_flux2_is_known_by_its_statistics() -> None:
     original = original_tensors(on_meta(config).state_dict(), config)
     assert "encoder.quant_conv.weight" in original
     assert sdconv.infer({k: tuple(v.shape) for k, v in original.items()}) == {"vae": config}
+    (told,) = identify(shapes, config=config.to_json())
+    assert (told.family, told.config) == ("flux2", config)
+    assert sdconv.infer(shapes, family="flux2") == {"vae": config}
+    with pytest.raises(sdconv.InputError, match="does not fit"):
+        sdconv.infer(shapes, family="flux1")
     # repacked files keep the quant convolutions outside the halves
     outside = {
         k.replace("encoder.quant", "quant").replace("decoder.post_quant", "post_quant"): v
