@@ -86,6 +86,7 @@ def load(
         SdconvWarning: the family is open, and one was chosen.
     """
     _check_arguments(dtype, backend)
+    place = usable_device(device)
     with open_source(_component_path(path, component)) as source:
         view = SourceView(source)
         names = {found.component: found for found in find_networks(view.shapes)}
@@ -99,7 +100,7 @@ def load(
             network = BUILD[chosen.found.kind](chosen.config)
         _check_names(network, chosen, view, source.label)
         network.load_state_dict(
-            _tensors(network, chosen, view, dtype, torch.device(device)), strict=True, assign=True
+            _tensors(network, chosen, view, dtype, place), strict=True, assign=True
         )
     return network.eval()
 
@@ -172,6 +173,26 @@ def _named_halves(source: Source) -> dict[str, tuple[SourceFile, str]]:
 
 def _shapes(file: SourceFile) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in file.entries.items()}
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """torch's device of that name.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise InputError(
+            "no such device here",
+            where="device",
+            expected="cpu, or cuda where torch finds a GPU",
+            got=f"{device!r}: {str(error).splitlines()[0]}",
+            fix="leave the device out: the CPU is taken then",
+        ) from error
+    return found
 
 
 def _check_arguments(dtype: torch.dtype | None, backend: str) -> None:

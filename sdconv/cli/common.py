@@ -158,27 +158,6 @@ def parsed_size(text: str, name: str = "--size") -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def parsed_device(name: str) -> torch.device:
-    """torch's device of that name.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            "no such device here",
-            where="--device",
-            expected="cpu, or cuda where torch finds a GPU",
-            got=f"{name!r}: {str(error).splitlines()[0]}",
-        ) from error
-    return device
-
-
 def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
     """A single path, or the list of several files of one network."""
     return paths[0] if len(paths) == 1 else list(paths)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdconv.cli.common import Dtype, one_or_all, parsed_device, say, working
+from sdconv.cli.common import Dtype, one_or_all, say, working
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def opened(
         one_or_all(model),
         component or "vae",
         dtype=dtype.in_torch(),
-        device=parsed_device(device),
+        device=device,
         family=family,
     )
     if not issubclass(type(network), Autoencoder):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdconv.checkpoint.load import SourceView, Weights, load, pipeline_parts
+from sdconv.checkpoint.load import SourceView, Weights, load, pipeline_parts, usable_device
 from sdconv.checkpoint.source import open_source
 from sdconv.errors import InputError, SdconvError
 from sdconv.network import Autoencoder
@@ -118,7 +118,7 @@ def check(
             ``sdconv.load``.
     """
     dtype = dtype or torch.float32
-    device = _device(device)
+    device = usable_device(device)
     sides = DEFAULT_SIZE if size is None else size
     shape = (batch, *sides) if isinstance(sides, tuple | list) else (batch, sides)
     if len(shape) != 3 or any(type(number) is not int or number < 1 for number in shape):
@@ -218,24 +218,6 @@ def _inputs(
         method: (torch.randn(size, generator=random).to(device, dtype),)
         for method, size in (("encode", picture), ("decode", latents))
     }
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise InputError("no such device", where="device", expected="cpu or cuda", got=device)
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"this torch sees {torch.cuda.device_count() or 'no'} CUDA devices",
-            where="device",
-            expected="a GPU and a build of torch for it",
-            got=f"torch {torch.__version__}",
-            fix="compare on the CPU: device='cpu'",
-        )
-    return found
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -344,6 +344,7 @@ ARGUMENTS = {
     "integer dtype": ({"dtype": torch.int8}, "do not compute in this dtype"),
     "one-byte dtype": ({"dtype": torch.float8_e4m3fn}, "do not compute in this dtype"),
     "dtype in words": ({"dtype": "float16"}, "do not compute in this dtype"),
+    "device": ({"device": "abacus"}, "no such device here"),
     "component": ({"component": "text_encoder"}, "no component 'text_encoder'"),
     "family": ({"family": "flux1"}, "does not fit"),
 }
