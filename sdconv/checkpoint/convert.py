@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,22 @@ import torch
 
 from sdconv.checkpoint.files import as_path, short
 from sdconv.checkpoint.find import Found
+from sdconv.checkpoint.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.infer import Identified, warn_if_open
 from sdconv.checkpoint.load import BUILD, SourceView, Weights
 from sdconv.checkpoint.save import LAYOUTS, original_tensors
+from sdconv.checkpoint.source import TORCH_DTYPES
 from sdconv.checkpoint.stream import Entry, OnTensor, stream
-from sdconv.checkpoint.whole import Checkpoint, Part, entries, left_over, opened
+from sdconv.checkpoint.whole import (
+    COMPONENTS,
+    Checkpoint,
+    Names,
+    Naming,
+    Part,
+    entries,
+    left_over,
+    opened,
+)
 from sdconv.checkpoint.write import CONFIG_KEY, check_in_diffusers, write_config
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
@@ -37,9 +49,10 @@ PREFIXES: Mapping[str, Mapping[str, str]] = {
 class Converted:
     """What was written.
 
-    ``moved``: tensors of each component that got the layout. ``dtypes``: theirs. ``carried``:
-    tensors of anything else that are in the file as they were, by the first word of their names
-    (empty for those of one word). ``left_out``: likewise, those that a folder has no place for.
+    ``moved``: tensors of each component that got the layout. ``dtypes``: torch's names of theirs.
+    ``carried``: tensors of anything else that are in the file as they were, by the first word of
+    their names (empty for those of one word). ``left_out``: likewise, those that a folder has no
+    place for.
     """
 
     files: tuple[Path, ...]
@@ -54,12 +67,13 @@ def convert(
     path: Weights,
     out: str | Path,
     layout: str,
+    component: str | None = None,
     *,
     family: str | None = None,
     dtype: torch.dtype | None = None,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Converted:
-    """Writes a whole checkpoint in another layout; tensors pass through one after another.
+    """Writes a checkpoint in another layout; tensors pass through one after another.
 
     VAE and U-Net get the layout's names and prefixes (``model.diffusion_model.`` and
     ``first_stage_model.``, or ``unet.`` and ``vae.``; a network without a prefix keeps none, and
@@ -74,9 +88,11 @@ def convert(
     Args:
         path: as for ``sdconv.load``, or the folder of a pipeline.
         out: a name ending in ``.safetensors`` for one file. Any other is a folder, for diffusers'
-            layout only: ``vae/`` and ``unet/`` in it, each with its ``config.json``; a checkpoint
-            that is nothing but one network becomes one component's folder.
+            layout only: ``vae/`` and ``unet/`` in it, each with its ``config.json``; what is
+            nothing but one network becomes one component's folder.
         layout: ``"original"`` or ``"diffusers"``.
+        component: ``"vae"`` or ``"unet"`` for that one alone, without a prefix; None for all there
+            is.
         family: the family, where shapes leave it open; it decides the configs that are written.
         dtype: what the floating-point tensors of the components that move are stored in (a
             folder's text encoders among them); None, and the rest always: as they are.
@@ -105,12 +121,12 @@ def convert(
             got=out.name,
         )
     with ExitStack() as stack:
-        checkpoint = opened(path, stack)
-        known = _identified(checkpoint, family)
+        checkpoint = opened(path, stack, component)
+        known = _identified(checkpoint, component, family)
         for network in known:
             _check(network)
-        write = _to_file if is_file else _to_folders
-        return write(checkpoint, known, out, layout, family, dtype, on_tensor)
+        job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor)
+        return job.to_file(out) if is_file else job.to_folders(out)
 
 
 @dataclass(frozen=True)
@@ -127,14 +143,14 @@ class _Known:
         return source.config is not None or CONFIG_KEY in source.metadata
 
 
-def _identified(checkpoint: Checkpoint, family: str | None) -> list[_Known]:
+def _identified(checkpoint: Checkpoint, component: str | None, family: str | None) -> list[_Known]:
     if not checkpoint.is_pipeline:
         (part,) = checkpoint.parts
-        return [_Known(part, one) for one in part.view.identify(family)]
+        return [_Known(part, one) for one in part.view.identify(family, component)]
     known = [
         _Known(part, one)
         for part in checkpoint.parts
-        if part.name in PREFIXES["original"]
+        if part.name in COMPONENTS
         for one in part.view.identify(family, part.name)
     ]
     if not known:
@@ -166,81 +182,96 @@ def _check(known: _Known) -> None:
         )
 
 
-def _to_file(
-    checkpoint: Checkpoint,
-    known: Sequence[_Known],
-    out: Path,
-    layout: str,
-    family: str | None,
-    dtype: torch.dtype | None,
-    on_tensor: OnTensor,
-) -> Converted:
-    names = _FileNames(checkpoint, known, layout)
-    networks = [(network.part, network.one.found) for network in known]
-    everything = entries(checkpoint, networks, names, placed=layout == "original")
-    metadata = {"format": "pt"}
-    if not checkpoint.is_pipeline:
-        metadata = checkpoint.parts[0].view.source.metadata
-        if layout == "original":
-            metadata.pop(ORIGIN_KEY, None)
-    told = {n.one.component: n.one.config.to_json() for n in known if n.is_told or family}
-    if told:
-        alone = len(known) == 1
-        metadata[CONFIG_KEY] = json.dumps(next(iter(told.values())) if alone else told)
-    if names.origins:
-        metadata[ORIGIN_KEY] = json.dumps(names.origins)
-    stream(everything, out, metadata, dtype=dtype, on_tensor=on_tensor)
-    return _summary((out,), layout, everything, dtype)
+@dataclass(frozen=True)
+class _Job:
+    """What is to be written, of what."""
+
+    checkpoint: Checkpoint
+    known: Sequence[_Known]
+    component: str | None
+    layout: str
+    family: str | None
+    dtype: torch.dtype | None
+    on_tensor: OnTensor
+
+    def to_file(self, out: Path) -> Converted:
+        """Everything, or the one component, in one file."""
+        names = _FileNames(self)
+        everything = self._entries(names, placed=self.layout == "original")
+        written = [one for one in everything if self.component in (None, one.component)]
+        metadata = {"format": "pt"}
+        if not self.checkpoint.is_pipeline:
+            metadata = self.checkpoint.parts[0].view.source.metadata
+            if self.layout == "original":
+                metadata.pop(ORIGIN_KEY, None)
+        # as in what sdconv.save writes, where there is one network; else as far as it was told
+        told = [n.one for n in self.known if n.is_told or self.family or self.is_alone]
+        configs = {one.component: one.config.to_json() for one in told}
+        if configs:
+            alone = len(self.known) == 1
+            metadata[CONFIG_KEY] = json.dumps(next(iter(configs.values())) if alone else configs)
+        if names.origins:
+            metadata[ORIGIN_KEY] = json.dumps(names.origins)
+        for one in told:
+            warn_if_open(one)
+        stream(written, out, metadata, dtype=self.dtype, on_tensor=self.on_tensor)
+        return self._summary([out], written)
+
+    def to_folders(self, out: Path) -> Converted:
+        """Each component in a folder, with its config."""
+        everything = self._entries(_canonical, placed=False)
+        folders = {
+            n.one.component: out if self.is_alone else out / n.one.component for n in self.known
+        }
+        for network in self.known:
+            check_in_diffusers(network.one.config, folders[network.one.component])
+        files: list[Path] = []
+        for network in self.known:
+            warn_if_open(network.one)
+            folder = folders[network.one.component]
+            own = [entry for entry in everything if entry.component == network.one.component]
+            weights = folder / f"{DIFFUSERS_NAME}.safetensors"
+            stream(own, weights, {"format": "pt"}, dtype=self.dtype, on_tensor=self.on_tensor)
+            files += [write_config(network.one.config, folder), weights]
+        moved = [entry for entry in everything if entry.component in folders]
+        return self._summary(files, moved, left_over(everything))
+
+    @cached_property
+    def is_alone(self) -> bool:
+        """Whether one network is all that is written."""
+        if self.component is not None:
+            return True
+        taken = {name for network in self.known for name in network.one.found.names.values()}
+        return len(self.known) == 1 and all(
+            not part.name and name in taken
+            for part in self.checkpoint.parts
+            for name in part.view.shapes
+        )
+
+    def _entries(self, naming: Naming, *, placed: bool) -> list[Entry]:
+        networks = [(network.part, network.one.found) for network in self.known]
+        return entries(self.checkpoint, networks, naming, placed=placed)
+
+    def _summary(
+        self, files: list[Path], written: Sequence[Entry], left_out: Mapping[str, int] | None = None
+    ) -> Converted:
+        moved = [(entry, entry.component) for entry in written if entry.component is not None]
+        return Converted(
+            files=tuple(files),
+            layout=self.layout,
+            moved=dict(Counter(component for _, component in moved)),
+            dtypes=tuple(sorted({_torch_name(entry.written_as(self.dtype)) for entry, _ in moved})),
+            carried=left_over(written),
+            left_out=left_out or {},
+        )
 
 
-def _to_folders(
-    checkpoint: Checkpoint,
-    known: Sequence[_Known],
-    out: Path,
-    layout: str,
-    family: str | None,
-    dtype: torch.dtype | None,
-    on_tensor: OnTensor,
-) -> Converted:
-    networks = [(network.part, network.one.found) for network in known]
-    everything = entries(checkpoint, networks, _canonical, placed=False)
-    left_out = left_over(everything)
-    alone = len(known) == 1 and not left_out and not checkpoint.is_pipeline
-    files: list[Path] = []
-    moved: list[Entry] = []
-    folders = {n.one.component: out if alone else out / n.one.component for n in known}
-    for network in known:
-        check_in_diffusers(network.one.config, folders[network.one.component])
-    for network in known:
-        warn_if_open(network.one)
-        component = network.one.component
-        own = [entry for entry in everything if entry.component == component]
-        weights = folders[component] / "diffusion_pytorch_model.safetensors"
-        stream(own, weights, {"format": "pt"}, dtype=dtype, on_tensor=on_tensor)
-        files += [write_config(network.one.config, folders[component]), weights]
-        moved += own
-    return _summary(tuple(files), layout, moved, dtype, left_out)
+def _torch_name(dtype: str) -> str:
+    """``float16`` for ``F16``."""
+    return str(TORCH_DTYPES.get(dtype, dtype)).removeprefix("torch.")
 
 
-def _summary(
-    files: tuple[Path, ...],
-    layout: str,
-    written: Sequence[Entry],
-    dtype: torch.dtype | None,
-    left_out: Mapping[str, int] | None = None,
-) -> Converted:
-    moved = [entry for entry in written if entry.component is not None]
-    return Converted(
-        files=files,
-        layout=layout,
-        moved=dict(Counter(entry.component for entry in moved if entry.component)),
-        dtypes=tuple(sorted({str(entry.written_as(dtype)) for entry in moved})),
-        carried=left_over(written),
-        left_out=left_out or {},
-    )
-
-
-def _canonical(found: Found, view: SourceView) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _canonical(found: Found, view: SourceView) -> Names:
     return {name: (name, shape) for name, shape in found.shapes(view.shapes).items()}
 
 
@@ -248,35 +279,36 @@ class _FileNames:
     """The names in a single file of one layout. ``origins``: what was unusual about the originals,
     by component."""
 
-    def __init__(self, checkpoint: Checkpoint, known: Sequence[_Known], layout: str) -> None:
-        self._configs = {network.one.component: network.one.config for network in known}
-        self._layout = layout
-        self._in_pipeline = checkpoint.is_pipeline
-        taken = {name for network in known for name in network.one.found.names.values()}
-        self._alone = len(known) == 1 and all(
-            name in taken for part in checkpoint.parts for name in part.view.shapes
-        )
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._configs = {network.one.component: network.one.config for network in job.known}
         self.origins: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, found: Found, view: SourceView) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    def __call__(self, found: Found, view: SourceView) -> Names:
         """As ``whole.Naming``."""
-        if found.layout == self._layout and not self._in_pipeline:
-            return {name: (place, view.shapes[place]) for name, place in found.names.items()}
-        original = self._original(found, view)
-        if self._layout == "original":
-            return _remembered(found.component, view, original, self._prefix(found))
-        self._remember(found, view, original)
         prefix = self._prefix(found)
+        if found.layout == self._job.layout and not self._job.checkpoint.is_pipeline:
+            kept = found.prefix if self._job.component is None else ""
+            return {
+                name: (kept + place.removeprefix(found.prefix), view.shapes[place])
+                for name, place in found.names.items()
+            }
+        usual = self._original(found, view)
+        if self._job.layout == "original":
+            return _remembered(found.component, view, usual, prefix)
+        if found.layout == "original":
+            self._remember(found, view, usual)
         return {name: (prefix + name, shape) for name, shape in found.shapes(view.shapes).items()}
 
     def _prefix(self, found: Found) -> str:
-        if not self._in_pipeline and (
-            not found.prefix or (self._alone and self._layout == "diffusers")
+        if self._job.component is not None or (
+            not self._job.checkpoint.is_pipeline
+            and (not found.prefix or (self._job.is_alone and self._job.layout == "diffusers"))
         ):
             return ""
-        return PREFIXES[self._layout][found.component]
+        return PREFIXES[self._job.layout][found.component]
 
-    def _original(self, found: Found, view: SourceView) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def _original(self, found: Found, view: SourceView) -> Names:
         """diffusers' name -> name and shape in the usual original layout, without prefix."""
         shapes = found.shapes(view.shapes)
         blank = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -284,14 +316,10 @@ class _FileNames:
         pairs = zip(blank, made.items(), strict=True)
         return {name: (original, tuple(one.shape)) for name, (original, one) in pairs}
 
-    def _remember(
-        self, found: Found, view: SourceView, usual: Mapping[str, tuple[str, tuple[int, ...]]]
-    ) -> None:
-        if found.layout != "original":
-            return
+    def _remember(self, found: Found, view: SourceView, usual: Names) -> None:
         own = {k: (v.removeprefix(found.prefix), view.shapes[v]) for k, v in found.names.items()}
         self.origins[found.component] = {
-            "prefix": found.prefix,
+            "prefix": found.prefix if self._job.component is None else "",
             "unusual": {k: [v[0], list(v[1])] for k, v in own.items() if v != usual[k]},
         }
 
@@ -302,12 +330,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return prod(shape)
 
 
-def _remembered(
-    component: str,
-    view: SourceView,
-    usual: Mapping[str, tuple[str, tuple[int, ...]]],
-    prefix: str,
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _remembered(component: str, view: SourceView, usual: Names, prefix: str) -> Names:
     """Names and shapes in the original layout: the usual ones, or those that the file once had."""
     text = view.source.metadata.get(ORIGIN_KEY, "{}")
     try:

@@ -67,15 +67,18 @@ class Checkpoint:
                     yield part, found
 
 
-Naming = Callable[[Found, SourceView], Mapping[str, tuple[str, tuple[int, ...]]]]
+Names = Mapping[str, tuple[str, tuple[int, ...]]]
 """Of a network, diffusers' name of each tensor -> the name and the shape that it is to have."""
 
+Naming = Callable[[Found, SourceView], Names]
 
-def opened(path: Weights, stack: ExitStack) -> Checkpoint:
+
+def opened(path: Weights, stack: ExitStack, component: str | None = None) -> Checkpoint:
     """Opens a checkpoint; ``stack`` closes it.
 
     Args:
         path: as for ``sdconv.load``, or the folder of a pipeline.
+        component: the only one of a pipeline's that is opened; None for all.
 
     Raises:
         CheckpointError: something cannot be read as weights. InputError: ``path`` is no path.
@@ -84,6 +87,7 @@ def opened(path: Weights, stack: ExitStack) -> Checkpoint:
         parts = tuple(
             Part(name=name, view=SourceView(stack.enter_context(open_source(folder))))
             for name, folder in _components(Path(path)).items()
+            if component in (None, name)
         )
         return Checkpoint(label=str(path), parts=parts)
     source = stack.enter_context(open_source(path))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, pictures, weights
+from sdconv.cli import anatomy, convert, pictures, weights
 from sdconv.cli.common import Commands
 
 __all__ = ["app", "main"]
@@ -26,7 +26,7 @@ app = typer.Typer(
 for command in (
     weights.inspect,
     weights.check,
-    weights.convert,
+    convert.convert,
     pictures.encode,
     pictures.decode,
     pictures.reconstruct,
