@@ -93,7 +93,7 @@ def unet(**fields: Any) -> Any:
     return seeded(lambda: diffusers.UNet2DConditionModel(**given | fields), 30)
 
 
-def _xl_unet(ids: int, text: int) -> Any:
+def xl_unet(ids: int, text: int) -> Any:
     return unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -165,7 +165,7 @@ def _xl(**parts: Any) -> dict[str, Any]:
 
 def _refiner() -> dict[str, Any]:
     none = {"text_encoder": None, "tokenizer": None}
-    return _xl(unet=_xl_unet(5, WIDE), **none, requires_aesthetics_score=True)
+    return _xl(unet=xl_unet(5, WIDE), **none, requires_aesthetics_score=True)
 
 
 def _upscaler() -> dict[str, Any]:
@@ -216,7 +216,7 @@ KINDS: Mapping[str, Kind] = {
         lambda: _plain(unet=unet(in_channels=9)),
         lambda: {"image": _picture(), "mask_image": _mask(), "strength": 1.0, **_SIZE},
     ),
-    "xl": Kind("StableDiffusionXLPipeline", lambda: _xl(unet=_xl_unet(6, 2 * WIDE)), lambda: _SIZE),
+    "xl": Kind("StableDiffusionXLPipeline", lambda: _xl(unet=xl_unet(6, 2 * WIDE)), lambda: _SIZE),
     "refiner": Kind(
         "StableDiffusionXLImg2ImgPipeline",
         _refiner,

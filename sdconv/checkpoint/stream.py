@@ -24,7 +24,7 @@ OnTensor = Callable[[str, int, int], None]
 """Called before each tensor with its name, the bytes done so far and all bytes."""
 
 _NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_PIECE = 1 << 24  # bytes, or values, that are in memory at a time
+_PIECE = 1 << 22  # bytes, or values, that are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,496 @@
+"""Whole checkpoints there and back: names, bytes and what lies beside; folders to files and the
+other way; and that no file is held in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import diffusers
+import pipelines
+import pytest
+import seeded
+import torch
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+import sdconv
+from sdconv.checkpoint.convert import ORIGIN_KEY, Converted, convert
+from sdconv.checkpoint.header import DTYPE_BITS
+from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
+
+DATA = Path(__file__).parents[1] / "data"
+VAE, UNET = "first_stage_model.", "model.diffusion_model."
+# as Lightning saves them beside the networks, and as others have put them there
+BESIDE = {
+    "betas": torch.linspace(0, 1, 10, dtype=torch.float64),
+    "global_step": torch.tensor(470000),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.ones(32) / 3,
+    "model_ema.decay": torch.tensor(0.9999),
+    "model_ema.diffusion_modelout2bias": torch.ones(4) / 7,
+    "first_stage_model.loss.logvar": torch.zeros(()),
+    "model.diffusion_model.scaled_fp8": torch.ones(2, 3).to(torch.float8_e4m3fn),
+    "mask": torch.tensor([True, False, True]),
+    "nothing": torch.empty(0, 5, dtype=torch.bfloat16),
+    "text_encoder.odd": torch.full((3,), 1 + 2j, dtype=torch.complex64),
+}
+
+
+@cache
+def originals() -> Mapping[str, Tensor]:
+    """A small VAE and U-Net by the names that the original classes gave."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, prefix in (("open-vae", ""), ("open-unet-sd1", UNET)):
+        read = json.loads((DATA / f"{name}.json").read_text("utf-8"))
+        shapes |= {prefix + key: tuple(shape) for key, shape in read.items()}
+    drawn = seeded.weights(shapes, 3)
+    return MappingProxyType({name: tensor.half() for name, tensor in drawn.items()})
+
+
+def vae_alone() -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in originals().items() if name.startswith(VAE)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as people have it."""
+    path = tmp_path_factory.mktemp("whole") / "model.safetensors"
+    save_file(originals() | BESIDE, path, metadata={"modelspec.title": "Über\n\u20ac"})
+    return path
+
+
+def raw(path: Path) -> dict[str, tuple[Any, ...]]:
+    """Every tensor's dtype, shape and bytes, read without sdconv."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    return {
+        name: (one["dtype"], one["shape"], body[slice(*one["data_offsets"])])
+        for name, one in header.items()
+        if name != "__metadata__"
+    }
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return dict(sdconv.read_header(path).metadata)
+
+
+def there_and_back(path: Path, folder: Path) -> Path:
+    """``path`` in diffusers' layout and in the original one again; the file between is left."""
+    convert(path, folder / "between.safetensors", "diffusers", family="sd1")
+    convert(folder / "between.safetensors", folder / "back.safetensors", "original")
+    return folder / "back.safetensors"
+
+
+def test_round_trip_is_the_same_file(whole: Path, tmp_path: Path) -> None:
+    convert(whole, tmp_path / "between.safetensors", "diffusers")
+    back = tmp_path / "back.safetensors"
+    convert(tmp_path / "between.safetensors", back, "original")
+    assert raw(back) == raw(whole)
+    assert metadata(back) == metadata(whole)
+    # the control: the file between is another one, and a bit more would be seen
+    assert set(raw(tmp_path / "between.safetensors")) & set(raw(whole)) == set(BESIDE)
+    data = bytearray(back.read_bytes())
+    data[-1] ^= 1
+    back.write_bytes(data)
+    assert raw(back) != raw(whole)
+
+
+def test_the_file_between(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "d.safetensors"
+    assert convert(whole, out, "diffusers") == Converted(
+        files=(out,),
+        layout="diffusers",
+        moved={"vae": 248, "unet": 686},
+        dtypes=("float16",),
+        carried={
+            "": 4,
+            "cond_stage_model": 2,
+            "first_stage_model": 1,
+            "model": 1,
+            "model_ema": 2,
+            "text_encoder": 1,
+        },
+        left_out={},
+    )
+    written, before = raw(out), raw(whole)
+    assert {name: written[name] for name in BESIDE} == {name: before[name] for name in BESIDE}
+    # diffusers' own names, all of them and no more
+    tensors, source = load_file(out), originals()
+    for component, prefix in (("vae", VAE), ("unet", UNET)):
+        state = {k: v for k, v in source.items() if k.startswith(prefix)}
+        network = sdconv.load(state, family="sd1").state_dict()
+        own = {k for k in written if k.startswith(f"{component}.")}
+        assert own == {f"{component}.{k}" for k in network}
+        assert all(torch.equal(tensors[f"{component}.{k}"], v) for k, v in network.items())
+    assert written["vae.decoder.mid_block.attentions.0.to_q.weight"][1] == [128, 128]
+    assert before[VAE + "decoder.mid.attn_1.q.weight"][1] == [128, 128, 1, 1]
+
+
+def test_from_a_pickle(tmp_path: Path) -> None:
+    tensors = dict(originals())
+    tensors["odd"] = torch.arange(12).reshape(3, 4).T  # not contiguous
+    torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "m.ckpt")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "same.safetensors")
+    back = there_and_back(tmp_path / "m.ckpt", tmp_path)
+    assert raw(back) == raw(tmp_path / "same.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "linear", "beside"),
+    [
+        (VAE, True, {}),
+        ("vae.", False, {"betas": torch.ones(2)}),
+        ("some.model.", True, {"betas": torch.ones(2)}),
+        ("some.model.", False, {}),
+        ("", True, {"loss.discriminator.weight": torch.ones(2)}),
+    ],
+)
+def test_unusual_originals_come_back_too(
+    prefix: str, linear: bool, beside: dict[str, Tensor], tmp_path: Path
+) -> None:
+    tensors = {name.replace(VAE, prefix): tensor for name, tensor in vae_alone().items()}
+    if linear:
+        tensors |= {k: v.flatten(1) for k, v in tensors.items() if ".attn_1." in k and v.ndim == 4}
+    path = tmp_path / "odd.safetensors"
+    save_file(tensors | beside, path)
+    assert raw(there_and_back(path, tmp_path)) == raw(path)
+
+
+def test_half_of_a_tiny_autoencoder_comes_back(tmp_path: Path) -> None:
+    tensors = seeded.tensors(seeded.tiny())
+    bare = {
+        f"{int(number) + 1}.{rest}": tensor
+        for name, tensor in tensors.items()
+        if name.startswith("decoder")
+        for _, _, number, rest in [name.split(".", 3)]
+    }
+    save_file(bare, tmp_path / "taesd_decoder.safetensors")
+    back = there_and_back(tmp_path / "taesd_decoder.safetensors", tmp_path)
+    assert "decoder.layers.0.weight" in raw(tmp_path / "between.safetensors")
+    assert raw(back) == raw(tmp_path / "taesd_decoder.safetensors")
+
+
+NAMES = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
+)
+TENSORS = st.dictionaries(
+    NAMES.filter(lambda name: name != "__metadata__" and not name[0].isdecimal()),
+    st.tuples(
+        st.sampled_from(sorted(DTYPE_BITS)), st.lists(st.sampled_from([0, 1, 2, 8]), max_size=3)
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(beside=TENSORS, said=st.dictionaries(NAMES, NAMES, max_size=2), data=st.binary())
+def test_anything_beside_is_carried_over(
+    beside: dict[str, tuple[str, list[int]]], said: dict[str, str], data: bytes, tmp_path: Path
+) -> None:
+    # also dtypes that torch has not, such as two numbers to a byte
+    config = seeded.tiny(
+        encoder_block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,),
+    )
+    parts: dict[str, tuple[str, list[int], bytes]] = {}
+    for name, tensor in seeded.tensors(config).items():
+        half, _, number, rest = name.split(".", 3)
+        original = f"vae.{half}.{int(number) + (half == 'decoder')}.{rest}"
+        parts[original] = ("F32", list(tensor.shape), tensor.numpy().tobytes())
+    for name, (dtype, shape) in beside.items():
+        size = 8 * torch.Size(shape).numel() * DTYPE_BITS[dtype] // 8  # whole bytes
+        parts[name] = (dtype, [*shape, 8], (data + bytes(size))[:size])
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    source.write_bytes(file_of(parts, said))
+    assert raw(source) == parts
+    convert(source, out, "diffusers")
+    written = raw(out)
+    assert {name: written[name] for name in beside} == {name: parts[name] for name in beside}
+    assert metadata(out).items() >= said.items()
+    convert(out, tmp_path / "back.safetensors", "original")
+    assert raw(tmp_path / "back.safetensors") == parts
+
+
+def file_of(parts: Mapping[str, tuple[str, list[int], bytes]], said: Mapping[str, str]) -> bytes:
+    """A safetensors file, written without safetensors, which lacks some dtypes."""
+    header: dict[str, Any] = {"__metadata__": said} if said else {}
+    place = 0
+    for name, (dtype, shape, data) in parts.items():
+        offsets = [place, place + len(data)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        place += len(data)
+    text = json.dumps(header).encode()
+    body = b"".join(data for _, _, data in parts.values())
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def test_dtype_of_what_moves(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "wide.safetensors"
+    assert convert(whole, out, "original", dtype=torch.float32).dtypes == ("float32",)
+    written, before = load_file(out), load_file(whole)
+    assert set(written) == set(before)
+    for name, tensor in before.items():
+        assert written[name].dtype == (tensor.dtype if name in BESIDE else torch.float32)
+        assert torch.equal(written[name].to(tensor.dtype), tensor), name
+
+
+def test_one_component(whole: Path, tmp_path: Path) -> None:
+    convert(whole, tmp_path / "vae.safetensors", "original", "vae")
+    written, before = raw(tmp_path / "vae.safetensors"), raw(whole)
+    assert written == {k.removeprefix(VAE): before[k] for k in vae_alone()}
+    assert sdconv.load(tmp_path / "vae.safetensors").config["scaling_factor"] == 0.18215
+    convert(whole, tmp_path / "unet", "diffusers", "unet")
+    network = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert torch.equal(network.conv_out.weight, load_file(whole)[UNET + "out.2.weight"].float())
+
+
+def test_to_folders_for_diffusers(whole: Path, tmp_path: Path) -> None:
+    result = convert(whole, tmp_path / "model", "diffusers", family="sd1", dtype=torch.float32)
+    weights = "diffusion_pytorch_model.safetensors"
+    assert result.files == tuple(
+        tmp_path / "model" / component / name
+        for component in ("vae", "unet")
+        for name in ("config.json", weights)
+    )
+    assert sum(result.left_out.values()) == len(BESIDE)
+    for component, kind in (("vae", "AutoencoderKL"), ("unet", "UNet2DConditionModel")):
+        theirs = getattr(diffusers, kind).from_pretrained(tmp_path / "model" / component)
+        ours = sdconv.load(tmp_path / "model" / component).state_dict()
+        assert list(ours) == list(theirs.state_dict())
+        assert all(torch.equal(ours[k], v) for k, v in theirs.state_dict().items())
+
+
+def test_one_network_is_one_components_folder(tmp_path: Path) -> None:
+    save_file(vae_alone(), tmp_path / "vae.safetensors")
+    with pytest.warns(sdconv.SdconvWarning, match="scaling factor"):
+        result = convert(tmp_path / "vae.safetensors", tmp_path / "vae", "diffusers")
+    assert result.files[0] == tmp_path / "vae" / "config.json"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipelines as diffusers saves them."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for kind in ("text", "refiner", "upscale"):
+        pipelines.pipeline(kind).save_pretrained(folder / kind)
+    # SDXL's text encoders, which diffusers tells apart by their widths
+    wide = pipelines.text_encoder(CLIPTextModelWithProjection).config
+    wide.hidden_size = 48
+    encoder = pipelines.seeded(lambda: CLIPTextModelWithProjection(wide), 12)
+    unet = pipelines.xl_unet(6, pipelines.WIDE + 48)
+    pipelines.pipeline("xl", text_encoder_2=encoder, unet=unet).save_pretrained(folder / "xl")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["text", "xl"])
+def test_a_folder_made_a_file_opens_in_diffusers(kind: str, folders: Path, tmp_path: Path) -> None:
+    made = tmp_path / "model.safetensors"
+    assert convert(folders / kind, made, "original").carried == {}
+    name = pipelines.KINDS[kind].name
+    before = getattr(diffusers, name).from_pretrained(folders / kind)
+    after = getattr(diffusers, name).from_single_file(
+        made, config=str(folders / kind), local_files_only=True
+    )
+    for pipe in (before, after):
+        pipe.set_progress_bar_config(disable=True)
+    assert pipelines.run(before, kind) == pipelines.run(after, kind)
+    # sdconv reads the same configs from it, which shapes alone would not give for these networks
+    for component in ("vae", "unet"):
+        ours = sdconv.load(made, component)
+        assert ours.config == sdconv.load(folders / kind, component).config
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoder", "prefix"),
+    [
+        ("upscale", "text_encoder", "cond_stage_model.model."),
+        ("xl", "text_encoder_2", "conditioner.embedders.1.model."),
+        ("refiner", "text_encoder_2", "conditioner.embedders.0.model."),
+    ],
+)
+def test_text_encoders_in_open_clips_layout(
+    kind: str, encoder: str, prefix: str, folders: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "model.safetensors"
+    convert(folders / kind, made, "original")
+    theirs = load_file(folders / kind / encoder / "model.safetensors")
+    model = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folders / kind / encoder))
+    back = convert_open_clip_checkpoint(model, load_file(made), prefix)
+    if not any(name.startswith("text_model.") for name in theirs):  # transformers from 5.6 on
+        back = {name.removeprefix("text_model."): tensor for name, tensor in back.items()}
+    assert set(back) == set(theirs)
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_no_clip_is_carried_under_its_name(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "text", tmp_path / "model")
+    other = {"encoder.block.0.layer.0.weight": torch.ones(3)}
+    save_file(other, tmp_path / "model" / "text_encoder" / "model.safetensors")
+    (tmp_path / "model" / "left").mkdir()
+    save_file(other, tmp_path / "model" / "left" / "not_of_the_pipeline.safetensors")
+    result = convert(tmp_path / "model", tmp_path / "m.safetensors", "original")
+    assert result.carried == {"text_encoder": 1}
+    assert "text_encoder.encoder.block.0.layer.0.weight" in raw(tmp_path / "m.safetensors")
+
+
+def test_a_folder_in_diffusers_names_comes_back_in_parts(folders: Path, tmp_path: Path) -> None:
+    made = tmp_path / "model.safetensors"
+    result = convert(folders / "text", made, "diffusers")
+    assert set(result.carried) == {"text_encoder"}
+    convert(made, tmp_path / "parts", "diffusers")
+    for component in ("vae", "unet"):
+        name = f"{component}/diffusion_pytorch_model.safetensors"
+        assert raw(tmp_path / "parts" / name) == raw(folders / "text" / name)
+        written, before = (
+            json.loads((root / component / "config.json").read_text())
+            for root in (tmp_path / "parts", folders / "text")
+        )
+        assert written.items() >= {k: before[k] for k in written}.items()
+
+
+def _without(name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in originals().items() if key != name}
+
+
+BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "no network": ({"a": torch.ones(1)}, {}, UnknownNetworkError, "no network"),
+    "a tensor missing": (
+        _without(UNET + "out.2.bias"),
+        {},
+        WeightsMismatchError,
+        r"1 tensors missing(?s:.*)conv_out\.bias",
+    ),
+    "a wrong shape": (
+        originals() | {VAE + "encoder.conv_in.bias": torch.ones(5)},
+        {},
+        WeightsMismatchError,
+        "1 of the wrong shape",
+    ),
+    "a name taken": (
+        originals() | {"unet.conv_in.weight": torch.ones(5)},
+        {},
+        CheckpointError,
+        "would get one name",
+    ),
+    "another layout": (originals(), {"layout": "theirs"}, InputError, "no such layout"),
+    "a folder of originals": (
+        originals(),
+        {"layout": "original", "out": "folder"},
+        InputError,
+        "single file",
+    ),
+    "no such component": (originals(), {"component": "text"}, UnknownNetworkError, "'text'"),
+    "no such family": (originals(), {"family": "sd9"}, InputError, "no such family"),
+    "a dtype of torch's alone": (
+        originals() | {"x": torch.ones(2, dtype=torch.complex128)},
+        {},
+        CheckpointError,
+        "x cannot be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_leaves_nothing_behind(case: str, tmp_path: Path) -> None:
+    tensors, given, kind, words = BAD[case]
+    arguments = {"layout": "diffusers", "out": "out.safetensors"} | given
+    out = tmp_path / arguments.pop("out")
+    with pytest.raises(kind, match=words):
+        convert(tensors, out, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "said", ["[]", "no JSON", '{"vae": 1}', '{"vae": {"prefix": 1, "unusual": {}}}']
+)
+def test_damaged_memory_of_the_original(said: str, tmp_path: Path) -> None:
+    tensors = {f"vae.{name}": t for name, t in seeded.tensors(seeded.kl((32,), 4, True)).items()}
+    path = tmp_path / "m.safetensors"
+    save_file(tensors | {"betas": torch.ones(1)}, path, metadata={ORIGIN_KEY: said})
+    with pytest.raises(CheckpointError, match="does not fit its tensors"):
+        convert(path, tmp_path / "out.safetensors", "original")
+
+
+def test_a_pipeline_without_networks(tmp_path: Path) -> None:
+    (tmp_path / "model" / "text_encoder").mkdir(parents=True)
+    (tmp_path / "model" / "model_index.json").write_text('{"text_encoder": ["a", "b"]}')
+    save_file({"a": torch.ones(1)}, tmp_path / "model" / "text_encoder" / "model.safetensors")
+    with pytest.raises(UnknownNetworkError, match="no network"):
+        convert(tmp_path / "model", tmp_path / "out.safetensors", "original")
+
+
+CHILD = """
+import re, sys, threading, time, warnings
+from pathlib import Path
+import torch
+from sdconv.checkpoint.convert import convert
+
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", text)[1]) * 1024
+
+source, out = sys.argv[1:]
+small = Path(source).with_name("small.safetensors")
+convert(small, out, "diffusers", family="sd1", dtype=torch.float16)  # what importing takes
+
+def taken(held):
+    """What two conversions take more than there was, perhaps with the file held in memory."""
+    done, peak, before = threading.Event(), [0], anonymous()
+
+    def watch():
+        while not done.wait(0.002):
+            peak.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    whole = Path(source).read_bytes() if held else b""
+    for dtype in (None, torch.float16):
+        convert(source, out, "diffusers", family="sd1", dtype=dtype)
+    done.set()
+    thread.join()
+    return max(peak) - before
+
+print(taken(False), taken(True))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: it reads /proc")
+def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
+    # a VAE in float32 with the original's small one's channels doubled, its values a hole
+    shapes = {
+        name: [2 * n if n >= 32 else n for n in tensor.shape]
+        for name, tensor in vae_alone().items()
+    }
+    head = file_of({name: ("F32", shape, b"") for name, shape in shapes.items()}, {})
+    header, place = json.loads(head[8:]), 0
+    for name, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        header[name]["data_offsets"] = [place, place + size]
+        place += size
+    text = json.dumps(header).encode()
+    with (tmp_path / "big.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + place)
+    save_file(vae_alone(), tmp_path / "small.safetensors")
+    files = (tmp_path / "big.safetensors", tmp_path / "out.safetensors")
+    command = [sys.executable, "-c", CHILD, *map(str, files)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    streamed, held = map(int, ran.stdout.split())
+    assert place > 50 << 20
+    assert streamed < 0.6 * place < held
