@@ -449,7 +449,7 @@ small = Path(source).with_name("small.safetensors")
 convert(small, out, "diffusers", family="sd1", dtype=torch.float16)  # what importing takes
 
 def taken(held):
-    """What two conversions take more than there was, perhaps with the file held in memory."""
+    # what two conversions take beyond what there was, perhaps with the file held in memory
     done, peak, before = threading.Event(), [0], anonymous()
 
     def watch():
@@ -471,7 +471,7 @@ print(taken(False), taken(True))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: it reads /proc")
 def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
-    # a VAE in float32 with the original's small one's channels doubled, its values a hole
+    # the small VAE with twice the channels, in float32, its values a hole in the file
     shapes = {
         name: [2 * n if n >= 32 else n for n in tensor.shape]
         for name, tensor in vae_alone().items()
