@@ -204,6 +204,9 @@ def test_components_that_are_none_or_ours_or_shared() -> None:
     # in two places of one module, and in two pipelines
     one = seeded(lambda: resnet.ResnetBlock2D(in_channels=32, temb_channels=None))
     assert sdconv.apply_patch(nn.ModuleList([one, one])).replaced == {"ResnetBlock2D": ("0",)}
+    twice = pipeline("text")
+    twice.register_modules(image_encoder=twice.unet)
+    assert sdconv.apply_patch(twice).already == 0
     other = pipeline("image", unet=pipe.unet)
     sdconv.apply_patch(pipe)
     assert sdconv.apply_patch(other).already > 0
