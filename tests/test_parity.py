@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import seeded
 import torch
-import unets
-from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -277,12 +275,6 @@ def test_no_peer(kind: str) -> None:
         sdconv.SdconvError, match=r"diffusers has no network like this(.|\n)*author"
     ):
         checked(seeded.WITHOUT_PEER[kind])
-
-
-def test_a_unet_is_not_compared_yet() -> None:
-    unet = UNet2DConditionModel(**unets.SMALL).state_dict()
-    with pytest.raises(sdconv.SdconvError, match="only autoencoders are compared so far"):
-        check(unet, family="sd1")
 
 
 @pytest.mark.parametrize(

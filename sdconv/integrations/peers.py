@@ -12,7 +12,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from torch import Tensor, nn
 
 from sdconv.config import AutoencoderTinyConfig, Config
@@ -54,7 +57,15 @@ def peer(
     with torch.device("meta"):
         network = kind.from_config({k: v for k, v in fields.items() if k in known})
     convert, how = _CONVERSIONS[config.class_name, layout]
-    state = convert(tensors, network)
+    try:
+        state = convert(tensors, network)
+    except (KeyError, TypeError) as error:
+        raise SdconvError(
+            "diffusers cannot convert these names, so there is nothing to compare with",
+            where=config.class_name,
+            got=f"{type(error).__name__}: {error}",
+            fix="write them in diffusers' layout first: sdconv convert",
+        ) from error
     for name in network.state_dict():
         if name.endswith("num_batches_tracked"):  # a counter that files may leave out
             state.setdefault(name, torch.tensor(0))
@@ -91,6 +102,14 @@ def _from_flux2(tensors: Tensors, network: nn.Module) -> Tensors:
     return state | {n: t for n, t in tensors.items() if n.startswith("bn.")}
 
 
+def _unet_from_original(tensors: Tensors, network: nn.Module) -> Tensors:
+    # only names that stand where they do in a whole checkpoint are taken
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    state = dict(convert_ldm_unet_checkpoint(whole, network.config))
+    guidance = {n: t for n, t in tensors.items() if n.startswith("time_embed.cond_proj.")}
+    return state | {n.replace("time_embed.", "time_embedding."): t for n, t in guidance.items()}
+
+
 def _by_order(tensors: Tensors, network: nn.Module) -> Tensors:
     state: Tensors = {}
     for half in ("encoder.", "decoder."):
@@ -111,6 +130,7 @@ _CONVERSIONS: Mapping[tuple[str, str], tuple[Callable[[Tensors, nn.Module], Tens
     ("AutoencoderKL", "diffusers"): _NAMED,
     ("AutoencoderKLFlux2", "diffusers"): _NAMED,
     ("AutoencoderTiny", "diffusers"): _NAMED,
+    ("UNet2DConditionModel", "diffusers"): _NAMED,
     ("AutoencoderKL", "original"): (
         _from_original,
         "diffusers' convert_ldm_vae_checkpoint",
@@ -119,6 +139,11 @@ _CONVERSIONS: Mapping[tuple[str, str], tuple[Callable[[Tensors, nn.Module], Tens
         _from_flux2,
         "diffusers' convert_ldm_vae_checkpoint, which knows neither quant convolutions inside the"
         " halves nor bn: those keep the last part of their names",
+    ),
+    ("UNet2DConditionModel", "original"): (
+        _unet_from_original,
+        "diffusers' convert_ldm_unet_checkpoint, which does not know the embedded guidance: that"
+        " keeps the last part of its name",
     ),
     ("AutoencoderTiny", "original"): (
         _by_order,

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdconv.checkpoint.load import SourceView, Weights, load, pipeline_parts, usable_device
 from sdconv.checkpoint.source import open_source
-from sdconv.errors import InputError, SdconvError
-from sdconv.network import Autoencoder
+from sdconv.errors import InputError
+from sdconv.network import Network
 from sdconv.parity.compare import ModuleDifference, compare
-from sdconv.parity.stepwise import Inputs
+from sdconv.parity.inputs import Noise, inputs_for
 
-# not square, so that rows taken for columns show
-DEFAULT_SIZE = (96, 128)
 _EXACT = (torch.float32, torch.float64)
 _EQUAL = "the same operations in the same order: equal bit for bit"
 _NEAR = (
@@ -34,9 +32,9 @@ class ParityReport:
     """What a comparison found.
 
     ``label``: the file. ``against``: the reference and its version; ``conversion``: how the file's
-    names became the reference's. ``input_shapes``: by the method that was called. ``rows``: one for
-    each call of each module, in the order in which they finished. ``tolerance``: the largest of the
-    rows', ``tolerance_source`` where it comes from.
+    names became the reference's. ``input_shapes``: of the picture or the latents, by the method
+    that was called. ``rows``: one for each call of each module, in the order in which they
+    finished. ``tolerance``: the largest of the rows', ``tolerance_source`` where it comes from.
     """
 
     label: str
@@ -108,9 +106,10 @@ def check(
         against: ``"diffusers"``.
         dtype: what both compute in; None for float32.
         device: ``"cpu"`` or ``"cuda"``.
-        size: rows and columns of the picture; None for 96 x 128.
-        seed: of the picture and the latents, standard normal both.
-        batch: pictures at once.
+        size: rows and columns of an autoencoder's picture (None for 96 x 128), or of a U-Net's
+            latents (24 x 32).
+        seed: of the input, standard normal; timesteps and labels are drawn evenly.
+        batch: pictures or latents at once.
 
     Raises:
         InputError: an argument has no such value, or the device is not there.
@@ -119,32 +118,23 @@ def check(
     """
     dtype = dtype or torch.float32
     device = usable_device(device)
-    sides = DEFAULT_SIZE if size is None else size
-    shape = (batch, *sides) if isinstance(sides, tuple | list) else (batch, sides)
-    if len(shape) != 3 or any(type(number) is not int or number < 1 for number in shape):
+    sides = tuple(size) if isinstance(size, tuple | list) else (1, 1) if size is None else (size,)
+    if len(sides) != 2 or any(type(n) is not int or n < 1 for n in (batch, *sides)):
         raise InputError(
             "no such batch of pictures",
             where="batch, size",
             expected="positive numbers: of pictures, of rows and columns",
-            got=shape,
+            got=(batch, size),
         )
     if against != "diffusers":
         raise InputError(
             "no such reference", where="against", expected="'diffusers'", got=repr(against)
         )
     ours = load(path, component, dtype=dtype, device=device, family=family)
-    if not isinstance(ours, Autoencoder):
-        raise SdconvError(
-            "only autoencoders are compared so far",
-            where=ours.config.class_name,
-            expected="a VAE or a tiny autoencoder",
-            got=ours.config.class_name,
-            fix="name the other component where the file has one: component='vae'",
-        )
-    other = _reference(path, component, family, dtype)
+    other = _reference(path, component, family, dtype, ours)
     exact = device.type == "cpu" and dtype in _EXACT
     truth = None if exact else copy.deepcopy(other.network).double()
-    inputs = _inputs(ours, shape, seed, dtype, device)
+    inputs = inputs_for(ours, size, Noise(batch, seed, dtype, device))
     return ParityReport(
         label=other.label,
         component=other.component,
@@ -153,7 +143,7 @@ def check(
         conversion=other.conversion,
         dtype=_short(dtype),
         device=str(device),
-        input_shapes={method: tuple(x.shape) for method, (x,) in inputs.items()},
+        input_shapes={method: tuple(given[0].shape) for method, given in inputs.items()},
         rows=compare(ours, other.network.to(device), inputs, truth=truth),
         tolerance_source=_EQUAL if exact else _NEAR.format(dtype=_short(dtype)),
     )
@@ -172,7 +162,7 @@ class _Reference:
 
 
 def _reference(
-    path: Weights, component: str | None, family: str | None, dtype: torch.dtype
+    path: Weights, component: str | None, family: str | None, dtype: torch.dtype, ours: Network
 ) -> _Reference:
     from sdconv.integrations.peers import VERSION, peer
 
@@ -181,43 +171,19 @@ def _reference(
     with open_source(next(iter(parts.values()), path)) as source:
         view = SourceView(source)
         (one,) = (one for one in view.identify(family) if component in (None, one.component))
-        prefix = one.found.prefix
-        tensors = {
-            name.removeprefix(prefix): t.to(dtype) if t.is_floating_point() else t
-            for name, t in ((n, view.tensor(n)) for n in view.shapes if _belongs(n, prefix))
-        }
+        state, tensors = ours.state_dict(), {}
+        for canonical, name in one.found.names.items():
+            tensor = view.tensor(name)
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensors[name.removeprefix(one.found.prefix)] = _shared(tensor, state[canonical])
         network, conversion = peer(one.config, source.config, tensors, one.found.layout)
     return _Reference(network, VERSION, conversion, source.label, one.component)
 
 
-def _belongs(name: str, prefix: str) -> bool:
-    """Whether a tensor is the autoencoder's: its losses and what stands beside it are not."""
-    rest = name.removeprefix(prefix)
-    roots = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")
-    return name.startswith(prefix) and rest.removeprefix("taesd_").startswith(roots)
-
-
-def _inputs(
-    network: Autoencoder,
-    shape: tuple[int, int, int],
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Inputs:
-    batch, height, width = shape
-    stride, config = network.downscale, network.config
-    picture = (batch, config["in_channels"], height, width)
-    latents = (
-        batch,
-        config["latent_channels"],
-        max(1, height // stride),
-        max(1, width // stride),
-    )
-    random = torch.Generator().manual_seed(seed)
-    return {
-        method: (torch.randn(size, generator=random).to(device, dtype),)
-        for method, size in (("encode", picture), ("decode", latents))
-    }
+def _shared(tensor: Tensor, twin: Tensor) -> Tensor:
+    """``twin`` where it holds the same, so that two networks take one's memory."""
+    near = tensor.device == twin.device and tensor.dtype == twin.dtype
+    return twin if near and torch.equal(tensor, twin) else tensor
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +157,13 @@ def _ulps(a: Tensor, b: Tensor) -> int:
     return int(apart.max())
 
 
-def _in_float64(inputs: Inputs) -> Inputs:
-    return {
-        method: tuple(x.double().cpu() if x.is_floating_point() else x.cpu() for x in arguments)
-        for method, arguments in inputs.items()
-    }
+def _in_float64(given: Any) -> Any:
+    """The same arguments for a network in float64 on the CPU."""
+    match given:
+        case Tensor():
+            return given.double().cpu() if given.is_floating_point() else given.cpu()
+        case tuple():
+            return tuple(_in_float64(value) for value in given)
+        case Mapping():
+            return {name: _in_float64(value) for name, value in given.items()}
+    return given

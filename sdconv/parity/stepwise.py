@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Inputs = Mapping[str, tuple[Tensor, ...]]
+# by the method to call: its arguments, among which there may be dictionaries of tensors
+Inputs = Mapping[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
