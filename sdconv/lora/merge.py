@@ -172,10 +172,9 @@ def _sum(loras: Sequence[_Scaled], name: str, original: Tensor, weight: Tensor) 
 
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The matrices and kernels of a network by their layers' names, also where PEFT has wrapped
-    the layer."""
+    """The weights of a network by their layers' names, also where PEFT has wrapped the layer."""
     return {
         name.removesuffix(".weight").replace(".base_layer", ""): weight
         for name, weight in model.named_parameters()
-        if name.endswith(".weight") and weight.ndim > 1
+        if name.endswith(".weight")
     }

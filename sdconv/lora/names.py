@@ -70,7 +70,7 @@ def spellings(layers: Collection[str]) -> dict[str, str]:
     """Every way to write a network's layers, and the layer.
 
     Args:
-        layers: by diffusers' names.
+        layers: everything in it that has a weight, by diffusers' names.
 
     Returns:
         Diffusers' and the original layout's names, with dots and with underscores -> diffusers'

@@ -67,6 +67,8 @@ class Update:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether it can be added to a weight of this shape."""
+        if len(shape) < 2:
+            return False
         rank = self.down.shape[0]
         point, kernel = (1,) * len(shape[2:]), tuple(shape[2:])
         if self.mid is None:
