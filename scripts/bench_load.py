@@ -1,29 +1,39 @@
-"""How long a VAE takes to open and how much memory that takes, beside diffusers on the same files.
+"""How long a network takes to open and how much memory that takes, beside diffusers on the same
+files.
 
 Each measurement is a process of its own; the two sides take turns. Time is from the call to the
-network, with everything imported. Memory is the peak of anonymous resident memory (file-backed
-pages apart) above a process that has imported the same and built the network on the meta device.
+network, with everything imported, and again until each of its weights' pages has been read once:
+what is mapped is read only then. Memory is the peak of anonymous resident memory (file-backed pages
+apart) of the opening, above a process that has imported the same and built the network on the meta
+device.
 
-    python scripts/bench_load.py --rounds 5
+The U-Net is SDXL's, in float16; its files are made of holes, which read as zeros.
+
+    python scripts/bench_load.py --component vae --rounds 5
+    python scripts/bench_load.py --component unet --rounds 3
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 CHILD = r"""
 import json, sys, threading, time
 from pathlib import Path
-import torch
+import diffusers, torch
 
-side, source, folder, dtype = sys.argv[1:]
+side, name, source, folder, dtype = sys.argv[1:]
 dtype = getattr(torch, dtype) if dtype != "None" else None
+component = "vae" if name == "AutoencoderKL" else "unet"
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -31,24 +41,23 @@ def anonymous():
             return int(line.split()[1]) * 1024
 
 if side == "sdconv":
-    import sdconv, sdconv.checkpoint.load
-    from sdconv.config import AutoencoderKLConfig
-    content = json.loads((Path(folder) / "config.json").read_text())
-    config = AutoencoderKLConfig.from_json(content, folder)
+    import sdconv
+    from sdconv.checkpoint.load import BUILD
+    config = getattr(sdconv, name.removesuffix("Model") + "Config").from_json(
+        json.loads((Path(folder) / "config.json").read_text()), folder)
     with torch.device("meta"):
-        sdconv.AutoencoderKL(config)
-    run = lambda: sdconv.load(source, component="vae", dtype=dtype)
+        BUILD[name](config)
+    run = lambda: sdconv.load(source, component=component, dtype=dtype)
 else:
-    import diffusers
-    from diffusers import AutoencoderKL
+    kind = getattr(diffusers, name)
     diffusers.logging.set_verbosity_error()
     with torch.device("meta"):
-        AutoencoderKL.from_config(folder)
+        kind.from_config(folder)
     extra = {} if dtype is None else {"torch_dtype": dtype}
     if Path(source).is_dir():
-        run = lambda: AutoencoderKL.from_pretrained(source, **extra)
+        run = lambda: kind.from_pretrained(source, **extra)
     else:
-        run = lambda: AutoencoderKL.from_single_file(
+        run = lambda: kind.from_single_file(
             source, config=folder, local_files_only=True, **extra)
 
 peak, done = 0, False
@@ -64,13 +73,16 @@ network = run()
 seconds = time.perf_counter() - start
 done = True; thread.join()
 peak = max(peak, anonymous())
-size = sum(p.numel() * p.element_size() for p in network.parameters())
-largest = max(p.numel() * p.element_size() for p in network.parameters())
-print(json.dumps({"seconds": seconds, "peak": peak - before, "size": size, "largest": largest}))
+sizes = [p.numel() * p.element_size() for p in network.parameters()]
+touch = time.perf_counter()
+for p in network.parameters():
+    p.detach().flatten()[:: 4096 // p.element_size()].sum()
+read = seconds + time.perf_counter() - touch
+print(json.dumps({"seconds": seconds, "read": read, "peak": peak - before, "size": sum(sizes)}))
 """
 
 
-def make(folder: Path) -> dict[str, Path]:
+def made_vae(folder: Path) -> dict[str, Path]:
     """A full-size SD VAE with seeded random weights, as people have it."""
     import torch
     from safetensors.torch import save_file
@@ -104,54 +116,100 @@ def make(folder: Path) -> dict[str, Path]:
     return {"folder": folder / "vae", "checkpoint": folder / "checkpoint.safetensors"}
 
 
-def measure(side: str, source: Path, folder: Path, dtype: str) -> dict[str, float]:
+def made_unet(folder: Path) -> dict[str, Path]:
+    """SDXL's U-Net, alone in a folder and in a file of the published checkpoint's 6.9 GB."""
+    import torch
+    from parity_table import SDXL
+
+    from sdconv.checkpoint.save import original_tensors
+    from sdconv.unet import with_diffusers_transformers
+
+    with torch.device("meta"):
+        blank = with_diffusers_transformers(SDXL).state_dict()
+    own = {name: tuple(tensor.shape) for name, tensor in blank.items()}
+    (folder / "unet").mkdir()
+    content = {**SDXL.to_json(), "_class_name": SDXL.class_name}
+    (folder / "unet" / "config.json").write_text(json.dumps(content))
+    holes(folder / "unet" / "diffusion_pytorch_model.safetensors", own)
+    # two text encoders and a VAE, which no load of the U-Net should touch
+    shapes: dict[str, tuple[int, ...]] = {"first_stage_model.filler": (83653863,)}
+    shapes |= {f"conditioner.filler.{i}": (1 << 26,) for i in range(12)}
+    for name, tensor in original_tensors(blank, SDXL).items():
+        shapes[f"model.diffusion_model.{name}"] = tuple(tensor.shape)
+    holes(folder / "checkpoint.safetensors", shapes)
+    return {"folder": folder / "unet", "checkpoint": folder / "checkpoint.safetensors"}
+
+
+def holes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of float16 zeros that takes no room on disk."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + 2 * math.prod(shapes[name])
+        header[name] = {"dtype": "F16", "shape": shapes[name], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + end)
+
+
+COMPONENTS = {
+    "vae": ("AutoencoderKL", made_vae, ("None", "float16")),
+    "unet": ("UNet2DConditionModel", made_unet, ("float16",)),
+}
+
+
+def measure(side: str, name: str, source: Path, folder: Path, dtype: str) -> dict[str, float]:
     """One process, one opening."""
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, side, str(source), str(folder), dtype]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    own = [side, name, str(source), str(folder), dtype]
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, *own]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--component", choices=COMPONENTS, default="vae")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", action="append", help="in place of those that it has")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    cases = [
-        ("folder", "None"),
-        ("folder", "float16"),
-        ("checkpoint", "None"),
-        ("checkpoint", "float16"),
-    ]
+    name, made, dtypes = COMPONENTS[options.component]
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        sources = make(Path(name))
+    with tempfile.TemporaryDirectory() as place:
+        sources = made(Path(place))
+        cases = [(kind, dtype) for kind in sources for dtype in options.dtype or dtypes]
         for kind, dtype in cases:
             runs: dict[str, list[dict[str, float]]] = {"sdconv": [], "diffusers": []}
             for _ in range(options.rounds):
-                for side in runs:
-                    runs[side].append(measure(side, sources[kind], sources["folder"], dtype))
+                for side, results in runs.items():
+                    results.append(measure(side, name, sources[kind], sources["folder"], dtype))
             for side, results in runs.items():
+                medians = {k: statistics.median(r[k] for r in results) for k in results[0]}
                 rows.append(
                     {
                         "source": kind,
                         "dtype": "the file's" if dtype == "None" else dtype,
                         "side": side,
-                        "seconds": statistics.median(r["seconds"] for r in results),
-                        "peak_mb": statistics.median(r["peak"] for r in results) / 1e6,
-                        "weights_mb": results[0]["size"] / 1e6,
-                        "largest_mb": results[0]["largest"] / 1e6,
+                        "seconds": medians["seconds"],
+                        "read_seconds": medians["read"],
+                        "peak_mb": medians["peak"] / 1e6,
+                        "weights_mb": medians["size"] / 1e6,
                     }
                 )
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    print("| opened from | dtype | by | seconds | peak memory, MB | weights, MB |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| opened from | dtype | by | seconds | until all is read | peak memory, MB | weights, MB |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['source']} | {row['dtype']} | {row['side']} | {row['seconds']:.3f} "
-            f"| {row['peak_mb']:.0f} | {row['weights_mb']:.0f} |"
+            f"| {row['read_seconds']:.3f} | {row['peak_mb']:.0f} | {row['weights_mb']:.0f} |"
         )
 
 

@@ -300,7 +300,7 @@ def test_arguments_without_sense(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_where_there_is_none() -> None:
-    with pytest.raises(sdconv.InputError, match="sees no CUDA devices"):
+    with pytest.raises(sdconv.InputError, match="device: no such device here"):
         checked(SMALL, device="cuda")
 
 

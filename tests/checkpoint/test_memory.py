@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 import sdconv
 from sdconv.checkpoint.save import original_tensors
-from sdconv.config import AutoencoderKLConfig
+from sdconv.config import AutoencoderKLConfig, UNet2DConditionConfig
+from sdconv.config.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
+from sdconv.unet import with_diffusers_transformers
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/smaps").exists(), reason="needs Linux: it reads /proc/self/smaps"
@@ -23,11 +25,8 @@ pytestmark = pytest.mark.skipif(
 MB = 1 << 20
 
 
-def whole_checkpoint(path: Path, channels: tuple[int, ...], beside: int) -> int:
-    """A file with a float32 VAE and ``beside`` bytes of another network before and after it.
-
-    The other network's bytes are a hole in the file. Returns the VAE's bytes.
-    """
+def vae(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A float32 VAE as it stands in a whole checkpoint."""
     config = AutoencoderKLConfig(
         **{
             **AutoencoderKLConfig.assumed,
@@ -38,7 +37,39 @@ def whole_checkpoint(path: Path, channels: tuple[int, ...], beside: int) -> int:
     )
     torch.manual_seed(0)
     tensors = original_tensors(sdconv.AutoencoderKL(config).state_dict(), config)
-    own = {f"first_stage_model.{k}": v.contiguous() for k, v in tensors.items()}
+    return {f"first_stage_model.{k}": v.contiguous() for k, v in tensors.items()}
+
+
+def sdxl_unet(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A float16 U-Net like SDXL's, its transformers shorter, as it stands in a whole checkpoint."""
+    own = {
+        "sample_size": 128,
+        "block_out_channels": channels,
+        "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (CROSS_UP, CROSS_UP, UP),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": tuple(count // 64 for count in channels),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    config = UNet2DConditionConfig(**{**UNet2DConditionConfig.assumed, **own})
+    with torch.device("meta"):
+        blank = with_diffusers_transformers(config).state_dict()
+    tensors = original_tensors(blank, config)
+    return {
+        f"model.diffusion_model.{name}": torch.ones(tensor.shape, dtype=torch.float16)
+        for name, tensor in tensors.items()
+    }
+
+
+def whole_checkpoint(path: Path, own: dict[str, torch.Tensor], beside: int) -> int:
+    """A file with a network's tensors and ``beside`` bytes of another one before and after them.
+
+    The other network's bytes are a hole in the file. Returns the network's bytes.
+    """
     save_file(own, path)
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -48,7 +79,7 @@ def whole_checkpoint(path: Path, channels: tuple[int, ...], beside: int) -> int:
         entry["data_offsets"] = [offset + beside for offset in entry["data_offsets"]]
     end = beside + len(body)
     for name, start in (("a", 0), ("z", end)):
-        header[f"model.diffusion_model.{name}"] = {
+        header[f"cond_stage_model.{name}"] = {
             "dtype": "U8",
             "shape": [beside],
             "data_offsets": [start, start + beside],
@@ -68,10 +99,11 @@ import re, sys, threading, time
 import torch, sdconv, sdconv.checkpoint.load
 from pathlib import Path
 
-path, dtype = sys.argv[1], getattr(torch, sys.argv[2], None)
-config = sdconv.infer(sdconv.read_header(path).shapes, family="sd1")["vae"]
+path, dtype, component, family = sys.argv[1:]
+dtype = getattr(torch, dtype, None)
+config = sdconv.infer(sdconv.read_header(path).shapes, family=family)[component]
 with torch.device("meta"):
-    sdconv.AutoencoderKL(config)
+    sdconv.checkpoint.load.BUILD[config.class_name](config)
 
 def anonymous():
     text = Path("/proc/self/status").read_text()
@@ -95,21 +127,22 @@ def watch():
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-vae = sdconv.load(path, dtype=dtype, component="vae", family="sd1")
+network = sdconv.load(path, dtype=dtype, component=component, family=family)
 done = True
 thread.join()
 touched = max(touched, mapped())
-parameters = list(vae.parameters())
+parameters = list(network.parameters())
 sizes = [p.numel() * p.element_size() for p in parameters]
 print(max(peak, anonymous()) - before, touched, sum(sizes), max(sizes))
 """
 
 
-def opened(path: Path, dtype: str) -> tuple[int, int, int, int]:
+def opened(
+    path: Path, dtype: str, component: str = "vae", family: str = "sd1"
+) -> tuple[int, int, int, int]:
     """Bytes: peak anonymous memory, the file's that were touched, weights, largest tensor."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path), dtype], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", CHILD, str(path), dtype, component, family]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     peak, touched, weights, largest = map(int, done.stdout.split())
     return peak, touched, weights, largest
 
@@ -117,7 +150,7 @@ def opened(path: Path, dtype: str) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("dtype", ["None", "float16", "float64"])
 def test_only_the_component_is_read(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    own = whole_checkpoint(path, (64, 128, 128), beside=512 * MB)
+    own = whole_checkpoint(path, vae((64, 128, 128)), beside=512 * MB)
     peak, touched, weights, largest = opened(path, dtype)
     # the kernel maps the pages around each one that is used, 64 kB at most on either side
     assert touched <= own + 8 * MB
@@ -130,7 +163,20 @@ def test_only_the_component_is_read(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["None", "float16", "float64"])
 def test_full_size_peak_memory(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    own = whole_checkpoint(path, (128, 256, 512, 512), beside=2048 * MB)
+    own = whole_checkpoint(path, vae((128, 256, 512, 512)), beside=2048 * MB)
     peak, touched, weights, largest = opened(path, dtype)
     assert touched <= own + 16 * MB
     assert peak <= (0 if dtype == "None" else weights) + largest + 60 * MB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["None", "float32"])
+def test_only_the_unet_is_read(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    own = whole_checkpoint(path, sdxl_unet((128, 256, 512)), beside=512 * MB)
+    peak, touched, weights, largest = opened(path, dtype, "unet", "sdxl")
+    assert own > 150 * MB, "the control: it is more than the allowance"
+    assert touched <= own + 16 * MB
+    assert peak <= (0 if dtype == "None" else weights) + largest + 60 * MB
+    if dtype != "None":
+        assert touched >= 0.5 * own, "the control: what is converted has been read"
