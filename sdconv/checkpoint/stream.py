@@ -187,7 +187,7 @@ def _copied(file: SafetensorsFile, info: TensorInfo) -> Iterator[bytes]:
 
 def _values(tensor: Tensor, target: str) -> Iterator[memoryview]:
     # a view of the mapping where that is possible, so that only a piece is ever in memory
-    for piece in tensor.reshape(-1).split(_PIECE):
+    for piece in torch.split(tensor.reshape(-1), _PIECE):
         values = piece.to("cpu", TORCH_DTYPES[target]).contiguous()
         if values.numel():
             yield memoryview(values.view(torch.uint8).numpy())
