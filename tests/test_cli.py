@@ -37,7 +37,10 @@ TINY = seeded.tiny(
     num_encoder_blocks=(1, 1),
     num_decoder_blocks=(1, 1),
 )
-COMMANDS = ("inspect", "check", "convert", "encode", "decode", "reconstruct", "fetch", "anatomy")
+COMMANDS = (
+    *("inspect", "check", "convert", "diff", "encode", "decode", "reconstruct", "fetch"),
+    "anatomy",
+)
 
 
 def run(*arguments: object) -> Result:

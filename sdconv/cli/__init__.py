@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, convert, pictures, weights
+from sdconv.cli import anatomy, compare, convert, pictures, weights
 from sdconv.cli.common import Commands
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ for command in (
     weights.inspect,
     weights.check,
     convert.convert,
+    compare.diff,
     pictures.encode,
     pictures.decode,
     pictures.reconstruct,

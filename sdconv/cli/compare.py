@@ -1,0 +1,61 @@
+"""The command that puts two checkpoints side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdconv.cli.common import Json, print_json, reading, say, show
+
+_EITHER = "A file, a component's folder or a pipeline's, in any layout and dtype."
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help=_EITHER, show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help=_EITHER, show_default=False)],
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw it: .png, .svg or .pdf (needs the extra: pip install 'sdconv[plot]').",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between two checkpoints, block by block.
+
+    For each block the norm of the difference over the norm of A's weights, the largest difference
+    of two values, and how many tensors have changed; then what only one of the two holds. The
+    status is 0 if every value is the same (whatever the dtypes), 1 if not.
+
+    \b
+    Examples:
+      sdconv diff v1-5-pruned-emaonly.safetensors my-fine-tune.safetensors --plot diff.png
+      sdconv diff stable-diffusion-v1-5/ v1-5-pruned-emaonly.safetensors
+      sdconv diff a.safetensors b.safetensors --json
+    """
+    from sdconv.comparison import compare
+
+    if plot is not None:
+        from sdconv.report.plots import plot_format
+
+        plot_format(plot)
+    with reading("comparing") as progress:
+        result = compare(first, second, on_tensor=progress)
+    if plot is not None:
+        from sdconv.report.difference import draw_difference
+
+        draw_difference(result, plot)
+        say(f"drawn: {plot}", "note")
+    if as_json:
+        print_json(result.to_json() | {"plot": None if plot is None else str(plot)})
+    else:
+        from sdconv.report.difference import difference_report
+
+        show(difference_report(result, every=every))
+    if not result.equal:
+        raise typer.Exit(1)
