@@ -177,6 +177,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     name, made, dtypes = COMPONENTS[options.component]
+    if not options.json:
+        heads = ("opened from", "dtype", "by", "seconds", "until all is read", "peak memory, MB")
+        print("| " + " | ".join((*heads, "weights, MB")) + " |")
+        print("|---|---|---|---|---|---|---|", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as place:
         sources = made(Path(place))
@@ -188,29 +192,25 @@ def main() -> None:
                     results.append(measure(side, name, sources[kind], sources["folder"], dtype))
             for side, results in runs.items():
                 medians = {k: statistics.median(r[k] for r in results) for k in results[0]}
-                rows.append(
-                    {
-                        "source": kind,
-                        "dtype": "the file's" if dtype == "None" else dtype,
-                        "side": side,
-                        "seconds": medians["seconds"],
-                        "read_seconds": medians["read"],
-                        "peak_mb": medians["peak"] / 1e6,
-                        "weights_mb": medians["size"] / 1e6,
-                    }
-                )
+                row = {
+                    "source": kind,
+                    "dtype": "the file's" if dtype == "None" else dtype,
+                    "side": side,
+                    "seconds": medians["seconds"],
+                    "read_seconds": medians["read"],
+                    "peak_mb": medians["peak"] / 1e6,
+                    "weights_mb": medians["size"] / 1e6,
+                }
+                rows.append(row)
+                if not options.json:
+                    print(
+                        f"| {kind} | {row['dtype']} | {side} | {row['seconds']:.3f} "
+                        f"| {row['read_seconds']:.3f} | {row['peak_mb']:.0f} "
+                        f"| {row['weights_mb']:.0f} |",
+                        flush=True,
+                    )
     if options.json:
         print(json.dumps(rows, indent=2))
-        return
-    print(
-        "| opened from | dtype | by | seconds | until all is read | peak memory, MB | weights, MB |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['source']} | {row['dtype']} | {row['side']} | {row['seconds']:.3f} "
-            f"| {row['read_seconds']:.3f} | {row['peak_mb']:.0f} | {row['weights_mb']:.0f} |"
-        )
 
 
 if __name__ == "__main__":
