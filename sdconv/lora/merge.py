@@ -172,9 +172,10 @@ def _sum(loras: Sequence[_Scaled], name: str, original: Tensor, weight: Tensor) 
 
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a network by their layers' names, also where PEFT has wrapped the layer."""
+    """The weights of a network by their layers' names, also where PEFT has wrapped the layer or
+    torch has compiled the network."""
     return {
-        name.removesuffix(".weight").replace(".base_layer", ""): weight
+        name.removesuffix(".weight").removeprefix("_orig_mod.").replace(".base_layer", ""): weight
         for name, weight in model.named_parameters()
         if name.endswith(".weight")
     }

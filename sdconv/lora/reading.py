@@ -158,8 +158,10 @@ def _check_layers(
 ) -> None:
     lost = [name for name, key in keys.items() if key.layer not in table]
     if lost:
+        downs = {k.layer: source.entries[n].shape for n, k in keys.items() if k.role == "down"}
         raise WeightsMismatchError(
-            f"{len(lost)} of {len(keys)} keys are of layers that this network has not",
+            f"{len(lost)} of {len(keys)} keys are of layers that this network has not"
+            + _meant_for(downs),
             where=source.label,
             expected=f"layers of the {network}{_reads(shapes)}",
             got=_some(lost),
@@ -176,21 +178,26 @@ def _check_shapes(
     wrong = [layer for layer, update in updates.items() if not update.fits(shapes[layer])]
     if wrong:
         came = [f"{layer}: {updates[layer].shapes}" for layer in wrong]
-        reads = {k: tuple(u.down.shape) for k, u in updates.items()}
+        downs = {layer: tuple(update.down.shape) for layer, update in updates.items()}
         raise WeightsMismatchError(
             f"the matrices of {len(wrong)} of {len(updates)} layers do not fit the {network}"
-            + (f"; the LoRA is for a network{_reads(reads)}" if _reads(reads) else ""),
+            + _meant_for(downs),
             where=source.label,
-            expected=_some([f"{layer}: {shapes[layer]}" for layer in wrong]) + _reads(shapes),
+            expected=_some([f"{layer}: {shapes[layer]}" for layer in wrong]),
             got=_some(came),
             fix="check that the LoRA was trained on a model of the same family",
         )
 
 
+def _meant_for(downs: Mapping[str, tuple[int, ...]]) -> str:
+    reads = _reads(downs)
+    return f"; the LoRA is for one{reads}" if reads else ""
+
+
 def _reads(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What text a network's layers, or a LoRA's, read."""
     for layer, shape in shapes.items():
-        if layer.endswith("attn2.to_k") and len(shape) > 1:
+        if layer.endswith(("attn2.to_k", "attn2_to_k")) and len(shape) > 1:
             family = f", as in {_TEXT_WIDTHS[shape[1]]}" if shape[1] in _TEXT_WIDTHS else ""
             return f" that reads text {shape[1]} wide{family}"
     return ""
