@@ -4,7 +4,7 @@ the tiny VAE.
     python scripts/train_tiny_unet.py    # what made the file that ships; see weights/README.md
 
 Needs the ``train`` extra, and no network. Bounded by wall-clock time, like the tiny VAE's training,
-whose photos, crops and optimiser it takes: the seed fixes the crops and the noise, not the pace.
+whose photos, crops and optimisers it takes: the seed fixes the crops and the noise, not the pace.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import csv
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from measure_tiny_unet import (
     noisy,
 )
 from torch import Tensor, nn
-from train_tiny_vae import ROOT, Crops, Muon, Phase, follow, learning_rate
+from train_tiny_vae import ROOT, STAGES, Crops, Muon, Phase, follow
 
 import sdconv
 from sdconv.blocks import ResnetBlock2D
@@ -72,18 +72,11 @@ CONFIG = UNet2DConditionConfig(
 )
 
 ENCODING = 0.12  # of the time, spent on crops before the first step
-BATCH = 16  # of each worker
-RATE = 2  # times the tiny VAE's
+BATCH = 8  # of each worker
+RATE = 2e-3
 WORKERS = 2  # threads
 CHECKPOINT_SECONDS = 60
 CROP = Phase(start=0.0, batch=1, side=SIDE)
-
-
-class PlainCrops(Crops):
-    """Random crops of the photos, scaled and mirrored, in their own colours."""
-
-    def _one(self, side: int) -> np.ndarray:
-        return self._cropped(side)
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,10 @@ def train(minutes: float, seed: int, vae_path: Path, work: Path, out: Path) -> N
     pool = ThreadPoolExecutor(WORKERS)
     vae = sdconv.load(vae_path, dtype=torch.float32).to(memory_format=torch.channels_last)
     seconds = 60 * minutes * ENCODING
-    crops = [PlainCrops(seed + number) for number in range(WORKERS)]
+    left = minutes * (1 - ENCODING)
+    # the crops that the VAE saw last
+    stage = replace(STAGES[-1], minutes=left, horizon=left, rate=RATE)
+    crops = [Crops(stage, seed + number) for number in range(WORKERS)]
     stores = list(pool.map(lambda source: stored_latents(vae, source, seconds), crops))
     latents = torch.cat(stores).contiguous(memory_format=torch.channels_last)
     print(f"{len(latents)} crops, deviation {latents.std():.3f}", flush=True)
@@ -163,14 +159,13 @@ def train(minutes: float, seed: int, vae_path: Path, work: Path, out: Path) -> N
     rows: list[dict[str, float]] = []
     window: list[float] = []
     step, started = 0, time.monotonic()
-    ending = begun + 60 * minutes
-    while (progress := (time.monotonic() - started) / (ending - started)) < 1:
+    while (minute := (time.monotonic() - started) / 60) < left:
         shares = list(pool.map(lambda source: gradients(network, source), draws))
         found = zip(*(share[0] for share in shares), strict=True)
         for parameter, grads in zip(network.parameters(), found, strict=True):
             parameter.grad = torch.stack(grads).mean(dim=0)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        rate = RATE * learning_rate(progress)
+        rate = stage.learning_rate(minute)
         muon.step(2 * rate, pool)
         adam.param_groups[0]["lr"] = rate
         adam.step()
@@ -197,7 +192,7 @@ def train(minutes: float, seed: int, vae_path: Path, work: Path, out: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=25, help="of wall-clock time")
+    parser.add_argument("--minutes", type=float, default=6, help="of wall-clock time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", type=Path, default=VAE)
     parser.add_argument(
