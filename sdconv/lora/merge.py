@@ -165,9 +165,9 @@ def _sum(loras: Sequence[_Scaled], name: str, original: Tensor, weight: Tensor) 
     if not own:
         return original.to(weight)
     wide = torch.float64 if original.dtype == torch.float64 else torch.float32
-    total = original.to(weight.device, wide)
+    total = original.to(weight.device, wide, copy=True)
     for one in own:
-        total = total + one.lora.updates[name].delta(total) * one.scale
+        total += one.lora.updates[name].delta(total, one.scale)
     return total.to(weight.dtype)
 
 

@@ -47,17 +47,18 @@ class Update:
     mid: Tensor | None
     factor: float
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """The update in the shape, the dtype and on the device of ``weight``.
+    def delta(self, weight: Tensor, scale: float) -> Tensor:
+        """``scale`` times the update, in the shape, the dtype and on the device of ``weight``.
 
         LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; with ``mid``: the CP decomposition
         of LyCORIS' LoCon.
         """
         down, up = (one.to(weight).flatten(1) for one in (self.down, self.up))
+        up = up * (self.factor * scale)  # much smaller than the product
         if self.mid is None:
-            return (up @ down).reshape(weight.shape) * self.factor
+            return (up @ down).reshape(weight.shape)
         mid = self.mid.to(weight).flatten(2)
-        return torch.einsum("oi,ijk,jc->ock", up, mid, down).reshape(weight.shape) * self.factor
+        return torch.einsum("oi,ijk,jc->ock", up, mid, down).reshape(weight.shape)
 
     @property
     def shapes(self) -> str:
