@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -76,6 +77,10 @@ class Network(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle insists that an object's __class__ be what it rebuilds
         return _rebuild, (type(self),), self.__dict__
+
+    def register_to_config(self, **fields: Any) -> None:
+        """Changes fields of the config, as some pipelines do with the VAE's scaling factor."""
+        self.config = dataclasses.replace(self.config, **fields)  # type: ignore[type-var]
 
     @property
     def dtype(self) -> torch.dtype:

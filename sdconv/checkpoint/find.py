@@ -70,7 +70,7 @@ _SCHEDULE = re.compile(
 # under a VAE's prefix: the discriminator and perceptual network it was trained with, and EMA copies
 _DROPPED = re.compile(r"(loss|model_ema)\..*|logvar")
 _VAE_ROOTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv|bn)\..*")
-_ATTENTION_LINEAR = re.compile(r".+\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+_ATTENTION_LINEAR = re.compile(r".+\.attentions\.[0-9]{1,4}\.to_(q|k|v|out\.0)\.weight")
 # files that keep a tiny autoencoder's scale beside its halves
 _TINY_SCALARS = frozenset({"vae_scale", "vae_shift"})
 
@@ -122,7 +122,7 @@ def _vae(prefix: str, layout: str, inside: set[str]) -> Found:
         (
             int(m[1])
             for name in inside
-            if (m := re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name))
+            if (m := re.match(r"decoder\.up(?:_blocks)?\.([0-9]{1,4})\.", name))
         ),
         default=-1,
     )
@@ -164,10 +164,10 @@ def _beside(name: str) -> bool:
 
 
 _TINY_NAME = re.compile(
-    r"(?P<prefix>(?:.*\.)?)(?P<half>(?:taesd_)?(?:encoder|decoder)\.)(?P<layers>layers\.)?(?P<rest>\d+\..+)"
+    r"(?P<prefix>(?:.*\.)?)(?P<half>(?:taesd_)?(?:encoder|decoder)\.)(?P<layers>layers\.)?(?P<rest>[0-9]{1,4}\..+)"
 )
 _BARE = re.compile(
-    r"\d+\.(weight|bias|conv\.[024]\.(weight|bias)|pool\.[013]\.(weight|bias)|skip\.weight)"
+    r"[0-9]{1,4}\.(weight|bias|conv\.[024]\.(weight|bias)|pool\.[013]\.(weight|bias)|skip\.weight)"
 )
 
 
@@ -229,7 +229,7 @@ def tiny_half(shapes: Shapes) -> str:
     convolutions = {
         int(name.split(".")[0]): shape
         for name, shape in shapes.items()
-        if re.fullmatch(r"\d+\.weight", name) and len(shape) == 4
+        if re.fullmatch(r"[0-9]{1,4}\.weight", name) and len(shape) == 4
     }
     if convolutions:
         first, last = convolutions[min(convolutions)], convolutions[max(convolutions)]

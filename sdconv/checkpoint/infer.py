@@ -12,7 +12,7 @@ from typing import Any
 from sdconv.checkpoint.find import Found, Shapes, find_networks
 from sdconv.checkpoint.infer_tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.infer_unet import read_unet
-from sdconv.checkpoint.infer_vae import read_flux2, read_vae
+from sdconv.checkpoint.infer_vae import check_family, misfit, read_flux2, read_vae
 from sdconv.checkpoint.reading import Reading
 from sdconv.checkpoint.write import CONFIG_KEY
 from sdconv.config import (
@@ -30,6 +30,7 @@ from sdconv.errors import (
     SdconvError,
     SdconvWarning,
     UnknownNetworkError,
+    WeightsMismatchError,
 )
 
 # every word that ``family=`` takes
@@ -134,7 +135,9 @@ def identify(
         if told := dict(config or {}) or _told(metadata, one.component, where):
             result.append(_as_told(one, shapes, told, family, where))
         else:
-            result.append(Identified(found=one, **vars(_read(one, shapes, metadata, family))))
+            result.append(
+                Identified(found=one, **vars(_read(one, shapes, metadata, family, where)))
+            )
     return result
 
 
@@ -145,7 +148,7 @@ def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[st
         return {}
     try:
         content = json.loads(metadata[CONFIG_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"the config in the file's metadata is not JSON ({error})",
             where=where,
@@ -172,6 +175,10 @@ def _as_told(
         )
     config = _CONFIGS[found.kind].from_json(told, where)
     facts = VAE_FACTS.get(family or "")
+    if isinstance(config, AutoencoderKLConfig) and family is not None:
+        check_family(family, config.latent_channels)
+    if isinstance(config, AutoencoderKLFlux2Config) and family not in (None, "flux2"):
+        raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
     if facts is not None and isinstance(config, AutoencoderKLConfig):
         config = dataclasses.replace(
             config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
@@ -184,7 +191,7 @@ def _named_by(config: Config, found: Found, shapes: Shapes) -> str:
     """The families that a config fits: by its scaling factor, or else by its shapes."""
     if not isinstance(config, AutoencoderKLConfig):
         try:
-            return _read(found, shapes, {}, None).family
+            return _read(found, shapes, {}, None, None).family
         except SdconvError:  # a network of no known shape, which only its config can describe
             return "of no known family"
     fitting = [
@@ -212,16 +219,32 @@ def warn_if_open(identified: Identified) -> None:
         )
 
 
-def _read(found: Found, shapes: Shapes, metadata: Mapping[str, str], family: str | None) -> Reading:
+def _read(
+    found: Found,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    family: str | None,
+    where: object,
+) -> Reading:
     own = found.shapes(shapes)
-    match found.kind:
-        case "AutoencoderKL":
-            return read_vae(own, shapes, metadata, family)
-        case "AutoencoderKLFlux2":
-            return read_flux2(own, family)
-        case "AutoencoderTiny":
-            return read_tiny(own, family)
-    return read_unet(own, family)
+    try:
+        match found.kind:
+            case "AutoencoderKL":
+                return read_vae(own, shapes, metadata, family)
+            case "AutoencoderKLFlux2":
+                return read_flux2(own, family)
+            case "AutoencoderTiny":
+                return read_tiny(own, family)
+        return read_unet(own, family)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # a tensor with too few axes, or none of some: readers take an axis where there must be one
+        raise WeightsMismatchError(
+            f"the shapes make no {found.kind}",
+            where=where,
+            expected="convolutions of four axes, norms of one",
+            got=f"shapes from which its channels cannot be read ({error})",
+            fix="check that the file is whole; `sdconv inspect` lists what it holds",
+        ) from error
 
 
 _CONFIGS: Mapping[str, type[Config]] = {

@@ -81,7 +81,9 @@ class _Layer:
 
 def _tiny_layers(own: Own, half: str) -> list[_Layer]:
     """The layers of one half that have weights, in order; empty where that half is absent."""
-    numbers = {int(m[1]) for name in own if (m := re.match(rf"{half}\.layers\.(\d+)\.", name))}
+    numbers = {
+        int(m[1]) for name in own if (m := re.match(rf"{half}\.layers\.([0-9]{{1,4}})\.", name))
+    }
     layers = []
     for number in sorted(numbers):
         at = f"{half}.layers.{number}."

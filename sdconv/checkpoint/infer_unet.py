@@ -221,7 +221,7 @@ def _only_cross(
     upscaler = family == "x4-upscaler"
     result = [upscaler and level < len(channels) - 1 for level in range(len(channels))]
     for name, shape in own.items():
-        match = re.fullmatch(r"(down|up)_blocks\.(\d+)\..+\.attn1\.to_k\.weight", name)
+        match = re.fullmatch(r"(down|up)_blocks\.([0-9]{1,4})\..+\.attn1\.to_k\.weight", name)
         if match and context != shape[0]:
             level = int(match[2]) if match[1] == "down" else len(channels) - 1 - int(match[2])
             result[level] = shape[1] == context

@@ -61,12 +61,7 @@ def read_vae(
 def read_flux2(own: Own, family: str | None = None) -> Reading:
     """The config of FLUX.2's VAE. Args, Raises: as ``read_vae``."""
     if family not in (None, "flux2"):
-        raise InputError(
-            f"the family {family!r} does not fit a VAE with statistics of its latents",
-            where="family",
-            expected="flux2",
-            got=repr(family),
-        )
+        raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
     structure = _vae_structure(own)
     decoder = _levels(own, "decoder.up_blocks")[::-1]
     same = decoder == structure["block_out_channels"]
@@ -100,7 +95,9 @@ def _vae_structure(own: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             fix="load a file that holds the whole VAE",
         )
     layers = {
-        int(m[1]) for k in own if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", k))
+        int(m[1])
+        for k in own
+        if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.([0-9]{1,4})\.", k))
     }
     return {
         "in_channels": own["encoder.conv_in.weight"][1],
@@ -148,6 +145,30 @@ _METADATA_WORDS: Sequence[tuple[str, str]] = (
 )
 
 
+def _fitting(latent_channels: int) -> tuple[str, ...]:
+    return tuple(k for k, facts in VAE_FACTS.items() if facts.latent_channels == latent_channels)
+
+
+def check_family(family: str, latent_channels: int) -> None:
+    """Refuses a family whose VAE has another number of latent channels.
+
+    Raises:
+        InputError: it has.
+    """
+    if family not in (fitting := _fitting(latent_channels)):
+        raise misfit(family, f"a VAE with {latent_channels} latent channels", fitting)
+
+
+def misfit(family: str | None, network: str, fitting: Sequence[str]) -> InputError:
+    """The error for a family that the network is not of."""
+    return InputError(
+        f"the family {family!r} does not fit {network}",
+        where="family",
+        expected=", ".join(fitting) or "no family: none known has so many",
+        got=repr(family),
+    )
+
+
 def _vae_family(
     structure: Mapping[str, Any],
     shapes: Own,
@@ -155,15 +176,9 @@ def _vae_family(
     family: str | None,
 ) -> _Choice:
     latent = structure["latent_channels"]
-    fitting = tuple(name for name, facts in VAE_FACTS.items() if facts.latent_channels == latent)
+    fitting = _fitting(latent)
     if family is not None:
-        if family not in fitting:
-            raise InputError(
-                f"the family {family!r} does not fit a VAE with {latent} latent channels",
-                where="family",
-                expected=", ".join(fitting) or "no family: none known has so many",
-                got=repr(family),
-            )
+        check_family(family, latent)
         return _Choice(family, "the caller's word")
     said = metadata.get("modelspec.architecture", "").lower()
     for word, named in _METADATA_WORDS:

@@ -38,10 +38,10 @@ LEAVES: Mapping[str, Mapping[str, str]] = {
 
 _FIELDS: Mapping[str, str] = {
     "half": "encoder|decoder",
-    "level": r"\d+",
-    "layer": r"\d+",
-    "up": r"\d+",
-    "nth": r"\d+",
+    "level": r"[0-9]{1,4}",
+    "layer": r"[0-9]{1,4}",
+    "up": r"[0-9]{1,4}",
+    "nth": r"[0-9]{1,4}",
 }
 
 Rules = tuple[tuple[str, str], ...]
@@ -82,7 +82,7 @@ OLD_ATTENTION: Mapping[str, str] = {
 }
 
 _TAIL = re.compile(r"(.+)\.(weight|bias|running_mean|running_var|num_batches_tracked)")
-_OLD = re.compile(rf"(.+\.attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})")
+_OLD = re.compile(rf"(.+\.attentions\.[0-9]{{1,4}})\.({'|'.join(OLD_ATTENTION)})")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def modern_attention(name: str) -> str:
 
 def tiny_layer(canonical: str) -> tuple[str, int, str] | None:
     """``decoder.layers.3.conv.0.weight`` as ``("decoder", 3, "conv.0.weight")``, or None."""
-    match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", canonical)
+    match = re.fullmatch(r"(encoder|decoder)\.layers\.([0-9]{1,4})\.(.+)", canonical)
     return (match[1], int(match[2]), match[3]) if match else None
 
 
@@ -175,5 +175,5 @@ def tiny_original(canonical: str) -> tuple[str, str] | None:
 def tiny_canonical(half: str, original: str) -> str | None:
     """diffusers' name for a tensor of one half's own file, or None."""
     number, _, rest = original.partition(".")
-    layer = int(number) - (half == "decoder") if number.isdecimal() else -1
+    layer = int(number) - (half == "decoder") if re.fullmatch("[0-9]{1,4}", number) else -1
     return f"{half}.layers.{layer}.{rest}" if layer >= 0 and rest else None

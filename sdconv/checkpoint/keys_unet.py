@@ -60,7 +60,7 @@ _TAIL = re.compile(r"(.+)\.(weight|bias)")
 # a transformer's own modules, alike in both layouts
 _TRANSFORMER = re.compile(
     r"(.+?)\.(norm|proj_in|proj_out"
-    r"|transformer_blocks\.\d+\.(?:norm[123]|attn[12]\.to_(?:q|k|v|out\.0)|ff\.net\.(?:0\.proj|2)))"
+    r"|transformer_blocks\.[0-9]{1,4}\.(?:norm[123]|attn[12]\.to_(?:q|k|v|out\.0)|ff\.net\.(?:0\.proj|2)))"
 )
 
 

@@ -309,6 +309,16 @@ def _tensors(
             state[canonical] = torch.zeros_like(blank, device=device)
             continue
         tensor = view.tensor(names[canonical])
+        if blank.is_floating_point() and not (
+            tensor.is_floating_point() and tensor.layout is torch.strided
+        ):
+            raise WeightsMismatchError(
+                "a weight that is no floating-point tensor",
+                where=names[canonical],
+                expected="a dense tensor of floating-point numbers",
+                got=f"{tensor.dtype}, {tensor.layout}",
+                fix="quantised and integer weights have to be turned back by what wrote them",
+            )
         if tensor.ndim == 4 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)
         state[canonical] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)

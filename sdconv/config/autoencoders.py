@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sdconv.config.base import Config, check_divisible, check_positive
+from sdconv.config.base import Config, check_divisible, check_layers, check_positive
 from sdconv.config.facts import NORM_NUM_GROUPS
 
 
@@ -64,6 +64,7 @@ class AutoencoderKLConfig(Config):
             latent_channels=self.latent_channels,
             norm_num_groups=self.norm_num_groups,
         )
+        check_layers(layers_per_block=self.layers_per_block)
         check_divisible(self.block_out_channels, self.norm_num_groups)
 
     @property
@@ -135,6 +136,7 @@ class AutoencoderKLFlux2Config(Config):
             norm_num_groups=self.norm_num_groups,
             patch_size=self.patch_size,
         )
+        check_layers(layers_per_block=self.layers_per_block)
         check_divisible(self.block_out_channels + self.decoder_channels, self.norm_num_groups)
         if len(self.decoder_channels) != len(self.block_out_channels):
             raise ValueError("encoder and decoder have different numbers of levels")
@@ -216,6 +218,7 @@ class AutoencoderTinyConfig(Config):
             ("decoder", self.decoder_block_out_channels, self.num_decoder_blocks),
         )
         for half, channels, blocks in halves:
+            check_layers(**{f"num_{half}_blocks": blocks})
             if len(channels) != len(blocks):
                 raise ValueError(
                     f"{half}_block_out_channels and num_{half}_blocks differ in length"

@@ -9,11 +9,15 @@ decide it: leaving one out is a ``TypeError``, not a guess.
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from sdconv.errors import CheckpointError, SdconvWarning
+
+MOST_LEVELS, MOST_LAYERS, WIDEST = 64, 64, 1 << 20
 
 
 class Config(Mapping[str, Any]):
@@ -94,6 +98,16 @@ class Config(Mapping[str, Any]):
                 stacklevel=2,
             )
         values = {**cls.assumed, **{k: v for k, v in given.items() if k in fields}}
+        hints = typing.get_type_hints(cls)
+        for key in fields & set(given):
+            if not _fits(_frozen(given[key]), hints[key]):
+                raise CheckpointError(
+                    f"config.json has a value of the wrong type for {key}",
+                    where=where,
+                    expected=str(hints[key]).removeprefix("<class '").removesuffix("'>"),
+                    got=repr(given[key])[:80],
+                    fix="remove config.json: the config is then read from the weights' shapes",
+                )
         missing = fields - set(values)
         if missing:
             raise CheckpointError(
@@ -117,12 +131,36 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotation's type; a whole number is a float too."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        each = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if hint in (int, float):
+        return type(value) is int or (hint is float and type(value) is float)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
 def check_positive(**named: Any) -> None:
     """Refuses what is not a positive int or a non-empty tuple of them; ``bool`` is no int here."""
     for name, value in named.items():
         items = value if isinstance(value, tuple) else (value,)
         if not items or any(type(item) is not int or item < 1 for item in items):
             raise ValueError(f"{name} = {value!r} is not made of positive integers")
+        # far beyond any network, and far below what would take for ever to build
+        if len(items) > MOST_LEVELS or max(items) > WIDEST:
+            raise ValueError(f"{name} has a number or a length that no network has")
+
+
+def check_layers(**named: Any) -> None:
+    """Refuses what is no count of layers: an int from 0 to 64, or a tuple of them."""
+    for name, value in named.items():
+        items = value if isinstance(value, tuple) else (value,)
+        if any(type(item) is not int or not 0 <= item <= MOST_LAYERS for item in items):
+            raise ValueError(f"{name} = {value!r} is not made of counts from 0 to {MOST_LAYERS}")
 
 
 def check_divisible(channels: tuple[int, ...], groups: int) -> None:

@@ -344,3 +344,54 @@ def test_groups_that_do_not_divide_are_named() -> None:
     }
     with pytest.raises(sdconv.WeightsMismatchError, match=r"16 channels.*32 normalisation groups"):
         sdconv.infer(shapes, family="sd1")
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2**40, 0, 3, 3)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.conv_in.weight",
+        "decoder.conv_in.weight",
+        "decoder.conv_out.weight",
+        "encoder.down_blocks.0.resnets.0.conv1.weight",
+        "decoder.up_blocks.0.resnets.0.conv1.weight",
+        "encoder.down_blocks.0.resnets.200000.conv1.weight",
+        "decoder.up_blocks." + "9" * 5000 + ".resnets.0.conv1.weight",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::sdconv.SdconvWarning")
+def test_absurd_shapes_and_numbers(name: str, shape: tuple[int, ...]) -> None:
+    shapes = {**shapes_in(CONFIGS["three levels"], "diffusers"), name: shape}
+    try:
+        assert "vae" in sdconv.infer(shapes)
+    except sdconv.SdconvError as error:
+        assert len(str(error)) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers_per_block": 10**6}, "counts from 0 to 64"),
+        ({"block_out_channels": [32, 2**63]}, "no network has"),
+        ({"scaling_factor": "x"}, "wrong type for scaling_factor"),
+        ({"use_quant_conv": "no"}, "wrong type for use_quant_conv"),
+        ({"sample_size": 1.5}, "wrong type for sample_size"),
+    ],
+)
+def test_absurd_configs(change: dict[str, object], words: str) -> None:
+    shapes = shapes_in(CONFIGS["three levels"], "diffusers")
+    with pytest.raises(sdconv.CheckpointError, match=words):
+        identify(shapes, config={**CONFIGS["three levels"].to_json(), **change})
+
+
+def test_metadata_too_deep_to_read() -> None:
+    shapes = shapes_in(CONFIGS["three levels"], "diffusers")
+    with pytest.raises(sdconv.CheckpointError, match="is not JSON"):
+        identify(shapes, metadata={"sdconv.config": "[" * 200_000})
+
+
+def test_a_family_must_fit_a_told_config_too() -> None:
+    config = CONFIGS["three levels"]
+    shapes = shapes_in(config, "diffusers")
+    with pytest.raises(sdconv.InputError, match="does not fit"):
+        identify(shapes, config=config.to_json(), family="sd3")

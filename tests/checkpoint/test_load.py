@@ -391,3 +391,10 @@ def test_running_averages_on_request(tmp_path: Path) -> None:
     del averages[next(iter(averages))]
     with pytest.raises(sdconv.WeightsMismatchError, match="1 missing"):
         sdconv.load(weights | averages, ema=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats(dtype: torch.dtype, state: State) -> None:
+    broken = {**state, "encoder.conv_in.weight": state["encoder.conv_in.weight"].to(dtype)}
+    with pytest.raises(sdconv.WeightsMismatchError, match="no floating-point tensor"):
+        sdconv.load(broken, family="sd1")
