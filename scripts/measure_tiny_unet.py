@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Noise prediction on the held-out portrait.")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--vae", type=Path, default=VAE)
-    parser.add_argument("--timesteps", type=int, default=50, help="how many, evenly spaced")
+    parser.add_argument("--timesteps", type=int, default=20, help="how many, evenly spaced")
     parser.add_argument("--curve", type=Path, default=CURVE)
     args = parser.parse_args()
     vae = sdconv.load(args.vae, dtype=torch.float32)
