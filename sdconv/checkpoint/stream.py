@@ -190,4 +190,5 @@ def _values(tensor: Tensor, target: str) -> Iterator[memoryview]:
     for piece in torch.split(tensor.reshape(-1), _PIECE):
         values = piece.to("cpu", TORCH_DTYPES[target]).contiguous()
         if values.numel():
-            yield memoryview(values.view(torch.uint8).numpy())
+            # numpy arrays have the buffer protocol; their stubs say so only from Python 3.12 on
+            yield memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
