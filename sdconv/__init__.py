@@ -25,6 +25,10 @@ if TYPE_CHECKING:
         AutoencoderTinyConfig,
         UNet2DConditionConfig,
     )
+    from sdconv.features import features
+    from sdconv.features.capture import capture, run_until
+    from sdconv.features.editing import edit
+    from sdconv.features.store import open_maps
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.lora.merge import merge_lora, unmerge_lora
     from sdconv.tiny import AutoencoderTiny
@@ -44,11 +48,16 @@ _HOME = {
     "UNet2DConditionConfig": "sdconv.config",
     "UNet2DConditionModel": "sdconv.unet",
     "apply_patch": "sdconv.integrations.patch",
+    "capture": "sdconv.features.capture",
+    "edit": "sdconv.features.editing",
+    "features": "sdconv.features",
     "infer": "sdconv.checkpoint.infer",
     "load": "sdconv.checkpoint.load",
     "merge_lora": "sdconv.lora.merge",
+    "open_maps": "sdconv.features.store",
     "read_header": "sdconv.checkpoint.header",
     "remove_patch": "sdconv.integrations.patch",
+    "run_until": "sdconv.features.capture",
     "save": "sdconv.checkpoint.save",
     "unmerge_lora": "sdconv.lora.merge",
 }
@@ -69,11 +78,16 @@ __all__ = [
     "UnknownNetworkError",
     "WeightsMismatchError",
     "apply_patch",
+    "capture",
+    "edit",
+    "features",
     "infer",
     "load",
     "merge_lora",
+    "open_maps",
     "read_header",
     "remove_patch",
+    "run_until",
     "save",
     "unmerge_lora",
 ]

@@ -33,6 +33,9 @@ LAYERS = (
     ("checkpoint.load", "checkpoint.save"),
     ("checkpoint.whole", "checkpoint.convert"),
     ("anatomy", "comparison", "inspection", "latents", "lora"),
+    # read by the points' table and by their dry run
+    ("parity.inputs", "parity.stepwise", "report.pieces"),
+    ("features",),
     ("parity", "images", "report", "fetch"),
     ("integrations",),
     ("",),  # sdconv/__init__.py itself, whose public names come from everywhere above

@@ -1,0 +1,125 @@
+"""A function called with each map that passes a place."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sdconv.features.places import Place
+
+Visit = Callable[[Tensor], Tensor | None]
+
+
+def attach(place: Place, visit: Visit) -> RemovableHandle:
+    """Calls ``visit`` with the map whenever a call passes a place; what it gives, if not None,
+    takes the map's place."""
+    if place.before:
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return _visited((args, kwargs), place.channels, visit)
+
+        return place.module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        return _visited(output, place.channels, visit)
+
+    return place.module.register_forward_hook(after)
+
+
+def _visited(value: Any, channels: slice | None, visit: Visit) -> Any:
+    """``value`` with its first tensor changed by ``visit``; None where it stays as it is."""
+    whole = first_tensor(value)
+    if whole is None:
+        return None
+    part = whole if channels is None else whole[:, channels]
+    new = visit(part)
+    if new is None or new is part:
+        return None
+    if channels is not None:
+        rest = (whole[:, : channels.start], whole[:, channels.stop :])
+        new = torch.cat([rest[0], new] if channels.stop is None else [new, rest[1]], dim=1)
+    return _with_first(value, new)[0]
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a tensor, tuple, list, dictionary or dataclass, depth first."""
+    if isinstance(value, Tensor):
+        return value
+    return next((found for one in _items(value) if (found := first_tensor(one)) is not None), None)
+
+
+def _with_first(value: Any, new: Tensor) -> tuple[Any, bool]:
+    """``value`` with ``new`` in the place of its first tensor, and whether it has one."""
+    if isinstance(value, Tensor):
+        return new, True
+    items: list[Any] = []
+    done = False
+    for item in _items(value):
+        if not done:
+            item, done = _with_first(item, new)
+        items.append(item)
+    return (_rebuilt(value, items), True) if done else (value, False)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    # results of diffusers and transformers are dataclasses and dictionaries both
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (getattr(value, field.name) for field in dataclasses.fields(value))
+    elif isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, tuple | list):
+        yield from value
+
+
+def _rebuilt(value: Any, items: list[Any]) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(value, **dict(zip(names, items, strict=True)))
+    if isinstance(value, Mapping):
+        return dict(zip(value, items, strict=True))
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def recomputing() -> bool:
+    """Whether gradient checkpointing is running a part of the network a second time, for the
+    gradient."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Lets what ``torch.compile`` made run as it was written: compiled code calls no hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled
+        yield
+        return
+    with _EAGER.lock:
+        if _EAGER.users == 0:
+            _EAGER.stance = torch.compiler.set_stance("force_eager")
+        _EAGER.users += 1
+    try:
+        yield
+    finally:
+        with _EAGER.lock:
+            _EAGER.users -= 1
+            if _EAGER.users == 0:
+                _EAGER.stance.__exit__(None, None, None)
+
+
+class _Eager:
+    """How many blocks are open that need the stance: they may close in any order."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.stance: Any = None
+
+
+_EAGER = _Eager()
