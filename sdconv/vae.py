@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
 from sdconv.config.facts import VAE_NORM_EPS
 from sdconv.network import Autoencoder, Recomputed, moved_by_hooks
 from sdconv.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+from sdconv.streaming import Streaming
 
 
 class Encoder(Recomputed):
@@ -131,6 +133,7 @@ class AutoencoderKL(Autoencoder):
     """
 
     config: AutoencoderKLConfig | AutoencoderKLFlux2Config
+    streaming: Streaming | None = None
 
     def __init__(self, config: AutoencoderKLConfig | AutoencoderKLFlux2Config) -> None:
         super().__init__(config)
@@ -158,6 +161,47 @@ class AutoencoderKL(Autoencoder):
     def downscale(self) -> int:
         """How many pixels, along each side, one latent stands for."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    def enable_streaming(
+        self,
+        memory_limit: int | str | None = "2GiB",
+        spill: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Encodes and decodes in strips of rows from now on, layer by layer, picture by picture,
+        within a limit of memory.
+
+        Normalisation and attention see the whole picture, so that the result differs from an
+        ordinary run by rounding only. Without gradients.
+
+        Args:
+            memory_limit: for all that a call allocates, its result included, weights and input
+                apart: ``"2GiB"`` or bytes; None for no limit. On CUDA, of the device's memory.
+            spill: a folder on a disk, for maps that do not fit (``sdconv plan`` tells how large
+                they get). None keeps all within the limit; on CUDA it lets them go to the host's
+                memory.
+            progress: show a bar, if standard error is a terminal.
+
+        Raises:
+            InputError: the limit is no size, or the folder cannot be written to. ``encode`` and
+                ``decode`` then raise it for a limit that a picture cannot meet, and say what the
+                least is.
+        """
+        self.streaming = Streaming.of(memory_limit, spill, progress)
+
+    def disable_streaming(self) -> None:
+        """Encodes and decodes whole maps again."""
+        self.streaming = None
+
+    def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
+        """What pipelines call to save memory: strips, as by ``enable_streaming(None)``, or whole
+        maps again for False. Tiles would change the picture; their sizes, if given, are not
+        used."""
+        self.streaming = Streaming.of(None, None, True) if use_tiling else None
+
+    def disable_tiling(self) -> None:
+        """Encodes and decodes whole maps again."""
+        self.disable_streaming()
 
     @moved_by_hooks
     def encode(
@@ -213,10 +257,14 @@ class AutoencoderKL(Autoencoder):
 
     def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
         x = self._checked(x, "pictures", self.config.in_channels, self.downscale)
+        if self.streaming is not None:
+            return DiagonalGaussianDistribution(self.streaming(self, "encode", x))
         return DiagonalGaussianDistribution(self._over_batch(self._moments, x))
 
     def _sample(self, z: Tensor) -> Tensor:
         z = self._checked(z, "latents", self.config.latent_channels, 1)
+        if self.streaming is not None:
+            return self.streaming(self, "decode", z)
         return self._over_batch(self._pictures, z)
 
     def _moments(self, x: Tensor) -> Tensor:

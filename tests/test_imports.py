@@ -29,6 +29,7 @@ LAYERS = (
     ("checkpoint.infer_vae", "checkpoint.infer_tiny", "checkpoint.infer_unet"),
     ("checkpoint.infer",),
     ("network", "outputs", "blocks", "unet_blocks", "unet_inputs"),
+    ("streaming",),
     ("vae", "tiny", "unet"),
     ("checkpoint.load", "checkpoint.save"),
     ("checkpoint.whole", "checkpoint.convert"),

@@ -158,14 +158,6 @@ def test_slicing(config: Config, latent: int, result: str) -> None:
     assert sizes == [1, 1, 1, 3]
 
 
-def test_tiling_is_refused() -> None:
-    network = seeded.network(SMALL)
-    with pytest.raises(sdconv.SdconvError, match="tiling is not offered") as raised:
-        network.enable_tiling()
-    assert "enable_slicing()" in str(raised.value)
-    network.disable_tiling()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

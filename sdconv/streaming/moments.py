@@ -1,0 +1,66 @@
+"""Mean and variance of a whole map, gathered strip by strip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sdconv.errors import InputError
+
+
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """What normalisation computes in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of each channel, in float64.
+
+    Strips are combined by Chan's formula (Chan, Golub, LeVeque 1979, "Updating formulae and a
+    pairwise algorithm for computing sample variances"): the result is that of the whole map, in
+    whatever strips it came.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.mean)
+
+    def add(self, rows: Tensor) -> None:
+        """Takes in ``rows``, ``(rows, W, C)``, and may overwrite them."""
+        count = rows.shape[0] * rows.shape[1]
+        # about a value near the mean, so that squares lose nothing; one row at a time in the rows'
+        # own precision, rows among each other in float64
+        centre = self.mean if self.count else rows[0].to(torch.float64).mean(0)
+        rows = rows.to(computing(rows.dtype))
+        centre = centre.to(rows.dtype)
+        rows = rows.sub_(centre)
+        first = rows.sum(1).to(torch.float64).sum(0) / count
+        second = rows.square_().sum(1).to(torch.float64).sum(0) - first.square() * count
+        distance = centre + first - self.mean
+        total = self.count + count
+        self.squares += second + distance.square() * (self.count * count / total)
+        self.mean += distance * (count / total)
+        self.count = total
+
+    def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """What ``norm`` does to a map with these moments: ``x * scale + shift``, each ``(C,)``.
+
+        Raises:
+            InputError: a group has a single value, whose variance says nothing.
+        """
+        means = self.mean.view(norm.num_groups, -1)
+        size = self.count * means.shape[1]
+        if size == 1:
+            raise InputError(
+                "too small for this network",
+                where="picture or latents",
+                expected="a map on which its normalisation has more than one value",
+            )
+        mean = means.mean(1, keepdim=True)
+        squares = self.squares.view_as(means).sum(1, keepdim=True)
+        squares = squares + (means - mean).square().sum(1, keepdim=True) * self.count
+        scale = (squares / size + norm.eps).rsqrt() * norm.weight.to(torch.float64).view_as(means)
+        shift = norm.bias.to(torch.float64).view_as(means) - mean * scale
+        dtype = computing(norm.weight.dtype)
+        return scale.flatten().to(dtype), shift.flatten().to(dtype)

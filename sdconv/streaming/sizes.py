@@ -1,0 +1,48 @@
+"""Numbers of bytes, as people write them and as they read them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from sdconv.errors import InputError
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
+}
+_WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+
+
+def parse_bytes(size: int | str, name: str = "memory_limit") -> int:
+    """``"2GiB"``, ``"1.5 GB"``, ``"512M"`` (of 1024) or a number of bytes, as a number of bytes.
+
+    Args:
+        size: what was written. name: of the argument, for the message.
+
+    Raises:
+        InputError: it is none of these, or not above 0.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        found = size
+    else:
+        match = _WRITTEN.fullmatch(size) if isinstance(size, str) else None
+        unit = _UNITS.get(match[2].lower()) if match else None
+        found = int(float(match[1]) * unit) if match and unit else 0
+    if not 0 < found < 2**62:
+        raise InputError(
+            "not a size of memory",
+            where=name,
+            expected='such as "2GiB", "1500MB" or a number of bytes above 0',
+            got=repr(size),
+        )
+    return found
+
+
+def in_words(size: int) -> str:
+    """``2.5 GiB``, ``311.3 MiB``: rounded up, so that a limit set to what is printed suffices."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size >= 1024**power:
+            return f"{math.ceil(size / 1024**power * 10) / 10:g} {unit}"
+    return f"{size} bytes"
