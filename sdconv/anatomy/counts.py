@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
-ROLES = ("convolution", "attention", "normalisation", "activation", "upsampling")
+ROLES = ("convolution", "attention", "embedding", "normalisation", "activation", "upsampling")
 """What an operation is there for."""
 
 

@@ -8,8 +8,8 @@ Multiplies are counted for one picture:
 - convolutions and linear layers: each weight once for each place where it is applied, zeros of the
   padding included (multiply-accumulates, as torch's own counter has them);
 - attention: beside its linear layers its two matrix products, places * places * channels each;
-- GroupNorm: two for each value (the square for the variance, and the scaling);
-- SiLU: one for each value. ReLU, additions and nearest upsampling: none.
+- GroupNorm, LayerNorm: two for each value (the square for the variance, and the scaling);
+- SiLU, GELU: one for each value. ReLU, additions and nearest upsampling: none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -103,27 +104,28 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """What a tensor is: a map of (rows, columns), what its places see of the input, zeros around
-    it."""
+    it. ``of_map``: False for what is no map and comes from none, as a text or a timestep."""
 
     size: tuple[int, int]
     rows: Window
     columns: Window
     sees_all: bool = False
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    of_map: bool = True
 
     @property
-    def reach(self) -> tuple[bool, int, int]:
+    def reach(self) -> tuple[bool, bool, int, int]:
         """What tells which of two views is the wider one."""
-        return self.sees_all, self.rows.size, self.columns.size
+        return self.of_map, self.sees_all, self.rows.size, self.columns.size
 
 
 def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int]) -> list[Layer]:
     """The layers of ``network.encode`` or ``network.decode`` in the order they run."""
-    recorder = _Recorder(path)
+    recorder = Recorder(path)
     x = torch.empty(1, channels, *size, device="meta")
-    recorder.views[id(x)] = x, _View(size, Window(), Window())
+    recorder.see(x, View(size, Window(), Window()))
     try:
         with recorder.naming(network), recorder:
             getattr(network, path)(x)
@@ -134,7 +136,7 @@ def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int])
     return recorder.layers
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Follows every tensor through torch's functions; ``layers`` grows as they run."""
 
     def __init__(self, path: str) -> None:
@@ -142,7 +144,7 @@ class _Recorder(TorchFunctionMode):
         self.path = path
         self.layers: list[Layer] = []
         # the tensor is kept beside its view, so that no other gets its id
-        self.views: dict[int, tuple[Tensor, _View]] = {}
+        self.views: dict[int, tuple[Tensor, View]] = {}
         self._modules: list[tuple[str, nn.Module]] = []
 
     @contextmanager
@@ -169,28 +171,39 @@ class _Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and (view := self._widest(args)):
-            follow = _FOLLOW.get(func)
-            if follow is not None:
-                view = follow(self, view, result, *args, **(kwargs or {}))
-            self.views[id(result)] = result, view
+        if (view := self._widest(args)) is None:
+            return result
+        follow = _FOLLOW.get(func)
+        if follow is not None and isinstance(result, Tensor):
+            view = follow(self, view, result, *args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(one, Tensor):
+                self.see(one, view)
         return result
 
-    def _widest(self, args: Iterable[Any]) -> _View | None:
+    def see(self, x: Tensor, view: View) -> None:
+        """Says what a tensor is."""
+        self.views[id(x)] = x, view
+
+    def view(self, x: Tensor) -> View | None:
+        """What a tensor is, if it comes from one that is known."""
+        return self.views[id(x)][1] if id(x) in self.views else None
+
+    def _widest(self, args: Iterable[Any]) -> View | None:
         """The view of the tensor among ``args`` that sees most: a bypass adds nothing to it."""
         views = [
-            self.views[id(one)][1]
+            view
             for arg in args
             for one in (arg if isinstance(arg, tuple | list) else (arg,))
-            if id(one) in self.views
+            if isinstance(one, Tensor) and (view := self.view(one)) is not None
         ]
         return max(views, key=lambda view: view.reach, default=None)
 
     def add(
         self,
         role: str,
-        before: _View,
-        after: _View,
+        before: View,
+        after: View,
         *,
         channels: tuple[int, int],
         multiplies: int = 0,
@@ -198,7 +211,7 @@ class _Recorder(TorchFunctionMode):
         kernel: tuple[int, int] | None = None,
         stride: tuple[int, int] | None = None,
         padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    ) -> _View:
+    ) -> View:
         """Writes a layer down, under the name of the module that is running; gives ``after``."""
         block, module = next(
             (here for here in self._modules if isinstance(here[1], _BLOCKS)), self._modules[-1]
@@ -227,14 +240,14 @@ class _Recorder(TorchFunctionMode):
         return after
 
 
-def _pad(_: _Recorder, view: _View, y: Tensor, x: Tensor, pad: tuple[int, ...], **__: Any) -> _View:
+def _pad(_: Recorder, view: View, y: Tensor, x: Tensor, pad: tuple[int, ...], **__: Any) -> View:
     left, right, top, bottom = pad
     return replace(view, padding=(top, bottom, left, right))
 
 
 def _conv2d(
-    recorder: _Recorder,
-    view: _View,
+    recorder: Recorder,
+    view: View,
     y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -242,7 +255,7 @@ def _conv2d(
     stride: tuple[int, int],
     padding: tuple[int, int],
     *_: object,
-) -> _View:
+) -> View:
     top, bottom, left, right = view.padding
     zeros = (top + padding[0], bottom + padding[0], left + padding[1], right + padding[1])
     kernel = (weight.shape[2], weight.shape[3])
@@ -267,61 +280,66 @@ def _conv2d(
 
 
 def _linear(
-    recorder: _Recorder, view: _View, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> _View:
-    # tokens (B, places, C): a linear layer is applied at each place, as a 1x1 convolution is
+    recorder: Recorder, view: View, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> View:
+    # tokens (B, places, C): a linear layer is applied at each place, as a 1x1 convolution is; a
+    # vector (B, C) is an embedding
     return recorder.add(
-        "attention",
+        "attention" if x.ndim > 2 else "embedding",
         view,
         view,
         channels=(x.shape[-1], y.shape[-1]),
-        multiplies=x.shape[1] * weight.numel(),
+        multiplies=prod(x.shape[1:-1]) * weight.numel(),
         weights=(weight, bias),
     )
 
 
 def _attention(
-    recorder: _Recorder, view: _View, y: Tensor, query: Tensor, key: Tensor, value: Tensor
-) -> _View:
+    recorder: Recorder, view: View, y: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any
+) -> View:
     # (B, heads, places, C): query with key, and the result with value
     products = query.numel() * key.shape[-2] + y.numel() * key.shape[-2]
     channels = y.shape[1] * y.shape[-1]
-    after = replace(view, sees_all=True)
+    # an attention to a text sees no more of the map
+    looked_at = recorder.view(key)
+    after = replace(view, sees_all=view.sees_all or (looked_at is not None and looked_at.of_map))
     return recorder.add(
         "attention", view, after, channels=(channels, channels), multiplies=products
     )
 
 
-def _group_norm(
-    recorder: _Recorder,
-    view: _View,
+def _norm(
+    recorder: Recorder,
+    view: View,
     y: Tensor,
     x: Tensor,
-    groups: int,
+    groups_or_shape: object,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> _View:
+) -> View:
+    # tokens (B, places, C) are normalised by nn.LayerNorm
+    channels = x.shape[1] if isinstance(groups_or_shape, int) else x.shape[-1]
     return recorder.add(
         "normalisation",
         view,
         view,
-        channels=(x.shape[1], x.shape[1]),
+        channels=(channels, channels),
         multiplies=2 * x.numel(),
         weights=(weight, bias),
     )
 
 
-def _silu(recorder: _Recorder, view: _View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> _View:
+def _one_each(recorder: Recorder, view: View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> View:
     channels = (x.shape[1], x.shape[1])
     return recorder.add("activation", view, view, channels=channels, multiplies=x.numel())
 
 
-def _relu(recorder: _Recorder, view: _View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> _View:
+def _relu(recorder: Recorder, view: View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> View:
     return recorder.add("activation", view, view, channels=(x.shape[1], x.shape[1]))
 
 
-def _upsample(recorder: _Recorder, view: _View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> _View:
+def _upsample(recorder: Recorder, view: View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> View:
     rows, columns = y.shape[2] // x.shape[2], y.shape[3] // x.shape[3]
     after = replace(
         view,
@@ -333,13 +351,15 @@ def _upsample(recorder: _Recorder, view: _View, y: Tensor, x: Tensor, *_: Any, *
 
 
 # torch's function -> what becomes of the view; any other function leaves it as it is
-_FOLLOW: Mapping[Callable[..., Any], Callable[..., _View]] = {
+_FOLLOW: Mapping[Callable[..., Any], Callable[..., View]] = {
     F.pad: _pad,
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,
-    F.group_norm: _group_norm,
-    F.silu: _silu,
+    F.group_norm: _norm,
+    F.layer_norm: _norm,
+    F.silu: _one_each,
+    F.gelu: _one_each,
     F.relu: _relu,
     F.interpolate: _upsample,
 }

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from sdconv.errors import SdconvError
 from sdconv.features.calls import Counter, Steps, selection
+from sdconv.features.forecast import Forecast
 from sdconv.features.hooks import attach, recomputing, uncompiled
+from sdconv.features.keeping import Sink
 from sdconv.features.maps import Entry, Maps
 from sdconv.features.patterns import Patterns, chosen
 from sdconv.features.reduction import Keep, Reduction, Region, reduction
@@ -83,11 +85,18 @@ def capture(
         dtype=dtype,
         device=None if device is None else torch.device(device),
     )
-    recorder = _Recorder(found, wanted, keep, steps, stop_early)
+    pipeline = found.pipeline is not None
+    sink = Sink(max_memory, None if store is None else Path(store), pipeline=pipeline)
+    recorder = _Recorder(found, wanted, keep, steps, stop_early, sink)
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         for counter in recorder.counters.values():
             stack.callback(counter.attach().remove)
+        # a function of the caller's is not run on maps without values
+        if max_memory is not None and store is None and not callable(reduce):
+            forecast = Forecast(found, wanted, keep, recorder.selected, max_memory)
+            for handle in forecast.attach():
+                stack.callback(handle.remove)
         for name in wanted:
             place = places[name]
             prefix = found.network_of(place)
@@ -124,10 +133,16 @@ class _Stop(BaseException):
 
 class _Recorder:
     def __init__(
-        self, target: Target, names: set[str], keep: Keep, steps: Steps, stop_early: bool
+        self,
+        target: Target,
+        names: set[str],
+        keep: Keep,
+        steps: Steps,
+        stop_early: bool,
+        sink: Sink,
     ) -> None:
-        self._keep = keep
-        self._selected, last = selection(steps)
+        self._keep, self._sink = keep, sink
+        self.selected, last = selection(steps)
         self._last = (0 if last is None else last) if stop_early else None
         self._missing = set(names)
         self._thread = threading.get_ident()
@@ -149,10 +164,9 @@ class _Recorder:
                 return
             with self._lock:
                 call = counter.at(name)
-                if every or self._selected(call):
-                    kept = self._keep(x)
-                    entry = Entry(name, call, lambda: kept)
-                    self._entries.setdefault(name, []).append(entry)
+                if every or self.selected(call):
+                    load = self._sink.put(name, call, self._keep(x))
+                    self._entries.setdefault(name, []).append(Entry(name, call, load))
                 if self._last is not None and (every or call.index >= self._last):
                     self._missing.discard(name)
                     if not self._missing and threading.get_ident() == self._thread:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, overload
 
+from sdconv.features.facts import Facts, facts_of
+from sdconv.features.places import Place, places
 from sdconv.features.targets import target_of
 
 if TYPE_CHECKING:
@@ -77,7 +79,24 @@ class Points(Sequence[Point]):
 
     def table(self) -> Table:
         """For a terminal: ``rich.print(points.table())``."""
-        raise NotImplementedError
+        from sdconv.report.pieces import count, plain, table_of
+
+        table = table_of(
+            "name", "kind", ">channels", ">map", ">stride", ">sees", ">parameters", ">multiplies"
+        )
+        for point in self:
+            sees = "" if point.receptive_field is None else _sides(point.receptive_field)
+            table.add_row(
+                plain(point.name if point.skip is None else f"{point.name} ({point.skip})"),
+                point.kind,
+                "" if point.channels is None else str(point.channels),
+                "" if point.size is None else "x".join(map(str, point.size)),
+                "" if point.stride is None else _sides(point.stride),
+                f"{sees}*" if point.sees_all else sees,
+                count(point.parameters) if point.parameters else "",
+                count(point.multiplies) if point.multiplies else "",
+            )
+        return table
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for ``json.dump``."""
@@ -85,19 +104,42 @@ class Points(Sequence[Point]):
 
 
 def points_of(target: Any, size: int | tuple[int, int] | None = None) -> Points:
-    """Every point of a network or pipeline; ``sdconv.features(target)``."""
+    """Every point at which maps of a network can be read; ``sdconv.features(target)``.
+
+    Args:
+        target: a network, any module, or a diffusers pipeline, of which every component is listed.
+        size: rows and columns of the picture or, for a U-Net, of the latents, which the sizes and
+            multiplies are for; None for 512 pixels or 64 latents. Channels and receptive fields
+            are known for autoencoders and U-Nets, sdconv's or diffusers'.
+
+    Raises:
+        InputError: neither a module nor a pipeline; a size that the network cannot take.
+    """
     found = target_of(target)
-    return Points(
-        [
-            Point(
-                name=place.name,
-                kind=place.kind,
-                of=place.of,
-                skip=place.skip,
-                parameters=0
-                if place.before
-                else sum(parameter.numel() for parameter in place.module.parameters()),
-            )
-            for place in found.places().values()
-        ]
+    points: list[Point] = []
+    for prefix, network in found.networks.items():
+        unseen = places(network, prefix)
+        facts = facts_of(network, size)
+        # as a run passes them; those that it did not pass last
+        passed = [unseen.pop(name) for one in facts if (name := prefix + one) in unseen]
+        for place in (*passed, *unseen.values()):
+            known = facts.get(place.name.removeprefix(prefix))
+            points.append(_point(place, known))
+    return Points(points)
+
+
+def _point(place: Place, facts: Facts | None) -> Point:
+    # what is read before a module has none of its own
+    weights = () if place.before else place.module.parameters()
+    return Point(
+        name=place.name,
+        kind=place.kind,
+        of=place.of,
+        skip=place.skip,
+        parameters=sum(weight.numel() for weight in weights),
+        **({} if facts is None else vars(facts)),
     )
+
+
+def _sides(pair: tuple[object, object]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -117,11 +118,7 @@ class Keep:
             InputError: the map has no such channels or no rows and columns.
         """
         # outside of inference mode, so that what is kept can be used anywhere
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(x.device.type, None, False),
-        ):
+        with torch.inference_mode(False), torch.no_grad(), _exactly(x.device.type):
             kept = x.detach() if not x.is_inference() else x
             if self.region is not None:
                 kept = _cut(kept, self.region)
@@ -132,6 +129,13 @@ class Keep:
             device = self.device or kept.device
             later = kept.is_cuda and device.type == "cpu"
             return kept.to(device, self.dtype, non_blocking=later, copy=True)
+
+
+def _exactly(device: str) -> AbstractContextManager[object]:
+    """Without autocast, where a device has it."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _cut(x: Tensor, region: Region) -> Tensor:
