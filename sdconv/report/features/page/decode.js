@@ -1,0 +1,114 @@
+// What lies in the page's data blocks, decoded when it is asked for.
+"use strict";
+
+const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+const webpOf = (text) => new Blob([bytesOf(text)], { type: "image/webp" });
+const floatsOf = (text) => new Float32Array(bytesOf(text).buffer);
+
+/** Grey values of a picture, row by row. */
+async function greyOf(text) {
+  const bitmap = await createImageBitmap(webpOf(text), { colorSpaceConversion: "none" });
+  const canvas = document.createElement("canvas");
+  canvas.width = bitmap.width;
+  canvas.height = bitmap.height;
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
+  pen.drawImage(bitmap, 0, 0);
+  const { data } = pen.getImageData(0, 0, bitmap.width, bitmap.height);
+  const values = new Uint8Array(data.length / 4);
+  for (let i = 0; i < values.length; i++) values[i] = data[4 * i];
+  return { values, width: bitmap.width, height: bitmap.height };
+}
+
+// matplotlib's viridis as polynomials of the grey value, by Matt Zucker (CC0)
+const VIRIDIS = [
+  [0.2777273272, 0.1050930431, -0.3308618287, -4.6342304990, 6.2282699093, 4.7763849986, -5.4354558559],
+  [0.0054073445, 1.4046135299, 0.2148475595, -5.7991009735, 14.1799333668, -13.7451453777, 4.6458526122],
+  [0.3340998053, 1.3845901628, 0.0950951630, -19.3324409563, 56.6905526007, -65.3530326334, 26.3124352496],
+];
+const table = (colour) => Array.from({ length: 256 }, (_, grey) => colour(grey / 255));
+const polynomial = (factors, x) => factors.reduceRight((sum, factor) => sum * x + factor, 0);
+const SHADES = {
+  grey: table((x) => [x, x, x].map((part) => Math.round(255 * part))),
+  viridis: table((x) =>
+    VIRIDIS.map((part) => Math.round(255 * Math.min(1, Math.max(0, polynomial(part, x)))))),
+};
+
+/** A picture with 256 shades as a file that a style can name: only its head knows the shades. */
+function bitmapUrl({ values, width, height }, shades) {
+  const row = (width + 3) & ~3;
+  const head = new DataView(new ArrayBuffer(54 + 1024));
+  head.setUint16(0, 0x424d);
+  head.setUint32(2, 1078 + row * height, true);
+  head.setUint32(10, 1078, true);
+  head.setUint32(14, 40, true);
+  head.setInt32(18, width, true);
+  head.setInt32(22, -height, true); // rows from the top
+  head.setUint16(26, 1, true);
+  head.setUint16(28, 8, true);
+  head.setUint32(34, row * height, true);
+  head.setUint32(46, 256, true);
+  shades.forEach(([red, green, blue], at) =>
+    [blue, green, red].forEach((part, i) => head.setUint8(54 + 4 * at + i, part)));
+  let pixels = values;
+  if (row !== width) {
+    pixels = new Uint8Array(row * height);
+    for (let y = 0; y < height; y++) {
+      pixels.set(values.subarray(y * width, (y + 1) * width), y * row);
+    }
+  }
+  return URL.createObjectURL(new Blob([head.buffer, pixels], { type: "image/bmp" }));
+}
+
+/** One tile of a sheet of grey tiles. */
+function tileOf(sheet, columns, width, height, place) {
+  const left = (place % columns) * width;
+  const top = Math.floor(place / columns) * height;
+  const values = new Uint8Array(width * height);
+  for (let y = 0; y < height; y++) {
+    const start = (top + y) * sheet.width + left;
+    values.set(sheet.values.subarray(start, start + width), y * width);
+  }
+  return { values, width, height };
+}
+
+/** A tile in its shades, on a canvas. */
+function paint(canvas, tile, shades) {
+  canvas.width = tile.width;
+  canvas.height = tile.height;
+  const picture = new ImageData(tile.width, tile.height);
+  tile.values.forEach((grey, i) => picture.data.set([...shades[grey], 255], 4 * i));
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+}
+
+/** Keeps the last few of what `make` makes, and lets the others go. */
+function remembering(size, make, release = () => {}) {
+  const kept = new Map();
+  return (key) => {
+    const value = kept.get(key) ?? make(key);
+    kept.delete(key);
+    kept.set(key, value);
+    if (kept.size > size) {
+      const [oldest, gone] = kept.entries().next().value;
+      kept.delete(oldest);
+      release(gone);
+    }
+    return value;
+  };
+}
+
+const stored = (id) => document.getElementById(id).textContent;
+
+/** The data of one shot: sheets decoded, and each channel's numbers. */
+const shotData = remembering(16, async (id) => {
+  const raw = JSON.parse(stored(id));
+  const [sheet, planes, pca] = await Promise.all([
+    greyOf(raw.sheet), greyOf(raw.planes), createImageBitmap(webpOf(raw.pca)),
+  ]);
+  const numbers = floatsOf(raw.numbers);
+  const count = numbers.length / 4;
+  const part = (at) => numbers.subarray(at * count, (at + 1) * count);
+  return {
+    ...raw, sheet, planes, pca, count,
+    mean: part(0), variance: part(1), low: part(2), high: part(3),
+  };
+});
