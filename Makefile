@@ -7,10 +7,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SETUP := .venv/.installed
 
-.PHONY: help setup demo test lint check clean
+.PHONY: help setup demo docs test lint check clean
 
 help:
 	@echo "make demo    a photo through the tiny VAE and back, compared with diffusers, into out/"
+	@echo "make docs    the documentation's pictures and site, into out/site"
 	@echo "make test    the ordinary tests"
 	@echo "make check   format, lint, types and tests"
 	@echo "make clean   remove what the other targets left, except .venv"
@@ -35,6 +36,14 @@ demo: $(SETUP)
 	$(BIN)/sdconv check weights/tiny-vae.safetensors
 	$(BIN)/sdconv anatomy weights/tiny-vae.safetensors --plot out/anatomy.png
 	@echo "made: out/reconstruct.png out/anatomy.png"
+
+# mkdocs-material prints a notice about a successor, which is no warning of ours
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(SETUP)
+	$(BIN)/python scripts/docs_pictures.py
+	$(BIN)/python scripts/docs_snippets.py
+	$(BIN)/python -m mkdocs build --strict
+	@echo "made: out/site/index.html"
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -n $(WORKERS)
