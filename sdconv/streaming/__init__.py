@@ -69,13 +69,11 @@ class Streaming:
         plan = self.plan(network, work, x)
         if plan.spilled and self.spill is not None:
             check_room(self.spill, plan.spilled)
-        last = plan.steps[-1].target
-        out = x.new_empty((len(x), last.channels, last.height, last.width))
+        out = x.new_empty(plan.shape)
         words = {"encode": "encoding", "decode": "decoding"}[work]
-        total = plan.multiplies * len(x)
-        with torch.no_grad(), bar(words, total, shown=self.progress) as tick:
+        with torch.no_grad(), bar(words, plan.multiplies, shown=self.progress) as tick:
             for one, made in zip(x, out, strict=True):
-                run(plan, one, made, folder=self.spill, tick=tick)
+                run(plan, one, made, folder=self.spill, tick=lambda step, done: tick(done))
         return out
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdconv.streaming.maps import Map, Store
+from sdconv.streaming.maps import Map, Store, trim_heap, zeros
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.planner import Plan, lifetimes
 from sdconv.streaming.steps import Step
 
-Tick = Callable[[int], object]
+# called after each strip with its step and the multiplications done
+Tick = Callable[[Step, int], object]
 
 
 class Window:
@@ -38,7 +39,7 @@ class Window:
         self._step, self._source, self._moments = step, source, moments
         self._height, self._width, channels = source.shape
         columns = self._width + step.layer.right
-        self._buffer = source.new_zeros((rows, columns, channels), device=device)
+        self._buffer = zeros((rows, columns, channels), source.dtype, device)
         self._first = self._last = -rows
 
     def slide(self, first: int, last: int) -> Tensor:
@@ -60,13 +61,13 @@ class Window:
 
 
 def run(
-    plan: Plan, x: Tensor, out: Tensor, *, folder: Path | None, tick: Tick = lambda done: None
+    plan: Plan, x: Tensor, out: Tensor, *, folder: Path | None, tick: Tick = lambda step, done: None
 ) -> None:
     """One picture through the plan's steps.
 
     Args:
         x: ``(C, H, W)``. out: ``(C', H', W')``, filled. folder: for what the plan spills.
-        tick: called with the multiplications done since the last call.
+        tick: called after each strip with its step and the multiplications done.
     """
     store = Store(plan.places, x.device, folder)
     store.put(plan.steps[0].source, x.permute(1, 2, 0))
@@ -80,14 +81,13 @@ def run(
         for key, span in spans.items():
             if span.stop == number + 1:
                 store.drop(key)
+        trim_heap()
 
 
 def run_step(
     step: Step, units: int, store: Store, moments: Moments | None, device: torch.device, tick: Tick
 ) -> Moments | None:
     """One step, ``units`` at a time; the moments of what it wrote, if they are wanted."""
-    strips = -(-step.units // units)
-    units = -(-step.units // strips)  # of nearly the same size: kernels are made for each size
     first, last = step.layer.window(0, units)
     window = Window(step, last - first, store.tensor(step.source), moments, device)
     target = store.tensor(step.target)
@@ -106,5 +106,5 @@ def run_step(
         store.rest(step.source, first, last)
         for key in {step.target, step.residual or step.target} - {step.source}:
             store.rest(key, top, bottom)
-        tick(step.multiplies * (stop - start) // step.units)
+        tick(step, step.multiplies * (stop - start) // step.units)
     return measured

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -95,9 +98,9 @@ class Store:
     def _made(self, key: Map) -> Tensor:
         shape = (key.height, key.width, key.channels)
         if self._places[key] is Place.MEMORY:
-            return torch.empty(shape, dtype=key.dtype, device=self._device)
+            return zeros(shape, key.dtype, self._device)
         if self._folder is None:
-            return torch.empty(shape, dtype=key.dtype)
+            return zeros(shape, key.dtype, torch.device("cpu"))
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 _reserve(file.fileno(), key.bytes)
@@ -110,6 +113,24 @@ class Store:
                 got=error.strerror or error,
             ) from error
         return torch.frombuffer(self._files[key], dtype=key.dtype).view(shape)
+
+
+def zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that goes back to the system as a whole when the tensor does: large blocks of many
+    sizes, made and freed in turn, leave an allocator's heap full of holes."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    block = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
+    return torch.frombuffer(block, dtype=dtype).view(shape)
+
+
+def trim_heap() -> None:
+    """Gives back what glibc's allocator keeps of freed strips, up to 64 MiB; nothing elsewhere."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _reserve(descriptor: int, size: int) -> None:

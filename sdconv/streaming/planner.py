@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         steps: in order. units: of a strip, for each step. places: of every map.
-        result: bytes of what is returned, all pictures together.
+        pictures: that go through, one after the other.
         peak: bytes of memory at most, weights and input apart, the result with it.
         spilled: bytes outside memory at most.
     """
@@ -32,14 +32,20 @@ class Plan:
     steps: tuple[Step, ...]
     units: tuple[int, ...]
     places: Mapping[Map, Place]
-    result: int
+    pictures: int
     peak: int
     spilled: int
 
     @property
     def multiplies(self) -> int:
-        """Multiplications for one picture."""
-        return sum(step.multiplies for step in self.steps)
+        """Multiplications of all pictures."""
+        return self.pictures * sum(step.multiplies for step in self.steps)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the result, ``(B, C, H, W)``."""
+        last = self.steps[-1].target
+        return self.pictures, last.channels, last.height, last.width
 
 
 def make_plan(steps: Sequence[Step], *, pictures: int, limit: int | None, can_spill: bool) -> Plan:
@@ -71,13 +77,14 @@ def make_plan(steps: Sequence[Step], *, pictures: int, limit: int | None, can_sp
             min(most, _fitting(step, step.workspace(n) + left))
             for step, n, most, left in zip(steps, units, comfortable, spare, strict=True)
         ]
+    units = [_even(step.units, n) for step, n in zip(steps, units, strict=True)]
     held = _held(steps, [key for key, place in places.items() if place is Place.MEMORY])
     spilled = _held(steps, [key for key, place in places.items() if place is Place.SPILL])
     peaks = [
         result + KERNELS + step.workspace(n) + maps
         for step, n, maps in zip(steps, units, held, strict=True)
     ]
-    return Plan(steps, tuple(units), places, result, max(peaks), max(spilled))
+    return Plan(steps, tuple(units), places, pictures, max(peaks), max(spilled))
 
 
 def lifetimes(steps: Sequence[Step]) -> dict[Map, range]:
@@ -125,6 +132,12 @@ def _fitting(step: Step, room: int) -> int:
     """The most units, at least one, of which a strip takes no more than ``room`` bytes."""
     one = step.workspace(1)
     return max(1, min(step.units, 1 + (room - one) // (step.workspace(2) - one)))
+
+
+def _even(whole: int, most: int) -> int:
+    """Units of strips of nearly the same size: kernels are made for each size."""
+    strips = -(-whole // most)
+    return -(-whole // strips)
 
 
 def least_memory(steps: Sequence[Step], *, pictures: int, spill: bool) -> int:

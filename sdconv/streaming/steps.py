@@ -139,8 +139,9 @@ class Attend(Step):
 
     @property
     def multiplies(self) -> int:
-        tokens = self.source.height * self.source.width
-        return 2 * super().multiplies + 2 * tokens**2 * self.source.channels
+        queries = self.source.height * self.source.width
+        tokens = self.keys.height * self.keys.width
+        return 2 * super().multiplies + 2 * queries * tokens * self.source.channels
 
 
 class _Builder:

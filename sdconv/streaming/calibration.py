@@ -1,0 +1,114 @@
+"""How long a plan will take: one strip of each kind of step, timed here and now."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from sdconv.streaming.executor import run_step
+from sdconv.streaming.maps import Place, Store
+from sdconv.streaming.moments import Moments
+from sdconv.streaming.planner import Plan
+from sdconv.streaming.steps import Attend, Step
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# tokens that a timed strip's queries look at; the whole is reckoned from these
+TOKENS = 8192
+
+
+@torch.no_grad()
+def seconds(plan: Plan, *, device: torch.device, folder: Path | None = None) -> float:
+    """Predicted seconds of a plan's run.
+
+    Steps of one kind (layer, channels, width, strip, places) are timed once, on a map one strip
+    high, and counted by their multiplications. A disk that writes slower than the network computes
+    is not seen.
+
+    Args:
+        plan: of a network with weights or on the meta device. device: to run on.
+        folder: for what the plan spills; None times it in memory.
+    """
+    rates: dict[object, float] = {}
+    for step, units in zip(plan.steps, plan.units, strict=True):
+        kind = _kind(step, units, plan)
+        if kind not in rates:
+            rates[kind] = _seconds_per_multiply(step, units, plan, device, folder)
+    return plan.pictures * sum(
+        step.multiplies * rates[_kind(step, units, plan)]
+        for step, units in zip(plan.steps, plan.units, strict=True)
+    )
+
+
+def _kind(step: Step, units: int, plan: Plan) -> object:
+    shortcut = None if step.shortcut is None else step.shortcut.weight.shape
+    facts = (step.norm is None, step.activated, step.measured, step.residual is None, shortcut)
+    places = tuple(plan.places[key] for key in (step.source, step.target))
+    shape = step.layer.module.weight.shape
+    return type(step), type(step.layer), shape, step.source.width, units, facts, places
+
+
+def _seconds_per_multiply(
+    step: Step, units: int, plan: Plan, device: torch.device, folder: Path | None
+) -> float:
+    small = _one_strip(step, units, device)
+    old = (step.source, step.target, step.residual, *step.reads)
+    new = (small.source, small.target, small.residual, *small.reads)
+    pairs = [(a, b) for a, b in zip(old, new, strict=True) if a is not None and b is not None]
+    places = {b: plan.places[a] if folder else Place.MEMORY for a, b in pairs}
+    places = {b: Place.MEMORY if p is Place.CALLER else p for b, p in places.items()}
+    store = Store(places, device, folder)
+    for key in places:
+        store.tensor(key).normal_()
+    moments = Moments(small.source.channels, device)
+    moments.add(torch.randn(4, 8, small.source.channels, dtype=small.source.dtype, device=device))
+    # the first call makes the kernels for this shape
+    times = [_timed(small, store, moments, device) for _ in range(2)]
+    return times[-1] / small.multiplies
+
+
+def _timed(step: Step, store: Store, moments: Moments, device: torch.device) -> float:
+    start = time.perf_counter()
+    run_step(step, step.units, store, moments, device, lambda step, done: None)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _one_strip(step: Step, units: int, device: torch.device) -> Step:
+    """The same step over maps that are one strip high, with weights."""
+    full = step.source.height
+    height = max(2, full * units // step.units)  # a halving makes nothing of one row
+    source = replace(step.source, height=height)
+    rows, width = step.layer.output_size(height, step.source.width)
+    in_place = step.target is step.source
+    small = replace(
+        step,
+        source=source,
+        target=source if in_place else replace(step.target, height=rows, width=width),
+        layer=replace(step.layer, module=_real(step.layer.module, device)),
+        norm=None if step.norm is None else _real(step.norm, device),
+        residual=None if step.residual is None else replace(step.residual, height=rows),
+        shortcut=None if step.shortcut is None else _real(step.shortcut, device),
+    )
+    if isinstance(small, Attend):
+        few = max(1, min(full, TOKENS // source.width))
+        keys, values = replace(small.keys, height=few), replace(small.values, height=few)
+        small = replace(small, keys=keys, values=values, out=_real(small.out, device))
+    return small
+
+
+def _real(module: Module, device: torch.device) -> Module:
+    """The module, or a copy with random weights where it has none."""
+    if next(module.parameters()).device.type != "meta":
+        return module
+    made = copy.deepcopy(module).to_empty(device=device)
+    for parameter in made.parameters():
+        parameter.normal_(std=0.1)
+    return made
