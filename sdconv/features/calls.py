@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Container, Iterable
 from functools import cached_property
 from typing import Any, Literal
 
@@ -129,18 +130,26 @@ def selection(steps: Steps) -> tuple[Callable[[Call], bool], int | None]:
     if callable(steps):
         return lambda call: bool(steps(call)), None
     if isinstance(steps, slice):
-        bounds = (steps.start or 0, steps.step or 1)
-        if min(bounds[0], steps.stop or 0) < 0 or bounds[1] < 1:
-            raise InputError("calls are counted from 0 on", where="steps", got=steps)
-        numbers = range(bounds[0], 2**62 if steps.stop is None else steps.stop, bounds[1])
-        last = None if steps.stop is None or not numbers else numbers[-1]
-        return lambda call: call.index in numbers, last
-    wanted = {steps} if isinstance(steps, int) else set(steps)
-    if not wanted or not all(isinstance(step, int) and step >= 0 for step in wanted):
-        raise InputError(
-            "these are no calls",
-            where="steps",
-            expected="numbers from 0 on, a slice of them, or a function of the call",
-            got=steps,
-        )
-    return lambda call: call.index in wanted, max(wanted)
+        first, stop, step = steps.start or 0, steps.stop, steps.step or 1
+        if all(_is_number(one) for one in (first, 0 if stop is None else stop, step - 1)):
+            numbers = range(first, sys.maxsize if stop is None else stop, step)
+            return _among(numbers), numbers[-1] if numbers and stop is not None else None
+    elif isinstance(steps, Iterable) or _is_number(steps):
+        wanted = {steps} if isinstance(steps, int) else set(steps)
+        if wanted and all(map(_is_number, wanted)):
+            return _among(wanted), max(wanted)
+    raise InputError(
+        "these are no calls",
+        where="steps",
+        expected="numbers from 0 on, a slice of them, or a function of the call",
+        got=steps,
+    )
+
+
+def _among(numbers: Container[int]) -> Callable[[Call], bool]:
+    """Whether a call's number is among these."""
+    return lambda call: call.index in numbers
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and value >= 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.errors import SdconvError
+from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Counter, Steps, selection
 from sdconv.features.forecast import Forecast
 from sdconv.features.hooks import attach, recomputing, uncompiled
 from sdconv.features.keeping import Sink
 from sdconv.features.maps import Entry, Maps
 from sdconv.features.patterns import Patterns, chosen
-from sdconv.features.reduction import Keep, Reduction, Region, reduction
+from sdconv.features.reduction import Keep, Reduction, Region, copies_later, reduction
 from sdconv.features.targets import Target, target_of
 
 
@@ -83,7 +83,7 @@ def capture(
         channels=channels,
         reduce=reduction(reduce),
         dtype=dtype,
-        device=None if device is None else torch.device(device),
+        device=_device(device),
     )
     pipeline = found.pipeline is not None
     sink = Sink(max_memory, None if store is None else Path(store), pipeline=pipeline)
@@ -143,10 +143,17 @@ class _Recorder:
     ) -> None:
         self._keep, self._sink = keep, sink
         self.selected, last = selection(steps)
-        self._last = (0 if last is None else last) if stop_early else None
+        if stop_early and steps is not None and last is None:
+            raise InputError(
+                "it is not known which call is the last one to keep",
+                where="stop_early",
+                expected="steps as numbers or as a slice that ends",
+                got=steps,
+            )
+        self._last = (last or 0) if stop_early else None
         self._missing = set(names)
         self._thread = threading.get_ident()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._entries: dict[str, list[Entry]] = {}
         self._pipeline = target.pipeline is not None
         self.maps = Maps(self._entries, pipeline=self._pipeline)
@@ -155,7 +162,7 @@ class _Recorder:
             for prefix, network in target.networks.items()
         }
 
-    def visit(self, name: str, prefix: str) -> Any:
+    def visit(self, name: str, prefix: str) -> Callable[[Tensor], None]:
         counter = self.counters[prefix]
         every = self._pipeline and not counter.timed
 
@@ -165,7 +172,8 @@ class _Recorder:
             with self._lock:
                 call = counter.at(name)
                 if every or self.selected(call):
-                    load = self._sink.put(name, call, self._keep(x))
+                    kept = self._keep(x)
+                    load = self._sink.put(name, call, kept, _ready(x, kept))
                     self._entries.setdefault(name, []).append(Entry(name, call, load))
                 if self._last is not None and (every or call.index >= self._last):
                     self._missing.discard(name)
@@ -173,6 +181,22 @@ class _Recorder:
                         raise _Stop(self)
 
         return record
+
+
+def _device(named: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if named is None else torch.device(named)
+    except (RuntimeError, TypeError) as error:
+        raise InputError("no such device", where="device", got=repr(named)) from error
+
+
+def _ready(x: Tensor, kept: Tensor) -> Callable[[], object]:
+    """What waits until a map is copied."""
+    if not copies_later(x, kept.device):
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(x.device))
+    return event.synchronize
 
 
 def _check_reached(by_pattern: Mapping[str, Sequence[str]], maps: Mapping[str, object]) -> None:

@@ -66,12 +66,14 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
     """
     found = target_of(target)
     places = found.places()
+    if not isinstance(changes, Mapping) or not all(map(callable, changes.values())):
+        raise InputError(
+            "these are no edits",
+            where="changes",
+            expected="functions of a map and its context, by the names of layers",
+            got=repr(changes),
+        )
     by_pattern = chosen(tuple(places), tuple(changes))
-    for pattern, change in changes.items():
-        if not callable(change):
-            raise InputError(
-                "this is no function", where=repr(pattern), expected="f(map, context)", got=change
-            )
     counters = {
         prefix: Counter(network, found.pipeline, denoiser=prefix == "unet.")
         for prefix, network in found.networks.items()

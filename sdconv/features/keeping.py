@@ -27,23 +27,35 @@ class Sink:
     """
 
     def __init__(self, limit: int | None, path: Path | None, *, pipeline: bool) -> None:
-        if limit is not None and limit < 0:
-            raise InputError("memory is 0 bytes or more", where="max_memory", got=limit)
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise InputError(
+                "no number of bytes", where="max_memory", expected="0 or more", got=limit
+            )
         self.limit = limit
         self.store = None if path is None else Store(path, pipeline=pipeline)
         self._held = 0
 
-    def put(self, name: str, call: Call, x: Tensor) -> Load:
+    def put(self, name: str, call: Call, x: Tensor, ready: Callable[[], object]) -> Load:
         """Keeps a map.
+
+        Args:
+            name, call: where it passed. x: what is kept of it. ready: waits until it is there.
 
         Raises:
             SdconvError: there is no room for it, in memory or on the disk.
         """
+
+        def held() -> Tensor:
+            ready()
+            return x
+
+        if self.store is not None:
+            ready()
         written = None if self.store is None else self.store.append(name, call, x)
         limit = 0 if self.limit is None and written is not None else self.limit
         if limit is None or self._held + x.nbytes <= limit:
             self._held += x.nbytes
-            return lambda: x
+            return held
         if written is None:
             raise too_wide(self._held + x.nbytes, limit, "so far")
         return written

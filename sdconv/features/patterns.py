@@ -17,7 +17,8 @@ def listed(patterns: Patterns) -> tuple[str, ...]:
     Raises:
         InputError: something else, or none at all.
     """
-    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    one = isinstance(patterns, str) or not isinstance(patterns, Iterable)
+    given: tuple[str, ...] = (patterns,) if one else tuple(patterns)  # type: ignore[assignment]
     if not given or not all(isinstance(pattern, str) for pattern in given):
         raise InputError(
             "this names no layers",

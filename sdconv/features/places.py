@@ -43,6 +43,8 @@ _OF_NAME = {"conv_shortcut": "shortcut", "time_emb_proj": "time"}
 _BLOCKS = ("resnet", "attention", "downsample", "upsample", "block")
 # never called, or giving back what they were given
 _SILENT = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "Dropout", "Identity")
+# what a level on the way down runs last in each layer, and so keeps for the way up
+_LAST_PARTS = ("motion_modules", "attentions", "resnets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,9 @@ def places(network: nn.Module, prefix: str = "") -> dict[str, Place]:
         network: any module; ResNet blocks and U-Nets are known by their parts.
         prefix: put before each name, such as ``"unet."``.
     """
-    skips = {prefix + name: skip for name, skip in _skips(network).items()}
+    skips = {
+        prefix + name: (prefix + source, width) for name, (source, width) in _skips(network).items()
+    }
     sources = {source: f"{name}:skip" for name, (source, _) in skips.items()}
     found: dict[str, Place] = {}
     # a ResNet block's one activation is called two or three times: silu1 and silu2 stand for it
@@ -137,25 +141,28 @@ def _skips(network: nn.Module) -> Mapping[str, tuple[str, int]]:
     first = getattr(network, "conv_in", None)
     if not isinstance(down, nn.ModuleList) or not isinstance(up, nn.ModuleList) or first is None:
         return {}
-    sources = [("conv_in", _width(first))]
+    sources = [("conv_in", first)]
     for level, block in enumerate(down):
-        kept = "attentions" if getattr(block, "attentions", None) else "resnets"
+        kept = next((part for part in _LAST_PARTS if getattr(block, part, None)), "resnets")
         for layer, resnet in enumerate(getattr(block, "resnets", ())):
-            sources.append((f"down_blocks.{level}.{kept}.{layer}", _width(resnet.conv2)))
+            sources.append((f"down_blocks.{level}.{kept}.{layer}", resnet))
         for layer, sampler in enumerate(getattr(block, "downsamplers", None) or ()):
-            sources.append((f"down_blocks.{level}.downsamplers.{layer}", _width(sampler.conv)))
+            sources.append((f"down_blocks.{level}.downsamplers.{layer}", sampler))
     readers = [
         f"up_blocks.{level}.resnets.{layer}"
         for level, block in enumerate(up)
         for layer in range(len(getattr(block, "resnets", ())))
     ]
+    widths = [_width(module) for _, module in sources]
     # every map that was kept is read once, the last one first; else it is no such network
-    return (
-        dict(zip(readers, reversed(sources), strict=True)) if len(readers) == len(sources) else {}
-    )
+    if len(readers) != len(sources) or 0 in widths:
+        return {}
+    named = [(name, width) for (name, _), width in zip(sources, widths, strict=True)]
+    return dict(zip(readers, reversed(named), strict=True))
 
 
-def _width(convolution: nn.Module) -> int:
-    weight = convolution.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
+def _width(module: nn.Module) -> int:
+    """Channels of what a convolution, a ResNet block or a downsampler gives; 0 of anything else."""
+    last = getattr(module, "conv2", None) or getattr(module, "conv", None) or module
+    weight = getattr(last, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) else 0

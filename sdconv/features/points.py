@@ -84,10 +84,11 @@ class Points(Sequence[Point]):
         table = table_of(
             "name", "kind", ">channels", ">map", ">stride", ">sees", ">parameters", ">multiplies"
         )
+        table.columns[0].no_wrap = True
         for point in self:
             sees = "" if point.receptive_field is None else _sides(point.receptive_field)
             table.add_row(
-                plain(point.name if point.skip is None else f"{point.name} ({point.skip})"),
+                plain(point.name),
                 point.kind,
                 "" if point.channels is None else str(point.channels),
                 "" if point.size is None else "x".join(map(str, point.size)),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdconv.errors import InputError
+from sdconv.errors import InputError, SdconvError
 
 Reduction = Callable[[Tensor], Tensor]
 Region = tuple[float, float, float, float]
@@ -28,11 +30,16 @@ def channel_axis(x: Tensor) -> int:
 
 def _over_places(pool: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Reduction:
     # a vector has no places: it is its own mean, its spread is 0
-    return lambda x: pool(x if _places(x) else x[:, None], _places(x) or (1,))
+    return lambda x: pool(_real(x) if _places(x) else _real(x)[:, None], _places(x) or (1,))
 
 
 def _over_channels(pool: Callable[[Tensor, int], Tensor]) -> Reduction:
-    return lambda x: pool(x, channel_axis(x))
+    return lambda x: pool(_real(x), channel_axis(x))
+
+
+def _real(x: Tensor) -> Tensor:
+    # numbers of tokens have no mean
+    return x if x.is_floating_point() else x.float()
 
 
 REDUCTIONS: Mapping[str, Reduction] = {
@@ -100,9 +107,12 @@ def reduction(reduce: str | Reduction | None) -> Reduction | None:
 class Keep:
     """What of each map is kept, in this order.
 
-    ``region``: top, left, bottom, right as parts of the map's height and width, from 0 to 1.
-    ``channels``: numbers of channels, or a slice. ``reduce``: see ``reduction``. ``dtype``,
-    ``device``: of what is kept, None for the map's.
+    ``region``: top, left, bottom, right as parts of the map's height and width, from 0 to 1; every
+    cell that it touches is kept. ``channels``: numbers of channels, or a slice. ``reduce``: see
+    ``reduction``. ``dtype``, ``device``: of what is kept, None for the map's.
+
+    Raises:
+        InputError: a value that is none of these.
     """
 
     region: Region | None = None
@@ -111,24 +121,54 @@ class Keep:
     dtype: torch.dtype | None = None
     device: torch.device | None = None
 
+    def __post_init__(self) -> None:
+        _check("region", self.region, _is_region, "(top, left, bottom, right) from 0 to 1")
+        _check("channels", self.channels, _is_choice, "a slice or numbers of channels")
+        _check("dtype", self.dtype, lambda one: isinstance(one, torch.dtype), "a torch.dtype")
+
     def __call__(self, x: Tensor) -> Tensor:
         """A tensor of its own, which shares no memory with ``x`` and knows no gradient.
 
         Raises:
-            InputError: the map has no such channels or no rows and columns.
+            InputError: the map has no such channels, or no rows and columns. SdconvError: the
+            caller's reduction gave no tensor.
         """
         # outside of inference mode, so that what is kept can be used anywhere
         with torch.inference_mode(False), torch.no_grad(), _exactly(x.device.type):
-            kept = x.detach() if not x.is_inference() else x
+            kept = x.detach()
             if self.region is not None:
                 kept = _cut(kept, self.region)
             if self.channels is not None:
                 kept = _picked(kept, self.channels)
             if self.reduce is not None:
-                kept = self.reduce(kept.clone() if kept.is_inference() else kept)
+                kept = _tensor(self.reduce(kept))
             device = self.device or kept.device
-            later = kept.is_cuda and device.type == "cpu"
-            return kept.to(device, self.dtype, non_blocking=later, copy=True)
+            return kept.to(device, self.dtype, non_blocking=copies_later(kept, device), copy=True)
+
+
+def copies_later(x: Tensor, device: torch.device) -> bool:
+    """Whether a copy to a device goes on while the network computes, and has to be waited for."""
+    return x.is_cuda and device.type == "cpu"
+
+
+def _check(where: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
+    if value is not None and not fits(value):
+        raise InputError(f"no such {where}", where=where, expected=expected, got=repr(value))
+
+
+def _is_region(value: Any) -> bool:
+    try:
+        top, left, bottom, right = value
+        return bool(0 <= top < bottom <= 1 and 0 <= left < right <= 1)
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_choice(value: Any) -> bool:
+    if isinstance(value, slice):
+        return True
+    numbers = isinstance(value, Sequence) and len(value) > 0
+    return numbers and all(isinstance(one, int) for one in value)
 
 
 def _exactly(device: str) -> AbstractContextManager[object]:
@@ -138,38 +178,40 @@ def _exactly(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
+def _tensor(reduced: object) -> Tensor:
+    if not isinstance(reduced, Tensor):
+        raise SdconvError("a reduction gave no tensor", where="reduce", got=type(reduced).__name__)
+    return reduced
+
+
 def _cut(x: Tensor, region: Region) -> Tensor:
     if x.ndim != 4:
-        raise InputError("a region of a map without rows and columns", got=tuple(x.shape))
-    top, left, bottom, right = region
-    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise InputError(
-            "no such region",
+            "a region of a map without rows and columns",
             where="region",
-            expected="(top, left, bottom, right) from 0 to 1",
-            got=region,
+            expected="(B, C, H, W)",
+            got=tuple(x.shape),
         )
     rows, columns = x.shape[2:]
-    # every cell that the region touches
+    top, left, bottom, right = region
+    # a hair inwards: 0.7 of 10 rows are 7, however it is rounded
     return x[
         :,
         :,
-        int(top * rows) : -int(-bottom * rows // 1),
-        int(left * columns) : -int(-right * columns // 1),
+        math.floor(top * rows + 1e-9) : math.ceil(bottom * rows - 1e-9),
+        math.floor(left * columns + 1e-9) : math.ceil(right * columns - 1e-9),
     ]
 
 
 def _picked(x: Tensor, channels: slice | Sequence[int]) -> Tensor:
     axis = channel_axis(x)
-    numbers = (
-        list(range(x.shape[axis])[channels]) if isinstance(channels, slice) else list(channels)
-    )
-    if not numbers or not all(-x.shape[axis] <= number < x.shape[axis] for number in numbers):
+    count = x.shape[axis]
+    numbers = list(range(count)[channels] if isinstance(channels, slice) else channels)
+    if not numbers or not all(0 <= number < count for number in numbers):
         raise InputError(
             "the map has no such channels",
             where="channels",
-            expected=f"numbers below {x.shape[axis]}",
+            expected=f"numbers from 0 to {count - 1}",
             got=channels,
         )
-    index = torch.tensor(numbers, device=x.device) % x.shape[axis]
-    return x.index_select(axis, index)
+    return x.index_select(axis, torch.tensor(numbers, device=x.device))

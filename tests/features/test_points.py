@@ -1,0 +1,205 @@
+"""What is said of each point is what a run has there, on sdconv's networks and on diffusers'."""
+
+from __future__ import annotations
+
+import io
+import json
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import diffusers
+import pipelines
+import pytest
+import seeded
+import torch
+import unets
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sdconv
+from sdconv.features import Points
+
+SMALL = seeded.kl((32, 64), 4, True, layers_per_block=1)
+UNET = unets.smallest("SD1")
+
+
+@cache
+def listed(size: int) -> Points:
+    """The points of diffusers' U-Net."""
+    return sdconv.features(unets.theirs(UNET), size)
+
+
+def by_name(points: Points) -> dict[str, Any]:
+    return {point.name: point for point in points}
+
+
+def vae_peer() -> Any:
+    with torch.device("meta"):
+        return diffusers.AutoencoderKL(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+        )
+
+
+def test_a_call_and_a_module() -> None:
+    assert sdconv.features.Points is Points
+    assert isinstance(sdconv.features(seeded.network(SMALL)), Points)
+
+
+def test_names_and_facts_are_the_same_on_diffusers_modules() -> None:
+    peer = vae_peer()
+    assert list(sdconv.features(peer, 64)) == list(sdconv.features(seeded.network(SMALL), 64))
+    assert list(sdconv.features(unets.ours(unets.theirs(UNET)), 16)) == list(listed(16))
+
+
+def test_the_patch_changes_nothing() -> None:
+    peer = vae_peer()
+    before = list(sdconv.features(peer, 64))
+    assert sdconv.apply_patch(peer).replaced
+    assert list(sdconv.features(peer, 64)) == before
+
+
+def test_channels_sizes_and_order_are_those_of_a_run() -> None:
+    network = seeded.network(SMALL)
+    points = sdconv.features(network, (32, 48))
+    with torch.no_grad(), sdconv.capture(network, "*") as maps:
+        network(torch.zeros(1, 3, 32, 48))
+    assert list(maps) == [name for name in points.names if name in maps]
+    for name, point in by_name(points).items():
+        if "attentions.0." in name:  # tokens, (B, places, C)
+            continue
+        value = maps[name]
+        assert isinstance(value, torch.Tensor)
+        assert (point.channels, point.size) == (value.shape[1], tuple(value.shape[2:])), name
+
+
+def test_points_of_a_resnet_block_in_order() -> None:
+    points = listed(16)
+    block = [p for p in points if p.name.startswith("up_blocks.1.resnets.0")]
+    short = [(p.name.removeprefix("up_blocks.1.resnets.0"), p.kind) for p in block]
+    assert short == [
+        (":input", "input"),
+        (":hidden", "hidden"),
+        (":skip", "skip"),
+        (".norm1", "norm"),
+        (":silu1", "activation"),
+        (".conv1", "conv"),
+        (":temb", "time"),
+        (".time_emb_proj", "time"),
+        (".norm2", "norm"),
+        (":silu2", "activation"),
+        (".conv2", "conv"),
+        (".conv_shortcut", "shortcut"),
+        ("", "resnet"),
+    ]
+
+
+def test_skips_begin_and_end() -> None:
+    found = by_name(listed(16))
+    ends = {name: point for name, point in found.items() if point.kind == "skip"}
+    assert len(ends) == 8
+    for name, point in ends.items():
+        assert point.skip is not None
+        source = found[point.skip]
+        assert source.skip == name
+        same = ("channels", "size", "stride", "receptive_field", "sees_all")
+        assert [getattr(point, fact) for fact in same] == [getattr(source, fact) for fact in same]
+    assert ends["up_blocks.3.resnets.1:skip"].skip == "conv_in"
+    assert ends["up_blocks.0.resnets.0:skip"].skip == "down_blocks.3.resnets.0"
+    assert ends["up_blocks.2.resnets.0:skip"].skip == "down_blocks.1.attentions.0"
+
+
+def test_strides_and_what_is_seen() -> None:
+    found = by_name(listed(16))
+    middle = found["mid_block.resnets.0"]
+    assert (middle.size, middle.stride, middle.channels) == ((2, 2), (8, 8), 96)
+    assert found["conv_in"].receptive_field == (3, 3)
+    assert not found["down_blocks.0.resnets.0"].sees_all
+    assert found["down_blocks.0.attentions.0"].sees_all
+    # what the text becomes is no map
+    text = found["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
+    assert (text.size, text.stride, text.channels) == (None, None, 32)
+    picture = by_name(sdconv.features(seeded.network(SMALL)))
+    assert picture["decoder.conv_out"].stride == (Fraction(1, 2), Fraction(1, 2))
+
+
+def test_multiplies_are_those_that_torch_counts() -> None:
+    network = unets.theirs(UNET).to("meta")
+    given = [
+        torch.empty(1, 4, 16, 16, device="meta"),
+        torch.tensor(5, device="meta"),
+        torch.empty(1, 77, 24, device="meta"),
+    ]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*given)
+    counts = counter.get_flop_counts()
+    compared = 0
+    for point in listed(16):
+        if point.kind in ("conv", "shortcut", "linear") and ":" not in point.name:
+            theirs = sum(counts[f"UNet2DConditionModel.{point.name}"].values())
+            assert 2 * point.multiplies == theirs, point.name
+            compared += 1
+    assert compared > 90
+
+
+def test_parameters_are_the_modules_own() -> None:
+    network = seeded.network(SMALL)
+    found = by_name(sdconv.features(network, 32))
+    own = sum(weight.numel() for weight in network.encoder.parameters())
+    assert found["encoder"].parameters == own
+    assert found["encoder:input"].parameters == 0
+
+
+def test_networks_that_are_not_known_have_names_but_no_facts() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ModuleList([nn.ReLU()])[0], nn.Dropout())
+    points = sdconv.features(network)
+    assert [(p.name, p.kind, p.channels) for p in points] == [
+        ("0", "conv", None),
+        ("1", "activation", None),
+    ]
+
+
+def test_a_pipeline_is_listed_by_component() -> None:
+    points = sdconv.features(pipelines.pipeline("text"), 32)
+    assert {p.channels for p in points if p.name.startswith("text_encoder.")} == {None}
+    firsts = {name.partition(".")[0] for name in points.names}
+    assert firsts == {"vae", "text_encoder", "unet"}
+    assert by_name(points)["unet.up_blocks.2.resnets.1:skip"].skip == "unet.conv_in"
+
+
+def test_table_and_json() -> None:
+    points = sdconv.features(seeded.network(SMALL), 32)
+    with io.StringIO() as written:
+        Console(file=written, width=120).print(points.table())
+        assert "decoder.up_blocks.0.upsamplers.0.conv " in written.getvalue()
+    read = json.loads(json.dumps(points.to_json()))
+    assert [one["name"] for one in read] == list(points.names)
+    assert read[-1]["stride"] == ["1/2", "1/2"]
+
+
+def test_hooks_of_others_are_not_run_and_stay() -> None:
+    network = seeded.network(SMALL)
+
+    def fails(*_: object) -> None:
+        raise AssertionError("a dry run is no run")
+
+    handle = network.encoder.conv_in.register_forward_hook(fails)
+    assert sdconv.features(network, 32)[1].channels == 32
+    assert len(network.encoder.conv_in._forward_hooks) == 1
+    handle.remove()
+
+
+@pytest.mark.parametrize("target", [object(), "vae", None])
+def test_things_without_maps(target: object) -> None:
+    with pytest.raises(sdconv.InputError, match="no feature maps"):
+        sdconv.features(target)
+
+
+@pytest.mark.parametrize("size", [0, "8", (1, 2, 3)])
+def test_sizes_that_no_picture_has(size: Any) -> None:
+    with pytest.raises(sdconv.InputError, match="size"):
+        sdconv.features(seeded.network(SMALL), size)
