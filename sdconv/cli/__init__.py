@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, compare, convert, pictures, weights
+from sdconv.cli import anatomy, compare, convert, features, pictures, plan, weights
 from sdconv.cli.common import Commands
 
 __all__ = ["app", "main"]
@@ -33,6 +33,8 @@ for command in (
     pictures.reconstruct,
     weights.fetch,
     anatomy.anatomy,
+    plan.plan,
+    features.features,
 ):
     app.command()(command)
 

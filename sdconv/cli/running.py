@@ -100,7 +100,7 @@ def prepared(
     picture = picture.fitted(multiple, size)
     for note in picture.notes:
         say(note, "note")
-    _has_room(network, picture)
+    has_room(network, picture)
     return network, picture, to_tensor(picture.image).to(network.device, network.dtype)
 
 
@@ -123,7 +123,7 @@ def check_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
         )
 
 
-def _has_room(network: Autoencoder, picture: Picture) -> None:
+def has_room(network: Autoencoder, picture: Picture) -> None:
     """Refuses a picture of which a single layer's maps take more memory than is free.
 
     Raises:
