@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Call
+from sdconv.features.patterns import Patterns
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,31 @@ class Maps(Mapping[str, "Tensor | Series"]):
         for name, value in self.items():
             found[name] = value.tensors if isinstance(value, Series) else value
         return found
+
+    def plot(self, patterns: Patterns = "*", *, call: int = -1, channels: int = 4) -> Figure:
+        """A figure with a row for each map: three principal components as colour, mean and standard
+        deviation over channels, the channels with the largest variance, a histogram.
+
+        Of a batch the first example is drawn; needs matplotlib.
+
+        Args:
+            patterns: names or globs of the maps to draw.
+            call: which one of a place's maps, by its place in ``series(name)``.
+            channels: how many.
+
+        Raises:
+            InputError: a pattern matches nothing, there is no such call, or a value is no map.
+            SdconvError: matplotlib is not installed.
+        """
+        from sdconv.report.features.figures import figure_of
+
+        return figure_of(self, patterns, call=call, channels=channels)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from sdconv.report.features.figures import table_of
+
+        return table_of(self)
 
     def save(self, path: str | Path) -> None:
         """Writes all maps as a zarr folder, which ``sdconv.open_maps`` opens; needs the ``zarr``

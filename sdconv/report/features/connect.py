@@ -83,10 +83,12 @@ def _boxes(points: Sequence[Point]) -> list[Point]:
     places = [point for point in points if ":" not in point.name]
     whole = {point.name for point in places if point.kind in WHOLE}
     outer = {name for name in whole if not _inside(name, whole)}
+    # in a time embedding there is no map
+    closed = outer | {point.name for point in places if point.kind == "time"}
     return [
         point
         for point in places
-        if point.name in outer or (point.kind in ALONE and not _inside(point.name, outer))
+        if point.name in outer or (point.kind in ALONE and not _inside(point.name, closed))
     ]
 
 
