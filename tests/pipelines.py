@@ -98,7 +98,7 @@ def xl_unet(ids: int, text: int) -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 2, 2),
+        attention_head_dim=(1, 1, 1),
         cross_attention_dim=text,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -114,6 +114,17 @@ def _controlnet(of: Any) -> Any:
         for out in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             out.weight.normal_(std=0.2)  # made as zeros, which would control nothing
     return net
+
+
+SCHEDULERS = [
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+]
 
 
 def scheduler(name: str = "DDIMScheduler") -> Any:
@@ -145,14 +156,13 @@ def _plain(**parts: Any) -> dict[str, Any]:
     return own | parts
 
 
-def _controlled() -> dict[str, Any]:
-    parts = _plain()
+def _controlled(parts: dict[str, Any]) -> dict[str, Any]:
     return parts | {"controlnet": _controlnet(parts["unet"])}
 
 
 def _xl(**parts: Any) -> dict[str, Any]:
     own = {
-        "vae": vae(),
+        "vae": vae(scaling_factor=0.13025),
         "text_encoder": text_encoder(),
         "text_encoder_2": text_encoder(CLIPTextModelWithProjection, 11),
         "tokenizer": tokenizer(),
@@ -161,6 +171,10 @@ def _xl(**parts: Any) -> dict[str, Any]:
         "add_watermarker": False,
     }
     return own | parts
+
+
+def _base() -> dict[str, Any]:
+    return _xl(unet=xl_unet(6, 2 * WIDE))
 
 
 def _refiner() -> dict[str, Any]:
@@ -199,36 +213,59 @@ _SIZE = {"height": HEIGHT, "width": WIDTH}
 
 @dataclass(frozen=True)
 class Kind:
-    """A pipeline's class, its components, and what a call takes beside prompts."""
+    """A pipeline's class, the family of its networks, its components, and what a call takes beside
+    prompts."""
 
     name: str
+    family: str
     parts: Callable[[], dict[str, Any]]
     given: Callable[[], Mapping[str, Any]]
 
 
 KINDS: Mapping[str, Kind] = {
-    "text": Kind("StableDiffusionPipeline", _plain, lambda: _SIZE),
+    "text": Kind("StableDiffusionPipeline", "sd1", _plain, lambda: _SIZE),
     "image": Kind(
-        "StableDiffusionImg2ImgPipeline", _plain, lambda: {"image": _picture(), "strength": 0.7}
+        "StableDiffusionImg2ImgPipeline",
+        "sd1",
+        _plain,
+        lambda: {"image": _picture(), "strength": 0.7},
     ),
     "inpaint": Kind(
         "StableDiffusionInpaintPipeline",
+        "sd1",
         lambda: _plain(unet=unet(in_channels=9)),
         lambda: {"image": _picture(), "mask_image": _mask(), "strength": 1.0, **_SIZE},
     ),
-    "xl": Kind("StableDiffusionXLPipeline", lambda: _xl(unet=xl_unet(6, 2 * WIDE)), lambda: _SIZE),
+    "edit": Kind(
+        "StableDiffusionInstructPix2PixPipeline",
+        "sd1",
+        lambda: _plain(unet=unet(in_channels=8)),
+        lambda: {"image": _picture()},
+    ),
+    "xl": Kind("StableDiffusionXLPipeline", "sdxl", _base, lambda: _SIZE),
     "refiner": Kind(
         "StableDiffusionXLImg2ImgPipeline",
+        "sdxl-refiner",
         _refiner,
         lambda: {"image": _picture(), "strength": 0.7},
     ),
     "upscale": Kind(
         "StableDiffusionUpscalePipeline",
+        "x4-upscaler",
         _upscaler,
         lambda: {"image": _picture(HEIGHT // 4, WIDTH // 4), "noise_level": 10},
     ),
     "controlnet": Kind(
-        "StableDiffusionControlNetPipeline", _controlled, lambda: {"image": _picture(), **_SIZE}
+        "StableDiffusionControlNetPipeline",
+        "sd1",
+        lambda: _controlled(_plain()),
+        lambda: {"image": _picture(), **_SIZE},
+    ),
+    "xl controlnet": Kind(
+        "StableDiffusionXLControlNetPipeline",
+        "sdxl",
+        lambda: _controlled(_base()),
+        lambda: {"image": _picture(), **_SIZE},
     ),
 }
 

@@ -11,7 +11,7 @@ from diffusers.models import resnet
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders import vae as autoencoder
 from patching import REPLACED, classes, code_run_by, everything, is_ours, plain
-from pipelines import KINDS, pipeline, run, scheduler, seeded, unet, vae
+from pipelines import KINDS, SCHEDULERS, pipeline, run, scheduler, seeded, unet, vae
 from torch import nn
 
 import sdconv
@@ -27,17 +27,6 @@ def test_pipelines_give_the_same_pixels(kind: str) -> None:
     assert run(pipe, kind) == plain(kind)
     assert sdconv.remove_patch(pipe)
     assert run(pipe, kind) == plain(kind)
-
-
-SCHEDULERS = [
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-]
 
 
 # diffusers hands tensors to numpy in a way that numpy 2 is about to end

@@ -12,13 +12,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.models import resnet
+from diffusers.models.autoencoders import vae as autoencoder
 from patching import REPLACED, classes, code_run_by, everything, is_ours, plain
 from pipelines import Run, pipeline, run, unet, vae
 from torch import Tensor, nn
 
 import sdconv
-from sdconv import blocks
+from sdconv import vae as sdconv_vae
 
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "to_q", "to_v", "conv"]
 
@@ -130,7 +130,13 @@ def test_offloaded(steps: tuple[Callable[[Any], None], ...]) -> None:
     hooked = steps[-1] is not _let_go and _let_go not in steps
     assert hasattr(block, "_hf_hook") == hooked
     assert (block.conv1.weight.device.type == "meta") == hooked
-    ours, theirs = (k.ResnetBlock2D.forward.__code__ for k in (blocks, resnet))
+    _ours_until_removed(pipe)
+    assert classes(pipe) == kinds and hasattr(block, "_hf_hook") == hooked
+
+
+def _ours_until_removed(pipe: Any) -> None:
+    """That a patched pipeline runs our code, and once the patch is removed diffusers'."""
+    ours, theirs = (k.Decoder.forward.__code__ for k in (sdconv_vae, autoencoder))
     expected = plain()
 
     def given() -> None:
@@ -139,9 +145,35 @@ def test_offloaded(steps: tuple[Callable[[Any], None], ...]) -> None:
     ran = code_run_by(given)
     assert ours in ran and theirs not in ran
     sdconv.remove_patch(pipe)
-    assert classes(pipe) == kinds and hasattr(block, "_hf_hook") == hooked
     ran = code_run_by(given)
     assert theirs in ran and ours not in ran
+
+
+def _offload_in_groups(pipe: Any) -> None:
+    cpu = torch.device("cpu")
+    for part in (pipe.unet, pipe.vae):
+        part.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+
+
+@pytest.mark.parametrize("steps", [(_offload_in_groups, _apply), (_apply, _offload_in_groups)])
+def test_offloaded_in_groups(steps: tuple[Callable[[Any], None], ...]) -> None:
+    pipe = pipeline("text")
+    kinds = classes(pipe)
+    for step in steps:
+        step(pipe)
+    assert hasattr(pipe.vae.decoder, "_diffusers_hook")
+    _ours_until_removed(pipe)
+    assert classes(pipe) == kinds
+
+
+def test_in_tiles_and_slices() -> None:
+    before, after = pipeline("text"), pipeline("text")
+    sdconv.apply_patch(after)
+    for pipe in (before, after):
+        pipe.vae.enable_tiling()
+        pipe.vae.enable_slicing()
+        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 32, 4
+    assert run(after, "text") == run(before, "text") != plain()
 
 
 def test_freeu() -> None:
@@ -174,14 +206,21 @@ def test_saved_and_opened(tmp_path: Path) -> None:
     assert run(opened, "text") == plain()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_moved(dtype: torch.dtype) -> None:
+def _half(pipe: Any) -> None:
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.half()
+
+
+@pytest.mark.parametrize(
+    "move", [_half, lambda pipe: pipe.to(torch.float64), lambda pipe: pipe.to(torch.bfloat16)]
+)
+def test_moved(move: Callable[[Any], object]) -> None:
     before, after = pipeline("text"), pipeline("text")
-    before.to(dtype)
+    move(before)
     expected = run(before, "text")
     sdconv.apply_patch(before)
     sdconv.apply_patch(after)
-    after.to(dtype)
+    move(after)
     assert run(before, "text") == run(after, "text") == expected != plain()
 
 

@@ -242,9 +242,9 @@ def is_patched(block: nn.Module) -> bool:
 
 
 def put(block: nn.Module, kind: type[nn.Module]) -> None:
-    """Gives a block another class, and accelerate's hooks on it that class's ``forward``."""
-    for name in list(_bound(block)):
-        vars(block)[name] = MethodType(kind.forward, block)
+    """Gives a block another class, and the hooks on it that class's ``forward``."""
+    for holder, name in list(_bound(block)):
+        holder[name] = MethodType(kind.forward, block)
     block.__class__ = kind
 
 
@@ -253,13 +253,16 @@ def put_back(block: nn.Module) -> None:
     put(block, _THEIRS[type(block)])
 
 
-def _bound(block: nn.Module) -> Iterator[str]:
-    """Names under which a block keeps its class's own ``forward``: accelerate's hooks put theirs
-    in front of ``_old_forward``, and leave it as ``forward`` when they go."""
-    for name in ("forward", "_old_forward"):
-        method = vars(block).get(name)
-        if isinstance(method, MethodType) and method.__func__ is type(block).forward:
-            yield name
+def _bound(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a block's class's own ``forward`` is kept: accelerate's hooks put theirs in front of
+    ``_old_forward`` and leave it as ``forward`` when they go, diffusers' refer to it from a
+    registry."""
+    registry = vars(block).get("_diffusers_hook")
+    for holder in (block, *getattr(registry, "_fn_refs", ())):
+        for name in ("forward", "_old_forward", "original_forward"):
+            method = vars(holder).get(name)
+            if isinstance(method, MethodType) and method.__func__ is type(block).forward:
+                yield vars(holder), name
 
 
 def _reads_maps(attention: Any) -> bool:
