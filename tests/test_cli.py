@@ -40,6 +40,7 @@ TINY = seeded.tiny(
 COMMANDS = (
     *("inspect", "check", "convert", "diff", "encode", "decode", "reconstruct", "fetch"),
     "anatomy",
+    "plan",
 )
 
 
@@ -148,6 +149,11 @@ decode z2.safetensors -m vae.safetensors -o OUT.png                 | which tens
 decode patches.safetensors -m flux2.safetensors -o OUT.png          | normalised patches
 decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
+plan --size 2x2                                                     | too small a picture
+plan --memory plenty                                                | not a size of memory
+plan --memory 10MiB                                                 | at least
+plan tiny.safetensors                                               | only a VAE is streamed
+plan --spill absent                                                 | no folder
 reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not a picture's name
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
 reconstruct photo.png -m absent.safetensors -o OUT.png              | does not exist

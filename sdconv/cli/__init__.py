@@ -34,6 +34,7 @@ for command in (
     weights.fetch,
     anatomy.anatomy,
     plan.plan,
+    plan.plan,
     features.features,
 ):
     app.command()(command)

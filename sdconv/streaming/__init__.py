@@ -20,7 +20,17 @@ from sdconv.streaming.progress import bar
 from sdconv.streaming.sizes import in_words, parse_bytes
 from sdconv.streaming.steps import Work, steps_of
 
-__all__ = ["Plan", "Streaming", "in_words", "least_memory", "make_plan", "parse_bytes", "steps_of"]
+__all__ = [
+    "Plan",
+    "Streaming",
+    "check_room",
+    "checked_folder",
+    "in_words",
+    "least_memory",
+    "make_plan",
+    "parse_bytes",
+    "steps_of",
+]
 
 
 @dataclass(frozen=True)
