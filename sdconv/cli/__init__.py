@@ -34,7 +34,6 @@ for command in (
     weights.fetch,
     anatomy.anatomy,
     plan.plan,
-    plan.plan,
     features.features,
 ):
     app.command()(command)
