@@ -25,7 +25,7 @@ LAYERS = (
     ("checkpoint.keys", "checkpoint.keys_unet", "checkpoint.keys_clip"),
     # before infer, which reads the configs that it writes
     ("checkpoint.write", "checkpoint.stream"),
-    ("checkpoint.find", "checkpoint.reading"),
+    ("checkpoint.find", "checkpoint.names", "checkpoint.reading"),
     ("checkpoint.infer_vae", "checkpoint.infer_tiny", "checkpoint.infer_unet"),
     ("checkpoint.infer",),
     ("inputs", "stand_in", "network", "outputs", "blocks", "unet_blocks", "unet_inputs"),

@@ -4,9 +4,10 @@ no numbers."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from sdconv.checkpoint.files import short
 from sdconv.checkpoint.keys import (
     FLUX2_RULES,
     VAE_RULES,
@@ -15,6 +16,7 @@ from sdconv.checkpoint.keys import (
     tiny_canonical,
 )
 from sdconv.checkpoint.keys_unet import ema_name, keys_of_canonical, keys_of_original
+from sdconv.checkpoint.names import Names, few, prefixes
 from sdconv.errors import UnknownNetworkError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,6 +48,14 @@ class Found:
         return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
 
 
+# how the names of a VAE's levels begin
+_VAE_LEVELS: Mapping[str, Collection[str]] = {
+    "diffusers": ("encoder.down_blocks.", "decoder.up_blocks."),
+    "original": ("encoder.down.", "decoder.up."),
+}
+# what only the VAE of FLUX.2 has: statistics, and in its original file quant convolutions within
+# the halves
+_ONLY_IN_FLUX2 = ("bn.running_", "encoder.quant_conv.", "decoder.post_quant_conv.")
 # other parts of a whole checkpoint, by the first part of their names
 _BESIDE = (
     "cond_stage_model.",
@@ -90,34 +100,41 @@ def is_vae_projection(canonical: str) -> bool:
     )
 
 
-def find_networks(shapes: Shapes) -> list[Found]:
+def find_networks(shapes: Shapes, where: object = None) -> list[Found]:
     """Every network in a checkpoint that sdconv knows: VAEs, tiny ones, U-Nets.
 
     Args:
         shapes: name -> shape of every tensor of the checkpoint.
+        where: the checkpoint's name, for messages.
+
+    Raises:
+        UnknownNetworkError: numbered layers that are no half of a tiny autoencoder, or more
+            networks than any checkpoint has.
     """
-    return [*_find_vaes(shapes), *_find_tiny(shapes), *_find_unets(shapes)]
+    names = Names(shapes)
+    return [
+        *_find_vaes(shapes, names, where),
+        *_find_tiny(shapes, names, where),
+        *_find_unets(shapes, names, where),
+    ]
 
 
-def _find_vaes(shapes: Shapes) -> Iterable[Found]:
-    anchors = {
-        name[: -len(anchor)]
-        for anchor in ("encoder.conv_in.weight", "decoder.conv_in.weight")
-        for name in shapes
+def _find_vaes(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+    layouts: dict[str, str] = {}
+    anchors = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+    for prefix in prefixes(shapes, *anchors):
         # four axes: a picture's convolution, not a video's
-        if name.endswith(anchor) and len(shapes[name]) == 4
-    }
-    for prefix in sorted(anchors):
-        if prefix and not prefix.endswith("."):
+        if not any(len(shapes.get(prefix + anchor, ())) == 4 for anchor in anchors):
             continue
-        inside = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
-        if any(re.match(r"(encoder|decoder)\.(down|up)_blocks\.\d", name) for name in inside):
-            yield _vae(prefix, "diffusers", inside)
-        elif any(re.match(r"(encoder\.down|decoder\.up)\.\d", name) for name in inside):
-            yield _vae(prefix, "original", inside)
+        for layout, levels in _VAE_LEVELS.items():
+            if any(names.any_begins(prefix + level) for level in levels):
+                layouts[prefix] = layout
+                break
+    for prefix in few("vae", layouts, where):
+        yield _vae(prefix, layouts[prefix], names.under(prefix))
 
 
-def _vae(prefix: str, layout: str, inside: set[str]) -> Found:
+def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
     levels = 1 + max(
         (
             int(m[1])
@@ -126,16 +143,14 @@ def _vae(prefix: str, layout: str, inside: set[str]) -> Found:
         ),
         default=-1,
     )
-    within_halves = "decoder.post_quant_conv.weight" in inside
-    keymap = KeyMap(
-        FLUX2_RULES if within_halves or "bn.running_mean" in inside else VAE_RULES, levels
-    )
+    of_flux2 = any(name.startswith(_ONLY_IN_FLUX2) for name in inside)
+    keymap = KeyMap(FLUX2_RULES if of_flux2 else VAE_RULES, levels)
     # the statistics also stand beside quant convolutions outside the halves: repacked FLUX.2 files
     outside = KeyMap(VAE_RULES, levels)
     names: dict[str, str] = {}
     dropped: list[str] = []
     unexpected: list[str] = []
-    for name in sorted(inside):
+    for name in inside:
         if layout == "diffusers":
             canonical = modern_attention(name) if keymap.original(modern_attention(name)) else None
         else:
@@ -146,7 +161,8 @@ def _vae(prefix: str, layout: str, inside: set[str]) -> Found:
             dropped.append(prefix + name)
         elif prefix or _VAE_ROOTS.fullmatch(name) or not _beside(name):
             unexpected.append(prefix + name)
-    kind = "AutoencoderKLFlux2" if "bn.running_mean" in names else "AutoencoderKL"
+    has_statistics = any(name.startswith("bn.") for name in names)
+    kind = "AutoencoderKLFlux2" if has_statistics else "AutoencoderKL"
     return Found(
         component="vae",
         kind=kind,
@@ -171,9 +187,9 @@ _BARE = re.compile(
 )
 
 
-def _find_tiny(shapes: Shapes) -> Iterable[Found]:
+def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
     if is_bare_half(shapes):
-        half = tiny_half(shapes)
+        half = tiny_half(shapes, where)
         bare = {canonical: name for name in shapes if (canonical := tiny_canonical(half, name))}
         yield _tiny("", "original", bare, ())
         return
@@ -186,20 +202,20 @@ def _find_tiny(shapes: Shapes) -> Iterable[Found]:
             else:
                 layout, canonical = "original", tiny_canonical(half, match["rest"]) or ""
             groups.setdefault((match["prefix"], layout), {})[canonical] = name
-    for (prefix, layout), names in groups.items():
-        # its first layer is what tells a tiny autoencoder from other stacks of numbered layers
-        if not {"encoder.layers.0.weight", "decoder.layers.0.weight"} & set(names):
-            continue
-        known = set(names.values())
+    # its first layer is what tells a tiny autoencoder from other stacks of numbered layers
+    firsts = {"encoder.layers.0.weight", "decoder.layers.0.weight"}
+    groups = {place: own for place, own in groups.items() if firsts & set(own)}
+    few("vae", (prefix for prefix, _ in groups), where)
+    for (prefix, layout), own in groups.items():
+        known = set(own.values())
         rest = [
-            name
-            for name in shapes
-            if name.startswith(prefix)
-            and name not in known
-            and name not in _TINY_SCALARS
+            prefix + name
+            for name in names.under(prefix)
+            if prefix + name not in known
+            and prefix + name not in _TINY_SCALARS
             and (prefix or not _beside(name))
         ]
-        yield _tiny(prefix, layout, names, tuple(rest))
+        yield _tiny(prefix, layout, own, tuple(rest))
 
 
 def _tiny(prefix: str, layout: str, names: dict[str, str], unexpected: tuple[str, ...]) -> Found:
@@ -219,7 +235,7 @@ def is_bare_half(shapes: Shapes) -> bool:
     return bool(shapes) and all(_BARE.fullmatch(name) for name in shapes)
 
 
-def tiny_half(shapes: Shapes) -> str:
+def tiny_half(shapes: Shapes, where: object) -> str:
     """``"encoder"`` or ``"decoder"``: which half a file of bare numbered layers is, by its shapes
     alone.
 
@@ -239,8 +255,9 @@ def tiny_half(shapes: Shapes) -> str:
             return "decoder"
     raise UnknownNetworkError(
         "numbered layers that are no half of a tiny autoencoder",
+        where=where,
         expected="3 channels into the first layer (an encoder) or out of the last one (a decoder)",
-        got=f"convolutions {dict(sorted(convolutions.items()))}"
+        got=f"convolutions {short(dict(sorted(convolutions.items())))}"
         if convolutions
         else "no convolutions",
     )
@@ -260,24 +277,29 @@ _UNET_ANCHORS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 # modules of networks that are built around such a U-Net: for videos, and ControlNets
-_NOT_A_UNET = re.compile(
-    r".*(?:motion_modules|temp_convs|temp_attentions|temporal_transformer_block|time_stack"
-    r"|time_mixer|input_hint_block|zero_convs|controlnet_\w+)\..*"
+_NOT_A_UNET = frozenset(
+    "motion_modules temp_convs temp_attentions temporal_transformer_block time_stack"
+    " time_mixer input_hint_block zero_convs".split()
 )
 
 
-def _find_unets(shapes: Shapes) -> Iterable[Found]:
+def _is_around_a_unet(name: str) -> bool:
+    *modules, _ = name.split(".")
+    return any(part in _NOT_A_UNET or part.startswith("controlnet_") for part in modules)
+
+
+def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
     for layout, anchors in _UNET_ANCHORS.items():
-        starts = {name[: -len(anchors[0])] for name in shapes if name.endswith(anchors[0])}
-        for prefix in sorted(starts):
-            inside = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
-            if (
-                all(prefix + anchor in shapes for anchor in anchors)
-                and (not prefix or prefix.endswith("."))
-                and len(shapes[prefix + anchors[0]]) == 4
-                and not any(_NOT_A_UNET.fullmatch(name) for name in inside)
-            ):
-                yield _unet(prefix, layout, sorted(inside), shapes)
+        candidates = (
+            prefix
+            for prefix in prefixes(shapes, anchors[0])
+            if all(prefix + anchor in shapes for anchor in anchors)
+            and len(shapes[prefix + anchors[0]]) == 4
+        )
+        for prefix in few("unet", candidates, where):
+            inside = names.under(prefix)
+            if not any(map(_is_around_a_unet, inside)):
+                yield _unet(prefix, layout, inside, shapes)
 
 
 def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:

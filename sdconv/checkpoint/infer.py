@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdconv.checkpoint.files import short
 from sdconv.checkpoint.find import Found, Shapes, find_networks
+from sdconv.checkpoint.header import Header
 from sdconv.checkpoint.infer_tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.infer_unet import read_unet
-from sdconv.checkpoint.infer_vae import check_family, misfit, read_flux2, read_vae
-from sdconv.checkpoint.reading import Reading
+from sdconv.checkpoint.infer_vae import check_family, check_kind, misfit, read_flux2, read_vae
+from sdconv.checkpoint.reading import Own, Reading
 from sdconv.checkpoint.write import CONFIG_KEY
 from sdconv.config import (
     AutoencoderKLConfig,
@@ -30,7 +32,6 @@ from sdconv.errors import (
     SdconvError,
     SdconvWarning,
     UnknownNetworkError,
-    WeightsMismatchError,
 )
 
 # every word that ``family=`` takes
@@ -39,9 +40,14 @@ FAMILIES = tuple(dict.fromkeys((*VAE_FACTS, *UNET_FACTS, "flux2", *TINY_FAMILIES
 
 @dataclass(frozen=True, kw_only=True)
 class Identified(Reading):
-    """A network in a checkpoint: ``found`` says where, the rest what it is and how sure."""
+    """A network in a checkpoint: ``found`` says where, the rest what it is and how sure.
+
+    ``contradicted``: fields of a config that is written beside it of which its shapes say something
+    else, in words.
+    """
 
     found: Found
+    contradicted: tuple[str, ...] = ()
 
     @property
     def component(self) -> str:
@@ -50,14 +56,17 @@ class Identified(Reading):
 
 
 def infer(
-    shapes: Shapes, *, metadata: Mapping[str, str] | None = None, family: str | None = None
+    shapes: Shapes | Header,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    family: str | None = None,
 ) -> dict[str, Config]:
     """Configs of the networks in a checkpoint, from names and shapes alone.
 
     Args:
-        shapes: name -> shape of every tensor, as ``read_header(path).shapes`` gives them;
-            diffusers' or the original layout, bare or prefixed, whatever else is beside.
-        metadata: the file's own, which may name the family.
+        shapes: name -> shape of every tensor, or what ``read_header(path)`` gives; diffusers' or
+            the original layout, bare or prefixed, whatever else is beside.
+        metadata: the file's own, which may name the family; a header brings its own.
         family: the family, where the caller knows it (``"sd1"``, ``"sdxl"``, ``"flux1"``, ...).
 
     Returns:
@@ -67,11 +76,15 @@ def infer(
     Raises:
         UnknownNetworkError: no network that sdconv knows, or two of one kind.
         WeightsMismatchError: a network without a tensor that its config is read from.
-        InputError: an unknown family, or one that does not fit.
+        InputError: no shapes by name, metadata that is not text by name, an unknown family, or one
+            that does not fit.
 
     Warns:
         SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
     """
+    if isinstance(shapes, Header):
+        metadata = shapes.metadata if metadata is None else metadata
+        shapes = shapes.shapes
     identified = identify(shapes, metadata=metadata, family=family)
     for one in identified:
         warn_if_open(one)
@@ -100,9 +113,9 @@ def identify(
         raise InputError(
             "no such family", where="family", expected=", ".join(FAMILIES), got=repr(family)
         )
-    # JSON has lists where Python has tuples
-    shapes = {name: tuple(shape) for name, shape in shapes.items()}
-    everything = find_networks(shapes)
+    shapes = _checked_shapes(shapes)
+    metadata = _checked_metadata(metadata)
+    everything = find_networks(shapes, where)
     found = [one for one in everything if component in (None, one.component)]
     if everything and not found:
         raise UnknownNetworkError(
@@ -126,10 +139,11 @@ def identify(
                 f"several networks that could be the {name}",
                 where=where,
                 expected="one",
-                got=", ".join(f"{one.kind} under {one.prefix or 'no prefix'!r}" for one in several),
+                got=", ".join(
+                    f"{one.kind} under {short(one.prefix or 'no prefix')}" for one in several
+                ),
                 fix="pass a state dict that holds one of them",
             )
-    metadata = metadata or {}
     result = []
     for one in found:
         if told := dict(config or {}) or _told(metadata, one.component, where):
@@ -139,6 +153,47 @@ def identify(
                 Identified(found=one, **vars(_read(one, shapes, metadata, family, where)))
             )
     return result
+
+
+def _checked_shapes(shapes: object) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; lists of whole numbers, as JSON has them, are shapes too."""
+    if not isinstance(shapes, Mapping):
+        raise InputError(
+            "no shapes by name",
+            where="shapes",
+            expected="a mapping of tensor names to shapes, or what sdconv.read_header gives",
+            got=short(shapes),
+            fix="of a file: sdconv.infer(sdconv.read_header(path))",
+        )
+    for name, shape in shapes.items():
+        if not (isinstance(name, str) and isinstance(shape, tuple | list) and _is_shape(shape)):
+            raise InputError(
+                "what is no shape by a name",
+                where="shapes",
+                expected="tuples of whole numbers by str names",
+                got=f"{short(name)}: {short(shape)}",
+                fix="of a state dict: {name: tensor.shape for name, tensor in state.items()}",
+            )
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _is_shape(shape: Iterable[object]) -> bool:
+    return all(type(length) is int and length >= 0 for length in shape)
+
+
+def _checked_metadata(metadata: object) -> Mapping[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(text, str) for pair in metadata.items() for text in pair
+    ):
+        raise InputError(
+            "not a file's metadata",
+            where="metadata",
+            expected="text by name, as sdconv.read_header(path).metadata gives it",
+            got=short(metadata),
+        )
+    return metadata
 
 
 def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
@@ -183,17 +238,25 @@ def _as_told(
         config = dataclasses.replace(
             config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
         )
-    named = family or _named_by(config, found, shapes)
-    return Identified(found=found, config=config, family=named, evidence="the config beside it")
+    try:
+        read = _read(found, shapes, {}, None, where)
+    except SdconvError:  # a network of no known shape, which only its config can describe
+        read = None
+    return Identified(
+        found=found,
+        config=config,
+        family=family or _named_by(config, read),
+        evidence="the config beside it",
+        contradicted=() if read is None else tuple(_contradicted(config, read.config)),
+    )
 
 
-def _named_by(config: Config, found: Found, shapes: Shapes) -> str:
+def _named_by(config: Config, read: Reading | None) -> str:
     """The families that a config fits: by its scaling factor, or else by its shapes."""
+    if isinstance(config, AutoencoderKLFlux2Config):
+        return "flux2"
     if not isinstance(config, AutoencoderKLConfig):
-        try:
-            return _read(found, shapes, {}, None, None).family
-        except SdconvError:  # a network of no known shape, which only its config can describe
-            return "of no known family"
+        return read.family if read is not None else "of no known family"
     fitting = [
         name
         for name, facts in VAE_FACTS.items()
@@ -203,20 +266,23 @@ def _named_by(config: Config, found: Found, shapes: Shapes) -> str:
     return " or ".join(fitting) or "of no known family"
 
 
-# what shapes leave open, where they do
-_OPEN = {"vae": "the scaling factor", "unet": "the number of attention heads"}
+def _contradicted(config: Config, read: Config) -> Iterator[str]:
+    """What a config says otherwise than the shapes beside it, field by field."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        told, seen = config[field.name], read[field.name]
+        if field.name not in config.beyond_shapes and _one(told) != _one(seen):
+            yield f"{field.name} = {told!r} where the shapes say {seen!r}"
+
+
+def _one(value: Any) -> Any:
+    """One number in place of as many as there are levels, where all are the same."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def warn_if_open(identified: Identified) -> None:
-    """Warns where a choice of family was made that neither the weights nor the caller decided."""
-    if identified.open_to:
-        warnings.warn(
-            f"the {identified.component} could be of {' or '.join(identified.open_to)}, which "
-            f"differ in {_OPEN[identified.component]}; {identified.family} was taken: pass "
-            "family= to decide",
-            SdconvWarning,
-            stacklevel=3,
-        )
+    """Warns where a choice was made that neither the weights nor the caller decided."""
+    if identified.guess is not None:
+        warnings.warn(f"the {identified.component} {identified.guess}", SdconvWarning, stacklevel=3)
 
 
 def _read(
@@ -226,25 +292,17 @@ def _read(
     family: str | None,
     where: object,
 ) -> Reading:
-    own = found.shapes(shapes)
-    try:
-        match found.kind:
-            case "AutoencoderKL":
-                return read_vae(own, shapes, metadata, family)
-            case "AutoencoderKLFlux2":
-                return read_flux2(own, family)
-            case "AutoencoderTiny":
-                return read_tiny(own, family)
-        return read_unet(own, family)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        # a tensor with too few axes, or none of some: readers take an axis where there must be one
-        raise WeightsMismatchError(
-            f"the shapes make no {found.kind}",
-            where=where,
-            expected="convolutions of four axes, norms of one",
-            got=f"shapes from which its channels cannot be read ({error})",
-            fix="check that the file is whole; `sdconv inspect` lists what it holds",
-        ) from error
+    own = Own(found.shapes(shapes), where)
+    match found.kind:
+        case "AutoencoderKL":
+            check_kind(found, where)
+            return read_vae(own, shapes, metadata, family)
+        case "AutoencoderKLFlux2":
+            check_kind(found, where)
+            return read_flux2(own, family)
+        case "AutoencoderTiny":
+            return read_tiny(own, family)
+    return read_unet(own, family)
 
 
 _CONFIGS: Mapping[str, type[Config]] = {
@@ -256,8 +314,4 @@ _CONFIGS: Mapping[str, type[Config]] = {
 
 
 def _glimpse(names: list[str]) -> str:
-    if not names:
-        return "no tensors"
-    return (
-        f"{len(names)} tensors: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
-    )
+    return f"{len(names)} tensors: {short(sorted(names)[:4])}" if names else "no tensors"

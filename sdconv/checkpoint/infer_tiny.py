@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdconv.checkpoint.reading import Reading, built
+from sdconv.checkpoint.reading import Own, Reading, Shape
 from sdconv.config import AutoencoderTinyConfig
-from sdconv.errors import WeightsMismatchError
-
-Own = Mapping[str, tuple[int, ...]]
 
 TINY_FAMILIES = ("taesd", "taesdxl", "taesd3", "taef1", "taef2", "taesana")
 
@@ -19,7 +15,7 @@ def read_tiny(own: Own, family: str | None = None) -> Reading:
     """The config of a tiny autoencoder, or of one half of it.
 
     Args:
-        own: shape of each of its tensors, by diffusers' names.
+        own: shape of each of its tensors.
         family: one of ``TINY_FAMILIES``, where the caller knows it; no number depends on it.
 
     Raises:
@@ -28,18 +24,18 @@ def read_tiny(own: Own, family: str | None = None) -> Reading:
     encoder = _tiny_layers(own, "encoder")
     decoder = _tiny_layers(own, "decoder")
     assumed = AutoencoderTinyConfig.assumed
-    stem, encoder_channels, encoder_blocks = _tiny_encoder(encoder)
+    stem, encoder_channels, encoder_blocks = _tiny_encoder(own, encoder)
     decoder_channels, decoder_blocks = _tiny_decoder(decoder)
     latent = decoder[0].shape[1] if decoder else encoder[-1].shape[0]
     if encoder and decoder and encoder[-1].shape[0] != latent:
-        raise WeightsMismatchError(
+        raise own.mismatch(
             "encoder and decoder are of different autoencoders",
             expected=f"{latent} latent channels, the decoder's",
             got=f"{encoder[-1].shape[0]} out of the encoder",
             fix="load the two halves of one autoencoder",
         )
     pooled = any(layer.pooled for layer in (*encoder, *decoder))
-    config = built(
+    config = own.config(
         AutoencoderTinyConfig,
         in_channels=encoder[0].shape[1] if encoder else 3,
         out_channels=decoder[-1].shape[0] if decoder else 3,
@@ -73,7 +69,7 @@ def read_tiny(own: Own, family: str | None = None) -> Reading:
 class _Layer:
     """A layer of a tiny autoencoder: its first convolution's shape and what it is."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     block: bool
     biased: bool
     pooled: bool
@@ -81,32 +77,25 @@ class _Layer:
 
 def _tiny_layers(own: Own, half: str) -> list[_Layer]:
     """The layers of one half that have weights, in order; empty where that half is absent."""
-    numbers = {
-        int(m[1]) for name in own if (m := re.match(rf"{half}\.layers\.([0-9]{{1,4}})\.", name))
-    }
+    parts: dict[int, set[str]] = {}
+    for name in own:
+        if match := re.match(rf"{half}\.layers\.([0-9]{{1,4}})\.(.+)", name):
+            parts.setdefault(int(match[1]), set()).add(match[2])
     layers = []
-    for number in sorted(numbers):
-        at = f"{half}.layers.{number}."
-        shape = own.get(at + "conv.0.weight") or own.get(at + "weight")
-        if shape is None or len(shape) != 4:
-            raise WeightsMismatchError(
-                "a layer of the tiny autoencoder is incomplete",
-                where=at.removesuffix("."),
-                expected="a 3x3 convolution or a block of three",
-                got=", ".join(k for k in own if k.startswith(at)),
-            )
+    for number, names in sorted(parts.items()):
+        block = any(name.startswith("conv.") for name in names)
+        first = f"{half}.layers.{number}.{'conv.0.weight' if block else 'weight'}"
         layers.append(
             _Layer(
-                shape=shape,
-                block=at + "conv.0.weight" in own,
-                biased=at + "bias" in own,
-                pooled=at + "pool.0.weight" in own,
+                shape=own.axes(first, 4),
+                block=block,
+                biased="bias" in names,
+                pooled="pool.0.weight" in names,
             )
         )
     if layers and (layers[0].block or layers[-1].block or len(layers) < 3):
-        raise WeightsMismatchError(
-            "the tiny autoencoder is incomplete",
-            where=half,
+        raise own.mismatch(
+            f"the {half} of the tiny autoencoder is incomplete",
             expected="a convolution at each end and blocks between",
             got=f"{len(layers)} layers with weights",
         )
@@ -114,13 +103,15 @@ def _tiny_layers(own: Own, half: str) -> list[_Layer]:
 
 
 def _tiny_encoder(
-    layers: list[_Layer],
+    own: Own, layers: list[_Layer]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Stem channels, channels and number of blocks of each stage."""
     if not layers:
         return (), (), ()
     body = layers[:-1]
     stem = [layer.shape[0] for layer in body if layer.biased and not layer.block]
+    if not stem:
+        raise own.mismatch("encoder.layers.0.bias is missing", expected="a tensor of 1 axis")
     channels, blocks = _stages(stem[-1], body)
     # a stem of one convolution is the plain one, at stride 1; the strided stem has several
     return tuple(stem) if len(stem) > 1 else (), channels, blocks

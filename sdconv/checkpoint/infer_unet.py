@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sdconv.checkpoint.keys_unet import how_many
-from sdconv.checkpoint.reading import Reading
+from sdconv.checkpoint.reading import Own, Reading
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import NORM_NUM_GROUPS
 from sdconv.config.unet import (
@@ -22,9 +21,7 @@ from sdconv.config.unet import (
     Depths,
     UNetFacts,
 )
-from sdconv.errors import InputError, WeightsMismatchError
-
-Own = Mapping[str, tuple[int, ...]]
+from sdconv.errors import InputError
 
 # width of an embedded size or position in SDXL (`addition_time_embed_dim`), in every known family
 ADDED_TIME_DIM = 256
@@ -34,7 +31,7 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
     """The config of a U-Net.
 
     Args:
-        own: shape of each of its tensors, by diffusers' names.
+        own: shape of each of its tensors.
         family: a key of ``UNET_FACTS``, where the caller knows it.
 
     Raises:
@@ -45,11 +42,10 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
     channels = _levels(own, "down_blocks")
     depths = _Depths.read(own, len(channels))
     linear = any(len(own[k]) == 2 for k in own if k.endswith(".proj_in.weight"))
-    added = own.get("add_embedding.linear_1.weight")
-    projected = own.get("class_embedding.linear_1.weight")
-    listed = own.get("class_embedding.weight")
+    added = _width(own, "add_embedding.linear_1.weight")
+    projected = _width(own, "class_embedding.linear_1.weight")
     context = _context_width(own)
-    name, evidence, fitting = _family(own, linear, context)
+    name, evidence, fitting = _family(own, linear, added, context)
     if family is not None:
         if family not in fitting:
             raise InputError(
@@ -60,39 +56,34 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
             )
         name, evidence = family, "the caller's word"
     facts = UNET_FACTS[name]
-    time_channels, first = own["time_embedding.linear_1.weight"]
-    try:
-        config = UNet2DConditionConfig(
-            sample_size=facts.sample_size,
-            in_channels=own["conv_in.weight"][1],
-            out_channels=own["conv_out.weight"][0],
-            down_block_types=tuple(CROSS_DOWN if d else DOWN for d in depths.down),
-            mid_block_type=depths.mid_type,
-            up_block_types=tuple(CROSS_UP if d else UP for d in depths.up),
-            only_cross_attention=_only_cross(own, channels, context, name),
-            block_out_channels=channels,
-            layers_per_block=_short(depths.layers),
-            norm_num_groups=NORM_NUM_GROUPS,
-            cross_attention_dim=context or UNet2DConditionConfig.assumed["cross_attention_dim"],
-            transformer_layers_per_block=depths.per_block,
-            reverse_transformer_layers_per_block=depths.reverse_per_block,
-            attention_head_dim=_heads(channels, facts),
-            use_linear_projection=linear,
-            upcast_attention=facts.upcast_attention,
-            class_embed_type="projection" if projected else None,
-            num_class_embeds=listed[0] if listed else None,
-            addition_embed_type="text_time" if added else None,
-            addition_time_embed_dim=ADDED_TIME_DIM if added else None,
-            projection_class_embeddings_input_dim=(added or projected or (0, None))[1],
-            time_embedding_dim=None if time_channels == 4 * first else time_channels,
-            time_cond_proj_dim=own.get("time_embedding.cond_proj.weight", (0, None))[1],
-        )
-    except ValueError as error:
-        raise WeightsMismatchError(
-            f"the shapes make no U-Net that sdconv builds: {error}",
-            expected=f"channels that are multiples of {NORM_NUM_GROUPS}",
-            fix="a network with other groups needs its config.json beside the weights",
-        ) from error
+    time_channels, first = own.axes("time_embedding.linear_1.weight", 2)
+    classes = own.axes("class_embedding.weight", 2)[0] if "class_embedding.weight" in own else None
+    config = own.config(
+        UNet2DConditionConfig,
+        sample_size=facts.sample_size,
+        in_channels=own.axes("conv_in.weight", 4)[1],
+        out_channels=own.axes("conv_out.weight", 4)[0],
+        down_block_types=tuple(CROSS_DOWN if d else DOWN for d in depths.down),
+        mid_block_type=depths.mid_type,
+        up_block_types=tuple(CROSS_UP if d else UP for d in depths.up),
+        only_cross_attention=_only_cross(own, channels, context, name),
+        block_out_channels=channels,
+        layers_per_block=_short(depths.layers),
+        norm_num_groups=NORM_NUM_GROUPS,
+        cross_attention_dim=context or UNet2DConditionConfig.assumed["cross_attention_dim"],
+        transformer_layers_per_block=depths.per_block,
+        reverse_transformer_layers_per_block=depths.reverse_per_block,
+        attention_head_dim=_heads(channels, facts),
+        use_linear_projection=linear,
+        upcast_attention=facts.upcast_attention,
+        class_embed_type="projection" if projected else None,
+        num_class_embeds=classes,
+        addition_embed_type="text_time" if added else None,
+        addition_time_embed_dim=ADDED_TIME_DIM if added else None,
+        projection_class_embeddings_input_dim=added or projected,
+        time_embedding_dim=None if time_channels == 4 * first else time_channels,
+        time_cond_proj_dim=_width(own, "time_embedding.cond_proj.weight"),
+    )
     unsure = (
         family is None and facts.head_channels and any(c % facts.head_channels for c in channels)
     )
@@ -101,15 +92,27 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
         family=name,
         evidence=evidence,
         open_to=tuple(fitting) if unsure else (),
+        guess=f"could be of {' or '.join(fitting)}, which differ in the number of attention heads; "
+        f"{name} was taken (attention_head_dim {config.attention_head_dim}): pass family= to decide"
+        if unsure
+        else None,
     )
 
 
+def _width(own: Own, name: str) -> int | None:
+    """How wide a matrix's input is; None where there is no such matrix."""
+    return own.axes(name, 2)[1] if name in own else None
+
+
 def _check_complete(own: Own) -> None:
-    needed = ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight")
+    needed = ["conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"]
+    # a part of which anything is there is one that the network has
+    parts = ("add_embedding.linear_1", "class_embedding.linear_1", "time_embedding.cond_proj")
+    needed += [f"{part}.weight" for part in parts if own.has(part)]
     missing = [name for name in needed if name not in own]
     down, up = _levels(own, "down_blocks"), _levels(own, "up_blocks")
-    if missing or len(down) != len(up):
-        raise WeightsMismatchError(
+    if missing or not down or len(down) != len(up):
+        raise own.mismatch(
             "the U-Net is incomplete",
             expected="a way down and a way up with as many levels each",
             got=f"{len(down)} levels down, {len(up)} up"
@@ -121,7 +124,7 @@ def _check_complete(own: Own) -> None:
 def _levels(own: Own, blocks: str) -> tuple[int, ...]:
     """Channels of each block, in the order of the blocks, as far as they follow each other."""
     first = blocks + ".{}.resnets.0.conv1.weight"
-    return tuple(own[first.format(level)][0] for level in range(how_many(first, own)))
+    return tuple(own.axes(first.format(level), 4)[0] for level in range(how_many(first, own)))
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class _Depths:
             for way in ("down_blocks", "up_blocks")
         )
         if up_layers != tuple(n + 1 for n in layers[::-1]):
-            raise WeightsMismatchError(
+            raise own.mismatch(
                 "the way up does not match the way down",
                 expected=f"{[n + 1 for n in layers[::-1]]} ResNet blocks up, level by level",
                 got=list(up_layers),
@@ -188,9 +191,8 @@ def _transformers(own: Own, block: str, layers: int) -> tuple[int, ...]:
     """Blocks of each layer's transformer; empty without transformers."""
     there = [f"{block}.attentions.{i}.proj_in.weight" in own for i in range(layers)]
     if any(there) and not all(there):
-        raise WeightsMismatchError(
-            "a transformer is missing",
-            where=block,
+        raise own.mismatch(
+            f"a transformer is missing in {block}",
             expected=f"{layers} transformers, one behind each ResNet block, or none",
             got=f"{sum(there)}",
         )
@@ -202,9 +204,10 @@ def _transformers(own: Own, block: str, layers: int) -> tuple[int, ...]:
 
 
 def _context_width(own: Own) -> int | None:
-    widths = {shape[1] for name, shape in own.items() if name.endswith("attn2.to_k.weight")}
+    names = [name for name in own if name.endswith("attn2.to_k.weight")]
+    widths = {own.axes(name, 2)[1] for name in names}
     if len(widths) > 1:
-        raise WeightsMismatchError(
+        raise own.mismatch(
             "the transformers read texts of different widths",
             expected="one width",
             got=sorted(widths),
@@ -220,11 +223,15 @@ def _only_cross(
     # upscaler has no self-attention but on its last level
     upscaler = family == "x4-upscaler"
     result = [upscaler and level < len(channels) - 1 for level in range(len(channels))]
-    for name, shape in own.items():
+    for name in own:
         match = re.fullmatch(r"(down|up)_blocks\.([0-9]{1,4})\..+\.attn1\.to_k\.weight", name)
-        if match and context != shape[0]:
-            level = int(match[2]) if match[1] == "down" else len(channels) - 1 - int(match[2])
-            result[level] = shape[1] == context
+        if match is None:
+            continue
+        inner, width = own.axes(name, 2)
+        level = int(match[2]) if match[1] == "down" else len(channels) - 1 - int(match[2])
+        # what is of no level is told apart as unexpected, once the network is built
+        if context != inner and 0 <= level < len(channels):
+            result[level] = width == context
     return tuple(result) if any(result) else False
 
 
@@ -234,14 +241,16 @@ def _heads(channels: tuple[int, ...], facts: UNetFacts) -> int | tuple[int, ...]
     return tuple(max(1, count // facts.head_channels) for count in channels)
 
 
-def _family(own: Own, linear: bool, context: int | None) -> tuple[str, str, list[str]]:
+def _family(
+    own: Own, linear: bool, added: int | None, context: int | None
+) -> tuple[str, str, list[str]]:
     """The family, what decided it, and all families that the shapes allow."""
-    inputs = own["conv_in.weight"][1]
-    if (added := own.get("add_embedding.linear_1.weight")) is not None:
+    inputs = own.axes("conv_in.weight", 4)[1]
+    if added is not None:
         # the refiner embeds five numbers beside 1280 channels of text, SDXL six
-        refiner = added[1] == 1280 + 5 * ADDED_TIME_DIM or context == 1280
+        refiner = added == 1280 + 5 * ADDED_TIME_DIM or context == 1280
         name = "sdxl-refiner" if refiner else "sdxl"
-        return name, f"text and sizes {added[1]} wide beside the time", ["sdxl", "sdxl-refiner"]
+        return name, f"text and sizes {added} wide beside the time", ["sdxl", "sdxl-refiner"]
     if context is None:
         return "sd1", "no transformers", list(UNET_FACTS)
     if not linear:

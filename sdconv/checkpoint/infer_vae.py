@@ -8,27 +8,63 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.reading import Reading, built
+from sdconv.checkpoint.files import short
+from sdconv.checkpoint.find import Found
+from sdconv.checkpoint.reading import Own, Reading, Shape
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
 from sdconv.config.facts import NORM_NUM_GROUPS, VAE_FACTS, VaeFacts
-from sdconv.errors import InputError, WeightsMismatchError
+from sdconv.errors import InputError, UnknownNetworkError
 
-Own = Mapping[str, tuple[int, ...]]
+_ATTENTION = "mid_block.attentions.0"
+# what a VAE has that is of another kind than those built here, by names under its prefix
+_OTHER_KINDS = (
+    (
+        re.compile(r"quantize\..+"),
+        "is a VQ model, with a codebook in place of a distribution, which diffusers' AutoencoderKL "
+        "cannot represent",
+    ),
+    (
+        re.compile(r"(encoder|decoder)\.(down|up)(_blocks)?\.[0-9]+\.(attn|attentions)\..+"),
+        "has attention within its levels (attn_resolutions in its original config), which sdconv "
+        "does not build",
+    ),
+)
+
+
+def check_kind(found: Found, where: object) -> None:
+    """Refuses VAEs of which parts have no place in ``AutoencoderKL``, and says what they are.
+
+    Raises:
+        UnknownNetworkError: it is such a one.
+    """
+    for name in found.unexpected:
+        for pattern, what in _OTHER_KINDS:
+            if pattern.fullmatch(name.removeprefix(found.prefix)):
+                raise UnknownNetworkError(
+                    f"the vae {what}",
+                    where=where,
+                    expected="an encoder and a decoder with attention in the middle alone",
+                    got=short(name),
+                    fix="run it with the code that it was trained with",
+                )
 
 
 def read_vae(
-    own: Own, beside: Own, metadata: Mapping[str, str], family: str | None = None
+    own: Own,
+    beside: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    family: str | None = None,
 ) -> Reading:
     """The config of a VAE.
 
     Args:
-        own: shape of each of its tensors, by diffusers' names.
+        own: shape of each of its tensors.
         beside: shapes of the whole checkpoint, which may name the family.
         metadata: the file's own, which may name it too.
         family: a key of ``VAE_FACTS``, where the caller knows it.
 
     Raises:
-        WeightsMismatchError: a part is missing.
+        WeightsMismatchError: a part is missing, or laid out as diffusers' class cannot be.
         InputError: the family does not fit.
     """
     structure = _vae_structure(own)
@@ -42,7 +78,19 @@ def read_vae(
         force_upcast=True,
         source="no known family has this many latent channels",
     )
-    config = built(
+    taken = f"scaling_factor {facts.scaling_factor}, shift_factor {facts.shift_factor}"
+    guess = None
+    if choice.open_to:
+        guess = (
+            f"could be of {' or '.join(choice.open_to)}, which differ in the scaling factor; "
+            f"{choice.family} was taken ({taken}): pass family= to decide"
+        )
+    elif choice.family not in VAE_FACTS:
+        guess = (
+            f"has {latent} latent channels, as in no family known here: {taken} were taken; a "
+            "config.json beside the weights would decide"
+        )
+    config = own.config(
         AutoencoderKLConfig,
         **structure,
         scaling_factor=facts.scaling_factor,
@@ -55,6 +103,7 @@ def read_vae(
         family=choice.family,
         evidence=choice.evidence,
         open_to=choice.open_to,
+        guess=guess,
     )
 
 
@@ -65,59 +114,104 @@ def read_flux2(own: Own, family: str | None = None) -> Reading:
     structure = _vae_structure(own)
     decoder = _levels(own, "decoder.up_blocks")[::-1]
     same = decoder == structure["block_out_channels"]
-    per_patch = own["bn.running_mean"][0] / structure["latent_channels"]
-    side = math.isqrt(int(per_patch))
     assumed = AutoencoderKLFlux2Config.assumed
-    config = built(
+    config = own.config(
         AutoencoderKLFlux2Config,
         **structure,
         decoder_block_out_channels=None if same else decoder,
         sample_size=assumed["sample_size"],
         batch_norm_eps=assumed["batch_norm_eps"],
         batch_norm_momentum=assumed["batch_norm_momentum"],
-        patch_size=(side, side),
+        patch_size=_patch_size(own, structure["latent_channels"]),
     )
     return Reading(config=config, family="flux2", evidence="batch-norm statistics of its latents")
 
 
-def _vae_structure(own: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _patch_size(own: Own, latent_channels: int) -> tuple[int, int]:
+    """Rows and columns of the patches that the statistics are of: how many they are is all that
+    shapes tell, so they must be squares."""
+    name = "bn.running_mean" if "bn.running_mean" in own else "bn.running_var"
+    (count,) = own.axes(name, 1)
+    side = math.isqrt(count // latent_channels)
+    if side * side * latent_channels != count:
+        raise own.mismatch(
+            "the statistics of the latents are not of square patches",
+            expected=f"{latent_channels} latent channels times 1, 4, 9, ...",
+            got=f"{name} ({count},)",
+            fix="put the config.json beside the weights: its patch_size says what patches they are",
+        )
+    return side, side
+
+
+def _vae_structure(own: Own) -> dict[str, Any]:
     """The fields of a VAE's config that its shapes decide."""
     needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     missing = [name for name in needed if name not in own]
     encoder = _levels(own, "encoder.down_blocks")
     decoder = _levels(own, "decoder.up_blocks")
     if missing or not encoder or len(encoder) != len(decoder):
-        raise WeightsMismatchError(
+        raise own.mismatch(
             "the VAE is incomplete",
             expected="an encoder and a decoder with as many levels each",
             got=f"{len(encoder)} levels down, {len(decoder)} up"
             + (f", without {', '.join(missing)}" if missing else ""),
             fix="load a file that holds the whole VAE",
         )
+    _check_widths(own)
     layers = {
         int(m[1])
         for k in own
         if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.([0-9]{1,4})\.", k))
     }
     return {
-        "in_channels": own["encoder.conv_in.weight"][1],
-        "out_channels": own["decoder.conv_out.weight"][0],
-        "latent_channels": own["decoder.conv_in.weight"][1],
+        "in_channels": own.axes("encoder.conv_in.weight", 4)[1],
+        "out_channels": own.axes("decoder.conv_out.weight", 4)[0],
+        "latent_channels": own.axes("decoder.conv_in.weight", 4)[1],
         "block_out_channels": encoder,
         "layers_per_block": max(layers) + 1,
         "norm_num_groups": NORM_NUM_GROUPS,
-        "use_quant_conv": "quant_conv.weight" in own,
-        "use_post_quant_conv": "post_quant_conv.weight" in own,
-        "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in own,
+        # a part of which anything is there is one that the network has
+        "use_quant_conv": own.has("quant_conv"),
+        "use_post_quant_conv": own.has("post_quant_conv"),
+        "mid_block_add_attention": any(
+            own.has(f"{h}.{_ATTENTION}") for h in ("encoder", "decoder")
+        ),
     }
 
 
-def _levels(own: Mapping[str, tuple[int, ...]], blocks: str) -> tuple[int, ...]:
+def _check_widths(own: Own) -> None:
+    """Refuses originals of two kinds that diffusers' class has no field for (``ddconfig`` and
+    ``embed_dim`` in ldm's configs)."""
+    first = own.axes("encoder.conv_in.weight", 4)[0]
+    after, before, *_ = own.axes("encoder.down_blocks.0.resnets.0.conv1.weight", 4)
+    if first == before != after:
+        raise own.mismatch(
+            "the VAE's first level is wider than what enters it: ch_mult[0] is not 1 in its "
+            "original config, which diffusers' AutoencoderKL cannot represent",
+            expected="an encoder.conv_in as wide as the first level",
+            got=f"encoder.conv_in gives {first} channels, the first level {after}",
+            fix="run it with the code that it was trained with",
+        )
+    latent = own.axes("decoder.conv_in.weight", 4)[1]
+    if "post_quant_conv.weight" in own:
+        given, taken, *_ = own.axes("post_quant_conv.weight", 4)
+        if given == latent != taken:
+            raise own.mismatch(
+                "the VAE's latents have another number of channels than its decoder takes: "
+                "embed_dim is not z_channels in its original config, which diffusers' "
+                "AutoencoderKL cannot represent",
+                expected=f"a post_quant_conv of shape ({latent}, {latent}, 1, 1)",
+                got=own["post_quant_conv.weight"],
+                fix="run it with the code that it was trained with",
+            )
+
+
+def _levels(own: Own, blocks: str) -> tuple[int, ...]:
     """Output channels of each block, in the order of the blocks, as far as they are numbered
     without a gap."""
     channels: list[int] = []
-    while (shape := own.get(f"{blocks}.{len(channels)}.resnets.0.conv1.weight")) is not None:
-        channels.append(shape[0])
+    while (name := f"{blocks}.{len(channels)}.resnets.0.conv1.weight") in own:
+        channels.append(own.axes(name, 4)[0])
     return tuple(channels)
 
 
@@ -171,7 +265,7 @@ def misfit(family: str | None, network: str, fitting: Sequence[str]) -> InputErr
 
 def _vae_family(
     structure: Mapping[str, Any],
-    shapes: Own,
+    shapes: Mapping[str, Shape],
     metadata: Mapping[str, str],
     family: str | None,
 ) -> _Choice:
@@ -192,12 +286,10 @@ def _vae_family(
         return _Choice("sd1", "4 latent channels", open_to=("sd1", "sd2", "sdxl"))
     if latent == 16:
         return _Choice("flux1", "16 latent channels", open_to=("flux1", "sd3"))
-    return _Choice(
-        f"{latent}-channel", f"{latent} latent channels", open_to=("a family unknown here",)
-    )
+    return _Choice(f"{latent}-channel", f"{latent} latent channels")
 
 
-def _family_beside(shapes: Own) -> tuple[str, str] | None:
+def _family_beside(shapes: Mapping[str, Shape]) -> tuple[str, str] | None:
     """What the other networks in the same checkpoint say of the family, and which of them said
     it."""
     for name, shape in shapes.items():
@@ -206,7 +298,7 @@ def _family_beside(shapes: Own) -> tuple[str, str] | None:
     # the width of the text that the U-Net's first cross-attention reads
     widths = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
     for name, shape in shapes.items():
-        if name.endswith("attn2.to_k.weight") and shape[-1] in widths:
+        if name.endswith("attn2.to_k.weight") and shape and shape[-1] in widths:
             return widths[shape[-1]], f"the U-Net reads text {shape[-1]} wide"
     for word, named in (("joint_blocks.", "sd3"), ("double_blocks.", "flux1")):
         if any(word in name for name in shapes):

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import accumulate, count
 
 # leaf names of a ResNet block: diffusers' -> the original's
 RESNET_LEAVES: Mapping[str, str] = {
@@ -162,7 +162,7 @@ def keys_of_canonical(names: Collection[str]) -> UNetKeys:
         layers=tuple(how_many(f"down_blocks.{i}.resnets.{{}}.conv1.weight", names) for i in levels),
         up_attention=tuple(f"up_blocks.{i}.attentions.0.norm.weight" in names for i in levels),
         label=next(
-            (k for k, pairs in LABELS.items() if f"{pairs[0][0]}.weight" in names),
+            (k for k, pairs in LABELS.items() if _is_among(pairs[0][0], names)),
             None,
         ),
     )
@@ -179,11 +179,12 @@ def keys_of_original(names: Collection[str]) -> UNetKeys:
             layers[-1] += 1
         else:
             break
-    firsts = [sum(layers[::-1][:level]) + level for level in range(len(layers))]
+    # of each level on the way up, which has one ResNet block more than on the way down
+    firsts = accumulate((number + 1 for number in layers[:0:-1]), initial=0)
     label = None
     if "label_emb.weight" in names:
         label = "listed"
-    elif "label_emb.0.0.weight" in names:
+    elif _is_among("label_emb.0.0", names):
         # SDXL's text and sizes, or unCLIP's picture: SDXL has no transformers at the first level
         label = "projected" if "input_blocks.1.1.norm.weight" in names else "added"
     return UNetKeys(
@@ -191,6 +192,11 @@ def keys_of_original(names: Collection[str]) -> UNetKeys:
         up_attention=tuple(f"output_blocks.{n}.1.norm.weight" in names for n in firsts),
         label=label,
     )
+
+
+def _is_among(module: str, names: Collection[str]) -> bool:
+    """Whether any tensor of a module is among ``names``."""
+    return any(f"{module}.{tail}" in names for tail in ("weight", "bias"))
 
 
 def how_many(template: str, names: Collection[str]) -> int:

@@ -89,7 +89,7 @@ def load(
     place = usable_device(device)
     with open_source(_component_path(path, component)) as source:
         view = SourceView(source)
-        names = {found.component: found for found in find_networks(view.shapes)}
+        names = {found.component: found for found in find_networks(view.shapes, source.label)}
         if names:
             component = _one_of(names, component, source.label)
         (chosen,) = view.identify(family, component)
@@ -155,7 +155,7 @@ class SourceView:
 
 
 def _named_halves(source: Source) -> dict[str, tuple[SourceFile, str]]:
-    halves = [tiny_half(_shapes(file)) for file in source.files]
+    halves = [tiny_half(_shapes(file), file.label) for file in source.files]
     if sorted(halves) != ["decoder", "encoder"]:
         pairs = zip(source.files, halves, strict=True)
         raise UnknownNetworkError(
@@ -278,8 +278,9 @@ def _check_names(network: Network, chosen: Identified, view: SourceView, where: 
     shapes = [f"{found.names[n]} {wanted[n]}" for n in wrong]
     came = [f"{found.names[n]} {have[n]}" for n in wrong]
     parts = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
+    config = f", whose config says {'; '.join(told)}" if (told := chosen.contradicted) else ""
     raise WeightsMismatchError(
-        f"the weights do not fit the {chosen.component}: "
+        f"the weights do not fit the {chosen.component}{config}: "
         + "; ".join(f"{len(names)} {what}" for what, names in parts if names),
         where=where,
         expected=_some(shapes + missing) or "nothing more than the network's own tensors",

@@ -62,9 +62,10 @@ class Checkpoint:
         """What sdconv knows in it, with where it is; of a pipeline, in the folders that are named
         for it."""
         for part in self.parts:
-            for found in find_networks(part.view.shapes) if part.name in ("", *COMPONENTS) else ():
-                if part.name in ("", found.component):
-                    yield part, found
+            if part.name in ("", *COMPONENTS):
+                for found in find_networks(part.view.shapes, part.view.source.label):
+                    if part.name in ("", found.component):
+                        yield part, found
 
 
 Names = Mapping[str, tuple[str, tuple[int, ...]]]

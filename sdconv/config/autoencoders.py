@@ -38,6 +38,17 @@ class AutoencoderKLConfig(Config):
     }
     constant: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
     derived: ClassVar[frozenset[str]] = frozenset({"down_block_types", "up_block_types"})
+    beyond_shapes: ClassVar[frozenset[str]] = frozenset(
+        {
+            "norm_num_groups",
+            "sample_size",
+            "scaling_factor",
+            "shift_factor",
+            "latents_mean",
+            "latents_std",
+            "force_upcast",
+        }
+    )
 
     in_channels: int
     out_channels: int
@@ -109,6 +120,9 @@ class AutoencoderKLFlux2Config(Config):
     }
     constant: ClassVar[Mapping[str, Any]] = {"act_fn": "silu"}
     derived: ClassVar[frozenset[str]] = frozenset({"down_block_types", "up_block_types"})
+    beyond_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"norm_num_groups", "sample_size", "batch_norm_eps", "batch_norm_momentum"}
+    )
     unused: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
 
     in_channels: int
@@ -190,6 +204,9 @@ class AutoencoderTinyConfig(Config):
         "upsampling_scaling_factor": 2,
     }
     derived: ClassVar[frozenset[str]] = frozenset({"block_out_channels"})
+    beyond_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"latent_magnitude", "latent_shift", "force_upcast", "scaling_factor", "shift_factor"}
+    )
     extensions: ClassVar[frozenset[str]] = frozenset({"encoder_stem_channels", "use_midblock_gn"})
 
     in_channels: int

@@ -35,8 +35,10 @@ class Config(Mapping[str, Any]):
     constant: ClassVar[Mapping[str, Any]] = {}
     # keys of a config.json that follow from other fields
     derived: ClassVar[frozenset[str]] = frozenset()
-    # keys of a config.json that this network has no use for
+    # keys of a config.json that this network has no use for, whatever they say
     unused: ClassVar[frozenset[str]] = frozenset()
+    # fields that no tensor's shape tells
+    beyond_shapes: ClassVar[frozenset[str]] = frozenset()
     # fields unknown to diffusers, which are written only where they say something
     extensions: ClassVar[frozenset[str]] = frozenset()
 
@@ -118,13 +120,24 @@ class Config(Mapping[str, Any]):
                 fix="remove config.json: the config is then read from the weights' shapes",
             )
         try:
-            return cls(**{k: _frozen(v) for k, v in values.items()})
+            config = cls(**{k: _frozen(v) for k, v in values.items()})
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"config.json does not describe a {cls.class_name}: {error}",
                 where=where,
                 fix="remove config.json: the config is then read from the weights' shapes",
             ) from error
+        for key in sorted((cls.derived - cls.unused) & set(given)):
+            if _frozen(given[key]) != config[key]:
+                raise CheckpointError(
+                    f"config.json contradicts itself in {key}",
+                    where=where,
+                    expected=f"{config[key]!r}, which follows from its other fields",
+                    got=repr(given[key])[:80],
+                    fix=f"if the weights are of this network, remove {key} from config.json; "
+                    "otherwise use diffusers for it",
+                )
+        return config
 
 
 def _frozen(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sdconv.config.base import Config, check_divisible, check_positive
+from sdconv.config.base import Config, check_divisible, check_layers, check_positive
 from sdconv.config.facts import NORM_NUM_GROUPS, UNET_NORM_EPS
 
 CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -86,6 +86,10 @@ class UNet2DConditionConfig(Config):
     derived: ClassVar[frozenset[str]] = frozenset(
         {"addition_embed_type_num_heads", "mid_block_only_cross_attention"}
     )
+    unused: ClassVar[frozenset[str]] = derived
+    beyond_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"norm_num_groups", "sample_size", "attention_head_dim", "upcast_attention"}
+    )
 
     sample_size: int | tuple[int, int] | None
     in_channels: int
@@ -121,6 +125,7 @@ class UNet2DConditionConfig(Config):
             cross_attention_dim=self.cross_attention_dim,
             attention_head_dim=self.attention_head_dim,
         )
+        check_layers(layers_per_block=self.layers_per_block)
         check_divisible(self.block_out_channels, self.norm_num_groups)
         levels = len(self.block_out_channels)
         for name in (
@@ -154,8 +159,7 @@ class UNet2DConditionConfig(Config):
         if self.addition_embed_type is not None:
             check_positive(addition_time_embed_dim=self.addition_time_embed_dim)
         depths = [d for level in (*self.down_depths, *self.up_depths) for d in level]
-        if any(type(depth) is not int or depth < 0 for depth in depths):
-            raise ValueError(f"transformer depths {depths} are not all counts")
+        check_layers(transformer_layers_per_block=tuple(depths))
         for heads, channels in zip(self.heads, self.block_out_channels, strict=True):
             if channels % heads:
                 raise ValueError(f"{channels} channels cannot be split into {heads} heads")
