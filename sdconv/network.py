@@ -1,22 +1,23 @@
-"""What every network here has in common, and what lets it stand in for diffusers' class of the same
-name."""
+"""What every network here has in common."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdconv.checkpoint.write import write_folder
-from sdconv.config import Config
 from sdconv.errors import InputError, SdconvError
+from sdconv.inputs import check_like, check_tensor
+from sdconv.stand_in import StandIn
+
+# diffusers' attention processors that differ in memory and rounding only
+_SAME_ATTENTION = frozenset(
+    {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "XFormersAttnProcessor"}
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -48,39 +49,13 @@ def moved_by_hooks(method: Method) -> Method:
     return cast(Method, wrapper)
 
 
-class Network(nn.Module):
-    """A network built from a config.
+class Network(StandIn):
+    """A network built from a config, which a diffusers pipeline takes for its own.
 
-    It stands in for the diffusers class that its config names: a pipeline takes it, moves it,
-    offloads it, saves it under that class's name and accepts it in ``from_pretrained(...,
-    vae=network)``. Pipelines decide that by ``isinstance`` and by the class's name, so once
-    diffusers is imported ``network.__class__`` answers with diffusers' class, as proxies do in
-    Python; ``type(network)`` stays sdconv's. diffusers is never imported here.
+    ``Pipeline.from_pipe(pipe)`` keeps it where it keeps diffusers' class of the same name; a tiny
+    autoencoder in a VAE's place has to be named, there as in diffusers: ``from_pipe(pipe,
+    vae=pipe.vae)``.
     """
-
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        # recorded by pipelines in model_index.json, so that what they save opens without sdconv
-        self.__dict__["__module__"] = "diffusers"
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        diffusers = sys.modules.get("diffusers")
-        # torch.compile looks attributes up by __class__, and is to find ours
-        if diffusers is None or torch.compiler.is_compiling():
-            return type(self)
-        return getattr(diffusers, self.config.class_name, type(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # pickle insists that an object's __class__ be what it rebuilds
-        return _rebuild, (type(self),), self.__dict__
-
-    def register_to_config(self, **fields: Any) -> None:
-        """Changes fields of the config, as some pipelines do with the VAE's scaling factor."""
-        self.config = dataclasses.replace(self.config, **fields)  # type: ignore[type-var]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,42 +86,11 @@ class Network(nn.Module):
             if isinstance(module, Recomputed):
                 module.gradient_checkpointing = enabled
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``, as
-        pipelines ask for it.
-
-        Args:
-            save_directory: the component's folder; made if absent.
-            safe_serialization: must be True; sdconv writes no pickles.
-            variant: a word put into the file's name, such as ``"fp16"``.
-            kwargs: nothing else is taken.
-
-        Raises:
-            InputError: an option that is not taken.
-        """
-        if not safe_serialization or kwargs:
-            raise InputError(
-                "sdconv writes one safetensors file for each network",
-                where="save_pretrained",
-                expected="safe_serialization=True and no further options",
-                got=", ".join([f"safe_serialization={safe_serialization}", *kwargs]),
-            )
-        write_folder(self.state_dict(), self.config, Path(save_directory), variant=variant)
-
-
-def _rebuild(cls: type[Network]) -> Network:
-    return cls.__new__(cls)
-
 
 class Autoencoder(Network):
     """What the two kinds of autoencoder share: slicing, and the check of what comes in."""
 
+    component: ClassVar[str] = "vae"
     use_slicing: bool = False
 
     @property
@@ -162,13 +106,18 @@ class Autoencoder(Network):
         """Works through a whole batch at once again."""
         self.use_slicing = False
 
-    def enable_tiling(self, *args: object, **kwargs: object) -> None:
+    def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
         """Refused: tiles see other normalisation statistics than the picture, so the result would
         differ.
 
+        Args:
+            use_tiling: False, which older versions of diffusers take too, leaves it off.
+
         Raises:
-            SdconvError: always.
+            SdconvError: tiling is asked for.
         """
+        if not use_tiling:
+            return
         raise SdconvError(
             "tiling is not offered: GroupNorm and attention over tiles change the picture",
             where=f"{self.config.class_name}.enable_tiling",
@@ -178,19 +127,68 @@ class Autoencoder(Network):
     def disable_tiling(self) -> None:
         """Nothing to do: tiling is never on."""
 
+    @property
+    def use_tiling(self) -> bool:
+        """Whether a picture is worked through in parts; setting it is ``enable_tiling(value)``."""
+        return getattr(self, "streaming", None) is not None
+
+    @use_tiling.setter
+    def use_tiling(self, value: bool) -> None:
+        self.enable_tiling(value)
+
+    def fuse_qkv_projections(self) -> None:
+        """Nothing to do: the one attention layer in each half is left as it is."""
+
+    def unfuse_qkv_projections(self) -> None:
+        """Nothing to do."""
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """Empty: what attention it has is one function, which no processor replaces."""
+        return {}
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Takes diffusers' processors that compute what is computed here, and changes nothing.
+
+        Raises:
+            SdconvError: another processor.
+        """
+        given = processor.values() if isinstance(processor, Mapping) else (processor,)
+        if others := {type(one).__name__ for one in given} - _SAME_ATTENTION:
+            raise SdconvError(
+                "its attention cannot be replaced",
+                where=f"{self.config.class_name}.set_attn_processor",
+                expected=" or ".join(sorted(_SAME_ATTENTION)),
+                got=", ".join(sorted(others)),
+                fix="use diffusers' class for this",
+            )
+
+    def set_default_attn_processor(self) -> None:
+        """Nothing to do: it computes as diffusers does with its default processor."""
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
+        """Nothing to do: where it has attention, that is torch's fused kernel, whose memory grows
+        with the number of positions and not with its square."""
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Nothing to do."""
+
     def _over_batch(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         if self.use_slicing and len(batch) > 1:
             return torch.cat([run(one) for one in torch.split(batch, 1)])
         return run(batch)
 
-    def _checked(self, x: Tensor, what: str, channels: int, least: int) -> Tensor:
+    def _checked(self, x: object, what: str, channels: int, least: int, part: nn.Module) -> Tensor:
         """``x`` if it is a batch of maps with this many channels, at least ``least`` rows and
-        columns."""
-        if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < least:
+        columns, and ``part`` can compute with it."""
+        where = self.config.class_name
+        x = check_tensor(x, what, where, f"(B, {channels}, H, W)")
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape or min(x.shape[2:]) < least:
             raise InputError(
                 f"{what} of the wrong shape",
-                where=self.config.class_name,
-                expected=f"(B, {channels}, H, W) with H and W at least {least}",
+                where=where,
+                expected=f"(B, {channels}, H, W) with B at least 1, H and W at least {least}",
                 got=tuple(x.shape),
             )
+        check_like(x, part, what, where)
         return x

@@ -8,11 +8,12 @@ its numbers are one higher.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sdconv.config import AutoencoderTinyConfig
+from sdconv.config import AutoencoderTinyConfig, Config
 from sdconv.errors import SdconvError
 from sdconv.network import Autoencoder, Recomputed, moved_by_hooks
 from sdconv.outputs import AutoencoderTinyOutput, DecoderOutput
@@ -132,6 +133,7 @@ class AutoencoderTiny(Autoencoder):
         config: channels and blocks of each half; a half without blocks is absent.
     """
 
+    config_class: ClassVar[type[Config]] = AutoencoderTinyConfig
     config: AutoencoderTinyConfig
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
@@ -159,8 +161,8 @@ class AutoencoderTiny(Autoencoder):
             ``.latents``: ``(B, latent_channels, H / downscale, W / downscale)``, raw.
 
         Raises:
-            InputError: another number of axes or channels. SdconvError: only the decoder was
-            loaded.
+            InputError: no tensor, or of another shape, dtype or device than the network takes.
+            SdconvError: only the decoder was loaded.
         """
         latents = self._latents(x)
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
@@ -181,11 +183,11 @@ class AutoencoderTiny(Autoencoder):
             not clamped.
 
         Raises:
-            InputError: another number of axes or channels. SdconvError: only the encoder was
-            loaded.
+            InputError: no tensor, or of another shape, dtype or device than the network takes.
+            SdconvError: only the encoder was loaded.
         """
         decoder = self._half("decoder", self.decoder)
-        x = self._checked(x, "latents", self.config.latent_channels, 1)
+        x = self._checked(x, "latents", self.config.latent_channels, 1, decoder)
         sample = self._over_batch(decoder, x)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -207,7 +209,8 @@ class AutoencoderTiny(Autoencoder):
 
     def _latents(self, x: Tensor) -> Tensor:
         encoder = self._half("encoder", self.encoder)
-        return self._over_batch(encoder, self._checked(x, "pictures", self.config.in_channels, 1))
+        x = self._checked(x, "pictures", self.config.in_channels, 1, encoder)
+        return self._over_batch(encoder, x)
 
     def _half(self, name: str, half: nn.Module | None) -> nn.Module:
         if half is None:

@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from sdconv.blocks import Downsample2D, ResnetBlock2D, Upsample2D
-from sdconv.config import UNet2DConditionConfig
+from sdconv.blocks import Downsample2D, Upsample2D
+from sdconv.config import Config, UNet2DConditionConfig
 from sdconv.config.facts import UNET_NORM_EPS
+from sdconv.errors import InputError
 from sdconv.network import Network
 from sdconv.outputs import Output
 from sdconv.unet_blocks import (
     Conditions,
     DownBlock2D,
-    NoTransformer,
+    SlotMaker,
     TimestepEmbedding,
     Timesteps,
     Transformers,
-    TransformerSlot,
     UNetMidBlock2D,
     UpBlock2D,
 )
@@ -39,6 +39,8 @@ from sdconv.unet_inputs import (
     check_sample,
     check_text,
 )
+
+Added = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class UNet2DConditionModel(Network):
         transformers: makes the module for each slot, or None for a skeleton without transformers.
     """
 
+    config_class: ClassVar[type[Config]] = UNet2DConditionConfig
+    component: ClassVar[str] = "unet"
     config: UNet2DConditionConfig
 
     def __init__(self, config: UNet2DConditionConfig, transformers: Transformers | None) -> None:
@@ -67,7 +71,7 @@ class UNet2DConditionModel(Network):
         channels = config.block_out_channels
         first, last, levels = channels[0], channels[-1], len(channels)
         time, cross = config.time_embedding_dim or 4 * first, config.crosses_only
-        make = _Maker(config, transformers, time)
+        make = SlotMaker(config, transformers, time)
 
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_proj = Timesteps(first)
@@ -173,21 +177,24 @@ class UNet2DConditionModel(Network):
             InputError: something is missing, of the wrong shape, or not taken by this network.
         """
         # every check comes before any arithmetic
-        added = added_cond_kwargs or {}
+        added = {} if added_cond_kwargs is None else added_cond_kwargs
         down, mid = down_block_additional_residuals, mid_block_additional_residual
-        adapter = list(down_intrablock_additional_residuals or ())
-        check_sample(self.config, sample, timestep, timestep_cond, class_labels)
+        masks = {"attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask}
+        check_sample(self.config, self, sample, timestep, timestep_cond, class_labels)
         if self.reads_text:
-            check_text(self.config, len(sample), encoder_hidden_states)
-        check_added(self.config, len(sample), added, self.encoder_hid_proj is not None)
-        check_residuals(self.config, down, mid, adapter)
-        check_attention(cross_attention_kwargs)
+            check_text(self.config, self, len(sample), encoder_hidden_states)
+        check_added(self.config, self, sample, added, self.encoder_hid_proj is not None)
+        check_residuals(self.config, down, mid, down_intrablock_additional_residuals)
+        check_attention(masks, cross_attention_kwargs)
+        adapter = list(down_intrablock_additional_residuals or ())
 
-        temb = self._embedding(sample, timestep, timestep_cond, class_labels, added)
-        conditions: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states}
-        if self.encoder_hid_proj is not None:
-            pictures = self.encoder_hid_proj(added["image_embeds"])
-            conditions["encoder_hidden_states"] = (encoder_hidden_states, pictures)
+        temb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
+        if (of_class := self.get_class_embed(sample, class_labels)) is not None:
+            temb = temb + of_class
+        if (of_size := self.get_aug_embed(temb, encoder_hidden_states, added)) is not None:
+            temb = temb + of_size
+        read = self.process_encoder_hidden_states(encoder_hidden_states, added)
+        conditions: dict[str, Any] = {"encoder_hidden_states": read}
         if attention_mask is not None:
             conditions["attention_mask"] = _bias(attention_mask, sample.dtype)
         if encoder_attention_mask is not None:
@@ -224,28 +231,55 @@ class UNet2DConditionModel(Network):
         for block in self._up_levels:
             block.freeu = None
 
+    def get_time_embed(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Sinusoids of the timestep, ``(B, block_out_channels[0])``, in ``sample``'s dtype."""
+        steps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        return self.time_proj(steps).to(sample.dtype)  # type: ignore[no-any-return]
+
+    def get_class_embed(self, sample: Tensor, class_labels: Tensor | None) -> Tensor | None:
+        """What is added to the time embedding for the class, ``(B, T)``; None without classes.
+
+        Raises:
+            InputError: a label that is out of range, where torch notices (not on CUDA).
+        """
+        if self.class_embedding is None:
+            return None
+        try:
+            return self.class_embedding(class_labels).to(sample.dtype)  # type: ignore[no-any-return]
+        except IndexError as error:
+            raise InputError(
+                "class_labels out of range",
+                where=self.config.class_name,
+                expected=f"0 to {(self.config.num_class_embeds or 0) - 1}",
+                got=class_labels,
+            ) from error
+
+    def get_aug_embed(
+        self, emb: Tensor, encoder_hidden_states: Tensor | None, added_cond_kwargs: Added
+    ) -> Tensor | None:
+        """What is added to the time embedding ``emb`` for SDXL's pooled text and sizes, ``(B, T)``;
+        None where there are none."""
+        if self.add_embedding is None:
+            return None
+        text = added_cond_kwargs["text_embeds"]
+        sizes = self.add_time_proj(added_cond_kwargs["time_ids"].flatten()).reshape(len(text), -1)
+        return self.add_embedding(torch.cat([text, sizes], dim=-1).to(emb.dtype))  # type: ignore[no-any-return]
+
+    def process_encoder_hidden_states(
+        self, encoder_hidden_states: Tensor | None, added_cond_kwargs: Added
+    ) -> Any:
+        """What the transformers read: the text, and an IP-Adapter's pictures beside it."""
+        if self.encoder_hid_proj is None:
+            return encoder_hidden_states
+        return encoder_hidden_states, self.encoder_hid_proj(added_cond_kwargs["image_embeds"])
+
+    @classmethod
+    def _built(cls, config: UNet2DConditionConfig) -> Self:
+        return with_diffusers_transformers(config)  # type: ignore[return-value]
+
     @property
     def _up_levels(self) -> Iterable[UpBlock2D]:
         return cast(Iterable[UpBlock2D], self.up_blocks)
-
-    def _embedding(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        timestep_cond: Tensor | None,
-        class_labels: Tensor | None,
-        added: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Everything that is known of the sample as a whole, ``(B, T)``."""
-        steps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        temb = self.time_embedding(self.time_proj(steps).to(sample.dtype), timestep_cond)
-        if self.class_embedding is not None:
-            temb = temb + self.class_embedding(class_labels).to(sample.dtype)
-        if self.add_embedding is not None:
-            text = added["text_embeds"]
-            sizes = self.add_time_proj(added["time_ids"].flatten()).reshape(len(text), -1)
-            temb = temb + self.add_embedding(torch.cat([text, sizes], dim=-1).to(temb.dtype))
-        return temb  # type: ignore[no-any-return]
 
     def _down(
         self, x: Tensor, temb: Tensor, conditions: Conditions, adapter: list[Tensor]
@@ -270,50 +304,6 @@ class UNet2DConditionModel(Network):
             size = tuple(skips[-1].shape[2:]) if skips else None
             x = block(x, temb, own, conditions, size)
         return x
-
-
-class _Maker:
-    """Makes the parts of one U-Net's levels."""
-
-    def __init__(
-        self, config: UNet2DConditionConfig, transformers: Transformers | None, time: int
-    ) -> None:
-        self._config, self._transformers, self._time = config, transformers, time
-        self.reads_text = False
-
-    def resnets(self, inputs: Sequence[int], channels: int) -> list[nn.Module]:
-        return [
-            ResnetBlock2D(
-                given,
-                channels,
-                temb_channels=self._time,
-                groups=self._config.norm_num_groups,
-                eps=UNET_NORM_EPS,
-            )
-            for given in inputs
-        ]
-
-    def transformers(
-        self, place: str, level: int, depths: Sequence[int], only_cross: bool
-    ) -> list[nn.Module]:
-        config = self._config
-        slots = [
-            TransformerSlot(
-                name=f"{place}.attentions.{layer}",
-                channels=config.block_out_channels[level],
-                heads=config.heads[level],
-                depth=depth,
-                cross_attention_dim=config.context_dims[level],
-                use_linear_projection=config.use_linear_projection,
-                only_cross_attention=only_cross,
-                upcast_attention=bool(config.upcast_attention),
-                norm_num_groups=config.norm_num_groups,
-            )
-            for layer, depth in enumerate(depths)
-        ]
-        made = [self._transformers(slot) if self._transformers else None for slot in slots]
-        self.reads_text |= any(module is not None for module in made)
-        return [NoTransformer() if module is None else module for module in made]
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdconv.blocks import ResnetBlock2D
+from sdconv.config import UNet2DConditionConfig
+from sdconv.config.facts import UNET_NORM_EPS
 from sdconv.network import Recomputed
 from sdconv.ops.freeu import amplified, low_frequencies_scaled
 from sdconv.ops.timesteps import sinusoid
@@ -204,3 +207,47 @@ class UpBlock2D(Level):
         for upsampler in self.upsamplers or ():
             x = upsampler(x, size)
         return x
+
+
+class SlotMaker:
+    """Makes what one U-Net's levels are made of: ResNet blocks, and what stands in their slots."""
+
+    def __init__(
+        self, config: UNet2DConditionConfig, transformers: Transformers | None, time: int
+    ) -> None:
+        self._config, self._transformers, self._time = config, transformers, time
+        self.reads_text = False
+
+    def resnets(self, inputs: Sequence[int], channels: int) -> list[nn.Module]:
+        return [
+            ResnetBlock2D(
+                given,
+                channels,
+                temb_channels=self._time,
+                groups=self._config.norm_num_groups,
+                eps=UNET_NORM_EPS,
+            )
+            for given in inputs
+        ]
+
+    def transformers(
+        self, place: str, level: int, depths: Sequence[int], only_cross: bool
+    ) -> list[nn.Module]:
+        config = self._config
+        slots = [
+            TransformerSlot(
+                name=f"{place}.attentions.{layer}",
+                channels=config.block_out_channels[level],
+                heads=config.heads[level],
+                depth=depth,
+                cross_attention_dim=config.context_dims[level],
+                use_linear_projection=config.use_linear_projection,
+                only_cross_attention=only_cross,
+                upcast_attention=bool(config.upcast_attention),
+                norm_num_groups=config.norm_num_groups,
+            )
+            for layer, depth in enumerate(depths)
+        ]
+        made = [self._transformers(slot) if self._transformers else None for slot in slots]
+        self.reads_text |= any(module is not None for module in made)
+        return [NoTransformer() if module is None else module for module in made]

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sdconv.blocks import DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D
-from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
+from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, Config
 from sdconv.config.facts import VAE_NORM_EPS
+from sdconv.inputs import check_room
 from sdconv.network import Autoencoder, Recomputed, moved_by_hooks
 from sdconv.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
 from sdconv.streaming import Streaming
@@ -132,8 +133,11 @@ class AutoencoderKL(Autoencoder):
         config: which channels, levels and parts; read from a checkpoint by ``sdconv.infer``.
     """
 
+    config_class: ClassVar[type[Config]] = AutoencoderKLConfig
     config: AutoencoderKLConfig | AutoencoderKLFlux2Config
     streaming: Streaming | None = None
+    # whole halves, since `encode` and `decode` run without `forward`
+    _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
 
     def __init__(self, config: AutoencoderKLConfig | AutoencoderKLFlux2Config) -> None:
         super().__init__(config)
@@ -217,7 +221,8 @@ class AutoencoderKL(Autoencoder):
             ``.latent_dist``, over latents ``(B, latent_channels, H // downscale, W // downscale)``.
 
         Raises:
-            InputError: another number of axes or channels, or a picture smaller than one latent.
+            InputError: no tensor, of another shape, dtype or device than the network takes, or too
+            small.
         """
         posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -238,7 +243,8 @@ class AutoencoderKL(Autoencoder):
             not clamped.
 
         Raises:
-            InputError: another number of axes or channels.
+            InputError: no tensor, of another shape, dtype or device than the network takes, or too
+            small.
         """
         sample = self._sample(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -256,16 +262,26 @@ class AutoencoderKL(Autoencoder):
         return self.decode(z, return_dict=return_dict)
 
     def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
-        x = self._checked(x, "pictures", self.config.in_channels, self.downscale)
+        x = self._checked(x, "pictures", self.config.in_channels, self.downscale, self.encoder)
+        rows, columns = (side // self.downscale for side in x.shape[2:])
+        self._check_room(x, rows * columns, self.config.block_out_channels[-2:])
         if self.streaming is not None:
             return DiagonalGaussianDistribution(self.streaming(self, "encode", x))
         return DiagonalGaussianDistribution(self._over_batch(self._moments, x))
 
     def _sample(self, z: Tensor) -> Tensor:
-        z = self._checked(z, "latents", self.config.latent_channels, 1)
+        first = self.decoder if self.post_quant_conv is None else self.post_quant_conv
+        z = self._checked(z, "latents", self.config.latent_channels, 1, first)
+        self._check_room(z, z.shape[2] * z.shape[3], self.config.decoder_channels[-1:])
         if self.streaming is not None:
             return self.streaming(self, "decode", z)
         return self._over_batch(self._pictures, z)
+
+    def _check_room(self, x: Tensor, area: int, channels: tuple[int, ...]) -> None:
+        """Looks at the smallest map, which has so many positions."""
+        batch = 1 if self.use_slicing else len(x)
+        groups = self.config.norm_num_groups
+        check_room(batch, area, min(channels), groups, self.config.class_name)
 
     def _moments(self, x: Tensor) -> Tensor:
         moments: Tensor = self.encoder(x)
@@ -283,6 +299,7 @@ class AutoencoderKLFlux2(AutoencoderKL):
     ``bn.running_mean`` and ``bn.running_var``.
     """
 
+    config_class: ClassVar[type[Config]] = AutoencoderKLFlux2Config
     config: AutoencoderKLFlux2Config
 
     def __init__(self, config: AutoencoderKLFlux2Config) -> None:

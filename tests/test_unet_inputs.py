@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,6 +22,18 @@ NETWORKS = {
 }
 
 
+def on_meta(value: Any) -> Any:
+    """The same with no numbers in its tensors, as the networks here have none in theirs."""
+    match value:
+        case torch.Tensor():
+            return value.to("meta")
+        case list():
+            return [on_meta(one) for one in value]
+        case dict():
+            return {name: on_meta(one) for name, one in value.items()}
+    return value
+
+
 def given(network: UNet2DConditionModel, **changed: Any) -> dict[str, Any]:
     names = (
         "sample",
@@ -32,9 +45,12 @@ def given(network: UNet2DConditionModel, **changed: Any) -> dict[str, Any]:
         "cross_attention_kwargs",
         "added_cond_kwargs",
     )
-    return dict(zip(names, unets.inputs(network.config), strict=True)) | changed
+    return on_meta(dict(zip(names, unets.inputs(network.config), strict=True)) | changed)
 
 
+ARRAY = torch.zeros(2, 4, 8, 12).numpy()
+WHOLE = torch.zeros(2, 4, 8, 12, dtype=torch.int64)
+TEXT = torch.zeros(2, 7, 24)
 SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6)}
 
 
@@ -45,6 +61,16 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ("plain", {"sample": torch.zeros(4, 8, 8)}, "latents", "(B, 4, H, W)", "(4, 8, 8)"),
         ("plain", {"sample": torch.zeros(2, 4, 0, 8)}, "latents", "(B, 4, H, W)", "(2, 4, 0, 8)"),
         ("plain", {"sample": torch.tensor(0.0)}, "latents", "(B, 4, H, W)", "()"),
+        ("plain", {"sample": torch.zeros(0, 4, 8, 8)}, "latents", "(B, 4, H, W)", "(0, 4, 8, 8)"),
+        ("plain", {"sample": None}, "must be a tensor", "(B, 4, H, W)", "None"),
+        ("plain", {"sample": [[0.0]]}, "must be a tensor", "torch.Tensor", "builtins.list"),
+        ("plain", {"sample": ARRAY}, "must be a tensor", "torch.Tensor", "numpy.ndarray"),
+        ("plain", {"sample": WHOLE}, "latents must be of floating", "float32", "int64"),
+        ("plain", {"sample": WHOLE.double()}, "latents of another dtype", "float32", "float64"),
+        ("plain", {"timestep": None}, "timesteps", "a number", "None"),
+        ("plain", {"timestep": "5"}, "timesteps", "a number", "a str"),
+        ("plain", {"timestep": [5]}, "timesteps", "a number", "a list"),
+        ("plain", {"timestep": torch.zeros(2).bool()}, "timesteps", "a number", "torch.bool"),
         ("plain", {"timestep": torch.zeros(3)}, "timesteps", "(2,)", "(3,)"),
         ("plain", {"timestep": torch.zeros(2, 1)}, "timesteps", "(2,)", "(2, 1)"),
         (
@@ -62,7 +88,14 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
             "(1, 7, 24)",
         ),
         ("plain", {"encoder_hidden_states": None}, "encoder_hidden_states", "tokens", "None"),
+        ("plain", {"encoder_hidden_states": TEXT.numpy()}, "encoder_hidden", "tokens", "a ndarray"),
+        ("plain", {"encoder_hidden_states": TEXT.half()}, "another dtype", "float32", "float16"),
+        ("plain", {"encoder_hidden_states": TEXT.long()}, "floating point", "float32", "int64"),
+        ("plain", {"encoder_hidden_states": TEXT[:, :0]}, "encoder_hidden", "tokens", "(2, 0, 24)"),
+        ("plain", {"attention_mask": [1]}, "attention_mask must", "(B, tokens)", "builtins.list"),
+        ("plain", {"added_cond_kwargs": 1}, "must be a dictionary", "none", "a int"),
         ("plain", {"class_labels": torch.zeros(2)}, "class_labels", "None", "(2,)"),
+        ("plain", {"class_labels": 3}, "class_labels", "None", "a int"),
         ("plain", {"timestep_cond": torch.zeros(2, 256)}, "timestep_cond", "None", "(2, 256)"),
         ("plain", {"added_cond_kwargs": SIZED}, "added_cond_kwargs", "none", "text_embeds, time"),
         ("plain", {"cross_attention_kwargs": {"gligen": {}}}, "GLIGEN", "no such", "gligen"),
@@ -88,11 +121,29 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
             "C + 256 n = 1552",
             "(2, 16) and (2, 5)",
         ),
+        (
+            "SDXL",
+            {"added_cond_kwargs": {**SIZED, "time_ids": torch.zeros(13)}},
+            "wrong shapes",
+            "C + 256 n = 1552",
+            "(2, 16) and (13,)",
+        ),
+        (
+            "SDXL",
+            {"added_cond_kwargs": {**SIZED, "text_embeds": None}},
+            "text_embeds must be a tensor",
+            "(B, C)",
+            "None",
+        ),
         ("x4", {"class_labels": None}, "class_labels", "(2,)", "None"),
+        ("x4", {"class_labels": [1, 2]}, "class_labels", "(2,)", "a list"),
+        ("x4", {"class_labels": torch.zeros(2).bool()}, "whole numbers", "int64", "bool"),
         ("x4", {"class_labels": torch.zeros(2)}, "whole numbers", "int64", "float32"),
         ("x4", {"class_labels": torch.zeros(2, 1)}, "class_labels", "(2,)", "(2, 1)"),
         ("unCLIP", {"class_labels": torch.zeros(2, 3)}, "class_labels", "(2, 40)", "(2, 3)"),
-        ("LCM", {"timestep_cond": torch.zeros(2, 8)}, "timestep_cond", "(B, 256)", "(2, 8)"),
+        ("unCLIP", {"class_labels": torch.zeros(2, 40).half()}, "another", "float32", "float16"),
+        ("LCM", {"timestep_cond": torch.zeros(2, 256).half()}, "another", "float32", "float16"),
+        ("LCM", {"timestep_cond": torch.zeros(2, 8)}, "timestep_cond", "(2, 256)", "(2, 8)"),
         (
             "plain",
             {"down_block_additional_residuals": [torch.zeros(1)] * 3},
@@ -119,6 +170,20 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ),
         (
             "plain",
+            {"down_intrablock_additional_residuals": torch.zeros(1)},
+            "residuals must be a list",
+            "a list or a tuple",
+            "a Tensor",
+        ),
+        (
+            "plain",
+            {"down_block_additional_residuals": [None] * 3},
+            "residuals must be a list",
+            "a list or a tuple",
+            "a list",
+        ),
+        (
+            "plain",
             {"down_intrablock_additional_residuals": [torch.zeros(1)] * 4},
             "T2I-Adapter",
             "at most 2",
@@ -142,11 +207,91 @@ def test_refused(kind: str, changed: dict[str, Any], says: str, expected: str, g
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_without_the_change_it_is_taken(kind: str) -> None:
     network = NETWORKS[kind]
-    with torch.device("meta"):
-        inputs = given(network)
-    inputs["timestep"] = inputs["timestep"].to("meta")
     with torch.no_grad():
-        assert network(**inputs).sample.shape == (2, network.config.out_channels, 8, 12)
+        assert network(**given(network)).sample.shape == (2, network.config.out_channels, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("plain", "sample"),
+        ("plain", "encoder_hidden_states"),
+        ("x4", "class_labels"),
+        ("unCLIP", "class_labels"),
+        ("LCM", "timestep_cond"),
+    ],
+)
+def test_another_device(kind: str, name: str) -> None:
+    network = NETWORKS[kind]
+    inputs = given(network)
+    inputs[name] = torch.zeros_like(inputs[name], device="cpu")
+    with pytest.raises(sdconv.InputError, match="on another device"):
+        network(**inputs)
+
+
+def test_added_conditions_on_another_device() -> None:
+    network = NETWORKS["SDXL"]
+    for name in SIZED:
+        inputs = given(network)
+        inputs["added_cond_kwargs"][name] = SIZED[name]
+        with pytest.raises(sdconv.InputError, match=f"{name} on another device"):
+            network(**inputs)
+
+
+def test_hooks_may_bring_it_into_the_right_form() -> None:
+    network = unets.ours(unets.theirs(unets.small("one level")))
+    sample, timestep, text, *_ = unets.inputs(network.config)
+    wrong = {"sample": sample.half(), "timestep": timestep, "encoder_hidden_states": text}
+    with pytest.raises(sdconv.InputError, match="another dtype"):
+        network(**wrong)
+    network.conv_in.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    network.time_embedding.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+    with torch.no_grad():
+        assert network(**wrong).sample.dtype == torch.float32
+
+
+def test_under_autocast_other_floats_are_taken() -> None:
+    ours = unets.ours(peer := unets.theirs(unets.small("one level")))
+    sample, timestep, text, *_ = unets.inputs(ours.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        arguments = sample.bfloat16(), timestep, text.half()
+        assert torch.equal(ours(*arguments).sample, peer(*arguments).sample)
+        with pytest.raises(sdconv.InputError, match="another dtype"):
+            ours(sample.double(), timestep, text)
+
+
+@pytest.mark.parametrize("labels", [[3, 1000], [-1, 3]])
+def test_class_labels_out_of_range(labels: list[int]) -> None:
+    network = unets.ours(unets.theirs(unets.smallest("x4 upscaler")))
+    sample, timestep, text, *_ = unets.inputs(network.config)
+    with torch.no_grad():
+        with pytest.raises(sdconv.InputError, match="class_labels out of range") as caught:
+            network(sample, timestep, text, torch.tensor(labels))
+        assert "expected: 0 to 999" in str(caught.value)
+        network(sample, timestep, text, torch.tensor([0, 999]))
+
+
+@pytest.mark.parametrize("family", ["no transformers", "one level", "SD1"])
+def test_maps_too_small_for_the_normalisation(family: str) -> None:
+    """Refused where torch refuses them in diffusers' network, and nowhere else."""
+    config = unets.smallest(family)
+    if family == "one level":
+        config |= {"block_out_channels": (32,)}
+    peer = unets.theirs(config)
+    ours = unets.ours(peer)
+    refused = []
+    for batch, rows, columns in product((1, 2), (1, 2, 9), (1, 2, 9)):
+        arguments = unets.inputs(peer.config, batch, (rows, columns))
+        with torch.no_grad():
+            try:
+                expected = peer(*arguments).sample
+            except ValueError:
+                refused.append((batch, rows, columns))
+                with pytest.raises(sdconv.InputError, match="too small"):
+                    ours(*arguments)
+            else:
+                assert torch.equal(ours(*arguments).sample, expected)
+    assert refused[0] == (1, 1, 1) and all(batch == 1 for batch, *_ in refused)
 
 
 def test_nothing_is_computed_before_the_refusal() -> None:

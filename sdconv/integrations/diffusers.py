@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 import diffusers
+from diffusers.hooks import apply_group_offloading as apply_group_offloading
 from diffusers.loaders import PeftAdapterMixin, UNet2DConditionLoadersMixin
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
@@ -68,5 +70,24 @@ class UNet2DConditionModel(
     forward = apply_lora_scale("cross_attention_kwargs")(unet.UNet2DConditionModel.forward)
     set_attention_slice = diffusers.UNet2DConditionModel.set_attention_slice
     set_default_attn_processor = diffusers.UNet2DConditionModel.set_default_attn_processor
+    # reaches the transformers; this network's own layers have nothing to set
+    set_use_memory_efficient_attention_xformers = (
+        ModelMixin.set_use_memory_efficient_attention_xformers
+    )
+    enable_xformers_memory_efficient_attention = (
+        ModelMixin.enable_xformers_memory_efficient_attention
+    )
+    disable_xformers_memory_efficient_attention = (
+        ModelMixin.disable_xformers_memory_efficient_attention
+    )
+    set_attention_backend = ModelMixin.set_attention_backend
+    reset_attention_backend = ModelMixin.reset_attention_backend
+    compile_repeated_blocks = ModelMixin.compile_repeated_blocks
+    _repeated_blocks = ("BasicTransformerBlock",)
+    # weights in float8, computed with in another dtype, which `dtype` then names
+    enable_layerwise_casting = ModelMixin.enable_layerwise_casting
+    _keep_in_fp32_modules = None
+    _skip_layerwise_casting_patterns = ("norm",)
+    dtype = ModelMixin.dtype
     fuse_qkv_projections = diffusers.UNet2DConditionModel.fuse_qkv_projections
     unfuse_qkv_projections = diffusers.UNet2DConditionModel.unfuse_qkv_projections
