@@ -41,6 +41,7 @@ COMMANDS = (
     *("inspect", "check", "convert", "diff", "encode", "decode", "reconstruct", "fetch"),
     "anatomy",
     "plan",
+    "features",
 )
 
 
