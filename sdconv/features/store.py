@@ -58,6 +58,7 @@ class Store:
         self.path = path
         self._pipeline = pipeline
         self._begun = False
+        # by place: the array that is written to, and its number
         self._open: dict[str, tuple[Array[Any], int]] = {}
 
     def append(self, name: str, call: Call, x: Tensor) -> Callable[[], Tensor]:
@@ -103,10 +104,12 @@ class Store:
             shape=(0, *values.shape),
             chunks=(1, *_chunk(values.shape, values.itemsize)),
             dtype=values.dtype,
+            # all-zero chunks too: what is not there was not written
+            config={"write_empty_chunks": True},
             compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
             attributes={
                 "name": name,
-                "order": len(self._open),
+                "order": list(self._open).index(name) if number else len(self._open),
                 "dtype": str(x.dtype).removeprefix("torch."),
                 "calls": [],
             },
@@ -186,6 +189,14 @@ def _read(folder: Path, row: int) -> Tensor:
     zarr = _zarr(folder)
     with _said(folder, "cannot be read"):
         array = zarr.open_array(folder, mode="r", zarr_format=3)
+        # zarr would fill in what is missing, however large it says that it is
+        pairs = zip(array.shape[1:], array.chunks[1:], strict=True)
+        chunks = prod(-(-side // part) for side, part in pairs)
+        there = sum(one.is_file() for one in (folder / "c" / str(row)).rglob("*"))
+        if (folder / "c" / str(row)).is_file():  # of a map without axes
+            there = 1
+        if there != chunks:
+            raise ValueError(f"{there} of {chunks} chunks are there")
         dtype = getattr(torch, str(array.attrs["dtype"]))
         x = torch.from_numpy(numpy.asarray(array[row]))
         return x.view(dtype) if dtype in _AS_INTEGERS else x.to(dtype)

@@ -1,0 +1,230 @@
+"""An edit takes the map's place, and nothing else changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import seeded
+import torch
+import unets
+from torch import Tensor, nn
+
+import sdconv
+from sdconv.features import Context
+from sdconv.ops.freeu import amplified, low_frequencies_scaled
+
+CONFIG = seeded.kl((32, 32), 4, True, layers_per_block=1)
+UNET = unets.smallest("SD1")
+NAME = "decoder.mid_block.resnets.0"
+
+
+@cache
+def vae() -> Any:
+    return seeded.network(CONFIG)
+
+
+def picture() -> Tensor:
+    return torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def plus(number: float) -> Any:
+    return lambda x, context: x + number
+
+
+def same(x: Tensor, context: Context) -> Tensor:
+    return x
+
+
+@torch.no_grad()
+def edited(changes: Any, network: Any = None) -> Tensor:
+    network = network or vae()
+    with sdconv.edit(network, changes):
+        result: Tensor = network(picture()).sample
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    return result
+
+
+def by_hand(module: nn.Module, change: Any, *, before: bool = False) -> Tensor:
+    """The same through torch's own hooks."""
+    if before:
+        handle = module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _, __, y: change(y))
+    with torch.no_grad():
+        result: Tensor = vae()(picture()).sample
+    handle.remove()
+    return result
+
+
+def test_each_kind_of_place() -> None:
+    block = vae().get_submodule(NAME)
+    add = lambda x: x + 1  # noqa: E731
+    for name, module, before in (
+        (NAME, block, False),
+        (f"{NAME}:input", block, True),
+        (f"{NAME}:silu1", block.conv1, True),
+        (f"{NAME}:silu2", block.conv2, True),
+        (f"{NAME}.norm1", block.norm1, False),
+    ):
+        assert torch.equal(edited({name: plus(1)}), by_hand(module, add, before=before)), name
+    with torch.no_grad():
+        plain = vae()(picture()).sample
+    assert not torch.equal(edited({NAME: plus(1)}), plain)
+    assert torch.equal(edited({"*": same}), plain)
+    assert torch.equal(edited({"*": lambda x, _: x.clone()}), plain)
+
+
+def test_functions_follow_one_another_in_order() -> None:
+    x = edited({NAME: lambda x, _: (x + 1) * 2})
+    assert torch.equal(edited({NAME: plus(1), "decoder.mid*resnets.0": lambda x, _: x * 2}), x)
+    assert not torch.equal(edited({"decoder.mid*resnets.0": lambda x, _: x * 2, NAME: plus(1)}), x)
+    with torch.no_grad():
+        with sdconv.edit(vae(), {NAME: plus(1)}), sdconv.edit(vae(), {NAME: lambda x, _: x * 2}):
+            nested = vae()(picture()).sample
+        # and the outer one alone, once the inner one is left
+        with sdconv.edit(vae(), {NAME: plus(1)}):
+            with sdconv.edit(vae(), {NAME: lambda x, _: x * 2}):
+                vae()(picture())
+            alone = vae()(picture()).sample
+    assert torch.equal(nested, x)
+    assert torch.equal(alone, edited({NAME: plus(1)}))
+
+
+def test_a_capture_sees_the_edits_around_it_and_not_those_inside() -> None:
+    with torch.no_grad():
+        with sdconv.capture(vae(), NAME) as plain:
+            vae()(picture())
+        with sdconv.edit(vae(), {NAME: plus(1)}), sdconv.capture(vae(), NAME) as within:
+            vae()(picture())
+        with sdconv.capture(vae(), NAME) as around, sdconv.edit(vae(), {NAME: plus(1)}):
+            vae()(picture())
+    one, two, three = (maps[NAME] for maps in (plain, within, around))
+    assert isinstance(one, Tensor) and isinstance(two, Tensor) and isinstance(three, Tensor)
+    assert torch.equal(two, one + 1)
+    assert torch.equal(three, one)
+
+
+def test_what_a_function_is_told() -> None:
+    network = unets.theirs(UNET)
+    told: list[tuple[str, int, object]] = []
+
+    def note(x: Tensor, context: Context) -> Tensor:
+        told.append((context.name, context.step, context.timestep))
+        return x
+
+    sample, _, *rest = unets.inputs(network.config)
+    with torch.no_grad(), sdconv.edit(network, {"conv_in": note, "conv_out": note}):
+        for step in (801, 1):
+            network(sample, torch.tensor(step), *rest)
+    assert told == [(n, i, t) for i, t in ((0, 801), (1, 1)) for n in ("conv_in", "conv_out")]
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "sdconv", "patched"])
+def test_freeu_is_an_edit_of_the_two_halves(kind: str) -> None:
+    theirs = unets.theirs(UNET)
+    network: Any = unets.ours(theirs) if kind == "sdconv" else theirs
+    if kind == "patched":
+        sdconv.apply_patch(network)
+    inputs = unets.inputs(theirs.config)
+    changes = {}
+    for level, (skip, hidden) in enumerate(((0.9, 1.1), (0.2, 1.2))):
+        changes[f"up_blocks.{level}.resnets.*:hidden"] = lambda x, _, b=hidden: amplified(x, b)
+        changes[f"up_blocks.{level}.resnets.*:skip"] = lambda x, _, s=skip: low_frequencies_scaled(
+            x, s
+        )
+    with torch.no_grad():
+        plain = network(*inputs)[0]
+        with sdconv.edit(network, changes):
+            found = network(*inputs)[0]
+        network.enable_freeu(s1=0.9, s2=0.2, b1=1.1, b2=1.2)
+        expected = network(*inputs)[0]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+
+
+def test_the_time_projection_is_edited() -> None:
+    network = unets.theirs(UNET)
+    inputs = unets.inputs(network.config)
+    seen: list[tuple[int, ...]] = []
+
+    def zero(x: Tensor, context: Context) -> Tensor:
+        seen.append(tuple(x.shape))
+        return torch.zeros_like(x)
+
+    sample, _, *rest = inputs
+    with torch.no_grad(), sdconv.edit(network, {"*:temb": zero}):
+        early, late = (network(sample, step, *rest)[0] for step in (999, 1))
+    assert torch.equal(early, late)  # nothing else knows the time
+    assert {len(shape) for shape in seen} == {2}
+
+
+def test_structures_are_given_back_as_they_came() -> None:
+    @dataclass(frozen=True)
+    class Out:
+        first: None
+        map: Tensor
+        more: tuple[Tensor, ...]
+
+    class Gives(nn.Module):
+        def __init__(self, made: Any) -> None:
+            super().__init__()
+            self.made = made
+
+        def forward(self, **given: Any) -> Any:
+            return self.made(given["x"])
+
+    kept = torch.ones(2)
+    shapes: list[tuple[Any, Any]] = [
+        (lambda x: (x, kept), lambda out: out[0]),
+        (lambda x: [None, x, kept], lambda out: out[1]),
+        (lambda x: {"a": 1, "b": (x, kept)}, lambda out: out["b"][0]),
+        (lambda x: Out(None, x, (kept,)), lambda out: out.map),
+    ]
+    for made, first in shapes:
+        network = nn.Sequential()
+        network.add_module("part", Gives(made))
+        x = torch.zeros(2)
+        with sdconv.edit(network, {"part": plus(1), "part:input": plus(5)}):
+            out = network.part(x=x)
+        assert type(out) is type(made(x))
+        assert first(out).tolist() == [6, 6]
+        assert x.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, _: x[:, :1], r"got: \(1, 1, 4, 4\)"),
+        (lambda x, _: x.double(), r"got: .*float64"),
+        (lambda x, _: x.to("meta"), r"got: .*meta"),
+        (lambda x, _: None, "got: NoneType"),
+    ],
+)
+def test_an_edit_that_gives_no_such_map(change: Any, words: str) -> None:
+    with pytest.raises(sdconv.SdconvError, match=f"{NAME}(.|\n)*{words}"):
+        edited({NAME: change})
+    assert not any(module._forward_hooks for module in vae().modules())
+
+
+def test_an_edit_that_fails() -> None:
+    with pytest.raises(ZeroDivisionError):
+        edited({NAME: lambda x, _: x / (1 // 0)})
+    assert not any(module._forward_hooks for module in vae().modules())
+
+
+@pytest.mark.parametrize("changes", [{}, {"encoder": 3}, "encoder", {"decodr": same}])
+def test_edits_that_are_none(changes: Any) -> None:
+    with pytest.raises(sdconv.InputError), sdconv.edit(vae(), changes):
+        pass
+
+
+def test_an_edit_that_is_never_reached() -> None:
+    with (
+        pytest.raises(sdconv.SdconvError, match=r"'encoder\.mid\*'.*reached"),
+        torch.no_grad(),
+        sdconv.edit(vae(), {"encoder.mid*": same}),
+    ):
+        vae().decode(torch.zeros(1, 4, 4, 4))
