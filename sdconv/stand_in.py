@@ -119,6 +119,7 @@ class StandIn(nn.Module, metaclass=StandInType):
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         variant: str | None = None,
+        family: str | None = None,
         **options: Any,
     ) -> Self:
         """What ``sdconv.load`` opens, called as in diffusers; never through a network connection.
@@ -129,6 +130,7 @@ class StandIn(nn.Module, metaclass=StandInType):
             torch_dtype, dtype: as diffusers, float32 where neither is given.
             variant: the word in the file's name, such as ``"fp16"``, where the folder holds weights
                 in that variant only.
+            family: as for ``sdconv.load``.
             options: those of the hub are taken, and have no meaning here.
 
         Raises:
@@ -143,7 +145,7 @@ class StandIn(nn.Module, metaclass=StandInType):
             path = as_path(path) / subfolder
         if variant is not None:
             _check_variant(as_path(path), variant)
-        network = load(path, cls.component, dtype=dtype or torch_dtype or torch.float32)
+        network = load(path, cls.component, dtype or torch_dtype or torch.float32, family=family)
         if not issubclass(type(network), cls):
             raise InputError(
                 "another network than was asked for",
@@ -155,18 +157,9 @@ class StandIn(nn.Module, metaclass=StandInType):
         return network  # type: ignore[return-value]
 
     @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: Any,
-        *,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> Self:
-        """The same for a single file or a state dict, in any layout."""
-        return cls.from_pretrained(
-            pretrained_model_link_or_path_or_dict, torch_dtype=torch_dtype, dtype=dtype, **options
-        )
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any, **options: Any) -> Self:
+        """``from_pretrained`` for a single file or a state dict, in any layout."""
+        return cls.from_pretrained(pretrained_model_link_or_path_or_dict, **options)
 
     @classmethod
     def load_config(

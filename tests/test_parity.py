@@ -16,16 +16,20 @@ from typing import Any
 import pytest
 import seeded
 import torch
+import unets
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import sdconv
 from sdconv.blocks import Downsample2D
 from sdconv.checkpoint.save import original_tensors
+from sdconv.cli import app
 from sdconv.config import Config
 from sdconv.integrations.peers import peer
-from sdconv.parity import ModuleDifference, ParityReport, check, compare
+from sdconv.parity import ModuleDifference, ParityReport, check, compare, components
 
 ODD = (29, 37)
 SMALL = seeded.kl((32, 32, 32), 4, True, layers_per_block=1)
@@ -236,6 +240,54 @@ def test_within_a_whole_checkpoint() -> None:
         "betas": torch.zeros(10),
     }
     assert check(whole, component="vae", family="sd1", size=(16, 16)).passed
+
+
+@pytest.mark.parametrize("layout", ["folder", "file"])
+def test_of_several_networks_the_command_takes_the_vae(layout: str, tmp_path: Path) -> None:
+    unet = unets.ours(unets.theirs(unets.small("one level")))
+    vae = seeded.network(SMALL)
+    where = tmp_path / "whole"
+    if layout == "folder":
+        vae.save_pretrained(where / "vae")
+        unet.save_pretrained(where / "unet")
+    else:
+        parts = {"first_stage_model.": vae, "model.diffusion_model.": unet}
+        save_file(
+            {
+                f"{prefix}{name}": tensor
+                for prefix, network in parts.items()
+                for name, tensor in original_tensors(network.state_dict(), network.config).items()
+            },
+            where := tmp_path / "whole.safetensors",
+        )
+    assert components(where) == ("unet", "vae")
+    command = ["check", str(where), "--size=16", "--family=sd1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == "note: unet and vae are there; --component chooses, the vae is taken\n"
+    assert "vae: AutoencoderKL" in result.stdout
+    chosen = CliRunner().invoke(app, [*command, "--component=unet"])
+    assert chosen.exit_code == 0 and chosen.stderr == ""
+    assert "unet: UNet2DConditionModel" in chosen.stdout
+    # called from Python, the choice is asked for in Python's words
+    with pytest.raises(sdconv.UnknownNetworkError, match="pass component='unet' or component="):
+        check(where, size=(16, 16))
+
+
+def test_a_single_network_is_no_choice(tmp_path: Path) -> None:
+    sdconv.save(seeded.network(SMALL), tmp_path / "vae.safetensors")
+    assert components(tmp_path / "vae.safetensors") == ("vae",)
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "vae.safetensors"), "--size=16"])
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("size", ["2x2", "3x3"])
+def test_a_map_too_small_ends_the_command_with_a_message(size: str, tmp_path: Path) -> None:
+    config = seeded.kl((32, 32), 4, True, layers_per_block=1)
+    sdconv.save(seeded.network(config), tmp_path / "vae.safetensors")
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "vae.safetensors"), "--size", size])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("error: AutoencoderKL: too small for this network")
 
 
 @pytest.mark.parametrize("axes", [2, 4])

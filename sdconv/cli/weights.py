@@ -20,6 +20,7 @@ from sdconv.cli.common import (
     parsed_size,
     print_json,
     reading,
+    say,
     show,
     working,
 )
@@ -91,7 +92,7 @@ def check(
 
     Both networks are built from the same file and get the same random input. On the CPU in float32
     nothing but equality passes, bit for bit; elsewhere a tolerance derived from float64. The status
-    is 1 beyond it.
+    is 1 beyond it. Of a whole checkpoint the VAE is compared, unless --component says otherwise.
 
     \b
     Examples:
@@ -100,11 +101,16 @@ def check(
       sdconv check vae.safetensors --dtype float16 --device cuda --json
     """
     from sdconv.parity import check as compare
+    from sdconv.parity import components
 
+    where = one_or_all(paths)
     shape = None if size is None else parsed_size(size)
+    if component is None and len(there := components(where)) > 1:
+        component = "vae"
+        say(f"{' and '.join(there)} are there; --component chooses, the vae is taken", "note")
     with working("building both networks, and comparing them"):
         report = compare(
-            one_or_all(paths),
+            where,
             component=component,
             against=against,
             family=family,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdconv.checkpoint.find import find_networks
 from sdconv.checkpoint.load import SourceView, Weights, load, pipeline_parts, usable_device
 from sdconv.checkpoint.source import open_source
 from sdconv.errors import InputError
@@ -147,6 +148,18 @@ def check(
         rows=compare(ours, other.network.to(device), inputs, truth=truth),
         tolerance_source=_EQUAL if exact else _NEAR.format(dtype=_short(dtype)),
     )
+
+
+def components(path: Weights) -> tuple[str, ...]:
+    """The components that ``check`` can compare, such as ``("unet", "vae")``, by name.
+
+    Raises:
+        SdconvError: the weights cannot be read, as for ``sdconv.load``.
+    """
+    if parts := pipeline_parts(path):
+        return tuple(sorted(parts))
+    with open_source(path) as source:
+        return tuple(sorted(found.component for found in find_networks(SourceView(source).shapes)))
 
 
 @dataclass(frozen=True)
