@@ -1,0 +1,101 @@
+"""The same pictures from Python: a figure, and what a notebook shows."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sdconv
+from sdconv.errors import InputError
+from sdconv.features import Maps
+
+
+class Block(nn.Module):
+    """Two layers, passed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.act = nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.act(self.conv(x))
+        return self.act(self.conv(x + 1))
+
+
+@pytest.fixture(scope="module")
+def maps() -> Maps:
+    torch.manual_seed(0)
+    with torch.no_grad(), sdconv.capture(block := Block(), "*") as found:
+        block(torch.randn(2, 3, 16, 24))
+    return found
+
+
+def test_a_figure_has_a_row_for_each_map(maps: Maps) -> None:
+    figure = maps.plot(channels=2)
+    assert len(figure.axes) == 2 * 6
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[0].startswith("conv\n")
+    drawn = figure.axes[1].images[0].get_array()
+    assert torch.allclose(torch.as_tensor(drawn), maps["conv"][-1].tensor[0].mean(0), atol=1e-6)
+    variances = maps["conv"][-1].tensor[0].var((1, 2))
+    assert titles[3] == f"\nchannel {variances.argmax()}"
+    first = maps.plot("conv", call=0).axes[1].images[0].get_array()
+    assert torch.allclose(torch.as_tensor(first), maps["conv"][0].tensor[0].mean(0), atol=1e-6)
+
+
+def test_a_figure_can_be_written(maps: Maps, tmp_path: Any) -> None:
+    maps.plot("act").savefig(tmp_path / "a.png")
+    with torch.no_grad(), sdconv.capture(flat := nn.Sequential(nn.ReLU()), "0") as constant:
+        flat(torch.zeros(1, 2, 4, 4))
+    constant.plot().savefig(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"patterns": "convx"}, "conv"),
+        ({"call": 2}, "no such call"),
+        ({"call": -3}, "no such call"),
+        ({"channels": -1}, "no number of channels"),
+    ],
+)
+def test_what_cannot_be_drawn(maps: Maps, arguments: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        maps.plot(**arguments)
+
+
+class Cells(HTMLParser):
+    """Tags and words of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_a_notebook_shows_a_table(maps: Maps) -> None:
+    shown = Cells(maps._repr_html_())
+    assert shown.tags.count("tr") == 1 + len(maps)
+    assert shown.tags.count("img") == 3 * len(maps)
+    assert "2 calls of 2 \u00d7 6 \u00d7 16 \u00d7 24" in shown.words
+
+
+def test_a_notebook_shows_names_as_they_are_and_not_too_many(maps: Maps) -> None:
+    entries = list(maps.series("conv"))
+    many = {"<script>": entries, **{f"layer {at}": entries for at in range(20)}}
+    shown = Cells(Maps(many, pipeline=False)._repr_html_())
+    assert "script" not in shown.tags
+    assert "<script>" in shown.words
+    assert "and 9 more" in shown.words
