@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from sdconv.checkpoint.files import short
 from sdconv.checkpoint.load import Weights
 from sdconv.errors import InputError
 from sdconv.lora.reading import Lora, read_lora
@@ -64,8 +66,8 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
 
     Raises:
         CheckpointError: it cannot be read, holds keys that are none of a LoRA, or lacks a matrix.
-        WeightsMismatchError: it is for another network. InputError: an argument has no such value.
-        Nothing is merged then.
+        WeightsMismatchError: it is for another network. InputError: an argument has no such value,
+            or the sum is beyond the weights' dtype. Nothing is merged then.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -74,8 +76,8 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
             expected="a torch.nn.Module, such as pipe.unet",
             got=type(model).__name__,
         )
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InputError("not a scale", where="scale", expected="a finite number", got=repr(scale))
+    if not isinstance(scale, Real) or not abs(scale) <= sys.float_info.max:
+        raise InputError("not a scale", where="scale", expected="a finite number", got=short(scale))
     weights = _weights(model)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     read = read_lora(lora, shapes, type(model).__name__)
@@ -107,7 +109,9 @@ def unmerge_lora(model: nn.Module, merged: MergedLora | None = None) -> None:
         InputError: there is no such LoRA in it.
     """
     state = _MERGED.get(model) if isinstance(model, nn.Module) else None
-    if state is None or (merged is not None and merged._scaled not in state.loras):
+    if state is None or (
+        merged is not None and getattr(merged, "_scaled", None) not in state.loras
+    ):
         raise InputError(
             "no LoRA to take out",
             where="unmerge_lora",
@@ -168,7 +172,16 @@ def _sum(loras: Sequence[_Scaled], name: str, original: Tensor, weight: Tensor) 
     total = original.to(weight.device, wide, copy=True)
     for one in own:
         total += one.lora.updates[name].delta(total, one.scale)
-    return total.to(weight.dtype)
+    rounded = total.to(weight.dtype)
+    if not bool(torch.isfinite(rounded.to(wide)).all()):
+        raise InputError(
+            "with this added, a weight is not made of finite numbers",
+            where=f"{name}.weight",
+            expected=f"numbers that {weight.dtype} can hold",
+            got=f"scale {' and '.join(f'{one.scale:g}' for one in own)}",
+            fix="a smaller scale, or weights in a wider dtype",
+        )
+    return rounded
 
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:

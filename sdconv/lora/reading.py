@@ -27,6 +27,7 @@ _OTHER_METHODS: Mapping[str, str] = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     ".diff": "a full difference",
+    ".w_norm": "LyCORIS with trained norms",
 }
 # width of the text that attn2.to_k reads
 _TEXT_WIDTHS: Mapping[int, str] = {768: "SD1", 1024: "SD2", 1280: "the SDXL refiner", 2048: "SDXL"}
@@ -182,6 +183,7 @@ def _check_shapes(
         downs = {layer: tuple(update.down.shape) for layer, update in updates.items()}
         raise WeightsMismatchError(
             f"the matrices of {len(wrong)} of {len(updates)} layers do not fit the {network}"
+            + _reads(shapes)
             + _meant_for(downs),
             where=source.label,
             expected=_some([f"{layer}: {shapes[layer]}" for layer in wrong]),
@@ -274,7 +276,7 @@ class _Alphas:
             factor = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
             if not math.isfinite(factor):
                 raise ValueError(factor)
-        except (AttributeError, TypeError, ValueError, re.error) as error:
+        except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as error:
             raise CheckpointError(
                 f"its config gives no alpha for {layer}",
                 where=self._where,
@@ -298,7 +300,7 @@ class _Alphas:
                 for k, v in content.items()
                 if not k.startswith(("text_encoder.", "text_encoder_2."))
             }
-        except (AttributeError, ValueError) as error:
+        except (AttributeError, RecursionError, ValueError) as error:
             raise CheckpointError(
                 f"its metadata {_METADATA_KEY} is not a JSON object", where=self._where
             ) from error

@@ -1,0 +1,119 @@
+"""What is merged is what PEFT and LyCORIS make of the same files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pipelines
+import pytest
+import torch
+import unets
+from loras import Matrices, dotted, error, fused, kohya, layers, matrices, of_original, state
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import sdconv
+
+CASES: Mapping[str, tuple[str, Callable[[nn.Module, Matrices], dict[str, Tensor]]]] = {
+    "kohya": ("text", lambda model, made: kohya(made)),
+    "kohya, the original's names": ("xl", lambda model, made: kohya(made, of_original(model))),
+    "PEFT": ("text", lambda model, made: dotted(made, "unet.{}.lora_[A|B].weight", False)),
+    "diffusers": ("text", lambda model, made: dotted(made, "unet.{}.lora.[down|up].weight", False)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_peft(case: str) -> None:
+    kind, spelt = CASES[case]
+    network = unets.ours(pipelines.KINDS[kind].parts()["unet"])
+    before = state(network)
+    # one alpha for all: of several, diffusers loses those of the attentions in kohya's names
+    tensors = spelt(network, matrices(network, alpha=1.5))
+    theirs = fused(kind, tensors, 0.7)
+    merged = sdconv.merge_lora(network, tensors, scale=0.7)
+    assert set(merged.layers) == set(layers(network))
+    assert merged.skipped == ()
+    assert error(network.state_dict(), theirs) < 1e-6
+    assert error(before, theirs) > 0.1
+    if "kohya" in case:  # the control: another alpha is seen
+        merged.unmerge()
+        tensors |= {k: v + 0.01 for k, v in tensors.items() if k.endswith("alpha")}
+        sdconv.merge_lora(network, tensors, scale=0.7)
+        assert error(network.state_dict(), theirs) > 1e-4
+
+
+@pytest.mark.parametrize("middle", [False, True])
+def test_equals_lycoris(middle: bool, peer: Any, network: Any, tmp_path: Path) -> None:
+    import lycoris
+
+    model, path = copy.deepcopy(peer), tmp_path / "locon.safetensors"
+    # of other ranks and alphas for kernels, which `middle` gives a matrix of their own
+    given = {"linear_dim": 3, "linear_alpha": 2.0, "conv_dim": 2, "conv_alpha": 1.5}
+    theirs = lycoris.create_lycoris(model, algo="locon", use_tucker=middle, **given)
+    torch.manual_seed(7)
+    for lora in theirs.loras:
+        nn.init.normal_(lora.lora_up.weight)  # zeros before training
+    theirs.apply_to()
+    theirs.save_weights(path, None, {})
+    theirs.restore()
+    theirs.merge_to(0.7)
+    merged = sdconv.merge_lora(network, path, scale=0.7)
+    assert set(merged.layers) == set(layers(network)) and merged.skipped == ()
+    assert any("lora_mid" in name for name in load_file(path)) == middle
+    assert error(network.state_dict(), model.state_dict()) < 1e-6
+    assert error(peer.state_dict(), model.state_dict()) > 0.1
+    # the control: a kernel's matrix turned over is seen
+    merged.unmerge()
+    turned = {
+        name: tensor.transpose(2, 3) if tensor.ndim == 4 else tensor
+        for name, tensor in load_file(path).items()
+    }
+    sdconv.merge_lora(network, turned, scale=0.7)
+    assert error(network.state_dict(), model.state_dict()) > 1e-2
+
+
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_pefts_own_folder(rank_stabilised: bool, peer: Any, network: Any, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        rank_pattern={"conv1": 2},
+        alpha_pattern={r"down_blocks.*to_k": 3},
+        use_rslora=rank_stabilised,
+        target_modules=["to_k", "to_q", "conv1", "proj_in"],
+        init_lora_weights=False,
+    )
+    model = unets.theirs({k: v for k, v in peer.config.items() if not k.startswith("_")})
+    torch.manual_seed(4)
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path)
+    theirs = wrapped.merge_and_unload().state_dict()
+    sdconv.merge_lora(network, tmp_path)
+    assert error(network.state_dict(), theirs) < 1e-6
+    # the control: without the config, alpha is the rank
+    sdconv.unmerge_lora(network)
+    sdconv.merge_lora(network, tmp_path / "adapter_model.safetensors")
+    assert error(network.state_dict(), theirs) > 1e-2
+
+
+def test_alphas_in_the_metadata_that_diffusers_writes(network: Any, tmp_path: Path) -> None:
+    pipe = pipelines.pipeline("text")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=10, target_modules=["to_q", "conv2"], init_lora_weights=False
+    )
+    torch.manual_seed(5)
+    pipe.unet.add_adapter(config)
+    own = peft.get_peft_model_state_dict(pipe.unet)
+    facts = pipe.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=own, unet_lora_adapter_metadata=facts)
+    fresh = pipelines.pipeline("text")
+    network = unets.ours(fresh.unet)
+    fresh.load_lora_weights(tmp_path)
+    fresh.fuse_lora(components=["unet"])
+    fresh.unload_lora_weights()
+    sdconv.merge_lora(network, tmp_path / "pytorch_lora_weights.safetensors")
+    assert error(network.state_dict(), fresh.unet.state_dict()) < 1e-6
