@@ -11,6 +11,7 @@ from torch import Tensor
 from sdconv.checkpoint.source import open_source
 from sdconv.checkpoint.write import write_tensors
 from sdconv.errors import InputError
+from sdconv.inputs import check_tensor
 from sdconv.network import Autoencoder
 from sdconv.vae import AutoencoderKLFlux2
 
@@ -40,7 +41,8 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
         ``(B, C, h, w)``; for FLUX.2 ``(B, 4C, h/2, w/2)``.
 
     Raises:
-        InputError: another number of axes or channels; for FLUX.2 an odd number of rows or columns.
+        InputError: no tensor of floating point, or another number of axes or channels; for FLUX.2
+            an odd number of rows or columns.
     """
     _check(network, latents, network.config["latent_channels"])
     if not isinstance(network, AutoencoderKLFlux2):
@@ -68,7 +70,7 @@ def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
         latents: ``(B, C, h, w)``; for FLUX.2 patches, ``(B, 4C, h/2, w/2)``.
 
     Raises:
-        InputError: another number of axes or channels.
+        InputError: no tensor of floating point, or another number of axes or channels.
     """
     if not isinstance(network, AutoencoderKLFlux2):
         _check(network, latents, network.config["latent_channels"])
@@ -136,12 +138,18 @@ def write_latents(latents: Tensor, path: Path, *, scaled: bool) -> None:
 
 
 def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:
+    where, shape = network.config.class_name, f"(B, {channels}, h, w)"
+    check_tensor(latents, "latents", where, shape)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise InputError(
-            "latents of the wrong shape",
-            where=network.config.class_name,
-            expected=f"(B, {channels}, h, w)",
-            got=tuple(latents.shape),
+            "latents of the wrong shape", where=where, expected=shape, got=tuple(latents.shape)
+        )
+    if not latents.is_floating_point():
+        raise InputError(
+            "latents must be of floating point",
+            where=where,
+            expected="float32, or another floating-point dtype",
+            got=latents.dtype,
         )
 
 

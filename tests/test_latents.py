@@ -69,6 +69,28 @@ def test_other_channels(config: sdconv.AutoencoderKLConfig, direction: object) -
         direction(seeded.network(config), latents(5))  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("config", [SD3, FLUX2])
+@pytest.mark.parametrize("direction", [scale, unscale])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "latents must be a tensor"),
+        (latents(16).numpy(), "latents must be a tensor"),
+        (torch.zeros(1, 16, 4, 4, dtype=torch.int64), "latents must be of floating point"),
+    ],
+)
+def test_no_tensor_of_floating_point(
+    config: sdconv.AutoencoderKLConfig, direction: object, given: object, words: str
+) -> None:
+    network = seeded.network(config)
+    if isinstance(given, Tensor):
+        channels = config.latent_channels
+        wanted = 4 * channels if config is FLUX2 and direction is unscale else channels
+        given = given[:, :1].expand(1, wanted, 4, 4)
+    with pytest.raises(sdconv.InputError, match=words):
+        direction(network, given)  # type: ignore[operator]
+
+
 def test_odd_latents_make_no_patches() -> None:
     with pytest.raises(sdconv.InputError, match="cannot be cut into patches"):
         scale(seeded.network(FLUX2), latents(32, 3, 4))

@@ -204,6 +204,14 @@ def test_refused(kind: str, changed: dict[str, Any], says: str, expected: str, g
     assert parts[1].startswith("  got: ")
 
 
+def test_a_t2i_adapters_residuals_have_their_own_argument() -> None:
+    """diffusers takes them as a ControlNet's too, with a warning that this will end."""
+    network = NETWORKS["plain"]
+    with pytest.raises(sdconv.InputError) as caught:
+        network(**given(network, down_block_additional_residuals=[torch.zeros(1)]))
+    assert "to do: pass a T2I-Adapter's as down_intrablock_additional_resid" in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_without_the_change_it_is_taken(kind: str) -> None:
     network = NETWORKS[kind]
