@@ -94,6 +94,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(dict(list(tensors.items())[1:]), folder / "lacks.safetensors")
     tensors["decoder.conv_in.bias"] = torch.full((32,), torch.nan)
     save_file(tensors, folder / "nan.safetensors")
+    integers = {name: tensor.to(torch.int8) for name, tensor in seeded.tensors(KL).items()}
+    save_file(integers, folder / "int.safetensors")
     save_file({"z": torch.zeros(1, 4, 4, 5)}, folder / "z.safetensors")
     save_file({"z": torch.zeros(1, 7, 4, 5)}, folder / "z7.safetensors")
     save_file({"z": torch.zeros(1, 4, 1, 1)}, folder / "spot.safetensors")
@@ -122,6 +124,7 @@ check vae.safetensors --size 4x4                                    | wrong shap
 check vae.safetensors --component unet                              | no component
 convert vae.safetensors OUT.ckpt --layout diffusers                 | only safetensors
 convert vae.safetensors OUT --layout original                       | single file
+convert int.safetensors OUT.safetensors --layout original           | no floating-point numbers
 convert vae.safetensors vae.safetensors --layout original           | one of the inputs
 convert vae.safetensors OUT.safetensors                             | Missing option '--layout'
 convert vae.safetensors OUT.safetensors --layout mine               | mine
@@ -201,6 +204,9 @@ def test_inspect(here: Path) -> None:
 
 def test_inspect_says_no(here: Path) -> None:
     assert answer("inspect", here / "llm.safetensors", status=1)["parts"][0]["networks"] == []
+    integers = run("inspect", here / "int.safetensors")
+    assert integers.exit_code == 1
+    assert "of no floating-point numbers" in integers.stderr
     lacks = answer("inspect", here / "lacks.safetensors", status=1)
     assert len(lacks["parts"][0]["networks"][0]["missing"]) == 1
     assert answer("inspect", here / "nan.safetensors")["values"] is None

@@ -28,6 +28,7 @@ LAYERS = (
     ("checkpoint.find", "checkpoint.names", "checkpoint.reading"),
     ("checkpoint.infer_vae", "checkpoint.infer_tiny", "checkpoint.infer_unet"),
     ("checkpoint.infer",),
+    ("checkpoint.fit",),
     ("inputs", "stand_in", "network", "outputs", "blocks", "unet_blocks", "unet_inputs"),
     ("streaming",),
     ("vae", "tiny", "unet"),

@@ -72,8 +72,9 @@ def test_a_whole_checkpoint(whole: Path) -> None:
 def test_an_open_choice_is_said_and_decided_by_the_caller(tmp_path: Path) -> None:
     path = names_of(tmp_path / "vae.safetensors", seeded.tensors(CONFIG))
     assert inspect(path).network("vae").open_to == ("sd1", "sd2", "sdxl")
+    assert "sd1 was taken (scaling_factor 0.18215" in (inspect(path).network("vae").guess or "")
     decided = inspect(path, family="sdxl").network(None)
-    assert (decided.family, decided.open_to) == ("sdxl", ())
+    assert (decided.family, decided.open_to, decided.guess) == ("sdxl", (), None)
     assert decided.config["scaling_factor"] == 0.13025
     with pytest.raises(sdconv.InputError, match="no such family"):
         inspect(path, family="sd99")
@@ -93,6 +94,33 @@ def test_what_a_network_lacks(tmp_path: Path) -> None:
     assert found.complaint == (
         "the vae cannot be loaded: tensors 1 missing, 1 unexpected, 1 of the wrong shape"
     )
+
+
+def test_weights_that_are_integers(tmp_path: Path) -> None:
+    tensors = seeded.tensors(CONFIG) | {"quant_conv.weight": torch.ones(8, 8, 1, 1).to(torch.int8)}
+    found = inspect(names_of(tmp_path / "vae.safetensors", tensors))
+    assert found.network("vae").not_floating == ("quant_conv.weight",)
+    assert not found.network("vae").whole
+    assert found.complaint == ("the vae cannot be loaded: tensors 1 of no floating-point numbers")
+
+
+def test_a_config_that_contradicts_the_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    sdconv.save(seeded.network(CONFIG), folder)
+    assert inspect(folder).network("vae").contradicted == ()
+    content = json.loads((folder / "config.json").read_text()) | {"latent_channels": 16}
+    (folder / "config.json").write_text(json.dumps(content))
+    found = inspect(folder)
+    assert found.network("vae").contradicted == ("latent_channels = 16 where the shapes say 4",)
+    assert found.complaint is not None
+    assert found.complaint.endswith("its config says latent_channels = 16 where the shapes say 4")
+
+
+@pytest.mark.parametrize("paths", [None, 3, [], [None], b"vae.safetensors"])
+def test_what_is_no_path(paths: object) -> None:
+    for look in (inspect, check_values):
+        with pytest.raises(sdconv.InputError):
+            look(paths)  # type: ignore[arg-type]
 
 
 def test_a_language_model(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from sdconv.checkpoint.files import as_path, short
+from sdconv.checkpoint.files import short
 from sdconv.checkpoint.find import Found
+from sdconv.checkpoint.fit import fit
 from sdconv.checkpoint.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.infer import Identified, warn_if_open
 from sdconv.checkpoint.load import BUILD, SourceView, Weights
@@ -32,8 +33,8 @@ from sdconv.checkpoint.whole import (
     left_over,
     opened,
 )
-from sdconv.checkpoint.write import CONFIG_KEY, check_in_diffusers, write_config
-from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
+from sdconv.checkpoint.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
+from sdconv.errors import CheckpointError, InputError, UnknownNetworkError
 
 ORIGIN_KEY = "sdconv.original"
 """Where a file in diffusers' layout keeps how its original differed from the usual one."""
@@ -107,8 +108,7 @@ def convert(
     Warns:
         SdconvWarning: the family is open, and a config was written for one.
     """
-    out = as_path(out)
-    is_file = out.suffix == ".safetensors"
+    out, is_file = output_path(out)
     if layout not in LAYOUTS:
         raise InputError(
             "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
@@ -164,22 +164,13 @@ def _identified(checkpoint: Checkpoint, component: str | None, family: str | Non
 
 
 def _check(known: _Known) -> None:
-    """Refuses a network that lacks tensors, or has them in another shape."""
-    found = known.one.found
+    """Refuses a network that lacks tensors, or has them in another shape or as integers; what is
+    unexpected is carried over."""
     with torch.device("meta"):
-        blank = BUILD[found.kind](known.one.config).state_dict()
-    have = found.shapes(known.part.view.shapes)
-    missing = [k for k in blank if k not in have and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in blank if k in have and have[k] != tuple(blank[k].shape)]
-    if missing or wrong:
-        raise WeightsMismatchError(
-            f"the {found.component} is not whole: {len(missing)} tensors missing, "
-            f"{len(wrong)} of the wrong shape",
-            where=known.part.view.source.label,
-            expected=", ".join(f"{k} {tuple(blank[k].shape)}" for k in (wrong + missing)[:5]),
-            got=", ".join(f"{found.names[k]} {have[k]}" for k in wrong[:5]) or "none of these",
-            fix="check that the file is complete; `sdconv inspect` lists what it holds",
-        )
+        blank = BUILD[known.one.found.kind](known.one.config).state_dict()
+    view, wanted = known.part.view, {name: tuple(one.shape) for name, one in blank.items()}
+    found = fit(known.one, view.shapes, view.dtype, wanted)
+    replace(found, unexpected=()).check(known.one, view.source.label)
 
 
 @dataclass(frozen=True)

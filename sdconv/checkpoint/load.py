@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdconv.checkpoint.files import os_errors
 from sdconv.checkpoint.find import find_networks, is_bare_half, is_vae_projection, tiny_half
+from sdconv.checkpoint.fit import fit
 from sdconv.checkpoint.infer import Identified, identify, warn_if_open
 from sdconv.checkpoint.source import (
     TORCH_DTYPES,
@@ -98,7 +99,8 @@ def load(
         warn_if_open(chosen)
         with torch.device("meta"):
             network = BUILD[chosen.found.kind](chosen.config)
-        _check_names(network, chosen, view, source.label)
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        fit(chosen, view.shapes, view.dtype, wanted).check(chosen, source.label)
         network.load_state_dict(
             _tensors(network, chosen, view, dtype, place), strict=True, assign=True
         )
@@ -264,36 +266,6 @@ def _averaged(chosen: Identified, where: object) -> Identified:
     return replace(chosen, found=replace(chosen.found, names=chosen.found.ema))
 
 
-def _check_names(network: Network, chosen: Identified, view: SourceView, where: object) -> None:
-    """Every tensor of the network is there once, in its shape, and nothing is left over."""
-    found = chosen.found
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    have = found.shapes(view.shapes)
-    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing = [name for name in wanted if name not in have and name not in optional]
-    unexpected = [found.names[name] for name in have if name not in wanted] + list(found.unexpected)
-    wrong = [name for name in wanted if name in have and have[name] != wanted[name]]
-    if not (missing or unexpected or wrong):
-        return
-    shapes = [f"{found.names[n]} {wanted[n]}" for n in wrong]
-    came = [f"{found.names[n]} {have[n]}" for n in wrong]
-    parts = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
-    config = f", whose config says {'; '.join(told)}" if (told := chosen.contradicted) else ""
-    raise WeightsMismatchError(
-        f"the weights do not fit the {chosen.component}{config}: "
-        + "; ".join(f"{len(names)} {what}" for what, names in parts if names),
-        where=where,
-        expected=_some(shapes + missing) or "nothing more than the network's own tensors",
-        got=_some(came + unexpected) or "nothing under these names",
-        fix="check that the file is whole and of one network; `sdconv inspect` lists what it holds",
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _tensors(
     network: nn.Module,
     chosen: Identified,
@@ -310,15 +282,13 @@ def _tensors(
             state[canonical] = torch.zeros_like(blank, device=device)
             continue
         tensor = view.tensor(names[canonical])
-        if blank.is_floating_point() and not (
-            tensor.is_floating_point() and tensor.layout is torch.strided
-        ):
+        if tensor.layout is not torch.strided:
             raise WeightsMismatchError(
-                "a weight that is no floating-point tensor",
-                where=names[canonical],
-                expected="a dense tensor of floating-point numbers",
-                got=f"{tensor.dtype}, {tensor.layout}",
-                fix="quantised and integer weights have to be turned back by what wrote them",
+                f"{names[canonical]} is no dense tensor",
+                where=view.source.label,
+                expected="a tensor whose numbers all stand in memory",
+                got=tensor.layout,
+                fix="pass tensor.to_dense() in its place",
             )
         if tensor.ndim == 4 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)

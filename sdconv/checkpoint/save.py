@@ -10,7 +10,7 @@ from torch import Tensor
 from sdconv.checkpoint.find import is_vae_projection
 from sdconv.checkpoint.keys import FLUX2_RULES, VAE_RULES, KeyMap, tiny_original
 from sdconv.checkpoint.keys_unet import UNetKeys, keys_of_canonical
-from sdconv.checkpoint.write import CONFIG_KEY, write_folder, write_tensors
+from sdconv.checkpoint.write import CONFIG_KEY, output_path, write_folder, write_tensors
 from sdconv.config import (
     AutoencoderKLFlux2Config,
     AutoencoderTinyConfig,
@@ -28,23 +28,23 @@ def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Pa
 
     Args:
         model: one of sdconv's networks.
-        path: a name ending in ``.safetensors`` for a single file, which then carries the config in
-            its metadata; any
-            other name is a folder, written as diffusers keeps a component (``layout="diffusers"``
-            only).
+        path: a name that ends in ``.safetensors`` for a single file, which then carries the config
+            in its metadata; any other is a folder, written as diffusers keeps a component
+            (``layout="diffusers"`` only). No other kind of file is written.
         layout: ``"diffusers"``, or ``"original"`` for the names of the original implementation,
-            without a prefix.
-            A tiny autoencoder's original layout is one file with ``encoder.`` and ``decoder.``
-            before its layers.
+            without a prefix. A tiny autoencoder's original layout is one file with ``encoder.`` and
+            ``decoder.`` before its layers.
 
     Returns:
         The files written. A file stands under its name only once it is complete.
 
     Raises:
-        InputError: not a network of sdconv's, an unknown layout, or a folder in the original
-        layout. CheckpointError: the path cannot be written.
+        InputError: not a network of sdconv's, or one without values (on the meta device), an
+            unknown layout, no path or one for another kind of file, or a folder in the original
+            layout.
+        CheckpointError: the path cannot be written.
     """
-    path = Path(path)
+    out, is_file = output_path(path)
     if layout not in LAYOUTS:
         raise InputError(
             "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
@@ -57,21 +57,21 @@ def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Pa
             got=type(model).__name__,
         )
     tensors = model.state_dict()
-    if path.suffix != ".safetensors":
+    if not is_file:
         if layout == "original":
             raise InputError(
                 "the original layout is a single file",
-                where=path,
+                where=out,
                 expected="a name that ends in .safetensors",
-                got=path.name,
+                got=out.name,
             )
-        return write_folder(tensors, model.config, path)
+        return write_folder(tensors, model.config, out)
     if layout == "original":
         tensors = original_tensors(tensors, model.config)
     # one entry only: safetensors writes several in any order, and the same network should
     # give the same bytes
-    write_tensors(tensors, path, {CONFIG_KEY: json.dumps(model.config.to_json())})
-    return [path]
+    write_tensors(tensors, out, {CONFIG_KEY: json.dumps(model.config.to_json())})
+    return [out]
 
 
 def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:

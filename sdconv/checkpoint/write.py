@@ -5,18 +5,41 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdconv.checkpoint.files import as_path
 from sdconv.config import AutoencoderTinyConfig, Config
-from sdconv.errors import CheckpointError, SdconvError
+from sdconv.errors import CheckpointError, InputError, SdconvError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # where a single file keeps what its shapes cannot tell
 CONFIG_KEY = "sdconv.config"
+# names of files, not of folders, of which none is written
+_NOT_WRITTEN = frozenset(".ckpt .pth .pt .pkl .bin .sft .gguf .onnx .h5 .npz .msgpack".split())
+
+
+def output_path(path: str | Path) -> tuple[Path, bool]:
+    """Where weights are to be written, and whether that is a single file: its name then ends in
+    ``.safetensors``. Any other is a folder's.
+
+    Raises:
+        InputError: no path, or a name for a kind of file that is not written.
+    """
+    out = as_path(path)
+    if (suffix := out.suffix.lower()) in _NOT_WRITTEN:
+        raise InputError(
+            "only safetensors files are written",
+            where=out,
+            expected="a name that ends in .safetensors for a single file, or a folder's",
+            got=f"a name that ends in {out.suffix}",
+            fix=f"name it {out.with_suffix('.safetensors').name}",
+        )
+    return out, suffix == ".safetensors"
 
 
 def write_folder(
@@ -76,10 +99,19 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """Writes a safetensors file under its name only once it is complete.
 
     Raises:
+        InputError: a tensor without values.
         CheckpointError: the file cannot be written.
     """
     from safetensors.torch import save_file
 
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise InputError(
+            "tensors without values cannot be written",
+            where=path,
+            expected="every tensor on the CPU or a GPU",
+            got=f"{len(empty)} of {len(tensors)} on the meta device, such as {empty[0]}",
+            fix="load weights into the network, or take it out of offloading, first",
+        )
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_whole(path, lambda part: save_file(contiguous, part, metadata=dict(metadata)))
 
@@ -91,32 +123,50 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         CheckpointError: the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
+        with suppress(OSError):
+            path.lstat()  # a NUL or a lone surrogate in the path is a ValueError
+    except ValueError as error:
         raise _unwritable(path, error) from error
-    os.close(handle)
-    part = Path(name)
     try:
-        write(part)
-        # mkstemp's files are private; weights are for whoever the umask says
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        part.replace(path)
+        with _made(path.parent):
+            start = f".{path.name[:40]}."
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=start, suffix=".part")
+            os.close(handle)
+            part = Path(name)
+            try:
+                write(part)
+                # mkstemp's files are private; weights are for whoever the umask says
+                umask = os.umask(0)
+                os.umask(umask)
+                part.chmod(0o666 & ~umask)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise _unwritable(path, error) from error
         raise
-    finally:
-        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder, and takes it away again where what is done in it fails."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in new:
+            with suppress(OSError):  # not there, or not empty any more
+                one.rmdir()
+        raise
 
 
 def _unwritable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"cannot be written ({error})",
-        where=path,
+        where=path if isinstance(error, OSError) else repr(str(path)),
         fix="check that the folder exists, is writable and has room",
     )

@@ -20,9 +20,6 @@ from sdconv.cli.common import (
     reading,
     say,
 )
-from sdconv.errors import InputError
-
-_UNWRITABLE = (".ckpt", ".pth", ".pt", ".bin", ".sft", ".gguf")
 
 
 def convert(
@@ -68,13 +65,6 @@ def convert(
     """
     from sdconv.checkpoint.convert import convert as write
 
-    if out.suffix.lower() in _UNWRITABLE:
-        raise InputError(
-            "only safetensors files are written",
-            where=out,
-            expected="a name that ends in .safetensors, or a folder's",
-            got=out.suffix,
-        )
     not_an_input(out, paths)
     with reading("writing") as progress:
         result = write(

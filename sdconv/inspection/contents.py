@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sdconv.checkpoint.fit import fit
 from sdconv.checkpoint.header import TensorInfo
 from sdconv.checkpoint.infer import Identified
 from sdconv.checkpoint.load import BUILD, SourceView
@@ -65,8 +66,10 @@ class NetworkFound:
 
     ``prefix``: what stands before its names in the file. ``open_to``: the families among which
     nothing decided. ``parameters``: numbers that are learned (statistics are not).
-    ``missing``, ``unexpected``, ``misshapen``: names of tensors that keep it from being loaded (of
-    a U-Net only what is unexpected is known before it is built).
+    ``missing``, ``unexpected``, ``misshapen``, ``not_floating``: names of tensors that keep it from
+    being loaded (of a U-Net only the second and the last are known before it is built).
+    ``contradicted``: what a config that is written beside it says otherwise than its shapes.
+    ``guess``: what was taken where nothing decided, in words.
     """
 
     component: str
@@ -82,11 +85,15 @@ class NetworkFound:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshapen: tuple[str, ...]
+    not_floating: tuple[str, ...]
+    contradicted: tuple[str, ...]
+    guess: str | None
 
     @property
     def whole(self) -> bool:
-        """Whether every tensor is there in its shape, and none too many."""
-        return not (self.missing or self.unexpected or self.misshapen)
+        """Whether every tensor is there in its shape, of floating-point numbers, and none too
+        many."""
+        return not (self.missing or self.unexpected or self.misshapen or self.not_floating)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +184,10 @@ def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
         InputError: ``paths`` is no path, or there is no such family.
     """
     with ExitStack() as stack:
+        sources = open_all(paths, stack)
         return Inspection(
             path=str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths)),
-            parts=tuple(_part(name, one, family) for name, one in open_all(paths, stack)),
+            parts=tuple(_part(name, one, family) for name, one in sources),
         )
 
 
@@ -201,7 +209,7 @@ def _part(name: str, source: Source, family: str | None) -> Part:
         files=tuple(file.label for file in source.files),
         amount=Amount.of([info for file in source.files for info in file.entries.values()]),
         metadata=source.metadata,
-        networks=tuple(_network(one, entries) for one in identified),
+        networks=tuple(_network(one, view, entries) for one in identified),
         unused=_unused(rest),
         problem=problem,
     )
@@ -212,16 +220,16 @@ def _entry(view: SourceView, name: str) -> TensorInfo:
     return file.entries[own]
 
 
-def _network(one: Identified, entries: Mapping[str, TensorInfo]) -> NetworkFound:
+def _network(one: Identified, view: SourceView, entries: Mapping[str, TensorInfo]) -> NetworkFound:
     found = one.found
-    have = found.shapes({name: info.shape for name, info in entries.items()})
-    wanted, learned = have, set(have)
+    wanted, learned = None, set(found.names)
     # a U-Net takes its transformers from diffusers: too slow to import for a look at a header
     if one.component == "vae":
         with torch.device("meta"):
             network = BUILD[found.kind](one.config)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         learned = {name for name, _ in network.named_parameters()}
+    fits = fit(one, view.shapes, view.dtype, wanted)
     return NetworkFound(
         component=one.component,
         class_name=found.kind,
@@ -232,17 +240,15 @@ def _network(one: Identified, entries: Mapping[str, TensorInfo]) -> NetworkFound
         prefix=found.prefix,
         config=one.config,
         amount=Amount.of([entries[place] for place in found.names.values()]),
-        parameters=sum(prod(shape) for name, shape in have.items() if name in learned),
-        missing=tuple(
-            # the one that may lack counts training batches: nothing computes with it
-            name
-            for name in wanted
-            if name not in have and not name.endswith("num_batches_tracked")
+        parameters=sum(
+            prod(entries[place].shape) for name, place in found.names.items() if name in learned
         ),
-        unexpected=(*found.unexpected, *(found.names[name] for name in have if name not in wanted)),
-        misshapen=tuple(
-            found.names[name] for name in have if have[name] != wanted.get(name, have[name])
-        ),
+        missing=fits.missing,
+        unexpected=fits.unexpected,
+        misshapen=tuple(fits.misshapen),
+        not_floating=tuple(fits.not_floating),
+        contradicted=one.contradicted,
+        guess=one.guess,
     )
 
 
@@ -270,9 +276,11 @@ def _lacks(one: NetworkFound) -> str:
         ("missing", one.missing),
         ("unexpected", one.unexpected),
         ("of the wrong shape", one.misshapen),
+        ("of no floating-point numbers", one.not_floating),
     )
     counts = ", ".join(f"{len(names)} {what}" for what, names in parts if names)
-    return f"the {one.component} cannot be loaded: tensors {counts}"
+    config = "".join(f"; its config says {told}" for told in one.contradicted)
+    return f"the {one.component} cannot be loaded: tensors {counts}{config}"
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ Paths = str | Path | Sequence[str | Path]
 
 def open_all(paths: Paths, stack: ExitStack) -> list[tuple[str, Source]]:
     """The sources under ``paths`` by name: one, or one for each folder of a pipeline."""
-    if not isinstance(paths, str | Path) and len(paths) == 1:
+    if isinstance(paths, list | tuple) and len(paths) == 1:
         (paths,) = paths
     if isinstance(paths, str | Path) and (pipeline_parts(paths) or _says_pipeline(Path(paths))):
         folders = components_in(paths)

@@ -161,6 +161,7 @@ def _network(found: NetworkFound) -> RenderableType:
         ("missing", found.missing),
         ("unexpected", found.unexpected),
         ("wrong shape", found.misshapen),
+        ("no floats", found.not_floating),
     )
     facts |= {what: plain(some(names), "bold red") for what, names in lacks if names}
     return facts_of(facts)

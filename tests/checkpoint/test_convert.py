@@ -373,13 +373,25 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         _without(UNET + "out.2.bias"),
         {},
         WeightsMismatchError,
-        r"1 tensors missing(?s:.*)conv_out\.bias",
+        r"unet: 1 missing(?s:.*)conv_out\.bias",
     ),
     "a wrong shape": (
         originals() | {VAE + "encoder.conv_in.bias": torch.ones(5)},
         {},
         WeightsMismatchError,
         "1 of the wrong shape",
+    ),
+    "integers": (
+        originals() | {k: originals()[k].to(torch.int8) for k in [VAE + "encoder.conv_in.bias"]},
+        {},
+        WeightsMismatchError,
+        r"vae: 1 of no floating-point numbers(?s:.*)encoder\.conv_in\.bias I8",
+    ),
+    "another kind of file": (
+        originals(),
+        {"out": "out.ckpt"},
+        InputError,
+        r"only safetensors files are written(?s:.*)name it out\.safetensors",
     ),
     "a name taken": (
         originals() | {"unet.conv_in.weight": torch.ones(5)},

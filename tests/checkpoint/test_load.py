@@ -169,12 +169,15 @@ def test_config_json_that_contradicts_the_weights(state: State, tmp_path: Path) 
     with pytest.raises(sdconv.WeightsMismatchError, match="of the wrong shape") as caught:
         sdconv.load(folder_of(state, tmp_path / "vae", config))
     assert "(96, 32, 3, 3)" in str(caught.value) and "(64, 32, 3, 3)" in str(caught.value)
+    told = "whose config says block_out_channels = (32, 96) where the shapes say (32, 64)"
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"act_fn": "gelu"}, "act_fn"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "in down_block_types"),
         ({"block_out_channels": [30, 60]}, "30 channels"),
         ({"layers_per_block": "two"}, "layers_per_block"),
         ({"block_out_channels": None}, "block_out_channels"),
@@ -396,5 +399,12 @@ def test_running_averages_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
 def test_weights_that_are_no_floats(dtype: torch.dtype, state: State) -> None:
     broken = {**state, "encoder.conv_in.weight": state["encoder.conv_in.weight"].to(dtype)}
-    with pytest.raises(sdconv.WeightsMismatchError, match="no floating-point tensor"):
+    with pytest.raises(sdconv.WeightsMismatchError, match="1 of no floating-point") as caught:
+        sdconv.load(broken, family="sd1")
+    assert "got: encoder.conv_in.weight" in str(caught.value)
+
+
+def test_weights_that_are_not_dense(state: State) -> None:
+    broken = {**state, "quant_conv.weight": state["quant_conv.weight"].to_sparse()}
+    with pytest.raises(sdconv.WeightsMismatchError, match=r"quant_conv\.weight is no dense tensor"):
         sdconv.load(broken, family="sd1")

@@ -49,6 +49,15 @@ NETWORKS = {
 }
 
 
+def test_names_of_files(tmp_path: Path) -> None:
+    shouted, long = tmp_path / "VAE.SAFETENSORS", tmp_path / f"{'é' * 120}.safetensors"
+    for path in (shouted, long):
+        assert sdconv.save(made("tiny"), path) == [path]
+        assert_same(sdconv.load(path), made("tiny"))
+    # a dot makes no file
+    assert sdconv.save(made("tiny"), tmp_path / "v1.5")[0] == tmp_path / "v1.5" / "config.json"
+
+
 def made(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return NETWORKS[name]().eval()
@@ -134,6 +143,26 @@ REFUSED = {
     "folder": (lambda n, p: sdconv.save(n, p / "vae", layout="original"), "is a single file"),
     "model": (lambda n, p: sdconv.save(torch.nn.Linear(2, 2), p / "a"), "not a network"),
     "path": (lambda n, p: sdconv.save(n, p / "taken" / "a.safetensors"), "cannot be written"),
+    "no path": (lambda n, p: sdconv.save(n, None), "not a path"),
+    "number": (lambda n, p: sdconv.save(n, 3), "not a path"),
+    "nothing": (lambda n, p: sdconv.save(n, ""), "not a path"),
+    "NUL": (lambda n, p: sdconv.save(n, p / "new" / "a\0.safetensors"), r"new/a\\x00.* null"),
+    "NUL above": (lambda n, p: sdconv.save(n, p / "new\0" / "vae"), "null"),
+    "surrogate": (lambda n, p: sdconv.save(n, p / "\ud800.safetensors"), "cannot be written"),
+    "long name": (
+        lambda n, p: sdconv.save(n, p / "new" / f"{'x' * 300}.safetensors"),
+        "cannot be written",
+    ),
+    "checkpoint": (
+        lambda n, p: sdconv.save(n, p / "out.ckpt"),
+        r"(?s)only safetensors files are written.*to do: name it out\.safetensors",
+    ),
+    "checkpoint, shouted": (lambda n, p: sdconv.save(n, p / "OUT.PTH"), "only safetensors"),
+    "meta device": (
+        lambda n, p: sdconv.save(n.to("meta"), p / "new" / "a.safetensors"),
+        r"(?s)tensors without values.*on the meta device, such as encoder\.",
+    ),
+    "meta device, folder": (lambda n, p: sdconv.save(n.to("meta"), p / "vae"), "without values"),
 }
 
 
