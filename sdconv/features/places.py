@@ -79,8 +79,10 @@ def places(network: nn.Module, prefix: str = "") -> dict[str, Place]:
     sources = {source: f"{name}:skip" for name, (source, _) in skips.items()}
     found: dict[str, Place] = {}
     # a ResNet block's one activation is called two or three times: silu1 and silu2 stand for it
-    shared = {id(block.nonlinearity) for block in network.modules() if _is_resnet(block)}
+    shared: set[int] = set()
     for name, module in network.named_modules():
+        if _is_resnet(module):
+            shared.add(id(module.nonlinearity))
         kind = _kind(name, module)
         if name and kind is not None and id(module) not in shared:
             name = prefix + name
@@ -131,7 +133,7 @@ def _at(name: str, kind: str, module: nn.Module, skip: tuple[str, int] | None) -
 
 def _is_resnet(module: nn.Module) -> bool:
     parts = ("norm1", "conv1", "norm2", "conv2", "nonlinearity")
-    return all(isinstance(getattr(module, part, None), nn.Module) for part in parts)
+    return all(module._modules.get(part) is not None for part in parts)
 
 
 def _skips(network: nn.Module) -> Mapping[str, tuple[str, int]]:

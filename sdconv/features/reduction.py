@@ -134,14 +134,15 @@ class Keep:
             caller's reduction gave no tensor.
         """
         # outside of inference mode, so that what is kept can be used anywhere
-        with torch.inference_mode(False), torch.no_grad(), _exactly(x.device.type):
+        with torch.inference_mode(False), torch.no_grad():
             kept = x.detach()
             if self.region is not None:
                 kept = _cut(kept, self.region)
             if self.channels is not None:
                 kept = _picked(kept, self.channels)
             if self.reduce is not None:
-                kept = _tensor(self.reduce(kept))
+                with _exactly(x.device.type):
+                    kept = _tensor(self.reduce(kept))
             device = self.device or kept.device
             return kept.to(device, self.dtype, non_blocking=copies_later(kept, device), copy=True)
 
