@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from docs_drawing import (
@@ -21,39 +21,22 @@ from matplotlib.figure import Figure
 from measure_tiny_unet import context, noisy
 from torch import Tensor, nn
 
+import sdconv
 from sdconv.anatomy import dissect
 from sdconv.unet import UNet2DConditionModel
 from sdconv.vae import AutoencoderKL
 
 Maps = Mapping[str, Tensor]
-"""By a module's name, what it gave: ``(C, H, W)``."""
+"""By a point's name, what passed there: ``(C, H, W)``."""
 
 
-def outputs(network: nn.Module, names: Iterable[str], run: object, *given: object) -> Maps:
-    """What the modules of these names give while ``run(*given)``; ``:input`` behind a name: what
-    it takes."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, side: int):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, *sides: object) -> None:
-            value = sides[side]
-            while isinstance(value, tuple):
-                value = value[0]
-            found[name] = value[0].clone()
-
-        return hook
-
-    hooks = []
-    for name in names:
-        module, _, of_input = name.partition(":")
-        side = 0 if of_input else 1
-        hooks.append(network.get_submodule(module).register_forward_hook(keep(name, side)))
-    try:
-        run(*given)  # type: ignore[operator]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+def outputs(
+    network: nn.Module, names: Iterable[str], run: Callable[..., object], *given: object
+) -> Maps:
+    """What passes at the points of these names while ``run(*given)``."""
+    with sdconv.capture(network, names) as maps:
+        run(*given)
+    return {name: maps.series(name)[0].tensor[0] for name in maps}
 
 
 def sides(values: Tensor) -> str:
@@ -193,7 +176,7 @@ def halving(photo: Tensor, vae: AutoencoderKL) -> Figure:
     seen = outputs(vae, [f"{name}:input", name], vae.encode, photo[None])
     before, after = seen[f"{name}:input"], seen[name]
     top, left, size = 28, 20, 28
-    k, q = various(before, 2)[1], various(after, 2)[0]
+    k, q = various(before, 1)[0], various(after, 1)[0]
     sheet = figure(9, 3.15)
     axes = _window(sheet, 0.1, before[k, top : top + size, left : left + size], "one map, 28 x 28")
     row, column = 4, 9
@@ -213,14 +196,15 @@ def doubling(photo: Tensor, vae: AutoencoderKL) -> Figure:
     """A map before, in the middle of and after one of the decoder's doublings."""
     name = "decoder.up_blocks.1.upsamplers.0"
     latents = vae.encode(photo[None]).latent_dist.mode()
-    seen = outputs(vae, [f"{name}:input", f"{name}.conv:input", name], vae.decode, latents)
+    seen = outputs(vae, [f"{name}:input", name], vae.decode, latents)
+    repeated = seen[f"{name}:input"].repeat_interleave(2, 1).repeat_interleave(2, 2)
     k = various(seen[f"{name}:input"], 1)[0]
     q = various(seen[name], 1)[0]
     sheet = figure(9, 3.15)
     top, left, size, row, column = 14, 20, 12, 4, 5
     shown = (
         (seen[f"{name}:input"][k], 1, "one map"),
-        (seen[f"{name}.conv:input"][k], 2, "each number four times"),
+        (repeated[k], 2, "each number four times"),
         (seen[name][q], 2, "after the 3 x 3 convolution"),
     )
     for place, (values, factor, title) in enumerate(shown):
