@@ -45,7 +45,8 @@ def capture(
     their blocks were entered: a capture sees what the edits around it made of a map, not what those
     inside it will make. They belong to the network: calls from any thread count. What gradient
     checkpointing computes a second time is not kept again; what ``torch.compile`` made runs
-    uncompiled inside the block, because compiled code calls no hooks.
+    uncompiled inside the block, because compiled code calls no hooks; and the fast backend leaves
+    a layer with a hook to the reference, from which it differs by rounding.
 
     Args:
         target: a network, any module, or a diffusers pipeline, whose names begin with the

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sdconv.features.calls import Call
 from sdconv.features.dry import double, without_values
-from sdconv.features.hooks import attach
+from sdconv.features.hooks import attach, first_tensor
 from sdconv.features.keeping import too_wide
 from sdconv.features.places import places
 from sdconv.features.reduction import Keep
@@ -58,9 +58,8 @@ class Forecast:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             names = {name for name in self._open if name.startswith(prefix)}
             self._open -= names
-            device = next((x.device.type for x in module.parameters()), "cpu")
             # what autocast will make of a dtype is not seen without values
-            if not names or device == "meta" or torch.is_autocast_enabled(device):
+            if not names or _casts(first_tensor((args, kwargs))):
                 return
             self._needed += self._calls(prefix) * self._bytes(prefix, module, names, args, kwargs)
             if self._needed > self._limit:
@@ -101,3 +100,9 @@ class Forecast:
             return 1
         calls = enumerate(steps[-count:])
         return sum(self._selected(Call(index, timestep)) for index, timestep in calls)
+
+
+def _casts(x: Tensor | None) -> bool:
+    """Whether autocast is on where a tensor is."""
+    device = "meta" if x is None else x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -463,3 +463,52 @@ def test_memory_where_a_dry_run_is_not_possible() -> None:
         network(picture())
     assert len(maps) == 0
     assert hooks_on(network) == 0
+
+
+def test_weights_that_are_elsewhere_until_they_are_needed() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="offloading is accelerate's")
+    network = unets.theirs(UNET)
+    inputs = unets.inputs(network.config)
+    with torch.no_grad(), sdconv.capture(network, "*.conv2") as plain:
+        network(*inputs)
+    accelerate.cpu_offload(network, execution_device="cpu")
+    needed = sum(one(plain, name).nbytes for name in plain)
+    with torch.no_grad(), sdconv.capture(network, "*.conv2", max_memory=needed) as maps:
+        network(*inputs)
+    assert all(torch.equal(one(maps, name), one(plain, name)) for name in plain)
+    with (
+        pytest.raises(sdconv.SdconvError, match=f"{needed:,} bytes in all"),
+        torch.no_grad(),
+        sdconv.capture(network, "*.conv2", max_memory=needed - 1),
+    ):
+        network(*inputs)
+
+
+def test_lora_layers_are_points_too() -> None:
+    peft = pytest.importorskip("peft", reason="LoRA layers are peft's")
+    network = unets.theirs(UNET)
+    network.add_adapter(peft.LoraConfig(target_modules=["conv1"], init_lora_weights=False))
+    name = "mid_block.resnets.0.conv1"
+    kinds = {p.name: p.kind for p in sdconv.features(network, 16) if p.name.startswith(name)}
+    assert (kinds[name], kinds[f"{name}.base_layer"]) == ("conv", "conv")
+    with torch.no_grad(), sdconv.capture(network, f"{name}*") as maps:
+        network(*unets.inputs(network.config))
+    whole, base = one(maps, name), one(maps, f"{name}.base_layer")
+    torch.testing.assert_close(whole, base + one(maps, f"{name}.lora_B.default"))
+
+
+@pytest.mark.gpu
+def test_off_the_gpu_while_it_computes() -> None:
+    network = unets.theirs(UNET).cuda()
+    inputs = [x.cuda() if isinstance(x, Tensor) else x for x in unets.inputs(network.config)]
+    names = ["*.resnets.0", "*:skip"]
+    with torch.no_grad():
+        with sdconv.capture(network, names) as there:
+            network(*inputs)
+        with sdconv.capture(network, names, device="cpu") as here:
+            network(*inputs)
+            early = [here[name].clone() for name in here]  # type: ignore[union-attr]
+    for name, x in zip(there, early, strict=True):
+        assert one(there, name).is_cuda
+        assert torch.equal(one(there, name).cpu(), one(here, name))
+        assert torch.equal(x, one(here, name))
