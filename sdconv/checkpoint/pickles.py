@@ -1,22 +1,28 @@
 """Torch checkpoints (``.ckpt``, ``.pth``, ``.pt``, ``.bin``): pickles of which nothing is run.
 
-A pickle is a program: it names functions of the reader's Python (its *globals*) and calls them.
-Here only ``torch.load(weights_only=True)`` runs it, whose interpreter knows tensors, plain
-containers and no other global. Training frameworks leave their own objects beside the weights;
-for those whose names are known to be harmless an empty class is made on the spot and handed to
-``torch.serialization.safe_globals`` under that name. It takes any arguments and any state and does
-nothing with them, and the module it is named after is never imported. Everything else is refused
-by its name, before torch reads the file, and nothing falls back to a looser reader.
+A pickle is a program: it names functions and classes of the reader's Python (its *globals*) and
+calls them. Here only ``torch.load(weights_only=True)`` runs it, whose interpreter knows tensors,
+plain containers and no other global, and calls nothing else. Training code leaves its own objects
+beside the weights. For each class among them (a name that begins with a capital, of a package that
+is neither Python's own nor torch) an empty class is handed to ``torch.serialization.safe_globals``
+under that name: the module it is named after is never imported, so what stands there is never
+called. It takes any arguments and any state and keeps none. Functions have no such place to take,
+and Python's and torch's own names are let in one by one (``STAND_INS``): all else is refused by
+its name, before torch reads the file, and nothing falls back to a looser reader. Globals that the
+running program has itself given to ``torch.serialization.add_safe_globals`` are its own affair.
 """
 
 from __future__ import annotations
 
 import io
 import pickletools
+import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 import torch
@@ -28,39 +34,43 @@ from sdconv.errors import CheckpointError
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
 """Names of files that are read as pickles, and only those."""
 
-STAND_IN_PACKAGES = (
-    "pytorch_lightning.",
-    "lightning.",
-    "lightning_fabric.",
-    "lightning_utilities.",
-    "omegaconf.",
-)
-"""Packages whose classes (names that begin with a capital) get a stand-in: Lightning's callbacks,
-loops and enums, OmegaConf's containers of hyperparameters."""
-
-STAND_IN_NAMES = frozenset(
+STAND_INS = frozenset(
     {
-        "numpy.core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.dtype",
-        "numpy.ndarray",
+        *(f"builtins.{name}" for name in "bool bytes dict float frozenset int list".split()),
+        *(f"builtins.{name}" for name in "object range slice str tuple".split()),
+        *(f"collections.{name}" for name in "ChainMap UserDict UserList defaultdict deque".split()),
+        *(f"datetime.{name}" for name in "date datetime time timedelta timezone".split()),
+        *(f"pathlib.{name}" for name in "Path PosixPath PurePosixPath".split()),
+        *(f"pathlib.{name}" for name in "PureWindowsPath WindowsPath".split()),
         "argparse.Namespace",
-        "collections.defaultdict",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.WindowsPath",
-        "pathlib.PureWindowsPath",
+        "decimal.Decimal",
+        "fractions.Fraction",
+        "types.SimpleNamespace",
         "typing.Any",
-        *(f"builtins.{t}" for t in ("bool", "dict", "float", "int", "list", "str", "tuple")),
+        "uuid.UUID",
+        # how numpy pickles arrays, scalars and the state of its random numbers
+        *(
+            f"numpy.{core}.multiarray.{name}"
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        ),
+        *(
+            f"numpy.random._pickle.__{name}_ctor"
+            for name in ("randomstate", "generator", "bit_generator")
+        ),
+        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
+        *(f"numpy.{name}" for name in "bool bool_ dtype ndarray object_ str_".split()),
+        *(f"numpy.{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+        *(f"numpy.{name}" for name in "float16 float32 float64 complex64 complex128".split()),
     }
 )
-"""Single names that get a stand-in: metrics, hyperparameters and paths beside the weights."""
+"""Names that get a stand-in although they are Python's own, or do not begin with a capital."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 """Names under which training code keeps the weights, in the order in which they are looked for."""
 
+_ONE_AT_A_TIME = Lock()  # torch keeps what is let in for all threads together
+_MOST_STAND_INS = 1000  # far more than training code has classes
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zip format
 _SAFER = (
     "get the same weights as a .safetensors file; if you trust the author, let the code that made "
@@ -83,26 +93,23 @@ def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
     with os_errors(file), file.open("rb") as handle:
         is_zip = handle.read(4) == b"PK\x03\x04"  # as torch tells its two formats apart
     program, mappable = _zip_program(file) if is_zip else (_legacy_program(file), False)
-    names = _unsafe_globals(file, program)
-    refused = sorted(name for name in names if not _may_stand_in(name))
-    if refused:
-        raise _refused(file, refused)
-    stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-            warnings.simplefilter("ignore")  # of old protocols and storages: they load all the same
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
-            return _weights(file, content)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a hostile pickle may raise anything out of torch
-        raise CheckpointError(
-            "cannot be read as a torch checkpoint",
-            where=file,
-            expected="tensors and plain containers, as torch.save writes a state dict",
-            got=_reason(error),
-            fix=f"{AGAIN}; or {_SAFER}",
-        ) from error
+    with _ONE_AT_A_TIME:
+        stand_ins: list[Any] = [(_stand_in(name), name) for name in _let_in(file, program)]
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+                warnings.simplefilter("ignore")  # of old protocols and storages: they load as well
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+                return _weights(file, content)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a hostile pickle may raise anything out of torch
+            raise CheckpointError(
+                "cannot be read as a torch checkpoint",
+                where=file,
+                expected="tensors and plain containers, as torch.save writes a state dict",
+                got=_reason(error),
+                fix=f"{AGAIN}; or {_SAFER}",
+            ) from error
 
 
 class _Inert:
@@ -119,20 +126,43 @@ class _Inert:
 
 
 class _InertDict(_Inert):
-    """Stands for a kind of dict: torch's reader fills none but plain ones."""
+    """Stands for a kind of dict: torch's reader fills none but plain ones, and gives a state to
+    the ordered one alone."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
-        return {}
+        return OrderedDict()
+
+
+class _InertList(_Inert):
+    """Stands for a kind of list: torch's reader fills none but plain ones."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return []
+
+
+def _let_in(file: Path, program: bytes) -> list[str]:
+    """The globals that need a stand-in; refused where one may have none."""
+    names = _unsafe_globals(file, program)
+    refused = sorted(name for name in names if not _may_stand_in(name))
+    if refused or len(names) > _MOST_STAND_INS:
+        raise _refused(file, refused or sorted(names))
+    return names
 
 
 def _may_stand_in(name: str) -> bool:
-    is_class = name.rpartition(".")[2].lstrip("_")[:1].isupper()
-    return name in STAND_IN_NAMES or (is_class and name.startswith(STAND_IN_PACKAGES))
+    """Whether a name is one of ``STAND_INS``, or a class of another package than Python's and
+    torch's."""
+    package, *inner = name.split(".")
+    is_class = bool(inner) and inner[-1].lstrip("_")[:1].isupper()
+    foreign = package not in sys.stdlib_module_names and package not in ("torch", "__builtin__")
+    return name in STAND_INS or (is_class and foreign and name.replace(".", "_").isidentifier())
 
 
-def _stand_in(name: str) -> type:
-    is_dict = name.rpartition(".")[2] in ("AttributeDict", "defaultdict", "dict")
-    return type("StandIn", (_InertDict if is_dict else _Inert,), {"__doc__": f"For {name}."})
+def _stand_in(name: str) -> type[_Inert]:
+    kind = name.rpartition(".")[2]
+    if kind in ("dict", "defaultdict") or kind.endswith("Dict"):
+        return _InertDict
+    return _InertList if kind in ("list", "deque") else _Inert
 
 
 def _zip_program(file: Path) -> tuple[bytes, bool]:
@@ -270,8 +300,8 @@ def _refused(file: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"asks for {listed}, which is refused; nothing of it was run",
         where=file,
-        expected="tensors and plain containers, with objects of Lightning and OmegaConf at most",
-        got=f"a pickle that names {len(names)} foreign function(s) or class(es)",
+        expected="tensors and plain containers, with objects of training code's classes at most",
+        got=f"a pickle that names {len(names)} of what is refused",
         fix=_SAFER,
     )
 
@@ -305,8 +335,9 @@ def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
 
 
 def _tensors(candidate: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    # not value.detach(): a pickle may give a tensor an attribute of that name
     return {
-        name: value.detach()
+        name: torch.Tensor.detach(value)
         for name, value in candidate.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }

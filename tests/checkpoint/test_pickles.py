@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import argparse
 import pickle
 import sys
 import types
 import warnings
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -152,12 +155,63 @@ def test_a_stand_in_is_never_the_installed_class(
 
 
 @FORMATS
-def test_a_class_of_another_package_is_refused_by_its_name(
+def test_objects_of_any_training_code_are_left_out(
     tmp_path: Path, new: bool, foreign_class: Callable[[str, str, type], type]
 ) -> None:
-    trainer = foreign_class("my_trainer.core", "State", object)
-    file = saved(tmp_path / "a.ckpt", {"state": trainer(), "state_dict": WEIGHTS}, new)
-    with pytest.raises(CheckpointError, match=r"asks for my_trainer\.core\.State"):
+    """As in the first files of Stable Diffusion's kind: each line was a reason to refuse one."""
+    classes = [
+        foreign_class("ldm.modules.ema", "LitEma", object),
+        foreign_class("main", "ImageLogger", object),
+        foreign_class("my_trainer.core.state", "_State", object),
+        foreign_class("easydict", "EasyDict", dict),
+    ]
+    objects: list[Any] = [one() for one in classes]
+    for number, one in enumerate(objects):
+        one.__dict__["number"] = number
+    objects[-1]["lr"] = 1e-4
+    content = {
+        "objects": objects,
+        "losses": deque([0.5, 0.25], maxlen=100),
+        "counts": Counter("abca"),
+        "started": datetime(2022, 8, 22, tzinfo=UTC),
+        "took": timedelta(hours=3),
+        "options": argparse.Namespace(lr=1e-4, path=Path("/a")),
+        "space": types.SimpleNamespace(a=1),
+        "random": np.random.RandomState(0),
+        "generator": np.random.default_rng(0),
+        "dtypes": [np.float32, np.dtype("int64"), np.float16(1.5), np.bool_(True)],
+        "sets": [{1, 2}, frozenset("ab"), range(3), slice(1, 2), b"bytes", 2 + 1j],
+        "state_dict": WEIGHTS,
+    }
+    file = saved(tmp_path / "old.ckpt", content, new)
+    assert same(read_pickle(file), WEIGHTS)
+
+
+@FORMATS
+def test_weights_in_a_dict_of_another_kind(
+    tmp_path: Path, new: bool, foreign_class: Callable[[str, str, type], type]
+) -> None:
+    kind = foreign_class("my_trainer", "StateDict", dict)
+    assert same(read_pickle(saved(tmp_path / "a.ckpt", {"model": kind(WEIGHTS)}, new)), WEIGHTS)
+
+
+def test_several_at_once(tmp_path: Path, foreign_class: Callable[[str, str, type], type]) -> None:
+    """torch keeps the names that are let in for all threads together."""
+    callback = foreign_class("my_trainer", "Callback", object)
+    content = {"callbacks": [callback()] * 50, "state_dict": WEIGHTS}
+    file = saved(tmp_path / "a.ckpt", content)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(read_pickle, [file] * 32):
+            assert same(found, WEIGHTS)
+
+
+@FORMATS
+def test_a_function_of_another_package_is_refused_by_its_name(
+    tmp_path: Path, new: bool, foreign_class: Callable[[str, str, type], type]
+) -> None:
+    function = foreign_class("my_trainer.core", "make_state", object)  # by its name, that is
+    file = saved(tmp_path / "a.ckpt", {"state": function(), "state_dict": WEIGHTS}, new)
+    with pytest.raises(CheckpointError, match=r"asks for my_trainer\.core\.make_state"):
         read_pickle(file)
 
 

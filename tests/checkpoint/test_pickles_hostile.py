@@ -6,9 +6,11 @@ import io
 import os
 import pickle
 import struct
+import sys
 import tempfile
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -77,7 +79,18 @@ def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
         "exec": (pickle.dumps(Calls(exec, code), 2), "exec, which is refused"),
         "open": (pickle.dumps(Calls(open, str(marker), "w"), 2), "io.open"),
         "getattr": (call("builtins.getattr", code), "builtins.getattr"),
+        "import": (call("builtins.__import__", "os"), "__import__, which is refused"),
         "subprocess": (call("subprocess.getoutput", shell), "subprocess.getoutput"),
+        # classes of Python's own, which run what they are given
+        "a process": (call("subprocess.Popen", f"touch {marker}"), "subprocess.Popen"),
+        "a thread": (call("threading.Thread", code), "threading.Thread"),
+        "a library": (call("ctypes.CDLL", f"{marker}.so"), "ctypes.CDLL"),
+        "a console": (call("code.InteractiveConsole", code), "code.InteractiveConsole"),
+        "an error": (call("builtins.Exception", code), "Exception, which is refused"),
+        "a file": (call("zipfile.ZipFile", str(marker)), "zipfile.ZipFile"),
+        "a module of torch's": (call("torch.nn.Module", code), "torch.nn.Module"),
+        "no name": (call("my-trainer.State", code), "my-trainer.State"),
+        "a name for a terminal": (call("x\033[31m.State", code), "State"),
         "a function of Lightning's": (
             call("pytorch_lightning.utilities.cloud_io.load", shell),
             "pytorch_lightning.utilities.cloud_io.load",
@@ -124,6 +137,62 @@ def test_the_hostile_programs_do_work_where_they_are_let(tmp_path: Path, name: s
         warnings.simplefilter("ignore")
         pickle.loads(hostile(marker)[name][0])
     assert marker.exists()
+
+
+@FORMATS
+def test_what_stands_under_an_allowed_name_is_not_even_imported(
+    tmp_path: Path, new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "marker"
+    source = f"""
+from pathlib import Path
+def mark(word): Path({str(marker)!r}).write_text(word)
+class State:
+    def __new__(cls, *args): mark("new"); return object.__new__(cls)
+    def __setstate__(self, state): mark("state")
+mark("import")
+"""
+    (tmp_path / "installed_package.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    program = b"\x80\x02cinstalled_package\nState\n)R}X\x01\x00\x00\x00aK\x01sb."
+    file = (archive if new else legacy)(tmp_path / "a.ckpt", program)
+    with pytest.raises(CheckpointError, match="without weights"):
+        read_pickle(file)
+    assert not marker.exists()
+    assert "installed_package" not in sys.modules
+    pickle.loads(program)  # the control: it would have run, three times over
+    assert marker.read_text() == "state"
+    del sys.modules["installed_package"]
+
+
+@FORMATS
+@pytest.mark.parametrize("name", ["detach", "numel"])
+def test_attributes_that_a_pickle_gives_to_tensors_are_not_called(
+    tmp_path: Path, name: str, new: bool
+) -> None:
+    tensor = torch.arange(3.0)
+    tensor.__dict__[name] = OrderedDict  # what torch lets a pickle name, and call
+    file = tmp_path / "a.ckpt"
+    torch.save({"w": tensor}, file, _use_new_zipfile_serialization=new)
+    found = read_pickle(file)["w"]
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, torch.arange(3.0))
+    assert name not in vars(found)
+
+
+def test_more_classes_than_training_code_has(tmp_path: Path) -> None:
+    names = b"".join(b"cmy\nClass%d\n" % number for number in range(1001))
+    with pytest.raises(CheckpointError, match=r"my\.Class0, .*, which is refused"):
+        read_pickle(archive(tmp_path / "a.ckpt", b"\x80\x02(" + names + b"t."))
+    few = b"".join(b"cmy\nClass%d\n" % number for number in range(1000))
+    with pytest.raises(CheckpointError, match="without weights"):
+        read_pickle(archive(tmp_path / "b.ckpt", b"\x80\x02(" + few + b"t."))
+
+
+def test_keys_nested_too_deeply_to_print(tmp_path: Path) -> None:
+    deep = b"\x80\x02}K\x01" + b"\x85" * 5000 + b"K\x01s."
+    with pytest.raises(CheckpointError):
+        read_pickle(archive(tmp_path / "a.ckpt", deep))
 
 
 @FORMATS
