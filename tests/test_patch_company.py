@@ -76,6 +76,17 @@ def test_lora(when: str) -> None:
     assert classes(pipe) == kinds
 
 
+def test_a_lora_fused_before() -> None:
+    assert with_lora(True) != with_lora(False)
+    pipe = pipeline("text")
+    pipe.load_lora_weights(dict(lora()), adapter_name="one")
+    pipe.fuse_lora()
+    assert sdconv.apply_patch(pipe).left == {}
+    assert run(pipe, "text") == with_lora(True)
+    sdconv.remove_patch(pipe)
+    assert run(pipe, "text") == with_lora(True)
+
+
 def test_a_lora_unloaded_while_patched() -> None:
     pipe = pipeline("text")
     sdconv.apply_patch(pipe)

@@ -123,6 +123,14 @@ def _block(**fields: Any) -> nn.Module:
     return resnet.ResnetBlock2D(in_channels=32, temb_channels=None, **fields)
 
 
+def _with(**parts: nn.Module) -> nn.Module:
+    """A block with parts exchanged after it was made."""
+    block = _block()
+    for name, part in parts.items():
+        setattr(block, name, part)
+    return block
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
     "FIR kernels": (
         lambda: _unconditional("SkipDownBlock2D", "SkipUpBlock2D"),
@@ -170,6 +178,11 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
         },
     ),
     "dropout": (lambda: _block(dropout=0.1), (_map(), None), {"ResnetBlock2D: dropout.p is 0.1"}),
+    "dropout taken out": (
+        lambda: _with(dropout=nn.Identity()),
+        (_map(), None),
+        {"ResnetBlock2D: 'Identity' object has no attribute 'p'"},
+    ),
     "time without its activation": (
         lambda: resnet.ResnetBlock2D(in_channels=32, temb_channels=16, skip_time_act=True),
         (_map(), torch.ones(2, 16)),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import unets
 from pipelines import pipeline, run
 
 import sdconv
@@ -89,15 +90,26 @@ def test_save_pretrained_and_from_pretrained(kind: str, tmp_path: Path) -> None:
         assert run(one, "text", **SIZE) == expected
 
 
-def test_a_network_loaded_before_diffusers_is_accepted(tmp_path: Path) -> None:
-    sdconv.save(network("kl"), tmp_path / "vae.safetensors")
+def test_diffusers_is_imported_for_transformers_and_takes_what_was_loaded_before(
+    tmp_path: Path,
+) -> None:
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("vae", "unet")]
+    sdconv.save(network("kl"), files[0])
+    sdconv.save(unets.ours(unets.theirs(unets.small("one level"))), files[1])
     code = f"""
 import sys, sdconv
-vae = sdconv.load({str(tmp_path / "vae.safetensors")!r})
+vae = sdconv.load({files[0]!r})
+config = sdconv.infer(sdconv.read_header({files[1]!r}).shapes)["unet"]
+skeleton = sdconv.UNet2DConditionModel(config, transformers=None)
 assert "diffusers" not in sys.modules and type(vae) is vae.__class__
+unet = sdconv.load({files[1]!r})
+assert "diffusers" in sys.modules
 import diffusers
-assert isinstance(vae, diffusers.AutoencoderKL) and isinstance(vae, sdconv.AutoencoderKL)
+for ours in (vae, unet):
+    name = ours.config.class_name
+    assert isinstance(ours, getattr(diffusers, name)) and isinstance(ours, getattr(sdconv, name))
 assert type(vae) is sdconv.AutoencoderKL
+assert skeleton.state_dict().keys() < unet.state_dict().keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

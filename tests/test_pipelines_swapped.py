@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from patching import REPLACED, code_run_by, plain
-from pipelines import KINDS, SCHEDULERS, pipeline, run, scheduler
+from pipelines import KINDS, SCHEDULERS, WIDE, pipeline, run, scheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -58,6 +58,19 @@ def test_it_is_our_code_that_runs() -> None:
     assert theirs & code_run_by(lambda: run(pipeline("text"), "text"))
     assert not ran & theirs
     assert {unet.UNet2DConditionModel.forward.__code__, vae.Decoder.forward.__code__} <= ran
+
+
+def test_a_hook_sees_what_it_sees_in_diffusers() -> None:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for pipe in (pipeline("xl"), swapped("xl")):
+        pipe.unet.add_embedding.register_forward_pre_hook(
+            lambda module, *given: seen.append(given), with_kwargs=True
+        )
+        run(pipe, "xl")
+    assert len(seen) == 4  # two steps each
+    (texts_and_sizes,), more = seen[0]
+    assert texts_and_sizes.shape == (4, WIDE + 6 * 256) and more == {}
+    assert all(torch.equal(given[0][0], texts_and_sizes) for given in seen)
 
 
 def _weight(pipe: Any) -> None:

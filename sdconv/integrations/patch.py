@@ -61,10 +61,10 @@ def apply_patch(target: Any) -> PatchSummary:
 
     replaced: defaultdict[str, list[str]] = defaultdict(list)
     left: dict[str, str] = {}
-    already = 0
-    for name, block in _blocks(target, "apply_patch"):
+    blocks = [*_blocks(target, "apply_patch")]
+    already = sum(patched.is_patched(block) for _, block in blocks)
+    for name, block in blocks:
         plan = patched.plan(block)
-        already += patched.is_patched(block)
         if isinstance(plan, str):
             left[name] = f"{type(block).__name__}: {plan}"
         elif plan is not None:

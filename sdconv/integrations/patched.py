@@ -126,7 +126,11 @@ class Patch:
 
     def obstacle(self, block: nn.Module) -> str | None:
         """The first attribute that is not as it must be, if any."""
-        for name, fits in self.covers(block).items():
+        try:
+            covered = self.covers(block)
+        except AttributeError as error:  # a part that someone exchanged
+            return str(error)
+        for name, fits in covered.items():
             if not fits:
                 got = attrgetter(name)(block)
                 plain = got is None or isinstance(got, bool | int | float | str)
