@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from weight_files import PLAIN, A, B, put, sharded, without_permission
 
 from sdconv.checkpoint.source import components_in, open_source
 from sdconv.errors import CheckpointError, InputError
-
-A, B = torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
-PLAIN = "diffusion_pytorch_model.safetensors"
-
-
-def put(file: Path, **tensors: torch.Tensor) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".safetensors":
-        save_file(tensors, file, metadata={"format": "pt", "of": file.stem})
-    else:
-        torch.save(tensors, file)
-    return file
-
-
-def sharded(folder: Path, kind: str = "safetensors", **weight_map: str) -> Path:
-    """A folder of two shards, ``a`` in the first and ``b`` in the second, with an index."""
-    first = put(folder / f"diffusion_pytorch_model-00001-of-00002.{kind}", a=A)
-    second = put(folder / f"diffusion_pytorch_model-00002-of-00002.{kind}", b=B)
-    listed = weight_map or {"a": first.name, "b": second.name}
-    index = folder / f"diffusion_pytorch_model.{kind}.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": listed}))
-    return index
-
-
-@contextmanager
-def without_permission(path: Path) -> Iterator[None]:
-    """Closed to all, and root becomes nobody for a moment, as it may read everything."""
-    root = os.geteuid() == 0
-    mode = path.stat().st_mode
-    path.chmod(0)
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        path.chmod(mode)
 
 
 @pytest.mark.parametrize(

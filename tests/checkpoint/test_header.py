@@ -4,14 +4,12 @@ import json
 import os
 import pickle
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +17,10 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from weight_files import HUGE, U8, entry, packed, without_permission, written
 
 from sdconv.checkpoint.header import DTYPE_BITS, read_header
 from sdconv.errors import CheckpointError, InputError
-
-HUGE = 2**63
-
-
-def packed(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file's bytes; ``header`` is JSON already where it is bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def entry(dtype: object, shape: object, *offsets: object) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
-
-
-def written(folder: Path, content: bytes) -> Path:
-    file = folder / "weights.safetensors"
-    file.write_bytes(content)
-    return file
-
-
-@contextmanager
-def without_permission() -> Iterator[None]:
-    """Root may read everything, so it becomes nobody for a moment."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 @pytest.fixture
@@ -123,7 +91,6 @@ def test_safetensors_knows_no_dtype_that_is_missing_here(tmp_path: Path) -> None
     assert {name.strip(" `") for name in listed.split(",")} == set(DTYPE_BITS)
 
 
-U8 = entry("U8", [1], 0, 1)
 STRICTER = ("twice", "not an object", "larger than any")
 """Where safetensors is laxer, and may take the file."""
 LONG = 2**40

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from weight_files import HUGE, U8, entry, packed, written
 
 from sdconv.checkpoint.header import DTYPE_BITS, Header, read_header
 from sdconv.errors import CheckpointError
-
-HUGE = 2**63
-
-
-def packed(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file's bytes; ``header`` is JSON already where it is bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def entry(dtype: object, shape: object, *offsets: object) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
-
-
-def written(folder: Path, content: bytes) -> Path:
-    file = folder / "weights.safetensors"
-    file.write_bytes(content)
-    return file
-
-
-U8 = entry("U8", [1], 0, 1)
 
 STRICTER = ("twice", "an entry that is not an object", "unknown dtype", "larger than any tensor")
 """The refusals that safetensors does not share; see the module's docstring."""

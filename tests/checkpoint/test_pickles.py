@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from weight_files import is_mapped
 
 from sdconv.checkpoint.pickles import WRAPPERS, read_pickle
 from sdconv.errors import CheckpointError, InputError
@@ -78,11 +79,7 @@ def test_zip_checkpoints_are_mapped_and_stay_as_they_are_on_the_disk(tmp_path: P
     file = saved(tmp_path / "a.ckpt", {"state_dict": {"w": torch.zeros(1_000_000)}})
     before = file.read_bytes()
     tensor = read_pickle(file)["w"]
-    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    ranges = [
-        [int(end, 16) for end in line[0].split("-")] for line in mapped if line[-1] == str(file)
-    ]
-    assert any(start <= tensor.data_ptr() < end for start, end in ranges)
+    assert is_mapped(tensor, file)
     tensor += 1
     assert file.read_bytes() == before
 

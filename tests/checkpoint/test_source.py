@@ -10,42 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from weight_files import PLAIN, A, B, is_mapped, put, sharded
 
 from sdconv.checkpoint.header import DTYPE_BITS
 from sdconv.checkpoint.source import TORCH_DTYPES, open_source
 from sdconv.errors import CheckpointError, InputError, SdconvError
-
-A, B = torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
-PLAIN = "diffusion_pytorch_model.safetensors"
-
-
-def put(file: Path, **tensors: torch.Tensor) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".safetensors":
-        save_file(tensors, file, metadata={"format": "pt", "of": file.stem})
-    else:
-        torch.save(tensors, file)
-    return file
-
-
-def sharded(folder: Path, kind: str = "safetensors", **weight_map: str) -> Path:
-    """A folder of two shards, ``a`` in the first and ``b`` in the second, with an index."""
-    first = put(folder / f"diffusion_pytorch_model-00001-of-00002.{kind}", a=A)
-    second = put(folder / f"diffusion_pytorch_model-00002-of-00002.{kind}", b=B)
-    listed = weight_map or {"a": first.name, "b": second.name}
-    index = folder / f"diffusion_pytorch_model.{kind}.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": listed}))
-    return index
-
-
-def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(f" {file}"):
-            start, end = (int(end, 16) for end in line.split()[0].split("-"))
-            if start <= tensor.data_ptr() < end:
-                return True
-    return False
 
 
 def test_a_file_is_known_before_it_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Files of weights made by hand, byte by byte or in folders, for the tests of what reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HUGE = 2**63
+PLAIN = "diffusion_pytorch_model.safetensors"
+A, B = torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
+
+
+def packed(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file's bytes; ``header`` is JSON already where it is bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype: object, shape: object, *offsets: object) -> dict[str, object]:
+    """What a header says of one tensor."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+U8 = entry("U8", [1], 0, 1)
+
+
+def written(folder: Path, content: bytes) -> Path:
+    """A file of that content."""
+    file = folder / "weights.safetensors"
+    file.write_bytes(content)
+    return file
+
+
+def put(file: Path, **tensors: torch.Tensor) -> Path:
+    """A file of tensors, as its name has it: safetensors or a pickle."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".safetensors":
+        save_file(tensors, file, metadata={"format": "pt", "of": file.stem})
+    else:
+        torch.save(tensors, file)
+    return file
+
+
+def sharded(folder: Path, kind: str = "safetensors", **weight_map: str) -> Path:
+    """A folder of two shards, ``a`` in the first and ``b`` in the second, with an index."""
+    first = put(folder / f"diffusion_pytorch_model-00001-of-00002.{kind}", a=A)
+    second = put(folder / f"diffusion_pytorch_model-00002-of-00002.{kind}", b=B)
+    listed = weight_map or {"a": first.name, "b": second.name}
+    index = folder / f"diffusion_pytorch_model.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": listed}))
+    return index
+
+
+def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor's values are the file's own pages."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(f" {file}"):
+            start, end = (int(end, 16) for end in line.split()[0].split("-"))
+            if start <= tensor.data_ptr() < end:
+                return True
+    return False
+
+
+@contextmanager
+def without_permission(closed: Path | None = None) -> Iterator[None]:
+    """Root may read everything, so it becomes nobody for a moment; ``closed`` is to none then."""
+    root = os.geteuid() == 0
+    mode = closed.stat().st_mode if closed else 0
+    if closed:
+        closed.chmod(0)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        if closed:
+            closed.chmod(mode)
