@@ -18,8 +18,9 @@ PACKAGE = Path(__file__).parents[1] / "sdconv"
 # package stands for all its modules that have no line of their own.
 LAYERS = (
     ("errors",),
-    ("config",),
+    ("config", "backends"),
     ("ops",),
+    ("fast",),
     ("checkpoint.files",),
     ("checkpoint.header", "checkpoint.pickles", "checkpoint.folder", "checkpoint.source"),
     ("checkpoint.keys", "checkpoint.keys_unet", "checkpoint.keys_clip"),

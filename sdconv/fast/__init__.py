@@ -1,0 +1,2 @@
+"""The networks' blocks with the fast backend's arithmetic; start reading at
+:mod:`sdconv.fast.blocks`."""

@@ -1,0 +1,81 @@
+"""What the fast arithmetic may take a module's weights from, without calling the module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a map is one that the fast arithmetic takes: on a CPU, in a dtype that it knows."""
+    return (
+        x.ndim == 4
+        and x.device.type == "cpu"
+        and x.dtype in _DTYPES
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_conv3x3(module: nn.Module | None, x: Tensor) -> bool:
+    """Whether a module is a bare 3x3 convolution, stride 1, a row of zeros round it, in ``x``'s
+    dtype."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and is_bare(module, nn.Conv2d)
+        and module.kernel_size == (3, 3)
+        and module.stride == (1, 1)
+        and module.padding == (1, 1)
+        and module.dilation == (1, 1)
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and _fits(module.weight, x)
+    )
+
+
+def is_conv1x1(module: nn.Module | None, x: Tensor) -> bool:
+    """Whether a module is a bare 1x1 convolution, stride 1, in ``x``'s dtype."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and is_bare(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+        and _fits(module.weight, x)
+    )
+
+
+def is_norm(module: nn.Module | None, x: Tensor) -> bool:
+    """Whether a module is a bare GroupNorm with weights in ``x``'s dtype."""
+    return (
+        isinstance(module, nn.GroupNorm)
+        and is_bare(module, nn.GroupNorm)
+        and module.affine
+        and _fits(module.weight, x)
+        # torch refuses to normalise a single value
+        and x.shape[2] * x.shape[3] * module.num_channels > module.num_groups
+    )
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what its class does and nothing else: no class derived from it
+    (LoRA layers, parametrisations), no hook, no forward of its own (offloading)."""
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        )
+    )
+
+
+def _fits(weight: Tensor, x: Tensor) -> bool:
+    return weight.device == x.device and weight.dtype == x.dtype

@@ -1,0 +1,121 @@
+"""What the fast backend's compiled loops are written with: jobs, pointers, sums.
+
+A kernel is called once by every thread of a team with the address of a job, a row of whole numbers
+and addresses. Each call takes units of work by adding to the job's first number until none are left
+(see :mod:`sdconv.ops.launching`). The inner loops run over channels, one stored stream each, which
+is what LLVM vectorises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numba import cfunc, from_dtype, njit, types
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# channels that one unit works through at a time
+BLOCK = 64
+
+
+def job(*names: str) -> np.dtype[Any]:
+    """A job's numbers: those that every kernel has, then its own; 0 where an array is not there."""
+    every = ("next_unit", "next_thread", "units", "scratch", "scratch_size")
+    return np.dtype([(name, np.int64) for name in (*every, *names)])
+
+
+# fused multiply-add and reciprocals are allowed; NaN and infinity keep their meaning
+_MATH = {"contract", "arcp", "nsz"}
+_CPointer: Any = types.CPointer
+carray: Any = vars(numba)["carray"]
+f32 = np.float32
+
+
+def inner(function: Function) -> Function:
+    """A function that kernels call, compiled into them."""
+    compile_it: Any = njit(fastmath=_MATH, error_model="numpy")
+    return compile_it(function)  # type: ignore[no-any-return]
+
+
+def kernel(job: np.dtype[Any]) -> Callable[[Callable[[Any], None]], Any]:
+    """Compiles a function that takes the address of such a job."""
+    signature = types.void(_CPointer(from_dtype(job)))
+    compile_it: Any = cfunc(signature, cache=True, fastmath=_MATH, error_model="numpy")
+    return compile_it  # type: ignore[no-any-return]
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    return intrinsic(function)
+
+
+def _pointer_to(kind: Any) -> Any:
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return _CPointer(kind)(types.int64), codegen
+
+    return _intrinsic(pointer)
+
+
+floats = _pointer_to(types.float32)
+doubles = _pointer_to(types.float64)
+words = _pointer_to(types.uint32)
+whole_numbers = _pointer_to(types.uint64)
+
+
+@_intrinsic
+def take(typing_context: Any, job: Any, field: Any) -> Any:
+    """Adds 1 to a job's number and gives what it was, whoever else does so at the same time."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = context.get_value_type(_CPointer(types.int64))
+        place = builder.gep(builder.bitcast(args[0], number), [args[1]])
+        one = context.get_constant(types.int64, 1)
+        return builder.atomic_rmw("add", place, one, "monotonic")
+
+    return types.int64(job, types.int64), codegen
+
+
+@_intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), codegen
+
+
+@inner
+def copy(out: Any, to: int, x: Any, at: int, n: int) -> None:
+    for c in range(n):
+        out[to + c] = x[at + c]
+
+
+@inner
+def zero(out: Any, to: int, n: int) -> None:
+    for c in range(n):
+        out[to + c] = f32(0)
+
+
+@inner
+def count(sums: Any, squares: Any, x: Any, at: int, n: int) -> None:
+    """Adds n channels' values and their squares, in float64."""
+    for c in range(n):
+        sums[c] += np.float64(x[at + c])
+    for c in range(n):
+        squares[c] += np.float64(x[at + c]) * np.float64(x[at + c])
+
+
+@inner
+def gather(into: Any, unit: int, groups: int, size: int, c0: int, n: int, sums: Any) -> None:
+    """Adds n channels' sums to those of their groups, in order, and clears them."""
+    for c in range(n):
+        place = (unit * groups + (c0 + c) // size) * 2
+        into[place] += sums[c]
+        into[place + 1] += sums[BLOCK + c]
+        sums[c] = 0.0
+        sums[BLOCK + c] = 0.0

@@ -1,0 +1,173 @@
+"""The same functions as :mod:`sdconv.ops.plain_engine`'s, by the compiled kernels; float32 only.
+
+Importing it compiles them: seconds, once for a machine and a version of Numba.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdconv.ops import doubling_kernels, kernels, sum_kernels
+from sdconv.ops.launching import launch, threads
+from sdconv.ops.plain_engine import Affine
+from sdconv.ops.strips import Strip, scratch
+
+
+def load(
+    rows: Tensor,
+    row: int,
+    above: Tensor | None,
+    strip: Strip,
+    affine: Affine | None,
+    silu: bool,
+    tiles: Tensor,
+) -> None:
+    """See the plain one."""
+    launch(
+        kernels.load,
+        kernels.LOAD,
+        units=strip.tile_rows * -(-strip.tile_columns // kernels.TILES),
+        **_working(kernels.LOAD_SCRATCH),
+        **_geometry(strip),
+        channels=rows.shape[2],
+        x=rows.data_ptr(),
+        x_row=row,
+        above=0 if above is None else above.data_ptr(),
+        scale=0 if affine is None else affine[0].data_ptr(),
+        shift=0 if affine is None else affine[1].data_ptr(),
+        silu=silu,
+        tiles=tiles.data_ptr(),
+    )
+
+
+def store(
+    products: Tensor, strip: Strip, bias: Tensor, residual: Tensor | None, out: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """See the plain one."""
+    chunks = -(-strip.tile_columns // kernels.TILES)
+    sums = torch.empty(strip.tile_rows * chunks, groups, 2, dtype=torch.float64)
+    launch(
+        kernels.store,
+        kernels.STORE,
+        units=len(sums),
+        **_working(kernels.STORE_SCRATCH),
+        **_geometry(strip),
+        channels=out.shape[2],
+        tiles=products.data_ptr(),
+        bias=bias.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        out=out.data_ptr(),
+        out_row=strip.first,
+        groups=groups,
+        sums=sums.data_ptr(),
+    )
+    heights = _lengths(strip.end - strip.first, 4)
+    widths = _lengths(strip.width, 4 * kernels.TILES)
+    return sums, torch.outer(heights, widths).flatten() * (out.shape[2] // groups)
+
+
+def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """See the plain one."""
+    height, width, channels = rows.shape
+    found = torch.empty(height, groups, 2, dtype=torch.float64)
+    launch(
+        sum_kernels.add_up,
+        sum_kernels.SUM,
+        units=height,
+        **_working(sum_kernels.SUM_SCRATCH),
+        width=width,
+        channels=channels,
+        x=rows.data_ptr(),
+        groups=groups,
+        sums=found.data_ptr(),
+    )
+    return found, torch.full((height,), width * channels // groups, dtype=torch.float64)
+
+
+def differences(
+    rows: Tensor, row: int, first: int, end: int, height: int, into: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """See the plain one."""
+    across, down, both = into
+    launch(
+        doubling_kernels.differences,
+        doubling_kernels.DIFFERENCES,
+        units=end - first + 1,
+        height=height,
+        width=rows.shape[1],
+        channels=rows.shape[2],
+        row=first,
+        rows=end - first,
+        x=rows.data_ptr(),
+        x_row=row,
+        across=across.data_ptr(),
+        down=down.data_ptr(),
+        both=both.data_ptr(),
+    )
+
+
+def meet(
+    products: tuple[Tensor, Tensor, Tensor, Tensor], bias: Tensor, out: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """See the plain one."""
+    plain, across, down, both = products
+    count, width, channels = plain.shape
+    chunks = -(-width // doubling_kernels.PIXELS)
+    sums = torch.empty(count * chunks, groups, 2, dtype=torch.float64)
+    launch(
+        doubling_kernels.meet,
+        doubling_kernels.MEET,
+        units=len(sums),
+        **_working(doubling_kernels.MEET_SCRATCH),
+        width=width,
+        channels=channels,
+        plain=plain.data_ptr(),
+        across=across.data_ptr(),
+        down=down.data_ptr(),
+        both=both.data_ptr(),
+        bias=bias.data_ptr(),
+        out=out.data_ptr(),
+        groups=groups,
+        sums=sums.data_ptr(),
+    )
+    values = 4 * _lengths(width, doubling_kernels.PIXELS) * (channels // groups)
+    return sums, values.repeat(count)
+
+
+def fingerprint(weight: Tensor) -> bytes:
+    """See the plain one; 64 bits of every 2^16 words, weighted by place."""
+    size = weight.numel() * weight.element_size() // 4
+    parts = -(-size // sum_kernels.WORDS)
+    found = torch.empty(parts, dtype=torch.int64)
+    launch(
+        sum_kernels.fingerprint,
+        sum_kernels.HASH,
+        units=parts,
+        words=weight.data_ptr(),
+        size=size,
+        sums=found.data_ptr(),
+    )
+    return found.numpy().tobytes()
+
+
+def _lengths(size: int, step: int) -> Tensor:
+    """How ``size`` divides into steps, the last one shorter."""
+    starts = torch.arange(0, size, step, dtype=torch.float64)
+    return (size - starts).clamp(max=step)
+
+
+def _geometry(strip: Strip) -> dict[str, int]:
+    return {
+        "height": strip.height,
+        "width": strip.width,
+        "tile_row": strip.tile_row,
+        "tile_rows": strip.tile_rows,
+        "tile_columns": strip.tile_columns,
+    }
+
+
+def _working(floats: int) -> dict[str, int]:
+    """Memory for each thread, in whole cache lines."""
+    memory = scratch.take("threads", (threads() * floats,), torch.float32)
+    return {"scratch": memory.data_ptr(), "scratch_size": floats}

@@ -1,0 +1,81 @@
+"""Which engine does the work round the matrix products: the compiled one where it can."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from sdconv.ops import plain_engine
+from sdconv.ops.plain_engine import Affine
+from sdconv.ops.strips import Strip
+
+
+class Engine(Protocol):
+    """The functions of :mod:`sdconv.ops.plain_engine`."""
+
+    def load(
+        self,
+        rows: Tensor,
+        row: int,
+        above: Tensor | None,
+        strip: Strip,
+        affine: Affine | None,
+        silu: bool,
+        tiles: Tensor,
+    ) -> None: ...
+    def store(
+        self,
+        products: Tensor,
+        strip: Strip,
+        bias: Tensor,
+        residual: Tensor | None,
+        out: Tensor,
+        groups: int,
+    ) -> tuple[Tensor, Tensor]: ...
+    def sums(self, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]: ...
+    def differences(
+        self,
+        rows: Tensor,
+        row: int,
+        first: int,
+        end: int,
+        height: int,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None: ...
+    def meet(
+        self,
+        products: tuple[Tensor, Tensor, Tensor, Tensor],
+        bias: Tensor,
+        out: Tensor,
+        groups: int,
+    ) -> tuple[Tensor, Tensor]: ...
+    def fingerprint(self, weight: Tensor) -> bytes: ...
+
+
+def of(dtype: torch.dtype) -> Engine:
+    """The engine for rows of that dtype."""
+    return compiled()[0] if dtype is torch.float32 else plain()
+
+
+def plain() -> Engine:
+    """Torch's operations, in any dtype."""
+    return cast(Engine, plain_engine)
+
+
+@cache
+def compiled() -> tuple[Engine, float]:
+    """The compiled engine, and the seconds it took to compile or to read from Numba's cache; the
+    plain one where Numba is not installed."""
+    begin = time.perf_counter()
+    if find_spec("numba") is None:
+        return plain(), 0.0
+    from sdconv.ops import compiled_engine
+
+    engine: ModuleType = compiled_engine
+    return cast(Engine, engine), time.perf_counter() - begin

@@ -1,0 +1,307 @@
+"""Convolutions with what stands before and after them in one pass over the map.
+
+A picture goes through in strips of rows that fit a cache: rows are normalised as they are read,
+multiplied, and written with bias and residual, while the sums for the next normalisation are taken.
+Maps are ``(B, C, H, W)`` in float32, float16 or bfloat16 and any memory layout; arithmetic is
+float32 (float64 for float64). Results lie in channels-last order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdconv.ops import doubling, engines, winograd
+from sdconv.ops.moments import Norm, combined
+from sdconv.ops.prepared import prepared
+from sdconv.ops.strips import STRIP_BYTES, Strip, dense_rows, scratch, strips
+
+
+class NotFiniteError(ArithmeticError):
+    """Infinity or NaN came out, which Winograd's transforms spread over more pixels than the sum
+    itself does: the result is to be computed directly."""
+
+
+@dataclass(frozen=True)
+class After:
+    """What a convolution adds to its output.
+
+    ``bias``: ``(O,)``. ``added``: for each picture ``(B, O)``, a projection of the time.
+    ``residual``: a map of the output's shape; or, where ``shortcut`` is given, a map that this 1x1
+    convolution ``(weight (O, R, 1, 1), bias (O,))`` is applied to first.
+    """
+
+    bias: Tensor | None = None
+    added: Tensor | None = None
+    residual: Tensor | None = None
+    shortcut: tuple[Tensor, Tensor | None] | None = None
+
+    def offsets(self, batch: int, channels: int, dtype: torch.dtype) -> Tensor:
+        """What is the same for all of a picture's pixels, ``(B, O)``, the shortcut's bias too."""
+        offsets = torch.zeros(batch, channels, dtype=dtype)
+        if self.bias is not None:
+            offsets += self.bias
+        if self.added is not None:
+            offsets += self.added
+        if self.shortcut is not None and self.shortcut[1] is not None:
+            offsets += self.shortcut[1]
+        return offsets
+
+    def apply(self, y: Tensor) -> Tensor:
+        """The same, bias apart, by torch's own operations."""
+        if self.added is not None:
+            y = y + self.added[:, :, None, None]
+        if self.residual is None:
+            return y
+        if self.shortcut is None:
+            return self.residual + y
+        return functional.conv2d(self.residual, *self.shortcut) + y
+
+
+def computes_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on a map."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def moments(x: Tensor, groups: int) -> Tensor:
+    """Each group's mean and variance, ``(B, groups, 2)`` in float64."""
+    dtype = computes_in(x.dtype)
+    found = []
+    for one in x:
+        rows = dense_rows(one, dtype)
+        step = one.shape[1] if rows is not None else _rows_for(one)
+        parts = [
+            engines.of(dtype).sums(_as_rows(one, first, first + step, dtype, "input"), groups)
+            for first in range(0, one.shape[1], step)
+        ]
+        found.append(combined(*(torch.cat(several) for several in zip(*parts, strict=True))))
+    return torch.stack(found)
+
+
+def direct(x: Tensor, weight: Tensor, norm: Norm | None, after: After) -> Tensor:
+    """What `winograd_convolution` computes, by torch's own operations."""
+    x = x if norm is None else norm.apply(x)
+    return after.apply(functional.conv2d(x, weight, after.bias, padding=1))
+
+
+def winograd_convolution(
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm | None = None,
+    after: After | None = None,
+    *,
+    groups: int = 1,
+    in_place: bool = False,
+    tile_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution, stride 1, one row of zeros on every side, by Winograd's F(4x4,3x3).
+
+    Args:
+        x: ``(B, C, H, W)``. weight: ``(O, C, 3, 3)``.
+        norm: applied to ``x`` as it is read. after: added to the output as it is written.
+        groups: of which moments of the output are wanted.
+        in_place: write the output over ``x``, which must lie in channels-last order, have as many
+            channels and no other reader.
+        tile_rows: rows of tiles in a strip; None for as many as fit a cache.
+
+    Returns:
+        ``(B, O, H, W)``, and its moments ``(B, groups, 2)``.
+
+    Raises:
+        NotFiniteError: something in the output is not finite. ``x`` is spoilt if ``in_place``.
+    """
+    after, dtype = after or After(), computes_in(x.dtype)
+    batch, channels, height, width = x.shape
+    out_channels = len(weight)
+    out = x if in_place else _blank(x, out_channels, height, width)
+    offsets = after.offsets(batch, out_channels, dtype)
+    affine = None if norm is None else norm.affine(dtype)
+    tile_bytes = winograd.PLACES * (channels + out_channels) * dtype.itemsize
+    found = []
+    (kernel,) = prepared.get(weight, DOUBLE if dtype is torch.float64 else SINGLE)
+    for b in range(batch):
+        run = _Picture(
+            x=x[b],
+            out=out[b],
+            kernel=kernel,
+            affine=None if affine is None else (affine[0][b], affine[1][b]),
+            silu=norm is not None and norm.silu,
+            offsets=offsets[b],
+            residual=None if after.residual is None else after.residual[b],
+            shortcut=None if after.shortcut is None else after.shortcut[0].flatten(1).to(dtype),
+            groups=groups,
+            in_place=in_place,
+        )
+        parts = [run.strip(strip) for strip in strips(height, width, tile_bytes, tile_rows)]
+        found.append(_finite(parts))
+    return out, torch.stack(found)
+
+
+@dataclass
+class _Picture:
+    """One picture's way through a convolution, a strip at a time from above."""
+
+    x: Tensor
+    out: Tensor
+    kernel: Tensor
+    affine: tuple[Tensor, Tensor] | None
+    silu: bool
+    offsets: Tensor
+    residual: Tensor | None
+    shortcut: Tensor | None
+    groups: int
+    in_place: bool
+    # the row before the strip, where the strip before has been written over it
+    above: Tensor | None = None
+
+    def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
+        dtype, engine = self.kernel.dtype, engines.of(self.kernel.dtype)
+        row = max(strip.first - 1, 0)
+        rows = _as_rows(self.x, row, min(strip.end + 1, strip.height), dtype, "input")
+        tiles = scratch.take("tiles", (winograd.PLACES, strip.tiles, rows.shape[2]), dtype)
+        engine.load(rows, row, self.above, strip, self.affine, self.silu, tiles)
+        if self.in_place:
+            self.above = rows[strip.end - 1 - row].clone()
+        shape = (winograd.PLACES, strip.tiles, self.kernel.shape[2])
+        products = torch.bmm(tiles, self.kernel, out=scratch.take("products", shape, dtype))
+        residual = self._residual(strip, dtype)
+        out = dense_rows(self.out[:, strip.first : strip.end], dtype)
+        if out is not None:
+            return engine.store(products, strip, self.offsets, residual, out, self.groups)
+        shape = (strip.end - strip.first, strip.width, self.kernel.shape[2])
+        out = scratch.take("output", shape, dtype)
+        sums = engine.store(products, strip, self.offsets, residual, out, self.groups)
+        self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
+        return sums
+
+    def _residual(self, strip: Strip, dtype: torch.dtype) -> Tensor | None:
+        if self.residual is None:
+            return None
+        rows = _as_rows(self.residual, strip.first, strip.end, dtype, "residual")
+        if self.shortcut is None:
+            return rows
+        shape = (*rows.shape[:2], len(self.shortcut))
+        out = scratch.take("shortcut", shape, dtype)
+        torch.mm(rows.flatten(0, 1), self.shortcut.T, out=out.flatten(0, 1))
+        return out
+
+
+def direct_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `doubled_convolution` computes, by torch's own operations."""
+    x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    return functional.conv2d(x, weight, bias, padding=1)
+
+
+def doubled_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int = 1, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nearest doubling of rows and columns, then a 3x3 convolution; see `sdconv.ops.doubling`.
+
+    Args:
+        x: ``(B, C, H, W)``. weight: ``(O, C, 3, 3)``. bias: ``(O,)``.
+        groups: of which moments of the output are wanted.
+        rows: of the small map in a strip; None for as many as fit a cache.
+
+    Returns:
+        ``(B, O, 2H, 2W)``, and its moments ``(B, groups, 2)``.
+
+    Raises:
+        NotFiniteError: something in the output is not finite.
+    """
+    dtype = computes_in(x.dtype)
+    batch, channels, height, width = x.shape
+    out_channels = len(weight)
+    out = _blank(x, out_channels, 2 * height, 2 * width)
+    offsets = After(bias).offsets(1, out_channels, dtype)[0]
+    kernels = prepared.get(weight, DOUBLED if dtype is torch.float32 else DOUBLED_DOUBLE)
+    step = rows or max(
+        1, STRIP_BYTES // ((3 * channels + 9 * out_channels) * dtype.itemsize * width)
+    )
+    found = []
+    for b in range(batch):
+        parts = []
+        for first in range(0, height, step):
+            end = min(first + step, height)
+            products = _doubled_products(x[b], first, end, kernels)
+            place = out[b][:, 2 * first : 2 * end]
+            written = dense_rows(place, dtype)
+            into = written
+            if into is None:
+                shape = (2 * (end - first), 2 * width, out_channels)
+                into = scratch.take("output", shape, dtype)
+            parts.append(engines.of(dtype).meet(products, offsets, into, groups))
+            if written is None:
+                place.copy_(into.permute(2, 0, 1))
+        found.append(_finite(parts))
+    return out, torch.stack(found)
+
+
+def _doubled_products(
+    x: Tensor, first: int, end: int, kernels: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels, height, width = x.shape
+    dtype, count = kernels[0].dtype, end - first
+    row = max(first - 1, 0)
+    rows = _as_rows(x, row, min(end + 1, height), dtype, "input")
+    shapes = ((count, width + 1), (count + 1, width), (count + 1, width + 1))
+    across, down, both = (
+        scratch.take(f"differences {i}", (*shape, channels), dtype)
+        for i, shape in enumerate(shapes)
+    )
+    engines.of(dtype).differences(rows, row, first, end, height, (across, down, both))
+    pixels = rows[first - row : end - row]
+    products = []
+    for i, (map_, kernel) in enumerate(zip((pixels, across, down, both), kernels, strict=True)):
+        several = kernel.shape[1] // kernels[0].shape[1]
+        shape = (*map_.shape[:2], several, kernels[0].shape[1])
+        out = scratch.take(f"products {i}", shape, dtype)
+        torch.mm(map_.flatten(0, 1), kernel, out=out.view(-1, kernel.shape[1]))
+        products.append(out)
+    plain, along, below, corners = products
+    return plain.squeeze(2), along, below, corners
+
+
+def _single(weight: Tensor) -> tuple[Tensor, ...]:
+    return (winograd.kernel_transform(weight),)
+
+
+def _double(weight: Tensor) -> tuple[Tensor, ...]:
+    return (winograd.kernel_transform(weight, torch.float64),)
+
+
+def _doubled_double(weight: Tensor) -> tuple[Tensor, ...]:
+    return doubling.kernel_transform(weight, torch.float64)
+
+
+SINGLE, DOUBLE = _single, _double
+DOUBLED, DOUBLED_DOUBLE = doubling.kernel_transform, _doubled_double
+
+
+def _blank(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = (len(like), channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _rows_for(one: Tensor) -> int:
+    return int(max(1, STRIP_BYTES // (4 * one.shape[0] * one.shape[2])))
+
+
+def _as_rows(one: Tensor, first: int, end: int, dtype: torch.dtype, name: str) -> Tensor:
+    """Rows ``first`` to ``end`` of ``(C, H, W)``: as they lie in memory, or copied."""
+    part = one[:, first:end]
+    rows = dense_rows(part, dtype)
+    if rows is None:
+        rows = scratch.take(name, (part.shape[1], part.shape[2], part.shape[0]), dtype)
+        rows.copy_(part.permute(1, 2, 0))
+    return rows
+
+
+def _finite(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The moments of a picture, which are finite if and only if the picture is."""
+    sums, counts = (torch.cat(several) for several in zip(*parts, strict=True))
+    if not sums.isfinite().all():
+        raise NotFiniteError
+    return combined(sums, counts)

@@ -1,0 +1,69 @@
+"""Runs a compiled kernel on all of torch's threads.
+
+Where torch's own pool is GNU OpenMP's, kernels run on that very pool: a second one would wait
+actively beside it and take its cores. Elsewhere plain Python threads call the kernel, which holds
+no lock of Python's. Either way any number of callers may run kernels at the same time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# runs `kernel(job)` on some threads at once and returns when all have
+Team = Callable[[int, int, int], None]
+
+
+def launch(kernel: Any, kind: np.dtype[Any], **values: int) -> None:
+    """Calls ``kernel`` from every thread with one job, whose numbers are ``values``.
+
+    ``scratch`` must have room for ``scratch_size`` floats for each of `threads()`.
+    """
+    job = np.zeros(1, dtype=kind)
+    for name, value in values.items():
+        job[name] = value
+    team()(kernel.address, job.ctypes.data, min(threads(), values["units"]))
+
+
+def threads() -> int:
+    """How many threads share a kernel's work: as many as torch's own operations take."""
+    return torch.get_num_threads()
+
+
+@cache
+def team() -> Team:
+    """The best of the ways to run a kernel on several threads that there are here."""
+    return _openmp() or python_threads
+
+
+def _openmp() -> Team | None:
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        try:
+            parallel = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.restype = None
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        return lambda kernel, job, count: parallel(kernel, job, count, 0)
+    return None
+
+
+def python_threads(kernel: int, job: int, count: int) -> None:
+    """The same with threads of Python's."""
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
+    waiting = [_pool().submit(run, job) for _ in range(count - 1)]
+    run(job)
+    for one in waiting:
+        one.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, threads() - 1), thread_name_prefix="sdconv")

@@ -1,0 +1,88 @@
+"""Maps in strips of rows: the geometry, rows as float32 in channels-last order, and working memory.
+
+Rows are ``(rows, W, C)``, one picture at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdconv.ops.winograd import OUTPUTS
+
+# bytes of working memory that a strip may take: small enough for a cache, large enough that each
+# matrix product has rows to work on
+STRIP_BYTES = 24 << 20
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Tile rows ``tile_row`` to ``tile_row + tile_rows`` of a map of ``height`` x ``width``."""
+
+    height: int
+    width: int
+    tile_row: int
+    tile_rows: int
+
+    @property
+    def tile_columns(self) -> int:
+        return -(-self.width // OUTPUTS)
+
+    @property
+    def tiles(self) -> int:
+        return self.tile_rows * self.tile_columns
+
+    @property
+    def first(self) -> int:
+        """The first row that it gives; it reads from the one before."""
+        return OUTPUTS * self.tile_row
+
+    @property
+    def end(self) -> int:
+        """The row after the last that it gives, which is the last that it reads."""
+        return min(self.first + OUTPUTS * self.tile_rows, self.height)
+
+
+def strips(height: int, width: int, tile_bytes: int, tile_rows: int | None) -> Iterator[Strip]:
+    """A map's strips, from above: as many tile rows in each as are asked for, or as fit."""
+    whole = Strip(height, width, 0, -(-height // OUTPUTS))
+    fitting = STRIP_BYTES // (tile_bytes * whole.tile_columns)
+    step = min(tile_rows or max(1, fitting), whole.tile_rows)
+    for row in range(0, whole.tile_rows, step):
+        yield Strip(height, width, row, min(step, whole.tile_rows - row))
+
+
+def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """One map ``(C, H, W)`` as rows without copying, if that is how it lies in memory."""
+    rows = x.permute(1, 2, 0)
+    return rows if x.dtype is dtype and rows.is_contiguous() else None
+
+
+class Scratch(threading.local):
+    """Working memory that a thread's calls hand on, so that the system does not clear it anew for
+    each."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory of that shape with anything in it; the last one of that name is given up."""
+        size = dtype.itemsize
+        for number in shape:
+            size *= number
+        held = self._held.get(name)
+        if held is None or len(held) < size:
+            with torch.inference_mode(False):
+                held = self._held[name] = torch.empty(size, dtype=torch.uint8)
+        return held[:size].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Frees this thread's."""
+        self._held.clear()
+
+
+scratch = Scratch()

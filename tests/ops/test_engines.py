@@ -1,0 +1,82 @@
+"""The compiled loops against the plain operations, and the ways to run them on several threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdconv.ops import engines, launching
+from sdconv.ops.moments import combined
+from sdconv.ops.strips import Strip
+
+pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a.double() - b.double()).abs().max() <= 2e-6 * b.abs().max())
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@given(
+    height=st.integers(1, 25),
+    width=st.integers(1, 70),
+    channels=st.sampled_from([4, 64, 72]),
+    data=st.data(),
+)
+@settings(max_examples=40)
+def test_load_and_store(height: int, width: int, channels: int, data: st.DataObject) -> None:
+    whole = -(-height // 4)
+    first = data.draw(st.integers(0, whole - 1))
+    strip = Strip(height, width, first, data.draw(st.integers(1, whole - first)))
+    rows, affine = random(height, width, channels), (random(channels), random(channels))
+    affine = data.draw(st.sampled_from([affine, None]))
+    above = random(width, channels) if strip.first and data.draw(st.booleans()) else None
+    bias, residual = random(channels), random(strip.end - strip.first, width, channels)
+    tiles, outs, sums = [], [], []
+    for engine in (engines.compiled()[0], engines.plain()):
+        loaded = torch.empty(36, strip.tiles, channels)
+        engine.load(rows, 0, above, strip, affine, True, loaded)
+        out = torch.empty_like(residual)
+        sums.append(combined(*engine.store(loaded, strip, bias, residual, out, 4)))
+        tiles.append(loaded)
+        outs.append(out)
+    assert close(*tiles)
+    assert close(*outs)
+    assert close(*sums)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, -1e-3, 1.0, -20.0, 86.0, -86.0, 90.0, -90.0, 1e4])
+def test_silu(value: float) -> None:
+    # by the middle tap of a tile: B^T leaves the sum of what it reads in known places
+    strip = Strip(4, 4, 0, 1)
+    rows = torch.full((4, 4, 1), value)
+    tiles = torch.empty(2, 36, 1, 1)
+    one = (torch.ones(1), torch.zeros(1))
+    engines.compiled()[0].load(rows, 0, None, strip, one, True, tiles[0])
+    engines.plain().load(rows, 0, None, strip, one, True, tiles[1])
+    assert torch.allclose(tiles[0], tiles[1], rtol=1e-6, atol=1e-34)
+
+
+def test_sums_by_python_threads_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random(50, 20, 8)
+    expected = engines.compiled()[0].sums(rows, 4)[0]
+    monkeypatch.setattr(launching, "team", lambda: launching.python_threads)
+    monkeypatch.setattr(launching, "threads", lambda: 3)
+    assert torch.equal(engines.compiled()[0].sums(rows, 4)[0], expected)
+
+
+@pytest.mark.parametrize("engine", [engines.plain(), engines.compiled()[0]])
+def test_a_fingerprint_sees_every_bit_and_every_place(engine: engines.Engine) -> None:
+    weight = random(40, 30, 3, 3)
+    before = engine.fingerprint(weight)
+    assert engine.fingerprint(weight.clone()) == before
+    last = weight.clone()
+    last[-1, -1, -1, -1] = torch.nextafter(last[-1, -1, -1, -1], torch.tensor(9.0))
+    swapped = weight.flip(0)
+    assert len({before, engine.fingerprint(last), engine.fingerprint(swapped)}) == 3

@@ -1,0 +1,228 @@
+"""The fused convolutions against torch's own in float64, and what must make such a check fail."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdconv.ops import fused, winograd
+from sdconv.ops.fused import After, NotFiniteError
+from sdconv.ops.moments import Norm
+from sdconv.ops.strips import scratch
+
+# of the largest value; the direct kernel's own error in float32 is about a third of it
+WITHIN = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+GROUPS = 4
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def expected_moments(x: Tensor, groups: int) -> Tensor:
+    parts = x.double().reshape(len(x), groups, -1)
+    return torch.stack([parts.mean(-1), parts.var(-1, correction=0)], dim=-1)
+
+
+def in_float64(norm: Norm | None) -> Norm | None:
+    if norm is None:
+        return None
+    return replace(norm, weight=norm.weight.double(), bias=norm.bias.double())
+
+
+def after_in_float64(after: After) -> After:
+    shortcut = after.shortcut
+    return After(
+        *(None if t is None else t.double() for t in (after.bias, after.added, after.residual)),
+        None if shortcut is None else (shortcut[0].double(), shortcut[1].double()),
+    )
+
+
+def lying(x: Tensor, layout: str) -> Tensor:
+    if layout == "channels last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "every other":
+        return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+    return x
+
+
+class Case:
+    """A convolution with everything round it, from a seed."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        batch: int = 1,
+        channels: int = 12,
+        out_channels: int = 8,
+        height: int = 11,
+        width: int = 14,
+        layout: str = "channels last",
+        dtype: torch.dtype = torch.float32,
+        normed: bool = True,
+        shortcut: bool = False,
+    ) -> None:
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random).to(dtype)
+
+        self.x = lying(draw(batch, channels, height, width) + 0.5, layout)
+        self.weight = draw(out_channels, channels, 3, 3) / (3 * channels**0.5)
+        self.norm = None
+        if normed:
+            found = fused.moments(self.x, GROUPS)
+            self.norm = Norm(found, 1 + draw(channels) / 4, draw(channels), 1e-6, True)
+        beside = draw(batch, channels if shortcut else out_channels, height, width)
+        by = (draw(out_channels, channels, 1, 1), draw(out_channels)) if shortcut else None
+        self.after = After(draw(out_channels), draw(batch, out_channels), lying(beside, layout), by)
+
+    def run(self, tile_rows: int | None = None) -> tuple[Tensor, Tensor]:
+        return fused.winograd_convolution(
+            self.x, self.weight, self.norm, self.after, groups=GROUPS, tile_rows=tile_rows
+        )
+
+    def expected(self) -> Tensor:
+        return fused.direct(
+            self.x.double(),
+            self.weight.double(),
+            in_float64(self.norm),
+            after_in_float64(self.after),
+        )
+
+
+cases = st.builds(
+    Case,
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([4, 12, 68]),
+    out_channels=st.sampled_from([4, 8, 132]),
+    height=st.integers(1, 19),
+    width=st.sampled_from([2, 3, 4, 5, 17, 40]),
+    layout=st.sampled_from(["channels first", "channels last", "every other"]),
+    dtype=st.sampled_from(list(WITHIN)),
+    normed=st.booleans(),
+    shortcut=st.booleans(),
+)
+
+
+@given(case=cases, tile_rows=st.sampled_from([None, 1, 2]))
+@settings(max_examples=60)
+def test_convolution_is_torchs_in_float64(case: Case, tile_rows: int | None) -> None:
+    out, found = case.run(tile_rows)
+    expected = case.expected()
+    within = WITHIN[case.x.dtype]
+    assert out.dtype == case.x.dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert error(out, expected) < within
+    assert error(found, expected_moments(expected, GROUPS)) < 4 * within
+
+
+@given(case=cases, rows=st.sampled_from([None, 1, 3]))
+@settings(max_examples=40)
+def test_doubled_convolution_is_torchs_in_float64(case: Case, rows: int | None) -> None:
+    bias = case.after.bias
+    out, found = fused.doubled_convolution(case.x, case.weight, bias, groups=GROUPS, rows=rows)
+    expected = fused.direct_doubled(case.x.double(), case.weight.double(), bias.double())
+    within = WITHIN[case.x.dtype]
+    assert out.dtype == case.x.dtype
+    assert error(out, expected) < within
+    assert error(found, expected_moments(expected, GROUPS)) < 4 * within
+
+
+def test_moments_of_values_far_from_zero() -> None:
+    x = torch.randn(2, 8, 33, 21, generator=torch.Generator().manual_seed(0)) + 1000
+    assert error(fused.moments(x, 4), expected_moments(x, 4)) < 1e-9
+
+
+def test_written_over_its_input() -> None:
+    case = Case(channels=8, height=30)
+    expected, moments = case.run()
+    spoilt = case.x.clone(memory_format=torch.channels_last)
+    out, found = fused.winograd_convolution(
+        spoilt,
+        case.weight,
+        case.norm,
+        case.after,
+        groups=GROUPS,
+        in_place=True,
+        tile_rows=2,
+    )
+    assert out is spoilt
+    assert error(out, expected) < 1e-6
+    assert error(found, moments) < 1e-6
+
+
+def test_same_bits_each_time_and_for_any_strip() -> None:
+    case = Case(height=40, width=33, channels=68)
+    once, found = case.run(2)
+    again, found_again = case.run(2)
+    assert torch.equal(once, again)
+    assert torch.equal(found, found_again)
+    for tile_rows in (1, 3, 10):
+        assert error(case.run(tile_rows)[0], once) < 1e-6
+
+
+def test_several_threads_at_once() -> None:
+    case = Case(height=40, width=33, channels=68)
+    expected = case.run(2)[0]
+    found: list[Tensor] = []
+
+    def work() -> None:
+        for _ in range(10):
+            found.append(case.run(2)[0])
+        scratch.release()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    assert all(torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_what_is_not_finite_is_not_spread(value: float) -> None:
+    case = Case(normed=False)
+    case.x[0, 3, 5, 6] = value
+    with pytest.raises(NotFiniteError):
+        case.run()
+    with pytest.raises(NotFiniteError):
+        fused.doubled_convolution(case.x, 4 * case.weight, None)
+
+
+# What a check against float64 must notice.
+
+
+def test_a_wrong_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(dtype=torch.float64)
+    assert error(case.run()[0], case.expected()) < 1e-12
+    wrong = [list(row) for row in winograd.INPUT]
+    wrong[1][2] += 1e-3
+    monkeypatch.setattr(winograd, "INPUT", wrong)
+    assert error(case.run()[0], case.expected()) > 1e-5
+
+
+def test_a_missing_row_between_strips_is_noticed() -> None:
+    case = Case(height=16, normed=False)
+    case.after = After()
+    halves = [
+        fused.winograd_convolution(half.contiguous(), case.weight)[0]
+        for half in case.x.split(8, dim=2)
+    ]
+    assert error(torch.cat(halves, dim=2), case.expected()) > 1e-2
+
+
+def test_moments_of_a_strip_are_noticed() -> None:
+    case = Case(height=16)
+    expected = case.expected()
+    assert case.norm is not None
+    case.norm = replace(case.norm, moments=fused.moments(case.x[:, :, :8], GROUPS))
+    assert error(case.run()[0], expected) > 1e-3
