@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -71,6 +72,16 @@ def test_a_hook_sees_what_it_sees_in_diffusers() -> None:
     (texts_and_sizes,), more = seen[0]
     assert texts_and_sizes.shape == (4, WIDE + 6 * 256) and more == {}
     assert all(torch.equal(given[0][0], texts_and_sizes) for given in seen)
+
+
+def test_a_lora_in_the_originals_names() -> None:
+    given = []
+    for pipe in (pipeline("xl"), swapped("xl")):
+        # diffusers reads our config to tell which of its own names these are
+        matrices = loras.matrices(pipe.unet, only=r"\.to_|ff|conv1", alpha=1.5)
+        pipe.load_lora_weights(loras.kohya(matrices, loras.of_original(pipe.unet)))
+        given.append(run(pipe, "xl"))
+    assert given[0] == given[1] != plain("xl")
 
 
 def _weight(pipe: Any) -> None:

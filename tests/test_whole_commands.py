@@ -89,6 +89,7 @@ GREEN = (106, 168, 79)
 BAD: Mapping[str, tuple[list[str], str]] = {
     "absent": (["absent.safetensors", "A"], "does not exist"),
     "no weights": (["A", "text.safetensors"], "header"),
+    "cut short": (["A", "cut.safetensors"], "is cut short"),
     "an empty folder": (["A", "empty"], "holds no weights"),
     "one alone": (["A"], "Missing argument"),
     "another format": (["A", "A", "--plot", "d.jpeg"], "not a drawing's name"),
@@ -101,6 +102,7 @@ def test_bad_input(case: str, pair: tuple[Path, Path], tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "cut.safetensors").write_bytes(pair[0].read_bytes()[:-1])
     save_file({"0.weight": torch.ones(5, 7, 3, 3)}, tmp_path / "numbers.safetensors")
     arguments, words = BAD[case]
     result = run("diff", *(str(pair[0]) if word == "A" else word for word in arguments))
