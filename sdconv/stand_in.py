@@ -55,9 +55,9 @@ class StandIn(nn.Module, metaclass=StandInType):
     """A network that a diffusers pipeline takes, moves, offloads, saves under diffusers' name for
     it and accepts in ``from_pretrained(..., vae=network)`` and ``from_pipe``.
 
-    Pipelines decide that by ``isinstance`` and by the class's name, so once diffusers is imported
-    ``network.__class__`` answers with diffusers' class, as proxies do in Python; ``type(network)``
-    stays sdconv's. diffusers is never imported here.
+    Pipelines decide that by ``isinstance`` and by the class's name, so once diffusers' class is
+    imported ``network.__class__`` answers with it, as proxies do in Python; ``type(network)`` stays
+    sdconv's. diffusers is never imported here.
 
     ``config_class``: which config it is built from. ``component``: what it is in a checkpoint.
     """
@@ -74,11 +74,14 @@ class StandIn(nn.Module, metaclass=StandInType):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        diffusers = sys.modules.get("diffusers")
         # torch.compile looks attributes up by __class__, and is to find ours
-        if diffusers is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return type(self)
-        return getattr(diffusers, self.config.class_name, type(self))
+        # diffusers imports a class when it is asked for, which takes seconds: as long as none of
+        # its networks is imported, nobody has the class that they could ask about
+        homes = map(sys.modules.get, ("diffusers.models.autoencoders", "diffusers.models.unets"))
+        peers = (getattr(home, self.config.class_name, None) for home in homes)
+        return next((peer for peer in peers if isinstance(peer, type)), type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle insists that an object's __class__ be what it rebuilds

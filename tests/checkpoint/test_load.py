@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -388,6 +390,21 @@ def test_running_averages_on_request(tmp_path: Path) -> None:
     del averages[next(iter(averages))]
     with pytest.raises(sdconv.WeightsMismatchError, match="1 missing"):
         sdconv.load(weights | averages, ema=True)
+
+
+AFTER_DIFFUSERS = """
+import sys, diffusers, sdconv
+network = sdconv.load(sys.argv[1])
+print("diffusers.models.autoencoders" in sys.modules, isinstance(network, diffusers.AutoencoderKL))
+"""
+
+
+def test_opening_does_not_import_diffusers_networks(state: State, tmp_path: Path) -> None:
+    """diffusers imports a class when it is asked for, which would take seconds and 100 MB."""
+    folder = folder_of(state, tmp_path / "vae")
+    command = [sys.executable, "-W", "ignore", "-c", AFTER_DIFFUSERS, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
