@@ -114,3 +114,21 @@ def test_on_a_compiled_network() -> None:
         assert torch.allclose(compiled(x), before + x @ down.T @ up.T, atol=1e-5)
         merged.unmerge()
         assert torch.equal(compiled(x), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype, network: Any) -> None:
+    tensors = kohya(matrices(network))
+    network.to(dtype)
+    before = state(network)
+    sdconv.merge_lora(network, tensors, 0.5)
+    expected = state(network)
+    sdconv.unmerge_lora(network)
+    merged = sdconv.merge_lora(network.to("cuda"), tensors, 0.5)  # matrices on the CPU
+    assert (
+        error({k: v.cpu() for k, v in state(network).items()}, expected)
+        < 4 * torch.finfo(dtype).eps
+    )
+    merged.unmerge()
+    assert_equal(network.cpu().state_dict(), before)
