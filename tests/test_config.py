@@ -56,6 +56,13 @@ def test_a_key_that_contradicts_the_others(name: str, key: str, value: Any) -> N
     assert f"got: {value!r}" in text and f"remove {key}" in text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "1", None])
+def test_a_factor_that_is_no_number(value: Any) -> None:
+    with pytest.raises(sdconv.CheckpointError, match="wrong type for scaling_factor"):
+        read(CONFIGS["AutoencoderKL"], scaling_factor=value)
+    assert read(CONFIGS["AutoencoderKL"], scaling_factor=1)["scaling_factor"] == 1
+
+
 def test_what_no_block_reads_may_say_anything() -> None:
     assert read(UNET, mid_block_only_cross_attention=True) == UNET
     assert read(UNET, addition_embed_type_num_heads=8) == UNET

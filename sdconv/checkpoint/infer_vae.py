@@ -286,7 +286,7 @@ def _vae_family(
         return _Choice("sd1", "4 latent channels", open_to=("sd1", "sd2", "sdxl"))
     if latent == 16:
         return _Choice("flux1", "16 latent channels", open_to=("flux1", "sd3"))
-    return _Choice(f"{latent}-channel", f"{latent} latent channels")
+    return _Choice(f"{latent}-channel", f"{latent} latent channels, as in no family known here")
 
 
 def _family_beside(shapes: Mapping[str, Shape]) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ decide it: leaving one out is a ``TypeError``, not a guess.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 import warnings
@@ -145,15 +146,17 @@ def _frozen(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotation's type; a whole number is a float too."""
+    """Whether a value is of an annotation's type; a whole number is a float too, NaN is none."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is tuple:
         each = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
         return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
-    if hint in (int, float):
-        return type(value) is int or (hint is float and type(value) is float)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return type(value) is int
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
