@@ -10,7 +10,7 @@ SETUP := .venv/.installed
 .PHONY: help setup demo docs test lint check clean
 
 help:
-	@echo "make demo    a photo through the tiny VAE and back, compared with diffusers, into out/"
+	@echo "make demo    a photo through the tiny networks: there and back, compared, its feature maps; into out/"
 	@echo "make docs    the documentation's pictures and site, into out/site"
 	@echo "make test    the ordinary tests"
 	@echo "make check   format, lint, types and tests"
@@ -35,7 +35,11 @@ demo: $(SETUP)
 	$(BIN)/sdconv reconstruct weights/photo.jpg --model weights/tiny-vae.safetensors --out out/reconstruct.png
 	$(BIN)/sdconv check weights/tiny-vae.safetensors
 	$(BIN)/sdconv anatomy weights/tiny-vae.safetensors --plot out/anatomy.png
-	@echo "made: out/reconstruct.png out/anatomy.png"
+	@rm -rf out/vae-maps out/unet-maps
+	$(BIN)/sdconv features weights/photo.jpg --model weights/tiny-vae.safetensors --out out/vae-maps
+	$(BIN)/sdconv features weights/photo.jpg --model weights/tiny-unet.safetensors \
+		--vae weights/tiny-vae.safetensors --out out/unet-maps
+	@echo "made: out/reconstruct.png out/anatomy.png out/vae-maps/report.html out/unet-maps/report.html"
 
 # mkdocs-material prints a notice about a successor, which is no warning of ours
 docs: export NO_MKDOCS_2_WARNING = 1
