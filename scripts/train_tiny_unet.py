@@ -3,8 +3,8 @@ the tiny VAE.
 
     python scripts/train_tiny_unet.py    # what made the file that ships; see weights/README.md
 
-Needs the ``train`` extra, and no network. Bounded by wall-clock time, like the tiny VAE's training,
-whose photos, crops and optimisers it takes: the seed fixes the crops and the noise, not the pace.
+Needs the ``train`` extra, and no network. Takes the photos, crops and optimisers of the tiny VAE's
+training; minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import copy
 import csv
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from crops import Crops
+from descent import Descent, follow
 from measure_tiny_unet import (
     MODEL,
     SIDE,
@@ -34,7 +35,7 @@ from measure_tiny_unet import (
     noisy,
 )
 from torch import Tensor, nn
-from train_tiny_vae import ROOT, STAGES, Crops, Muon, Phase, follow
+from train_tiny_vae import ROOT, STAGES
 
 import sdconv
 from sdconv.blocks import ResnetBlock2D
@@ -71,12 +72,12 @@ CONFIG = UNet2DConditionConfig(
     time_cond_proj_dim=None,
 )
 
-ENCODING = 0.12  # of the time, spent on crops before the first step
+STEPS = 1500
+CROPS = 1024  # encoded before the first step
 BATCH = 8  # of each worker
 RATE = 2e-3
 WORKERS = 2  # threads
 CHECKPOINT_SECONDS = 60
-CROP = Phase(start=0.0, batch=1, side=SIDE)
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,9 @@ class Noised:
         return noisy(x, noise, timesteps), timesteps, noise
 
 
-def stored_latents(vae: AutoencoderKL, crops: Crops, seconds: float) -> Tensor:
-    """As many crops as can be encoded in that time, ``(N, 4, 16, 16)``."""
-
-    def pictures() -> Iterator[Tensor]:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            yield crops.batch(CROP)
-
-    return encoded(vae, pictures())
+def stored_latents(vae: AutoencoderKL, crops: Crops) -> Tensor:
+    """One worker's crops, encoded: ``(CROPS / WORKERS, 4, 16, 16)``."""
+    return encoded(vae, (crops.batch(1, SIDE) for _ in range(CROPS // WORKERS)))
 
 
 def gradients(unet: UNet2DConditionModel, draws: Noised) -> tuple[tuple[Tensor, ...], float]:
@@ -131,17 +126,15 @@ def save(average: UNet2DConditionModel, path: Path) -> None:
     sdconv.save(copy.deepcopy(average).half(), path)
 
 
-def train(minutes: float, seed: int, vae_path: Path, work: Path, out: Path) -> None:
+def train(steps: int, seed: int, vae_path: Path, work: Path, out: Path) -> None:
     torch.manual_seed(seed)
     begun = written = time.monotonic()
     pool = ThreadPoolExecutor(WORKERS)
     vae = sdconv.load(vae_path, dtype=torch.float32).to(memory_format=torch.channels_last)
-    seconds = 60 * minutes * ENCODING
-    left = minutes * (1 - ENCODING)
     # the crops that the VAE saw last
-    stage = replace(STAGES[-1], minutes=left, horizon=left, rate=RATE)
-    crops = [Crops(stage, seed + number) for number in range(WORKERS)]
-    stores = list(pool.map(lambda source: stored_latents(vae, source, seconds), crops))
+    stage = replace(STAGES[-1], steps=steps, horizon=steps, rate=RATE)
+    crops = [Crops(stage.scales, stage.wildness, seed + number) for number in range(WORKERS)]
+    stores = list(pool.map(lambda source: stored_latents(vae, source), crops))
     latents = torch.cat(stores).contiguous(memory_format=torch.channels_last)
     print(f"{len(latents)} crops, deviation {latents.std():.3f}", flush=True)
     held_out = held_out_latents(vae, stride=32)
@@ -151,31 +144,18 @@ def train(minutes: float, seed: int, vae_path: Path, work: Path, out: Path) -> N
 
     network = fresh_network()
     average = copy.deepcopy(network).requires_grad_(False).eval()
-    matrices = [p for p in network.parameters() if p.ndim > 1 and min(p.shape[:2]) >= 32]
-    chosen = {id(p) for p in matrices}
-    muon = Muon(matrices)
-    rest = [p for p in network.parameters() if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0)
+    descent = Descent(network, pool)
     rows: list[dict[str, float]] = []
     window: list[float] = []
-    step, started = 0, time.monotonic()
-    while (minute := (time.monotonic() - started) / 60) < left:
+    for step in range(stage.steps):
         shares = list(pool.map(lambda source: gradients(network, source), draws))
-        found = zip(*(share[0] for share in shares), strict=True)
-        for parameter, grads in zip(network.parameters(), found, strict=True):
-            parameter.grad = torch.stack(grads).mean(dim=0)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        rate = stage.learning_rate(minute)
-        muon.step(2 * rate, pool)
-        adam.param_groups[0]["lr"] = rate
-        adam.step()
+        descent.step((share[0] for share in shares), stage.learning_rate(step))
         follow(average, network, step)
-        step += 1
         window += [share[1] for share in shares]
         if time.monotonic() - written > CHECKPOINT_SECONDS:
             written = time.monotonic()
             ratio = measure(average, held_out, evenly(10), seed=0).ratio
-            row = {"minutes": (written - begun) / 60, "step": step, "loss": np.mean(window)}
+            row = {"minutes": (written - begun) / 60, "step": step + 1, "loss": np.mean(window)}
             row |= {"held-out ratio": ratio}
             rows.append({name: round(float(value), 4) for name, value in row.items()})
             window.clear()
@@ -187,12 +167,12 @@ def train(minutes: float, seed: int, vae_path: Path, work: Path, out: Path) -> N
             save(average, work / "checkpoint.safetensors")
     save(average, out)
     taken = (time.monotonic() - begun) / 60
-    print(f"{step} steps in {taken:.1f} minutes: {out}")
+    print(f"{stage.steps} steps in {taken:.1f} minutes: {out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=6, help="of wall-clock time")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", type=Path, default=VAE)
     parser.add_argument(
@@ -206,7 +186,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     args.work.mkdir(parents=True, exist_ok=True)
-    train(args.minutes, args.seed, args.vae, args.work, args.out)
+    train(args.steps, args.seed, args.vae, args.work, args.out)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_it_reconstructs_a_portrait_that_it_never_saw(
 ) -> None:
     assert photo.size == (256, 256)
     found = script["measure"](vae, photo)
-    assert found["reconstruction"] >= 21.5
+    assert found["reconstruction"] >= 22
     # the decoder alone knows no portrait: the picture comes through the latents
     assert found["latents shuffled over places"] < 14
     assert found["latents all zero"] < 14
