@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from sdconv.errors import InputError
@@ -44,5 +43,6 @@ def in_words(size: int) -> str:
     """``2.5 GiB``, ``311.3 MiB``: rounded up, so that a limit set to what is printed suffices."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if size >= 1024**power:
-            return f"{math.ceil(size / 1024**power * 10) / 10:g} {unit}"
+            tenths = -(-size * 10 // 1024**power)
+            return f"{tenths // 10}.{tenths % 10}".removesuffix(".0") + f" {unit}"
     return f"{size} bytes"

@@ -215,8 +215,8 @@ def steps_of(network: nn.Module, work: Work, height: int, width: int) -> tuple[S
         work: which half. height, width: of what comes in (a picture, or latents).
 
     Raises:
-        InputError: modules that are not the VAE's own (an adapter's), or with hooks on them, which
-            would not be called.
+        InputError: modules that are not the VAE's own (an adapter's), or with hooks on them
+            (a capture's, an offloading's), which would not be called.
     """
     parts = dict(_parts(network, work))
     _check(parts)
@@ -269,9 +269,10 @@ def _check(parts: Mapping[str, nn.Module]) -> None:
                     got=type(module).__name__,
                     fix="merge adapters into the weights, or call disable_streaming()",
                 )
-            if module._forward_hooks or module._forward_pre_hooks:
+            hooked = any(hasattr(module, name) for name in ("_hf_hook", "_diffusers_hook"))
+            if hooked or module._forward_hooks or module._forward_pre_hooks:
                 raise InputError(
-                    "a hook waits for a whole map, and streaming makes strips",
+                    "a hook waits for the module's call, and streaming does not call it",
                     where=suffix,
                     fix="remove it, or call disable_streaming()",
                 )

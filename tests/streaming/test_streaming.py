@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def test_every_kind_of_vae(kind: str, tmp_path: Path) -> None:
 
 
 NETWORK = seeded.network(SMALL)
+# what a few values in a group do to rounding is out of sight in float64
+EXACT = copy.deepcopy(NETWORK).double()
 
 
 @given(
@@ -88,15 +91,15 @@ NETWORK = seeded.network(SMALL)
 )
 @example("encode", (13, 4), 1, True)
 @example("decode", (40, 5), 7, False)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_any_size_and_height_of_strips(
     work: str, size: tuple[int, int], rows: int, spill: bool
 ) -> None:
     shape = (1, 3, *size) if work == "encode" else (1, 4, -(-size[0] // 4), -(-size[1] // 4))
-    x = randn(*shape)
-    plan = planned(NETWORK, work, x, rows=rows, spill=spill)
-    folder = Path("/tmp") if spill else None
-    assert difference(executed(plan, x, folder), both(NETWORK, work, x)) < TOLERANCE
+    x = randn(*shape).double()
+    plan = planned(EXACT, work, x, rows=rows, spill=spill)
+    folder = Path(tempfile.gettempdir()) if spill else None
+    assert difference(executed(plan, x, folder), both(EXACT, work, x)) < 1e-10
 
 
 def test_no_closer_to_the_truth_is_asked_than_the_whole_gives() -> None:
@@ -124,7 +127,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_very_long_sides() -> None:
-    x = randn(1, 4, 2, 300)
+    x = randn(1, 4, 2, 120)
     for z in (x, x.transpose(2, 3)):
         whole = both(NETWORK, "decode", z)
         strips = executed(planned(NETWORK, "decode", z, rows=5, spill=False), z)
