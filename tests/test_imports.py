@@ -54,7 +54,6 @@ LAZY_BACK = {
     ("stand_in", "checkpoint.load"),
     ("stand_in", "integrations"),
     ("features", "report"),  # maps.plot
-    ("features", "features"),  # maps.save
 }
 IMPORTS_DIFFUSERS = "integrations"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Call
-from sdconv.features.store import Store
+from sdconv.features.writing import Store
 
 Load = Callable[[], Tensor]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Call
 from sdconv.features.patterns import Patterns
+from sdconv.features.writing import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,9 +198,8 @@ class Maps(Mapping[str, "Tensor | Series"]):
         Raises:
             SdconvError: the path exists, cannot be written, or zarr is missing; nothing is left.
         """
-        from sdconv.features.store import save
-
-        save(self, Path(path))
+        entries = ((name, entry.of, entry.tensor) for name in self for entry in self.series(name))
+        save(entries, Path(path), pipeline=self.pipeline)
 
 
 class MissingMapError(SdconvError, KeyError):

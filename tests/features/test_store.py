@@ -252,6 +252,13 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
     assert torch.equal(sdconv.open_maps(tmp_path / "maps")[NAME], maps[NAME])  # type: ignore[arg-type]
 
 
+def test_an_array_that_was_only_begun(tmp_path: Path) -> None:
+    path = saved(tmp_path / "maps")
+    (path / NAME / "1").mkdir()
+    (path / "encoder" / "0").mkdir(parents=True)
+    assert list(sdconv.open_maps(path)) == [NAME]
+
+
 def saved(path: Path) -> Path:
     with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:
         vae()(picture())
