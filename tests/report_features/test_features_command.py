@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import seeded
 import torch
+import unets
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
@@ -139,6 +140,26 @@ def test_a_photo_through_a_unet(here: Path, out: Path) -> None:
     shutil.rmtree(out)
     assert "scaled" in refused(here / "raw.safetensors", *given[1:])
     assert run(here / "scaled.safetensors", *given[1:]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["SD1 inpainting", "LCM", "SD2 unCLIP", "SDXL", "KOALA 700M", "x4 upscaler", "no transformers"],
+)
+def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
+    small = unets.smallest(family)
+    sdconv.save(unets.ours(unets.theirs(small)), tmp_path / "unet.safetensors")
+    given = ("--noise", "-m", tmp_path / "unet.safetensors", "--steps", 2, "--size", 128)
+    result = run(*given, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    told = "reads no text" if family == "no transformers" else "there are zeros"
+    assert told in result.stderr
+    further = {"SD1 inpainting": 5, "x4 upscaler": 3}.get(family)
+    assert (f"{further} further channels are noise" in result.stderr) == (further is not None)
+    index = index_of(tmp_path / "out" / "report.html")
+    assert sum(line["skip"] for line in index["drawing"]["lines"]) == 2 * len(
+        small["down_block_types"]
+    )
 
 
 @pytest.mark.parametrize(
