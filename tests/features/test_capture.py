@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
-import seeded
 import torch
 import unets
+from capturing import UNET, at, hooks_on, one, picture, run, unet, vae
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sdconv
-from sdconv.features import Maps, Series
+from sdconv.features import Series
 from sdconv.features.patterns import chosen
-
-CONFIG = seeded.kl((32, 64), 4, True, layers_per_block=1)
-UNET = unets.smallest("SD1")
-
-
-@cache
-def vae() -> Any:
-    return seeded.network(CONFIG)
-
-
-@cache
-def unet() -> Any:
-    return unets.theirs(UNET)
-
-
-def picture(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-
-
-def hooks_on(network: nn.Module) -> int:
-    return sum(
-        len(vars(module)[kind])
-        for module in network.modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks")
-    )
-
-
-@torch.no_grad()
-def run(target: Any, patterns: Any, **options: Any) -> Maps:
-    """One pass of the VAE under capture; it must change no bit and leave no hook."""
-    plain, before = vae()(picture()).sample, hooks_on(target)
-    with sdconv.capture(target, patterns, **options) as maps:
-        assert torch.equal(vae()(picture()).sample, plain)
-    assert hooks_on(target) == before
-    return maps
-
-
-def one(maps: Maps, name: str) -> Tensor:
-    value = maps[name]
-    assert isinstance(value, Tensor)
-    return value
 
 
 def test_maps_are_what_the_modules_give_when_called_on_them() -> None:
@@ -153,7 +111,7 @@ def test_changing_a_map_changes_nothing_else() -> None:
 def test_a_sequence_where_a_network_is_called_again() -> None:
     with torch.no_grad(), sdconv.capture(unet(), "mid_block") as maps:
         for step in (900.0, 20.0):
-            unet()(*_at(step))
+            unet()(*at(step))
     series = maps["mid_block"]
     assert isinstance(series, Series)
     assert (series.timesteps, series.calls) == ((900.0, 20.0), (0, 1))
@@ -167,138 +125,6 @@ def test_timesteps_that_differ_in_a_batch() -> None:
     with torch.no_grad(), sdconv.capture(unet(), "conv_in") as maps:
         unet()(*unets.inputs(unet().config))  # 999 and 13
     assert maps.series("conv_in").timesteps == ((999.0, 13.0),)
-
-
-def _at(step: float) -> tuple[Any, ...]:
-    sample, _, *rest = unets.inputs(unet().config)
-    return sample, step, *rest
-
-
-@pytest.mark.parametrize(
-    ("steps", "kept"),
-    [
-        (None, (0, 1, 2, 3)),
-        (2, (2,)),
-        ([3, 0], (0, 3)),
-        (slice(1, None), (1, 2, 3)),
-        (slice(None, 3, 2), (0, 2)),
-        (range(1, 3), (1, 2)),
-        (lambda call: call.timestep < 500, (2, 3)),
-    ],
-)
-def test_steps(steps: Any, kept: tuple[int, ...]) -> None:
-    with torch.no_grad(), sdconv.capture(unet(), "conv_in", steps=steps) as maps:
-        for step in (999, 600, 300, 0):
-            unet()(*_at(step))
-    assert maps.series("conv_in").calls == kept
-
-
-@pytest.mark.parametrize("steps", [-1, [], ["a"], 1.5, slice(-2, None), slice(0, 4, -1), "all"])
-def test_steps_that_are_none(steps: Any) -> None:
-    with (
-        pytest.raises(sdconv.InputError, match="steps"),
-        sdconv.capture(vae(), "encoder", steps=steps),
-    ):
-        pass
-    assert hooks_on(vae()) == 0
-
-
-def test_channels_region_dtype_and_device() -> None:
-    name = "decoder.up_blocks.0.resnets.0"
-    whole = one(run(vae(), name), name)
-    assert whole.shape == (2, 64, 8, 12)
-    cut = one(run(vae(), name, channels=[5, 2], region=(0.5, 0, 1, 0.3)), name)
-    assert torch.equal(cut, whole[:, [5, 2], 4:, :4])
-    assert torch.equal(one(run(vae(), name, channels=slice(60, None)), name), whole[:, 60:])
-    half = one(run(vae(), name, dtype=torch.float16, device="cpu"), name)
-    assert torch.equal(half, whole.half())
-
-
-def test_reductions() -> None:
-    name = "decoder.up_blocks.0.resnets.0"
-    x = one(run(vae(), name), name)
-    assert torch.equal(one(run(vae(), name, reduce="mean"), name), x.mean((2, 3)))
-    assert torch.equal(one(run(vae(), name, reduce="max"), name), x.amax((2, 3)))
-    std = one(run(vae(), name, reduce="std"), name)
-    torch.testing.assert_close(std, x.flatten(2).var(-1, correction=0).sqrt())
-    pooled = one(run(vae(), name, reduce="channel_max"), name)
-    assert torch.equal(pooled[:, 0], x.max(1).values)
-    own = one(run(vae(), name, reduce=lambda y: y[:1] * 2), name)
-    assert torch.equal(own, x[:1] * 2)
-
-
-def test_principal_components() -> None:
-    name = "decoder.up_blocks.0.resnets.0"
-    x = one(run(vae(), name), name)
-    found = one(run(vae(), name, reduce="pca:3"), name)
-    assert found.shape == (2, 3, 8, 12)
-    rows = x.movedim(1, -1).reshape(-1, 64)
-    _, sizes, axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    flat = found.movedim(1, -1).reshape(-1, 3)
-    torch.testing.assert_close(flat.norm(dim=0), sizes[:3], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        flat.abs(), ((rows - rows.mean(0)) @ axes[:3].mT).abs(), rtol=1e-2, atol=1e-2
-    )
-    # more than there are channels: zeros
-    few = one(run(vae(), name, channels=[0, 1], reduce=sdconv.features.pca(3)), name)
-    assert few.shape[1] == 3
-    assert not few[:, 2].any()
-
-
-def test_numbers_and_vectors_are_reduced_too() -> None:
-    with torch.no_grad(), sdconv.capture(unet(), ["time_embedding"], reduce="std") as maps:
-        unet()(*_at(5))
-    assert not one(maps, "time_embedding").any()
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("reduce", "median"),
-        ("reduce", "pca:0"),
-        ("reduce", 3),
-        ("channels", 3),
-        ("channels", []),
-        ("channels", [64]),
-        ("channels", [-1]),
-        ("region", (0, 0, 0, 1)),
-        ("region", (0, 0, 2, 1)),
-        ("region", 0.5),
-        ("dtype", "float16"),
-        ("device", "nowhere"),
-        ("max_memory", -1),
-        ("max_memory", 0.5),
-        ("patterns", []),
-        ("patterns", 7),
-        ("exclude", "nothing.*"),
-        ("exclude", "decoder*"),
-    ],
-)
-def test_options_that_are_none(option: str, value: Any) -> None:
-    options = {"patterns": "decoder.up_blocks.0.resnets.0", option: value}
-    with pytest.raises(sdconv.InputError), torch.no_grad(), sdconv.capture(vae(), **options):
-        vae()(picture())
-    assert hooks_on(vae()) == 0
-
-
-def test_a_region_of_what_has_no_rows() -> None:
-    with (
-        pytest.raises(sdconv.InputError, match="rows and columns"),
-        torch.no_grad(),
-        sdconv.capture(unet(), "*:temb", region=(0, 0, 1, 0.5)),
-    ):
-        unet()(*_at(5))
-    assert hooks_on(unet()) == 0
-
-
-def test_a_reduction_that_gives_no_tensor() -> None:
-    with (
-        pytest.raises(sdconv.SdconvError, match="no tensor"),
-        torch.no_grad(),
-        sdconv.capture(vae(), "encoder", reduce=lambda x: None),  # type: ignore[arg-type,return-value]
-    ):
-        vae()(picture())
-    assert hooks_on(vae()) == 0
 
 
 @pytest.mark.parametrize(
@@ -396,7 +222,7 @@ def test_stopping_at_the_last_of_some_steps() -> None:
     with torch.no_grad(), sdconv.capture(unet(), "conv_in", steps=[1], stop_early=True) as maps:
         for step in (9.0, 5.0, 1.0):
             asked.append(step)
-            unet()(*_at(step))
+            unet()(*at(step))
     assert maps.series("conv_in").timesteps == (5.0,)
     assert asked == [9.0, 5.0]
     with (
@@ -422,68 +248,6 @@ def test_of_outputs_the_first_tensor() -> None:
     assert one(maps, "0").tolist() == [1, 1]
 
 
-def test_memory_is_asked_for_before_anything_runs() -> None:
-    maps = run(vae(), "*.resnets.*")
-    needed = sum(one(maps, name).nbytes for name in maps)
-    ran: list[int] = []
-    handle = vae().encoder.conv_in.register_forward_hook(lambda *_: ran.append(1))
-    try:
-        with (
-            pytest.raises(sdconv.SdconvError, match=f"{needed:,} bytes in all") as caught,
-            torch.no_grad(),
-            sdconv.capture(vae(), "*.resnets.*", max_memory=needed - 1),
-        ):
-            vae()(picture())
-        assert "store=" in str(caught.value)
-        assert ran == []
-        # and as much as there is to be
-        assert len(run(vae(), "*.resnets.*", max_memory=needed)) == len(maps)
-        assert len(ran) == 2
-    finally:
-        handle.remove()
-
-
-def test_memory_of_what_is_kept_not_of_what_passes() -> None:
-    sizes = {"reduce": "mean", "dtype": torch.float16, "channels": [0]}
-    maps = run(vae(), "*.resnets.0", max_memory=100, **sizes)
-    assert all(value.nbytes == 4 for value in maps.values() if isinstance(value, Tensor))
-
-
-def test_memory_where_a_dry_run_is_not_possible() -> None:
-    class AsksForValues(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x if float(x.sum()) > 0 else x + 1
-
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), AsksForValues())
-    with (
-        pytest.raises(sdconv.SdconvError, match="bytes so far"),
-        torch.no_grad(),
-        sdconv.capture(network, "*", max_memory=100) as maps,
-    ):
-        network(picture())
-    assert len(maps) == 0
-    assert hooks_on(network) == 0
-
-
-def test_weights_that_are_elsewhere_until_they_are_needed() -> None:
-    accelerate = pytest.importorskip("accelerate", reason="offloading is accelerate's")
-    network = unets.theirs(UNET)
-    inputs = unets.inputs(network.config)
-    with torch.no_grad(), sdconv.capture(network, "*.conv2") as plain:
-        network(*inputs)
-    accelerate.cpu_offload(network, execution_device="cpu")
-    needed = sum(one(plain, name).nbytes for name in plain)
-    with torch.no_grad(), sdconv.capture(network, "*.conv2", max_memory=needed) as maps:
-        network(*inputs)
-    assert all(torch.equal(one(maps, name), one(plain, name)) for name in plain)
-    with (
-        pytest.raises(sdconv.SdconvError, match=f"{needed:,} bytes in all"),
-        torch.no_grad(),
-        sdconv.capture(network, "*.conv2", max_memory=needed - 1),
-    ):
-        network(*inputs)
-
-
 def test_lora_layers_are_points_too() -> None:
     peft = pytest.importorskip("peft", reason="LoRA layers are peft's")
     network = unets.theirs(UNET)
@@ -495,20 +259,3 @@ def test_lora_layers_are_points_too() -> None:
         network(*unets.inputs(network.config))
     whole, base = one(maps, name), one(maps, f"{name}.base_layer")
     torch.testing.assert_close(whole, base + one(maps, f"{name}.lora_B.default"))
-
-
-@pytest.mark.gpu
-def test_off_the_gpu_while_it_computes() -> None:
-    network = unets.theirs(UNET).cuda()
-    inputs = [x.cuda() if isinstance(x, Tensor) else x for x in unets.inputs(network.config)]
-    names = ["*.resnets.0", "*:skip"]
-    with torch.no_grad():
-        with sdconv.capture(network, names) as there:
-            network(*inputs)
-        with sdconv.capture(network, names, device="cpu") as here:
-            network(*inputs)
-            early = [here[name].clone() for name in here]  # type: ignore[union-attr]
-    for name, x in zip(there, early, strict=True):
-        assert one(there, name).is_cuda
-        assert torch.equal(one(there, name).cpu(), one(here, name))
-        assert torch.equal(x, one(here, name))
