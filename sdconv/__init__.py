@@ -15,6 +15,7 @@ from sdconv.errors import (
 )
 
 if TYPE_CHECKING:
+    from sdconv.backends import backend
     from sdconv.checkpoint.header import read_header
     from sdconv.checkpoint.infer import infer
     from sdconv.checkpoint.load import load
@@ -48,6 +49,7 @@ _HOME = {
     "UNet2DConditionConfig": "sdconv.config",
     "UNet2DConditionModel": "sdconv.unet",
     "apply_patch": "sdconv.integrations.patch",
+    "backend": "sdconv.backends",
     "capture": "sdconv.features.capture",
     "edit": "sdconv.features.editing",
     "features": "sdconv.features",
@@ -78,6 +80,7 @@ __all__ = [
     "UnknownNetworkError",
     "WeightsMismatchError",
     "apply_patch",
+    "backend",
     "capture",
     "edit",
     "features",

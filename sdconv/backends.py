@@ -30,6 +30,8 @@ def backend(name: str) -> Iterator[None]:
         with sdconv.backend("fast"):
             picture = vae.decode(latents).sample
 
+    What torch.compile compiled keeps the backend that it was compiled in.
+
     Raises:
         InputError: no such backend.
     """
@@ -56,7 +58,16 @@ def set_backend(module: nn.Module, name: str) -> None:
 
 def is_fast(module: nn.Module) -> bool:
     """Whether the module is to compute fast, here and now."""
-    return (_here.get() or vars(module).get(_NAME)) == "fast"
+    return (_in_force() or vars(module).get(_NAME)) == "fast"
+
+
+def _in_force() -> str | None:
+    return _here.get()
+
+
+# What torch.compiler.assume_constant_result does, less its import of all of torch.compile, which
+# cannot look into a ContextVar.
+vars(_in_force)["_dynamo_marked_constant"] = True
 
 
 def checked(name: Any) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdconv.fast import blocks as fast
+
 
 class ResnetBlock2D(nn.Module):
     """Two 3x3 convolutions with a bypass: ``x + conv2(silu(norm2(conv1(silu(norm1(x))) + time)))``.
@@ -50,6 +52,8 @@ class ResnetBlock2D(nn.Module):
         )
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        if fast.runs_resnet(self, x):
+            return fast.resnet(self, x, temb)[0]
         hidden = self.conv1(self.nonlinearity(self.norm1(x)))
         if self.time_emb_proj is not None:
             time = self.time_emb_proj(self.nonlinearity(temb))
@@ -105,6 +109,8 @@ class Upsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        if fast.runs_doubling(self, x, output_size):
+            return fast.doubling(self, x)[0]
         # where diffusers leaves channels-last, whose kernels failed on so much in older torch
         if len(x) >= 64 or x.numel() > 2**30:
             x = x.contiguous()
@@ -149,6 +155,14 @@ class Attention(nn.Module):
         mixed = self.to_out[0](mixed.transpose(1, 2).reshape(batch, -1, channels))
         out: Tensor = mixed.transpose(-1, -2).reshape(batch, channels, height, width) + x
         return out
+
+
+def last_convolution(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+    """What every network ends with: normalisation, SiLU and a 3x3 convolution, ``(B, C, H, W)`` to
+    ``(B, out, H, W)``."""
+    if fast.runs_last(norm, activation, conv, x):
+        return fast.last(norm, conv, x)
+    return conv(activation(norm(x)))  # type: ignore[no-any-return]
 
 
 class MidBlock2D(nn.Module):

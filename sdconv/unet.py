@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from sdconv.blocks import Downsample2D, Upsample2D
+from sdconv.blocks import Downsample2D, Upsample2D, last_convolution
 from sdconv.config import Config, UNet2DConditionConfig
 from sdconv.config.facts import UNET_NORM_EPS
 from sdconv.errors import InputError
@@ -213,7 +213,7 @@ class UNet2DConditionModel(Network):
         if mid is not None:
             x = x + mid
         x = self._up(x, temb, conditions, skips)
-        x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        x = last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:

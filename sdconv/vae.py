@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from sdconv.blocks import DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D
+from sdconv.blocks import DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D, last_convolution
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, Config
 from sdconv.config.facts import VAE_NORM_EPS
 from sdconv.inputs import check_room
@@ -69,7 +69,7 @@ class Encoder(Recomputed):
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
             x = self.call(block, x)
-        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
 
 
 class Decoder(Recomputed):
@@ -120,7 +120,7 @@ class Decoder(Recomputed):
         x = self.conv_in(z)
         for block in (self.mid_block, *self.up_blocks):
             x = self.call(block, x)
-        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
 
 
 class AutoencoderKL(Autoencoder):

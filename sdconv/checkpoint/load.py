@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sdconv.backends import checked, set_backend
 from sdconv.checkpoint.files import os_errors
 from sdconv.checkpoint.find import find_networks, is_bare_half, is_vae_projection, tiny_half
 from sdconv.checkpoint.fit import fit
@@ -69,7 +70,7 @@ def load(
         device: where the weights go.
         family: the family, where shapes leave it open (``"sd1"``, ``"sdxl"``, ``"sd3"``,
             ``"flux1"``, ...).
-        backend: ``"reference"``, torch's own operations in diffusers' order.
+        backend: the network's own, see ``sdconv.backend``: ``"reference"`` or ``"fast"``.
         ema: take the running averages of the weights that an original checkpoint keeps beside them
             (``model_ema.*``), in place of the weights.
 
@@ -104,6 +105,7 @@ def load(
         network.load_state_dict(
             _tensors(network, chosen, view, dtype, place), strict=True, assign=True
         )
+    set_backend(network, backend)
     return network.eval()
 
 
@@ -198,10 +200,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def _check_arguments(dtype: torch.dtype | None, backend: str) -> None:
-    if backend != "reference":
-        raise InputError(
-            "no such backend", where="backend", expected="'reference'", got=repr(backend)
-        )
+    checked(backend)
     if dtype is not None and not (
         isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in _STORAGE_ONLY
     ):

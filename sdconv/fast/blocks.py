@@ -13,12 +13,9 @@ from torch import Tensor, nn
 
 from sdconv.backends import is_fast
 from sdconv.fast.modules import is_bare, is_conv1x1, is_conv3x3, is_norm, takes
-from sdconv.ops import fused, library
-from sdconv.ops.choice import choose
+from sdconv.ops import chosen, fused, library
 from sdconv.ops.fused import After, NotFiniteError
 from sdconv.ops.moments import Norm
-from sdconv.ops.prepared import prepared
-from sdconv.ops.winograd import PLACES
 
 
 def runs_resnet(block: Any, x: Tensor) -> bool:
@@ -70,22 +67,13 @@ def resnet(
 def runs_doubling(block: Any, x: Tensor, output_size: tuple[int, int] | None) -> bool:
     """Whether a doubling is to compute fast, and can."""
     exact = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
-    return (
-        exact
-        and is_fast(block)
-        and takes(x)
-        and is_conv3x3(block.conv, x)
-        and prepared.has_room(block.conv.weight, fused.DOUBLED, 4 * block.conv.weight.numel())
-    )
+    return exact and is_fast(block) and takes(x) and is_conv3x3(block.conv, x)
 
 
 def doubling(block: Any, x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """A doubled map after its convolution, and its moments."""
     if _is_eager(x, block.conv):
-        try:
-            return fused.doubled_convolution(x, block.conv.weight, block.conv.bias, groups=groups)
-        except NotFiniteError:
-            pass
+        return chosen.doubled_convolution(x, block.conv.weight, block.conv.bias, groups=groups)
     out, found = library.doubled_convolution(x, block.conv.weight, block.conv.bias, groups)
     return out, found
 
@@ -120,20 +108,9 @@ def convolution(
     Raises:
         NotFiniteError: the output is not finite and ``x`` was spoilt by writing ``in_place``.
     """
-    room = prepared.has_room(conv.weight, fused.SINGLE, 4 * PLACES * len(conv.weight) * x.shape[1])
-    choice = choose(*x.shape[:2], len(conv.weight), *x.shape[2:], room)
-    if choice.method == "direct":
-        out = fused.direct(x, conv.weight, norm, after)
-        return out, _moments(out, groups)
     if _is_eager(x, conv, norm.weight, norm.bias, after.added, after.residual):
         in_place = in_place and x.shape[1] == len(conv.weight) and _is_channels_last(x)
-        try:
-            return fused.winograd_convolution(
-                x, conv.weight, norm, after, groups=groups, in_place=in_place
-            )
-        except NotFiniteError:
-            if in_place:
-                raise
+        return chosen.convolution(x, conv.weight, norm, after, groups=groups, in_place=in_place)
     out, found = library.convolution(
         x,
         conv.weight,

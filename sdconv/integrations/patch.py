@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sdconv.backends import checked, set_backend
 from sdconv.errors import InputError
 
 
@@ -40,8 +41,8 @@ class PatchSummary:
         return "\n".join(lines)
 
 
-def apply_patch(target: Any) -> PatchSummary:
-    """Lets diffusers' convolutional blocks compute with sdconv's code; results stay the same.
+def apply_patch(target: Any, backend: str = "reference") -> PatchSummary:
+    """Lets diffusers' convolutional blocks compute with sdconv's code.
 
     ``ResnetBlock2D``, ``Downsample2D``, ``Upsample2D``, the VAE's attention, encoder and decoder
     become sdconv's in place: the objects, their parameters, names, order, hooks and LoRA layers are
@@ -50,15 +51,18 @@ def apply_patch(target: Any) -> PatchSummary:
 
     Args:
         target: a diffusers pipeline, of which every component is looked through, or any module.
+        backend: what the replaced blocks compute with, those replaced before too. With
+            ``"reference"`` results stay the same; see ``sdconv.backend``.
 
     Returns:
         What was replaced, and what was not.
 
     Raises:
-        InputError: neither a pipeline nor a module.
+        InputError: neither a pipeline nor a module; no such backend.
     """
     from sdconv.integrations import patched
 
+    checked(backend)
     replaced: defaultdict[str, list[str]] = defaultdict(list)
     left: dict[str, str] = {}
     blocks = [*_blocks(target, "apply_patch")]
@@ -70,6 +74,8 @@ def apply_patch(target: Any) -> PatchSummary:
         elif plan is not None:
             patched.put(block, plan)
             replaced[plan.__name__].append(name)
+        if patched.is_patched(block):
+            set_backend(block, backend)
     return PatchSummary({kind: tuple(names) for kind, names in replaced.items()}, left, already)
 
 
@@ -94,6 +100,7 @@ def remove_patch(target: Any) -> tuple[str, ...]:
     for name, block in _blocks(target, "remove_patch"):
         if patched.is_patched(block):
             patched.put_back(block)
+            set_backend(block, "reference")
             names.append(name)
     return tuple(names)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.ops import fused
-from sdconv.ops.fused import After, NotFiniteError
+from sdconv.ops import chosen, fused
+from sdconv.ops.fused import After
 from sdconv.ops.moments import Norm
 
 
@@ -46,7 +46,7 @@ def convolution(
     shortcut_bias: Tensor | None,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `sdconv.ops.fused.winograd_convolution`; directly where its result is not finite."""
+    """See `sdconv.ops.chosen.convolution`."""
     norm, after = _around(
         bias,
         moments,
@@ -59,11 +59,7 @@ def convolution(
         shortcut_weight,
         shortcut_bias,
     )
-    try:
-        return fused.winograd_convolution(x, weight, norm, after, groups=groups)
-    except NotFiniteError:
-        out = _channels_last(fused.direct(x, weight, norm, after))
-        return out, fused.moments(out, groups)
+    return chosen.convolution(x, weight, norm, after, groups=groups)
 
 
 @convolution.register_fake
@@ -76,12 +72,8 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def doubled_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """See `sdconv.ops.fused.doubled_convolution`; directly where its result is not finite."""
-    try:
-        return fused.doubled_convolution(x, weight, bias, groups=groups)
-    except NotFiniteError:
-        out = _channels_last(fused.direct_doubled(x, weight, bias))
-        return out, fused.moments(out, groups)
+    """See `sdconv.ops.chosen.doubled_convolution`."""
+    return chosen.doubled_convolution(x, weight, bias, groups=groups)
 
 
 @doubled_convolution.register_fake
@@ -92,10 +84,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tens
 
 def _blank(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _around(

@@ -1,0 +1,62 @@
+"""Each convolution by the method that serves its shape best, and directly where that fails."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdconv.ops import fused
+from sdconv.ops.choice import Choice, choose
+from sdconv.ops.fused import After, NotFiniteError
+from sdconv.ops.moments import Norm
+from sdconv.ops.prepared import prepared
+from sdconv.ops.winograd import PLACES
+
+
+def choice_for(x: Tensor, weight: Tensor) -> Choice:
+    """The method for a 3x3 convolution of ``x``, and why."""
+    batch, channels, height, width = x.shape
+    room = prepared.has_room(weight, fused.SINGLE, 4 * PLACES * channels * len(weight))
+    return choose(batch, channels, len(weight), height, width, room)
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm | None,
+    after: After,
+    *,
+    groups: int,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution with what stands round it; see `sdconv.ops.fused.winograd_convolution`.
+
+    Raises:
+        NotFiniteError: the output is not finite, and ``x`` was spoilt by writing ``in_place``.
+    """
+    if choice_for(x, weight).method == "winograd":
+        try:
+            return fused.winograd_convolution(
+                x, weight, norm, after, groups=groups, in_place=in_place
+            )
+        except NotFiniteError:
+            if in_place:
+                raise
+    return _with_moments(fused.direct(x, weight, norm, after), groups)
+
+
+def doubled_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Nearest doubling and a 3x3 convolution; see `sdconv.ops.fused.doubled_convolution`."""
+    if prepared.has_room(weight, fused.DOUBLED, 4 * weight.numel()):
+        try:
+            return fused.doubled_convolution(x, weight, bias, groups=groups)
+        except NotFiniteError:
+            pass
+    return _with_moments(fused.direct_doubled(x, weight, bias), groups)
+
+
+def _with_moments(out: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out, fused.moments(out, groups)

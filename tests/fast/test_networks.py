@@ -1,0 +1,217 @@
+"""Networks on the fast backend: the same pictures as on the reference, whatever hangs on them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdconv
+from sdconv.backends import is_fast
+from sdconv.blocks import ResnetBlock2D, Upsample2D
+from sdconv.errors import InputError
+from sdconv.fast import blocks as fast
+from sdconv.ops.chosen import choice_for
+from sdconv.ops.prepared import prepared
+from sdconv.vae import AutoencoderKL
+
+WITHIN = 2e-5
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    """Wide enough that convolutions pay."""
+    torch.manual_seed(0)
+    config = sdconv.AutoencoderKLConfig(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(96, 128),
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=True,
+        use_quant_conv=True,
+        use_post_quant_conv=True,
+        scaling_factor=0.18215,
+        shift_factor=None,
+        force_upcast=True,
+        sample_size=32,
+    )
+    return AutoencoderKL(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def latents() -> Tensor:
+    return torch.randn(2, 4, 25, 30, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the fast backend was asked for, in order."""
+    calls: list[str] = []
+    for name in ("resnet", "doubling", "last"):
+        inner = getattr(fast, name)
+
+        def seen(*args: Any, name: str = name, inner: Any = inner, **kwargs: Any) -> Any:
+            calls.append(name)
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(fast, name, seen)
+    yield calls
+
+
+def test_these_shapes_are_convolved_by_winograd() -> None:
+    # else the tests below would hold the direct kernel to itself
+    for batch, channels, height, width in ((1, 128, 33, 28), (1, 128, 28, 28), (2, 128, 25, 30)):
+        x, weight = torch.empty(batch, channels, height, width), torch.empty(96, channels, 3, 3)
+        assert choice_for(x, weight).method == "winograd"
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[str]) -> None:
+    expected = vae.decode(latents).sample
+    assert convolved == []
+    with sdconv.backend("fast"):
+        out = vae.decode(latents).sample
+    assert convolved.count("resnet") == 6
+    assert convolved.count("doubling") == convolved.count("last") == 1
+    assert error(out, expected) < WITHIN
+    assert not torch.equal(out, expected)
+    moments = vae.encode(expected).latent_dist.parameters
+    with sdconv.backend("fast"):
+        assert error(vae.encode(expected).latent_dist.parameters, moments) < WITHIN
+
+
+def test_the_switch(vae: AutoencoderKL) -> None:
+    state = vae.state_dict()
+    assert not is_fast(vae)
+    with sdconv.backend("fast"):
+        assert is_fast(vae)
+        with sdconv.backend("reference"):
+            assert not is_fast(vae)
+        assert is_fast(vae)
+    assert not is_fast(vae)
+    own = sdconv.load(state, family="sd1", backend="fast")
+    assert is_fast(own) and is_fast(own.decoder.up_blocks[0].resnets[0])
+    with sdconv.backend("reference"):
+        assert not is_fast(own)
+    assert own.state_dict().keys() == state.keys()
+    with pytest.raises(InputError, match="no such backend"), sdconv.backend("faster"):
+        pass
+    with pytest.raises(InputError, match="no such backend"):
+        sdconv.load(state, family="sd1", backend="")
+
+
+def test_what_looks_inside_sees_the_reference(vae: AutoencoderKL, latents: Tensor) -> None:
+    block = vae.decoder.up_blocks[0].resnets[0]
+    seen: list[Tensor] = []
+    hook = block.conv1.register_forward_hook(lambda m, given, out: seen.append(out))
+    try:
+        vae.decode(latents)
+        with sdconv.backend("fast"):
+            vae.decode(latents)
+    finally:
+        hook.remove()
+    reference, fused = seen
+    assert error(fused, reference) < WITHIN
+
+
+def test_half_precision_is_storage_only(vae: AutoencoderKL, latents: Tensor) -> None:
+    torch.manual_seed(2)
+    block = ResnetBlock2D(128, 128, temb_channels=None, groups=8, eps=1e-6).requires_grad_(False)
+    x = torch.randn(1, 128, 33, 28)
+    for dtype, within in ((torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)):
+        low = block.to(dtype)
+        with sdconv.backend("fast"):
+            out = low(x.to(dtype))
+        assert out.dtype is dtype
+        assert error(out, low.double()(x.to(dtype).double())) < within
+        block = low.float()
+
+
+def test_not_finite_comes_out_where_it_does_in_the_reference() -> None:
+    torch.manual_seed(3)
+    block = ResnetBlock2D(128, 128, temb_channels=None, groups=8, eps=1e-6).requires_grad_(False)
+    doubling = Upsample2D(128).requires_grad_(False)
+    x = torch.randn(1, 128, 33, 28)
+    for value in (float("nan"), float("inf")):
+        x[0, 3, 5, 6] = value
+        for module in (block, doubling):
+            expected = module(x)
+            with sdconv.backend("fast"):
+                out = module(x)
+            assert torch.equal(out.isfinite(), expected.isfinite())
+            assert torch.equal(out.isnan(), expected.isnan())
+            finite = expected.isfinite()
+            if finite.any():
+                assert error(out[finite], expected[finite]) < WITHIN
+
+
+def test_gradients() -> None:
+    torch.manual_seed(4)
+    block = nn.Sequential(
+        ResnetBlock2D(128, 96, temb_channels=None, groups=8, eps=1e-6), Upsample2D(96)
+    )
+    x = torch.randn(1, 128, 33, 28, requires_grad=True)
+    direction = torch.randn(1, 96, 66, 56)
+    inputs = [x, *block.parameters()]
+    with sdconv.backend("fast"):
+        found = torch.autograd.grad((block(x) * direction).sum(), inputs)
+    double = block.double()
+    x64 = x.detach().double().requires_grad_()
+    expected = torch.autograd.grad((double(x64) * direction).sum(), [x64, *double.parameters()])
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_compiled_as_one_graph(inference: bool) -> None:
+    torch.manual_seed(5)
+    block = nn.Sequential(
+        ResnetBlock2D(128, 96, temb_channels=None, groups=8, eps=1e-6), Upsample2D(96)
+    ).requires_grad_(False)
+    x = torch.randn(1, 128, 33, 28)
+    expected = block(x)
+    with sdconv.backend("fast"), torch.inference_mode(inference):
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        assert error(compiled(x), expected) < WITHIN
+        held = prepared.memory
+        compiled(x)
+        assert prepared.memory == held
+    del compiled
+    torch._dynamo.reset()
+
+
+def test_exported() -> None:
+    torch.manual_seed(6)
+    block = Upsample2D(128).requires_grad_(False)
+    x = torch.randn(1, 128, 33, 28)
+    with sdconv.backend("fast"):
+        program = torch.export.export(block, (x,))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "sdconv.doubled_convolution.default" in names
+    assert error(program.module()(x), block(x)) < WITHIN
+
+
+def test_memory_does_not_grow() -> None:
+    gc.collect()
+    before = prepared.memory
+    block = Upsample2D(8).requires_grad_(False)
+    x = torch.randn(1, 8, 5, 6)
+    with sdconv.backend("fast"):
+        block(x)
+        held = prepared.memory
+        assert held > before
+        for _ in range(1000):
+            block(x)
+    assert prepared.memory == held
+    del block
+    gc.collect()
+    assert prepared.memory == before
