@@ -103,6 +103,7 @@ def run_step(
         target[top:bottom] = made
         if measured is not None:
             measured.add(made)
+        del made  # before the next one is made
         store.rest(step.source, first, last)
         for key in {step.target, step.residual or step.target} - {step.source}:
             store.rest(key, top, bottom)
