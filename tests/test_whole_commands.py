@@ -126,3 +126,17 @@ def test_what_convert_says(tmp_path: Path) -> None:
     for file in answer["files"]:
         assert Path(file).exists()
     assert sdconv.load(out, "unet").config["addition_embed_type"] == "text_time"
+
+
+def test_a_pipeline_is_not_written_into_itself(tmp_path: Path) -> None:
+    vae = tmp_path / "pipe" / "vae"
+    vae.mkdir(parents=True)
+    tensors = seeded.tensors(seeded.kl((32, 64), 4, True, layers_per_block=1))
+    save_file(tensors, vae / "diffusion_pytorch_model.safetensors")
+    before = sorted(path.name for path in vae.iterdir())
+    shown = run("convert", vae.parent, vae, "--layout", "diffusers")
+    assert shown.exit_code == 2
+    assert "a part of it" in shown.stderr
+    assert sorted(path.name for path in vae.iterdir()) == before
+    # the control: beside it there is room
+    assert run("convert", vae.parent, tmp_path / "other", "--layout", "diffusers").exit_code == 0

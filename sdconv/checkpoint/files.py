@@ -130,6 +130,8 @@ def os_errors(path: Path) -> Iterator[None]:
 
 def foreign(path: Path, head: bytes) -> CheckpointError | None:
     """The error for a file of another kind, known by its first bytes; None if they say nothing."""
+    if head[8:9] == b"{":  # a safetensors header after its length, whatever that looks like
+        return None
     start = head.lstrip().lower()
     for magic, what, fix in _FOREIGN:
         if start.startswith(magic):

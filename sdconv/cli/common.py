@@ -164,15 +164,16 @@ def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
 
 
 def not_an_input(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuses an output that is one of the inputs.
+    """Refuses an output that is one of the inputs, or a folder that is there in one of them.
 
     Raises:
         InputError: it is.
     """
     for one in inputs:
-        if out.exists() and one.exists() and out.samefile(one):
+        within = out.is_dir() and out.resolve().is_relative_to(one.resolve())
+        if within or (out.exists() and one.exists() and out.samefile(one)):
             raise InputError(
-                "the output is one of the inputs",
+                "the output is one of the inputs, or a part of it",
                 where=out,
                 fix="give the output another name",
             )

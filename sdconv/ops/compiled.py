@@ -102,6 +102,13 @@ def zero(out: Any, to: int, n: int) -> None:
 
 
 @inner
+def clear(x: Any, at: int, n: int) -> None:
+    """Zeros in float64."""
+    for i in range(n):
+        x[at + i] = 0.0
+
+
+@inner
 def count(sums: Any, squares: Any, x: Any, at: int, n: int) -> None:
     """Adds n channels' values and their squares, in float64."""
     for c in range(n):

@@ -11,6 +11,7 @@ from typing import Any
 from sdconv.ops.compiled import (
     BLOCK,
     carray,
+    clear,
     count,
     doubles,
     f32,
@@ -107,14 +108,12 @@ def meet(pointer: Any) -> None:
     width, channels = job.width, job.channels
     size = channels // job.groups
     chunks = (width + PIXELS - 1) // PIXELS
-    for c in range(2 * BLOCK):
-        counts[c] = 0.0
+    clear(counts, 0, 2 * BLOCK)
     while True:
         unit = take(pointer, 0)
         if unit >= job.units:
             break
-        for g in range(2 * job.groups):
-            sums[2 * unit * job.groups + g] = 0.0
+        clear(sums, 2 * unit * job.groups, 2 * job.groups)
         row = unit // chunks
         first = (unit % chunks) * PIXELS
         for c0 in range(0, channels, BLOCK):

@@ -14,6 +14,7 @@ from sdconv.ops.compiled import (
     BLOCK,
     as_float,
     carray,
+    clear,
     copy,
     count,
     doubles,
@@ -177,14 +178,12 @@ def store(pointer: Any) -> None:
     plane = job.tile_rows * columns * channels
     chunks = (columns + TILES - 1) // TILES
     size = channels // job.groups
-    for c in range(2 * BLOCK):
-        counts[c] = 0.0
+    clear(counts, 0, 2 * BLOCK)
     while True:
         unit = take(pointer, 0)
         if unit >= job.units:
             break
-        for g in range(2 * job.groups):
-            sums[2 * unit * job.groups + g] = 0.0
+        clear(sums, 2 * unit * job.groups, 2 * job.groups)
         tile_row = unit // chunks
         first = (unit % chunks) * TILES
         top = (job.tile_row + tile_row) * 4

@@ -9,6 +9,7 @@ import numpy as np
 from sdconv.ops.compiled import (
     BLOCK,
     carray,
+    clear,
     count,
     doubles,
     floats,
@@ -36,14 +37,12 @@ def add_up(pointer: Any) -> None:
     mine = job.scratch + 4 * take(pointer, 1) * job.scratch_size
     counts, squares = doubles(mine), doubles(mine + 8 * BLOCK)
     size = job.channels // job.groups
-    for c in range(2 * BLOCK):
-        counts[c] = 0.0
+    clear(counts, 0, 2 * BLOCK)
     while True:
         unit = take(pointer, 0)
         if unit >= job.units:
             break
-        for g in range(2 * job.groups):
-            sums[2 * unit * job.groups + g] = 0.0
+        clear(sums, 2 * unit * job.groups, 2 * job.groups)
         for c0 in range(0, job.channels, BLOCK):
             n = min(BLOCK, job.channels - c0)
             for column in range(job.width):

@@ -206,6 +206,10 @@ def test_a_length_that_looks_like_a_pickle_is_still_a_length(tmp_path: Path) -> 
     file = written(tmp_path, packed(text, b"1"))
     assert file.read_bytes().startswith(pickle.PROTO + b"\x02")
     assert read_header(file).shapes == {"a": (1,)}
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError) as error:
+        read_header(file)
+    assert "pickle" not in str(error.value)
 
 
 def test_a_valid_neighbour_of_every_damage_is_read(tmp_path: Path) -> None:
