@@ -11,6 +11,7 @@ import pytest
 import seeded
 import torch
 import unets
+from differences import first_failure
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from sdconv.checkpoint.save import original_tensors
 from sdconv.cli import app
 from sdconv.config import UNet2DConditionConfig
 from sdconv.integrations.peers import peer
-from sdconv.parity import ModuleDifference, ParityReport, check, compare
+from sdconv.parity import ParityReport, check, compare
 from sdconv.parity.inputs import Noise, inputs_for
 from sdconv.report.tables import parity_report
 from sdconv.unet import UNet2DConditionModel
@@ -129,10 +130,6 @@ def test_table_fits_a_terminal() -> None:
 
 
 # --- controls: each of these must fail
-
-
-def first_failure(rows: tuple[ModuleDifference, ...]) -> str | None:
-    return next((row.name for row in rows if not row.passed), None)
 
 
 def pair(

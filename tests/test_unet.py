@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import unets
+from differences import first_failure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,10 +38,6 @@ def pair(family: str, config: Callable[[str], Any] = unets.small) -> Pair:
 
 def rows(ours: nn.Module, peer: nn.Module, *arguments: Any) -> tuple[ModuleDifference, ...]:
     return compare(ours, peer, {"forward": arguments})
-
-
-def first_failure(found: tuple[ModuleDifference, ...]) -> str | None:
-    return next((row.name for row in found if not row.passed), None)
 
 
 @pytest.mark.parametrize("family", unets.FAMILIES)

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -84,3 +85,15 @@ def without_permission(closed: Path | None = None) -> Iterator[None]:
             os.seteuid(0)
         if closed:
             closed.chmod(mode)
+
+
+def raw(path: Path) -> dict[str, tuple[Any, ...]]:
+    """Every tensor's dtype, shape and bytes, read without sdconv."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    return {
+        name: (one["dtype"], one["shape"], body[slice(*one["data_offsets"])])
+        for name, one in header.items()
+        if name != "__metadata__"
+    }
