@@ -1,4 +1,4 @@
-"""Whole checkpoints there and back: names, bytes and what lies beside; no file is held in memory."""
+"""Whole checkpoints there and back: names, bytes, what lies beside; no file is held in memory."""
 
 from __future__ import annotations
 

@@ -156,7 +156,9 @@ def test_only_the_component_is_read(dtype: str, tmp_path: Path) -> None:
     assert touched <= own + 8 * MB
     assert peak <= (0 if dtype == "None" else weights) + largest + 60 * MB
     if dtype != "None":
-        assert touched >= 0.5 * own, "the control: what is converted has been read"
+        # the watching thread may get no turn on a busy machine: then it looks again
+        seen = touched >= 0.5 * own or any(opened(path, dtype)[1] >= 0.5 * own for _ in range(4))
+        assert seen, "the control: what is converted has been read"
 
 
 @pytest.mark.slow
@@ -179,4 +181,6 @@ def test_only_the_unet_is_read(dtype: str, tmp_path: Path) -> None:
     assert touched <= own + 16 * MB
     assert peak <= (0 if dtype == "None" else weights) + largest + 60 * MB
     if dtype != "None":
-        assert touched >= 0.5 * own, "the control: what is converted has been read"
+        # the watching thread may get no turn on a busy machine: then it looks again
+        seen = touched >= 0.5 * own or any(opened(path, dtype)[1] >= 0.5 * own for _ in range(4))
+        assert seen, "the control: what is converted has been read"
