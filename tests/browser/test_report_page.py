@@ -190,6 +190,17 @@ def test_search_finds_and_opens(tab: Tab) -> None:
     tab.wait("document.getElementById('found').innerText === '0 of 6 maps'")
 
 
+def test_keys_in_one_breath_are_all_taken(tab: Tab) -> None:
+    """The browser tells of a new address late; the state has gone on by then."""
+    tab.page.evaluate(
+        "for (const key of ['j', 'k', ']', 's']) document.dispatchEvent("
+        "new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}))"
+    )
+    tab.page.wait_for_timeout(500)
+    tab.shows(NAMES[0], 1, "variance")
+    tab.address("step=1")
+
+
 def test_it_is_used_by_keys(tab: Tab) -> None:
     press = tab.page.keyboard.press
     press("j")

@@ -70,13 +70,19 @@ function fromAddress() {
 }
 
 let later = 0;
+let written = ""; // the address as this page left it
+function write(put) {
+  put(address());
+  written = location.hash;
+}
+
 function change(changes) {
   const opens = "map" in changes && changes.map !== state.map;
   Object.assign(state, changes);
   clearTimeout(later);
   // a browser refuses too many new addresses in a row, as a slider would make them
-  if (opens) location.hash = address();
-  else later = setTimeout(() => location.replace(address()), 200);
+  if (opens) write((to) => { location.hash = to; });
+  else later = setTimeout(() => write((to) => location.replace(to)), 200);
   return render();
 }
 
@@ -545,7 +551,10 @@ $("grid").addEventListener("click", (event) => {
 });
 $("grid").addEventListener("keydown", moveAmongChannels);
 window.addEventListener("hashchange", () => {
-  if (location.hash === address()) return;
+  // told late, when the state may have gone on from what this page wrote
+  if (location.hash === written) return;
+  clearTimeout(later);
+  written = location.hash;
   fromAddress();
   render();
 });
