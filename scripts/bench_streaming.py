@@ -3,11 +3,13 @@
 A full-size VAE with seeded random weights, float32, one case a process. Memory is the peak of
 anonymous resident memory above what the process had with its weights in place. Time per pixel
 leaves the middle's attention out, which grows with the square of the pixels; it is compared with
-ordinary runs of a smaller picture in the same process, before and after.
+ordinary runs of a smaller picture in the same process and by the same backend. What the compiled
+kernels' loading takes (``engine_memory``) is told apart, as is the network's own memory.
 
     python scripts/bench_streaming.py --size 2048x2048 --memory 2GiB --spill /var/tmp
     python scripts/bench_streaming.py --size 4096x4096 --memory 4GiB --spill /var/tmp --rounds 0
     python scripts/bench_streaming.py --size 1024x1024 --memory 512MiB --spill /var/tmp -w encode
+    python scripts/bench_streaming.py --size 1024x1024 --backend reference
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdconv.backends import BACKENDS, backend
 from sdconv.config import AutoencoderKLConfig
+from sdconv.ops import engines
 from sdconv.streaming import Streaming, calibration
 from sdconv.streaming.executor import run
 from sdconv.streaming.maps import check_room
@@ -97,8 +101,12 @@ def ordinary(network: AutoencoderKL, work: str, size: tuple[int, int]) -> float:
 
 
 def streamed(options: argparse.Namespace) -> dict[str, Any]:
-    """One streamed run, its plan, and ordinary runs before and after."""
+    """One streamed run, its plan, and ordinary runs after it."""
     network = full_size()
+    before = anonymous()
+    if options.backend == "fast":
+        engines.compiled()
+    engine_bytes = anonymous() - before
     x = given(options.work, options.size)
     streaming = Streaming.of(options.memory, options.spill, False)
     plan = streaming.plan(network, options.work, x)
@@ -122,6 +130,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
     per_pixel = times["layers"] / (options.size[0] * options.size[1])
     result = {
         "work": options.work,
+        "backend": options.backend,
         "size": "x".join(map(str, options.size)),
         "memory_limit": streaming.limit,
         "peak": peak.bytes,
@@ -129,6 +138,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
         "peak_over_planned": peak.bytes / plan.peak,
         "spilled": plan.spilled,
         "weights": network_bytes,
+        "engine_memory": engine_bytes,
         "seconds": sum(times.values()),
         "attention_seconds": times["attention"],
         "ns_per_pixel": 1e9 * per_pixel,
@@ -158,8 +168,10 @@ def main() -> None:
     parser.add_argument("--spill", type=Path, default=None)
     parser.add_argument("--whole", type=size_of, default=(512, 512), help="ordinary runs' size")
     parser.add_argument("--rounds", type=int, default=3, help="ordinary runs; 0 for none")
-    with torch.inference_mode():
-        print(json.dumps(streamed(parser.parse_args()), indent=2), flush=True)
+    parser.add_argument("--backend", choices=BACKENDS, default="fast")
+    options = parser.parse_args()
+    with torch.inference_mode(), backend(options.backend):
+        print(json.dumps(streamed(options), indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,13 @@ class Dtype(StrEnum):
         return dtype
 
 
+class Backend(StrEnum):
+    """Which arithmetic a network computes with; see `sdconv.backend`."""
+
+    reference = "reference"
+    fast = "fast"
+
+
 class Layout(StrEnum):
     """Whose names a file's tensors have."""
 

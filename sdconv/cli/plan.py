@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdconv.cli.common import (
+    Backend,
     Dtype,
     Family,
     Json,
@@ -54,6 +55,7 @@ def plan(
     ] = True,
     family: Family = None,
     dtype: Annotated[Dtype, typer.Option(help="What the network computes in.")] = Dtype.float32,
+    backend: Annotated[Backend, typer.Option(help="What it computes with.")] = Backend.reference,
     as_json: Json = False,
 ) -> None:
     """Say what streaming a picture through a VAE will take.
@@ -66,10 +68,11 @@ def plan(
     Examples:
       sdconv plan --size 4096x4096 --memory 4GiB
       sdconv plan vae.safetensors --size 512x16384 --memory 1GiB --spill /var/tmp
-      sdconv plan --size 2048x2048 --no-time --json
+      sdconv plan --size 2048x2048 --backend fast --no-time --json
     """
     import torch
 
+    from sdconv.backends import set_backend
     from sdconv.streaming import (
         calibration,
         check_room,
@@ -84,6 +87,7 @@ def plan(
     limit = parse_bytes(memory, "--memory")
     folder = None if spill is None else checked_folder(spill)
     network = _blank(paths, family).to(dtype.in_torch())
+    set_backend(network, backend.value)
     scale = network.downscale
     if min(rows, columns) < scale:
         raise InputError("too small a picture", where="--size", expected=f"at least {scale}")
@@ -118,7 +122,13 @@ def plan(
                 seconds = calibration.seconds(found, device=torch.device("cpu"), folder=folder)
             answers[work]["seconds"] = seconds
     if as_json:
-        head = {"height": rows, "width": columns, "batch": batch, "dtype": dtype.value}
+        head: dict[str, Any] = {
+            "height": rows,
+            "width": columns,
+            "batch": batch,
+            "dtype": dtype.value,
+        }
+        head["backend"] = backend.value
         print_json({**head, "memory_limit": limit, **answers})
     else:
         show(_report(answers))

@@ -66,7 +66,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     (LoRA layers, parametrisations), no hook, no forward of its own (offloading)."""
     return (
         type(module) is kind
-        and "forward" not in vars(module)
+        and getattr(module.forward, "__func__", None) is kind.forward
         and not (
             module._forward_hooks
             or module._forward_pre_hooks

@@ -123,7 +123,7 @@ def winograd_convolution(
     found = []
     (kernel,) = prepared.get(weight, DOUBLE if dtype is torch.float64 else SINGLE)
     for b in range(batch):
-        run = _Picture(
+        run = WinogradPass(
             x=x[b],
             out=out[b],
             kernel=kernel,
@@ -141,8 +141,14 @@ def winograd_convolution(
 
 
 @dataclass
-class _Picture:
-    """One picture's way through a convolution, a strip at a time from above."""
+class WinogradPass:
+    """One picture's way through a Winograd convolution, a strip at a time from above.
+
+    ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``. ``kernel``: the weight's transform. ``affine``:
+    the normalisation's scale and shift, ``(C,)`` each. ``offsets``: ``(O,)``. ``residual``:
+    ``(R, H, W)``, through ``shortcut`` ``(O, R)`` if that is given. ``groups``: of which sums are
+    wanted.
+    """
 
     x: Tensor
     out: Tensor
@@ -158,6 +164,7 @@ class _Picture:
     above: Tensor | None = None
 
     def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
+        """Writes a strip; its parts' sums and counts, see `sdconv.ops.moments.combined`."""
         dtype, engine = self.kernel.dtype, engines.of(self.kernel.dtype)
         row = max(strip.first - 1, 0)
         rows = _as_rows(self.x, row, min(strip.end + 1, strip.height), dtype, "input")
@@ -222,46 +229,61 @@ def doubled_convolution(
     )
     found = []
     for b in range(batch):
-        parts = []
-        for first in range(0, height, step):
-            end = min(first + step, height)
-            products = _doubled_products(x[b], first, end, kernels)
-            place = out[b][:, 2 * first : 2 * end]
-            written = dense_rows(place, dtype)
-            into = written
-            if into is None:
-                shape = (2 * (end - first), 2 * width, out_channels)
-                into = scratch.take("output", shape, dtype)
-            parts.append(engines.of(dtype).meet(products, offsets, into, groups))
-            if written is None:
-                place.copy_(into.permute(2, 0, 1))
+        run = DoubledPass(x[b], out[b], kernels, offsets, groups)
+        parts = [run.strip(first, min(first + step, height)) for first in range(0, height, step)]
         found.append(_finite(parts))
     return out, torch.stack(found)
 
 
-def _doubled_products(
-    x: Tensor, first: int, end: int, kernels: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels, height, width = x.shape
-    dtype, count = kernels[0].dtype, end - first
-    row = max(first - 1, 0)
-    rows = _as_rows(x, row, min(end + 1, height), dtype, "input")
-    shapes = ((count, width + 1), (count + 1, width), (count + 1, width + 1))
-    across, down, both = (
-        scratch.take(f"differences {i}", (*shape, channels), dtype)
-        for i, shape in enumerate(shapes)
-    )
-    engines.of(dtype).differences(rows, row, first, end, height, (across, down, both))
-    pixels = rows[first - row : end - row]
-    products = []
-    for i, (map_, kernel) in enumerate(zip((pixels, across, down, both), kernels, strict=True)):
-        several = kernel.shape[1] // kernels[0].shape[1]
-        shape = (*map_.shape[:2], several, kernels[0].shape[1])
-        out = scratch.take(f"products {i}", shape, dtype)
-        torch.mm(map_.flatten(0, 1), kernel, out=out.view(-1, kernel.shape[1]))
-        products.append(out)
-    plain, along, below, corners = products
-    return plain.squeeze(2), along, below, corners
+@dataclass
+class DoubledPass:
+    """One picture's way through a doubled convolution, a strip at a time.
+
+    ``x``: ``(C, H, W)``. ``out``: ``(O, 2H, 2W)``. ``kernels``: the weight's transform.
+    ``offsets``: ``(O,)``. ``groups``: of which sums are wanted.
+    """
+
+    x: Tensor
+    out: Tensor
+    kernels: tuple[Tensor, ...]
+    offsets: Tensor
+    groups: int
+
+    def strip(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Writes what rows ``first`` to ``end`` of ``x`` give; its parts' sums and counts."""
+        dtype = self.offsets.dtype
+        products = self._products(first, end)
+        place = self.out[:, 2 * first : 2 * end]
+        into = dense_rows(place, dtype)
+        if into is not None:
+            return engines.of(dtype).meet(products, self.offsets, into, self.groups)
+        shape = (place.shape[1], place.shape[2], len(self.offsets))
+        into = scratch.take("output", shape, dtype)
+        sums = engines.of(dtype).meet(products, self.offsets, into, self.groups)
+        place.copy_(into.permute(2, 0, 1))
+        return sums
+
+    def _products(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels, height, width = self.x.shape
+        dtype, count = self.offsets.dtype, end - first
+        row = max(first - 1, 0)
+        rows = _as_rows(self.x, row, min(end + 1, height), dtype, "input")
+        shapes = ((count, width + 1), (count + 1, width), (count + 1, width + 1))
+        across, down, both = (
+            scratch.take(f"differences {i}", (*shape, channels), dtype)
+            for i, shape in enumerate(shapes)
+        )
+        engines.of(dtype).differences(rows, row, first, end, height, (across, down, both))
+        maps = (rows[first - row : end - row], across, down, both)
+        products = []
+        for i, (map_, kernel) in enumerate(zip(maps, self.kernels, strict=True)):
+            several = kernel.shape[1] // len(self.offsets)
+            shape = (*map_.shape[:2], several, len(self.offsets))
+            out = scratch.take(f"products {i}", shape, dtype)
+            torch.mm(map_.flatten(0, 1), kernel, out=out.view(-1, kernel.shape[1]))
+            products.append(out)
+        plain, along, below, corners = products
+        return plain.squeeze(2), along, below, corners
 
 
 def _single(weight: Tensor) -> tuple[Tensor, ...]:

@@ -73,19 +73,29 @@ class PreparedWeights:
 
     def get(self, weight: Tensor, make: Make) -> tuple[Tensor, ...]:
         """``make(weight)``, kept or made now."""
-        seen = _seen(weight)
-        key = (id(weight), make)
-        with self._lock:
-            entry = self._entries.get(key)
-        if entry is not None and entry.owner() is weight and entry.seen == seen:
-            return entry.made
-        with torch.inference_mode(False), torch.no_grad():
-            made = make(weight.detach())
+        key, seen = (id(weight), make), _seen(weight)
+        kept = self._kept(weight, make, seen)
+        if kept is not None:
+            return kept
+        made = _made(weight, make)
         # a weight that changes while it is prepared is prepared again by the next call
         entry = _Entry(weakref.ref(weight, lambda _: self._drop(key)), seen, made)
         with self._lock:
             self._entries[key] = entry
         return made
+
+    def borrow(self, weight: Tensor, make: Make) -> tuple[Tensor, ...]:
+        """The same without keeping what was not: for callers with little memory."""
+        return self._kept(weight, make, _seen(weight)) or _made(weight, make)
+
+    def _kept(
+        self, weight: Tensor, make: Make, seen: tuple[object, ...]
+    ) -> tuple[Tensor, ...] | None:
+        with self._lock:
+            entry = self._entries.get((id(weight), make))
+        if entry is not None and entry.owner() is weight and entry.seen == seen:
+            return entry.made
+        return None
 
     def _drop(self, key: tuple[int, Make]) -> None:
         with self._lock:
@@ -93,6 +103,11 @@ class PreparedWeights:
             # another tensor may have come to have this id
             if entry is not None and entry.owner() is None:
                 del self._entries[key]
+
+
+def _made(weight: Tensor, make: Make) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False), torch.no_grad():
+        return make(weight.detach())
 
 
 def _seen(weight: Tensor) -> tuple[object, ...]:

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sdconv.backends import backend
 from sdconv.errors import InputError
+from sdconv.ops.fused import NotFiniteError
 from sdconv.streaming.executor import run
 from sdconv.streaming.maps import check_room, checked_folder
 from sdconv.streaming.planner import Plan, least_memory, make_plan
@@ -76,6 +78,13 @@ class Streaming:
                 limit cannot be met; too little room for what is spilled.
         """
         _check(network, x)
+        try:
+            return self._run(network, work, x)
+        except NotFiniteError:  # which only the reference puts where it belongs
+            with backend("reference"):
+                return self._run(network, work, x)
+
+    def _run(self, network: nn.Module, work: Work, x: Tensor) -> Tensor:
         plan = self.plan(network, work, x)
         if plan.spilled and self.spill is not None:
             check_room(self.spill, plan.spilled)

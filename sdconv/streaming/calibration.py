@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from sdconv.streaming.executor import run_step
+from sdconv.streaming.executor import begin
 from sdconv.streaming.maps import Place, Store
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.planner import Plan
@@ -35,28 +35,29 @@ def seconds(plan: Plan, *, device: torch.device, folder: Path | None = None) -> 
         plan: of a network with weights or on the meta device. device: to run on.
         folder: for what the plan spills; None times it in memory.
     """
-    rates: dict[object, float] = {}
+    costs: dict[object, tuple[float, float]] = {}
+    total = 0.0
     for step, units in zip(plan.steps, plan.units, strict=True):
         kind = _kind(step, units, plan)
-        if kind not in rates:
-            rates[kind] = _seconds_per_multiply(step, units, plan, device, folder)
-    return plan.pictures * sum(
-        step.multiplies * rates[_kind(step, units, plan)]
-        for step, units in zip(plan.steps, plan.units, strict=True)
-    )
+        if kind not in costs:
+            costs[kind] = _costs(step, units, plan, device, folder)
+        once, rate = costs[kind]
+        total += once + rate * step.multiplies
+    return plan.pictures * total
 
 
 def _kind(step: Step, units: int, plan: Plan) -> object:
-    shortcut = None if step.shortcut is None else step.shortcut.weight.shape
-    facts = (step.norm is None, step.activated, step.measured, step.residual is None, shortcut)
+    layer = step.layer
+    shortcut = None if layer.shortcut is None else layer.shortcut.weight.shape
+    facts = (layer.norm is None, layer.activated, step.measured, step.residual is None, shortcut)
     places = tuple(plan.places[key] for key in (step.source, step.target))
-    shape = step.layer.module.weight.shape
-    return type(step), type(step.layer), shape, step.source.width, units, facts, places
+    return type(layer), layer.module.weight.shape, step.source.width, units, facts, places
 
 
-def _seconds_per_multiply(
+def _costs(
     step: Step, units: int, plan: Plan, device: torch.device, folder: Path | None
-) -> float:
+) -> tuple[float, float]:
+    """Seconds before the first strip, and for each multiplication."""
     small = _one_strip(step, units, device)
     old = (step.source, step.target, step.residual, *step.reads)
     new = (small.source, small.target, small.residual, *small.reads)
@@ -68,17 +69,22 @@ def _seconds_per_multiply(
         store.tensor(key).normal_()
     moments = Moments(small.source.channels, device)
     moments.add(torch.randn(4, 8, small.source.channels, dtype=small.source.dtype, device=device))
-    # the first call makes the kernels for this shape
+    # the first time kernels are made for this shape
     times = [_timed(small, store, moments, device) for _ in range(2)]
-    return times[-1] / small.multiplies
+    once, strip = times[-1]
+    return once, strip / small.multiplies
 
 
-def _timed(step: Step, store: Store, moments: Moments, device: torch.device) -> float:
+def _timed(step: Step, store: Store, moments: Moments, device: torch.device) -> tuple[float, float]:
+    """Seconds before the first strip, and of a strip as high as the map."""
+    measured = Moments(step.target.channels, device) if step.measured else None
     start = time.perf_counter()
-    run_step(step, step.units, store, moments, device, lambda step, done: None)
+    under_way = begin(step, step.units, store, moments, measured, device)
+    begun = time.perf_counter()
+    under_way.strip(0, step.units)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return begun - start, time.perf_counter() - begun
 
 
 def _one_strip(step: Step, units: int, device: torch.device) -> Step:
@@ -88,19 +94,22 @@ def _one_strip(step: Step, units: int, device: torch.device) -> Step:
     source = replace(step.source, height=height)
     rows, width = step.layer.output_size(height, step.source.width)
     in_place = step.target is step.source
+    modules: dict[str, Any] = {
+        field.name: _real(module, device)
+        for field in fields(step.layer)
+        if isinstance(module := getattr(step.layer, field.name), nn.Module)
+    }
     small = replace(
         step,
         source=source,
         target=source if in_place else replace(step.target, height=rows, width=width),
-        layer=replace(step.layer, module=_real(step.layer.module, device)),
-        norm=None if step.norm is None else _real(step.norm, device),
+        layer=replace(step.layer, **modules),
         residual=None if step.residual is None else replace(step.residual, height=rows),
-        shortcut=None if step.shortcut is None else _real(step.shortcut, device),
     )
     if isinstance(small, Attend):
         few = max(1, min(full, TOKENS // source.width))
         keys, values = replace(small.keys, height=few), replace(small.values, height=few)
-        small = replace(small, keys=keys, values=values, out=_real(small.out, device))
+        small = replace(small, keys=keys, values=values)
     return small
 
 

@@ -6,10 +6,20 @@ piece of memory or of a file. :func:`convolve` is the one place where a strip is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sdconv.streaming.moments import Moments, computing
+from sdconv.streaming.passes import Ground, Pass
+from sdconv.streaming.window import Window
+
+# Strips that take more are not faster: measured on 2 cores, where the kernels are at their full
+# rate from a few million numbers on.
+COMFORT = 64 << 20
 
 
 def convolve(strip: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: int) -> Tensor:
@@ -24,15 +34,20 @@ def convolve(strip: Tensor, weight: Tensor, bias: Tensor | None, stride: int, si
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that takes rows of a map to rows of another one.
+    """A layer that takes rows of a map to rows of another one: normalise, activate, convolve, add.
 
     A strip is counted in units: rows of the output, or of the input where each makes two.
 
     Attributes:
         module: the convolution, or a linear layer over channels.
+        norm: applied to the input first. activated: SiLU after it.
+        shortcut: what the residual goes through, if there is one, before it is added.
     """
 
     module: nn.Conv2d | nn.Linear
+    norm: nn.GroupNorm | None = None
+    activated: bool = False
+    shortcut: nn.Conv2d | None = None
 
     # columns of zeros that the input gets at the right before it comes here
     right = 0
@@ -72,7 +87,86 @@ class Layer:
     def multiplies(self, height: int, width: int) -> int:
         """Multiplications that a map of this size takes."""
         rows, columns = self.output_size(height, width)
-        return rows * columns * self.module.weight.numel()
+        shortcut = 0 if self.shortcut is None else self.shortcut.weight.numel()
+        return rows * columns * (self.module.weight.numel() + shortcut)
+
+    def begin(self, ground: Ground, units: int) -> Pass:
+        """A step with this layer, under way in strips of at most ``units``."""
+        return _Plain(self, ground, units)
+
+    def comfort(self, width: int) -> int:
+        """Bytes beside the maps of which more would not make it faster."""
+        return COMFORT
+
+    def workspace(self, units: int, width: int) -> int:
+        """Bytes that a strip of this many units takes beside the maps, the input's ``width``
+        given."""
+        first, last = self.window(0, units)
+        rows, weight = last - first, self.module.weight
+        window = rows * (width + self.right) * weight.shape[1]
+        made = self.scratch(rows, width)
+        weights = 2 * weight.numel()  # reordered by the kernel at each call
+        # in a narrow dtype, copies to normalise and to measure in float32
+        wide = 0 if computing(weight.dtype) == weight.dtype else max(2 * window, made)
+        own = (window + made + weights) * weight.dtype.itemsize
+        return own + wide * computing(weight.dtype).itemsize
+
+    def prepare(self, rows: Tensor, out: Tensor, moments: Moments | None) -> None:
+        """The input's ``rows`` as the module takes them, into ``out``."""
+        if self.norm is None or moments is None:
+            out.copy_(rows)
+            return
+        scale, shift = moments.scale_and_shift(self.norm)
+        if out.dtype == scale.dtype:
+            torch.addcmul(shift, rows, scale, out=out)
+            ready = out
+        else:
+            ready = torch.addcmul(shift, rows.to(scale.dtype), scale)
+        if self.activated:
+            F.silu(ready, inplace=True)
+        if ready is not out:
+            out.copy_(ready)
+
+    def compute(self, strip: Tensor, residual: Tensor | None, whole: Sequence[Tensor]) -> Tensor:
+        """The output's rows, a tensor of their own.
+
+        Args:
+            strip: the window's rows, prepared. residual: the residual map's rows.
+            whole: the maps that are read as a whole.
+        """
+        made = self.apply(strip)
+        if residual is None:
+            return made
+        if self.shortcut is None:
+            return made.add_(residual)
+        weight, bias = self.shortcut.weight.flatten(1), self.shortcut.bias
+        made.view(-1, made.shape[-1]).addmm_(residual.flatten(0, 1), weight.T)
+        return made if bias is None else made.add_(bias)
+
+
+class _Plain:
+    """By torch's own operations: a window slides over the source."""
+
+    def __init__(self, layer: Layer, ground: Ground, units: int) -> None:
+        first, last = layer.window(0, units)
+        self._layer, self._ground = layer, ground
+        self._window = Window(
+            ground.source,
+            last - first,
+            layer.right,
+            lambda rows, out: layer.prepare(rows, out, ground.moments),
+            ground.device,
+        )
+
+    def strip(self, first: int, last: int) -> None:
+        layer, ground = self._layer, self._ground
+        top, bottom = layer.outputs(first, last)
+        strip = self._window.slide(*layer.window(first, last))
+        added = None if ground.residual is None else ground.residual[top:bottom].to(ground.device)
+        made = layer.compute(strip, added, ground.whole)
+        ground.target[top:bottom] = made
+        if ground.measured is not None:
+            ground.measured.add(made)
 
 
 class Point(Layer):
@@ -80,6 +174,25 @@ class Point(Layer):
 
     def apply(self, strip: Tensor) -> Tensor:
         return F.linear(strip, self.module.weight.flatten(1), self.module.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attended(Point):
+    """Queries by the module, mixed from the whole maps' keys and values, then projected by
+    ``out``."""
+
+    out: nn.Linear
+
+    def compute(self, strip: Tensor, residual: Tensor | None, whole: Sequence[Tensor]) -> Tensor:
+        query, key, value = (x.reshape(1, 1, -1, x.shape[-1]) for x in (self.apply(strip), *whole))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        made: Tensor = self.out(mixed.view_as(strip))
+        return made if residual is None else made.add_(residual)
+
+    def workspace(self, units: int, width: int) -> int:
+        # the query, what is mixed and what is projected
+        more = 2 * units * width * self.channels * self.module.weight.dtype.itemsize
+        return super().workspace(units, width) + more
 
 
 class Same(Layer):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.errors import InputError
+from sdconv.ops.moments import combined
 
 
 def computing(dtype: torch.dtype) -> torch.dtype:
@@ -37,9 +38,23 @@ class Moments:
         rows = rows.sub_(centre)
         first = rows.sum(1).to(torch.float64).sum(0) / count
         second = rows.square_().sum(1).to(torch.float64).sum(0) - first.square() * count
-        distance = centre + first - self.mean
+        self._combine(count, centre + first, second)
+
+    def take(self, sums: Tensor, counts: Tensor) -> None:
+        """Takes in rows of which only sums are known.
+
+        Args:
+            sums: and sums of squares of each channel in each part, ``(parts, C, 2)`` in float64.
+            counts: of pixels in each part, ``(parts,)`` in float64.
+        """
+        count = int(counts.sum())
+        mean, variance = combined(sums, counts).unbind(-1)
+        self._combine(count, mean, variance * count)
+
+    def _combine(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        distance = mean - self.mean
         total = self.count + count
-        self.squares += second + distance.square() * (self.count * count / total)
+        self.squares += squares + distance.square() * (self.count * count / total)
         self.mean += distance * (count / total)
         self.count = total
 

@@ -11,9 +11,6 @@ from sdconv.streaming.maps import Map, Place
 from sdconv.streaming.sizes import in_words
 from sdconv.streaming.steps import Step
 
-# Strips that take more are not faster: measured on 2 cores, where the kernels are at their full
-# rate from a few million numbers on.
-COMFORT = 64 << 20
 # what torch's kernels keep beside the tensors (generated code, thread stacks, buffers)
 KERNELS = 24 << 20
 
@@ -62,7 +59,7 @@ def make_plan(steps: Sequence[Step], *, pictures: int, limit: int | None, can_sp
     """
     steps = tuple(steps)
     result = pictures * steps[-1].target.bytes
-    comfortable = [_fitting(step, COMFORT) for step in steps]
+    comfortable = [_fitting(step, step.comfort) for step in steps]
     for units in (comfortable, [1] * len(steps)):
         fixed = [result + KERNELS + step.workspace(n) for step, n in zip(steps, units, strict=True)]
         placed = _placed(steps, fixed, limit, can_spill)

@@ -8,42 +8,38 @@ for the rows that its next strip needs are carried along.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from sdconv.backends import is_fast
 from sdconv.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
 from sdconv.errors import InputError
-from sdconv.streaming.layers import Doubled, Halved, Layer, Point, Same
+from sdconv.fast.modules import is_bare
+from sdconv.streaming import fused
+from sdconv.streaming.layers import Attended, Doubled, Halved, Layer, Point, Same
 from sdconv.streaming.maps import Map
-from sdconv.streaming.moments import Moments, computing
 
 Work = Literal["encode", "decode"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Step:
-    """One pass over a map: normalise, activate, ``layer``, add ``residual``, write.
+    """One pass over a map.
 
     Attributes:
         name: of the layer in the network.
         source: read. target: written, with or without statistics (``measured``).
-        norm: applied to the source first. activated: SiLU after it.
-        residual: added to what the layer gives, through ``shortcut`` if there is one.
+        residual: a map that the layer adds.
     """
 
     name: str
     source: Map
     target: Map
     layer: Layer
-    norm: nn.GroupNorm | None = None
-    activated: bool = False
     residual: Map | None = None
-    shortcut: nn.Conv2d | None = None
     measured: bool = False
 
     @property
@@ -56,86 +52,31 @@ class Step:
         """In how many units the whole can be cut."""
         return self.layer.units(self.source.height)
 
-    def prepare(self, rows: Tensor, out: Tensor, moments: Moments | None) -> None:
-        """The source's ``rows`` as the layer takes them, into ``out``."""
-        if self.norm is None or moments is None:
-            out.copy_(rows)
-            return
-        scale, shift = moments.scale_and_shift(self.norm)
-        if out.dtype == scale.dtype:
-            torch.addcmul(shift, rows, scale, out=out)
-            ready = out
-        else:
-            ready = torch.addcmul(shift, rows.to(scale.dtype), scale)
-        if self.activated:
-            F.silu(ready, inplace=True)
-        if ready is not out:
-            out.copy_(ready)
-
-    def compute(self, strip: Tensor, residual: Tensor | None, whole: Sequence[Tensor]) -> Tensor:
-        """The target's rows, a tensor of their own.
-
-        Args:
-            strip: the window's rows, prepared. residual: the residual map's rows.
-            whole: the maps that are read as a whole.
-        """
-        made = self.layer.apply(strip)
-        if residual is None:
-            return made
-        if self.shortcut is None:
-            return made.add_(residual)
-        weight, bias = self.shortcut.weight.flatten(1), self.shortcut.bias
-        made.view(-1, made.shape[-1]).addmm_(residual.flatten(0, 1), weight.T)
-        return made if bias is None else made.add_(bias)
+    @property
+    def comfort(self) -> int:
+        """Bytes beside the maps of which more would not make it faster."""
+        return self.layer.comfort(self.source.width)
 
     def workspace(self, units: int) -> int:
         """Bytes that a strip of this many units takes beside the maps."""
-        first, last = self.layer.window(0, units)
-        rows, width = last - first, self.source.width
-        window = rows * (width + self.layer.right) * self.source.channels
-        made = self.layer.scratch(rows, width)
-        weights = 2 * self.layer.module.weight.numel()  # reordered by the kernel at each call
-        dtype = self.target.dtype
-        # in a narrow dtype, copies to normalise and to measure in float32
-        wide = 0 if computing(dtype) == dtype else max(2 * window, made)
-        return (window + made + weights) * dtype.itemsize + wide * computing(dtype).itemsize
+        return self.layer.workspace(units, self.source.width)
 
     @property
     def multiplies(self) -> int:
         """Multiplications of the whole step."""
-        own = self.layer.multiplies(self.source.height, self.source.width)
-        if self.shortcut is not None:
-            own += self.target.height * self.target.width * self.shortcut.weight.numel()
-        return own
+        return self.layer.multiplies(self.source.height, self.source.width)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attend(Step):
-    """Queries from strips of a map, over the keys and values of the whole map; ``layer`` is the
-    projection to queries."""
+    """Attention from strips of a map to the keys and values of the whole map."""
 
     keys: Map
     values: Map
-    out: nn.Linear
 
     @property
     def reads(self) -> tuple[Map, ...]:
         return (*super().reads, self.keys, self.values)
-
-    def compute(self, strip: Tensor, residual: Tensor | None, whole: Sequence[Tensor]) -> Tensor:
-        query, key, value = (
-            x.reshape(1, 1, -1, x.shape[-1]) for x in (self.layer.apply(strip), *whole)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        made: Tensor = self.out(mixed.view_as(strip))
-        return made if residual is None else made.add_(residual)
-
-    def workspace(self, units: int) -> int:
-        tokens = units * self.source.width
-        # the query, what is mixed and what is projected
-        return super().workspace(units) + 2 * tokens * self.source.channels * (
-            self.source.dtype.itemsize
-        )
 
     @property
     def multiplies(self) -> int:
@@ -151,47 +92,53 @@ class _Builder:
         self.at = start
         self.steps: list[Step] = []
 
-    def layer(self, name: str, layer: Layer, norm: nn.GroupNorm | None = None) -> None:
-        """A layer to a new map, after a norm and SiLU if given."""
+    def layer(self, name: str, layer: Layer) -> None:
+        """A layer to a new map."""
         height, width = layer.output_size(self.at.height, self.at.width)
-        target = Map(height, width, layer.channels, self.at.dtype)
-        self._step(name, layer, target, norm=norm, activated=norm is not None)
+        self._step(name, layer, Map(height, width, layer.channels, self.at.dtype))
+
+    def same(self, conv: nn.Conv2d, norm: nn.GroupNorm | None, **more: Any) -> Layer:
+        """A 3x3 convolution of what there is now, after a norm and SiLU if given, by the backend
+        that is in force for it."""
+        kind = Same
+        if is_fast(conv) and fused.takes(conv.weight):
+            kind = fused.same(conv, self.at.height, self.at.width)
+        return kind(conv, norm, activated=norm is not None, **more)
+
+    def doubled(self, conv: nn.Conv2d) -> Layer:
+        """A 3x3 convolution after a doubling, by the backend that is in force for it."""
+        fast = is_fast(conv) and fused.takes(conv.weight)
+        return fused.SubPixel(conv) if fast else Doubled(conv)
 
     def resnet(self, name: str, block: ResnetBlock2D) -> None:
         before = self.at
-        self.layer(f"{name}.conv1", Same(block.conv1), block.norm1)
-        self._step(
-            f"{name}.conv2",
-            Same(block.conv2),
-            self.at,  # over what conv1 wrote
-            norm=block.norm2,
-            activated=True,
-            residual=before,
-            shortcut=block.conv_shortcut,
-        )
+        self.layer(f"{name}.conv1", self.same(block.conv1, block.norm1))
+        second = self.same(block.conv2, block.norm2, shortcut=block.conv_shortcut)
+        # over what conv1 wrote
+        self._step(f"{name}.conv2", second, self.at, residual=before)
 
     def attention(self, name: str, block: Attention) -> None:
         x = self.at
         keys, values = replace(x, whole=True), replace(x, whole=True)
         for layer, target in ((block.to_k, keys), (block.to_v, values)):
             self.at = x
-            self._step(f"{name}.projection", Point(layer), target, norm=block.group_norm)
+            self._step(f"{name}.projection", Point(layer, block.group_norm), target)
         self.at = x
+        out = cast(nn.Linear, block.to_out[0])
         attend = Attend(
             name=name,
             source=x,
             target=x,
-            layer=Point(block.to_q),
-            norm=block.group_norm,
+            layer=Attended(block.to_q, block.group_norm, out=out),
             residual=x,
             keys=keys,
             values=values,
-            out=cast(nn.Linear, block.to_out[0]),
         )
         self.steps.append(attend)
 
-    def _step(self, name: str, layer: Layer, target: Map, **fields: Any) -> None:
-        self.steps.append(Step(name=name, source=self.at, target=target, layer=layer, **fields))
+    def _step(self, name: str, layer: Layer, target: Map, residual: Map | None = None) -> None:
+        step = Step(name=name, source=self.at, target=target, layer=layer, residual=residual)
+        self.steps.append(step)
         self.at = target
 
     def finished(self) -> tuple[Step, ...]:
@@ -201,7 +148,7 @@ class _Builder:
         for step in reversed(self.steps):
             finished.append(replace(step, measured=step.target in wanted))
             wanted.discard(step.target)
-            if step.norm is not None:
+            if step.layer.norm is not None:
                 wanted.add(step.source)
         return tuple(reversed(finished))
 
@@ -228,14 +175,14 @@ def steps_of(network: nn.Module, work: Work, height: int, width: int) -> tuple[S
         elif isinstance(module, Attention):
             build.attention(name, module)
         elif isinstance(module, Upsample2D):
-            build.layer(f"{name}.conv", Doubled(module.conv))
+            build.layer(f"{name}.conv", build.doubled(module.conv))
         elif isinstance(module, AsymmetricDownsample2D):
             build.layer(f"{name}.conv", Halved(module.conv))
         elif name.endswith("quant_conv"):
             build.layer(name, Point(module))
         else:
             norm = network.get_submodule(name.replace("conv_out", "conv_norm_out"))
-            build.layer(name, Same(module), norm if isinstance(norm, nn.GroupNorm) else None)
+            build.layer(name, build.same(module, norm if isinstance(norm, nn.GroupNorm) else None))
     return build.finished()
 
 
@@ -269,8 +216,7 @@ def _check(parts: Mapping[str, nn.Module]) -> None:
                     got=type(module).__name__,
                     fix="merge adapters into the weights, or call disable_streaming()",
                 )
-            hooked = any(hasattr(module, name) for name in ("_hf_hook", "_diffusers_hook"))
-            if hooked or module._forward_hooks or module._forward_pre_hooks:
+            if not is_bare(module, type(module)):
                 raise InputError(
                     "a hook waits for the module's call, and streaming does not call it",
                     where=suffix,

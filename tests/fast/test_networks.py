@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
 import sdconv
@@ -121,6 +123,21 @@ def test_what_looks_inside_sees_the_reference(vae: AutoencoderKL, latents: Tenso
         hook.remove()
     reference, fused = seen
     assert error(fused, reference) < WITHIN
+
+
+def test_what_looked_inside_and_left_is_forgotten(
+    vae: AutoencoderKL, latents: Tensor, convolved: list[str]
+) -> None:
+    """Offloading's hooks put a module's own ``forward`` among its attributes when they go."""
+    own = copy.deepcopy(vae)
+    with sdconv.backend("fast"):
+        add_hook_to_module(own.decoder.conv_out, ModelHook())
+        own.decode(latents)
+        assert "last" not in convolved, "the control: a hook is respected"
+        remove_hook_from_module(own.decoder.conv_out)
+        assert "forward" in vars(own.decoder.conv_out)
+        own.decode(latents)
+    assert convolved.count("last") == 1
 
 
 def test_half_precision_is_storage_only(vae: AutoencoderKL, latents: Tensor) -> None:

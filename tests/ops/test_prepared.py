@@ -62,3 +62,13 @@ def test_what_passes_the_limit_has_no_room() -> None:
 
 def test_the_package_has_one_with_a_limit() -> None:
     assert 0 < prepared.limit < 1 << 50
+
+
+def test_borrowed_is_what_is_kept_and_keeps_nothing() -> None:
+    kept, weight = PreparedWeights(1 << 20), torch.randn(4, 4, 3, 3)
+    (borrowed,) = kept.borrow(weight, doubled)
+    assert torch.equal(borrowed, 2 * weight) and kept.memory == 0
+    (first,) = kept.get(weight, doubled)
+    assert kept.borrow(weight, doubled)[0] is first
+    weight.data += 1
+    assert torch.equal(kept.borrow(weight, doubled)[0], 2 * weight)

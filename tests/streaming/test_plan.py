@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import seeded
 import torch
+from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,11 +35,21 @@ with torch.device("meta"):
 GIB, MIB = 1 << 30, 1 << 20
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "fast"])
+
+
 def full(
-    work: Any, side: int, limit: int | None, *, can_spill: bool = True, pictures: int = 1
+    work: Any,
+    side: int,
+    limit: int | None,
+    *,
+    can_spill: bool = True,
+    pictures: int = 1,
+    backend: str = "reference",
 ) -> Plan:
     scale = 8 if work == "decode" else 1
-    steps = steps_of(FULL, work, side // scale, side // scale)
+    with sdconv.backend(backend):
+        steps = steps_of(FULL, work, side // scale, side // scale)
     return make_plan(steps, pictures=pictures, limit=limit, can_spill=can_spill)
 
 
@@ -50,15 +62,18 @@ def at_each_step(plan: Plan, place: Place) -> list[int]:
     ]
 
 
+@BACKENDS
 @pytest.mark.parametrize("work", ["encode", "decode"])
 @given(st.integers(8, 600), st.integers(1, 1 << 34), st.booleans())
-def test_a_limit_is_kept_or_refused(work: str, eighths: int, limit: int, can_spill: bool) -> None:
+def test_a_limit_is_kept_or_refused(
+    work: str, backend: str, eighths: int, limit: int, can_spill: bool
+) -> None:
     side = 8 * eighths
     try:
-        plan = full(work, side, limit, can_spill=can_spill)
+        plan = full(work, side, limit, can_spill=can_spill, backend=backend)
     except sdconv.InputError:
         with pytest.raises(sdconv.InputError, match="cannot be met"):
-            full(work, side, limit // 2, can_spill=can_spill)
+            full(work, side, limit // 2, can_spill=can_spill, backend=backend)
         return
     held = at_each_step(plan, Place.MEMORY)
     working = [step.workspace(n) for step, n in zip(plan.steps, plan.units, strict=True)]
@@ -69,13 +84,16 @@ def test_a_limit_is_kept_or_refused(work: str, eighths: int, limit: int, can_spi
     assert all(1 <= n <= s.units for n, s in zip(plan.units, plan.steps, strict=True))
 
 
+@BACKENDS
 @pytest.mark.parametrize("spill", [True, False])
 @pytest.mark.parametrize("work", ["encode", "decode"])
-def test_the_least_is_the_least(work: str, spill: bool) -> None:
-    least = least_memory(full(work, 1024, None).steps, pictures=2, spill=spill)
-    assert full(work, 1024, least, can_spill=spill, pictures=2).peak <= least
+def test_the_least_is_the_least(work: str, spill: bool, backend: str) -> None:
+    steps = full(work, 1024, None, backend=backend).steps
+    least = least_memory(steps, pictures=2, spill=spill)
+    plan = full(work, 1024, least, can_spill=spill, pictures=2, backend=backend)
+    assert plan.peak <= least
     with pytest.raises(sdconv.InputError, match="cannot be met"):
-        full(work, 1024, least - 1, can_spill=spill, pictures=2)
+        full(work, 1024, least - 1, can_spill=spill, pictures=2, backend=backend)
 
 
 def test_the_refusal_says_what_suffices() -> None:
@@ -88,8 +106,9 @@ def test_the_refusal_says_what_suffices() -> None:
     assert full("decode", 1024, parse_bytes(in_words(least[1]))).spilled > 0
 
 
-def test_more_than_two_to_the_31_elements() -> None:
-    plan = full("decode", 4096, 4 * GIB)
+@BACKENDS
+def test_more_than_two_to_the_31_elements(backend: str) -> None:
+    plan = full("decode", 4096, 4 * GIB, backend=backend)
     largest = max(plan.places, key=lambda key: key.bytes)
     assert largest.height * largest.width * largest.channels > 2**31
     assert plan.places[largest] is Place.SPILL and plan.peak <= 4 * GIB
@@ -120,22 +139,48 @@ def test_multiplies_are_those_that_torch_counts(work: Any) -> None:
     assert plan.multiplies == 3 * (counter.get_total_flops() // 2 + attention)
 
 
-def test_time_is_predicted_from_strips(tmp_path: Path) -> None:
+@BACKENDS
+def test_time_is_predicted_from_strips(backend: str, tmp_path: Path) -> None:
     """Within a factor that a busy machine allows for; the benchmark holds it to 1.5."""
-    network = seeded.network(seeded.kl((32, 64), 4, True))
+    network = seeded.network(seeded.kl((64, 64), 4, True, layers_per_block=1))
     streaming = Streaming.of(None, None, False)
     z = torch.randn(1, 4, 64, 64)
-    plan = streaming.plan(network, "decode", z)
     ratios = []
-    for _ in range(3):
-        predicted = calibration.seconds(plan, device=z.device, folder=tmp_path)
-        start = time.perf_counter()
-        streaming(network, "decode", z)
-        ratios.append((time.perf_counter() - start) / predicted)
-    assert 1 / 3 < sorted(ratios)[1] < 3
-    blank = steps_of(FULL, "decode", 8, 8)
+    with sdconv.backend(backend):
+        plan = streaming.plan(network, "decode", z)
+        for _ in range(3):
+            predicted = calibration.seconds(plan, device=z.device, folder=tmp_path)
+            start = time.perf_counter()
+            streaming(network, "decode", z)
+            ratios.append((time.perf_counter() - start) / predicted)
+        assert 1 / 3 < sorted(ratios)[1] < 3
+        blank = steps_of(FULL, "decode", 8, 8)
     small = make_plan(blank, pictures=2, limit=None, can_spill=False)
     assert calibration.seconds(small, device=z.device) > 0, "without weights"
+
+
+@BACKENDS
+def test_the_command_says_what_the_plan_is(backend: str) -> None:
+    options = f"plan --size 1000x1000 --memory 300MiB --batch 2 --backend {backend} --no-time"
+    said = json.loads(run(*options.split(), "--json").stdout)
+    assert said["backend"] == backend
+    for work in ("encode", "decode"):
+        own = full(work, 1000, 300 * MIB, pictures=2, backend=backend)
+        assert (said[work]["peak"], said[work]["spilled"]) == (own.peak, own.spilled)
+        assert said[work]["seconds"] is None
+        for key, spill in (("least", True), ("least_without_spill", False)):
+            assert said[work][key] == least_memory(own.steps, pictures=2, spill=spill)
+    assert said["encode"] != said["decode"], "the control"
+
+
+def test_the_command_times_strips_of_small_vaes(tmp_path: Path) -> None:
+    weights = tmp_path / "vae.safetensors"
+    sdconv.save(seeded.network(seeded.kl((64, 64), 4, True)), weights, layout="diffusers")
+    command = ("plan", str(weights), "--family", "sd1", "--size", "64x96", "--backend", "fast")
+    said = json.loads(run(*command, "--spill", str(tmp_path), "--json").stdout)
+    assert said["decode"]["seconds"] > 0 and said["encode"]["seconds"] > 0
+    table = run(*command, "--no-time").stdout
+    assert "decode" in table and in_words(said["decode"]["peak"]) in table
 
 
 @pytest.mark.parametrize(

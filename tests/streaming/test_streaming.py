@@ -203,14 +203,14 @@ def test_a_halo_one_row_short_fails(
 
 
 def test_attention_within_a_strip_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdconv.streaming.steps import Attend
+    from sdconv.streaming.layers import Attended
 
-    right = Attend.compute
+    right = Attended.compute
 
     def narrow(self: Any, strip: Tensor, residual: Any, whole: Sequence[Tensor]) -> Tensor:
         return right(self, strip, residual, [part[: len(strip)] for part in whole])
 
-    monkeypatch.setattr(Attend, "compute", narrow)
+    monkeypatch.setattr(Attended, "compute", narrow)
     assert seams(NETWORK, randn(1, 4, 12, 12)) > 100 * TOLERANCE
 
 
@@ -302,6 +302,9 @@ def test_hooks_and_adapters_are_named() -> None:
     refused(r"mid_block\.resnets\.1\.conv1: a hook", randn(1, 4, 4, 4), network)
     both(network, "encode", randn(1, 3, 16, 16))  # the other half has none
     handle.remove()
+    network.decoder.conv_in.forward = lambda x: x
+    refused(r"decoder\.conv_in: a hook", randn(1, 4, 4, 4), network)
+    del network.decoder.conv_in.forward
 
     class Adapter(nn.Conv2d):
         pass

@@ -1,0 +1,236 @@
+"""Streaming by the fast backend: its convolutions in strips, with the whole map's statistics."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import seeded
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_spill import LINUX, open_files
+from torch import Tensor
+
+import sdconv
+from sdconv.ops.fused import WinogradPass
+from sdconv.ops.prepared import prepared
+from sdconv.streaming import Plan, make_plan, planner, steps_of
+from sdconv.streaming.executor import run
+from sdconv.streaming.fused import SubPixel, Winograd
+from sdconv.streaming.maps import Place
+from sdconv.streaming.moments import Moments
+
+# wide enough that Winograd's method pays on small maps
+CONFIG = seeded.kl((96, 128), 4, True, layers_per_block=1)
+NETWORK = seeded.network(CONFIG).requires_grad_(False)
+TOLERANCE = 1e-5
+# to the reference: the fast backend's own
+WITHIN = 2e-5
+
+
+def randn(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def both(network: Any, work: str, x: Tensor, backend: str = "fast") -> Tensor:
+    """Moments of a picture's latents, or latents' pictures."""
+    with sdconv.backend(backend), torch.no_grad():
+        if work == "decode":
+            return network.decode(x).sample
+        return network.encode(x).latent_dist.parameters
+
+
+def planned(network: Any, work: Any, x: Tensor, rows: int, spill: bool) -> Plan:
+    """A plan with this many units a strip, and every map spilled if asked."""
+    with sdconv.backend("fast"):
+        steps = steps_of(network, work, *x.shape[2:])
+    plan = make_plan(steps, pictures=len(x), limit=None, can_spill=spill)
+    places = dict(plan.places)
+    if spill:
+        own = {key for key, place in places.items() if place is Place.MEMORY and not key.whole}
+        places |= dict.fromkeys(own, Place.SPILL)
+    return dataclasses.replace(plan, units=(rows,) * len(steps), places=places)
+
+
+@torch.no_grad()
+def executed(plan: Plan, x: Tensor, folder: Path | None = None) -> Tensor:
+    out = torch.full(plan.shape, torch.nan, dtype=x.dtype)
+    for one, made in zip(x, out, strict=True):
+        run(plan, one, made, folder=folder)
+    return out
+
+
+@pytest.mark.parametrize(("work", "size", "kinds"), [
+    ("decode", (25, 30), {Winograd, SubPixel}), ("encode", (50, 60), {Winograd}),
+])  # fmt: skip
+def test_these_sizes_are_computed_fast(work: Any, size: tuple[int, int], kinds: set[type]) -> None:
+    with sdconv.backend("fast"):
+        layers = [type(step.layer) for step in steps_of(NETWORK, work, *size)]
+    assert kinds <= set(layers)
+    assert layers.count(Winograd) >= 8
+    plain = [type(step.layer) for step in steps_of(NETWORK, work, *size)]
+    assert not {Winograd, SubPixel} & set(plain), "the reference is what it was"
+    own = copy.deepcopy(NETWORK)
+    sdconv.backends.set_backend(own, "fast")
+    assert [type(step.layer) for step in steps_of(own, work, *size)] == layers
+
+
+@given(
+    st.sampled_from(["encode", "decode"]),
+    st.tuples(st.integers(40, 70), st.integers(40, 70)),
+    st.integers(1, 20),
+    st.booleans(),
+)
+@example("encode", (61, 43), 1, True)
+@example("decode", (70, 44), 3, True)
+@settings(max_examples=12)
+def test_any_size_and_height_of_strips(
+    work: str, size: tuple[int, int], rows: int, spill: bool
+) -> None:
+    shape = (1, 3, *size) if work == "encode" else (1, 4, size[0] // 2, size[1] // 2)
+    x = randn(*shape)
+    plan = planned(NETWORK, work, x, rows, spill)
+    assert any(isinstance(step.layer, Winograd) for step in plan.steps)
+    streamed = executed(plan, x, Path(tempfile.gettempdir()) if spill else None)
+    assert difference(streamed, both(NETWORK, work, x)) < TOLERANCE
+    assert difference(streamed, both(NETWORK, work, x, "reference")) < WITHIN
+
+
+def test_by_the_method_and_by_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "KERNELS", 0)
+    z = randn(2, 4, 25, 30)
+    whole = both(NETWORK, "decode", z)
+    network = copy.deepcopy(NETWORK)
+    network.enable_streaming("7400KiB", tmp_path)
+    assert network.streaming is not None
+    with sdconv.backend("fast"):
+        assert network.streaming.plan(network, "decode", z).spilled > 0
+        streamed = network.decode(z).sample
+    assert difference(streamed, whole) < TOLERANCE
+    plain = network.decode(z).sample
+    assert not torch.equal(plain, streamed)
+    sdconv.backends.set_backend(network, "fast")
+    assert torch.equal(network.decode(z).sample, streamed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("work", ["decode", "encode"])
+def test_narrow_dtypes(work: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """No further from float64 than twice what the ordinary run by the same backend is."""
+    network = copy.deepcopy(NETWORK).to(dtype)
+    x = (randn(1, 4, 25, 30) if work == "decode" else randn(1, 3, 50, 60)).to(dtype)
+    truth = both(copy.deepcopy(network).double(), work, x.double())
+    plan = planned(network, work, x, 3, spill=True)
+    assert any(isinstance(step.layer, Winograd) for step in plan.steps)
+    streamed = executed(plan, x, tmp_path)
+    assert streamed.dtype == dtype
+    assert difference(streamed, truth) <= 2 * difference(both(network, work, x), truth)
+
+
+def test_double_precision_and_autocast_are_the_reference() -> None:
+    def kinds(network: Any) -> set[type]:
+        with sdconv.backend("fast"):
+            return {type(step.layer) for step in steps_of(network, "decode", 25, 30)}
+
+    assert Winograd in kinds(NETWORK)
+    assert Winograd not in kinds(copy.deepcopy(NETWORK).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Winograd not in kinds(NETWORK)
+
+
+def test_a_very_long_side() -> None:
+    x = randn(1, 4, 6, 300)
+    for z in (x, x.transpose(2, 3)):
+        streamed = executed(planned(NETWORK, "decode", z, 2, spill=False), z)
+        assert difference(streamed, both(NETWORK, "decode", z)) < TOLERANCE
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_finite_comes_out_where_the_reference_has_it(value: float) -> None:
+    network = copy.deepcopy(NETWORK)
+    z = randn(2, 4, 25, 30)
+    z[1, 2, 7, 8] = value
+    expected = both(network, "decode", z, "reference")
+    network.enable_streaming()
+    out = both(network, "decode", z)
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
+    finite = expected.isfinite()
+    assert finite[0].all() and difference(out[finite], expected[finite]) < WITHIN
+
+
+def test_transformed_weights_are_not_kept() -> None:
+    network = copy.deepcopy(NETWORK)
+    network.enable_streaming()
+    z = randn(1, 4, 25, 30)
+    before = prepared.memory
+    both(network, "decode", z)
+    assert prepared.memory == before
+    network.disable_streaming()
+    both(network, "decode", z)
+    assert prepared.memory > before, "the control: an ordinary run keeps them"
+
+
+@LINUX
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_left_after_an_error(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = randn(1, 4, 25, 30)
+    plan = planned(NETWORK, "decode", z, 2, spill=True)
+    last = plan.steps[-2].target
+    right = WinogradPass.strip
+
+    def fails(self: WinogradPass, strip: Any) -> Any:
+        if self.out.shape == (last.channels, last.height, last.width):
+            assert open_files(tmp_path), "the control: there is something to leave"
+            raise error
+        return right(self, strip)
+
+    monkeypatch.setattr(WinogradPass, "strip", fails)
+    with pytest.raises(error):
+        executed(plan, z, tmp_path)
+    assert open_files(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+# --- what must fail
+
+
+def seams() -> float:
+    z = randn(1, 4, 25, 30)
+    streamed = executed(planned(NETWORK, "decode", z, 2, spill=False), z)
+    return difference(streamed, both(NETWORK, "decode", z))
+
+
+def test_statistics_of_the_last_strip_alone_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert seams() < TOLERANCE
+    whole_map = Moments.take
+
+    def forget(self: Moments, sums: Tensor, counts: Tensor) -> None:
+        self.__init__(len(self.mean), self.mean.device)  # type: ignore[misc]
+        whole_map(self, sums, counts)
+
+    monkeypatch.setattr(Moments, "take", forget)
+    assert seams() > 100 * TOLERANCE
+
+
+def test_a_row_that_was_written_over_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = WinogradPass.strip
+
+    def forget(self: WinogradPass, strip: Any) -> Any:
+        self.above = None
+        return right(self, strip)
+
+    monkeypatch.setattr(WinogradPass, "strip", forget)
+    z = randn(1, 4, 25, 30)
+    streamed = executed(planned(NETWORK, "decode", z, 2, spill=False), z)
+    monkeypatch.undo()
+    assert difference(streamed, both(NETWORK, "decode", z)) > 100 * TOLERANCE
