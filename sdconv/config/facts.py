@@ -14,6 +14,12 @@ VAE_NORM_EPS = 1e-6
 # util.py).
 UNET_NORM_EPS = 1e-5
 
+# The noise that Stable Diffusion 1, 2 and XL were trained with: over these timesteps the roots of
+# beta rise evenly between the roots of these two (`linear_start`, `linear_end` in their configs;
+# `make_beta_schedule` in ldm's util.py).
+TRAIN_TIMESTEPS = 1000
+BETAS = (0.00085, 0.012)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VaeFacts:

@@ -8,11 +8,13 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-# Stable Diffusion's: 1, 2 and XL were trained with it
+from sdconv.config.facts import BETAS, TRAIN_TIMESTEPS
+
+# Stable Diffusion's
 _SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
+    "num_train_timesteps": TRAIN_TIMESTEPS,
+    "beta_start": BETAS[0],
+    "beta_end": BETAS[1],
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
     "set_alpha_to_one": False,
