@@ -13,6 +13,7 @@ from sdconv.features.editing import Context, edit
 from sdconv.features.maps import Entry, Maps, MissingMapError, Series
 from sdconv.features.points import Point, Points, points_of
 from sdconv.features.reduction import pca
+from sdconv.features.reuse import reuse
 from sdconv.features.store import open_maps
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "open_maps",
     "pca",
     "points_of",
+    "reuse",
     "run_until",
 ]
 

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdconv.features.reuse import Remembering
+
 
 def double(network: nn.Module) -> nn.Module:
     """A copy of a network on torch's meta device, without the hooks that are on it.
 
-    No tensor is copied. What accelerate puts in front of modules to move their weights is left out.
+    No tensor is copied. What accelerate puts in front of modules to move their weights is left out,
+    and so is what ``reuse`` puts there.
     """
     known: dict[int, Any] = {}
     for module in network.modules():
         for name, value in vars(module).items():
             # hooks may hold anything, even other copies of the weights
-            if name == "_hf_hook":
+            if name == "_hf_hook" or isinstance(value, Remembering):
                 known[id(value)] = None
             elif "hooks" in name and isinstance(value, dict):
                 known[id(value)] = OrderedDict()
@@ -34,6 +37,8 @@ def double(network: nn.Module) -> nn.Module:
         if "_old_forward" in vars(module):
             vars(module).pop("forward", None)
             del module._old_forward
+        elif vars(module).get("forward", copy) is None:
+            del module.forward
     return copy
 
 

@@ -56,6 +56,14 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((found for one in _items(value) if (found := first_tensor(one)) is not None), None)
 
 
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with what a function makes of each tensor in such structures in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    items = [map_tensors(item, function) for item in _items(value)]
+    return _rebuilt(value, items) if items else value
+
+
 def _with_first(value: Any, new: Tensor) -> tuple[Any, bool]:
     """``value`` with ``new`` in the place of its first tensor, and whether it has one."""
     if isinstance(value, Tensor):
