@@ -1,5 +1,6 @@
 """Feature maps by name: ``sdconv.features(network)`` lists the points, ``sdconv.capture`` reads
-them, ``sdconv.edit`` changes them."""
+them, ``sdconv.edit`` changes them; ``sdconv.features.recipes`` are published methods made of
+these."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import sys
 from types import ModuleType
 from typing import Any, cast
 
+from sdconv.features import recipes
 from sdconv.features.calls import Call
 from sdconv.features.capture import capture, run_until
 from sdconv.features.editing import Context, edit
@@ -30,6 +32,7 @@ __all__ = [
     "open_maps",
     "pca",
     "points_of",
+    "recipes",
     "reuse",
     "run_until",
 ]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import sdconv
 from sdconv.features import Context
-from sdconv.ops.freeu import amplified, low_frequencies_scaled
 
 CONFIG = seeded.kl((32, 32), 4, True, layers_per_block=1)
 UNET = unets.smallest("SD1")
@@ -120,29 +119,6 @@ def test_what_a_function_is_told() -> None:
         for step in (801, 1):
             network(sample, torch.tensor(step), *rest)
     assert told == [(n, i, t) for i, t in ((0, 801), (1, 1)) for n in ("conv_in", "conv_out")]
-
-
-@pytest.mark.parametrize("kind", ["diffusers", "sdconv", "patched"])
-def test_freeu_is_an_edit_of_the_two_halves(kind: str) -> None:
-    theirs = unets.theirs(UNET)
-    network: Any = unets.ours(theirs) if kind == "sdconv" else theirs
-    if kind == "patched":
-        sdconv.apply_patch(network)
-    inputs = unets.inputs(theirs.config)
-    changes = {}
-    for level, (skip, hidden) in enumerate(((0.9, 1.1), (0.2, 1.2))):
-        changes[f"up_blocks.{level}.resnets.*:hidden"] = lambda x, _, b=hidden: amplified(x, b)
-        changes[f"up_blocks.{level}.resnets.*:skip"] = lambda x, _, s=skip: low_frequencies_scaled(
-            x, s
-        )
-    with torch.no_grad():
-        plain = network(*inputs)[0]
-        with sdconv.edit(network, changes):
-            found = network(*inputs)[0]
-        network.enable_freeu(s1=0.9, s2=0.2, b1=1.1, b2=1.2)
-        expected = network(*inputs)[0]
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, plain)
 
 
 def test_the_time_projection_is_edited() -> None:

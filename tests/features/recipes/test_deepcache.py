@@ -1,0 +1,151 @@
+"""Deep features between full steps: the same as put in by hand, and not computed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from itertools import pairwise, product
+from typing import Any
+
+import capturing
+import kinds
+import pipelines
+import pytest
+import torch
+import unets
+from torch import Tensor, nn
+
+import sdconv
+from sdconv.features import Maps, recipes
+from sdconv.features.places import places
+
+FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("name", ["text", "xl", "controlnet"])
+def test_every_step_is_the_plain_run(kind: str, name: str) -> None:
+    pipe = kinds.pipeline(kind, name)
+    plain = pipelines.run(pipe, name)
+    with recipes.deepcache(pipe, 1):
+        assert pipelines.run(pipe, name) == plain
+    with recipes.deepcache(pipe, 3):
+        first = pipelines.run(pipe, name)
+        assert pipelines.run(pipe, name) == first  # nothing comes from the run before
+    assert torch.equal(first.latents[0], plain.latents[0])
+    assert not torch.equal(first.latents[1], plain.latents[1])
+    assert kinds.untouched(pipe.unet)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *product(("SD1", "SDXL"), kinds.KINDS),
+        ("uneven layers", "diffusers"),
+        ("uneven layers", "sdconv"),
+        ("KOALA 700M", "diffusers"),  # without a middle
+    ],
+)
+@torch.no_grad()
+def test_between_full_steps_it_is_as_with_the_deep_map_put_in_by_hand(
+    family: str, kind: str
+) -> None:
+    config = unets.small(family) if "uneven" in family else unets.smallest(family)
+    network = kinds.unet(kind, config)
+    sample, _, *rest = unets.inputs(network.config, size=(8, 8))
+    calls = [(sample / (1 + number), 900 - number, *rest) for number in range(4)]
+    plain = [network(*given)[0] for given in calls]
+    readers = [place for place in places(network) if place.endswith(":hidden")]
+    innermost = len(readers) - 1 - (network.mid_block is None)
+    for branch in (0, innermost):
+        with recipes.deepcache(network, 3, branch=branch):
+            found = [network(*given)[0] for given in calls]
+        expected = by_hand(network, calls, readers[-1 - branch])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        same = [torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
+        assert same == [True, False, False, True]
+    assert kinds.untouched(network)
+
+
+def by_hand(network: Any, calls: list[Any], reader: str) -> list[Tensor]:
+    """Everything is computed; two calls out of three read the deep map of the first one."""
+    results, kept = [], Maps({}, pipeline=False)
+    for number, given in enumerate(calls):
+        with ExitStack() as stack:
+            if number % 3:
+                deep = capturing.one(kept, reader)
+                stack.enter_context(sdconv.edit(network, {reader: lambda x, _, y=deep: y}))
+            else:
+                kept = stack.enter_context(sdconv.capture(network, reader))
+            results.append(network(*given)[0])
+    return results
+
+
+@torch.no_grad()
+def test_the_deep_part_is_not_computed() -> None:
+    network = unets.theirs(unets.small("SD1"))
+    computed: list[str] = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_, name=name: computed.append(name))
+    counts = {}
+    for branch in range(12):
+        with recipes.deepcache(network, 2, branch=branch):
+            for step in (801, 1):
+                computed.clear()
+                network(*capturing.at(step))
+        counts[branch] = len(computed)
+    assert computed.count("mid_block.resnets.0.conv1") == 0
+    network(*capturing.at(1))
+    # convolutions of the first layer and the last: 2 of conv_in and conv_out, then 3 of a
+    # ResNet block on the way up and 2 of its transformer
+    assert counts[0] == 2 + 3 + 2
+    assert all(a < b for a, b in pairwise([*counts.values(), len(computed)]))
+
+
+@torch.no_grad()
+def test_calls_that_begin_a_new_run() -> None:
+    network = capturing.unet()
+    steps = (900, 700, 500, 300, 900, 700, 500, 500, 300, 400)
+    with recipes.deepcache(network, 3), sdconv.capture(network, "mid_block.resnets.0") as maps:
+        for step in steps:
+            network(*capturing.at(step))
+    full = [index in maps.series("mid_block.resnets.0").calls for index in range(len(steps))]
+    runs = ((True, False, False, True), (True, False, False), (True, False), (True,))
+    assert full == [each for run in runs for each in run]
+
+
+@torch.no_grad()
+def test_a_batch_of_another_size_is_computed() -> None:
+    network = capturing.unet()
+    sample, step, *rest = capturing.at(1)
+    alone = (sample[:1], step, rest[0][:1])
+    plain = network(*alone)[0]
+    with recipes.deepcache(network, 9):
+        network(*capturing.at(801))
+        assert torch.equal(network(*alone)[0], plain)
+
+
+def test_together_with_other_edits() -> None:
+    pipe = pipelines.pipeline("text")
+    pipe.enable_freeu(**FACTORS)
+    with recipes.deepcache(pipe, 2):
+        expected = pipelines.run(pipe, "text")
+    pipe.disable_freeu()
+    with recipes.freeu(pipe, **FACTORS), recipes.deepcache(pipe, 2):
+        assert pipelines.run(pipe, "text") == expected
+    assert kinds.untouched(pipe.unet)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "words"),
+    [
+        ("SD1", {"interval": 0}, "interval: .*(.|\n)*got: 0"),
+        ("SD1", {"interval": 2.5}, "interval: "),
+        ("SD1", {"interval": 2, "branch": 8}, "branch: .*(.|\n)*0 to 7(.|\n)*got: 8"),
+        ("KOALA 700M", {"interval": 2, "branch": 5}, "nothing lies inside"),
+    ],
+)
+def test_what_is_refused(family: str, given: dict[str, Any], words: str) -> None:
+    network = unets.theirs(unets.smallest(family))
+    with pytest.raises(sdconv.InputError, match=words), recipes.deepcache(network, **given):
+        pass
