@@ -5,6 +5,9 @@ Importing it compiles them: seconds, once for a machine and a version of Numba.
 
 from __future__ import annotations
 
+import secrets
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +15,8 @@ from sdconv.ops import doubling_kernels, kernels, sum_kernels
 from sdconv.ops.launching import launch, threads
 from sdconv.ops.plain_engine import Affine
 from sdconv.ops.strips import Strip, scratch
+
+_KEYS = np.frombuffer(secrets.token_bytes(4 * sum_kernels.KEYS), dtype=np.uint32)
 
 
 def load(
@@ -136,7 +141,8 @@ def meet(
 
 
 def fingerprint(weight: Tensor) -> bytes:
-    """See the plain one; 64 bits of every 2^16 words, weighted by place."""
+    """See the plain one; 64 bits of every 2^16 words, by keys that differ from process to process,
+    so that no kind of edit can be blind to it."""
     size = weight.numel() * weight.element_size() // 4
     parts = -(-size // sum_kernels.WORDS)
     found = torch.empty(parts, dtype=torch.int64)
@@ -146,6 +152,7 @@ def fingerprint(weight: Tensor) -> bytes:
         units=parts,
         words=weight.data_ptr(),
         size=size,
+        keys=_KEYS.ctypes.data,
         sums=found.data_ptr(),
     )
     return found.numpy().tobytes()

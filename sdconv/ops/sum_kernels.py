@@ -23,9 +23,10 @@ from sdconv.ops.compiled import (
 )
 
 SUM = job("width", "channels", "x", "groups", "sums")
-HASH = job("words", "size", "sums")
+HASH = job("words", "size", "keys", "sums")
 SUM_SCRATCH = 4 * BLOCK
-WORDS = 1 << 16
+WORDS, KEYS = 1 << 16, 1 << 10
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @kernel(SUM)
@@ -52,22 +53,37 @@ def add_up(pointer: Any) -> None:
 
 
 @inner
-def _hash(x: Any, first: int, last: int) -> Any:
+def _products(x: Any, at: int, n: int, keys: Any) -> Any:
+    """``NH`` of 2 n words: Black and others 1999, "UMAC", section 4. No linear sum: those of
+    weights whose signs alternate in certain ways stay the same when all change."""
+    half = KEYS // 2
     total = np.uint64(0)
-    for i in range(first, last):
-        # an odd factor that differs from place to place, so that what moves is seen as well
-        total += np.uint64(x[i]) * np.uint64((np.uint32(i) << np.uint32(1)) | np.uint32(1))
+    for i in range(n):
+        first = np.uint32(x[at + i] + keys[i])
+        second = np.uint32(x[at + n + i] + keys[half + i])
+        total += np.uint64(first) * np.uint64(second)
     return total
 
 
 @kernel(HASH)
 def fingerprint(pointer: Any) -> None:
-    """Of every ``WORDS`` 32-bit words, a sum weighted by place, modulo 2^64."""
+    """Of every ``WORDS`` 32-bit words, 64 bits that depend on ``KEYS`` words of the caller's."""
     job = carray(pointer, 1)[0]
-    x, sums = words(job.words), whole_numbers(job.sums)
+    x, keys, sums = words(job.words), words(job.keys), whole_numbers(job.sums)
     take(pointer, 1)
     while True:
         unit = take(pointer, 0)
         if unit >= job.units:
             break
-        sums[unit] = _hash(x, unit * WORDS, min((unit + 1) * WORDS, job.size))
+        at = unit * WORDS
+        last = min(at + WORDS, job.size)
+        found = np.uint64(0)
+        while at < last:
+            n = min(KEYS, last - at) // 2
+            if n > 0:
+                found = found * _ODD + _products(x, at, n, keys)
+                at += 2 * n
+            else:
+                found = found * _ODD + np.uint64(x[at])
+                at += 1
+        sums[unit] = found

@@ -39,11 +39,16 @@ def test_load_and_store(height: int, width: int, channels: int, data: st.DataObj
     above = random(width, channels) if strip.first and data.draw(st.booleans()) else None
     bias, residual = random(channels), random(strip.end - strip.first, width, channels)
     tiles, outs, sums = [], [], []
-    for engine in (engines.compiled()[0], engines.plain()):
-        loaded = torch.empty(36, strip.tiles, channels)
-        engine.load(rows, 0, above, strip, affine, True, loaded)
-        out = torch.empty_like(residual)
-        sums.append(combined(*engine.store(loaded, strip, bias, residual, out, 4)))
+    # by plain operations in float64: in float32 their own transforms lose more
+    for engine, dtype in ((engines.compiled()[0], None), (engines.plain(), torch.float64)):
+        one, over, own_bias, beside = (
+            None if t is None else t.to(dtype) for t in (rows, above, bias, residual)
+        )
+        own_affine = None if affine is None else tuple(t.to(dtype) for t in affine)
+        loaded = torch.empty(36, strip.tiles, channels, dtype=dtype)
+        engine.load(one, 0, over, strip, own_affine, True, loaded)
+        out = torch.empty_like(beside)
+        sums.append(combined(*engine.store(loaded, strip, own_bias, beside, out, 4)))
         tiles.append(loaded)
         outs.append(out)
     assert close(*tiles)
@@ -80,3 +85,23 @@ def test_a_fingerprint_sees_every_bit_and_every_place(engine: engines.Engine) ->
     last[-1, -1, -1, -1] = torch.nextafter(last[-1, -1, -1, -1], torch.tensor(9.0))
     swapped = weight.flip(0)
     assert len({before, engine.fingerprint(last), engine.fingerprint(swapped)}) == 3
+
+
+@pytest.mark.parametrize("engine", [engines.plain(), engines.compiled()[0]])
+def test_a_fingerprint_sees_every_sign(engine: engines.Engine) -> None:
+    # the bits of such signs, times 1, 3, 5 and 7, add up to nothing
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(2700).view(40, 30, 3, 3)
+    weight = random(40, 30, 3, 3).abs() * signs
+    assert engine.fingerprint(weight) != engine.fingerprint(-weight)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1023, 1025, (1 << 16) + 1, (1 << 17) + 1027])
+def test_a_fingerprint_sees_the_ends_of_every_size(size: int) -> None:
+    weight, engine = random(size), engines.compiled()[0]
+    seen = {engine.fingerprint(weight)}
+    places = {0, size // 2, size - 1}
+    for place in places:
+        changed = weight.clone()
+        changed[place] += 1
+        seen.add(engine.fingerprint(changed))
+    assert len(seen) == 1 + len(places)
