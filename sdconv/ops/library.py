@@ -8,13 +8,12 @@ carry none: a map's gradient already holds what its moments depend on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdconv.ops import chosen, fused
+from sdconv.ops import chosen, fused, gradients
 from sdconv.ops.fused import After
 from sdconv.ops.moments import Norm
 
@@ -115,29 +114,8 @@ def _direct_doubled(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in inputs)
-    ctx.places = tuple(i for i, value in enumerate(inputs) if isinstance(value, Tensor))
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+    gradients.remember(ctx, inputs, output)
     ctx.mark_non_differentiable(output[1])
-
-
-def _backward_of(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The gradient of ``function``, which computes the operator's first output."""
-
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = list(ctx.others)
-        wanted = [i for i in ctx.places if ctx.needs_input_grad[i]]
-        for i, value in zip(ctx.places, ctx.saved_tensors, strict=True):
-            inputs[i] = value.detach().requires_grad_(i in wanted)
-        with torch.enable_grad():
-            out = function(*inputs)
-        found = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, allow_unused=True)
-        grads: list[Tensor | None] = [None] * len(inputs)
-        for i, one in zip(wanted, found, strict=True):
-            grads[i] = one
-        return tuple(grads)
-
-    return backward
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, None]:
@@ -145,5 +123,5 @@ def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, None]:
 
 
 moments.register_autograd(_no_gradient, setup_context=lambda ctx, inputs, output: None)
-convolution.register_autograd(_backward_of(_direct), setup_context=_remember)
-doubled_convolution.register_autograd(_backward_of(_direct_doubled), setup_context=_remember)
+convolution.register_autograd(gradients.of(_direct), setup_context=_remember)
+doubled_convolution.register_autograd(gradients.of(_direct_doubled), setup_context=_remember)

@@ -1,0 +1,46 @@
+"""Gradients of an operator: those of torch's own operations that compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps an operator's inputs for its gradient: the ``setup_context`` of `of`'s functions."""
+    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in inputs)
+    ctx.places = tuple(i for i, value in enumerate(inputs) if isinstance(value, Tensor))
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+
+
+def of(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The gradient of ``function``, which computes the operator's first (or only) output anew; of
+    which gradients can be taken in their turn."""
+
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = list(ctx.others)
+        wanted = [i for i in ctx.places if ctx.needs_input_grad[i]]
+        # whether there will be a gradient of this one
+        again = torch.is_grad_enabled()
+        for i, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+            if i not in wanted:
+                # for torch crashes on the gradient of a normalisation's weight alone where the map
+                # lies in channels-last order
+                inputs[i] = value.detach().contiguous()
+            else:
+                # one tensor in two places has a gradient for each
+                inputs[i] = value.view_as(value) if again else value.detach().requires_grad_()
+        with torch.enable_grad():
+            out = function(*inputs)
+        found = torch.autograd.grad(
+            out, [inputs[i] for i in wanted], grad, allow_unused=True, create_graph=again
+        )
+        grads: list[Tensor | None] = [None] * len(inputs)
+        for i, one in zip(wanted, found, strict=True):
+            grads[i] = one
+        return tuple(grads)
+
+    return backward
