@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def takes(x: Tensor) -> bool:
-    """Whether a map is one that the fast arithmetic takes: on a CPU, in a dtype that it knows."""
+    """Whether a map is one that the fast arithmetic takes, in a dtype that it knows."""
     return (
         x.ndim == 4
-        and x.device.type == "cpu"
         and x.dtype in _DTYPES
         and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
+        and not _is_transformed()
     )
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode gradients are at work, which need torch's operations."""
+    if torch.compiler.is_compiling():
+        return False
+    functions: Any = torch._C._functorch
+    return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
 
 
 def is_conv3x3(module: nn.Module | None, x: Tensor) -> bool:
