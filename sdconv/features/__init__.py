@@ -14,7 +14,7 @@ from sdconv.features.capture import capture, run_until
 from sdconv.features.editing import Context, edit
 from sdconv.features.maps import Entry, Maps, MissingMapError, Series
 from sdconv.features.points import Point, Points, points_of
-from sdconv.features.reduction import pca
+from sdconv.features.reduction import pca, pool
 from sdconv.features.reuse import reuse
 from sdconv.features.store import open_maps
 
@@ -32,6 +32,7 @@ __all__ = [
     "open_maps",
     "pca",
     "points_of",
+    "pool",
     "recipes",
     "reuse",
     "run_until",

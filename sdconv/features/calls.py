@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
+import threading
 from collections.abc import Callable, Container, Iterable
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sdconv.errors import InputError, SdconvError
-from sdconv.features.hooks import recomputing
+from sdconv.features.hooks import first_tensor, recomputing
+from sdconv.features.numbers import whole, wholes
 
 Half = Literal["conditional", "unconditional"]
 Steps = int | Iterable[int] | slice | Callable[["Call"], bool] | None
@@ -26,11 +29,19 @@ class Call:
         index: from 0, since the block was entered.
         guided: whether the batch is twice the pipeline's, for classifier-free guidance; None where
             that is not known.
+        batch: how many examples the network was given; None where that is not known.
     """
 
-    def __init__(self, index: int, timestep: object = None, guided: bool | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        timestep: object = None,
+        guided: bool | None = None,
+        batch: int | None = None,
+    ) -> None:
         self.index = index
         self.guided = guided
+        self.batch = batch
         self._timestep = timestep.detach().clone() if isinstance(timestep, Tensor) else timestep
 
     @cached_property
@@ -42,11 +53,19 @@ class Call:
         return float(values[0]) if len(set(values)) == 1 else tuple(map(float, values))
 
     def rows(self, half: Half, batch: int) -> slice:
-        """The places in a batch of one half.
+        """The places in a map's first axis, of length ``batch``, of one half.
 
         Raises:
             SdconvError: it is not known which they are, or there is no such half.
         """
+        if self.guided is not None and self.batch not in (None, batch):
+            raise SdconvError(
+                f"the first axis is not that of the batch, of which {half} is a half",
+                where=f"call {self.index}",
+                expected=f"a length of {self.batch}",
+                got=batch,
+                fix="let reduce= keep the first axis",
+            )
         if self.guided is None:
             raise SdconvError(
                 f"it is not known which half of the batch is {half}",
@@ -70,7 +89,8 @@ class Counter:
 
     A denoiser is called by its ``forward`` with a timestep, and its calls are counted. The halves
     of an autoencoder are entered from its ``encode`` and ``decode``; there each place counts for
-    itself how often it was passed.
+    itself how often it was passed. A thread's maps are of the call that it began last; in a thread
+    that began none, such as one that only computes gradients, of the last of all.
 
     Args:
         network: whose calls.
@@ -83,7 +103,10 @@ class Counter:
         self._pipeline = pipeline if denoiser else None
         self._names = list(inspect.signature(network.forward).parameters)
         self.timed = "timestep" in self._names
+        self._numbers = itertools.count()
         self._latest: Call | None = None
+        self._here = threading.local()
+        self._lock = threading.Lock()
         self._passed: dict[str, int] = {}
 
     def attach(self) -> RemovableHandle:
@@ -92,10 +115,14 @@ class Counter:
 
     def at(self, name: str) -> Call:
         """The call that passes a place now."""
+        call: Call | None = getattr(self._here, "call", self._latest)
+        if call is not None:
+            return call
         again = recomputing()
-        index = max(self._passed.get(name, 0) - again, 0)
-        self._passed[name] = index + 1
-        return Call(index) if self._latest is None else self._latest
+        with self._lock:
+            index = max(self._passed.get(name, 0) - again, 0)
+            self._passed[name] = index + 1
+        return Call(index)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.timed or recomputing():
@@ -103,17 +130,21 @@ class Counter:
         timestep = kwargs.get("timestep")
         if timestep is None and (place := self._names.index("timestep")) < len(args):
             timestep = args[place]
-        index = 0 if self._latest is None else self._latest.index + 1
-        self._latest = Call(index, timestep, self._guided())
+        given = first_tensor((args, kwargs))
+        batch = None if given is None or given.ndim == 0 else len(given)
+        self._latest = Call(next(self._numbers), timestep, self._guided(batch), batch)
+        self._here.call = self._latest
 
-    def _guided(self) -> bool | None:
+    def _guided(self, batch: int | None) -> bool | None:
         """Whether the pipeline doubles the batch; None where it does not say or does otherwise."""
         pipeline = self._pipeline
         guided: bool | None = getattr(pipeline, "do_classifier_free_guidance", None)
         # three parts: InstructPix2Pix has the picture's, perturbed attention its own
         thirds = "InstructPix2Pix" in type(pipeline).__name__
         thirds |= bool(getattr(pipeline, "do_perturbed_attention_guidance", False))
-        return None if guided is None or thirds else bool(guided)
+        # guided, but called with one half alone
+        alone = bool(guided) and batch is not None and batch % 2 == 1
+        return None if guided is None or thirds or alone else bool(guided)
 
 
 def selection(steps: Steps) -> tuple[Callable[[Call], bool], int | None]:
@@ -130,14 +161,16 @@ def selection(steps: Steps) -> tuple[Callable[[Call], bool], int | None]:
     if callable(steps):
         return lambda call: bool(steps(call)), None
     if isinstance(steps, slice):
-        first, stop, step = steps.start or 0, steps.stop, steps.step or 1
-        if all(_is_number(one) for one in (first, 0 if stop is None else stop, step - 1)):
-            numbers = range(first, sys.maxsize if stop is None else stop, step)
-            return _among(numbers), numbers[-1] if numbers and stop is not None else None
-    elif isinstance(steps, Iterable) or _is_number(steps):
-        wanted = {steps} if isinstance(steps, int) else set(steps)
-        if wanted and all(map(_is_number, wanted)):
-            return _among(wanted), max(wanted)
+        bounds = (steps.start or 0, sys.maxsize if steps.stop is None else steps.stop, steps.step)
+        first, stop, step = (whole(1 if one is None else one) for one in bounds)
+        if first is not None and stop is not None and step and min(first, stop, step) >= 0:
+            numbers = range(first, stop, step)
+            return _among(numbers), numbers[-1] if numbers and stop < sys.maxsize else None
+    else:
+        one = whole(steps)
+        wanted = wholes(steps) if one is None else [one]
+        if wanted and min(wanted) >= 0:
+            return _among(set(wanted)), max(wanted)
     raise InputError(
         "these are no calls",
         where="steps",
@@ -149,7 +182,3 @@ def selection(steps: Steps) -> tuple[Callable[[Call], bool], int | None]:
 def _among(numbers: Container[int]) -> Callable[[Call], bool]:
     """Whether a call's number is among these."""
     return lambda call: call.index in numbers
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and value >= 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Counter, Steps, selection
 from sdconv.features.forecast import Forecast
-from sdconv.features.hooks import attach, recomputing, uncompiled
+from sdconv.features.hooks import attach, recomputing, uncompiled, untraced
 from sdconv.features.keeping import Sink
 from sdconv.features.maps import Entry, Maps
 from sdconv.features.patterns import Patterns, chosen
@@ -22,6 +22,7 @@ from sdconv.features.reduction import Keep, Reduction, Region, copies_later, red
 from sdconv.features.targets import Target, target_of
 
 
+@untraced
 @contextmanager
 def capture(
     target: Any,
@@ -35,7 +36,7 @@ def capture(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     stop_early: bool = False,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     store: str | Path | None = None,
 ) -> Iterator[Maps]:
     """Keeps what a network computes at the places whose names match, as long as the block lasts.
@@ -57,12 +58,13 @@ def capture(
             pipeline's components only those that are told a timestep are meant.
         region: ``(top, left, bottom, right)``, parts of the map's height and width, 0 to 1.
         channels: numbers of the channels to keep, or a slice.
-        reduce: ``"mean"``, ``"std"``, ``"max"`` over places, ``"channel_mean"`` and so on over
-            channels, ``"pca:3"``, or a function of the map.
+        reduce: ``"mean"``, ``"std"``, ``"max"`` over places, ``"pool:8"`` to means over a grid of
+            8x8, ``"channel_mean"`` and so on over channels, ``"pca:3"``, or a function of the map.
         dtype, device: of what is kept; the map's own where None.
         stop_early: the network ends when everything has come, for the last of ``steps`` (the first
             call, where none are given): the rest of the block is skipped.
-        max_memory: bytes that maps may take in memory.
+        max_memory: bytes that maps may take in memory, or words such as ``"2GiB"``. A run that
+            needs more and has no store is refused, before its first operation if that can be known.
         store: a folder to be made, into which each map is written at once, as zarr arrays; what is
             complete stays readable if the run is killed. With it nothing is kept in memory beyond
             ``max_memory`` (0 if not given).
@@ -94,8 +96,8 @@ def capture(
         for counter in recorder.counters.values():
             stack.callback(counter.attach().remove)
         # a function of the caller's is not run on maps without values
-        if max_memory is not None and store is None and not callable(reduce):
-            forecast = Forecast(found, wanted, keep, recorder.selected, max_memory)
+        if sink.limit is not None and store is None and not callable(reduce):
+            forecast = Forecast(found, wanted, keep, recorder.selected, sink.limit)
             for handle in forecast.attach():
                 stack.callback(handle.remove)
         for name in wanted:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Call, Counter
-from sdconv.features.hooks import attach, uncompiled
+from sdconv.features.hooks import attach, uncompiled, untraced
 from sdconv.features.patterns import chosen
 from sdconv.features.targets import target_of
 
@@ -46,14 +46,16 @@ class Context:
 Change = Callable[[Tensor, Context], Tensor]
 
 
+@untraced
 @contextmanager
 def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
     """Puts what functions make of a network's maps in their place, as long as the block lasts.
 
     A function gets a map and its context and gives the new map, of the same shape, dtype and
-    device. It leaves the given one as it is, which other parts of the network may read too. Where
-    several patterns match a place their functions follow one another in the mapping's order; blocks
-    act in the order in which they were entered.
+    device. It may write into the one that it is given, a copy of its own, and give a tensor that it
+    keeps: that is copied too, as networks write into their maps. Where several patterns match a
+    place their functions follow one another in the mapping's order; blocks act in the order in
+    which they were entered.
 
     Args:
         target: a network, any module, or a diffusers pipeline, as for ``sdconv.capture``.
@@ -85,7 +87,9 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
             reached.add(name)
             context = Context(name, counter.at(name))
             for function in functions:
-                x = _checked(x, function(x, context), name)
+                own = x.clone()
+                new = _checked(x, function(own, context), name)
+                x = new if new is own else new.clone()
             return x
 
         return changed

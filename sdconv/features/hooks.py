@@ -7,15 +7,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sdconv.errors import SdconvError
 from sdconv.features.places import Place
 
 Visit = Callable[[Tensor], Tensor | None]
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def attach(place: Place, visit: Visit) -> RemovableHandle:
@@ -102,15 +104,38 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+OUTSIDE = "put its block around the call of the compiled function"
+"""What to do about a block in code that is compiled."""
+
+
+def untraced(function: Function) -> Function:
+    """Lets ``torch.compile`` leave a function out, or say ``OUTSIDE`` where it may leave out none.
+
+    As ``torch.compiler.disable`` does, which would import the compiler.
+    """
+    vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=OUTSIDE)
+    return function
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Lets what ``torch.compile`` made run as it was written: compiled code calls no hooks."""
+    """Lets what ``torch.compile`` made run as it was written: compiled code calls no hooks.
+
+    Raises:
+        SdconvError: it is to begin in code that is being compiled.
+    """
     if "torch._dynamo" not in sys.modules:  # nothing was compiled
         yield
         return
     with _EAGER.lock:
         if _EAGER.users == 0:
-            _EAGER.stance = torch.compiler.set_stance("force_eager")
+            try:
+                _EAGER.stance = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:  # what torch says of a stance in compiled code
+                raise SdconvError(
+                    "a capture or an edit cannot begin inside of what torch.compile compiles",
+                    fix=OUTSIDE,
+                ) from error
         _EAGER.users += 1
     try:
         yield

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdconv.errors import InputError, SdconvError
+from sdconv.errors import SdconvError
 from sdconv.features.calls import Call
-from sdconv.features.writing import Store
+from sdconv.features.writing import Store, said
+from sdconv.streaming.sizes import parse_bytes
 
 Load = Callable[[], Tensor]
 
@@ -18,20 +19,17 @@ class Sink:
     """Takes maps, and gives for each what brings it back.
 
     Args:
-        limit: bytes that may be held in memory; None for all there is, or, with a folder, for 0.
+        limit: bytes that may be held in memory, or words such as ``"2GiB"``; None for all there is,
+            or, with a folder, for 0.
         path: of a folder that every map is written to, or None.
         pipeline: the maps are a pipeline's.
 
     Raises:
-        InputError: a negative limit. SdconvError: the folder exists; the zarr package is missing.
+        InputError: no such limit. SdconvError: the folder exists; the zarr package is missing.
     """
 
-    def __init__(self, limit: int | None, path: Path | None, *, pipeline: bool) -> None:
-        if limit is not None and (not isinstance(limit, int) or limit < 0):
-            raise InputError(
-                "no number of bytes", where="max_memory", expected="0 or more", got=limit
-            )
-        self.limit = limit
+    def __init__(self, limit: int | str | None, path: Path | None, *, pipeline: bool) -> None:
+        self.limit = limit if limit is None or limit == 0 else parse_bytes(limit, "max_memory")
         self.store = None if path is None else Store(path, pipeline=pipeline)
         self._held = 0
 
@@ -49,9 +47,12 @@ class Sink:
             ready()
             return x
 
+        written = None
         if self.store is not None:
             ready()
-        written = None if self.store is None else self.store.append(name, call, x)
+            place, left = self.store.path, "make room; what was complete can be opened"
+            with said(place, "cannot be written", fix=left):
+                written = self.store.append(name, call, x)
         limit = 0 if self.limit is None and written is not None else self.limit
         if limit is None or self._held + x.nbytes <= limit:
             self._held += x.nbytes

@@ -84,7 +84,11 @@ class Points(Sequence[Point]):
         table = table_of(
             "name", "kind", ">channels", ">map", ">stride", ">sees", ">parameters", ">multiplies"
         )
-        table.columns[0].no_wrap = True
+        if any(point.sees_all for point in self):
+            table.caption = "* and, through an attention, everything"
+        # long names are folded, so that short facts need not be
+        for column in table.columns[1:]:
+            column.no_wrap = True
         for point in self:
             sees = "" if point.receptive_field is None else _sides(point.receptive_field)
             table.add_row(

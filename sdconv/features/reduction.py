@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
+from sdconv.features.numbers import wholes
 
 Reduction = Callable[[Tensor], Tensor]
 Region = tuple[float, float, float, float]
@@ -53,6 +54,26 @@ REDUCTIONS: Mapping[str, Reduction] = {
 """Over a map's places, ``(B, C, H, W)`` to ``(B, C)``; over its channels, to ``(B, 1, H, W)``."""
 
 
+def pool(cells: int) -> Reduction:
+    """Means over a grid of ``cells`` rows and columns, of as many places each as there are.
+
+    ``(B, C, H, W)`` to ``(B, C, cells, cells)``, so that maps of several levels get one size; a map
+    with fewer rows or columns keeps those that it has.
+
+    Raises:
+        InputError: fewer than one cell; later, of a map without rows and columns.
+    """
+    if cells < 1:
+        raise InputError("pooling gives at least one cell", where="reduce", got=cells)
+
+    def reduce(x: Tensor) -> Tensor:
+        rows, columns = _sides(x, "reduce")
+        grid = (min(cells, rows), min(cells, columns))
+        return torch.nn.functional.adaptive_avg_pool2d(_real(x), grid)
+
+    return reduce
+
+
 def pca(components: int) -> Reduction:
     """Principal components of a map's channels, over all its places and the whole batch.
 
@@ -83,7 +104,7 @@ def pca(components: int) -> Reduction:
 
 
 def reduction(reduce: str | Reduction | None) -> Reduction | None:
-    """The function that a name stands for: one of ``REDUCTIONS``, or ``"pca:3"``.
+    """The function that a name stands for: one of ``REDUCTIONS``, ``"pool:8"`` or ``"pca:3"``.
 
     Raises:
         InputError: there is none of that name.
@@ -93,12 +114,12 @@ def reduction(reduce: str | Reduction | None) -> Reduction | None:
     if isinstance(reduce, str):
         if reduce in REDUCTIONS:
             return REDUCTIONS[reduce]
-        if found := re.fullmatch(r"pca:(\d{1,4})", reduce):
-            return pca(int(found[1]))
+        if found := re.fullmatch(r"(pca|pool):(\d{1,4})", reduce):
+            return {"pca": pca, "pool": pool}[found[1]](int(found[2]))
     raise InputError(
         "no such reduction",
         where="reduce",
-        expected=f"{', '.join(REDUCTIONS)}, pca:3 or a function of a map",
+        expected=f"{', '.join(REDUCTIONS)}, pool:8, pca:3 or a function of a map",
         got=repr(reduce),
     )
 
@@ -166,10 +187,7 @@ def _is_region(value: Any) -> bool:
 
 
 def _is_choice(value: Any) -> bool:
-    if isinstance(value, slice):
-        return True
-    numbers = isinstance(value, Sequence) and len(value) > 0
-    return numbers and all(isinstance(one, int) for one in value)
+    return isinstance(value, slice) or (isinstance(value, Sized) and bool(wholes(value)))
 
 
 def _exactly(device: str) -> AbstractContextManager[object]:
@@ -185,15 +203,19 @@ def _tensor(reduced: object) -> Tensor:
     return reduced
 
 
-def _cut(x: Tensor, region: Region) -> Tensor:
+def _sides(x: Tensor, where: str) -> tuple[int, int]:
     if x.ndim != 4:
         raise InputError(
-            "a region of a map without rows and columns",
-            where="region",
+            "this is a map without rows and columns",
+            where=where,
             expected="(B, C, H, W)",
             got=tuple(x.shape),
         )
-    rows, columns = x.shape[2:]
+    return x.shape[2], x.shape[3]
+
+
+def _cut(x: Tensor, region: Region) -> Tensor:
+    rows, columns = _sides(x, "region")
     top, left, bottom, right = region
     # a hair inwards: 0.7 of 10 rows are 7, however it is rounded
     return x[
@@ -207,7 +229,7 @@ def _cut(x: Tensor, region: Region) -> Tensor:
 def _picked(x: Tensor, channels: slice | Sequence[int]) -> Tensor:
     axis = channel_axis(x)
     count = x.shape[axis]
-    numbers = list(range(count)[channels] if isinstance(channels, slice) else channels)
+    numbers = list(range(count)[channels]) if isinstance(channels, slice) else wholes(channels)
     if not numbers or not all(0 <= number < count for number in numbers):
         raise InputError(
             "the map has no such channels",

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from sdconv.errors import SdconvError
 from sdconv.features.calls import Call, Counter, Steps, selection
-from sdconv.features.hooks import first_tensor, map_tensors, recomputing, uncompiled
+from sdconv.features.hooks import first_tensor, map_tensors, recomputing, uncompiled, untraced
 from sdconv.features.patterns import Patterns, chosen
 from sdconv.features.targets import target_of
 
 
+@untraced
 @contextmanager
 def reuse(
     target: Any, patterns: Patterns, *, exclude: Patterns = (), steps: Steps

@@ -19,7 +19,7 @@ def open_maps(path: str | Path) -> Maps:
         SdconvError: there is no such folder, or it holds something else; the zarr package is
             missing.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     zarr = zarr_for(path)
     with said(path, "no folder of maps", fix="open what maps.save(path) wrote"):
         about = dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
@@ -55,5 +55,7 @@ def _entries(folder: Path) -> tuple[int, str, list[Entry]]:
     return order, name, entries
 
 
-def _call(index: int, timestep: float | list[float] | None, guided: bool | None) -> Call:
-    return Call(index, tuple(timestep) if isinstance(timestep, list) else timestep, guided)
+def _call(
+    index: int, timestep: float | list[float] | None, guided: bool | None, batch: int | None
+) -> Call:
+    return Call(index, tuple(timestep) if isinstance(timestep, list) else timestep, guided, batch)

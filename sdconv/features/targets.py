@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sdconv.errors import InputError
@@ -40,8 +41,15 @@ def target_of(target: Any) -> Target:
     """A module or a pipeline, looked into.
 
     Raises:
-        InputError: neither.
+        InputError: neither, or of TorchScript.
     """
+    if isinstance(target, torch.jit.ScriptModule):
+        raise InputError(
+            "TorchScript calls no hooks, by which maps are read",
+            where="target",
+            expected="the module that was scripted or traced",
+            got=type(target).__name__,
+        )
     if isinstance(target, nn.Module):
         return Target({"": _uncompiled(target)})
     components = getattr(target, "components", None)

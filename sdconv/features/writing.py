@@ -31,7 +31,10 @@ VERSION = 1
 # what one read has to take from the disk, at most: bytes of a chunk before it is compressed
 _CHUNK = 4 << 20
 # dtypes that numpy lacks, and integers of their size
-_AS_INTEGERS = {torch.bfloat16: torch.int16}
+_AS_INTEGERS = {torch.bfloat16: torch.int16} | {
+    getattr(torch, f"float8_{kind}"): torch.int8
+    for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+}
 
 
 class Store:
@@ -54,7 +57,8 @@ class Store:
                 expected="a path where nothing is",
                 fix="choose another path, or remove what is there",
             )
-        self.path = path
+        # the working folder may change before the maps are read again
+        self.path = path.absolute()
         self._pipeline = pipeline
         self._begun = False
         # by place: the array that is written to, and its number
@@ -63,18 +67,16 @@ class Store:
     def append(self, name: str, call: Call, x: Tensor) -> Callable[[], Tensor]:
         """Writes a map, and gives what reads it again.
 
-        Raises:
-            SdconvError: it cannot be written; what was written before stays as it is.
+        Raises whatever hinders it; what was written before stays as it is.
         """
         values = _as_numpy(x)
-        with said(self.path, "cannot be written", fix="what is complete there can be opened"):
-            array, number = self._array(name, x, values)
-            calls: Any = array.attrs["calls"]
-            row = len(calls)
-            array.resize((row + 1, *values.shape))
-            array[row] = values
-            # the map is complete only now
-            array.attrs["calls"] = [*calls, _written(call)]
+        array, number = self._array(name, x, values)
+        calls: Any = array.attrs["calls"]
+        row = len(calls)
+        array.resize((row + 1, *values.shape))
+        array[row] = values
+        # the map is complete only now
+        array.attrs["calls"] = [*calls, _written(call)]
         folder = self._folder(name, number)
         return lambda: read_map(folder, row)
 
@@ -130,19 +132,17 @@ def save(entries: Iterable[tuple[str, Call, Tensor]], path: Path, *, pipeline: b
         SdconvError: there is something at that path; it cannot be written; zarr is missing.
     """
     Store(path, pipeline=pipeline)  # checks
-    with said(path, "cannot be written"):
+    with said(path, "cannot be written", fix="make room, or choose another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    try:
-        store = Store(part / "maps", pipeline=pipeline)
-        with said(path, "cannot be written"):
+        try:
+            store = Store(part / "maps", pipeline=pipeline)
             store.begin()
-        for name, call, x in entries:
-            store.append(name, call, x)
-        with said(path, "cannot be written"):
+            for name, call, x in entries:
+                store.append(name, call, x)
             store.path.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def read_map(folder: Path, row: int) -> Tensor:
@@ -170,7 +170,7 @@ def read_map(folder: Path, row: int) -> Tensor:
 
 
 def _written(call: Call) -> list[Any]:
-    return [call.index, call.timestep, call.guided]
+    return [call.index, call.timestep, call.guided, call.batch]
 
 
 def _as_numpy(x: Tensor) -> Any:

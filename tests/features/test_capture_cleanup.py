@@ -150,6 +150,40 @@ def test_a_capture_is_of_the_network_whoever_calls_it(network: Any) -> None:
     assert failed == []
 
 
+def test_each_threads_maps_are_of_its_own_calls() -> None:
+    network = unets.theirs(unets.smallest("SD1"))
+    sample, _, *rest = unets.inputs(network.config)
+    steps = (10.0, 400.0, 900.0)
+    told: list[tuple[float, bool]] = []
+
+    def note(x: Tensor, context: Any) -> Tensor:
+        told.append((context.timestep, torch.equal(x, expected[context.timestep])))
+        return x
+
+    def call(step: float) -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                network(sample, step, *rest)
+
+    expected = {}
+    for step in steps:
+        with torch.no_grad(), sdconv.capture(network, "mid_block") as maps:
+            network(sample, step, *rest)
+        expected[step] = one(maps, "mid_block")
+    assert not torch.equal(expected[10.0], expected[400.0])
+    with sdconv.edit(network, {"mid_block": note}), sdconv.capture(network, "mid_block") as maps:
+        threads = [threading.Thread(target=call, args=(step,)) for step in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    series = maps.series("mid_block")
+    assert sorted(series.calls) == list(range(9))
+    for entry in series:
+        assert torch.equal(entry.tensor, expected[entry.timestep])  # type: ignore[index]
+    assert len(told) == 9 and all(same for _, same in told)
+
+
 def test_captures_in_threads_of_their_own(network: Any) -> None:
     found: dict[int, Tensor] = {}
 
@@ -285,6 +319,46 @@ def test_compiled_networks_run_uncompiled_inside() -> None:
         compiled(picture())
         assert ran == []
         handle.remove()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_block_in_what_is_compiled_says_where_it_belongs(fullgraph: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+
+    def captured(x: Tensor) -> Tensor:
+        with sdconv.capture(network, "0") as maps:
+            network(x)
+        return one(maps, "0")
+
+    def edited(x: Tensor) -> Tensor:
+        with sdconv.edit(network, {"0": lambda y, _: y}):
+            return network[0](x)  # type: ignore[no-any-return]
+
+    from torch._dynamo.exc import Unsupported
+
+    torch._dynamo.reset()  # what it left out once it leaves out without a word
+    for inside in (captured, edited):
+        compiled = torch.compile(inside, backend="eager", fullgraph=fullgraph)
+        with (
+            torch.no_grad(),
+            # where it may leave nothing out torch itself says it
+            pytest.raises(Unsupported if fullgraph else sdconv.SdconvError, match="around the"),
+        ):
+            compiled(picture())
+        assert not network[0]._forward_hooks
+        with torch.no_grad():  # and uncompiled it works
+            assert torch.equal(inside(picture()), network[0](picture()))
+
+
+def test_networks_that_are_compiled_inside_of_the_block() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    with torch.no_grad():
+        with sdconv.capture(network, "0") as maps:
+            compiled = torch.compile(network, backend="eager")
+            compiled(picture())
+        assert torch.equal(one(maps, "0"), network[0](picture()))
+        compiled(picture())
+    assert len(maps.series("0")) == 1
 
 
 def test_compiled_in_place() -> None:

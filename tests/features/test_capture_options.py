@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import unets
@@ -22,6 +23,9 @@ import sdconv
         (slice(1, None), (1, 2, 3)),
         (slice(None, 3, 2), (0, 2)),
         (range(1, 3), (1, 2)),
+        (np.arange(0, 4, 3), (0, 3)),
+        (torch.tensor([1, 2]), (1, 2)),
+        (np.int64(1), (1,)),
         (lambda call: call.timestep < 500, (2, 3)),
     ],
 )
@@ -32,7 +36,10 @@ def test_steps(steps: Any, kept: tuple[int, ...]) -> None:
     assert maps.series("conv_in").calls == kept
 
 
-@pytest.mark.parametrize("steps", [-1, [], ["a"], 1.5, slice(-2, None), slice(0, 4, -1), "all"])
+@pytest.mark.parametrize(
+    "steps",
+    [-1, [], ["a"], 1.5, slice(-2, None), slice(0, 4, -1), "all", [True], torch.tensor([True])],
+)
 def test_steps_that_are_none(steps: Any) -> None:
     with (
         pytest.raises(sdconv.InputError, match="steps"),
@@ -49,6 +56,8 @@ def test_channels_region_dtype_and_device() -> None:
     cut = one(run(vae(), name, channels=[5, 2], region=(0.5, 0, 1, 0.3)), name)
     assert torch.equal(cut, whole[:, [5, 2], 4:, :4])
     assert torch.equal(one(run(vae(), name, channels=slice(60, None)), name), whole[:, 60:])
+    for numbers in (np.array([5, 2]), torch.tensor([5, 2])):
+        assert torch.equal(one(run(vae(), name, channels=numbers), name), whole[:, [5, 2]])
     half = one(run(vae(), name, dtype=torch.float16, device="cpu"), name)
     assert torch.equal(half, whole.half())
 
@@ -84,6 +93,26 @@ def test_principal_components() -> None:
     assert not few[:, 2].any()
 
 
+def test_pooling_over_a_grid() -> None:
+    names = ["decoder.up_blocks.0.resnets.0", "encoder.conv_in"]  # 8x12 and 16x24
+    maps, pooled = run(vae(), names), run(vae(), names, reduce="pool:4")
+    for name in names:
+        x = one(maps, name)
+        b, c, rows, columns = x.shape
+        blocks = x.view(b, c, 4, rows // 4, 4, columns // 4)
+        torch.testing.assert_close(one(pooled, name), blocks.mean((3, 5)))
+    # no more rows than there are
+    assert one(run(vae(), names[0], reduce="pool:10"), names[0]).shape == (2, 64, 8, 10)
+    small = one(run(vae(), names[0], reduce=sdconv.features.pool(1)), names[0])
+    torch.testing.assert_close(small[..., 0, 0], one(maps, names[0]).mean((2, 3)))
+    with (
+        pytest.raises(sdconv.InputError, match="rows and columns"),
+        torch.no_grad(),
+        sdconv.capture(unet(), "*:temb", reduce="pool:4"),
+    ):
+        unet()(*at(5))
+
+
 def test_numbers_and_vectors_are_reduced_too() -> None:
     with torch.no_grad(), sdconv.capture(unet(), ["time_embedding"], reduce="std") as maps:
         unet()(*at(5))
@@ -95,11 +124,15 @@ def test_numbers_and_vectors_are_reduced_too() -> None:
     [
         ("reduce", "median"),
         ("reduce", "pca:0"),
+        ("reduce", "pool:0"),
         ("reduce", 3),
         ("channels", 3),
         ("channels", []),
         ("channels", [64]),
         ("channels", [-1]),
+        ("channels", [0.5]),
+        ("channels", [True, False]),
+        ("channels", torch.ones(64, dtype=torch.bool)),
         ("region", (0, 0, 0, 1)),
         ("region", (0, 0, 2, 1)),
         ("region", 0.5),
@@ -107,6 +140,7 @@ def test_numbers_and_vectors_are_reduced_too() -> None:
         ("device", "nowhere"),
         ("max_memory", -1),
         ("max_memory", 0.5),
+        ("max_memory", "much"),
         ("patterns", []),
         ("patterns", 7),
         ("exclude", "nothing.*"),
@@ -159,6 +193,16 @@ def test_memory_is_asked_for_before_anything_runs() -> None:
         assert len(ran) == 2
     finally:
         handle.remove()
+
+
+def test_memory_in_words() -> None:
+    assert len(run(vae(), "encoder", max_memory="1 MiB")) == 1
+    with (
+        pytest.raises(sdconv.SdconvError, match="at most 1,024 bytes"),
+        torch.no_grad(),
+        sdconv.capture(vae(), "decoder.conv_in", max_memory="1 KiB"),
+    ):
+        vae()(picture())
 
 
 def test_memory_of_what_is_kept_not_of_what_passes() -> None:

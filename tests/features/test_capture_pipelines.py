@@ -78,6 +78,49 @@ def test_without_guidance_all_is_conditional() -> None:
         _ = entry.unconditional
 
 
+def test_halves_of_what_is_no_batch_any_more() -> None:
+    pipe = pipelines.pipeline("text")
+    with sdconv.capture(pipe, NAME, reduce=lambda x: x.sum(0)) as maps:
+        pipelines.run(pipe, "text", num_inference_steps=1)
+    (entry,) = maps.series(NAME)
+    with pytest.raises(sdconv.SdconvError, match="first axis"):
+        _ = entry.conditional
+
+
+def test_guidance_that_ends_on_the_way() -> None:
+    def end(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": given["prompt_embeds"].chunk(2)[-1]}
+
+    pipe = pipelines.pipeline("text")
+    options = {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with sdconv.capture(pipe, NAME) as maps:
+        pipe("a cat", num_inference_steps=2, height=72, width=72, **options)
+    both, alone = maps.series(NAME)
+    assert (len(both.tensor), len(both.conditional), len(both.unconditional)) == (2, 1, 1)
+    assert torch.equal(alone.conditional, alone.tensor)
+    with pytest.raises(sdconv.SdconvError, match="no unconditional half"):
+        _ = alone.unconditional
+
+
+def test_half_a_batch_alone_has_no_halves() -> None:
+    """As pipelines do that look at the text's attention before they guide."""
+    pipe = pipelines.pipeline("text")
+
+    class Guides:
+        do_classifier_free_guidance = True
+        components = pipe.components
+
+    x = torch.zeros(1, 4, 8, 8)
+    with torch.no_grad(), sdconv.capture(Guides(), NAME) as maps:
+        pipe.unet(x, 5, torch.zeros(1, 77, 32))
+        pipe.unet(torch.cat([x, x]), 5, torch.zeros(2, 77, 32))
+    first, second = maps.series(NAME)
+    with pytest.raises(sdconv.SdconvError, match="not known which half"):
+        _ = first.conditional
+    assert len(second.conditional) == len(second.unconditional) == 1
+
+
 def test_halves_that_are_not_known() -> None:
     pipe = pipelines.pipeline("upscale")  # does not say whether it guides
     with sdconv.capture(pipe, ["unet.mid_block", "vae.decoder.conv_in"]) as maps:

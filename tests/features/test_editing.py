@@ -76,6 +76,39 @@ def test_each_kind_of_place() -> None:
     assert torch.equal(edited({"*": lambda x, _: x.clone()}), plain)
 
 
+def test_a_function_may_write_into_what_it_is_given() -> None:
+    def doubled(x: Tensor, context: Context) -> Tensor:
+        return x.mul_(2)
+
+    network = unets.theirs(UNET)
+    inputs = unets.inputs(network.config)
+    # what comes into the block goes across as a skip too
+    for name in ("down_blocks.1.resnets.0:input", "up_blocks.2.resnets.1:skip", "mid_block"):
+        with torch.no_grad():
+            with sdconv.edit(network, {name: doubled}):
+                found = network(*inputs)[0]
+            with sdconv.edit(network, {name: lambda x, _: x * 2}):
+                expected = network(*inputs)[0]
+            assert torch.equal(found, expected), name
+            assert not torch.equal(found, network(*inputs)[0])
+
+
+def test_a_map_that_a_function_keeps_stays_as_it_is() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x).mul_(3)  # type: ignore[no-any-return]
+
+    network, kept = Writes().requires_grad_(False), torch.ones(1, 3, 2, 2)
+    changes: Any = {"part": lambda x, _: kept, "p*": lambda x, _: x.add_(1)}
+    with sdconv.edit(network, changes):
+        assert (network(torch.zeros(1, 3, 2, 2)) == 6).all()
+    assert (kept == 1).all()
+
+
 def test_functions_follow_one_another_in_order() -> None:
     x = edited({NAME: lambda x, _: (x + 1) * 2})
     assert torch.equal(edited({NAME: plus(1), "decoder.mid*resnets.0": lambda x, _: x * 2}), x)

@@ -175,7 +175,12 @@ def test_table_and_json() -> None:
     points = sdconv.features(seeded.network(SMALL), 32)
     with io.StringIO() as written:
         Console(file=written, width=120).print(points.table())
-        assert "decoder.up_blocks.0.upsamplers.0.conv " in written.getvalue()
+        text = written.getvalue()
+        assert "decoder.up_blocks.0.upsamplers.0.conv " in text
+        assert "* and, through an attention, everything" in text
+    with io.StringIO() as written:  # where it is narrow only names are broken
+        Console(file=written, width=90).print(points.table())
+        assert all(word in written.getvalue() for word in ("activation ", "parameters ", "177.6 M"))
     read = json.loads(json.dumps(points.to_json()))
     assert [one["name"] for one in read] == list(points.names)
     assert read[-1]["stride"] == ["1/2", "1/2"]
@@ -191,6 +196,13 @@ def test_hooks_of_others_are_not_run_and_stay() -> None:
     assert sdconv.features(network, 32)[1].channels == 32
     assert len(network.encoder.conv_in._forward_hooks) == 1
     handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_has_no_maps() -> None:
+    traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 2, 2))
+    with pytest.raises(sdconv.InputError, match="TorchScript"):
+        sdconv.features(traced)
 
 
 @pytest.mark.parametrize("target", [object(), "vae", None])
