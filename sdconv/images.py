@@ -46,12 +46,21 @@ class Picture:
             size: pixels of the longer side, to which it is resized before; None for as it is.
 
         Raises:
-            InputError: a side shorter than ``multiple``.
+            InputError: a side shorter than ``multiple``, or more pixels than a file may have.
         """
         image, notes = self.image, list(self.notes)
         if size is not None and size != max(image.size):
             factor = size / max(image.size)
             resized = tuple(max(1, round(side * factor)) for side in image.size)
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and resized[0] * resized[1] > most:
+                raise InputError(
+                    "too large a picture",
+                    where="size",
+                    expected=f"at most {most} pixels, as of pictures that are read",
+                    got=_sides(resized),
+                    fix="ask for a smaller one",
+                )
             notes.append(f"resized from {_sides(image.size)} to {_sides(resized)}")
             image = image.resize((resized[0], resized[1]), Image.Resampling.LANCZOS)
         width, height = (side // multiple * multiple for side in image.size)

@@ -171,6 +171,13 @@ def test_resized_to_the_longer_side(size: int, sides: tuple[int, int]) -> None:
     assert Picture(image=colours(32, 16)).fitted(8, size).image.size == sides
 
 
+def test_no_larger_than_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 24)
+    assert Picture(image=colours(32, 16)).fitted(8, 48).image.size == (48, 24)
+    with pytest.raises(sdconv.InputError, match=r"too large(.|\n)*64x32"):
+        Picture(image=colours(32, 16)).fitted(8, 64)
+
+
 def test_psnr() -> None:
     a = torch.zeros(1, 3, 4, 4)
     assert psnr(a, a) == math.inf

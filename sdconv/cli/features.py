@@ -26,7 +26,7 @@ from sdconv.cli.common import (
 )
 from sdconv.cli.passing import Given, Passage, passage
 from sdconv.cli.running import running
-from sdconv.errors import InputError
+from sdconv.errors import InputError, SdconvError
 
 if TYPE_CHECKING:
     from sdconv.features import Maps, Points
@@ -282,7 +282,11 @@ def _free(out: Path) -> None:
 
 @contextmanager
 def _made_whole(out: Path) -> Iterator[Path]:
-    """A folder that gets its name once it is complete, and is gone if it never is."""
+    """A folder that gets its name once it is complete, and is gone if it never is.
+
+    Raises:
+        SdconvError: what went wrong in it, by the name that it was to get.
+    """
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"))
     try:
@@ -291,6 +295,15 @@ def _made_whole(out: Path) -> Iterator[Path]:
         os.umask(umask)
         part.chmod(0o777 & ~umask)
         part.rename(out)
+    except SdconvError as error:
+        if str(part) not in str(error):
+            raise
+        raise SdconvError(
+            "cannot be written, and nothing is left of it",
+            where=out,
+            got=error.__cause__ or error,
+            fix="make room, or give --out a place on another disk",
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

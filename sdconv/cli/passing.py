@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdconv.cli.common import Dtype, one_or_all
-from sdconv.cli.running import check_patches, has_room
+from sdconv.cli.running import check_patches, fits, has_room
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,6 +146,10 @@ def _through_unet(unet: UNet2DConditionModel, given: Given, picture: Picture | N
         shape = (1, channels, *_sides(unet, given.size))
     else:
         shape = (1, channels, z.shape[2], z.shape[3])
+    if unet.device.type == "cpu":
+        places = shape[2] * shape[3]
+        least = unet.config.block_out_channels[0] * places * unet.dtype.itemsize
+        fits(least, f"latents {shape[2]}x{shape[3]}")
     noise = torch.randn(shape, generator=random).to(unet.device, unet.dtype)
     arguments, words = _conditions(unet, shape[2:], given.seed)
     latents = noise  # of the run from noise, step by step

@@ -132,14 +132,22 @@ def has_room(network: Autoencoder, picture: Picture) -> None:
     from sdconv.anatomy import dissect
 
     width, height = picture.image.size
+    if network.device.type == "cpu" and width * height > 1 << 20:
+        least = dissect(network.config, (height, width)).largest * network.dtype.itemsize
+        fits(least, f"{width}x{height}")
+
+
+def fits(least: int, where: str) -> None:
+    """Refuses what needs more memory than is free: ``least`` bytes at once, for one layer's maps.
+
+    Raises:
+        InputError: it does.
+    """
     free = _free_memory()
-    if network.device.type != "cpu" or free is None or width * height <= 1 << 20:
-        return
-    least = dissect(network.config, (height, width)).largest * network.dtype.itemsize
-    if least > free:
+    if free is not None and least > free:
         raise InputError(
             "too large a picture for the memory that is free",
-            where=f"{width}x{height}",
+            where=where,
             expected=f"at most {free / 1e9:.1f} GB",
             got=f"{least / 1e9:.1f} GB for the maps of one layer alone",
             fix="make it smaller: --size N sets the longer side",

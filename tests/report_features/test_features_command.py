@@ -177,6 +177,8 @@ def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
         (("photo.png", "--keep", "99"), "--keep"),
         (("photo.png", "--keep", "5:2"), "keeps no call"),
         (("photo.png", "--size", "2"), "too small a picture"),
+        (("photo.png", "--size", "200000"), "too large a picture"),
+        (("--noise", "--model", str(UNET), "--size", "4000000"), "for the memory that is free"),
         (("photo.png", "--model", "absent.safetensors"), "absent.safetensors"),
     ],
 )
@@ -220,7 +222,9 @@ def test_a_full_disk_leaves_nothing(here: Path, out: Path) -> None:
     command = [sys.executable, "-c", code, "features", *map(str, given)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2, ran.stderr
-    assert "cannot be written" in ran.stderr
+    assert f"{out}: cannot be written, and nothing is left of it" in ran.stderr
+    assert "File too large" in ran.stderr
+    assert ".part" not in ran.stderr
     assert "Traceback" not in ran.stderr
     assert list(out.parent.iterdir()) == []
 
