@@ -105,6 +105,19 @@ def test_it_opens_on_the_first_map(tab: Tab) -> None:
     assert tab.page.locator("#histogram rect").count() == 64
 
 
+def test_the_drawing_stays_in_view_down_to_the_end(browser: Any, report: Path) -> None:
+    opened = Tab(browser, report, viewport={"width": 1400, "height": 800})
+    for part in ("#grid", ".list"):  # as of many channels and many maps
+        opened.page.evaluate(f"document.querySelector('{part}').style.minHeight = '3000px'")
+    opened.page.evaluate("window.scrollTo(0, 9999)")
+    bar, about = (
+        opened.page.evaluate(f"document.querySelector('{name}').getBoundingClientRect().toJSON()")
+        for name in (".bar", ".about")
+    )
+    assert about["top"] >= bar["bottom"]
+    opened.context.close()
+
+
 def test_a_complaint_of_the_page_is_noticed(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.html").write_text(
         "<html data-shown=1><script>nothing()</script><img src='http://localhost:9/x.png'>"

@@ -11,7 +11,7 @@ from torch import nn
 
 import sdconv
 from sdconv.errors import InputError
-from sdconv.features import Maps
+from sdconv.features import Entry, Maps
 
 
 class Block(nn.Module):
@@ -99,3 +99,11 @@ def test_a_notebook_shows_names_as_they_are_and_not_too_many(maps: Maps) -> None
     assert "script" not in shown.tags
     assert "<script>" in shown.words
     assert "and 9 more" in shown.words
+
+
+def test_a_notebook_shows_no_pictures_of_vectors(maps: Maps) -> None:
+    (entry, *_) = maps.series("conv")
+    vector = Entry("conv:temb", entry.of, lambda: entry.tensor.mean((2, 3)))
+    shown = Cells(Maps({"conv:temb": [vector], "conv": [entry]}, pipeline=False)._repr_html_())
+    assert shown.tags.count("img") == 3
+    assert "2 \u00d7 6" in shown.words

@@ -70,7 +70,7 @@ def table_of(maps: Maps) -> str:
         shape = " \u00d7 ".join(map(str, tensor.shape))
         calls = f"{len(series)} calls of " if len(series) > 1 else ""
         cells = [f"<code>{escape(name)}</code>", f"{calls}{shape}"]
-        if tensor.ndim in (2, 3, 4) and tensor.numel():
+        if tensor.ndim in (3, 4) and tensor.numel():
             small = shrunk(as_maps(tensor), 64)
             planes = in_grey(np.stack([small.mean(0), small.std(0)]))[0]
             cells += map(_inline, (in_colour(principal(small)[0]), *planes))
