@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import sdconv
 from sdconv.features import Series
 from sdconv.features.patterns import chosen
+
+TINY_VAE = Path(__file__).parents[2] / "weights" / "tiny-vae.safetensors"
 
 
 def test_maps_are_what_the_modules_give_when_called_on_them() -> None:
@@ -64,6 +67,21 @@ def test_the_same_maps_on_sdconvs_network_and_under_the_patch() -> None:
         for name, value in theirs.items():
             assert isinstance(value, Tensor)
             assert torch.equal(value, other[name]), name  # type: ignore[arg-type]
+
+
+def test_the_fast_backend_gives_blocks_as_it_computes_them() -> None:
+    network = sdconv.load(TINY_VAE, dtype=torch.float32, backend="fast")
+    x = picture(1).repeat(1, 1, 4, 4)
+    with torch.no_grad():
+        plain = network(x).sample  # type: ignore[operator]
+        with sdconv.capture(network, ["*.resnets.?", "*samplers.?", "*:input"]) as maps:
+            assert torch.equal(network(x).sample, plain)  # type: ignore[operator]
+        # a place inside a block is not there when the block is computed at once
+        with sdconv.capture(network, "*:silu2") as inside:
+            found = network(x).sample  # type: ignore[operator]
+    assert len(maps) > 40 and len(inside) > 15
+    assert not torch.equal(found, plain)
+    assert (found - plain).abs().max() < 2e-5 * plain.abs().max()
 
 
 class InPlace(nn.Module):
