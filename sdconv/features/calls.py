@@ -29,19 +29,11 @@ class Call:
         index: from 0, since the block was entered.
         guided: whether the batch is twice the pipeline's, for classifier-free guidance; None where
             that is not known.
-        batch: how many examples the network was given; None where that is not known.
     """
 
-    def __init__(
-        self,
-        index: int,
-        timestep: object = None,
-        guided: bool | None = None,
-        batch: int | None = None,
-    ) -> None:
+    def __init__(self, index: int, timestep: object = None, guided: bool | None = None) -> None:
         self.index = index
         self.guided = guided
-        self.batch = batch
         self._timestep = timestep.detach().clone() if isinstance(timestep, Tensor) else timestep
 
     @cached_property
@@ -58,19 +50,12 @@ class Call:
         Raises:
             SdconvError: it is not known which they are, or there is no such half.
         """
-        if self.guided is not None and self.batch not in (None, batch):
-            raise SdconvError(
-                f"the first axis is not that of the batch, of which {half} is a half",
-                where=f"call {self.index}",
-                expected=f"a length of {self.batch}",
-                got=batch,
-                fix="let reduce= keep the first axis",
-            )
         if self.guided is None:
             raise SdconvError(
                 f"it is not known which half of the batch is {half}",
                 where=f"call {self.index}",
-                expected="a pipeline's U-Net with classifier-free guidance of two halves",
+                expected="a whole batch of a pipeline's U-Net with classifier-free guidance of two "
+                "halves",
                 fix="take the rows from .tensor",
             )
         if not self.guided:
@@ -82,6 +67,10 @@ class Call:
                 fix="call the pipeline with guidance_scale above 1",
             )
         return slice(0, batch // 2) if half == "unconditional" else slice(batch // 2, batch)
+
+    def without_halves(self) -> Call:
+        """Of a map whose first axis goes over something else than the batch."""
+        return Call(self.index, self._timestep)
 
 
 class Counter:
@@ -132,7 +121,7 @@ class Counter:
             timestep = args[place]
         given = first_tensor((args, kwargs))
         batch = None if given is None or given.ndim == 0 else len(given)
-        self._latest = Call(next(self._numbers), timestep, self._guided(batch), batch)
+        self._latest = Call(next(self._numbers), timestep, self._guided(batch))
         self._here.call = self._latest
 
     def _guided(self, batch: int | None) -> bool | None:

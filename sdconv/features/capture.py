@@ -176,6 +176,8 @@ class _Recorder:
                 call = counter.at(name)
                 if every or self.selected(call):
                     kept = self._keep(x)
+                    if kept.shape[:1] != x.shape[:1]:  # what a function made of it
+                        call = call.without_halves()
                     load = self._sink.put(name, call, kept, _ready(x, kept))
                     self._entries.setdefault(name, []).append(Entry(name, call, load))
                 if self._last is not None and (every or call.index >= self._last):

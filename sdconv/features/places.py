@@ -12,8 +12,10 @@ stands before the name of a place that is no module's output:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -78,18 +80,39 @@ def places(network: nn.Module, prefix: str = "") -> dict[str, Place]:
     }
     sources = {source: f"{name}:skip" for name, (source, _) in skips.items()}
     found: dict[str, Place] = {}
+    readers = _readers(network)
     # a ResNet block's one activation is called two or three times: silu1 and silu2 stand for it
-    shared: set[int] = set()
-    for name, module in network.named_modules():
+    known: set[int] = set()
+    for name, module in network.named_modules(remove_duplicate=False):
         if _is_resnet(module):
-            shared.add(id(module.nonlinearity))
+            known.add(id(module.nonlinearity))
         kind = _kind(name, module)
-        if name and kind is not None and id(module) not in shared:
-            name = prefix + name
+        if not name or kind is None:
+            continue
+        reader, name = readers.get(name), prefix + name
+        if reader is not None:
+            of = name.rpartition(".")[0]
+            found[name] = Place(name=name, kind=kind, of=of, module=reader, before=True)
+        elif id(module) not in known:
+            known.add(id(module))
             for place in _at(name, kind, module, skips.get(name)):
                 found[place.name] = place
             if name in sources:
                 found[name] = Place(**{**vars(found[name]), "skip": sources[name]})
+    return found
+
+
+def _readers(network: nn.Module) -> Mapping[str, nn.Module]:
+    """For each name of an activation that has several of them, as diffusers' tiny autoencoders have
+    one in all places of a block: the module behind it, which reads what comes out there."""
+    uses = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
+    found = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Sequential):
+            for (key, one), (_, behind) in pairwise(module._modules.items()):
+                several = uses[id(one)] > 1 and uses[id(behind)] == 1
+                if several and one is not None and behind is not None and not one._parameters:
+                    found[f"{name}.{key}".removeprefix(".")] = behind
     return found
 
 

@@ -55,7 +55,5 @@ def _entries(folder: Path) -> tuple[int, str, list[Entry]]:
     return order, name, entries
 
 
-def _call(
-    index: int, timestep: float | list[float] | None, guided: bool | None, batch: int | None
-) -> Call:
-    return Call(index, tuple(timestep) if isinstance(timestep, list) else timestep, guided, batch)
+def _call(index: int, timestep: float | list[float] | None, guided: bool | None) -> Call:
+    return Call(index, tuple(timestep) if isinstance(timestep, list) else timestep, guided)

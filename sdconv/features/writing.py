@@ -170,7 +170,7 @@ def read_map(folder: Path, row: int) -> Tensor:
 
 
 def _written(call: Call) -> list[Any]:
-    return [call.index, call.timestep, call.guided, call.batch]
+    return [call.index, call.timestep, call.guided]
 
 
 def _as_numpy(x: Tensor) -> Any:

@@ -83,7 +83,7 @@ def test_halves_of_what_is_no_batch_any_more() -> None:
     with sdconv.capture(pipe, NAME, reduce=lambda x: x.sum(0)) as maps:
         pipelines.run(pipe, "text", num_inference_steps=1)
     (entry,) = maps.series(NAME)
-    with pytest.raises(sdconv.SdconvError, match="first axis"):
+    with pytest.raises(sdconv.SdconvError, match="not known which half"):
         _ = entry.conditional
 
 

@@ -56,6 +56,34 @@ def test_names_and_facts_are_the_same_on_diffusers_modules() -> None:
     assert list(sdconv.features(unets.ours(unets.theirs(UNET)), 16)) == list(listed(16))
 
 
+def test_tiny_autoencoders_whose_activations_are_one_module() -> None:
+    """diffusers' blocks call one ReLU in two places, and each has its name."""
+    theirs = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(32, 64),
+        decoder_block_out_channels=(64, 32),
+        num_encoder_blocks=(1, 2),
+        num_decoder_blocks=(2, 1),
+        latent_magnitude=3,
+        upsampling_scaling_factor=2,
+    ).eval()
+    config = sdconv.AutoencoderTinyConfig.from_json(dict(theirs.config), "config")
+    ours = sdconv.AutoencoderTiny(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    assert list(sdconv.features(theirs, 32)) == list(sdconv.features(ours, 32))
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for network in (theirs, ours):
+        with torch.no_grad(), sdconv.capture(network, "*") as maps:
+            network(x)
+        found.append(maps.to_dict())
+    their_maps, our_maps = found
+    assert {"encoder.layers.1.conv.1", "encoder.layers.1.conv.3"} <= set(their_maps)
+    assert list(their_maps) == list(our_maps)
+    for name, value in their_maps.items():
+        assert isinstance(value, torch.Tensor), name
+        assert torch.equal(value, our_maps[name]), name  # type: ignore[arg-type]
+
+
 def test_the_patch_changes_nothing() -> None:
     peer = vae_peer()
     before = list(sdconv.features(peer, 64))
