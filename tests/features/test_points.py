@@ -59,8 +59,8 @@ def test_names_and_facts_are_the_same_on_diffusers_modules() -> None:
 def test_tiny_autoencoders_whose_activations_are_one_module() -> None:
     """diffusers' blocks call one ReLU in two places, and each has its name."""
     theirs = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(32, 64),
-        decoder_block_out_channels=(64, 32),
+        encoder_block_out_channels=(32, 32),
+        decoder_block_out_channels=(32, 32),
         num_encoder_blocks=(1, 2),
         num_decoder_blocks=(2, 1),
         latent_magnitude=3,
