@@ -27,8 +27,8 @@ from sdconv.ops.geometry import Window, output_size
 
 KERNELS = {
     "blur": torch.full((5, 5), 1 / 25),
-    "edges that stand": torch.tensor([[-1.0, 0, 1]] * 3),
-    "edges that lie": torch.tensor([[-1.0, 0, 1]] * 3).T,
+    "upright edges": torch.tensor([[-1.0, 0, 1]] * 3),
+    "level edges": torch.tensor([[-1.0, 0, 1]] * 3).T,
 }
 
 
