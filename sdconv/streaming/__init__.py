@@ -71,18 +71,22 @@ class Streaming:
         return make_plan(steps, pictures=len(x), limit=self.limit, can_spill=can_spill)
 
     def __call__(self, network: nn.Module, work: Work, x: Tensor) -> Tensor:
-        """Moments of latents for pictures, or pictures for latents, ``(B, C, H, W)``.
+        """Moments of latents for pictures, or pictures for latents, ``(B, C, H, W)``; under
+        autocast too in the network's own dtype.
 
         Raises:
             InputError: gradients are asked for; another dtype or device than the network's; the
                 limit cannot be met; too little room for what is spilled.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(next(network.parameters()).dtype)
         _check(network, x)
-        try:
-            return self._run(network, work, x)
-        except NotFiniteError:  # which only the reference puts where it belongs
-            with backend("reference"):
+        with torch.autocast(x.device.type, enabled=False):
+            try:
                 return self._run(network, work, x)
+            except NotFiniteError:  # which only the reference puts where it belongs
+                with backend("reference"):
+                    return self._run(network, work, x)
 
     def _run(self, network: nn.Module, work: Work, x: Tensor) -> Tensor:
         plan = self.plan(network, work, x)

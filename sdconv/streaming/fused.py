@@ -26,8 +26,7 @@ _COMPUTED = torch.float32
 def takes(weight: Tensor) -> bool:
     """Whether layers with such weights can compute fast: on a CPU (or on the meta device, to be
     counted for one), in a dtype that the fast arithmetic knows."""
-    autocast = torch.is_autocast_enabled("cpu")
-    return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta") and not autocast
+    return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta")
 
 
 def same(conv: nn.Conv2d, height: int, width: int) -> type[Same]:

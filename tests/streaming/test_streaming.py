@@ -243,6 +243,33 @@ def test_whole_forward_and_results_streamed() -> None:
     assert difference(pictures, whole) < TOLERANCE
 
 
+def test_autocast_changes_nothing() -> None:
+    network = seeded.network(SMALL)
+    z, x = randn(1, 4, 6, 7), randn(1, 3, 24, 28)
+    low = both(network, "decode", z.bfloat16().float())
+    network.enable_streaming()
+    expected = both(network, "decode", z), both(network, "encode", x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(both(network, "decode", z), expected[0])
+        assert torch.equal(both(network, "encode", x), expected[1])
+        assert difference(both(network, "decode", z.bfloat16()), low) < TOLERANCE
+
+
+def test_as_exact_as_the_ordinary_run_with_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = seeded.network(seeded.kl((512,), 4, True, layers_per_block=1))
+    z = randn(1, 4, 24, 24)
+    exact = both(copy.deepcopy(network).double(), "decode", z.double())
+    whole = difference(both(network, "decode", z).double(), exact)
+
+    def streamed() -> float:
+        plan = planned(network, "decode", z, rows=5, spill=False)
+        return difference(executed(plan, z).double(), exact)
+
+    assert streamed() < 1.5 * whole
+    monkeypatch.setattr(layers, "is_wide", lambda weight: False)
+    assert streamed() > 2 * whole, "the control: by the kernel for few channels"
+
+
 def test_flux2_streams() -> None:
     network = seeded.network(seeded.flux2((32, 32), layers_per_block=1))
     network.enable_streaming()
