@@ -50,6 +50,7 @@ def run_step(
     measured = Moments(step.target.channels, device) if step.measured else None
     try:
         under_way = begin(step, units, store, moments, measured, device)
+        trim_heap()
         for start in range(0, step.units, units):
             stop = min(start + units, step.units)
             under_way.strip(start, stop)

@@ -97,6 +97,10 @@ class Layer:
         height, columns = self.output_size(rows, width)
         return height * columns * self.channels
 
+    def convolved(self, rows: int, width: int) -> int:
+        """Numbers that the module itself reads of a window of ``rows`` rows."""
+        return rows * (width + self.right) * self.module.weight.shape[1]
+
     def multiplies(self, height: int, width: int) -> int:
         """Multiplications that a map of this size takes."""
         rows, columns = self.output_size(height, width)
@@ -118,8 +122,9 @@ class Layer:
         rows, weight = last - first, self.module.weight
         window = rows * (width + self.right) * weight.shape[1]
         made = self.scratch(rows, width)
-        if weight.ndim == 4 and is_wide(weight):  # channels first, before or after
-            made += max(window, made)
+        if weight.ndim == 4 and is_wide(weight):  # a copy with channels first, before or after
+            height, columns = self.output_size(rows, width)
+            made += max(self.convolved(rows, width), height * columns * weight.shape[0])
         weights = 2 * weight.numel()  # reordered by the kernel at each call
         # in a narrow dtype, copies to normalise and to measure in float32
         wide = 0 if computing(weight.dtype) == weight.dtype else max(2 * window, made)
@@ -244,7 +249,10 @@ class Doubled(Layer):
         return convolve(doubled[1:-1], self.module.weight, self.module.bias, 1, 1)
 
     def scratch(self, rows: int, width: int) -> int:
-        return 4 * rows * width * self.module.weight.shape[1] + super().scratch(rows, width)
+        return self.convolved(rows, width) + super().scratch(rows, width)
+
+    def convolved(self, rows: int, width: int) -> int:
+        return 4 * super().convolved(rows, width)
 
 
 class Halved(Layer):
