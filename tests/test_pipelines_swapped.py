@@ -19,6 +19,7 @@ from torch import nn
 import sdconv
 from sdconv import unet, vae
 from sdconv.checkpoint.convert import convert
+from sdconv.streaming.layers import Layer
 
 
 def swapped(kind: str = "text", **parts: Any) -> Any:
@@ -48,6 +49,19 @@ def test_from_the_folder_of_a_pipeline(tmp_path: Path) -> None:
     pipe.vae = sdconv.load(tmp_path, component="vae")
     pipe.unet = sdconv.load(tmp_path, component="unet")
     assert run(pipe, "text") == plain()
+
+
+@pytest.mark.parametrize("kind", ["image", "xl"])
+def test_tiling_streams_and_keeps_the_picture(kind: str) -> None:
+    pipe = swapped(kind)
+    whole = run(pipe, kind).images
+    pipe.vae.enable_tiling()
+    assert pipe.vae.streaming is not None
+    ran = code_run_by(lambda: run(pipe, kind))
+    assert Layer.compute.__code__ in ran and vae.Decoder.forward.__code__ not in ran
+    assert (run(pipe, kind).images - whole).abs().max() < 1e-5
+    pipe.vae.disable_tiling()
+    assert torch.equal(run(pipe, kind).images, whole)
 
 
 def test_it_is_our_code_that_runs() -> None:

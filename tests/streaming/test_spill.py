@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import sdconv
-from sdconv.streaming import checked_folder, planner
+from sdconv.streaming import checked_folder, in_words, planner
 from sdconv.streaming.maps import Map, Place, Store, check_room
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it reads /proc")
@@ -130,6 +131,29 @@ def test_a_disk_too_small_is_refused_beforehand(tmp_path: Path) -> None:
         check_room(tmp_path, 1 << 60)
     assert "1073741824 GiB free" in str(raised.value)
     check_room(tmp_path, 1)
+
+
+@torch.no_grad()
+def test_the_need_is_stated_before_anything_is_computed(
+    network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdconv.streaming.layers import Layer
+
+    computed = []
+    right = Layer.begin
+    monkeypatch.setattr(
+        Layer, "begin", lambda self, *args: computed.append(self) or right(self, *args)
+    )
+    z = latents()
+    need = network.streaming.plan(network, "decode", z).spilled
+    full = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full._replace(free=need - 1))
+    with pytest.raises(sdconv.InputError, match="too little room") as raised:
+        network.decode(z)
+    assert f"{in_words(need)} free" in str(raised.value) and computed == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full._replace(free=need))
+    network.decode(z)
+    assert computed != [], "the control"
 
 
 def test_a_file_that_cannot_be_made(tmp_path: Path) -> None:

@@ -231,6 +231,30 @@ def test_enable_tiling_streams() -> None:
     assert network.streaming is None
 
 
+def test_progress_is_shown_on_a_terminal_only(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, z = seeded.network(SMALL), randn(1, 4, 6, 7)
+    for terminal, progress in ((True, True), (True, False), (False, True)):
+        # what rich takes for a terminal
+        monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+        network.enable_streaming(None, progress=progress)
+        both(network, "decode", z)
+        shown = capfd.readouterr()
+        assert ("decoding" in shown.err) == (terminal and progress)
+        assert shown.out == ""
+
+
+def test_progress_reaches_its_end() -> None:
+    plan = planned(NETWORK, "decode", z := randn(1, 4, 20, 20), rows=3, spill=False)
+    done: list[int] = []
+    out = torch.empty(plan.shape)
+    with torch.no_grad():
+        run(plan, z[0], out[0], folder=None, tick=lambda step, part: done.append(part))
+    assert len(done) == sum(-(-step.units // 3) for step in plan.steps)
+    assert 0.99 * plan.multiplies < sum(done) <= plan.multiplies
+
+
 def test_whole_forward_and_results_streamed() -> None:
     network = seeded.network(SMALL)
     x = randn(2, 3, 16, 20)
