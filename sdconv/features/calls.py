@@ -100,7 +100,12 @@ class Counter:
 
     def attach(self) -> RemovableHandle:
         """Begins to count."""
-        return self._network.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+        # a function, which a copy of the network made meanwhile shares: locks cannot be copied
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._begin(args, kwargs)
+
+        return self._network.register_forward_pre_hook(begin, with_kwargs=True)
 
     def at(self, name: str) -> Call:
         """The call that passes a place now."""
@@ -113,7 +118,7 @@ class Counter:
             self._passed[name] = index + 1
         return Call(index)
 
-    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.timed or recomputing():
             return
         timestep = kwargs.get("timestep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Iterator
@@ -202,6 +203,14 @@ def test_captures_in_threads_of_their_own(network: Any) -> None:
         with torch.no_grad(), sdconv.capture(network, NAME) as maps:
             network(picture() + number)
         assert torch.equal(one(maps), value)
+
+
+def test_a_network_can_be_copied_inside(network: Any) -> None:
+    with sdconv.capture(network, NAME), sdconv.edit(network, {NAME: lambda x, _: x}):
+        copied = copy.deepcopy(network)
+        network(picture())
+    with torch.no_grad():
+        assert torch.equal(copied(picture()).sample, network(picture()).sample)
 
 
 def test_a_network_can_be_forgotten() -> None:
