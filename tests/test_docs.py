@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -73,6 +74,24 @@ def test_pictures_are_shown_small_and_of_the_weights_that_ship(
     assert pictures.SOURCES.read_text() == pictures.sources(), (
         "weights or photo have changed: run `python scripts/docs_pictures.py`"
     )
+
+
+def test_the_pages_screenshot_is_shown_and_small() -> None:
+    (shown,) = (DOCS / "screens").iterdir()
+    assert f"(screens/{shown.name})" in (DOCS / "features.md").read_text()
+    assert shown.stat().st_size <= LARGEST
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_script_makes_the_screenshot(tmp_path: Path) -> None:
+    pytest.importorskip("playwright", reason="the browser is driven by playwright")
+    command = [sys.executable, "scripts/docs_screenshot.py", "--out", tmp_path / "page.webp"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    with Image.open(tmp_path / "page.webp") as made:
+        with Image.open(DOCS / "screens" / "page.webp") as shown:
+            assert made.size == shown.size
+        assert sum(map(bool, made.convert("L").histogram())) > 200  # not an empty page
 
 
 @pytest.mark.slow
