@@ -16,7 +16,7 @@ from sdconv.ops.winograd import PLACES
 def choice_for(x: Tensor, weight: Tensor) -> Choice:
     """The method for a 3x3 convolution of ``x``, and why."""
     batch, channels, height, width = x.shape
-    room = prepared.has_room(weight, fused.SINGLE, 4 * PLACES * channels * len(weight))
+    room = prepared.has_room(weight, fused.WINOGRAD, 4 * PLACES * channels * len(weight))
     return choose(batch, channels, len(weight), height, width, room)
 
 

@@ -6,12 +6,14 @@ Importing it compiles them: seconds, once for a machine and a version of Numba.
 from __future__ import annotations
 
 import secrets
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from sdconv.ops import doubling_kernels, kernels, sum_kernels
+from sdconv.ops import doubling_kernels, kernels, product_kernel, sum_kernels
 from sdconv.ops.launching import launch, threads
 from sdconv.ops.plain_engine import Affine
 from sdconv.ops.strips import Strip, scratch
@@ -59,9 +61,11 @@ def store(
         **_working(kernels.STORE_SCRATCH),
         **_geometry(strip),
         channels=out.shape[2],
+        step=products.shape[2],
         tiles=products.data_ptr(),
         bias=bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
+        residual_step=0 if residual is None else residual.stride(1),
         out=out.data_ptr(),
         out_row=strip.first,
         groups=groups,
@@ -117,7 +121,8 @@ def meet(
 ) -> tuple[Tensor, Tensor]:
     """See the plain one."""
     plain, across, down, both = products
-    count, width, channels = plain.shape
+    count, width = plain.shape[:2]
+    channels = out.shape[2]
     chunks = -(-width // doubling_kernels.PIXELS)
     sums = torch.empty(count * chunks, groups, 2, dtype=torch.float64)
     launch(
@@ -127,6 +132,7 @@ def meet(
         **_working(doubling_kernels.MEET_SCRATCH),
         width=width,
         channels=channels,
+        step=plain.shape[2],
         plain=plain.data_ptr(),
         across=across.data_ptr(),
         down=down.data_ptr(),
@@ -138,6 +144,40 @@ def meet(
     )
     values = 4 * _lengths(width, doubling_kernels.PIXELS) * (channels // groups)
     return sums, values.repeat(count)
+
+
+def width(channels: int) -> int:
+    """See the plain one."""
+    return -(-channels // product_kernel.LANES) * product_kernel.LANES
+
+
+def pack(right: Tensor) -> Tensor:
+    """See the plain one: panel after panel."""
+    missing = width(right.shape[3]) - right.shape[3]
+    right = (functional.pad(right, (0, missing)) if missing else right).flatten(2)
+    places, depth, columns = right.shape
+    packed = right.new_empty(places, depth * columns)
+    for first in range(0, columns, product_kernel.PANEL):
+        panel = right[:, :, first : first + product_kernel.PANEL]
+        packed[:, depth * first :][:, : panel[0].numel()].view(panel.shape).copy_(panel)
+    return packed
+
+
+def product(left: Tensor, packed: Tensor, out: Tensor) -> None:
+    """See the plain one."""
+    places, rows, depth = left.shape
+    panels = -(-out.shape[2] // product_kernel.PANEL)
+    launch(
+        product_kernel.product,
+        product_kernel.PRODUCT,
+        units=places * panels * -(-rows // product_kernel.CHUNK),
+        rows=rows,
+        depth=depth,
+        width=out.shape[2],
+        a=left.data_ptr(),
+        b=packed.data_ptr(),
+        out=out.data_ptr(),
+    )
 
 
 def fingerprint(weight: Tensor) -> bytes:
@@ -158,6 +198,7 @@ def fingerprint(weight: Tensor) -> bytes:
     return found.numpy().tobytes()
 
 
+@lru_cache(maxsize=256)
 def _lengths(size: int, step: int) -> Tensor:
     """How ``size`` divides into steps, the last one shorter."""
     starts = torch.arange(0, size, step, dtype=torch.float64)

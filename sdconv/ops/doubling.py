@@ -20,18 +20,19 @@ from torch import Tensor
 # differences
 _TAPS = ((1, 1, 1), (-1, 0, 0), (0, 0, 1))
 _SLICE = 64
+# how many differences of each kind a pixel has
+SEVERAL = (1, 2, 2, 4)
 
 
 def kernel_transform(weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """``(O, C, 3, 3)`` to what pixels ``(C, O)``, differences along a row ``(C, 2 * O)``, along a
-    column ``(C, 2 * O)`` and along both ``(C, 4 * O)`` are multiplied by; computed in float64."""
+    """``(O, C, 3, 3)`` to what pixels ``(1, C, 1, O)``, differences along a row ``(1, C, 2, O)``,
+    along a column ``(1, C, 2, O)`` and along both ``(1, C, 4, O)`` are multiplied by; computed in
+    float64."""
     out_channels, in_channels = weight.shape[:2]
     taps = torch.tensor(_TAPS, dtype=torch.float64)
     made = torch.empty(3, 3, in_channels, out_channels, dtype=dtype)
     for first in range(0, out_channels, _SLICE):
         part = weight[first : first + _SLICE].double()
         made[..., first : first + _SLICE] = torch.einsum("ia,ocab,jb->ijco", taps, part, taps)
-    across, down, both = made[0, 1:], made[1:, 0], made[1:, 1:].flatten(0, 1)
-    return made[0, 0].contiguous(), *(
-        several.transpose(0, 1).flatten(1).contiguous() for several in (across, down, both)
-    )
+    parts = made[:1, 0], made[0, 1:], made[1:, 0], made[1:, 1:].flatten(0, 1)
+    return tuple(several.transpose(0, 1).unsqueeze(0) for several in parts)

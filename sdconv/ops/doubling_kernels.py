@@ -27,7 +27,7 @@ DIFFERENCES = job(
     "height", "width", "channels", "row", "rows", "x", "x_row", "across", "down", "both"
 )
 MEET = job(
-    "width", "channels", "rows", "plain", "across", "down", "both", "bias", "out", "groups", "sums"
+    "width", "channels", "step", "plain", "across", "down", "both", "bias", "out", "groups", "sums"
 )
 # pixels beside one another in a unit of work
 PIXELS = 16
@@ -105,7 +105,7 @@ def meet(pointer: Any) -> None:
     bias, out, sums = floats(job.bias), floats(job.out), doubles(job.sums)
     mine = job.scratch + 4 * take(pointer, 1) * job.scratch_size
     counts, squares = doubles(mine), doubles(mine + 8 * BLOCK)
-    width, channels = job.width, job.channels
+    width, channels, step = job.width, job.channels, job.step
     size = channels // job.groups
     chunks = (width + PIXELS - 1) // PIXELS
     clear(counts, 0, 2 * BLOCK)
@@ -119,17 +119,20 @@ def meet(pointer: Any) -> None:
         for c0 in range(0, channels, BLOCK):
             n = min(BLOCK, channels - c0)
             for column in range(first, min(first + PIXELS, width)):
-                p = (row * width + column) * channels + c0
+                p = (row * width + column) * step + c0
                 for i in range(2):
-                    d = (((row + i) * width + column) * 2 + i) * channels + c0
+                    d = (((row + i) * width + column) * 2 + i) * step + c0
                     for j in range(2):
-                        a = ((row * (width + 1) + column + j) * 2 + j) * channels + c0
+                        a = ((row * (width + 1) + column + j) * 2 + j) * step + c0
                         e = ((row + i) * (width + 1) + column + j) * 4 + 2 * i + j
-                        e = e * channels + c0
+                        e = e * step + c0
                         to = ((2 * row + i) * 2 * width + 2 * column + j) * channels + c0
                         for c in range(n):
                             out[to + c] = (plain[p + c] + across[a + c]) + (
                                 down[d + c] + both[e + c] + bias[c0 + c]
                             )
-                        count(counts, squares, out, to, n)
+            pixels = 2 * (min(first + PIXELS, width) - first)
+            for i in range(2):
+                at = ((2 * row + i) * 2 * width + 2 * first) * channels + c0
+                count(counts, squares, out, at, channels, pixels, n)
             gather(sums, unit, job.groups, size, c0, n, counts)

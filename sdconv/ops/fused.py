@@ -8,7 +8,9 @@ float32 (float64 for float64). Results lie in channels-last order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,8 +18,11 @@ from torch.nn import functional
 
 from sdconv.ops import doubling, engines, winograd
 from sdconv.ops.moments import Norm, combined
-from sdconv.ops.prepared import prepared
+from sdconv.ops.prepared import Make, prepared
 from sdconv.ops.strips import STRIP_BYTES, Strip, dense_rows, scratch, strips
+
+# a weight (O, C, ...) to right factors (P, C, several, O)
+Transform = Callable[[Tensor, torch.dtype], tuple[Tensor, ...]]
 
 
 class NotFiniteError(ArithmeticError):
@@ -121,7 +126,10 @@ def winograd_convolution(
     affine = None if norm is None else norm.affine(dtype)
     tile_bytes = winograd.PLACES * (channels + out_channels) * dtype.itemsize
     found = []
-    (kernel,) = prepared.get(weight, DOUBLE if dtype is torch.float64 else SINGLE)
+    (kernel,) = prepared.get(weight, _factors(winograd.kernel_transform, dtype))
+    shortcut = None
+    if after.shortcut is not None:
+        (shortcut,) = prepared.get(after.shortcut[0], _factors(_pointwise, dtype))
     for b in range(batch):
         run = WinogradPass(
             x=x[b],
@@ -131,7 +139,7 @@ def winograd_convolution(
             silu=norm is not None and norm.silu,
             offsets=offsets[b],
             residual=None if after.residual is None else after.residual[b],
-            shortcut=None if after.shortcut is None else after.shortcut[0].flatten(1).to(dtype),
+            shortcut=shortcut,
             groups=groups,
             in_place=in_place,
         )
@@ -146,7 +154,7 @@ class WinogradPass:
 
     ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``. ``kernel``: the weight's transform. ``affine``:
     the normalisation's scale and shift, ``(C,)`` each. ``offsets``: ``(O,)``. ``residual``:
-    ``(R, H, W)``, through ``shortcut`` ``(O, R)`` if that is given. ``groups``: of which sums are
+    ``(R, H, W)``, through a packed ``shortcut`` if that is given. ``groups``: of which sums are
     wanted.
     """
 
@@ -172,13 +180,15 @@ class WinogradPass:
         engine.load(rows, row, self.above, strip, self.affine, self.silu, tiles)
         if self.in_place:
             self.above = rows[strip.end - 1 - row].clone()
-        shape = (winograd.PLACES, strip.tiles, self.kernel.shape[2])
-        products = torch.bmm(tiles, self.kernel, out=scratch.take("products", shape, dtype))
+        channels = self.out.shape[0]
+        shape = (winograd.PLACES, strip.tiles, engine.width(channels))
+        products = scratch.take("products", shape, dtype)
+        engine.product(tiles, self.kernel, products)
         residual = self._residual(strip, dtype)
         out = dense_rows(self.out[:, strip.first : strip.end], dtype)
         if out is not None:
             return engine.store(products, strip, self.offsets, residual, out, self.groups)
-        shape = (strip.end - strip.first, strip.width, self.kernel.shape[2])
+        shape = (strip.end - strip.first, strip.width, channels)
         out = scratch.take("output", shape, dtype)
         sums = engine.store(products, strip, self.offsets, residual, out, self.groups)
         self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
@@ -190,10 +200,8 @@ class WinogradPass:
         rows = _as_rows(self.residual, strip.first, strip.end, dtype, "residual")
         if self.shortcut is None:
             return rows
-        shape = (*rows.shape[:2], len(self.shortcut))
-        out = scratch.take("shortcut", shape, dtype)
-        torch.mm(rows.flatten(0, 1), self.shortcut.T, out=out.flatten(0, 1))
-        return out
+        channels = self.out.shape[0]
+        return _product("shortcut", rows, self.shortcut, 1, channels)[:, :, 0, :channels]
 
 
 def direct_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,7 +231,7 @@ def doubled_convolution(
     out_channels = len(weight)
     out = _blank(x, out_channels, 2 * height, 2 * width)
     offsets = After(bias).offsets(1, out_channels, dtype)[0]
-    kernels = prepared.get(weight, DOUBLED if dtype is torch.float32 else DOUBLED_DOUBLE)
+    kernels = prepared.get(weight, _factors(doubling.kernel_transform, dtype))
     step = rows or max(
         1, STRIP_BYTES // ((3 * channels + 9 * out_channels) * dtype.itemsize * width)
     )
@@ -275,31 +283,44 @@ class DoubledPass:
         )
         engines.of(dtype).differences(rows, row, first, end, height, (across, down, both))
         maps = (rows[first - row : end - row], across, down, both)
-        products = []
-        for i, (map_, kernel) in enumerate(zip(maps, self.kernels, strict=True)):
-            several = kernel.shape[1] // len(self.offsets)
-            shape = (*map_.shape[:2], several, len(self.offsets))
-            out = scratch.take(f"products {i}", shape, dtype)
-            torch.mm(map_.flatten(0, 1), kernel, out=out.view(-1, kernel.shape[1]))
-            products.append(out)
+        products = (
+            _product(f"products {i}", map_, kernel, several, len(self.offsets))
+            for i, (map_, kernel, several) in enumerate(
+                zip(maps, self.kernels, doubling.SEVERAL, strict=True)
+            )
+        )
         plain, along, below, corners = products
         return plain.squeeze(2), along, below, corners
 
 
-def _single(weight: Tensor) -> tuple[Tensor, ...]:
-    return (winograd.kernel_transform(weight),)
+def _product(name: str, rows: Tensor, packed: Tensor, several: int, channels: int) -> Tensor:
+    """Rows ``(n, W, C)`` times ``several`` matrices ``(C, channels)`` packed beside one another:
+    ``(n, W, several, width)``."""
+    engine = engines.of(rows.dtype)
+    width = engine.width(channels)
+    out = scratch.take(name, (1, rows.shape[0] * rows.shape[1], several * width), rows.dtype)
+    engine.product(rows.flatten(0, 1).unsqueeze(0), packed, out)
+    return out.view(*rows.shape[:2], several, width)
 
 
-def _double(weight: Tensor) -> tuple[Tensor, ...]:
-    return (winograd.kernel_transform(weight, torch.float64),)
+def _pointwise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A 1x1 convolution's ``(O, C, 1, 1)`` as a right factor."""
+    return (weight.flatten(1).T.to(dtype)[None, :, None],)
 
 
-def _doubled_double(weight: Tensor) -> tuple[Tensor, ...]:
-    return doubling.kernel_transform(weight, torch.float64)
+@cache
+def _factors(transform: Transform, dtype: torch.dtype) -> Make:
+    """Makes a weight's right factors, packed as the products read them."""
+
+    def make(weight: Tensor) -> tuple[Tensor, ...]:
+        return tuple(engines.of(dtype).pack(right) for right in transform(weight, dtype))
+
+    return make
 
 
-SINGLE, DOUBLE = _single, _double
-DOUBLED, DOUBLED_DOUBLE = doubling.kernel_transform, _doubled_double
+WINOGRAD = _factors(winograd.kernel_transform, torch.float32)
+DOUBLED = _factors(doubling.kernel_transform, torch.float32)
+POINTWISE = _factors(_pointwise, torch.float32)
 
 
 def _blank(like: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -30,7 +30,18 @@ from sdconv.ops.compiled import (
 
 _STRIP = ("height", "width", "channels", "tile_row", "tile_rows", "tile_columns")
 LOAD = job(*_STRIP, "x", "x_row", "above", "scale", "shift", "silu", "tiles")
-STORE = job(*_STRIP, "tiles", "bias", "residual", "out", "out_row", "groups", "sums")
+STORE = job(
+    *_STRIP,
+    "step",
+    "tiles",
+    "bias",
+    "residual",
+    "residual_step",
+    "out",
+    "out_row",
+    "groups",
+    "sums",
+)
 
 # tiles beside one another in a unit of work
 TILES = 8
@@ -175,7 +186,7 @@ def store(pointer: Any) -> None:
     counts, squares, scratch = doubles(mine), doubles(mine + 8 * BLOCK), floats(mine + 16 * BLOCK)
     sums = doubles(job.sums)
     channels, width, columns = job.channels, job.width, job.tile_columns
-    plane = job.tile_rows * columns * channels
+    plane = job.tile_rows * columns * job.step
     chunks = (columns + TILES - 1) // TILES
     size = channels // job.groups
     clear(counts, 0, 2 * BLOCK)
@@ -190,21 +201,24 @@ def store(pointer: Any) -> None:
         for c0 in range(0, channels, BLOCK):
             n = min(BLOCK, channels - c0)
             for tile in range(first, min(first + TILES, columns)):
-                at = (tile_row * columns + tile) * channels + c0
+                at = (tile_row * columns + tile) * job.step + c0
                 for j in range(6):
                     _output_transform(
                         scratch, j * BLOCK, 6 * BLOCK, tiles, j * plane + at, 6 * plane, n
                     )
                 for i in range(min(4, job.height - top)):
                     _output_transform(scratch, 24 * BLOCK, BLOCK, scratch, i * 6 * BLOCK, BLOCK, n)
-                    for j in range(min(4, width - tile * 4)):
+                    beside = min(4, width - tile * 4)
+                    for j in range(beside):
                         pixel = (top + i - job.out_row) * width + tile * 4 + j
                         to, value = pixel * channels + c0, (24 + j) * BLOCK
                         if job.residual != 0:
+                            at = pixel * job.residual_step + c0
                             for c in range(n):
-                                out[to + c] = scratch[value + c] + bias[c0 + c] + residual[to + c]
+                                out[to + c] = scratch[value + c] + bias[c0 + c] + residual[at + c]
                         else:
                             for c in range(n):
                                 out[to + c] = scratch[value + c] + bias[c0 + c]
-                        count(counts, squares, out, to, n)
+                    pixel = (top + i - job.out_row) * width + tile * 4
+                    count(counts, squares, out, pixel * channels + c0, channels, beside, n)
             gather(sums, unit, job.groups, size, c0, n, counts)

@@ -94,6 +94,22 @@ def meet(
     return sums(out, groups)
 
 
+def width(channels: int) -> int:
+    """Columns that a product with so many channels has: what is beyond them is undefined."""
+    return channels
+
+
+def pack(right: Tensor) -> Tensor:
+    """Right factors ``(P, K, several, O)`` as `product` reads them: ``several`` beside one another,
+    each `width` wide."""
+    return right.flatten(2).contiguous()
+
+
+def product(left: Tensor, packed: Tensor, out: Tensor) -> None:
+    """Fills ``out`` (P, T, width) with the products of ``left`` (P, T, K) and what was packed."""
+    torch.bmm(left, packed, out=out)
+
+
 def fingerprint(weight: Tensor) -> bytes:
     """Of every bit of a dense weight."""
     flat = weight.as_strided((weight.numel(),), (1,))

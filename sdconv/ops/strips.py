@@ -16,7 +16,7 @@ from sdconv.ops.winograd import OUTPUTS
 
 # bytes of working memory that a strip may take: small enough for a cache, large enough that each
 # matrix product has rows to work on
-STRIP_BYTES = 24 << 20
+STRIP_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,8 @@ def add_up(pointer: Any) -> None:
         clear(sums, 2 * unit * job.groups, 2 * job.groups)
         for c0 in range(0, job.channels, BLOCK):
             n = min(BLOCK, job.channels - c0)
-            for column in range(job.width):
-                at = (unit * job.width + column) * job.channels + c0
-                count(counts, squares, x, at, n)
+            at = unit * job.width * job.channels + c0
+            count(counts, squares, x, at, job.channels, job.width, n)
             gather(sums, unit, job.groups, size, c0, n, counts)
 
 

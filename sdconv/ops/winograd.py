@@ -44,16 +44,16 @@ OUTPUT = (
 _SLICE = 64
 
 
-def kernel_transform(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``G g G^T``, computed in float64: ``(O, C, 3, 3)`` to ``(36, C, O)``."""
+def kernel_transform(weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor]:
+    """``G g G^T``, computed in float64: ``(O, C, 3, 3)`` to ``(36, C, 1, O)``."""
     out_channels, in_channels = weight.shape[:2]
     matrix = torch.tensor(KERNEL, dtype=torch.float64)
-    out = torch.empty(PLACES, in_channels, out_channels, dtype=dtype)
+    out = torch.empty(PLACES, in_channels, 1, out_channels, dtype=dtype)
     for first in range(0, out_channels, _SLICE):
         part = weight[first : first + _SLICE].double()
         part = torch.einsum("ia,ocab,jb->ijco", matrix, part, matrix)
-        out[:, :, first : first + _SLICE] = part.flatten(0, 1)
-    return out
+        out[:, :, 0, first : first + _SLICE] = part.flatten(0, 1)
+    return (out,)
 
 
 def input_transform(rows: Tensor) -> Tensor:

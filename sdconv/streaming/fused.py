@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.ops.choice import choose
-from sdconv.ops.fused import DOUBLED, SINGLE, After, DoubledPass, NotFiniteError, WinogradPass
+from sdconv.ops.fused import (
+    DOUBLED,
+    POINTWISE,
+    WINOGRAD,
+    After,
+    DoubledPass,
+    NotFiniteError,
+    WinogradPass,
+)
 from sdconv.ops.prepared import prepared
 from sdconv.ops.strips import STRIP_BYTES, Strip
 from sdconv.ops.winograd import OUTPUTS, PLACES
@@ -86,10 +94,10 @@ class SubPixel(Doubled):
 
 def _bytes(places: int, weight: Tensor, strip: int) -> int:
     """Of a weight transformed to so many matrices, of what is made on the way to it (64 channels
-    at once, in float64, twice), and of a strip's numbers."""
+    at once, in float64, twice; then all of it again, unpacked), and of a strip's numbers."""
     transformed = places * weight.shape[0] * weight.shape[1] * _COMPUTED.itemsize
     making = places * weight.shape[1] * 64 * 2 * torch.float64.itemsize
-    return transformed + making + strip * _COMPUTED.itemsize
+    return transformed + max(making, transformed) + strip * _COMPUTED.itemsize
 
 
 class _Winograd:
@@ -101,7 +109,7 @@ class _Winograd:
         )
         if layer.norm is not None and ground.moments is not None:
             affine = ground.moments.scale_and_shift(layer.norm)
-        (kernel,) = prepared.borrow(weight, SINGLE)
+        (kernel,) = prepared.borrow(weight, WINOGRAD)
         self._height, self._width = ground.source.shape[:2]
         self._measured = ground.measured
         self._run = WinogradPass(
@@ -112,7 +120,7 @@ class _Winograd:
             silu=layer.activated,
             offsets=after.offsets(1, len(weight), _COMPUTED)[0],
             residual=None if ground.residual is None else _channels_first(ground.residual),
-            shortcut=None if shortcut is None else shortcut.weight.flatten(1).to(_COMPUTED),
+            shortcut=None if shortcut is None else prepared.borrow(shortcut.weight, POINTWISE)[0],
             groups=_groups(ground.measured, len(weight)),
             in_place=ground.source is ground.target,
         )

@@ -1,0 +1,163 @@
+"""Matrix products of float32, compiled by Numba: the fast backend's arithmetic itself.
+
+The innermost loop is written in LLVM's vectors, because no loop over scalars keeps a block of the
+output in registers: ROWS rows and up to PANEL columns of it stay there while one row of the right
+factor after another is multiplied in. The right factor is packed into panels of that many columns
+beforehand, so that it is read in one stream.
+
+The idea is that of Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba import types
+
+from sdconv.ops.compiled import carray, floats, inner, job, kernel, spelled, take
+
+PRODUCT = job("rows", "depth", "width", "a", "b", "out")
+
+# floats in a vector register, and vectors in a panel: with ROWS, as many as the registers hold
+LANES, VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
+PANEL = LANES * VECTORS
+ROWS = 6
+# rows of the left factor that a unit of work reads: they stay in the cache that a core has for
+# itself
+CHUNK = 40 * ROWS
+
+
+def _block(rows: int, vectors: int) -> Any:
+    """A function that fills a block of the output, ``rows`` high and ``vectors`` vectors wide."""
+
+    def block(
+        typing_context: Any, a: Any, a_step: Any, b: Any, depth: Any, out: Any, out_step: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).block(rows, vectors, *args)
+            return context.get_dummy_value()
+
+        return types.void(a, a_step, b, depth, out, out_step), codegen
+
+    return spelled(block)
+
+
+class _Code:
+    """Writes a block's code."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+        self.vector = ir.VectorType(ir.FloatType(), LANES)
+        name = f"llvm.fma.v{LANES}f32"
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
+        self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def block(
+        self, rows: int, vectors: int, a: Any, a_step: Any, b: Any, depth: Any, out: Any, step: Any
+    ) -> None:
+        """``out[r, v] = sum over k of a[r, k] * b[k, v]``."""
+        builder, whole = self.builder, depth.type
+        places = [(r, v) for r in range(rows) for v in range(vectors)]
+        before = builder.block
+        loop = builder.append_basic_block()
+        after = builder.append_basic_block()
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        k = builder.phi(whole)
+        sums = {place: builder.phi(self.vector) for place in places}
+        from_b = builder.mul(k, whole(vectors * LANES))
+        right = [
+            builder.load(self.wide(self.at(b, from_b, v * LANES)), align=4) for v in range(vectors)
+        ]
+        left = [self.spread(self.at(a, builder.mul(a_step, whole(r)), k)) for r in range(rows)]
+        totals = {
+            (r, v): builder.call(self.fma, [left[r], right[v], sums[r, v]]) for r, v in places
+        }
+        following = builder.add(k, whole(1))
+        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+        k.add_incoming(whole(0), before)
+        k.add_incoming(following, loop)
+        for place in places:
+            sums[place].add_incoming(self.vector([0.0] * LANES), before)
+            sums[place].add_incoming(totals[place], loop)
+
+        builder.position_at_end(after)
+        for (r, v), total in totals.items():
+            to = self.at(out, builder.mul(step, whole(r)), v * LANES)
+            builder.store(total, self.wide(to), align=4)
+
+    def at(self, base: Any, *offsets: Any) -> Any:
+        """The place so many numbers after another."""
+        for offset in offsets:
+            offset = ir.IntType(64)(offset) if isinstance(offset, int) else offset
+            base = self.builder.gep(base, [offset])
+        return base
+
+    def wide(self, place: Any) -> Any:
+        """A number's place as a vector's."""
+        return self.builder.bitcast(place, self.vector.as_pointer())
+
+    def spread(self, place: Any) -> Any:
+        """The number there in every lane."""
+        blank, index = self.vector(ir.Undefined), ir.IntType(32)
+        first = self.builder.insert_element(blank, self.builder.load(place, align=4), index(0))
+        lanes = ir.VectorType(index, LANES)([0] * LANES)
+        return self.builder.shuffle_vector(first, blank, lanes)
+
+
+def _panel(vectors: int) -> Any:
+    """A function that fills one panel's columns of some rows of the output."""
+    several, one = _block(ROWS, vectors), _block(1, vectors)
+
+    @inner
+    def panel(a: int, b: int, out: int, depth: int, width: int, rows: int) -> None:
+        if rows < ROWS:
+            for row in range(rows):
+                to = floats(out + 4 * row * width)
+                one(floats(a + 4 * row * depth), depth, floats(b), depth, to, width)
+            return
+        for start in range(0, rows, ROWS):
+            # the last block ends with the last row, over some of the block before
+            row = min(start, rows - ROWS)
+            to = floats(out + 4 * row * width)
+            several(floats(a + 4 * row * depth), depth, floats(b), depth, to, width)
+
+    return panel
+
+
+_panel_of_1, _panel_of_2, _panel_of_3, _whole_panel = (
+    _panel(vectors) for vectors in (1, 2, 3, VECTORS)
+)
+
+
+@kernel(PRODUCT)
+def product(pointer: Any) -> None:
+    """``(places, rows, depth)`` times packed ``(places, depth, width)`` for each place; a unit is a
+    panel of a chunk of rows."""
+    job = carray(pointer, 1)[0]
+    take(pointer, 1)
+    depth, width = job.depth, job.width
+    panels = (width + PANEL - 1) // PANEL
+    chunks = (job.rows + CHUNK - 1) // CHUNK
+    while True:
+        unit = take(pointer, 0)
+        if unit >= job.units:
+            break
+        column = unit % panels * PANEL
+        place = unit // panels // chunks
+        row = unit // panels % chunks * CHUNK
+        rows = min(CHUNK, job.rows - row)
+        a = job.a + 4 * (place * job.rows + row) * depth
+        b = job.b + 4 * (place * width + column) * depth
+        out = job.out + 4 * ((place * job.rows + row) * width + column)
+        vectors = (width - column) // LANES
+        if vectors >= VECTORS:
+            _whole_panel(a, b, out, depth, width, rows)
+        elif vectors == 3:
+            _panel_of_3(a, b, out, depth, width, rows)
+        elif vectors == 2:
+            _panel_of_2(a, b, out, depth, width, rows)
+        else:
+            _panel_of_1(a, b, out, depth, width, rows)
