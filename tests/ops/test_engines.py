@@ -15,10 +15,8 @@ from sdconv.ops.strips import Strip
 pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
 
 
-def close(a: Tensor, b: Tensor, *of: Tensor) -> bool:
-    """Whether a and b differ by rounding of what they were summed up ``of``."""
-    scale = max(float(values.abs().max()) for values in (b, *of))
-    return bool((a.double() - b.double()).abs().max() <= 2e-6 * scale)
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a.double() - b.double()).abs().max() <= 2e-6 * b.abs().max())
 
 
 def random(*shape: int) -> Tensor:
@@ -54,7 +52,7 @@ def test_load_and_store(height: int, width: int, channels: int, data: st.DataObj
         tiles.append(loaded)
         outs.append(out)
     assert close(*tiles)
-    assert close(*outs, *tiles)
+    assert close(*outs)
     assert close(*sums)
 
 
