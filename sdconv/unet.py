@@ -20,6 +20,7 @@ from sdconv.blocks import Downsample2D, Upsample2D, last_convolution
 from sdconv.config import Config, UNet2DConditionConfig
 from sdconv.config.facts import UNET_NORM_EPS
 from sdconv.errors import InputError
+from sdconv.fast import blocks as fast
 from sdconv.network import Network
 from sdconv.outputs import Output
 from sdconv.unet_blocks import (
@@ -202,7 +203,7 @@ class UNet2DConditionModel(Network):
         if cross_attention_kwargs is not None:
             conditions["cross_attention_kwargs"] = cross_attention_kwargs
 
-        x = self.conv_in(sample)
+        x = fast.first(self.conv_in, sample)
         x, skips = self._down(x, temb, conditions, adapter)
         if down is not None:
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sdconv.blocks import DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D, last_convolution
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, Config
 from sdconv.config.facts import VAE_NORM_EPS
+from sdconv.fast import blocks as fast
 from sdconv.inputs import check_room
 from sdconv.network import Autoencoder, Recomputed, moved_by_hooks
 from sdconv.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
@@ -66,7 +67,7 @@ class Encoder(Recomputed):
         self.conv_out = nn.Conv2d(last, 2 * latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = fast.first(self.conv_in, x)
         for block in (*self.down_blocks, self.mid_block):
             x = self.call(block, x)
         return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
@@ -117,7 +118,7 @@ class Decoder(Recomputed):
         self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
+        x = fast.first(self.conv_in, z)
         for block in (self.mid_block, *self.up_blocks):
             x = self.call(block, x)
         return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)

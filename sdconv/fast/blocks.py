@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sdconv.backends import is_fast
@@ -24,6 +25,14 @@ class Arithmetic(Protocol):
 
 
 _ON: dict[str, Arithmetic] = {"cpu": cpu, "cuda": cuda}
+
+
+def first(conv: nn.Module, x: Tensor) -> Tensor:
+    """A network's first convolution; in the memory layout that the fast blocks go on in."""
+    if is_fast(conv) and _takes(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+    out: Tensor = conv(x)
+    return out
 
 
 def runs_resnet(block: Any, x: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Which arithmetic a 3x3 convolution gets, and why.
 
-A model of the two times, in the time of one multiplication and addition of a matrix product. Its
-four numbers were fitted to measurements of the VAE's and the U-Nets' shapes.
+A model of the methods' times, in the time of one multiplication and addition of a matrix product.
+Its numbers were fitted to measurements of the VAE's and the U-Nets' shapes (`scripts/bench.py
+layers` measures them again).
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from functools import lru_cache
 
 from sdconv.ops.winograd import OUTPUTS, PLACES
 
-# of a weight's value: torch's kernel reorders it in each call; a transformed one is only read
-_REORDER, _READ = 150, 32
+# of a weight's value: torch's kernel reorders it in each call; a prepared one is only read
+_REORDER, _READ = 160, 25
 # of a value of a transformed tile, there and back; of a call
-_TRANSFORM, _CALL = 85, 10_000_000
+_TRANSFORM, _CALL = 100, 10_000_000
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``method``: "winograd" or "direct". ``costs``: what the model says of each, in
+    """``method``: "winograd", "packed" or "direct". ``costs``: what the model says of each, in
     multiplications. ``reason``: in words."""
 
     method: str
@@ -29,26 +30,36 @@ class Choice:
 
 @lru_cache(maxsize=1024)
 def choose(
-    batch: int, channels: int, out_channels: int, height: int, width: int, room: bool
+    batch: int,
+    channels: int,
+    out_channels: int,
+    height: int,
+    width: int,
+    prepared: tuple[str, ...] = ("winograd", "packed"),
 ) -> Choice:
     """The method for a 3x3 convolution, stride 1, of maps of this shape.
 
     Args:
-        room: whether the transformed weight may be kept in memory.
+        prepared: the methods whose prepared weights may be kept in memory.
     """
     pairs = channels * out_channels
     tiles = batch * -(-height // OUTPUTS) * -(-width // OUTPUTS)
-    direct = 9 * pairs * batch * height * width + 9 * pairs * _REORDER
-    winograd = (
-        PLACES * pairs * tiles
-        + PLACES * pairs * _READ
+    products = 9 * pairs * batch * height * width
+    costs = {
+        "winograd": PLACES * pairs * (tiles + _READ)
         + PLACES * (channels + out_channels) * tiles * _TRANSFORM
-        + _CALL
-    )
-    costs = (("winograd", float(winograd)), ("direct", float(direct)))
-    if not room:
-        return Choice("direct", costs, "no room for the transformed weight: see the cache's limit")
-    ratio = direct / winograd
-    if ratio < 1:
-        return Choice("direct", costs, f"Winograd would take {1 / ratio:.2f} times as long")
-    return Choice("winograd", costs, f"the direct kernel would take {ratio:.2f} times as long")
+        + _CALL,
+        "packed": products
+        + 9 * pairs * _READ
+        + 9 * channels * batch * height * width * _TRANSFORM
+        + _CALL,
+        "direct": products + 9 * pairs * _REORDER,
+    }
+    best, second, *_ = sorted(costs, key=lambda method: costs[method])
+    allowed = [method for method in costs if method in prepared or method == "direct"]
+    method = min(allowed, key=lambda method: costs[method])
+    if method == best:
+        reason = f"{second} would take {costs[second] / costs[best]:.2f} times as long"
+    else:
+        reason = f"no room for what {best} prepares: see the limit of prepared weights"
+    return Choice(method, tuple((name, float(cost)) for name, cost in costs.items()), reason)

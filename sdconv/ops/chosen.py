@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdconv.ops import fused
+from sdconv.ops import fused, packed
 from sdconv.ops.choice import Choice, choose
 from sdconv.ops.fused import After, NotFiniteError
 from sdconv.ops.moments import Norm
@@ -16,8 +16,13 @@ from sdconv.ops.winograd import PLACES
 def choice_for(x: Tensor, weight: Tensor) -> Choice:
     """The method for a 3x3 convolution of ``x``, and why."""
     batch, channels, height, width = x.shape
-    room = prepared.has_room(weight, fused.WINOGRAD, 4 * PLACES * channels * len(weight))
-    return choose(batch, channels, len(weight), height, width, room)
+    pairs = channels * len(weight)
+    makes = (
+        ("winograd", fused.WINOGRAD, 4 * PLACES * pairs),
+        ("packed", fused.gathered(torch.float32), 4 * 9 * pairs),
+    )
+    rooms = (method for method, make, size in makes if prepared.has_room(weight, make, size))
+    return choose(batch, channels, len(weight), height, width, tuple(rooms))
 
 
 def convolution(
@@ -34,7 +39,10 @@ def convolution(
     Raises:
         NotFiniteError: the output is not finite, and ``x`` was spoilt by writing ``in_place``.
     """
-    if choice_for(x, weight).method == "winograd":
+    method = choice_for(x, weight).method
+    if method == "packed":
+        return _with_moments(packed.convolution(x, weight, norm, after), groups)
+    if method == "winograd":
         try:
             return fused.winograd_convolution(
                 x, weight, norm, after, groups=groups, in_place=in_place

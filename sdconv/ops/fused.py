@@ -308,6 +308,11 @@ def _pointwise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (weight.flatten(1).T.to(dtype)[None, :, None],)
 
 
+def _gathered(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A 3x3 convolution's ``(O, C, 3, 3)`` as the right factor of patches ``(3 * 3 * C)``."""
+    return (weight.permute(2, 3, 1, 0).flatten(0, 2).to(dtype)[None, :, None],)
+
+
 @cache
 def _factors(transform: Transform, dtype: torch.dtype) -> Make:
     """Makes a weight's right factors, packed as the products read them."""
@@ -316,6 +321,11 @@ def _factors(transform: Transform, dtype: torch.dtype) -> Make:
         return tuple(engines.of(dtype).pack(right) for right in transform(weight, dtype))
 
     return make
+
+
+def gathered(dtype: torch.dtype) -> Make:
+    """Makes a 3x3 convolution's weight ready for patches of its input."""
+    return _factors(_gathered, dtype)
 
 
 WINOGRAD = _factors(winograd.kernel_transform, torch.float32)

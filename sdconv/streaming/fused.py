@@ -39,7 +39,7 @@ def takes(weight: Tensor) -> bool:
 
 def same(conv: nn.Conv2d, height: int, width: int) -> type[Same]:
     """What a 3x3 convolution of a map of this size is best computed by."""
-    choice = choose(1, conv.in_channels, conv.out_channels, height, width, True)
+    choice = choose(1, conv.in_channels, conv.out_channels, height, width, ("winograd",))
     return Winograd if choice.method == "winograd" else Same
 
 
