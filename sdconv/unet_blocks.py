@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sdconv.blocks import ResnetBlock2D
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import UNET_NORM_EPS
+from sdconv.fast.transformers import products
 from sdconv.network import Recomputed
 from sdconv.ops.freeu import amplified, low_frequencies_scaled
 from sdconv.ops.timesteps import sinusoid
@@ -120,7 +121,8 @@ class Level(Recomputed):
 
 
 def _attend(transformer: nn.Module, x: Tensor, conditions: Conditions) -> Any:
-    return transformer(x, return_dict=False, **conditions)[0]
+    with products(transformer, x):
+        return transformer(x, return_dict=False, **conditions)[0]
 
 
 class DownBlock2D(Level):

@@ -20,6 +20,10 @@ from sdconv.ops.strips import Strip, scratch
 
 _KEYS = np.frombuffer(secrets.token_bytes(4 * sum_kernels.KEYS), dtype=np.uint32)
 
+_ZEROS = torch.zeros(product_kernel.PANEL)
+# fewer are multiplied before a panel of the weight has been put in order
+_MANY_ROWS = 256
+
 
 def load(
     rows: Tensor,
@@ -176,8 +180,37 @@ def product(left: Tensor, packed: Tensor, out: Tensor) -> None:
         width=out.shape[2],
         a=left.data_ptr(),
         b=packed.data_ptr(),
+        start=_ZEROS.data_ptr(),
         out=out.data_ptr(),
     )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """See the plain one: of many rows and whole vectors of columns."""
+    columns, depth = weight.shape
+    rows = x.numel() // depth
+    if rows < _MANY_ROWS or columns % product_kernel.LANES:
+        return None
+    panels = -(-columns // product_kernel.PANEL)
+    # as many rows as leave each thread some units
+    chunk = -(-rows // max(1, 4 * threads() // panels))
+    start = x.new_zeros(columns) if bias is None else bias
+    out = x.new_empty(*x.shape[:-1], columns)
+    launch(
+        product_kernel.linear,
+        product_kernel.LINEAR,
+        units=panels * -(-rows // chunk),
+        **_working(depth * product_kernel.PANEL),
+        rows=rows,
+        chunk=chunk,
+        depth=depth,
+        width=columns,
+        a=x.data_ptr(),
+        b=weight.data_ptr(),
+        start=start.data_ptr(),
+        out=out.data_ptr(),
+    )
+    return out
 
 
 def fingerprint(weight: Tensor) -> bytes:

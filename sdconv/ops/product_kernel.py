@@ -15,9 +15,10 @@ from typing import Any
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 
-from sdconv.ops.compiled import carray, floats, inner, job, kernel, spelled, take
+from sdconv.ops.compiled import BLOCK, carray, floats, inner, job, kernel, spelled, take
 
-PRODUCT = job("rows", "depth", "width", "a", "b", "out")
+PRODUCT = job("rows", "depth", "width", "a", "b", "start", "out")
+LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "out")
 
 # floats in a vector register, and vectors in a panel: with ROWS, as many as the registers hold
 LANES, VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
@@ -32,13 +33,13 @@ def _block(rows: int, vectors: int) -> Any:
     """A function that fills a block of the output, ``rows`` high and ``vectors`` vectors wide."""
 
     def block(
-        typing_context: Any, a: Any, a_step: Any, b: Any, depth: Any, out: Any, out_step: Any
+        typing_context: Any, start: Any, a: Any, step: Any, b: Any, depth: Any, out: Any, to: Any
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _Code(builder).block(rows, vectors, *args)
             return context.get_dummy_value()
 
-        return types.void(a, a_step, b, depth, out, out_step), codegen
+        return types.void(start, a, step, b, depth, out, to), codegen
 
     return spelled(block)
 
@@ -54,11 +55,23 @@ class _Code:
         self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
     def block(
-        self, rows: int, vectors: int, a: Any, a_step: Any, b: Any, depth: Any, out: Any, step: Any
+        self,
+        rows: int,
+        vectors: int,
+        start: Any,
+        a: Any,
+        a_step: Any,
+        b: Any,
+        depth: Any,
+        out: Any,
+        step: Any,
     ) -> None:
-        """``out[r, v] = sum over k of a[r, k] * b[k, v]``."""
+        """``out[r, v] = start[v] + sum over k of a[r, k] * b[k, v]``."""
         builder, whole = self.builder, depth.type
         places = [(r, v) for r in range(rows) for v in range(vectors)]
+        first = [
+            builder.load(self.wide(self.at(start, v * LANES)), align=4) for v in range(vectors)
+        ]
         before = builder.block
         loop = builder.append_basic_block()
         after = builder.append_basic_block()
@@ -80,7 +93,7 @@ class _Code:
         k.add_incoming(whole(0), before)
         k.add_incoming(following, loop)
         for place in places:
-            sums[place].add_incoming(self.vector([0.0] * LANES), before)
+            sums[place].add_incoming(first[place[1]], before)
             sums[place].add_incoming(totals[place], loop)
 
         builder.position_at_end(after)
@@ -112,17 +125,18 @@ def _panel(vectors: int) -> Any:
     several, one = _block(ROWS, vectors), _block(1, vectors)
 
     @inner
-    def panel(a: int, b: int, out: int, depth: int, width: int, rows: int) -> None:
+    def panel(start: int, a: int, b: int, out: int, depth: int, width: int, rows: int) -> None:
+        begin, right = floats(start), floats(b)
         if rows < ROWS:
             for row in range(rows):
                 to = floats(out + 4 * row * width)
-                one(floats(a + 4 * row * depth), depth, floats(b), depth, to, width)
+                one(begin, floats(a + 4 * row * depth), depth, right, depth, to, width)
             return
-        for start in range(0, rows, ROWS):
+        for first in range(0, rows, ROWS):
             # the last block ends with the last row, over some of the block before
-            row = min(start, rows - ROWS)
+            row = min(first, rows - ROWS)
             to = floats(out + 4 * row * width)
-            several(floats(a + 4 * row * depth), depth, floats(b), depth, to, width)
+            several(begin, floats(a + 4 * row * depth), depth, right, depth, to, width)
 
     return panel
 
@@ -132,10 +146,25 @@ _panel_of_1, _panel_of_2, _panel_of_3, _whole_panel = (
 )
 
 
+@inner
+def _multiply(
+    start: int, a: int, b: int, out: int, depth: int, width: int, rows: int, vectors: int
+) -> None:
+    """One panel's columns, of which there are ``vectors`` vectors or more."""
+    if vectors >= VECTORS:
+        _whole_panel(start, a, b, out, depth, width, rows)
+    elif vectors == 3:
+        _panel_of_3(start, a, b, out, depth, width, rows)
+    elif vectors == 2:
+        _panel_of_2(start, a, b, out, depth, width, rows)
+    else:
+        _panel_of_1(start, a, b, out, depth, width, rows)
+
+
 @kernel(PRODUCT)
 def product(pointer: Any) -> None:
     """``(places, rows, depth)`` times packed ``(places, depth, width)`` for each place; a unit is a
-    panel of a chunk of rows."""
+    panel of a chunk of rows. ``start``: a panel of zeros."""
     job = carray(pointer, 1)[0]
     take(pointer, 1)
     depth, width = job.depth, job.width
@@ -148,16 +177,36 @@ def product(pointer: Any) -> None:
         column = unit % panels * PANEL
         place = unit // panels // chunks
         row = unit // panels % chunks * CHUNK
-        rows = min(CHUNK, job.rows - row)
         a = job.a + 4 * (place * job.rows + row) * depth
         b = job.b + 4 * (place * width + column) * depth
         out = job.out + 4 * ((place * job.rows + row) * width + column)
-        vectors = (width - column) // LANES
-        if vectors >= VECTORS:
-            _whole_panel(a, b, out, depth, width, rows)
-        elif vectors == 3:
-            _panel_of_3(a, b, out, depth, width, rows)
-        elif vectors == 2:
-            _panel_of_2(a, b, out, depth, width, rows)
-        else:
-            _panel_of_1(a, b, out, depth, width, rows)
+        rows = min(CHUNK, job.rows - row)
+        _multiply(job.start, a, b, out, depth, width, rows, (width - column) // LANES)
+
+
+@kernel(LINEAR)
+def linear(pointer: Any) -> None:
+    """``(rows, depth)`` times the transpose of ``(width, depth)``, which each unit packs a panel
+    of, and the bias ``start``; a unit is a panel of a chunk of so many rows."""
+    job = carray(pointer, 1)[0]
+    mine = job.scratch + 4 * take(pointer, 1) * job.scratch_size
+    depth, width = job.depth, job.width
+    packed, weight = floats(mine), floats(job.b)
+    panels = (width + PANEL - 1) // PANEL
+    while True:
+        unit = take(pointer, 0)
+        if unit >= job.units:
+            break
+        column = unit % panels * PANEL
+        row = unit // panels * job.chunk
+        columns = min(PANEL, width - column)
+        for k0 in range(0, depth, BLOCK):
+            for c in range(columns):
+                at = (column + c) * depth
+                for k in range(k0, min(k0 + BLOCK, depth)):
+                    packed[k * columns + c] = weight[at + k]
+        a = job.a + 4 * row * depth
+        out = job.out + 4 * (row * width + column)
+        rows = min(job.chunk, job.rows - row)
+        start = job.start + 4 * column
+        _multiply(start, a, mine, out, depth, width, rows, columns // LANES)

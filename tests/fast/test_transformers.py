@@ -1,0 +1,75 @@
+"""The linear layers of diffusers' transformers inside a fast U-Net."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sdconv
+from sdconv.fast.transformers import products
+from sdconv.ops import engines
+
+pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
+
+
+class Calls(nn.Module):
+    """A linear layer that has seen which kernel its product came from."""
+
+    def __init__(self, depth: int, columns: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Linear(depth, columns, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with products(self, x[None] if x.ndim == 3 else x):
+            out: Tensor = self.layer(x)
+        return out
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@given(
+    rows=st.integers(256, 700),
+    depth=st.integers(1, 150),
+    columns=st.sampled_from([16, 48, 64, 144, 208]),
+    bias=st.booleans(),
+)
+@settings(max_examples=25)
+def test_linear_layers(rows: int, depth: int, columns: int, bias: bool) -> None:
+    x, weight = random(1, rows, depth), random(columns, depth)
+    added = random(columns) if bias else None
+    out = engines.compiled()[0].linear(x, weight, added)
+    expected = functional.linear(
+        x.double(), weight.double(), None if added is None else added.double()
+    )
+    assert out is not None
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+    shifted = functional.linear(x.double(), weight.double().roll(1, 0))
+    assert (out - shifted).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_only_fast_networks_without_gradients_are_taken_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+    compiled = engines.compiled()[0]
+    plain = compiled.linear
+    monkeypatch.setattr(compiled, "linear", lambda *given: taken.append(1) or plain(*given))
+    module, x = Calls(32, 64), random(1, 300, 32)
+    with torch.no_grad():
+        expected = module(x)
+        assert not taken
+        with sdconv.backend("fast"):
+            assert torch.allclose(module(x), expected, atol=1e-5)
+            assert len(taken) == 1
+            module(x.transpose(0, 1).expand(300, 2, 32).transpose(0, 1))  # not dense
+            assert len(taken) == 1
+    with sdconv.backend("fast"):
+        module(x).sum().backward()
+    assert len(taken) == 1
+    assert module.layer.weight.grad is not None
