@@ -93,11 +93,10 @@ class SubPixel(Doubled):
 
 
 def _bytes(places: int, weight: Tensor, strip: int) -> int:
-    """Of a weight transformed to so many matrices, of what is made on the way to it (64 channels
-    at once, in float64, twice; then all of it again, unpacked), and of a strip's numbers."""
-    transformed = places * weight.shape[0] * weight.shape[1] * _COMPUTED.itemsize
-    making = places * weight.shape[1] * 64 * 2 * torch.float64.itemsize
-    return transformed + max(making, transformed) + strip * _COMPUTED.itemsize
+    """Of a weight transformed to so many matrices, of the same before it is packed, and of a
+    strip's numbers."""
+    transformed = places * weight.shape[0] * weight.shape[1]
+    return (2 * transformed + strip) * _COMPUTED.itemsize
 
 
 class _Winograd:

@@ -19,7 +19,7 @@ from torch import Tensor
 import sdconv
 from sdconv.ops.fused import WinogradPass
 from sdconv.ops.prepared import prepared
-from sdconv.streaming import Plan, make_plan, planner, steps_of
+from sdconv.streaming import Plan, least_memory, make_plan, planner, steps_of
 from sdconv.streaming.executor import run
 from sdconv.streaming.fused import SubPixel, Winograd
 from sdconv.streaming.maps import Place
@@ -110,7 +110,9 @@ def test_by_the_method_and_by_the_switch(tmp_path: Path, monkeypatch: pytest.Mon
     z = randn(2, 4, 25, 30)
     whole = both(NETWORK, "decode", z)
     network = copy.deepcopy(NETWORK)
-    network.enable_streaming("7400KiB", tmp_path)
+    with sdconv.backend("fast"):
+        least = least_memory(steps_of(NETWORK, "decode", 25, 30), pictures=2, spill=True)
+    network.enable_streaming(least, tmp_path)
     assert network.streaming is not None
     with sdconv.backend("fast"):
         assert network.streaming.plan(network, "decode", z).spilled > 0
