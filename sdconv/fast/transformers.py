@@ -1,5 +1,5 @@
-"""The transformers between the U-Net's blocks, which are diffusers' own: the matrix products of their
-linear layers are taken over as they come, whoever calls them (attention processors, LoRA layers)."""
+"""The transformers between the U-Net's blocks, which are diffusers' own: the matrix products of
+their linear layers are taken over as they come, whoever calls them (attention processors, LoRA)."""
 
 from __future__ import annotations
 
