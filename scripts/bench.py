@@ -1,0 +1,527 @@
+"""The fast backend beside its peers: times, memory, errors, each a ratio within one run.
+
+Networks have full size and random weights. Sides take turns in one process, and their order turns
+round by round; printed are medians. Memory is the peak of anonymous resident memory of a process
+that computes once, above what it had with its weights in place; what the fast backend keeps of
+transformed weights is told apart.
+
+    python scripts/bench.py decode --size 512x512 --peers plain channels_last compiled openvino
+    python scripts/bench.py encode --size 512x512
+    python scripts/bench.py unet --size 64x64
+    python scripts/bench.py layers
+    python scripts/bench.py memory --size 512x512
+    python scripts/bench.py error --size 512x512
+    python scripts/bench.py sizes --sizes 256 384 512 768 1024 --plot docs/pictures/sizes.webp
+    python scripts/bench.py first --size 512x512
+
+Each takes --rounds, and --json FILE. `openvino` needs the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sdconv
+from sdconv.ops import chosen, engines
+from sdconv.ops.fused import After
+from sdconv.ops.prepared import prepared
+from sdconv.unet import with_diffusers_transformers
+
+Size = tuple[int, int]
+Run = Callable[[], Tensor]
+# 3x3 convolutions of stride 1: (input channels, output channels, size)
+VAE = (
+    *((512, 512, 64), (512, 512, 128), (512, 256, 256), (256, 256, 256), (256, 128, 512)),
+    *((128, 128, 512), (128, 256, 256), (256, 512, 128)),
+)
+SD15 = (
+    *((320, 320, 64), (640, 320, 64), (960, 320, 64), (320, 640, 32), (640, 640, 32)),
+    *((960, 640, 32), (1280, 640, 32), (1920, 640, 32), (640, 1280, 16), (1280, 1280, 16)),
+    *((1920, 1280, 16), (2560, 1280, 16), (1280, 1280, 8), (2560, 1280, 8)),
+)
+SDXL = (
+    *((320, 320, 128), (640, 320, 128), (960, 320, 128), (320, 640, 64), (640, 640, 64)),
+    *((960, 640, 64), (1280, 640, 64), (1920, 640, 64), (640, 1280, 32), (1280, 1280, 32)),
+    *((1920, 1280, 32), (2560, 1280, 32)),
+)
+
+
+def filled(network: nn.Module) -> Any:
+    """A network from the meta device with random weights of about the size that training gives."""
+    network.to_empty(device="cpu").eval()
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=random)
+        else:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+    return network
+
+
+def ours(work: str) -> Any:
+    """sdconv's full-size network."""
+    if work == "unet":
+        kind: Any = sdconv.UNet2DConditionConfig
+        own: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280)}
+        own |= {"cross_attention_dim": 768, "attention_head_dim": 8}
+        with torch.device("meta"):
+            return filled(
+                with_diffusers_transformers(kind.from_json({**kind.assumed, **own}, "SD1.5"))
+            )
+    own = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    assumed = sdconv.AutoencoderKLConfig.assumed
+    with torch.device("meta"):
+        return filled(sdconv.AutoencoderKL(sdconv.AutoencoderKLConfig(**{**assumed, **own})))
+
+
+def theirs(network: Any) -> Any:
+    """diffusers' network with the same weights."""
+    import diffusers
+
+    kind = getattr(diffusers, network.config.class_name)
+    with torch.device("meta"):
+        peer = kind.from_config(network.config.to_json())
+    peer.load_state_dict(network.state_dict(), assign=True)
+    return peer.eval()
+
+
+def given(work: str, size: Size) -> tuple[Tensor, ...]:
+    height, width = size
+    torch.manual_seed(0)
+    if work == "encode":
+        return (torch.randn(1, 3, height, width),)
+    if work == "decode":
+        return (torch.randn(1, 4, height // 8, width // 8),)
+    return torch.randn(1, 4, height, width), torch.tensor(500), torch.randn(1, 77, 768)
+
+
+def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
+    if work == "unet":
+        out: Tensor = network(*inputs, return_dict=False)[0]
+    elif work == "decode":
+        out = network.decode(*inputs, return_dict=False)[0]
+    else:
+        out = network.encode(*inputs, return_dict=False)[0].mode()
+    return out
+
+
+def sides(work: str, size: Size, peers: list[str]) -> dict[str, Run]:
+    """What to time, by name."""
+    network = ours(work)
+    inputs = given(work, size)
+    found: dict[str, Run] = {}
+    for name in peers:
+        found[name] = PEERS[name](theirs(network), work, inputs)
+
+    def fast() -> Tensor:
+        with sdconv.backend("fast"):
+            return call(network, work, inputs)
+
+    return {**found, "sdconv fast": fast}
+
+
+def plain(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
+    return lambda: call(network, work, inputs)
+
+
+def channels_last(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
+    # a copy: the others share the weights
+    network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
+    network.to(memory_format=torch.channels_last)
+    first = inputs[0].contiguous(memory_format=torch.channels_last)
+    return lambda: call(network, work, (first, *inputs[1:]))
+
+
+def compiled(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
+    run = channels_last(network, work, inputs)
+    return torch.compile(run)  # type: ignore[no-any-return]
+
+
+def openvino(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
+    import openvino as ov
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return call(self.network, work, inputs)
+
+    model = ov.convert_model(Plain(), example_input=inputs if len(inputs) > 1 else inputs[0])
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    request = ov.compile_model(model, "CPU", settings).create_infer_request()
+    arrays = [tensor.numpy() for tensor in inputs]
+    return lambda: torch.from_numpy(request.infer(arrays)[0])
+
+
+PEERS = {
+    "plain": plain,
+    "channels_last": channels_last,
+    "compiled": compiled,
+    "openvino": openvino,
+}
+
+
+def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one call that does not count."""
+    names = list(runs)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for run in runs.values():
+        run()
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            runs[name]()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    runs = sides(options.what, options.size, options.peers)
+    times = turns(runs, options.rounds)
+    for name, seconds in times.items():
+        yield {
+            "work": f"{options.what} {options.size[0]}x{options.size[1]}",
+            "side": name if name.startswith("sdconv") else f"{LABELS.get(name, name)}",
+            "seconds": round(seconds, 2),
+            "over sdconv fast": round(seconds / times["sdconv fast"], 2),
+        }
+
+
+LABELS = {
+    "plain": "diffusers",
+    "channels_last": "diffusers, channels_last",
+    "compiled": "diffusers, channels_last, compiled",
+    "openvino": "OpenVINO, f32",
+}
+
+
+def layers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Each 3x3 convolution with its bias, beside torch's, in either memory layout."""
+    ratios = []
+    for family, shapes in (("VAE", VAE), ("SD1.5 U-Net", SD15), ("SDXL U-Net", SDXL)):
+        for channels, out_channels, side in shapes:
+            x = torch.randn(1, channels, side, side)
+            weight = torch.randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
+            bias = torch.randn(out_channels)
+            runs = _layer(x, weight, bias)
+            times = turns(runs, options.rounds)
+            torchs = min(times["torch"], times["torch, channels_last"])
+            ratios.append(torchs / times["fast"])
+            yield {
+                "network": family,
+                "channels": f"{channels} -> {out_channels}",
+                "size": f"{side}x{side}",
+                "method": chosen.choice_for(x, weight).method,
+                "torch, ms": round(1e3 * torchs, 1),
+                "fast, ms": round(1e3 * times["fast"], 1),
+                "ratio": round(ratios[-1], 2),
+            }
+            prepared.clear()
+    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    yield {"network": "geometric mean", "ratio": round(mean, 2)}
+    yield {"network": "least", "ratio": round(min(ratios), 2)}
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Run]:
+    last = x.contiguous(memory_format=torch.channels_last)
+    weight_last = weight.contiguous(memory_format=torch.channels_last)
+    return {
+        "torch": lambda: functional.conv2d(x, weight, bias, padding=1),
+        "torch, channels_last": lambda: functional.conv2d(last, weight_last, bias, padding=1),
+        "fast": lambda: chosen.convolution(last, weight, None, After(bias), groups=1)[0],
+    }
+
+
+def anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("needs Linux: it reads /proc/self/status")
+
+
+def peak_of(run: Run) -> tuple[int, float]:
+    """The most anonymous memory while it runs, above what there was before; seconds."""
+    before = most = anonymous()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    done.set()
+    thread.join()
+    return most - before, seconds
+
+
+def once(options: argparse.Namespace) -> None:
+    """One side's peak, in a process of its own; JSON on standard output."""
+    runs = sides("decode", options.size, [] if options.side == "fast" else [options.side])
+    run = runs["sdconv fast" if options.side == "fast" else options.side]
+    if options.side == "fast":
+        # compiles, and transforms the weights, outside what is measured
+        start = time.perf_counter()
+        run()
+        first = time.perf_counter() - start
+    else:
+        first = 0.0
+    peak, seconds = peak_of(run)
+    kept = prepared.memory
+    print(json.dumps({"peak": peak, "kept": kept, "seconds": seconds, "first": first}))
+
+
+def _child(side: str, size: Size) -> dict[str, Any]:
+    command = [sys.executable, __file__, "once", "--side", side, "--size", f"{size[0]}x{size[1]}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    peaks: dict[str, int] = {}
+    for side in ("plain", "channels_last", "fast"):
+        found = _child(side, options.size)
+        peaks[side] = found["peak"]
+        yield {
+            "side": "sdconv fast" if side == "fast" else LABELS[side],
+            "activations and scratch, MB": round(found["peak"] / 1e6),
+            "transformed weights, MB": round(found["kept"] / 1e6),
+            "of diffusers'": round(found["peak"] / peaks["plain"], 2),
+        }
+
+
+def error(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Of a decode, against the same in float64."""
+    network = ours("decode")
+    inputs = given("decode", options.size)
+    found = {"reference": call(network, "decode", inputs)}
+    with sdconv.backend("fast"):
+        found["fast"] = call(network, "decode", inputs)
+    exact = call(network.double(), "decode", tuple(x.double() for x in inputs))
+    scale = float(exact.abs().max())
+    for name, out in found.items():
+        difference = out.double() - exact
+        error = float(difference.abs().max()) / scale
+        noise = float(difference.square().mean())
+        yield {
+            "backend": name,
+            "max error of the largest": f"{error:.1e}",
+            "PSNR, dB": round(10 * math.log10((2 * scale) ** 2 / noise), 1),
+        }
+
+
+def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Decodes of squares: seconds and peak of each side, one process each."""
+    rows = []
+    for side in options.sizes:
+        row: dict[str, Any] = {"size": f"{side}x{side}"}
+        for name in ("channels_last", "fast"):
+            found = _child(name, (side, side))
+            row[f"{name}, s"] = round(found["seconds"], 2)
+            row[f"{name}, MB"] = round(found["peak"] / 1e6)
+        rows.append((side, row))
+        yield row
+    slopes: dict[str, Any] = {"size": "slope"}
+    for column in rows[0][1]:
+        if column != "size":
+            slopes[column] = round(_slope([(side**2, row[column]) for side, row in rows]), 2)
+    yield slopes
+    if options.plot is not None:
+        _plot(rows, slopes, options.plot)
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    """Of the logarithms: 1 where it grows as the pixels do."""
+    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
+    return statistics.linear_regression(xs, ys).slope
+
+
+def _plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, unit, words in zip(axes, ("s", "MB"), ("seconds", "peak memory, MB"), strict=True):
+        for name, label, colour in (
+            ("channels_last", "diffusers, channels_last", "#888888"),
+            ("fast", "sdconv fast", "#3f51b5"),
+        ):
+            column = f"{name}, {unit}"
+            axis.loglog(
+                [side for side, _ in rows],
+                [row[column] for _, row in rows],
+                "o-",
+                color=colour,
+                label=f"{label}: pixels to the {slopes[column]}",
+            )
+        axis.set_xticks([side for side, _ in rows], [str(side) for side, _ in rows])
+        axis.minorticks_off()
+        axis.set_xlabel("side of the picture")
+        axis.set_title(words, loc="left", fontsize=11)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)
+
+
+def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """How far the decode's convolutions are from what their products alone would take."""
+    rate = _product_rate()
+    network = ours("decode")
+    counts = {"direct": 0.0, "fast": 0.0}
+    for convolution, height, width in _convolutions(network, options.size):
+        channels, out_channels = convolution.in_channels, convolution.out_channels
+        direct = convolution.kernel_size[0] ** 2 * channels * out_channels * height * width
+        counts["direct"] += direct
+        counts["fast"] += direct / 4 if convolution.kernel_size == (3, 3) else direct
+    seconds = turns({"fast": sides("decode", options.size, [])["sdconv fast"]}, options.rounds)
+    for name, multiplies in counts.items():
+        least = 2 * multiplies / rate
+        yield {
+            "limit": f"{name} convolutions' products",
+            "at, GFLOP/s": round(rate / 1e9),
+            "seconds": round(least, 2),
+            "whole decode over it": round(seconds["fast"] / least, 2),
+        }
+
+
+def _convolutions(network: Any, size: Size) -> list[tuple[nn.Conv2d, int, int]]:
+    found: list[tuple[nn.Conv2d, int, int]] = []
+    hooks = [
+        part.register_forward_hook(lambda conv, _, out: found.append((conv, *out.shape[2:])))
+        for part in network.decoder.modules()
+        if isinstance(part, nn.Conv2d)
+    ]
+    with torch.device("meta"):
+        network.to("meta").decode(torch.empty(1, 4, size[0] // 8, size[1] // 8))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _product_rate() -> float:
+    """Operations a second of this package's own products, where they are fastest."""
+    engine = engines.of(torch.float32)
+    left, right = torch.randn(36, 240, 512), torch.randn(36, 512, 1, 512)
+    packed, out = engine.pack(right), torch.empty(36, 240, engine.width(512))
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        engine.product(left, packed, out)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 36 * 240 * 512 * 512 / min(seconds)
+
+
+def first(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the first call costs: compiling (or reading what was compiled), and the weights."""
+    for cache in ("as it is", "empty"):
+        found = _first(cache, options.size)
+        yield {"Numba's cache": cache, **{key: round(value, 2) for key, value in found.items()}}
+
+
+FIRST = """
+import json, sys, time
+sys.path.insert(0, {folder!r})
+import bench
+from sdconv.ops import engines
+run = bench.sides("decode", {size!r}, [])["sdconv fast"]
+_, loading = engines.compiled()
+times = []
+import torch
+with torch.inference_mode():
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+print(json.dumps(dict(zip(("kernels, s", "first call, s", "second call, s"), (loading, *times)))))
+"""
+
+
+def _first(cache: str, size: Size) -> dict[str, float]:
+    import os
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as empty:
+        environment = dict(os.environ)
+        if cache == "empty":
+            environment["NUMBA_CACHE_DIR"] = empty
+        code = FIRST.format(folder=str(Path(__file__).parent), size=size)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+WORKS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
+    "decode": network,
+    "encode": network,
+    "unet": network,
+    "layers": layers,
+    "memory": memory,
+    "error": error,
+    "sizes": sizes,
+    "limits": limits,
+    "first": first,
+}
+
+
+def size_of(text: str) -> Size:
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("what", choices=(*WORKS, "once"))
+    parser.add_argument("--size", type=size_of, help="a picture's; a U-Net's latents'")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768, 1024])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["plain", "channels_last"])
+    parser.add_argument("--side", default="fast", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--plot", type=Path, help="a file for the plot of `sizes`")
+    options = parser.parse_args()
+    options.size = options.size or ((64, 64) if options.what == "unet" else (512, 512))
+    with torch.inference_mode():
+        if options.what == "once":
+            once(options)
+            return
+        rows = []
+        for row in WORKS[options.what](options):
+            if not rows or list(row) != list(rows[-1]):
+                print("| " + " | ".join(row) + " |\n|" + "---|" * len(row), flush=True)
+            rows.append(row)
+            print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+    threads = torch.get_num_threads()
+    print(f"\n({threads} threads, torch {torch.__version__}, {options.rounds} rounds)")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"threads": threads, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
