@@ -1,5 +1,5 @@
 """The transformers between the U-Net's blocks, which are diffusers' own: the matrix products of
-their linear layers are taken over as they come, whoever calls them (attention processors, LoRA)."""
+their linear layers (and 1x1 convolutions) are taken over as they come, whoever calls them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,9 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if function is functional.linear:
-            out = _linear(*args, **(kwargs or {}))
-            if out is not None:
-                return out
-        return function(*args, **(kwargs or {}))
+        ours = _OURS.get(function)
+        out = None if ours is None else ours(*args, **(kwargs or {}))
+        return out if out is not None else function(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -47,3 +45,26 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if not dense or not is_eager(*given) or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
         return None
     return engines.of(torch.float32).linear(input, weight, bias)
+
+
+def _pointwise(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """A 1x1 convolution of a channels-last map is a linear layer."""
+    ones, zeros = (1, (1, 1)), (0, (0, 0))
+    if weight.shape[2:] != (1, 1) or groups != 1 or stride not in ones or padding not in zeros:
+        return None
+    out = _linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias)
+    return None if out is None else out.permute(0, 3, 1, 2)
+
+
+_OURS: dict[Any, Callable[..., Tensor | None]] = {
+    functional.linear: _linear,
+    functional.conv2d: _pointwise,
+}

@@ -16,6 +16,8 @@ from sdconv.ops.winograd import OUTPUTS, PLACES
 _REORDER, _READ = 160, 25
 # of a value of a transformed tile, there and back; of a call
 _TRANSFORM, _CALL = 100, 10_000_000
+# of a value of a map that is normalised in ways through memory of its own
+_NORMALISE = 250
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,24 @@ def choose(
     height: int,
     width: int,
     prepared: tuple[str, ...] = ("winograd", "packed"),
+    normalised: bool = False,
 ) -> Choice:
     """The method for a 3x3 convolution, stride 1, of maps of this shape.
 
     Args:
         prepared: the methods whose prepared weights may be kept in memory.
+        normalised: whether a normalisation and SiLU stand before it, which Winograd's has for
+            nothing.
     """
     pairs = channels * out_channels
     tiles = batch * -(-height // OUTPUTS) * -(-width // OUTPUTS)
-    products = 9 * pairs * batch * height * width
+    pixels = batch * height * width
+    products = 9 * pairs * pixels + normalised * channels * pixels * _NORMALISE
     costs = {
         "winograd": PLACES * pairs * (tiles + _READ)
         + PLACES * (channels + out_channels) * tiles * _TRANSFORM
         + _CALL,
-        "packed": products
-        + 9 * pairs * _READ
-        + 9 * channels * batch * height * width * _TRANSFORM
-        + _CALL,
+        "packed": products + 9 * pairs * _READ + 9 * channels * pixels * _TRANSFORM + _CALL,
         "direct": products + 9 * pairs * _REORDER,
     }
     best, second, *_ = sorted(costs, key=lambda method: costs[method])

@@ -13,7 +13,7 @@ from sdconv.ops.prepared import prepared
 from sdconv.ops.winograd import PLACES
 
 
-def choice_for(x: Tensor, weight: Tensor) -> Choice:
+def choice_for(x: Tensor, weight: Tensor, normalised: bool = False) -> Choice:
     """The method for a 3x3 convolution of ``x``, and why."""
     batch, channels, height, width = x.shape
     pairs = channels * len(weight)
@@ -22,7 +22,7 @@ def choice_for(x: Tensor, weight: Tensor) -> Choice:
         ("packed", fused.gathered(torch.float32), 4 * 9 * pairs),
     )
     rooms = (method for method, make, size in makes if prepared.has_room(weight, make, size))
-    return choose(batch, channels, len(weight), height, width, tuple(rooms))
+    return choose(batch, channels, len(weight), height, width, tuple(rooms), normalised)
 
 
 def convolution(
@@ -39,7 +39,7 @@ def convolution(
     Raises:
         NotFiniteError: the output is not finite, and ``x`` was spoilt by writing ``in_place``.
     """
-    method = choice_for(x, weight).method
+    method = choice_for(x, weight, norm is not None).method
     if method == "packed":
         return _with_moments(packed.convolution(x, weight, norm, after), groups)
     if method == "winograd":

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sdconv.ops.compiled import (
     BLOCK,
-    as_float,
     carray,
     clear,
     copy,
     count,
     doubles,
+    exp,
     f32,
     floats,
     gather,
@@ -59,25 +57,10 @@ def _normalise(out: Any, to: int, x: Any, at: int, scale: Any, shift: Any, c0: i
 
 @inner
 def _silu(x: Any, at: int, n: int) -> None:
-    """``x / (1 + exp(-x))`` in place; exp within 2 units in the last place, by Cody and Waite's
-    reduction and the polynomial of Cephes' ``expf``."""
+    """``x / (1 + exp(-x))`` in place."""
     for c in range(n):
         y = x[at + c]
-        z = -y
-        z = z if z > f32(-87.0) else f32(-87.0)
-        z = z if z < f32(87.0) else f32(87.0)
-        k = np.floor(z * f32(1.4426950408889634) + f32(0.5))
-        r = z - k * f32(0.693359375)
-        r = r - k * f32(-2.12194440e-4)
-        p = f32(1.9875691500e-4)
-        p = p * r + f32(1.3981999507e-3)
-        p = p * r + f32(8.3334519073e-3)
-        p = p * r + f32(4.1665795894e-2)
-        p = p * r + f32(1.6666665459e-1)
-        p = p * r + f32(5.0000001201e-1)
-        e = p * r * r + r + f32(1.0)
-        e = e * as_float((np.int32(k) + np.int32(127)) << np.int32(23))
-        x[at + c] = y / (f32(1.0) + e)
+        x[at + c] = y / (f32(1.0) + exp(-y))
 
 
 @inner

@@ -73,3 +73,15 @@ def test_only_fast_networks_without_gradients_are_taken_over(
         module(x).sum().backward()
     assert len(taken) == 1
     assert module.layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
+    x = random(2, 32, 20, 30).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(32, 48, kernel)
+    with torch.no_grad(), sdconv.backend("fast"), products(conv, x):
+        out = conv(x)
+    expected = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double())
+    assert out.shape == expected.shape
+    assert (out - expected).abs().max() < 1e-5
+    assert (out.roll(1, 1) - expected).abs().max() > 0.1
