@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -305,7 +306,16 @@ def _made_whole(out: Path) -> Iterator[Path]:
             fix="make room, or give --out a place on another disk",
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
+
+
+def _remove(folder: Path) -> None:
+    """A folder with all in it; after an interruption zarr's threads may still be writing there."""
+    end = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < end:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            time.sleep(0.05)
 
 
 @contextmanager
