@@ -23,10 +23,10 @@ LAYERS = (
     ("fast",),
     ("checkpoint.files",),
     ("checkpoint.header", "checkpoint.pickles", "checkpoint.folder", "checkpoint.source"),
-    ("checkpoint.keys", "checkpoint.keys_unet", "checkpoint.keys_clip"),
+    ("checkpoint.keys", "checkpoint.keys_unet", "checkpoint.keys_clip", "checkpoint.names"),
     # before infer, which reads the configs that it writes
     ("checkpoint.write", "checkpoint.stream"),
-    ("checkpoint.find", "checkpoint.names", "checkpoint.reading"),
+    ("checkpoint.find", "checkpoint.reading"),
     ("checkpoint.infer_vae", "checkpoint.infer_tiny", "checkpoint.infer_unet"),
     ("checkpoint.infer",),
     ("checkpoint.fit",),

@@ -4,8 +4,9 @@ no numbers."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from sdconv.checkpoint.files import short
 from sdconv.checkpoint.keys import (
@@ -14,6 +15,7 @@ from sdconv.checkpoint.keys import (
     KeyMap,
     modern_attention,
     tiny_canonical,
+    tiny_original,
 )
 from sdconv.checkpoint.keys_unet import ema_name, keys_of_canonical, keys_of_original
 from sdconv.checkpoint.names import Names, few, prefixes
@@ -31,6 +33,7 @@ class Found:
     diffusers' name -> the name in the file. ``dropped``: names under the prefix that are on purpose
     no weights of it (losses, EMA copies). ``unexpected``: names under the prefix that it has no
     place for. ``ema``: diffusers' name -> the name of its running average, as far as there are any.
+    ``in_layout``: diffusers' name -> the layout's, without prefix; None for no tensor of it.
     """
 
     component: str
@@ -41,11 +44,18 @@ class Found:
     dropped: tuple[str, ...]
     unexpected: tuple[str, ...]
     ema: Mapping[str, str] = field(default_factory=dict)
+    in_layout: Callable[[str], str | None] = field(compare=False, repr=False)
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Its tensors' shapes by diffusers' names, 1x1-convolution attention weights as the linear
         ones they are."""
         return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
+
+    def place(self, canonical: str) -> str:
+        """The name that a tensor would have in the file if it were there, and diffusers' where that
+        is another, for messages."""
+        name = self.prefix + (self.in_layout(canonical) or canonical)
+        return name if name.endswith(canonical) else f"{name} ({canonical})"
 
 
 # how the names of a VAE's levels begin
@@ -171,6 +181,7 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
         names=names,
         dropped=tuple(dropped),
         unexpected=tuple(unexpected),
+        in_layout=str if layout == "diffusers" else keymap.original,
     )
 
 
@@ -191,7 +202,7 @@ def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
     if is_bare_half(shapes):
         half = tiny_half(shapes, where)
         bare = {canonical: name for name in shapes if (canonical := tiny_canonical(half, name))}
-        yield _tiny("", "original", bare, ())
+        yield _tiny("", "original", bare, (), partial(_tiny_name, is_bare=True))
         return
     groups: dict[tuple[str, str], dict[str, str]] = {}
     for name in shapes:
@@ -215,10 +226,23 @@ def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
             and prefix + name not in _TINY_SCALARS
             and (prefix or not _beside(name))
         ]
-        yield _tiny(prefix, layout, own, tuple(rest))
+        in_layout = str if layout == "diffusers" else partial(_tiny_name, is_bare=False)
+        yield _tiny(prefix, layout, own, tuple(rest), in_layout)
 
 
-def _tiny(prefix: str, layout: str, names: dict[str, str], unexpected: tuple[str, ...]) -> Found:
+def _tiny_name(canonical: str, *, is_bare: bool) -> str | None:
+    """The original layout's name, of a file of both halves or of one of its own."""
+    split = tiny_original(canonical)
+    return split and (split[1] if is_bare else ".".join(split))
+
+
+def _tiny(
+    prefix: str,
+    layout: str,
+    names: dict[str, str],
+    unexpected: tuple[str, ...],
+    in_layout: Callable[[str], str | None],
+) -> Found:
     return Found(
         component="vae",
         kind="AutoencoderTiny",
@@ -227,6 +251,7 @@ def _tiny(prefix: str, layout: str, names: dict[str, str], unexpected: tuple[str
         names=names,
         dropped=(),
         unexpected=unexpected,
+        in_layout=in_layout,
     )
 
 
@@ -264,17 +289,9 @@ def tiny_half(shapes: Shapes, where: object) -> str:
 
 
 # what only a U-Net has all of, by layout: the way in, the time, the way up
-_UNET_ANCHORS: Mapping[str, tuple[str, ...]] = {
-    "diffusers": (
-        "conv_in.weight",
-        "time_embedding.linear_1.weight",
-        "up_blocks.0.resnets.0.conv1.weight",
-    ),
-    "original": (
-        "input_blocks.0.0.weight",
-        "time_embed.0.weight",
-        "output_blocks.0.0.in_layers.0.weight",
-    ),
+_UNET_ANCHORS: Mapping[str, tuple[str, str, str]] = {
+    "diffusers": ("conv_in.", "time_embedding.", "up_blocks.0.resnets."),
+    "original": ("input_blocks.0.0.", "time_embed.", "output_blocks.0.0."),
 }
 # modules of networks that are built around such a U-Net: for videos, and ControlNets
 _NOT_A_UNET = frozenset(
@@ -290,11 +307,12 @@ def _is_around_a_unet(name: str) -> bool:
 
 def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
     for layout, anchors in _UNET_ANCHORS.items():
+        first = anchors[0]
         candidates = (
             prefix
-            for prefix in prefixes(shapes, anchors[0])
-            if all(prefix + anchor in shapes for anchor in anchors)
-            and len(shapes[prefix + anchors[0]]) == 4
+            for prefix in prefixes(shapes, f"{first}weight", f"{first}bias")
+            if all(names.any_begins(prefix + anchor) for anchor in anchors)
+            and len(shapes.get(f"{prefix}{first}weight", (0,) * 4)) == 4
         )
         for prefix in few("unet", candidates, where):
             inside = names.under(prefix)
@@ -326,4 +344,5 @@ def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
         dropped=(),
         unexpected=tuple(unexpected),
         ema={canonical: name for canonical, name in averages.items() if name in shapes},
+        in_layout=str if layout == "diffusers" else keys.original,
     )

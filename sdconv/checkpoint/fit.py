@@ -52,7 +52,8 @@ class Fit:
         wanted = [f"{name} {shape}" for name, (shape, _) in self.misshapen.items()]
         came = [f"{name} {shape}" for name, (_, shape) in self.misshapen.items()]
         integers = [f"{name} {dtype}" for name, dtype in self.not_floating.items()]
-        expected = [*wanted, *self.missing, *(["floating-point weights"] if integers else [])]
+        missing = [chosen.found.place(name) for name in self.missing]
+        expected = [*wanted, *missing, *(["floating-point weights"] if integers else [])]
         raise WeightsMismatchError(
             f"the weights do not fit the {chosen.component}{told}: {self.words}",
             where=where,

@@ -292,7 +292,7 @@ def _read(
     family: str | None,
     where: object,
 ) -> Reading:
-    own = Own(found.shapes(shapes), where)
+    own = Own(found, shapes, where)
     match found.kind:
         case "AutoencoderKL":
             check_kind(found, where)

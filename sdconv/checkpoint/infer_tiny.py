@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdconv.checkpoint.reading import Own, Reading, Shape
@@ -24,7 +25,7 @@ def read_tiny(own: Own, family: str | None = None) -> Reading:
     encoder = _tiny_layers(own, "encoder")
     decoder = _tiny_layers(own, "decoder")
     assumed = AutoencoderTinyConfig.assumed
-    stem, encoder_channels, encoder_blocks = _tiny_encoder(own, encoder)
+    stem, encoder_channels, encoder_blocks = _tiny_encoder(encoder)
     decoder_channels, decoder_blocks = _tiny_decoder(decoder)
     latent = decoder[0].shape[1] if decoder else encoder[-1].shape[0]
     if encoder and decoder and encoder[-1].shape[0] != latent:
@@ -81,18 +82,18 @@ def _tiny_layers(own: Own, half: str) -> list[_Layer]:
     for name in own:
         if match := re.match(rf"{half}\.layers\.([0-9]{{1,4}})\.(.+)", name):
             parts.setdefault(int(match[1]), set()).add(match[2])
-    layers = []
+    numbered = {}
     for number, names in sorted(parts.items()):
         block = any(name.startswith("conv.") for name in names)
         first = f"{half}.layers.{number}.{'conv.0.weight' if block else 'weight'}"
-        layers.append(
-            _Layer(
-                shape=own.axes(first, 4),
-                block=block,
-                biased="bias" in names,
-                pooled="pool.0.weight" in names,
-            )
+        numbered[number] = _Layer(
+            shape=own.axes(first, 4),
+            block=block,
+            biased="bias" in names,
+            pooled=any(name.startswith("pool.") for name in names),
         )
+    _check_numbers(own, half, numbered)
+    layers = list(numbered.values())
     if layers and (layers[0].block or layers[-1].block or len(layers) < 3):
         raise own.mismatch(
             f"the {half} of the tiny autoencoder is incomplete",
@@ -102,24 +103,35 @@ def _tiny_layers(own: Own, half: str) -> list[_Layer]:
     return layers
 
 
+def _check_numbers(own: Own, half: str, layers: Mapping[int, _Layer]) -> None:
+    """Refuses a half in which the number of a convolution without bias is left out.
+
+    Behind a convolution that is an activation's, and before one of the decoder's a doubling's.
+    """
+    convolutions = {number for number, layer in layers.items() if not layer.block}
+    for number in set(range(max(layers, default=0))) - set(layers):
+        doubles = half == "decoder" and number + 1 in convolutions
+        if number - 1 not in convolutions and not doubles:
+            own.axes(f"{half}.layers.{number + (half == 'decoder')}.weight", 4)
+
+
 def _tiny_encoder(
-    own: Own, layers: list[_Layer]
+    layers: list[_Layer],
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Stem channels, channels and number of blocks of each stage."""
     if not layers:
         return (), (), ()
-    body = layers[:-1]
-    stem = [layer.shape[0] for layer in body if layer.biased and not layer.block]
-    if not stem:
-        raise own.mismatch("encoder.layers.0.bias is missing", expected="a tensor of 1 axis")
-    channels, blocks = _stages(stem[-1], body)
+    first, *body = layers[:-1]
+    stem = [first, *(layer for layer in body if layer.biased and not layer.block)]
+    channels, blocks = _stages(stem[-1].shape[0], body)
     # a stem of one convolution is the plain one, at stride 1; the strided stem has several
-    return tuple(stem) if len(stem) > 1 else (), channels, blocks
+    strided = tuple(layer.shape[0] for layer in stem) if len(stem) > 1 else ()
+    return strided, channels, blocks
 
 
 def _tiny_decoder(layers: list[_Layer]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Channels and number of blocks of each stage."""
-    return _stages(layers[0].shape[0], layers[:-1]) if layers else ((), ())
+    return _stages(layers[0].shape[0], layers[1:-1]) if layers else ((), ())
 
 
 def _stages(first: int, layers: list[_Layer]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.keys_unet import how_many
+from sdconv.checkpoint.names import how_many
 from sdconv.checkpoint.reading import Own, Reading
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import NORM_NUM_GROUPS
@@ -38,12 +38,12 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
         WeightsMismatchError: a part is missing, or laid out as diffusers' class cannot be.
         InputError: the family does not fit.
     """
-    _check_complete(own)
+    _check_levels(own)
     channels = _levels(own, "down_blocks")
     depths = _Depths.read(own, len(channels))
     linear = any(len(own[k]) == 2 for k in own if k.endswith(".proj_in.weight"))
-    added = _width(own, "add_embedding.linear_1.weight")
-    projected = _width(own, "class_embedding.linear_1.weight")
+    added = _width(own, "add_embedding.linear_1")
+    projected = _width(own, "class_embedding.linear_1")
     context = _context_width(own)
     name, evidence, fitting = _family(own, linear, added, context)
     if family is not None:
@@ -57,16 +57,22 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
         name, evidence = family, "the caller's word"
     facts = UNET_FACTS[name]
     time_channels, first = own.axes("time_embedding.linear_1.weight", 2)
-    classes = own.axes("class_embedding.weight", 2)[0] if "class_embedding.weight" in own else None
+    inputs, crosses = own.axes("conv_in.weight", 4)[1], _only_cross(own, channels, context, name)
+    listed = "class_embedding.weight" in own
+    if inputs == 7 and crosses and not listed:
+        raise own.mismatch(
+            "the x4 upscaler's list of noise levels is missing",
+            expected="class_embedding.weight, which is label_emb.weight in the original layout",
+        )
     config = own.config(
         UNet2DConditionConfig,
         sample_size=facts.sample_size,
-        in_channels=own.axes("conv_in.weight", 4)[1],
+        in_channels=inputs,
         out_channels=own.axes("conv_out.weight", 4)[0],
         down_block_types=tuple(CROSS_DOWN if d else DOWN for d in depths.down),
         mid_block_type=depths.mid_type,
         up_block_types=tuple(CROSS_UP if d else UP for d in depths.up),
-        only_cross_attention=_only_cross(own, channels, context, name),
+        only_cross_attention=crosses,
         block_out_channels=channels,
         layers_per_block=_short(depths.layers),
         norm_num_groups=NORM_NUM_GROUPS,
@@ -77,12 +83,12 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
         use_linear_projection=linear,
         upcast_attention=facts.upcast_attention,
         class_embed_type="projection" if projected else None,
-        num_class_embeds=classes,
+        num_class_embeds=own.axes("class_embedding.weight", 2)[0] if listed else None,
         addition_embed_type="text_time" if added else None,
         addition_time_embed_dim=ADDED_TIME_DIM if added else None,
         projection_class_embeddings_input_dim=added or projected,
         time_embedding_dim=None if time_channels == 4 * first else time_channels,
-        time_cond_proj_dim=_width(own, "time_embedding.cond_proj.weight"),
+        time_cond_proj_dim=_width(own, "time_embedding.cond_proj"),
     )
     unsure = (
         family is None and facts.head_channels and any(c % facts.head_channels for c in channels)
@@ -99,32 +105,26 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
     )
 
 
-def _width(own: Own, name: str) -> int | None:
-    """How wide a matrix's input is; None where there is no such matrix."""
-    return own.axes(name, 2)[1] if name in own else None
+def _width(own: Own, module: str) -> int | None:
+    """How wide a linear layer's input is; None where there is nothing of such a layer."""
+    return own.axes(f"{module}.weight", 2)[1] if module in own.modules else None
 
 
-def _check_complete(own: Own) -> None:
-    needed = ["conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"]
-    # a part of which anything is there is one that the network has
-    parts = ("add_embedding.linear_1", "class_embedding.linear_1", "time_embedding.cond_proj")
-    needed += [f"{part}.weight" for part in parts if own.has(part)]
-    missing = [name for name in needed if name not in own]
-    down, up = _levels(own, "down_blocks"), _levels(own, "up_blocks")
-    if missing or not down or len(down) != len(up):
+def _check_levels(own: Own) -> None:
+    down, up = (how_many(f"{blocks}.{{}}", own.modules) for blocks in ("down_blocks", "up_blocks"))
+    if not down or down != up:
         raise own.mismatch(
             "the U-Net is incomplete",
             expected="a way down and a way up with as many levels each",
-            got=f"{len(down)} levels down, {len(up)} up"
-            + (f", without {', '.join(missing)}" if missing else ""),
+            got=f"{down} levels down, {up} up",
             fix="load a file that holds the whole U-Net",
         )
 
 
 def _levels(own: Own, blocks: str) -> tuple[int, ...]:
     """Channels of each block, in the order of the blocks, as far as they follow each other."""
-    first = blocks + ".{}.resnets.0.conv1.weight"
-    return tuple(own.axes(first.format(level), 4)[0] for level in range(how_many(first, own)))
+    levels = range(how_many(f"{blocks}.{{}}", own.modules))
+    return tuple(own.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Depths:
     @staticmethod
     def read(own: Own, levels: int) -> _Depths:
         layers, up_layers = (
-            tuple(how_many(f"{way}.{i}.resnets.{{}}.conv1.weight", own) for i in range(levels))
+            tuple(how_many(f"{way}.{i}.resnets.{{}}", own.modules) for i in range(levels))
             for way in ("down_blocks", "up_blocks")
         )
         if up_layers != tuple(n + 1 for n in layers[::-1]):
@@ -152,13 +152,21 @@ class _Depths:
                 fix="load a file that holds the whole U-Net",
             )
         mid = _transformers(own, "mid_block", 1)
-        has_mid = "mid_block.resnets.0.conv1.weight" in own
+        down = tuple(_transformers(own, f"down_blocks.{i}", n) for i, n in enumerate(layers))
+        if mid and down[-1] and mid[0] != down[-1][0]:
+            raise own.mismatch(
+                "the middle's transformer is of another depth than the last level's, which "
+                "diffusers' UNet2DConditionModel cannot represent",
+                expected=f"{down[-1][0]} blocks",
+                got=f"{mid[0]} blocks",
+                fix="run it with the code that it was trained with",
+            )
         return _Depths(
             layers=layers,
-            down=tuple(_transformers(own, f"down_blocks.{i}", n) for i, n in enumerate(layers)),
+            down=down,
             up=tuple(_transformers(own, f"up_blocks.{i}", n) for i, n in enumerate(up_layers)),
             mid=mid,
-            mid_type=CROSS_MID if mid else MID if has_mid else None,
+            mid_type=CROSS_MID if mid else MID if "mid_block" in own.modules else None,
         )
 
     @property
@@ -189,7 +197,7 @@ class _Depths:
 
 def _transformers(own: Own, block: str, layers: int) -> tuple[int, ...]:
     """Blocks of each layer's transformer; empty without transformers."""
-    there = [f"{block}.attentions.{i}.proj_in.weight" in own for i in range(layers)]
+    there = [f"{block}.attentions.{i}" in own.modules for i in range(layers)]
     if any(there) and not all(there):
         raise own.mismatch(
             f"a transformer is missing in {block}",
@@ -197,7 +205,7 @@ def _transformers(own: Own, block: str, layers: int) -> tuple[int, ...]:
             got=f"{sum(there)}",
         )
     return tuple(
-        how_many(f"{block}.attentions.{i}.transformer_blocks.{{}}.norm1.weight", own)
+        how_many(f"{block}.attentions.{i}.transformer_blocks.{{}}", own.modules)
         for i in range(layers)
         if there[i]
     )

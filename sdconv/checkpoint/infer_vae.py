@@ -10,6 +10,7 @@ from typing import Any
 
 from sdconv.checkpoint.files import short
 from sdconv.checkpoint.find import Found
+from sdconv.checkpoint.names import how_many
 from sdconv.checkpoint.reading import Own, Reading, Shape
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
 from sdconv.config.facts import NORM_NUM_GROUPS, VAE_FACTS, VaeFacts
@@ -145,36 +146,30 @@ def _patch_size(own: Own, latent_channels: int) -> tuple[int, int]:
 
 def _vae_structure(own: Own) -> dict[str, Any]:
     """The fields of a VAE's config that its shapes decide."""
-    needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
-    missing = [name for name in needed if name not in own]
-    encoder = _levels(own, "encoder.down_blocks")
-    decoder = _levels(own, "decoder.up_blocks")
-    if missing or not encoder or len(encoder) != len(decoder):
+    down, up = (
+        how_many(f"{blocks}.{{}}", own.modules)
+        for blocks in ("encoder.down_blocks", "decoder.up_blocks")
+    )
+    if not down or down != up:
         raise own.mismatch(
             "the VAE is incomplete",
             expected="an encoder and a decoder with as many levels each",
-            got=f"{len(encoder)} levels down, {len(decoder)} up"
-            + (f", without {', '.join(missing)}" if missing else ""),
+            got=f"{down} levels down, {up} up",
             fix="load a file that holds the whole VAE",
         )
     _check_widths(own)
-    layers = {
-        int(m[1])
-        for k in own
-        if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.([0-9]{1,4})\.", k))
-    }
     return {
         "in_channels": own.axes("encoder.conv_in.weight", 4)[1],
         "out_channels": own.axes("decoder.conv_out.weight", 4)[0],
         "latent_channels": own.axes("decoder.conv_in.weight", 4)[1],
-        "block_out_channels": encoder,
-        "layers_per_block": max(layers) + 1,
+        "block_out_channels": _levels(own, "encoder.down_blocks"),
+        "layers_per_block": how_many("encoder.down_blocks.0.resnets.{}", own.modules),
         "norm_num_groups": NORM_NUM_GROUPS,
         # a part of which anything is there is one that the network has
-        "use_quant_conv": own.has("quant_conv"),
-        "use_post_quant_conv": own.has("post_quant_conv"),
+        "use_quant_conv": "quant_conv" in own.modules,
+        "use_post_quant_conv": "post_quant_conv" in own.modules,
         "mid_block_add_attention": any(
-            own.has(f"{h}.{_ATTENTION}") for h in ("encoder", "decoder")
+            f"{half}.{_ATTENTION}" in own.modules for half in ("encoder", "decoder")
         ),
     }
 
@@ -209,10 +204,8 @@ def _check_widths(own: Own) -> None:
 def _levels(own: Own, blocks: str) -> tuple[int, ...]:
     """Output channels of each block, in the order of the blocks, as far as they are numbered
     without a gap."""
-    channels: list[int] = []
-    while (name := f"{blocks}.{len(channels)}.resnets.0.conv1.weight") in own:
-        channels.append(own.axes(name, 4)[0])
-    return tuple(channels)
+    levels = range(how_many(f"{blocks}.{{}}", own.modules))
+    return tuple(own.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, count
 
+from sdconv.checkpoint.names import how_many, modules_of
+
 # leaf names of a ResNet block: diffusers' -> the original's
 RESNET_LEAVES: Mapping[str, str] = {
     "norm1": "in_layers.0",
@@ -157,25 +159,23 @@ def _translate(
 
 def keys_of_canonical(names: Collection[str]) -> UNetKeys:
     """The map of the U-Net whose tensors have these names in diffusers' layout."""
-    levels = range(how_many("down_blocks.{}.resnets.0.conv1.weight", names))
+    modules = modules_of(names)
+    levels = range(how_many("down_blocks.{}.resnets.0", modules))
     return UNetKeys(
-        layers=tuple(how_many(f"down_blocks.{i}.resnets.{{}}.conv1.weight", names) for i in levels),
-        up_attention=tuple(f"up_blocks.{i}.attentions.0.norm.weight" in names for i in levels),
-        label=next(
-            (k for k, pairs in LABELS.items() if _is_among(pairs[0][0], names)),
-            None,
-        ),
+        layers=tuple(how_many(f"down_blocks.{i}.resnets.{{}}", modules) for i in levels),
+        up_attention=tuple(f"up_blocks.{i}.attentions.0" in modules for i in levels),
+        label=next((k for k, pairs in LABELS.items() if pairs[0][0] in modules), None),
     )
 
 
 def keys_of_original(names: Collection[str]) -> UNetKeys:
     """The map of the U-Net whose tensors have these names in the original layout, without
     prefix."""
-    layers = [0]
+    modules, layers = modules_of(names), [0]
     for number in count(1):
-        if f"input_blocks.{number}.0.op.weight" in names:
+        if f"input_blocks.{number}.0.op" in modules:
             layers.append(0)
-        elif f"input_blocks.{number}.0.in_layers.0.weight" in names:
+        elif f"input_blocks.{number}.0" in modules:
             layers[-1] += 1
         else:
             break
@@ -184,24 +184,14 @@ def keys_of_original(names: Collection[str]) -> UNetKeys:
     label = None
     if "label_emb.weight" in names:
         label = "listed"
-    elif _is_among("label_emb.0.0", names):
+    elif "label_emb.0.0" in modules:
         # SDXL's text and sizes, or unCLIP's picture: SDXL has no transformers at the first level
-        label = "projected" if "input_blocks.1.1.norm.weight" in names else "added"
+        label = "projected" if "input_blocks.1.1" in modules else "added"
     return UNetKeys(
         layers=tuple(layers),
-        up_attention=tuple(f"output_blocks.{n}.1.norm.weight" in names for n in firsts),
+        up_attention=tuple(f"output_blocks.{n}.1.transformer_blocks" in modules for n in firsts),
         label=label,
     )
-
-
-def _is_among(module: str, names: Collection[str]) -> bool:
-    """Whether any tensor of a module is among ``names``."""
-    return any(f"{module}.{tail}" in names for tail in ("weight", "bias"))
-
-
-def how_many(template: str, names: Collection[str]) -> int:
-    """How many of the template's names, numbered from 0 without a gap, are among ``names``."""
-    return next(n for n in count() if template.format(n) not in names)
 
 
 def ema_name(name: str) -> str:

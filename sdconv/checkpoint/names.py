@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
+from itertools import count
 
 from sdconv.checkpoint.files import short
 from sdconv.errors import UnknownNetworkError
 
 # far more than any checkpoint has
 _MOST_NETWORKS = 32
+_DEEPEST = 12
 
 
 class Names:
@@ -31,6 +33,18 @@ class Names:
         """Whether a name begins with ``start``."""
         first = bisect_left(self._names, start)
         return first < len(self._names) and self._names[first].startswith(start)
+
+
+def modules_of(names: Iterable[str]) -> frozenset[str]:
+    """Every module that tensors are of, the outer ones too: ``a`` and ``a.b`` of ``a.b.weight``."""
+    # no network's modules stand deeper, and a hostile name could have dots without end
+    parts = (name.split(".", _DEEPEST)[:-1] for name in names)
+    return frozenset(".".join(own[:n]) for own in parts for n in range(1, len(own) + 1))
+
+
+def how_many(template: str, modules: Collection[str]) -> int:
+    """How many of the template's modules, numbered from 0 without a gap, are among ``modules``."""
+    return next(n for n in count() if template.format(n) not in modules)
 
 
 def prefixes(names: Collection[str], *anchors: str) -> set[str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sdconv.checkpoint.find import Found
+from sdconv.checkpoint.names import modules_of
 from sdconv.config import Config
 from sdconv.config.facts import NORM_NUM_GROUPS
 from sdconv.errors import WeightsMismatchError
@@ -34,13 +36,17 @@ class Own(Mapping[str, Shape]):
     """Shapes of one network's tensors, by diffusers' names.
 
     Args:
-        shapes: by name; of any number of axes, as a file may hold anything.
+        found: the network.
+        shapes: of every tensor of the checkpoint; of any number of axes, as a file may hold
+            anything.
         where: the weights' name, for messages.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], where: object) -> None:
-        self._shapes = shapes
+    def __init__(self, found: Found, shapes: Mapping[str, Shape], where: object) -> None:
+        self._shapes = found.shapes(shapes)
+        self._place = found.place
         self._where = where
+        self.modules = modules_of(self._shapes)
 
     def __getitem__(self, name: str) -> Shape:
         return self._shapes[name]
@@ -54,10 +60,6 @@ class Own(Mapping[str, Shape]):
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
 
-    def has(self, module: str) -> bool:
-        """Whether there is any tensor of a module."""
-        return any(name.startswith(f"{module}.") for name in self._shapes)
-
     def axes(self, name: str, count: int) -> Shape:
         """The shape of a tensor that must be there with that many axes, none of them empty.
 
@@ -66,10 +68,12 @@ class Own(Mapping[str, Shape]):
         """
         shape = self._shapes.get(name)
         if shape is None:
-            raise self.mismatch(f"{name} is missing", expected=f"a tensor of {count} axes")
+            raise self.mismatch(
+                f"{self._place(name)} is missing", expected=f"a tensor of {count} axes"
+            )
         if len(shape) != count or 0 in shape:
             raise self.mismatch(
-                f"the shape of {name} is none of its kind",
+                f"the shape of {self._place(name)} is none of its kind",
                 expected=f"{count} axes, none of them empty",
                 got=shape,
             )

@@ -17,7 +17,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sdconv.checkpoint.keys import VAE_RULES, KeyMap
-from sdconv.checkpoint.keys_unet import how_many, keys_of_canonical
+from sdconv.checkpoint.keys_unet import keys_of_canonical
+from sdconv.checkpoint.names import how_many, modules_of
 
 _MATRIX = re.compile(
     r"(?P<layer>.+?)"
@@ -77,7 +78,7 @@ def spellings(layers: Collection[str]) -> dict[str, str]:
         name.
     """
     tensors = {f"{layer}.weight" for layer in layers}
-    levels = how_many("decoder.up_blocks.{}.resnets.0.conv1.weight", tensors)
+    levels = how_many("decoder.up_blocks.{}", modules_of(tensors))
     maps = (keys_of_canonical(tensors), KeyMap(VAE_RULES, levels))
     table: dict[str, str] = {}
     for layer in layers:

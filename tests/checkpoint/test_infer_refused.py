@@ -122,7 +122,7 @@ def test_half_of_a_part_is_a_part_with_a_tensor_missing(part: str, layout: str, 
     left = {k: v for k, v in shapes(layout=layout).items() if k != name}
     with pytest.raises(sdconv.WeightsMismatchError, match=r"vae: 1 missing\n") as caught:
         sdconv.load(meta(left), family="sd1")
-    assert f"expected: {PARTS[part]}.{tail}" in str(caught.value)
+    assert f"expected: {name}" in str(caught.value)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
@@ -137,7 +137,7 @@ def test_flux2_without_half_of_its_statistics(gone: str, layout: str) -> None:
 @pytest.mark.parametrize("part", ["add_embedding.linear_1", "class_embedding.linear_1"])
 def test_a_unets_embedding_without_its_weight(part: str) -> None:
     named = {**shapes_of_unet("SD1"), f"{part}.bias": (64,)}
-    with pytest.raises(sdconv.WeightsMismatchError, match=rf"without {part}\.weight"):
+    with pytest.raises(sdconv.WeightsMismatchError, match=rf"{part}\.weight is missing"):
         sdconv.infer(named)
 
 

@@ -204,7 +204,7 @@ def test_family_that_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("gone", "says"),
     [
-        ("conv_out.", "without conv_out.weight"),
+        ("conv_out.", "conv_out.weight is missing"),
         ("up_blocks.2.", "3 levels down, 2 up"),
         ("up_blocks.1.resnets.1", "the way up does not match the way down"),
         ("down_blocks.1.attentions.0.", "a transformer is missing"),
@@ -215,6 +215,16 @@ def test_incomplete(gone: str, says: str) -> None:
     kept = {k: v for k, v in shapes.items() if not k.startswith(gone)}
     with pytest.raises(sdconv.WeightsMismatchError, match=says):
         sdconv.infer(kept)
+
+
+def test_a_middle_of_another_depth_than_its_level() -> None:
+    shapes = shapes_of(FAMILIES["one level"])
+    block = "mid_block.attentions.0.transformer_blocks."
+    deeper = {k.replace(f"{block}0.", f"{block}1."): v for k, v in shapes.items()}
+    with pytest.raises(sdconv.WeightsMismatchError, match="of another depth") as caught:
+        sdconv.infer({**shapes, **deeper})
+    assert "expected: 1 blocks\n  got: 2 blocks\n" in str(caught.value)
+    assert sdconv.infer(shapes)["unet"].mid_depth == 1
 
 
 def test_two_context_widths() -> None:
