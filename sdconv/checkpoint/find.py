@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sdconv.checkpoint.files import short
@@ -51,6 +51,18 @@ class Found:
         ones they are."""
         return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
 
+    def with_label(self, is_added: bool) -> Found:
+        """The same U-Net where what it adds to the time is known, for which the original layout has
+        one name: SDXL's text and sizes if ``is_added``, else unCLIP's picture."""
+        ours, other = _EMBEDDINGS if is_added else _EMBEDDINGS[::-1]
+        if self.layout == "diffusers" or any(name.startswith(ours) for name in self.names):
+            return self
+        names, ema = (
+            {name.replace(other, ours, 1): place for name, place in table.items()}
+            for table in (self.names, self.ema)
+        )
+        return replace(self, names=names, ema=ema)
+
     def place(self, canonical: str) -> str:
         """The name that a tensor would have in the file if it were there, and diffusers' where that
         is another, for messages."""
@@ -58,6 +70,7 @@ class Found:
         return name if name.endswith(canonical) else f"{name} ({canonical})"
 
 
+_EMBEDDINGS = ("add_embedding.linear_", "class_embedding.linear_")
 # how the names of a VAE's levels begin
 _VAE_LEVELS: Mapping[str, Collection[str]] = {
     "diffusers": ("encoder.down_blocks.", "decoder.up_blocks."),

@@ -229,6 +229,8 @@ def _as_told(
             fix="remove the config: it is then read from the shapes",
         )
     config = _CONFIGS[found.kind].from_json(told, where)
+    if isinstance(config, UNet2DConditionConfig):
+        found = found.with_label(config.addition_embed_type is not None)
     facts = VAE_FACTS.get(family or "")
     if isinstance(config, AutoencoderKLConfig) and family is not None:
         check_family(family, config.latent_channels)

@@ -74,12 +74,12 @@ class UNetKeys:
         layers: ResNet blocks of each level on the way down.
         up_attention: of each level on the way up, whether its ResNet blocks have transformers,
             behind which the original puts the upsampling convolution.
-        label: which of ``LABELS`` it has.
+        labels: which of ``LABELS`` it has; more than one only in diffusers' layout.
     """
 
     layers: tuple[int, ...]
     up_attention: tuple[bool, ...]
-    label: str | None
+    labels: tuple[str, ...]
 
     def canonical(self, original: str) -> str | None:
         """diffusers' name for a tensor that the original layout calls ``original``; None where it
@@ -109,7 +109,8 @@ class UNetKeys:
 
     def _modules(self) -> Iterator[Pair]:
         yield from ENDS
-        yield from LABELS.get(self.label or "", ())
+        for label in self.labels:
+            yield from LABELS[label]
         yield from self._resamplers()
         layers = [(k.format("resnets"), v.format(0)) for k, v in self._layers()]
         for canonical, original in (*layers, *MIDDLE_RESNETS):
@@ -164,7 +165,11 @@ def keys_of_canonical(names: Collection[str]) -> UNetKeys:
     return UNetKeys(
         layers=tuple(how_many(f"down_blocks.{i}.resnets.{{}}", modules) for i in levels),
         up_attention=tuple(f"up_blocks.{i}.attentions.0" in modules for i in levels),
-        label=next((k for k, pairs in LABELS.items() if pairs[0][0] in modules), None),
+        labels=tuple(
+            label
+            for label, ((module, _), *_) in LABELS.items()
+            if any(f"{module}.{tail}" in names for tail in ("weight", "bias"))
+        ),
     )
 
 
@@ -181,16 +186,18 @@ def keys_of_original(names: Collection[str]) -> UNetKeys:
             break
     # of each level on the way up, which has one ResNet block more than on the way down
     firsts = accumulate((number + 1 for number in layers[:0:-1]), initial=0)
-    label = None
+    labels: tuple[str, ...] = ()
     if "label_emb.weight" in names:
-        label = "listed"
+        labels = ("listed",)
     elif "label_emb.0.0" in modules:
-        # SDXL's text and sizes, or unCLIP's picture: SDXL has no transformers at the first level
-        label = "projected" if "input_blocks.1.1" in modules else "added"
+        # SDXL's text and sizes, or unCLIP's picture: only that has transformers of one block each,
+        # and at the first level too
+        deep = any("transformer_blocks.1." in name for name in names)
+        labels = ("added" if deep or "input_blocks.1.1" not in modules else "projected",)
     return UNetKeys(
         layers=tuple(layers),
         up_attention=tuple(f"output_blocks.{n}.1.transformer_blocks" in modules for n in firsts),
-        label=label,
+        labels=labels,
     )
 
 

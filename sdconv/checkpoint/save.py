@@ -81,6 +81,9 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
     Args:
         tensors: by diffusers' names, every one of which is known.
         config: the network's.
+
+    Raises:
+        InputError: the layout has no name for one.
     """
     if isinstance(config, AutoencoderTinyConfig):
         halves = {tiny_original(name): tensor for name, tensor in tensors.items()}
@@ -94,7 +97,12 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
     result = {}
     for name, tensor in tensors.items():
         original = keymap.original(name)
-        if original is None:
-            raise KeyError(f"no rule for {name}")
+        if original is None or original in result:
+            raise InputError(
+                "the original layout has no name for a tensor of this network",
+                where="layout",
+                expected="'diffusers'",
+                got=f"'original', for {name}",
+            )
         result[original] = tensor[:, :, None, None] if is_vae_projection(name) else tensor
     return result

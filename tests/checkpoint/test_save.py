@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import unets
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdconv
+from sdconv.checkpoint.convert import convert
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, AutoencoderTinyConfig
 
 KL = {
@@ -83,6 +86,55 @@ def test_single_file_round_trip(name: str, layout: str, dtype: torch.dtype, tmp_
     # the other way round: from the file, the same file
     sdconv.save(loaded, second, layout=layout)
     assert first.read_bytes() == second.read_bytes()
+
+
+PICTURE = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 20}
+SIZES = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 16 + 6 * 256,
+}
+
+
+def labelled(label: dict[str, Any], attention: bool) -> sdconv.UNet2DConditionModel:
+    """A U-Net with transformers at the first level, where unCLIP has them, or without, as SDXL."""
+    torch.manual_seed(0)
+    config = dict(unets.SMALL, block_out_channels=(32, 64, 96), attention_head_dim=8, **label)
+    if not attention:
+        config["down_block_types"] = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+        config["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    return unets.ours(unets.theirs(config))
+
+
+@pytest.mark.filterwarnings("ignore:the unet could be")
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("label", [PICTURE, SIZES])
+def test_original_labels_are_what_the_config_says(
+    label: dict[str, Any], attention: bool, tmp_path: Path
+) -> None:
+    """The original layout has one name for two things, which shapes tell apart in known families
+    only."""
+    network = labelled(label, attention)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second"
+    sdconv.save(network, first, layout="original")
+    assert "label_emb.0.0.weight" in sdconv.read_header(first).tensors
+    loaded = sdconv.load(first)
+    assert loaded.config == network.config
+    assert_same(loaded, network)
+    convert(first, second, "diffusers")
+    assert_same(sdconv.load(second), network)
+    # the control: without the config, one of each two is taken for the other
+    bare = sdconv.infer(sdconv.read_header(first).shapes)["unet"]
+    assert (bare.addition_embed_type is None) == attention
+
+
+def test_two_embeddings_of_one_original_name_are_refused(tmp_path: Path) -> None:
+    both = labelled({**PICTURE, **SIZES}, True)
+    with pytest.raises(sdconv.InputError, match="no name for a tensor") as caught:
+        sdconv.save(both, tmp_path / "unet.safetensors", layout="original")
+    assert "for add_embedding.linear_1" in str(caught.value)
+    sdconv.save(both, tmp_path / "unet.safetensors")
+    assert_same(sdconv.load(tmp_path / "unet.safetensors"), both)
 
 
 @pytest.mark.parametrize("name", ["kl", "kl without quant convolutions", "flux2", "tiny"])
