@@ -39,7 +39,7 @@ LAYERS = (
     # read by the points' table and by their dry run
     ("parity.inputs", "parity.stepwise", "report.pieces"),
     ("features",),
-    ("parity", "images", "report", "fetch"),
+    ("parity", "images", "report", "fetch", "explanation", "timings"),
     ("integrations",),
     ("",),  # sdconv/__init__.py itself, whose public names come from everywhere above
     ("cli",),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, compare, convert, features, pictures, plan, weights
+from sdconv.cli import anatomy, bench, compare, convert, features, pictures, plan, weights
 from sdconv.cli.common import Commands
 
 __all__ = ["app", "main"]
@@ -34,6 +34,7 @@ for command in (
     weights.fetch,
     anatomy.anatomy,
     plan.plan,
+    bench.bench,
     features.features,
 ):
     app.command()(command)

@@ -16,13 +16,16 @@ from sdconv.ops.winograd import PLACES
 def choice_for(x: Tensor, weight: Tensor, normalised: bool = False) -> Choice:
     """The method for a 3x3 convolution of ``x``, and why."""
     batch, channels, height, width = x.shape
-    pairs = channels * len(weight)
-    makes = (
-        ("winograd", fused.WINOGRAD, 4 * PLACES * pairs),
-        ("packed", fused.gathered(torch.float32), 4 * 9 * pairs),
-    )
-    rooms = (method for method, make, size in makes if prepared.has_room(weight, make, size))
+    makes = {"winograd": fused.WINOGRAD, "packed": fused.gathered(torch.float32)}
+    size = sizes(channels, len(weight))
+    rooms = (name for name, make in makes.items() if prepared.has_room(weight, make, size[name]))
     return choose(batch, channels, len(weight), height, width, tuple(rooms), normalised)
+
+
+def sizes(channels: int, out_channels: int) -> dict[str, int]:
+    """Bytes of what each method prepares of a weight; "sub-pixel" is a doubling's."""
+    pair = 4 * channels * out_channels
+    return {"winograd": PLACES * pair, "packed": 9 * pair, "sub-pixel": 9 * pair}
 
 
 def convolution(
@@ -57,7 +60,8 @@ def doubled_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Nearest doubling and a 3x3 convolution; see `sdconv.ops.fused.doubled_convolution`."""
-    if prepared.has_room(weight, fused.DOUBLED, 4 * weight.numel()):
+    size = sizes(x.shape[1], len(weight))["sub-pixel"]
+    if prepared.has_room(weight, fused.DOUBLED, size):
         try:
             return fused.doubled_convolution(x, weight, bias, groups=groups)
         except NotFiniteError:

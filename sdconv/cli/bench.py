@@ -1,0 +1,95 @@
+"""The command that times the backends, and says what the fast one chooses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from sdconv.cli.common import (
+    Component,
+    Family,
+    Json,
+    Paths,
+    one_or_all,
+    parsed_size,
+    print_json,
+    show,
+)
+
+
+def bench(
+    paths: Paths,
+    component: Component = None,
+    family: Family = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW",
+            help="Of the picture for a VAE (512x512 if left out), of the latents for a U-Net "
+            "(64x64).",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Of each backend in turn.")] = 3,
+    explained: Annotated[
+        bool,
+        typer.Option("--explain", help="Time nothing: say what each layer gets, and why."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time the reference and the fast backend against each other.
+
+    On this CPU, in float32, in turn: medians, the first fast call (which prepares weights), the
+    memory of what is prepared, and the largest difference over the largest value. With --explain:
+    the method that each 3x3 convolution and each doubling gets, what each method would cost, and
+    why; from headers alone, without computing anything.
+
+    \b
+    Examples:
+      sdconv bench weights/tiny-vae.safetensors --size 128x128
+      sdconv bench v1-5-pruned-emaonly.safetensors --component unet --rounds 5 --json
+      sdconv bench v1-5-pruned-emaonly.safetensors --component unet --size 96x64 --explain
+    """
+    from sdconv.cli.running import fits, running
+    from sdconv.explanation import explain
+    from sdconv.inspection import inspect
+    from sdconv.report.bench import explanation_report, timings_report
+
+    given = None if size is None else parsed_size(size)
+    found = inspect(one_or_all(paths), family=family).network(component)
+    pixels = found.component == "vae"
+    shape = given or ((512, 512) if pixels else (64, 64))
+    with running("running without values"):
+        explanation = explain(found.config, shape)
+    if explained:
+        if as_json:
+            print_json({"component": found.component, **asdict(explanation)})
+        else:
+            show(explanation_report(explanation))
+        return
+
+    import torch
+
+    from sdconv.checkpoint.load import load
+    from sdconv.timings import time_backends
+
+    where = f"{shape[0]}x{shape[1]}"
+    # of one layer: what goes in, and what comes out
+    least = max(
+        (
+            4 * layer.size[0] * layer.size[1] * (layer.channels + layer.out_channels)
+            for layer in explanation.layers
+        ),
+        default=0,
+    )
+    fits(least, where)
+    network = load(one_or_all(paths), found.component, dtype=torch.float32, family=family)
+    with running("timing"):
+        timings = time_backends(network, shape, rounds)
+    if as_json:
+        rows = [asdict(row) | {"ratio": row.ratio} for row in timings.rows]
+        print_json({"component": found.component, **asdict(timings), "rows": rows})
+    else:
+        show(timings_report(timings))

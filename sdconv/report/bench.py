@@ -1,0 +1,66 @@
+"""The backends' times, and what the fast one chooses, as tables."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from rich.console import Group, RenderableType
+
+from sdconv.explanation import Explanation
+from sdconv.report.pieces import count, facts_of, in_bytes, plain, table_of
+from sdconv.timings import Timings
+
+
+def timings_report(found: Timings) -> RenderableType:
+    """What ``sdconv bench`` prints."""
+    heads = ("", ">reference", ">fast", ">times as fast", ">first fast call", ">max |a-b|/max |a|")
+    table = table_of(*heads)
+    for row in found.rows:
+        table.add_row(
+            row.work,
+            f"{median(row.reference):.3g} s",
+            f"{median(row.fast):.3g} s",
+            f"{row.ratio:.2f}",
+            f"{row.first:.3g} s",
+            f"{row.difference:.1e}",
+        )
+    facts = {
+        "network": f"{found.class_name}, {_by(found.size)}, {found.threads} threads",
+        "medians of": f"{len(found.rows[0].fast)} rounds",
+        "compiling": f"{found.compiling:.3g} s",
+        "prepared": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
+    }
+    return Group(facts_of(facts), table)
+
+
+def explanation_report(found: Explanation) -> RenderableType:
+    """What ``sdconv bench --explain`` prints."""
+    table = table_of("layer", ">channels", ">map", "method", "costs", "why")
+    work = None
+    for layer in found.layers:
+        if layer.work != work:
+            work = layer.work
+            table.add_row(plain(work, "bold"))
+        table.add_row(
+            plain(layer.name),
+            f"{layer.channels} > {layer.out_channels}",
+            _by(layer.size),
+            layer.method,
+            ", ".join(f"{name} {count(round(cost))}" for name, cost in layer.costs.items()),
+            plain(layer.reason),
+        )
+    facts = {
+        "network": f"{found.class_name}, {_by(found.size)}",
+        "prepared": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
+    }
+    return Group(facts_of(facts), table, plain(_EXPLAINED, "dim"))
+
+
+_EXPLAINED = """\
+map: rows x columns of what comes in
+costs: what the model of their times says, in multiplications of a matrix product
+torch: the layer as it is. 1x1 and strided convolutions are not listed"""
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
