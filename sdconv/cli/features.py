@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -288,6 +286,8 @@ def _made_whole(out: Path) -> Iterator[Path]:
     Raises:
         SdconvError: what went wrong in it, by the name that it was to get.
     """
+    from sdconv.features.writing import remove
+
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"))
     try:
@@ -306,16 +306,7 @@ def _made_whole(out: Path) -> Iterator[Path]:
             fix="make room, or give --out a place on another disk",
         ) from error
     finally:
-        _remove(part)
-
-
-def _remove(folder: Path) -> None:
-    """A folder with all in it; after an interruption zarr's threads may still be writing there."""
-    end = time.monotonic() + 10
-    while folder.exists() and time.monotonic() < end:
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
-            time.sleep(0.05)
+        remove(part)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -142,7 +143,21 @@ def save(entries: Iterable[tuple[str, Call, Tensor]], path: Path, *, pipeline: b
                 store.append(name, call, x)
             store.path.rename(path)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder that was being written to, until it stays away: after an interruption
+    zarr's threads go on for a moment, and make it anew."""
+    if not folder.exists():
+        return
+    start = time.monotonic()
+    gone = start
+    while time.monotonic() < min(gone + 0.5, start + 10):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            gone = time.monotonic()
+        time.sleep(0.02)
 
 
 def read_map(folder: Path, row: int) -> Tensor:

@@ -62,7 +62,8 @@ def test_any_shape(
         residual = random(batch, out_channels, height, width, seed=5)
         after = After(after.bias, random(batch, out_channels, seed=6), residual)
     out = packed.convolution(x, weight, norm, after)
-    assert error(out, expected(x, weight, norm, after)) < 2e-6
+    # groups of a few nearly equal values lose digits in the normalisation
+    assert error(out, expected(x, weight, norm, after)) < (1e-4 if norm else 2e-6)
     assert out.permute(0, 2, 3, 1).is_contiguous()
 
 
