@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -42,8 +41,8 @@ def _check_smallest_map(config: UNet2DConditionConfig, sample: Tensor) -> None:
     channels = config.block_out_channels
     for level, pair in enumerate(zip((channels[0], *channels), channels, strict=False)):
         if min(pair) == config.norm_num_groups:
-            area = math.prod(-(-side // 2**level) for side in sample.shape[2:])
-            check_room(len(sample), area, min(pair), config.norm_num_groups, NAME)
+            height, width = (-(-side // 2**level) for side in sample.shape[2:])
+            check_room(len(sample), height * width, min(pair), config.norm_num_groups, NAME)
 
 
 def _check_timestep(timestep: Any, batch: int) -> None:
