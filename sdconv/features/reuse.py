@@ -35,7 +35,8 @@ def reuse(
         patterns, exclude: names or globs of modules, in which ``*`` crosses dots; of a module that
             lies inside another one only the outer counts.
         steps: the calls in which nothing is computed: numbers from 0, a slice of them, or a
-            function of the ``Call``, which is asked once for each call of a denoiser.
+            function of the ``Call``, which is asked once for each call of a denoiser; None for all
+            but the first.
 
     Raises:
         InputError: a pattern matches no module, or ``steps`` are none.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import capturing
+import pipelines
 import pytest
 import seeded
 import torch
@@ -216,6 +218,16 @@ def test_an_edit_that_gives_no_such_map(change: Any, words: str) -> None:
     with pytest.raises(sdconv.SdconvError, match=f"{NAME}(.|\n)*{words}"):
         edited({NAME: change})
     assert not any(module._forward_hooks for module in vae().modules())
+
+
+def test_an_edit_that_gives_no_such_map_in_a_pipeline() -> None:
+    pipe = pipelines.pipeline("text")
+    with (
+        pytest.raises(sdconv.SdconvError, match=r"unet\.mid_block: (.|\n)*float64"),
+        sdconv.edit(pipe, {"unet.mid_block": lambda x, _: x.double(), "vae.*": same}),
+    ):
+        pipelines.run(pipe, "text")
+    assert not capturing.hooks_on(pipe.unet) + capturing.hooks_on(pipe.vae)
 
 
 def test_an_edit_that_fails() -> None:

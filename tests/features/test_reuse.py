@@ -10,7 +10,7 @@ import pipelines
 import pytest
 import torch
 import unets
-from torch import Tensor
+from torch import Tensor, nn
 
 import sdconv
 from sdconv.features import Call, reuse
@@ -188,6 +188,20 @@ def test_a_forward_of_its_own_comes_back() -> None:
             assert torch.equal(network(*capturing.at(1))[0], plain)
     assert vars(network.mid_block)["forward"] is own
     remove_hook_from_module(network.mid_block)
+
+
+@torch.no_grad()
+def test_compiled_networks_run_uncompiled_inside() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    compiled = torch.compile(network, backend="eager")
+    x = capturing.picture()
+    plain = compiled(x)
+    with reuse(compiled, "0", steps=[1]):
+        first, second = compiled(x), compiled(-x)
+    assert torch.equal(first, network(x))
+    assert torch.equal(second, first)
+    torch.testing.assert_close(compiled(x), plain)
+    assert not torch.equal(compiled(-x), plain)
 
 
 @torch.no_grad()

@@ -125,6 +125,25 @@ def test_a_batch_of_another_size_is_computed() -> None:
         assert torch.equal(network(*alone)[0], plain)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_fast_backend() -> None:
+    network = kinds.unet("sdconv", capturing.UNET)
+
+    def run() -> Tensor:
+        return torch.stack([network(*capturing.at(step))[0] for step in (801, 401, 1)])
+
+    plain = run()
+    with sdconv.backend("fast"):
+        fast = run()
+        with recipes.deepcache(network, 1):
+            assert torch.equal(run(), fast)
+        with recipes.deepcache(network, 2):
+            same = [torch.equal(a, b) for a, b in zip(run(), fast, strict=True)]
+    assert same == [True, False, True]
+    assert not torch.equal(fast, plain)
+
+
 def test_together_with_other_edits() -> None:
     pipe = pipelines.pipeline("text")
     pipe.enable_freeu(**FACTORS)
