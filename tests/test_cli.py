@@ -42,6 +42,7 @@ COMMANDS = (
     "anatomy",
     "plan",
     "features",
+    "bench",
 )
 
 

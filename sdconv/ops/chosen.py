@@ -44,7 +44,10 @@ def convolution(
     """
     method = choice_for(x, weight, norm is not None).method
     if method == "packed":
-        return _with_moments(packed.convolution(x, weight, norm, after), groups)
+        out, found = _with_moments(packed.convolution(x, weight, norm, after), groups)
+        # a weight that is not finite makes NaN of the zeros round the map, which torch never reads
+        if found.isfinite().all():
+            return out, found
     if method == "winograd":
         try:
             return fused.winograd_convolution(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -164,6 +164,9 @@ sizes = st.tuples(st.integers(3, 24), st.integers(3, 24))
     size=sizes,
     batch=st.integers(1, 2),
 )
+# a weight's tap over the zeros round a map, in each method
+@example(value=float("nan"), where="conv2", seed=0, size=(3, 3), batch=2)
+@example(value=float("nan"), where="conv2", seed=0, size=(24, 24), batch=1)
 @settings(max_examples=25)
 def test_what_is_not_finite(
     value: float, where: str, seed: int, size: tuple[int, int], batch: int
