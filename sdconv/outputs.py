@@ -4,7 +4,7 @@ are."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,37 @@ from sdconv.errors import InputError
 
 
 class Output:
-    """A result that can be read as ``out.sample``, ``out["sample"]`` or ``out[0]``."""
+    """A result that can be read as ``out.sample``, ``out["sample"]`` or ``out[0]``.
 
-    def __getitem__(self, key: str | int) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+    Like diffusers' results, which are dictionaries, it iterates over names: ``dict(out)`` and
+    ``**out`` work. It is no ``Mapping``: what rebuilds those of a batch (accelerate's hooks) calls
+    their class with a dictionary.
+    """
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return dict(self.items())[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> tuple[str, ...]:
+        """The fields' names."""
+        return tuple(field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def values(self) -> tuple[Any, ...]:
+        """The fields in order."""
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def items(self) -> tuple[tuple[str, Any], ...]:
+        """Names and fields in order."""
+        return tuple(zip(self.keys(), self.values(), strict=True))
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields in order."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        """The fields in order, as diffusers' results give them."""
+        return self.values()
 
 
 class DiagonalGaussianDistribution:

@@ -100,6 +100,12 @@ def test_results_by_name_key_and_position() -> None:
             plain = network.encode(x, return_dict=False), network.decode(z, return_dict=False)
         assert encoded.latent_dist is encoded["latent_dist"] is encoded[0]
         assert decoded.sample is decoded["sample"] is decoded[0] is decoded.to_tuple()[0]
+        assert list(decoded) == list(decoded.keys()) == ["sample"]
+        assert len(decoded) == 1 and "sample" in decoded and "latents" not in decoded
+        assert dict(**decoded)["sample"] is dict(decoded.items())["sample"] is decoded.sample
+        assert next(iter(decoded.values())) is decoded[:1][0] is decoded.sample
+        with pytest.raises(KeyError):
+            _ = decoded["no such field"]
         assert all(type(result) is tuple and len(result) == 1 for result in plain)
         assert torch.equal(plain[0][0].parameters, encoded.latent_dist.parameters)
         assert torch.equal(plain[1][0], decoded.sample)
