@@ -333,7 +333,9 @@ def test_encode_and_decode(
     assert float((picture(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
 
 
-def test_decode_what_others_wrote(here: Path, tmp_path: Path) -> None:
+def test_decode_what_others_wrote(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     save_file({"samples": z * 0.25, "other": z}, tmp_path / "scaled.safetensors")
     save_file({"samples": z}, tmp_path / "raw.safetensors")
@@ -342,9 +344,13 @@ def test_decode_what_others_wrote(here: Path, tmp_path: Path) -> None:
     said = answer("decode", tmp_path / "scaled.safetensors", *model, *scaled)
     assert said["files"] == [str(tmp_path / "a-0.png"), str(tmp_path / "a-1.png")]
     answer("decode", tmp_path / "raw.safetensors", *model, "-o", tmp_path / "b.png")
+    monkeypatch.chdir(tmp_path)
+    said = answer("decode", tmp_path / "raw.safetensors", *model)
+    assert said["files"] == ["picture-0.png", "picture-1.png"]
     for number in (0, 1):
-        same = [(tmp_path / f"{name}-{number}.png").read_bytes() for name in "ab"]
-        assert same[0] == same[1]
+        names = ("a", "b", "picture")
+        a, b, unnamed = ((tmp_path / f"{name}-{number}.png").read_bytes() for name in names)
+        assert a == b == unnamed
 
 
 def test_a_file_that_says_otherwise(here: Path, tmp_path: Path) -> None:

@@ -139,9 +139,8 @@ def decode(
             "-o",
             metavar="FILE",
             help="The picture; a file that is there is replaced. Several get numbers: out-0.png.",
-            show_default=False,
         ),
-    ],
+    ] = Path("picture.png"),
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="The tensor's name.", show_default=False)
     ] = None,
@@ -168,7 +167,7 @@ def decode(
 
     \b
     Examples:
-      sdconv decode latents.safetensors --model vae.safetensors --out picture.png
+      sdconv decode latents.safetensors --model vae.safetensors
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
     """
     from sdconv.images import image_format, to_image, write_image
