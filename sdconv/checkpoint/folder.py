@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from sdconv.checkpoint.files import AGAIN, as_path, os_errors, read_json, short
 from sdconv.errors import CheckpointError
@@ -30,6 +31,36 @@ class FolderWeights:
 
     files: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None
+
+    def check(self, entries: Mapping[Path, Collection[str]], where: Path) -> None:
+        """Refuses an index that says otherwise of a tensor than the shards do.
+
+        Args:
+            entries: the names of each file's tensors. where: what was opened, for messages.
+
+        Raises:
+            CheckpointError: it does.
+        """
+        fix = "download index and shards again, from the same revision"
+        if self.weight_map is None:
+            return
+        for name, path in self.weight_map.items():
+            if name not in entries[path]:
+                raise CheckpointError(
+                    f"its index puts tensor {short(name)} into a shard that does not hold it",
+                    where=where,
+                    expected=f"{short(name)} in {path.name}",
+                    fix=fix,
+                )
+        for path, names in entries.items():
+            for name in names:
+                if self.weight_map.get(name) != path:
+                    raise CheckpointError(
+                        f"a shard holds tensor {short(name)}, which its index does not put there",
+                        where=where,
+                        expected=f"{short(name)} listed for {path.name}",
+                        fix=fix,
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +119,43 @@ def weights_in(folder: Path) -> FolderWeights:
         got=f"{short([child.name for child in children])}" if children else "an empty folder",
         fix="name the folder or the file that holds the weights",
     )
+
+
+def weights_of_index(file: Path) -> FolderWeights | None:
+    """The shards that an index lists; None for a file whose name is not an index's.
+
+    Raises:
+        CheckpointError: it is no index of files in its folder.
+    """
+    match _candidates([file]):
+        case [_Candidate(is_index=True) as index]:
+            return _indexed(file.parent, index)
+    return None
+
+
+def config_in(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's ``config.json``; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    config = folder / "config.json"
+    with os_errors(config):
+        there = config.exists()
+    return read_json(config) if there else None
+
+
+def config_beside(files: Sequence[Path]) -> dict[str, Any] | None:
+    """The ``config.json`` of a component's folder whose weights are named one by one: files of one
+    folder, with diffusers' name.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    folders = {file.parent for file in files}
+    if len(folders) > 1 or not all(file.name.startswith(DIFFUSERS_NAME) for file in files):
+        return None
+    return config_in(folders.pop())
 
 
 def _children(folder: Path) -> list[Path]:

@@ -20,8 +20,16 @@ from typing import Any, Self
 
 import torch
 
-from sdconv.checkpoint.files import as_path, os_errors, read_json, short
-from sdconv.checkpoint.folder import components_in, is_pipeline, weights_in
+from sdconv.checkpoint.files import as_path, os_errors, short
+from sdconv.checkpoint.folder import (
+    FolderWeights,
+    components_in,
+    config_beside,
+    config_in,
+    is_pipeline,
+    weights_in,
+    weights_of_index,
+)
 from sdconv.checkpoint.header import TensorInfo, read_header
 from sdconv.checkpoint.pickles import PICKLE_SUFFIXES, read_pickle
 from sdconv.errors import CheckpointError, InputError
@@ -150,8 +158,8 @@ class TensorsFile(SourceFile):
 class Source:
     """Named tensors from one or more files; a context manager that closes them.
 
-    ``label`` names the source in messages, ``files`` are its parts, ``config`` is a component
-    folder's parsed ``config.json`` (None where there is none).
+    ``label`` names the source in messages, ``files`` are its parts, ``config`` is the parsed
+    ``config.json`` of the component's folder (None where there is none).
     """
 
     def __init__(
@@ -241,9 +249,10 @@ def open_source(
 ) -> Source:
     """Open weights: a file, a component's folder, a list of files, or a state dict in memory.
 
-    Headers are read, tensors are not; nothing outside of what is named is opened, and nothing is
-    fetched. A file whose name ends in ``PICKLE_SUFFIXES`` is read as a torch checkpoint, by
-    ``read_pickle``; any other as safetensors.
+    Headers are read, tensors are not; nothing is fetched, and nothing outside of what is named is
+    opened, but for what belongs to it: a component folder's ``config.json``, also where its weights
+    are named one by one, and the shards of an index. A file whose name ends in ``PICKLE_SUFFIXES``
+    is read as a torch checkpoint, by ``read_pickle``; any other as safetensors.
 
     Raises:
         CheckpointError: something cannot be read, is no weights, or a folder's index and its
@@ -255,12 +264,17 @@ def open_source(
             path = as_path(path_or_paths)
             with os_errors(path):
                 is_folder = path.is_dir()
-            return _open_folder(path) if is_folder else Source(str(path), [_open_file(path)])
+            if is_folder:
+                return _open_folder(path)
+            if (weights := weights_of_index(path)) is not None:
+                return _open_weights(path, weights, config_in(path.parent))
+            return Source(str(path), [_open_file(path)], config_beside([path]))
         case Mapping():
             return Source("state dict in memory", [_in_memory(path_or_paths)])
         case Sequence() if path_or_paths and not isinstance(path_or_paths, bytes | bytearray):
             paths = [as_path(path) for path in path_or_paths]
-            return Source(", ".join(map(str, paths)), [_open_file(path) for path in paths])
+            opened = [_open_file(path) for path in paths]
+            return Source(", ".join(map(str, paths)), opened, config_beside(paths))
     raise InputError(
         "no weights",
         expected="a path, a list of one path or more, or a dict of tensors by name",
@@ -269,6 +283,13 @@ def open_source(
 
 
 def _open_file(path: Path) -> SourceFile:
+    if path.suffix.lower() == ".json":
+        raise CheckpointError(
+            "is what stands beside weights, not weights",
+            where=path,
+            expected="weights: a folder, a file of them, or a file that ends in .index.json",
+            fix="name the folder that it is in",
+        )
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return TensorsFile(str(path), read_pickle(path))
     return SafetensorsFile(path)
@@ -283,13 +304,13 @@ def _open_folder(folder: Path) -> Source:
         if components := components_in(folder):
             raise _is_pipeline(folder, components) from None
         raise
+    return _open_weights(folder, weights, config_in(folder))
+
+
+def _open_weights(named: Path, weights: FolderWeights, config: Mapping[str, Any] | None) -> Source:
     files = {path: _open_file(path) for path in weights.files}
-    if weights.weight_map is not None:
-        _check_index(folder, files, weights.weight_map)
-    config = folder / "config.json"
-    with os_errors(config):
-        has_config = config.exists()
-    return Source(str(folder), list(files.values()), read_json(config) if has_config else None)
+    weights.check({path: file.entries for path, file in files.items()}, named)
+    return Source(str(named), list(files.values()), config)
 
 
 def _is_pipeline(folder: Path, components: Mapping[str, Path]) -> CheckpointError:
@@ -300,30 +321,6 @@ def _is_pipeline(folder: Path, components: Mapping[str, Path]) -> CheckpointErro
         got=f"subfolders with weights: {', '.join(components) or 'none'}",
         fix="name the subfolder, or the component=",
     )
-
-
-def _check_index(
-    folder: Path, files: Mapping[Path, SourceFile], weight_map: Mapping[str, Path]
-) -> None:
-    """An index and its shards must say the same of every tensor."""
-    fix = "download index and shards again, from the same revision"
-    for name, path in weight_map.items():
-        if name not in files[path].entries:
-            raise CheckpointError(
-                f"its index puts tensor {short(name)} into a shard that does not hold it",
-                where=folder,
-                expected=f"{short(name)} in {path.name}",
-                fix=fix,
-            )
-    for path, file in files.items():
-        for name in file.entries:
-            if weight_map.get(name) != path:
-                raise CheckpointError(
-                    f"a shard holds tensor {short(name)}, which its index does not put there",
-                    where=folder,
-                    expected=f"{short(name)} listed for {path.name}",
-                    fix=fix,
-                )
 
 
 def _in_memory(tensors: Mapping[Any, Any]) -> TensorsFile:

@@ -87,7 +87,8 @@ def test_the_configuration_beside_the_weights(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"latent_channels": 4, "scale": Infinity}', encoding="utf-8-sig")
     assert open_source(tmp_path).config == {"latent_channels": 4, "scale": float("inf")}
-    assert open_source(tmp_path / PLAIN).config is None  # only what was named is opened
+    put(tmp_path / "other.safetensors", a=A)
+    assert open_source(tmp_path / "other.safetensors").config is None  # not diffusers' name for it
     for text, what in (
         ("", "is empty"),
         ("{", "is not JSON"),
@@ -103,6 +104,21 @@ def test_the_configuration_beside_the_weights(tmp_path: Path) -> None:
     config.write_bytes(b'{"a":"\xff"}')
     with pytest.raises(CheckpointError, match="is not JSON"):
         open_source(tmp_path)
+
+
+def test_the_configuration_of_weights_that_are_named_one_by_one(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "here")
+    shards = sorted(index.parent.glob("*.safetensors"))
+    (tmp_path / "here" / "config.json").write_text('{"latent_channels": 4}')
+    for named in (shards[0], str(shards[0]), shards, index):
+        assert open_source(named).config == {"latent_channels": 4}
+    elsewhere = put(tmp_path / "there" / shards[1].name, b=B)
+    (tmp_path / "there" / "config.json").write_text('{"latent_channels": 16}')
+    assert open_source([shards[0], elsewhere]).config is None  # of two folders, which one?
+    for text in ("config.json", "model_index.json"):
+        (tmp_path / text).write_text("{}")
+        with pytest.raises(CheckpointError, match="not weights"):
+            open_source(tmp_path / text)
 
 
 def test_a_pipeline_is_not_one_component(tmp_path: Path) -> None:
@@ -158,12 +174,13 @@ def test_a_folder_without_permission(inner: str) -> None:
 )
 def test_shards_are_read_through_their_index(tmp_path: Path, kind: str, form: str) -> None:
     index = sharded(tmp_path, kind)
-    index.rename(tmp_path / form.format(base="diffusion_pytorch_model", kind=kind))
-    with open_source(tmp_path) as source:
-        assert source.shapes == {"a": (2, 3), "b": (4,)}
-        assert torch.equal(source.tensor("a"), A)
-        assert torch.equal(source.tensor("b"), B)
-        assert len(source.files) == 2
+    index = index.rename(tmp_path / form.format(base="diffusion_pytorch_model", kind=kind))
+    for named in (tmp_path, index):
+        with open_source(named) as source:
+            assert source.shapes == {"a": (2, 3), "b": (4,)}
+            assert torch.equal(source.tensor("a"), A)
+            assert torch.equal(source.tensor("b"), B)
+            assert len(source.files) == 2
 
 
 def test_a_shard_may_be_a_link_to_elsewhere_and_lie_in_a_subfolder(tmp_path: Path) -> None:
@@ -241,9 +258,10 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     index = sharded(tmp_path)
     index.write_text(text)
-    with pytest.raises(CheckpointError) as error:
-        open_source(tmp_path)
-    assert str(error.value).startswith(str(index))
+    for named in (tmp_path, index):
+        with pytest.raises(CheckpointError) as error:
+            open_source(named)
+        assert str(error.value).startswith(str(index))
 
 
 def test_a_name_twice_in_an_index(tmp_path: Path) -> None:

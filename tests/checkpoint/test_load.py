@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from weight_files import is_mapped
+from weight_files import PLAIN, is_mapped
 
 import sdconv
 from sdconv.checkpoint.save import original_tensors
@@ -148,9 +149,13 @@ def test_folders(state: State, tmp_path: Path) -> None:
 
 def test_config_json_decides_what_shapes_cannot(state: State, tmp_path: Path) -> None:
     config = replace(SMALL, scaling_factor=0.5, norm_num_groups=16)
-    loaded = sdconv.load(folder_of(state, tmp_path / "vae", config))
-    assert loaded.config == config
-    assert loaded.decoder.conv_norm_out.num_groups == 16
+    folder = folder_of(state, tmp_path / "vae", config)
+    for named in (folder, folder / PLAIN, [folder / PLAIN]):
+        loaded = sdconv.load(named)
+        assert loaded.config == config
+        assert loaded.decoder.conv_norm_out.num_groups == 16
+    elsewhere = shutil.copy(folder / PLAIN, folder / "other.safetensors")
+    assert sdconv.load(elsewhere, family="sd1").config.norm_num_groups == 32  # the control
 
 
 def test_config_json_of_another_class_is_refused(state: State, tmp_path: Path) -> None:
