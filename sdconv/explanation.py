@@ -23,6 +23,7 @@ from sdconv.network import Autoencoder, Network
 from sdconv.ops.choice import choose
 from sdconv.ops.chosen import sizes
 from sdconv.ops.prepared import prepared
+from sdconv.ops.winograd import DOUBLED
 from sdconv.parity.inputs import Noise, inputs_for
 from sdconv.parity.stepwise import Inputs
 
@@ -34,7 +35,7 @@ class Explained:
     """One convolution, or one doubling with its convolution.
 
     ``work``: "encode", "decode" or "forward". ``size``: rows and columns of what comes in.
-    ``method``: "winograd", "packed", "direct", "sub-pixel", or "torch" for what the fast backend
+    ``method``: "winograd", "packed", "direct", "doubling", or "torch" for what the fast backend
     leaves to the layer itself. ``costs``: of each method, in multiplications of a matrix product;
     empty for "torch". ``reason``: in words.
     """
@@ -190,10 +191,10 @@ def _of_doubling(block: Upsample2D, call: _Call, room: int) -> tuple[str, dict[s
         return "torch", {}, "not a doubling: a map of odd size waits"
     batch, channels, height, width = call.given
     pixels = batch * height * width * channels * block.conv.out_channels
-    costs = {"sub-pixel": 9.0 * pixels, "direct": 36.0 * pixels}
-    if sizes(channels, block.conv.out_channels)["sub-pixel"] <= room:
-        return "sub-pixel", costs, "nine products for four pixels, of which each would take nine"
-    return "direct", costs, "no room for what sub-pixel prepares: see the limit of prepared weights"
+    costs = {"doubling": DOUBLED.places / 4 * pixels, "direct": 36.0 * pixels}
+    if sizes(channels, block.conv.out_channels)["doubling"] <= room:
+        return "doubling", costs, "25 products for 16 outputs, of which each would take nine"
+    return "direct", costs, "no room for what doubling prepares: see the limit of prepared weights"
 
 
 def _of_convolution(

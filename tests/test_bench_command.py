@@ -43,7 +43,7 @@ def test_known_layers_of_the_usual_vae() -> None:
     found = by_name(explain(USUAL, (512, 512)))
     assert found["decoder.conv_in"] == "torch"
     assert found["decoder.up_blocks.2.resnets.1.conv2"] == "winograd"
-    assert found["decoder.up_blocks.2.upsamplers.0"] == "sub-pixel"
+    assert found["decoder.up_blocks.2.upsamplers.0"] == "doubling"
     assert "decoder.up_blocks.2.upsamplers.0.conv" not in found
     assert "encoder.down_blocks.0.downsamplers.0.conv" not in found
     assert "decoder.up_blocks.2.resnets.0.conv_shortcut" not in found
@@ -51,7 +51,7 @@ def test_known_layers_of_the_usual_vae() -> None:
 
 def test_the_choice_is_the_cheapest() -> None:
     layers = explain(USUAL, (64, 64)).layers
-    assert {layer.method for layer in layers} >= {"winograd", "packed", "direct", "sub-pixel"}
+    assert {layer.method for layer in layers} >= {"winograd", "packed", "direct", "doubling"}
     for layer in layers:
         if layer.costs:
             assert layer.costs[layer.method] == min(layer.costs.values()), layer
@@ -96,7 +96,7 @@ def test_a_map_of_odd_size_is_not_doubled() -> None:
         layers = answer(UNET, "--size", size, "--explain")["layers"]
         return {one["method"] for one in layers if one["doubling"]}
 
-    assert doublings("32") == {"sub-pixel"}
+    assert doublings("32") == {"doubling"}
     assert "torch" in doublings("33")
 
 
@@ -126,7 +126,7 @@ def test_tables() -> None:
     assert "times as fast" in shown.stdout
     explained = run("bench", VAE, "--size", "64", "--explain").stdout
     assert "decoder.up_blocks.0.upsamplers.0" in explained
-    assert "sub-pixel" in explained
+    assert "doubling" in explained
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sdconv.ops.winograd import OUTPUTS, PLACES
+from sdconv.ops.winograd import OUTPUTS, PLAIN
 
 # of a weight's value: torch's kernel reorders it in each call; a prepared one is only read
 _REORDER, _READ = 160, 25
@@ -52,8 +52,8 @@ def choose(
     pixels = batch * height * width
     products = 9 * pairs * pixels + normalised * channels * pixels * _NORMALISE
     costs = {
-        "winograd": PLACES * pairs * (tiles + _READ)
-        + PLACES * (channels + out_channels) * tiles * _TRANSFORM
+        "winograd": PLAIN.places * pairs * (tiles + _READ)
+        + PLAIN.places * (channels + out_channels) * tiles * _TRANSFORM
         + _CALL,
         "packed": products + 9 * pairs * _READ + 9 * channels * pixels * _TRANSFORM + _CALL,
         "direct": products + 9 * pairs * _REORDER,

@@ -10,7 +10,7 @@ from sdconv.ops.choice import Choice, choose
 from sdconv.ops.fused import After, NotFiniteError
 from sdconv.ops.moments import Norm
 from sdconv.ops.prepared import prepared
-from sdconv.ops.winograd import PLACES
+from sdconv.ops.winograd import DOUBLED, PLAIN
 
 
 def choice_for(x: Tensor, weight: Tensor, normalised: bool = False) -> Choice:
@@ -23,9 +23,9 @@ def choice_for(x: Tensor, weight: Tensor, normalised: bool = False) -> Choice:
 
 
 def sizes(channels: int, out_channels: int) -> dict[str, int]:
-    """Bytes of what each method prepares of a weight; "sub-pixel" is a doubling's."""
+    """Bytes of what each method prepares of a weight; "doubling" is a doubling's."""
     pair = 4 * channels * out_channels
-    return {"winograd": PLACES * pair, "packed": 9 * pair, "sub-pixel": 9 * pair}
+    return {"winograd": PLAIN.places * pair, "packed": 9 * pair, "doubling": DOUBLED.places * pair}
 
 
 def convolution(
@@ -62,11 +62,14 @@ def convolution(
 def doubled_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Nearest doubling and a 3x3 convolution; see `sdconv.ops.fused.doubled_convolution`."""
-    size = sizes(x.shape[1], len(weight))["sub-pixel"]
-    if prepared.has_room(weight, fused.DOUBLED, size):
+    """Nearest doubling and a 3x3 convolution: ``(B, C, H, W)`` to ``(B, O, 2H, 2W)``, and its
+    moments."""
+    size = sizes(x.shape[1], len(weight))["doubling"]
+    if prepared.has_room(weight, fused.DOUBLING, size):
         try:
-            return fused.doubled_convolution(x, weight, bias, groups=groups)
+            return fused.winograd_convolution(
+                x, weight, None, After(bias), scheme=DOUBLED, groups=groups
+            )
         except NotFiniteError:
             pass
     return _with_moments(fused.direct_doubled(x, weight, bias), groups)

@@ -13,19 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.ops import doubling_kernels, kernels, product_kernel, sum_kernels
+from sdconv.ops import kernels, product_kernel, sum_kernels
 from sdconv.ops.launching import launch, threads
 from sdconv.ops.plain_engine import Affine
 from sdconv.ops.strips import Strip, scratch
+from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
 
 _KEYS = np.frombuffer(secrets.token_bytes(4 * sum_kernels.KEYS), dtype=np.uint32)
 
 _ZEROS = torch.zeros(product_kernel.PANEL)
+_LOAD = {PLAIN: kernels.load, DOUBLED: kernels.load_doubled}
+_STORE = {PLAIN: kernels.store, DOUBLED: kernels.store_doubled}
 # fewer are multiplied before a panel of the weight has been put in order
 _MANY_ROWS = 256
 
 
 def load(
+    scheme: Scheme,
     rows: Tensor,
     row: int,
     above: Tensor | None,
@@ -36,11 +40,13 @@ def load(
 ) -> None:
     """See the plain one."""
     launch(
-        kernels.load,
+        _LOAD[scheme],
         kernels.LOAD,
         units=strip.tile_rows * -(-strip.tile_columns // kernels.TILES),
         **_working(kernels.LOAD_SCRATCH),
-        **_geometry(strip),
+        **_tiles(strip),
+        height=strip.height * scheme.step // OUTPUTS,
+        width=rows.shape[1],
         channels=rows.shape[2],
         x=rows.data_ptr(),
         x_row=row,
@@ -53,17 +59,25 @@ def load(
 
 
 def store(
-    products: Tensor, strip: Strip, bias: Tensor, residual: Tensor | None, out: Tensor, groups: int
+    scheme: Scheme,
+    products: Tensor,
+    strip: Strip,
+    bias: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    groups: int,
 ) -> tuple[Tensor, Tensor]:
     """See the plain one."""
     chunks = -(-strip.tile_columns // kernels.TILES)
     sums = torch.empty(strip.tile_rows * chunks, groups, 2, dtype=torch.float64)
     launch(
-        kernels.store,
+        _STORE[scheme],
         kernels.STORE,
         units=len(sums),
         **_working(kernels.STORE_SCRATCH),
-        **_geometry(strip),
+        **_tiles(strip),
+        height=strip.height,
+        width=strip.width,
         channels=out.shape[2],
         step=products.shape[2],
         tiles=products.data_ptr(),
@@ -75,8 +89,8 @@ def store(
         groups=groups,
         sums=sums.data_ptr(),
     )
-    heights = _lengths(strip.end - strip.first, 4)
-    widths = _lengths(strip.width, 4 * kernels.TILES)
+    heights = _lengths(strip.end - strip.first, OUTPUTS)
+    widths = _lengths(strip.width, OUTPUTS * kernels.TILES)
     return sums, torch.outer(heights, widths).flatten() * (out.shape[2] // groups)
 
 
@@ -98,58 +112,6 @@ def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return found, torch.full((height,), width * channels // groups, dtype=torch.float64)
 
 
-def differences(
-    rows: Tensor, row: int, first: int, end: int, height: int, into: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """See the plain one."""
-    across, down, both = into
-    launch(
-        doubling_kernels.differences,
-        doubling_kernels.DIFFERENCES,
-        units=end - first + 1,
-        height=height,
-        width=rows.shape[1],
-        channels=rows.shape[2],
-        row=first,
-        rows=end - first,
-        x=rows.data_ptr(),
-        x_row=row,
-        across=across.data_ptr(),
-        down=down.data_ptr(),
-        both=both.data_ptr(),
-    )
-
-
-def meet(
-    products: tuple[Tensor, Tensor, Tensor, Tensor], bias: Tensor, out: Tensor, groups: int
-) -> tuple[Tensor, Tensor]:
-    """See the plain one."""
-    plain, across, down, both = products
-    count, width = plain.shape[:2]
-    channels = out.shape[2]
-    chunks = -(-width // doubling_kernels.PIXELS)
-    sums = torch.empty(count * chunks, groups, 2, dtype=torch.float64)
-    launch(
-        doubling_kernels.meet,
-        doubling_kernels.MEET,
-        units=len(sums),
-        **_working(doubling_kernels.MEET_SCRATCH),
-        width=width,
-        channels=channels,
-        step=plain.shape[2],
-        plain=plain.data_ptr(),
-        across=across.data_ptr(),
-        down=down.data_ptr(),
-        both=both.data_ptr(),
-        bias=bias.data_ptr(),
-        out=out.data_ptr(),
-        groups=groups,
-        sums=sums.data_ptr(),
-    )
-    values = 4 * _lengths(width, doubling_kernels.PIXELS) * (channels // groups)
-    return sums, values.repeat(count)
-
-
 def width(channels: int) -> int:
     """See the plain one."""
     return -(-channels // product_kernel.LANES) * product_kernel.LANES
@@ -157,8 +119,8 @@ def width(channels: int) -> int:
 
 def pack(right: Tensor) -> Tensor:
     """See the plain one: panel after panel."""
-    missing = width(right.shape[3]) - right.shape[3]
-    right = (functional.pad(right, (0, missing)) if missing else right).flatten(2)
+    missing = width(right.shape[2]) - right.shape[2]
+    right = functional.pad(right, (0, missing)) if missing else right
     places, depth, columns = right.shape
     packed = right.new_empty(places, depth * columns)
     for first in range(0, columns, product_kernel.PANEL):
@@ -238,10 +200,8 @@ def _lengths(size: int, step: int) -> Tensor:
     return (size - starts).clamp(max=step)
 
 
-def _geometry(strip: Strip) -> dict[str, int]:
+def _tiles(strip: Strip) -> dict[str, int]:
     return {
-        "height": strip.height,
-        "width": strip.width,
         "tile_row": strip.tile_row,
         "tile_rows": strip.tile_rows,
         "tile_columns": strip.tile_columns,

@@ -14,6 +14,7 @@ from torch import Tensor
 from sdconv.ops import plain_engine
 from sdconv.ops.plain_engine import Affine
 from sdconv.ops.strips import Strip
+from sdconv.ops.winograd import Scheme
 
 
 class Engine(Protocol):
@@ -21,6 +22,7 @@ class Engine(Protocol):
 
     def load(
         self,
+        scheme: Scheme,
         rows: Tensor,
         row: int,
         above: Tensor | None,
@@ -31,6 +33,7 @@ class Engine(Protocol):
     ) -> None: ...
     def store(
         self,
+        scheme: Scheme,
         products: Tensor,
         strip: Strip,
         bias: Tensor,
@@ -39,22 +42,6 @@ class Engine(Protocol):
         groups: int,
     ) -> tuple[Tensor, Tensor]: ...
     def sums(self, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]: ...
-    def differences(
-        self,
-        rows: Tensor,
-        row: int,
-        first: int,
-        end: int,
-        height: int,
-        into: tuple[Tensor, Tensor, Tensor],
-    ) -> None: ...
-    def meet(
-        self,
-        products: tuple[Tensor, Tensor, Tensor, Tensor],
-        bias: Tensor,
-        out: Tensor,
-        groups: int,
-    ) -> tuple[Tensor, Tensor]: ...
     def width(self, channels: int) -> int: ...
     def pack(self, right: Tensor) -> Tensor: ...
     def product(self, left: Tensor, packed: Tensor, out: Tensor) -> None: ...

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.ops import doubling, engines, winograd
+from sdconv.ops import engines
 from sdconv.ops.moments import Norm, combined
 from sdconv.ops.prepared import Make, prepared
 from sdconv.ops.strips import STRIP_BYTES, Strip, dense_rows, scratch, strips
+from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
 
-# a weight (O, C, ...) to right factors (P, C, several, O)
-Transform = Callable[[Tensor, torch.dtype], tuple[Tensor, ...]]
+# a weight (O, C, ...) to right factors (P, C, O)
+Transform = Callable[[Tensor, torch.dtype], Tensor]
 
 
 class NotFiniteError(ArithmeticError):
@@ -92,12 +93,19 @@ def direct(x: Tensor, weight: Tensor, norm: Norm | None, after: After) -> Tensor
     return after.apply(functional.conv2d(x, weight, after.bias, padding=1))
 
 
+def direct_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `winograd_convolution` computes of a doubled map, by torch's own operations."""
+    x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    return functional.conv2d(x, weight, bias, padding=1)
+
+
 def winograd_convolution(
     x: Tensor,
     weight: Tensor,
     norm: Norm | None = None,
     after: After | None = None,
     *,
+    scheme: Scheme = PLAIN,
     groups: int = 1,
     in_place: bool = False,
     tile_rows: int | None = None,
@@ -107,31 +115,34 @@ def winograd_convolution(
     Args:
         x: ``(B, C, H, W)``. weight: ``(O, C, 3, 3)``.
         norm: applied to ``x`` as it is read. after: added to the output as it is written.
+        scheme: of ``x`` itself, or of what nearest doubling makes of it.
         groups: of which moments of the output are wanted.
         in_place: write the output over ``x``, which must lie in channels-last order, have as many
             channels and no other reader.
         tile_rows: rows of tiles in a strip; None for as many as fit a cache.
 
     Returns:
-        ``(B, O, H, W)``, and its moments ``(B, groups, 2)``.
+        ``(B, O, H, W)``, or twice as high and wide, and its moments ``(B, groups, 2)``.
 
     Raises:
         NotFiniteError: something in the output is not finite. ``x`` is spoilt if ``in_place``.
     """
     after, dtype = after or After(), computes_in(x.dtype)
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
+    height, width = (size * OUTPUTS // scheme.step for size in x.shape[2:])
     out_channels = len(weight)
     out = x if in_place else _blank(x, out_channels, height, width)
     offsets = after.offsets(batch, out_channels, dtype)
     affine = None if norm is None else norm.affine(dtype)
-    tile_bytes = winograd.PLACES * (channels + out_channels) * dtype.itemsize
+    tile_bytes = scheme.places * (channels + out_channels) * dtype.itemsize
     found = []
-    (kernel,) = prepared.get(weight, _factors(winograd.kernel_transform, dtype))
+    kernel = prepared.get(weight, transformed(scheme, dtype))
     shortcut = None
     if after.shortcut is not None:
-        (shortcut,) = prepared.get(after.shortcut[0], _factors(_pointwise, dtype))
+        shortcut = prepared.get(after.shortcut[0], _packed(_pointwise, dtype))
     for b in range(batch):
         run = WinogradPass(
+            scheme=scheme,
             x=x[b],
             out=out[b],
             kernel=kernel,
@@ -152,12 +163,14 @@ def winograd_convolution(
 class WinogradPass:
     """One picture's way through a Winograd convolution, a strip at a time from above.
 
-    ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``. ``kernel``: the weight's transform. ``affine``:
-    the normalisation's scale and shift, ``(C,)`` each. ``offsets``: ``(O,)``. ``residual``:
+    ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``, or twice as high and wide if ``scheme`` is a
+    doubled map's. ``kernel``: the weight's transform by that scheme. ``affine``: the
+    normalisation's scale and shift, ``(C,)`` each. ``offsets``: ``(O,)``. ``residual``:
     ``(R, H, W)``, through a packed ``shortcut`` if that is given. ``groups``: of which sums are
     wanted.
     """
 
+    scheme: Scheme
     x: Tensor
     out: Tensor
     kernel: Tensor
@@ -174,23 +187,23 @@ class WinogradPass:
     def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
         """Writes a strip; its parts' sums and counts, see `sdconv.ops.moments.combined`."""
         dtype, engine = self.kernel.dtype, engines.of(self.kernel.dtype)
-        row = max(strip.first - 1, 0)
-        rows = _as_rows(self.x, row, min(strip.end + 1, strip.height), dtype, "input")
-        tiles = scratch.take("tiles", (winograd.PLACES, strip.tiles, rows.shape[2]), dtype)
-        engine.load(rows, row, self.above, strip, self.affine, self.silu, tiles)
+        scheme, (row, end) = self.scheme, strip.reads(self.scheme)
+        rows = _as_rows(self.x, row, end, dtype, "input")
+        tiles = scratch.take("tiles", (scheme.places, strip.tiles, rows.shape[2]), dtype)
+        engine.load(scheme, rows, row, self.above, strip, self.affine, self.silu, tiles)
         if self.in_place:
             self.above = rows[strip.end - 1 - row].clone()
         channels = self.out.shape[0]
-        shape = (winograd.PLACES, strip.tiles, engine.width(channels))
+        shape = (scheme.places, strip.tiles, engine.width(channels))
         products = scratch.take("products", shape, dtype)
         engine.product(tiles, self.kernel, products)
         residual = self._residual(strip, dtype)
         out = dense_rows(self.out[:, strip.first : strip.end], dtype)
         if out is not None:
-            return engine.store(products, strip, self.offsets, residual, out, self.groups)
+            return engine.store(scheme, products, strip, self.offsets, residual, out, self.groups)
         shape = (strip.end - strip.first, strip.width, channels)
         out = scratch.take("output", shape, dtype)
-        sums = engine.store(products, strip, self.offsets, residual, out, self.groups)
+        sums = engine.store(scheme, products, strip, self.offsets, residual, out, self.groups)
         self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
         return sums
 
@@ -201,136 +214,42 @@ class WinogradPass:
         if self.shortcut is None:
             return rows
         channels = self.out.shape[0]
-        return _product("shortcut", rows, self.shortcut, 1, channels)[:, :, 0, :channels]
+        engine = engines.of(dtype)
+        shape = (1, rows.shape[0] * rows.shape[1], engine.width(channels))
+        out = scratch.take("shortcut", shape, dtype)
+        engine.product(rows.flatten(0, 1).unsqueeze(0), self.shortcut, out)
+        return out.view(*rows.shape[:2], -1)[:, :, :channels]
 
 
-def direct_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `doubled_convolution` computes, by torch's own operations."""
-    x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-    return functional.conv2d(x, weight, bias, padding=1)
-
-
-def doubled_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int = 1, rows: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Nearest doubling of rows and columns, then a 3x3 convolution; see `sdconv.ops.doubling`.
-
-    Args:
-        x: ``(B, C, H, W)``. weight: ``(O, C, 3, 3)``. bias: ``(O,)``.
-        groups: of which moments of the output are wanted.
-        rows: of the small map in a strip; None for as many as fit a cache.
-
-    Returns:
-        ``(B, O, 2H, 2W)``, and its moments ``(B, groups, 2)``.
-
-    Raises:
-        NotFiniteError: something in the output is not finite.
-    """
-    dtype = computes_in(x.dtype)
-    batch, channels, height, width = x.shape
-    out_channels = len(weight)
-    out = _blank(x, out_channels, 2 * height, 2 * width)
-    offsets = After(bias).offsets(1, out_channels, dtype)[0]
-    kernels = prepared.get(weight, _factors(doubling.kernel_transform, dtype))
-    step = rows or max(
-        1, STRIP_BYTES // ((3 * channels + 9 * out_channels) * dtype.itemsize * width)
-    )
-    found = []
-    for b in range(batch):
-        run = DoubledPass(x[b], out[b], kernels, offsets, groups)
-        parts = [run.strip(first, min(first + step, height)) for first in range(0, height, step)]
-        found.append(_finite(parts))
-    return out, torch.stack(found)
-
-
-@dataclass
-class DoubledPass:
-    """One picture's way through a doubled convolution, a strip at a time.
-
-    ``x``: ``(C, H, W)``. ``out``: ``(O, 2H, 2W)``. ``kernels``: the weight's transform.
-    ``offsets``: ``(O,)``. ``groups``: of which sums are wanted.
-    """
-
-    x: Tensor
-    out: Tensor
-    kernels: tuple[Tensor, ...]
-    offsets: Tensor
-    groups: int
-
-    def strip(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Writes what rows ``first`` to ``end`` of ``x`` give; its parts' sums and counts."""
-        dtype = self.offsets.dtype
-        products = self._products(first, end)
-        place = self.out[:, 2 * first : 2 * end]
-        into = dense_rows(place, dtype)
-        if into is not None:
-            return engines.of(dtype).meet(products, self.offsets, into, self.groups)
-        shape = (place.shape[1], place.shape[2], len(self.offsets))
-        into = scratch.take("output", shape, dtype)
-        sums = engines.of(dtype).meet(products, self.offsets, into, self.groups)
-        place.copy_(into.permute(2, 0, 1))
-        return sums
-
-    def _products(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        channels, height, width = self.x.shape
-        dtype, count = self.offsets.dtype, end - first
-        row = max(first - 1, 0)
-        rows = _as_rows(self.x, row, min(end + 1, height), dtype, "input")
-        shapes = ((count, width + 1), (count + 1, width), (count + 1, width + 1))
-        across, down, both = (
-            scratch.take(f"differences {i}", (*shape, channels), dtype)
-            for i, shape in enumerate(shapes)
-        )
-        engines.of(dtype).differences(rows, row, first, end, height, (across, down, both))
-        maps = (rows[first - row : end - row], across, down, both)
-        products = (
-            _product(f"products {i}", map_, kernel, several, len(self.offsets))
-            for i, (map_, kernel, several) in enumerate(
-                zip(maps, self.kernels, doubling.SEVERAL, strict=True)
-            )
-        )
-        plain, along, below, corners = products
-        return plain.squeeze(2), along, below, corners
-
-
-def _product(name: str, rows: Tensor, packed: Tensor, several: int, channels: int) -> Tensor:
-    """Rows ``(n, W, C)`` times ``several`` matrices ``(C, channels)`` packed beside one another:
-    ``(n, W, several, width)``."""
-    engine = engines.of(rows.dtype)
-    width = engine.width(channels)
-    out = scratch.take(name, (1, rows.shape[0] * rows.shape[1], several * width), rows.dtype)
-    engine.product(rows.flatten(0, 1).unsqueeze(0), packed, out)
-    return out.view(*rows.shape[:2], several, width)
-
-
-def _pointwise(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _pointwise(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A 1x1 convolution's ``(O, C, 1, 1)`` as a right factor."""
-    return (weight.flatten(1).T.to(dtype)[None, :, None],)
+    return weight.flatten(1).T.to(dtype)[None]
 
 
-def _gathered(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _gathered(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A 3x3 convolution's ``(O, C, 3, 3)`` as the right factor of patches ``(3 * 3 * C)``."""
-    return (weight.permute(2, 3, 1, 0).flatten(0, 2).to(dtype)[None, :, None],)
+    return weight.permute(2, 3, 1, 0).flatten(0, 2).to(dtype)[None]
 
 
 @cache
-def _factors(transform: Transform, dtype: torch.dtype) -> Make:
+def _packed(transform: Transform, dtype: torch.dtype) -> Make:
     """Makes a weight's right factors, packed as the products read them."""
+    return lambda weight: engines.of(dtype).pack(transform(weight, dtype))
 
-    def make(weight: Tensor) -> tuple[Tensor, ...]:
-        return tuple(engines.of(dtype).pack(right) for right in transform(weight, dtype))
 
-    return make
+def transformed(scheme: Scheme, dtype: torch.dtype) -> Make:
+    """Makes a 3x3 convolution's weight ready for a scheme's tiles."""
+    return _packed(scheme.kernel_transform, dtype)
 
 
 def gathered(dtype: torch.dtype) -> Make:
     """Makes a 3x3 convolution's weight ready for patches of its input."""
-    return _factors(_gathered, dtype)
+    return _packed(_gathered, dtype)
 
 
-WINOGRAD = _factors(winograd.kernel_transform, torch.float32)
-DOUBLED = _factors(doubling.kernel_transform, torch.float32)
-POINTWISE = _factors(_pointwise, torch.float32)
+WINOGRAD = transformed(PLAIN, torch.float32)
+DOUBLING = transformed(DOUBLED, torch.float32)
+POINTWISE = _packed(_pointwise, torch.float32)
 
 
 def _blank(like: Tensor, channels: int, height: int, width: int) -> Tensor:

@@ -35,7 +35,7 @@ def convolution(x: Tensor, weight: Tensor, norm: Norm | None, after: After) -> T
     # what each output reads, beside one another
     patches = rows.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
     patches = patches.reshape(1, batch * height * width, 9 * channels).contiguous()
-    (packed,) = prepared.get(weight, gathered(dtype))
+    packed = prepared.get(weight, gathered(dtype))
     out = torch.empty(1, patches.shape[1], engine.width(out_channels), dtype=dtype)
     engine.product(patches, packed, out)
     out = out[0, :, :out_channels].view(batch, height, width, out_channels)

@@ -5,7 +5,8 @@ depends on whether its row and its column are even or odd. For each of these fou
 kernel's taps that meet on the same pixel are added up beforehand: 16 products where 36 were, and no
 doubled map before the convolution. All phases are one convolution of torch's.
 
-On CPUs :mod:`sdconv.ops.doubling` does with 9 products, at the price of more passes over the map.
+On CPUs Winograd's convolution of the doubled map does with a quarter of what is left of them, see
+:mod:`sdconv.ops.winograd`.
 """
 
 from __future__ import annotations

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from sdconv.ops import engines
 
-Make = Callable[[Tensor], tuple[Tensor, ...]]
+Make = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Entry:
     owner: weakref.ref[Tensor]
     seen: tuple[object, ...]
-    made: tuple[Tensor, ...]
+    made: Tensor
 
     @property
     def memory(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.made)
+        return self.made.numel() * self.made.element_size()
 
 
 def _quarter_of_memory() -> int:
@@ -71,7 +71,7 @@ class PreparedWeights:
             there = entry is not None and entry.owner() is weight
             return there or self.memory + size <= self.limit
 
-    def get(self, weight: Tensor, make: Make) -> tuple[Tensor, ...]:
+    def get(self, weight: Tensor, make: Make) -> Tensor:
         """``make(weight)``, kept or made now."""
         key, seen = (id(weight), make), _seen(weight)
         kept = self._kept(weight, make, seen)
@@ -84,13 +84,12 @@ class PreparedWeights:
             self._entries[key] = entry
         return made
 
-    def borrow(self, weight: Tensor, make: Make) -> tuple[Tensor, ...]:
+    def borrow(self, weight: Tensor, make: Make) -> Tensor:
         """The same without keeping what was not: for callers with little memory."""
-        return self._kept(weight, make, _seen(weight)) or _made(weight, make)
+        kept = self._kept(weight, make, _seen(weight))
+        return _made(weight, make) if kept is None else kept
 
-    def _kept(
-        self, weight: Tensor, make: Make, seen: tuple[object, ...]
-    ) -> tuple[Tensor, ...] | None:
+    def _kept(self, weight: Tensor, make: Make, seen: tuple[object, ...]) -> Tensor | None:
         with self._lock:
             entry = self._entries.get((id(weight), make))
         if entry is not None and entry.owner() is weight and entry.seen == seen:
@@ -105,7 +104,7 @@ class PreparedWeights:
                 del self._entries[key]
 
 
-def _made(weight: Tensor, make: Make) -> tuple[Tensor, ...]:
+def _made(weight: Tensor, make: Make) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         return make(weight.detach())
 

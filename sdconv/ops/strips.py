@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdconv.ops.winograd import OUTPUTS
+from sdconv.ops.winograd import OUTPUTS, Scheme
 
 # bytes of working memory that a strip may take: small enough for a cache, large enough that each
 # matrix product has rows to work on
@@ -21,7 +21,7 @@ STRIP_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Strip:
-    """Tile rows ``tile_row`` to ``tile_row + tile_rows`` of a map of ``height`` x ``width``."""
+    """Tile rows ``tile_row`` to ``tile_row + tile_rows`` of an output of ``height`` x ``width``."""
 
     height: int
     width: int
@@ -38,20 +38,27 @@ class Strip:
 
     @property
     def first(self) -> int:
-        """The first row that it gives; it reads from the one before."""
+        """The first row that it gives."""
         return OUTPUTS * self.tile_row
 
     @property
     def end(self) -> int:
-        """The row after the last that it gives, which is the last that it reads."""
+        """The row after the last that it gives."""
         return min(self.first + OUTPUTS * self.tile_rows, self.height)
+
+    def reads(self, scheme: Scheme) -> tuple[int, int]:
+        """The input's rows, from and up to, that it is made of."""
+        height = self.height * scheme.step // OUTPUTS
+        first = scheme.step * self.tile_row
+        return max(first - 1, 0), min(first + scheme.step * self.tile_rows + 1, height)
 
 
 def strips(height: int, width: int, tile_bytes: int, tile_rows: int | None) -> Iterator[Strip]:
-    """A map's strips, from above: as many tile rows in each as are asked for, or as fit."""
+    """A map's strips, from above: as many tile rows in each as are asked for, or as fit, in strips
+    of about one size."""
     whole = Strip(height, width, 0, -(-height // OUTPUTS))
-    fitting = STRIP_BYTES // (tile_bytes * whole.tile_columns)
-    step = min(tile_rows or max(1, fitting), whole.tile_rows)
+    fitting = max(1, STRIP_BYTES // (tile_bytes * whole.tile_columns))
+    step = tile_rows or -(-whole.tile_rows // -(-whole.tile_rows // fitting))
     for row in range(0, whole.tile_rows, step):
         yield Strip(height, width, row, min(step, whole.tile_rows - row))
 

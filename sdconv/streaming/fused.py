@@ -6,23 +6,23 @@ does, and writes them with bias and residual, so that there is no window and no 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from sdconv.ops.choice import choose
 from sdconv.ops.fused import (
-    DOUBLED,
     POINTWISE,
-    WINOGRAD,
     After,
-    DoubledPass,
     NotFiniteError,
     WinogradPass,
+    transformed,
 )
 from sdconv.ops.prepared import prepared
 from sdconv.ops.strips import STRIP_BYTES, Strip
-from sdconv.ops.winograd import OUTPUTS, PLACES
-from sdconv.streaming.layers import Doubled, Same
+from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
+from sdconv.streaming.layers import Doubled, Layer, Same
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.passes import Ground, Pass
 
@@ -43,14 +43,16 @@ def same(conv: nn.Conv2d, height: int, width: int) -> type[Same]:
     return Winograd if choice.method == "winograd" else Same
 
 
-class Winograd(Same):
-    """By F(4x4,3x3); a unit is a row of tiles, four rows of the map."""
+class _Tiled(Layer):
+    """By F(4x4,3x3); a unit is a row of tiles, four rows of the output."""
+
+    scheme: ClassVar[Scheme]
 
     def units(self, height: int) -> int:
-        return -(-height // OUTPUTS)
+        return -(-height // self.scheme.step)
 
     def window(self, first: int, last: int) -> tuple[int, int]:
-        return OUTPUTS * first - 1, OUTPUTS * last + 1
+        return self.scheme.step * first - 1, self.scheme.step * last + 1
 
     def outputs(self, first: int, last: int) -> tuple[int, int]:
         return OUTPUTS * first, OUTPUTS * last
@@ -60,36 +62,30 @@ class Winograd(Same):
 
     def workspace(self, units: int, width: int) -> int:
         out_channels, channels = self.module.weight.shape[:2]
-        strip = PLACES * units * -(-width // OUTPUTS) * (channels + out_channels)
-        pixels = units * OUTPUTS * width
+        tiles = units * -(-width // self.scheme.step)
+        strip = self.scheme.places * tiles * (channels + out_channels)
+        pixels = OUTPUTS**2 * tiles
         if self.shortcut is not None:
             strip += pixels * out_channels
         if self.module.weight.dtype != _COMPUTED:  # rows of each map are copied
             added = out_channels if self.shortcut is None else self.shortcut.in_channels
-            strip += pixels * (channels + out_channels + added)
-        return _bytes(PLACES, self.module.weight, strip)
+            strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + added)
+        return _bytes(self.scheme.places, self.module.weight, strip)
 
     def begin(self, ground: Ground, units: int) -> Pass:
-        return _Winograd(self, ground)
+        return _Tiles(self, ground)
 
 
-class SubPixel(Doubled):
-    """Nine products for four pixels of the doubled map, which is never made."""
+class Winograd(_Tiled, Same):
+    """36 products for 16 outputs."""
 
-    def comfort(self, width: int) -> int:
-        return self.workspace(0, width) + STRIP_BYTES
+    scheme = PLAIN
 
-    def workspace(self, units: int, width: int) -> int:
-        out_channels, channels = self.module.weight.shape[:2]
-        # differences along each axis and along both; there is one more of them than of pixels
-        pixels = (units + 1) * (width + 1) if units else 0
-        strip = pixels * (3 * channels + 9 * out_channels)
-        if self.module.weight.dtype != _COMPUTED:
-            strip += pixels * (channels + 4 * out_channels)
-        return _bytes(9, self.module.weight, strip)
 
-    def begin(self, ground: Ground, units: int) -> Pass:
-        return _SubPixel(self, ground)
+class DoubledWinograd(_Tiled, Doubled):
+    """25 products for 16 outputs of the doubled map, which is never made."""
+
+    scheme = DOUBLED
 
 
 def _bytes(places: int, weight: Tensor, strip: int) -> int:
@@ -99,8 +95,8 @@ def _bytes(places: int, weight: Tensor, strip: int) -> int:
     return (2 * transformed + strip) * _COMPUTED.itemsize
 
 
-class _Winograd:
-    def __init__(self, layer: Winograd, ground: Ground) -> None:
+class _Tiles:
+    def __init__(self, layer: _Tiled, ground: Ground) -> None:
         weight, shortcut, affine = layer.module.weight, layer.shortcut, None
         after = After(
             layer.module.bias,
@@ -108,18 +104,18 @@ class _Winograd:
         )
         if layer.norm is not None and ground.moments is not None:
             affine = ground.moments.scale_and_shift(layer.norm)
-        (kernel,) = prepared.borrow(weight, WINOGRAD)
-        self._height, self._width = ground.source.shape[:2]
+        self._height, self._width = ground.target.shape[:2]
         self._measured = ground.measured
         self._run = WinogradPass(
+            scheme=layer.scheme,
             x=_channels_first(ground.source),
             out=_channels_first(ground.target),
-            kernel=kernel,
+            kernel=prepared.borrow(weight, transformed(layer.scheme, _COMPUTED)),
             affine=affine,
             silu=layer.activated,
             offsets=after.offsets(1, len(weight), _COMPUTED)[0],
             residual=None if ground.residual is None else _channels_first(ground.residual),
-            shortcut=None if shortcut is None else prepared.borrow(shortcut.weight, POINTWISE)[0],
+            shortcut=None if shortcut is None else prepared.borrow(shortcut.weight, POINTWISE),
             groups=_groups(ground.measured, len(weight)),
             in_place=ground.source is ground.target,
         )
@@ -127,22 +123,6 @@ class _Winograd:
     def strip(self, first: int, last: int) -> None:
         strip = Strip(self._height, self._width, first, last - first)
         _measure(self._measured, *self._run.strip(strip))
-
-
-class _SubPixel:
-    def __init__(self, layer: SubPixel, ground: Ground) -> None:
-        weight = layer.module.weight
-        self._measured = ground.measured
-        self._run = DoubledPass(
-            x=_channels_first(ground.source),
-            out=_channels_first(ground.target),
-            kernels=prepared.borrow(weight, DOUBLED),
-            offsets=After(layer.module.bias).offsets(1, len(weight), _COMPUTED)[0],
-            groups=_groups(ground.measured, len(weight)),
-        )
-
-    def strip(self, first: int, last: int) -> None:
-        _measure(self._measured, *self._run.strip(first, last))
 
 
 def _channels_first(map_: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class _Builder:
     def doubled(self, conv: nn.Conv2d) -> Layer:
         """A 3x3 convolution after a doubling, by the backend that is in force for it."""
         fast = is_fast(conv) and fused.takes(conv.weight)
-        return fused.SubPixel(conv) if fast else Doubled(conv)
+        return fused.DoubledWinograd(conv) if fast else Doubled(conv)
 
     def resnet(self, name: str, block: ResnetBlock2D) -> None:
         before = self.at

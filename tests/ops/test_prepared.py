@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from sdconv.ops.prepared import PreparedWeights, prepared
 
 
-def doubled(weight: Tensor) -> tuple[Tensor, ...]:
-    return (2 * weight,)
+def doubled(weight: Tensor) -> Tensor:
+    return 2 * weight
 
 
 def test_kept_while_nothing_changes() -> None:
     kept, weight = PreparedWeights(1 << 20), torch.randn(4, 4, 3, 3)
-    (first,) = kept.get(weight, doubled)
-    assert kept.get(weight, doubled)[0] is first
+    first = kept.get(weight, doubled)
+    assert kept.get(weight, doubled) is first
     assert kept.memory == first.numel() * 4
 
 
@@ -36,9 +36,9 @@ def test_no_edit_goes_unseen() -> None:
         ):
             with torch.inference_mode(weight.is_inference()), torch.no_grad():
                 change(weight)
-                assert torch.equal(kept.get(weight, doubled)[0], 2 * weight)
+                assert torch.equal(kept.get(weight, doubled), 2 * weight)
     parameter.data = parameter.data.double()
-    assert kept.get(parameter, doubled)[0].dtype is torch.float64
+    assert kept.get(parameter, doubled).dtype is torch.float64
 
 
 def test_freed_with_its_weight() -> None:
@@ -66,9 +66,9 @@ def test_the_package_has_one_with_a_limit() -> None:
 
 def test_borrowed_is_what_is_kept_and_keeps_nothing() -> None:
     kept, weight = PreparedWeights(1 << 20), torch.randn(4, 4, 3, 3)
-    (borrowed,) = kept.borrow(weight, doubled)
+    borrowed = kept.borrow(weight, doubled)
     assert torch.equal(borrowed, 2 * weight) and kept.memory == 0
-    (first,) = kept.get(weight, doubled)
-    assert kept.borrow(weight, doubled)[0] is first
+    first = kept.get(weight, doubled)
+    assert kept.borrow(weight, doubled) is first
     weight.data += 1
-    assert torch.equal(kept.borrow(weight, doubled)[0], 2 * weight)
+    assert torch.equal(kept.borrow(weight, doubled), 2 * weight)

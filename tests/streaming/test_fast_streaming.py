@@ -21,7 +21,7 @@ from sdconv.ops.fused import WinogradPass
 from sdconv.ops.prepared import prepared
 from sdconv.streaming import Plan, least_memory, make_plan, planner, steps_of
 from sdconv.streaming.executor import run
-from sdconv.streaming.fused import SubPixel, Winograd
+from sdconv.streaming.fused import DoubledWinograd, Winograd
 from sdconv.streaming.maps import Place
 from sdconv.streaming.moments import Moments
 
@@ -70,7 +70,7 @@ def executed(plan: Plan, x: Tensor, folder: Path | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize(("work", "size", "kinds"), [
-    ("decode", (25, 30), {Winograd, SubPixel}), ("encode", (50, 60), {Winograd}),
+    ("decode", (25, 30), {Winograd, DoubledWinograd}), ("encode", (50, 60), {Winograd}),
 ])  # fmt: skip
 def test_these_sizes_are_computed_fast(work: Any, size: tuple[int, int], kinds: set[type]) -> None:
     with sdconv.backend("fast"):
@@ -78,7 +78,7 @@ def test_these_sizes_are_computed_fast(work: Any, size: tuple[int, int], kinds: 
     assert kinds <= set(layers)
     assert layers.count(Winograd) >= 8
     plain = [type(step.layer) for step in steps_of(NETWORK, work, *size)]
-    assert not {Winograd, SubPixel} & set(plain), "the reference is what it was"
+    assert not {Winograd, DoubledWinograd} & set(plain), "the reference is what it was"
     own = copy.deepcopy(NETWORK)
     sdconv.backends.set_backend(own, "fast")
     assert [type(step.layer) for step in steps_of(own, work, *size)] == layers

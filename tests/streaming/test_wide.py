@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdconv.streaming.fused import SubPixel, Winograd
+from sdconv.streaming.fused import DoubledWinograd, Winograd
 from sdconv.streaming.layers import Doubled, Halved, Layer, Same
 from sdconv.streaming.maps import Map, Place, Store
 from sdconv.streaming.moments import Moments
@@ -26,7 +26,7 @@ from sdconv.streaming.passes import Ground
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs files with holes")
 WIDTH, CHANNELS = 64, 128
 HEIGHT = 2**31 // (WIDTH * CHANNELS) + 24
-KINDS: list[Callable[[nn.Conv2d], Layer]] = [Same, Doubled, Halved, Winograd, SubPixel]
+KINDS: list[Callable[[nn.Conv2d], Layer]] = [Same, Doubled, Halved, Winograd, DoubledWinograd]
 
 
 def sparse(height: int, width: int, channels: int) -> Tensor:
@@ -57,11 +57,11 @@ def test_the_last_rows_of_a_wide_map(kind: Any) -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(CHANNELS, CHANNELS, 3).requires_grad_(False)
     norm = nn.GroupNorm(32, CHANNELS).requires_grad_(False)
-    layer = kind(module) if kind in (Doubled, SubPixel, Halved) else kind(module, norm, True)
+    layer = kind(module) if kind in (Doubled, DoubledWinograd, Halved) else kind(module, norm, True)
     rows = torch.randn(24, WIDTH, CHANNELS)
     small = last_rows(layer, rows, torch.empty(*layer.output_size(24, WIDTH), CHANNELS))
     # where the output is the wider one, it alone is as wide as that
-    height = HEIGHT // 4 if kind in (Doubled, SubPixel) else HEIGHT
+    height = HEIGHT // 4 if kind in (Doubled, DoubledWinograd) else HEIGHT
     source = sparse(height, WIDTH, CHANNELS)
     target = sparse(*layer.output_size(height, WIDTH), CHANNELS)
     assert max(source.numel(), target.numel()) > 2**31
