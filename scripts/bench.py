@@ -39,6 +39,7 @@ import sdconv
 from sdconv.ops import chosen, engines
 from sdconv.ops.fused import After
 from sdconv.ops.prepared import prepared
+from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN
 from sdconv.unet import with_diffusers_transformers
 
 Size = tuple[int, int]
@@ -389,27 +390,32 @@ def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rate = _product_rate()
     network = ours("decode")
     counts = {"direct": 0.0, "fast": 0.0}
-    for convolution, height, width in _convolutions(network, options.size):
+    for name, convolution, height, width in _convolutions(network, options.size):
         channels, out_channels = convolution.in_channels, convolution.out_channels
         direct = convolution.kernel_size[0] ** 2 * channels * out_channels * height * width
         counts["direct"] += direct
-        counts["fast"] += direct / 4 if convolution.kernel_size == (3, 3) else direct
+        if convolution.kernel_size == (3, 3):
+            scheme = DOUBLED if ".upsamplers." in name else PLAIN
+            direct *= scheme.places / (9 * OUTPUTS**2)
+        counts["fast"] += direct
     seconds = turns({"fast": sides("decode", options.size, [])["sdconv fast"]}, options.rounds)
-    for name, multiplies in counts.items():
+    for method, multiplies in counts.items():
         least = 2 * multiplies / rate
         yield {
-            "limit": f"{name} convolutions' products",
+            "limit": f"{method} convolutions' products",
             "at, GFLOP/s": round(rate / 1e9),
             "seconds": round(least, 2),
             "whole decode over it": round(seconds["fast"] / least, 2),
         }
 
 
-def _convolutions(network: Any, size: Size) -> list[tuple[nn.Conv2d, int, int]]:
-    found: list[tuple[nn.Conv2d, int, int]] = []
+def _convolutions(network: Any, size: Size) -> list[tuple[str, nn.Conv2d, int, int]]:
+    found: list[tuple[str, nn.Conv2d, int, int]] = []
     hooks = [
-        part.register_forward_hook(lambda conv, _, out: found.append((conv, *out.shape[2:])))
-        for part in network.decoder.modules()
+        part.register_forward_hook(
+            lambda conv, _, out, name=name: found.append((name, conv, *out.shape[2:]))
+        )
+        for name, part in network.decoder.named_modules()
         if isinstance(part, nn.Conv2d)
     ]
     with torch.device("meta"):
@@ -422,7 +428,7 @@ def _convolutions(network: Any, size: Size) -> list[tuple[nn.Conv2d, int, int]]:
 def _product_rate() -> float:
     """Operations a second of this package's own products, where they are fastest."""
     engine = engines.of(torch.float32)
-    left, right = torch.randn(36, 240, 512), torch.randn(36, 512, 1, 512)
+    left, right = torch.randn(36, 240, 512), torch.randn(36, 512, 512)
     packed, out = engine.pack(right), torch.empty(36, 240, engine.width(512))
     seconds = []
     for _ in range(20):

@@ -1,5 +1,5 @@
-"""The transformers between the U-Net's blocks, which are diffusers' own: the matrix products of
-their linear layers (and 1x1 convolutions) are taken over as they come, whoever calls them."""
+"""The transformers between the U-Net's blocks, which are diffusers' own: their linear layers, 1x1
+convolutions and attention are taken over as they come, whoever calls them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sdconv.ops import engines
 
 
 def products(transformer: nn.Module, x: Tensor) -> AbstractContextManager[object]:
-    """While it is entered, linear layers of float32 on a CPU compute with sdconv's products, if the
-    transformer is to compute fast."""
+    """While it is entered, linear layers and attention of float32 on a CPU compute with sdconv's
+    products, if the transformer is to compute fast."""
     if is_fast(transformer) and x.device.type == "cpu" and takes(x) and is_eager(x):
         return _Products()
     return nullcontext()
@@ -64,7 +64,32 @@ def _pointwise(
     return None if out is None else out.permute(0, 3, 1, 2)
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """Attention of heads by themselves, without a mask."""
+    given = (query, key, value)
+    plain = attn_mask is None and not dropout_p and not is_causal
+    if not plain or any(one.ndim != 4 or one.dtype is not torch.float32 for one in given):
+        return None
+    fit = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3]
+    if not fit or query.shape[3] != key.shape[3] or 0 in (*query.shape, *value.shape):
+        return None
+    if not is_eager(*given):
+        return None
+    by = query.shape[3] ** -0.5 if scale is None else scale
+    return engines.of(torch.float32).attention(query, key, value, by)
+
+
 _OURS: dict[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear,
     functional.conv2d: _pointwise,
+    functional.scaled_dot_product_attention: _attention,
 }

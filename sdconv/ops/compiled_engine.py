@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.ops import kernels, product_kernel, sum_kernels
+from sdconv.ops import attention_kernel, kernels, product_kernel, sum_kernels
 from sdconv.ops.launching import launch, threads
 from sdconv.ops.plain_engine import Affine
 from sdconv.ops.strips import Strip, scratch
@@ -175,6 +175,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return out
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+    """See the plain one: of heads whose numbers lie beside one another, of many queries."""
+    batch, heads, queries, depth = query.shape
+    wide = value.shape[3]
+    rows = next((rows for rows in attention_kernel.BLOCKS if wide % rows == 0), 0)
+    if rows == 0 or any(one.stride(3) != 1 for one in (query, key, value)):
+        return None
+    # as torch's own: a head's rows beside the other heads'
+    out = query.new_empty(batch, queries, heads, wide).transpose(1, 2)
+    by = torch.tensor(scale, dtype=torch.float32)
+    launch(
+        attention_kernel.attention,
+        attention_kernel.ATTENTION,
+        units=batch * heads * -(-queries // product_kernel.PANEL),
+        **_working(attention_kernel.scratch_size(depth, wide)),
+        heads=heads,
+        queries=queries,
+        keys=key.shape[2],
+        depth=depth,
+        wide=wide,
+        rows=rows,
+        **_heads("q", query),
+        **_heads("k", key),
+        **_heads("v", value),
+        **_heads("out", out),
+        scale=by.data_ptr(),
+        zeros=_ZEROS.data_ptr(),
+    )
+    return out
+
+
 def fingerprint(weight: Tensor) -> bytes:
     """See the plain one; 64 bits of every 2^16 words, by keys that differ from process to process,
     so that no kind of edit can be blind to it."""
@@ -198,6 +229,12 @@ def _lengths(size: int, step: int) -> Tensor:
     """How ``size`` divides into steps, the last one shorter."""
     starts = torch.arange(0, size, step, dtype=torch.float64)
     return (size - starts).clamp(max=step)
+
+
+def _heads(name: str, x: Tensor) -> dict[str, int]:
+    batch, head, row, _ = x.stride()
+    steps = {"batch": batch, "head": head, "row": row}
+    return {name: x.data_ptr(), **{f"{name}_{step}": size for step, size in steps.items()}}
 
 
 def _tiles(strip: Strip) -> dict[str, int]:

@@ -192,7 +192,8 @@ class WinogradPass:
         tiles = scratch.take("tiles", (scheme.places, strip.tiles, rows.shape[2]), dtype)
         engine.load(scheme, rows, row, self.above, strip, self.affine, self.silu, tiles)
         if self.in_place:
-            self.above = rows[strip.end - 1 - row].clone()
+            self.above = scratch.take("above", tuple(rows.shape[1:]), dtype)
+            self.above.copy_(rows[strip.end - 1 - row])
         channels = self.out.shape[0]
         shape = (scheme.places, strip.tiles, engine.width(channels))
         products = scratch.take("products", shape, dtype)

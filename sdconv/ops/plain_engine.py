@@ -88,6 +88,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return None
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+    """Softmax attention: each of ``query`` (B, heads, T, D) mixes ``value`` (B, heads, S, E) by its
+    products with ``key`` (B, heads, S, D), times ``scale``: ``(B, heads, T, E)``; None where
+    torch's own kernel is as good."""
+    return None
+
+
 def fingerprint(weight: Tensor) -> bytes:
     """Of every bit of a dense weight."""
     flat = weight.as_strided((weight.numel(),), (1,))

@@ -29,19 +29,34 @@ ROWS = 6
 CHUNK = 40 * ROWS
 
 
-def _block(rows: int, vectors: int) -> Any:
-    """A function that fills a block of the output, ``rows`` high and ``vectors`` vectors wide."""
+def block(rows: int, vectors: int) -> Any:
+    """A function that fills a block of the output, ``rows`` high and ``vectors`` vectors wide.
 
-    def block(
-        typing_context: Any, start: Any, a: Any, step: Any, b: Any, depth: Any, out: Any, to: Any
+    ``out[r, v] = start[r, v] + sum over k < depth of a[r, k] * b[k, v]``, where the rows of
+    ``start`` and ``out`` are ``start_step`` and ``step`` numbers apart, those of ``a`` ``a_row``
+    and its columns ``a_column``; ``b`` is a packed panel.
+    """
+
+    def filled(
+        typing_context: Any,
+        start: Any,
+        start_step: Any,
+        a: Any,
+        a_row: Any,
+        a_column: Any,
+        b: Any,
+        depth: Any,
+        out: Any,
+        step: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _Code(builder).block(rows, vectors, *args)
             return context.get_dummy_value()
 
-        return types.void(start, a, step, b, depth, out, to), codegen
+        given = (start, start_step, a, a_row, a_column, b, depth, out, step)
+        return types.void(*given), codegen
 
-    return spelled(block)
+    return spelled(filled)
 
 
 class _Code:
@@ -59,19 +74,22 @@ class _Code:
         rows: int,
         vectors: int,
         start: Any,
+        start_step: Any,
         a: Any,
-        a_step: Any,
+        a_row: Any,
+        a_column: Any,
         b: Any,
         depth: Any,
         out: Any,
         step: Any,
     ) -> None:
-        """``out[r, v] = start[v] + sum over k of a[r, k] * b[k, v]``."""
+        """See `block`."""
         builder, whole = self.builder, depth.type
         places = [(r, v) for r in range(rows) for v in range(vectors)]
-        first = [
-            builder.load(self.wide(self.at(start, v * LANES)), align=4) for v in range(vectors)
-        ]
+        first = {
+            (r, v): self.load(start, builder.mul(start_step, whole(r)), v * LANES)
+            for r, v in places
+        }
         before = builder.block
         loop = builder.append_basic_block()
         after = builder.append_basic_block()
@@ -81,10 +99,9 @@ class _Code:
         k = builder.phi(whole)
         sums = {place: builder.phi(self.vector) for place in places}
         from_b = builder.mul(k, whole(vectors * LANES))
-        right = [
-            builder.load(self.wide(self.at(b, from_b, v * LANES)), align=4) for v in range(vectors)
-        ]
-        left = [self.spread(self.at(a, builder.mul(a_step, whole(r)), k)) for r in range(rows)]
+        right = [self.load(b, from_b, v * LANES) for v in range(vectors)]
+        column = builder.mul(k, a_column)
+        left = [self.spread(self.at(a, builder.mul(a_row, whole(r)), column)) for r in range(rows)]
         totals = {
             (r, v): builder.call(self.fma, [left[r], right[v], sums[r, v]]) for r, v in places
         }
@@ -93,7 +110,7 @@ class _Code:
         k.add_incoming(whole(0), before)
         k.add_incoming(following, loop)
         for place in places:
-            sums[place].add_incoming(first[place[1]], before)
+            sums[place].add_incoming(first[place], before)
             sums[place].add_incoming(totals[place], loop)
 
         builder.position_at_end(after)
@@ -107,6 +124,10 @@ class _Code:
             offset = ir.IntType(64)(offset) if isinstance(offset, int) else offset
             base = self.builder.gep(base, [offset])
         return base
+
+    def load(self, base: Any, *offsets: Any) -> Any:
+        """The vector so many numbers after a place."""
+        return self.builder.load(self.wide(self.at(base, *offsets)), align=4)
 
     def wide(self, place: Any) -> Any:
         """A number's place as a vector's."""
@@ -122,7 +143,7 @@ class _Code:
 
 def _panel(vectors: int) -> Any:
     """A function that fills one panel's columns of some rows of the output."""
-    several, one = _block(ROWS, vectors), _block(1, vectors)
+    several, one = block(ROWS, vectors), block(1, vectors)
 
     @inner
     def panel(start: int, a: int, b: int, out: int, depth: int, width: int, rows: int) -> None:
@@ -130,13 +151,13 @@ def _panel(vectors: int) -> Any:
         if rows < ROWS:
             for row in range(rows):
                 to = floats(out + 4 * row * width)
-                one(begin, floats(a + 4 * row * depth), depth, right, depth, to, width)
+                one(begin, 0, floats(a + 4 * row * depth), depth, 1, right, depth, to, width)
             return
         for first in range(0, rows, ROWS):
             # the last block ends with the last row, over some of the block before
             row = min(first, rows - ROWS)
             to = floats(out + 4 * row * width)
-            several(begin, floats(a + 4 * row * depth), depth, right, depth, to, width)
+            several(begin, 0, floats(a + 4 * row * depth), depth, 1, right, depth, to, width)
 
     return panel
 

@@ -1,6 +1,8 @@
-"""The linear layers of diffusers' transformers inside a fast U-Net."""
+"""The linear layers and the attention of diffusers' transformers inside a fast U-Net."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +87,26 @@ def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
     assert out.shape == expected.shape
     assert (out - expected).abs().max() < 1e-5
     assert (out.roll(1, 1) - expected).abs().max() > 0.1
+
+
+def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    compiled = engines.compiled()[0]
+    plain = compiled.attention
+    monkeypatch.setattr(compiled, "attention", lambda *given: taken.append(1) or plain(*given))
+    query, key, value = random(2, 3, 30, 8), random(2, 3, 40, 8), random(2, 3, 40, 8)
+    attend: Any = functional.scaled_dot_product_attention
+    doubles = (query.double(), key.double(), value.double())
+    mask = random(30, 40) > 0
+
+    def error(*args: Any, **options: Any) -> float:
+        with torch.no_grad(), sdconv.backend("fast"), products(nn.Identity(), random(1, 1, 1, 1)):
+            out = attend(query, key, value, *args, **options)
+        return float((out - attend(*doubles, *args, **options)).abs().max())
+
+    assert error() < 1e-5
+    assert error(scale=0.7) < 1e-5
+    assert len(taken) == 2
+    assert error(mask) < 1e-5
+    assert error(is_causal=True) < 1e-5
+    assert len(taken) == 2
