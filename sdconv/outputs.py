@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.export
 from torch import Tensor
 
 from sdconv.errors import InputError
@@ -46,6 +47,18 @@ class Output:
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields in order, as diffusers' results give them."""
         return self.values()
+
+
+Result = TypeVar("Result")
+
+
+def exportable(kind: type[Result]) -> type[Result]:
+    """A dataclass that ``torch.export``, and whatever else of torch walks through results, looks
+    into."""
+    torch.export.register_dataclass(
+        kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}"
+    )
+    return kind
 
 
 class DiagonalGaussianDistribution:
@@ -126,6 +139,7 @@ def _randn_like(
     return noise.to(like.device)
 
 
+@exportable
 @dataclass(frozen=True)
 class AutoencoderKLOutput(Output):
     """``latent_dist``: the posterior over latents of shape ``(B, latent_channels, H/f, W/f)``."""
@@ -133,6 +147,7 @@ class AutoencoderKLOutput(Output):
     latent_dist: DiagonalGaussianDistribution
 
 
+@exportable
 @dataclass(frozen=True)
 class AutoencoderTinyOutput(Output):
     """``latents``: ``(B, latent_channels, H/f, W/f)``, raw."""
@@ -140,6 +155,7 @@ class AutoencoderTinyOutput(Output):
     latents: Tensor
 
 
+@exportable
 @dataclass(frozen=True)
 class DecoderOutput(Output):
     """``sample``: pictures ``(B, out_channels, H, W)``, nominally in [-1, 1], not clamped."""

@@ -22,7 +22,7 @@ from sdconv.config.facts import UNET_NORM_EPS
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
 from sdconv.network import Network
-from sdconv.outputs import Output
+from sdconv.outputs import Output, exportable
 from sdconv.unet_blocks import (
     Conditions,
     DownBlock2D,
@@ -44,6 +44,7 @@ from sdconv.unet_inputs import (
 Added = Mapping[str, Any]
 
 
+@exportable
 @dataclass(frozen=True)
 class UNet2DConditionOutput(Output):
     """``sample``: the prediction, ``(B, out_channels, H, W)``."""

@@ -48,7 +48,9 @@ def _check_smallest_map(config: UNet2DConditionConfig, sample: Tensor) -> None:
 def _check_timestep(timestep: Any, batch: int) -> None:
     expected = f"a number, or a tensor of shape (), (1,) or ({batch},)"
     if isinstance(timestep, Tensor):
-        if tuple(timestep.shape) not in ((), (1,), (batch,)):
+        # in a graph for any size these are symbols, of which only `==` and its like can be asked
+        count = timestep.numel()
+        if timestep.ndim > 1 or (count != 1 and count != batch):
             raise _wrong("timesteps of the wrong shape", expected, timestep)
         if timestep.is_complex() or timestep.dtype == torch.bool:
             raise _wrong("timesteps that are no numbers", expected, timestep.dtype)

@@ -22,7 +22,7 @@ import sdconv
 from sdconv.checkpoint.keys_unet import keys_of_original
 from sdconv.config import UNet2DConditionConfig
 from sdconv.parity.compare import ModuleDifference, compare
-from sdconv.unet import UNet2DConditionModel
+from sdconv.unet import UNet2DConditionModel, UNet2DConditionOutput
 from sdconv.unet_blocks import NoTransformer, TransformerSlot
 
 DATA = Path(__file__).parent / "data"
@@ -456,6 +456,28 @@ def test_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(*arguments).sample, peer(*arguments).sample)
+
+
+def test_one_graph_serves_any_size() -> None:
+    config = unets.smallest("no transformers")
+    peer = unets.theirs(config)
+    compiled = torch.compile(unets.ours(peer), fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for batch, size in ((2, (8, 12)), (3, (16, 10))):
+            arguments = unets.inputs(peer.config, batch, size)
+            assert torch.equal(compiled(*arguments).sample, peer(*arguments).sample)
+
+
+def test_exported_with_its_named_result(tmp_path: Path) -> None:
+    peer = unets.theirs(unets.smallest("no transformers"))
+    arguments = unets.inputs(peer.config)
+    with torch.no_grad():
+        program = torch.export.export(unets.ours(peer), arguments)
+        torch.export.save(program, tmp_path / "unet.pt2")
+        got = torch.export.load(tmp_path / "unet.pt2").module()(*arguments)
+        assert isinstance(got, UNet2DConditionOutput)
+        assert torch.equal(got.sample, peer(*arguments).sample)
+        assert not torch.equal(got.sample, peer(-arguments[0], *arguments[1:]).sample)
 
 
 @pytest.mark.slow
