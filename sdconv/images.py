@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sdconv.checkpoint.files import as_path
 from sdconv.checkpoint.write import write_whole
 from sdconv.errors import InputError
 
@@ -82,7 +83,7 @@ class Picture:
         return Picture(image=image, notes=tuple(notes))
 
 
-def read_image(path: Path) -> Picture:
+def read_image(path: str | Path) -> Picture:
     """A picture from a file, upright and in RGB, 8 bits for each channel.
 
     The camera's orientation is honoured, transparency is laid over white, 16 bits are scaled to 8,
@@ -90,8 +91,10 @@ def read_image(path: Path) -> Picture:
 
     Raises:
         InputError: the file is absent or out of reach, no picture of ``READ_FORMATS``, damaged,
-            larger than Pillow's bound against decompression bombs, or of a mode without colours.
+            larger than Pillow's bound against decompression bombs, or of a mode without colours; or
+            ``path`` is no path.
     """
+    path = as_path(path)
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # odd metadata is not the caller's concern
@@ -223,12 +226,14 @@ def image_format(path: Path) -> str:
     return WRITE_FORMATS[path.suffix.lower()]
 
 
-def write_image(image: Image.Image, path: Path) -> None:
+def write_image(image: Image.Image, path: str | Path) -> None:
     """Writes a picture in the format of its suffix, whole or not at all.
 
     Raises:
-        InputError: a suffix of no format that is written. CheckpointError: it cannot be written.
+        InputError: no path, or a suffix of no format that is written. CheckpointError: it cannot be
+            written.
     """
+    path = as_path(path)
     form = image_format(path)
     options = {"quality": 95} if form in ("JPEG", "WEBP") else {}
     write_whole(path, lambda part: image.save(part, format=form, **options))

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from sdconv.checkpoint.files import as_path
 from sdconv.checkpoint.source import open_source
 from sdconv.checkpoint.write import write_tensors
 from sdconv.errors import InputError
@@ -83,7 +84,7 @@ def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
     return rearrange(latents * std + mean, backwards, p=p, q=q)
 
 
-def read_latents(path: Path, key: str | None = None) -> tuple[Tensor, bool | None]:
+def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool | None]:
     """Latents from a file, and whether they are scaled if the file says so (None if it does not).
 
     Args:
@@ -127,14 +128,14 @@ def read_latents(path: Path, key: str | None = None) -> tuple[Tensor, bool | Non
     return latents, None if said is None else said == "scaled"
 
 
-def write_latents(latents: Tensor, path: Path, *, scaled: bool) -> None:
+def write_latents(latents: Tensor, path: str | Path, *, scaled: bool) -> None:
     """Writes a safetensors file with one tensor, ``KEY``, whole or not at all.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        InputError: ``path`` is no path. CheckpointError: the file cannot be written.
     """
     said = {"format": "pt", SCALED_KEY: "scaled" if scaled else "raw"}
-    write_tensors({KEY: latents.cpu()}, path, said)
+    write_tensors({KEY: latents.cpu()}, as_path(path), said)
 
 
 def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:

@@ -205,6 +205,8 @@ def test_written_and_read_again(suffix: str, tmp_path: Path) -> None:
     write_image(colours(), path)
     assert read_image(path).image.size == (16, 16)
     assert list(path.parent.iterdir()) == [path]
+    write_image(read_image(str(path)).image, str(path))
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_suffix_of_no_picture(tmp_path: Path) -> None:
@@ -250,6 +252,11 @@ def test_paths_without_a_picture(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.png", tmp_path, tmp_path / "a\0b", tmp_path / ("x" * 300)):
         with pytest.raises(sdconv.InputError):
             read_image(path)
+    for none in (None, 3, "", b"a.png"):
+        with pytest.raises(sdconv.InputError, match="not a path"):
+            read_image(none)  # type: ignore[arg-type]
+        with pytest.raises(sdconv.InputError, match="not a path"):
+            write_image(colours(), none)  # type: ignore[arg-type]
 
 
 def test_grey_values_out_of_range(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_odd_latents_make_no_patches() -> None:
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_file_says_whether_they_are_scaled(scaled: bool, tmp_path: Path) -> None:
     path = tmp_path / "z.safetensors"
-    write_latents(latents(4), path, scaled=scaled)
+    for named in (path, str(path)):
+        write_latents(latents(4), named, scaled=scaled)
     read, said = read_latents(path)
     assert torch.equal(read, latents(4))
     assert said is scaled
