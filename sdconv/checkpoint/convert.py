@@ -197,6 +197,8 @@ class _Job:
                 metadata.pop(ORIGIN_KEY, None)
         # as in what sdconv.save writes, where there is one network; else as far as it was told
         told = [n.one for n in self.known if n.is_told or self.family or self.is_alone]
+        # by name, so that a file converted there and back has the same bytes
+        told.sort(key=lambda one: one.component)
         configs = {one.component: one.config.to_json() for one in told}
         if configs:
             alone = len(self.known) == 1

@@ -98,3 +98,14 @@ def test_a_folder_in_diffusers_names_comes_back_in_parts(folders: Path, tmp_path
             for root in (tmp_path / "parts", folders / "text")
         )
         assert written.items() >= {k: before[k] for k in written}.items()
+
+
+@pytest.mark.parametrize("kind", ["text", "refiner", "upscale"])
+def test_a_folder_made_a_file_comes_back_from_diffusers_names_byte_by_byte(
+    kind: str, folders: Path, tmp_path: Path
+) -> None:
+    made, between, back = (tmp_path / f"{name}.safetensors" for name in ("made", "between", "back"))
+    convert(folders / kind, made, "original")
+    convert(made, between, "diffusers")
+    convert(between, back, "original")
+    assert back.read_bytes() == made.read_bytes() != between.read_bytes()
