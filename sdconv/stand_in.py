@@ -67,6 +67,14 @@ class StandIn(nn.Module, metaclass=StandInType):
     config: Config
 
     def __init__(self, config: Config) -> None:
+        if not isinstance(config, self.config_class):
+            raise InputError(
+                "not a config of this network",
+                where=type(self).__name__,
+                expected=f"{self.config_class.__name__}, as sdconv.infer gives it",
+                got=type(config).__name__,
+                fix=f"{type(self).__name__}.from_config takes the content of a config.json",
+            )
         super().__init__()
         self.config = config
         # recorded by pipelines in model_index.json, so that what they save opens without sdconv

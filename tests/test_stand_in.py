@@ -176,6 +176,9 @@ def test_what_from_pretrained_asks_and_refuses(tmp_path: Path) -> None:
     for config in (None, "config.json", 3):
         with pytest.raises(sdconv.InputError, match="not a config"):
             sdconv.AutoencoderTiny.from_config(config)
+    for config in (None, {"latent_channels": 4}, network("AutoencoderKL").config):
+        with pytest.raises(sdconv.InputError, match="not a config"):
+            sdconv.AutoencoderTiny(config)  # type: ignore[arg-type]
     with pytest.raises(sdconv.CheckpointError):
         sdconv.AutoencoderTiny.from_config({"latent_channels": "four"})
     with pytest.raises(sdconv.CheckpointError):
