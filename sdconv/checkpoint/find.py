@@ -335,7 +335,11 @@ def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
 
 def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
     there = frozenset(inside)
-    keys = keys_of_canonical(there) if layout == "diffusers" else keys_of_original(there)
+    if layout == "diffusers":
+        keys = keys_of_canonical(there)
+    else:
+        label = shapes.get(f"{prefix}label_emb.0.0.weight", ())
+        keys = keys_of_original(there, label[1] if len(label) == 2 else None)
     names: dict[str, str] = {}
     unexpected: list[str] = []
     for name in inside:

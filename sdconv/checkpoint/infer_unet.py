@@ -9,7 +9,7 @@ from typing import Any
 from sdconv.checkpoint.names import how_many
 from sdconv.checkpoint.reading import Own, Reading
 from sdconv.config import UNet2DConditionConfig
-from sdconv.config.facts import NORM_NUM_GROUPS
+from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS
 from sdconv.config.unet import (
     CROSS_DOWN,
     CROSS_MID,
@@ -22,9 +22,6 @@ from sdconv.config.unet import (
     UNetFacts,
 )
 from sdconv.errors import InputError
-
-# width of an embedded size or position in SDXL (`addition_time_embed_dim`), in every known family
-ADDED_TIME_DIM = 256
 
 
 def read_unet(own: Own, family: str | None = None) -> Reading:

@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import accumulate, count
 
 from sdconv.checkpoint.names import how_many, modules_of
+from sdconv.config.facts import ADDED_TIME_DIM, FEWEST_ADDED_TIMES, UNCLIP_WIDTHS
 
 # leaf names of a ResNet block: diffusers' -> the original's
 RESNET_LEAVES: Mapping[str, str] = {
@@ -173,9 +174,13 @@ def keys_of_canonical(names: Collection[str]) -> UNetKeys:
     )
 
 
-def keys_of_original(names: Collection[str]) -> UNetKeys:
-    """The map of the U-Net whose tensors have these names in the original layout, without
-    prefix."""
+def keys_of_original(names: Collection[str], label_width: int | None = None) -> UNetKeys:
+    """The map of the U-Net whose tensors have these names in the original layout, without prefix.
+
+    Args:
+        names: of its tensors.
+        label_width: how wide what ``label_emb`` reads is, where that is known.
+    """
     modules, layers = modules_of(names), [0]
     for number in count(1):
         if f"input_blocks.{number}.0.op" in modules:
@@ -193,11 +198,21 @@ def keys_of_original(names: Collection[str]) -> UNetKeys:
         # SDXL's text and sizes, or unCLIP's picture: only that has transformers of one block each,
         # and at the first level too
         deep = any("transformer_blocks.1." in name for name in names)
-        labels = ("added" if deep or "input_blocks.1.1" not in modules else "projected",)
+        is_added = deep or "input_blocks.1.1" not in modules or _holds_sizes(label_width)
+        labels = ("added" if is_added else "projected",)
     return UNetKeys(
         layers=tuple(layers),
         up_attention=tuple(f"output_blocks.{n}.1.transformer_blocks" in modules for n in firsts),
         labels=labels,
+    )
+
+
+def _holds_sizes(label_width: int | None) -> bool:
+    """Whether a width has room for SDXL's sizes, and is none of unCLIP's."""
+    return (
+        label_width is not None
+        and label_width > FEWEST_ADDED_TIMES * ADDED_TIME_DIM
+        and label_width not in UNCLIP_WIDTHS
     )
 
 

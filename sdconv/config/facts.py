@@ -14,6 +14,15 @@ VAE_NORM_EPS = 1e-6
 # util.py).
 UNET_NORM_EPS = 1e-5
 
+# Width of an embedded size or position in SDXL (`addition_time_embed_dim`), in every known family,
+# and the fewest of them (the refiner's).
+ADDED_TIME_DIM = 256
+FEWEST_ADDED_TIMES = 5
+# Width of unCLIP's picture, by CLIP L or H, with its noise level embedded as wide beside it
+# (`projection_class_embeddings_input_dim` in diffusers/stable-diffusion-2-1-unclip-i2i-l and
+# stabilityai/stable-diffusion-2-1-unclip).
+UNCLIP_WIDTHS = frozenset({2 * 768, 2 * 1024})
+
 # The noise that Stable Diffusion 1, 2 and XL were trained with: over these timesteps the roots of
 # beta rise evenly between the roots of these two (`linear_start`, `linear_end` in their configs;
 # `make_beta_schedule` in ldm's util.py).

@@ -123,9 +123,9 @@ def test_original_labels_are_what_the_config_says(
     assert_same(loaded, network)
     convert(first, second, "diffusers")
     assert_same(sdconv.load(second), network)
-    # the control: without the config, one of each two is taken for the other
+    # the control: without the config, a picture's is taken for sizes where it can be of either
     bare = sdconv.infer(sdconv.read_header(first).shapes)["unet"]
-    assert (bare.addition_embed_type is None) == attention
+    assert (bare.addition_embed_type is None) == (attention and label is PICTURE)
 
 
 def test_two_embeddings_of_one_original_name_are_refused(tmp_path: Path) -> None:

@@ -70,6 +70,22 @@ def test_names_survive_the_original_layout(family: tuple[dict[str, Any], Shapes]
     assert sdconv.infer(prefixed) == sdconv.infer(shapes)
 
 
+@pytest.mark.parametrize(
+    ("width", "added"), [(2048, False), (1536, False), (40, False), (16 + 5 * 256, True)]
+)
+def test_the_original_label_is_told_by_its_width(width: int, added: bool) -> None:
+    """Where transformers of one block each stand at the first level too, as in unCLIP."""
+    label = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
+    shapes = shapes_of({**FAMILIES["SD2"], **label})
+    keys = keys_of_canonical(shapes)
+    original = {keys.original(name) or "": shape for name, shape in shapes.items()}
+    assert "label_emb.0.0.weight" in original
+    read = sdconv.infer(original)["unet"]
+    assert (read.addition_embed_type is not None) == added
+    assert (read.class_embed_type is None) == added
+    assert read.projection_class_embeddings_input_dim == width
+
+
 @pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model."])
 def test_prefix_in_diffusers_layout(prefix: str) -> None:
     shapes = shapes_of(FAMILIES["uneven layers"])
