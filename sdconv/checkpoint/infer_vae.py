@@ -29,6 +29,19 @@ _OTHER_KINDS = (
         "has attention within its levels (attn_resolutions in its original config), which sdconv "
         "does not build",
     ),
+    (
+        re.compile(r"(encoder|decoder)\.(.+\.)?(temp|temporal|time)_\w+\..+"),
+        "is for videos, with convolutions over time, which sdconv does not build",
+    ),
+    (
+        re.compile(r"decoder\.condition_encoder\..+"),
+        "decodes beside a masked picture (diffusers' AsymmetricAutoencoderKL), which sdconv does "
+        "not build",
+    ),
+    (
+        re.compile(r"(encoder|decoder)\.(.+\.)?norm\w*\.(gamma|conv_[by]\..+)"),
+        "does not normalise by groups, as all that sdconv builds do",
+    ),
 )
 
 
@@ -44,7 +57,8 @@ def check_kind(found: Found, where: object) -> None:
                 raise UnknownNetworkError(
                     f"the vae {what}",
                     where=where,
-                    expected="an encoder and a decoder with attention in the middle alone",
+                    expected="an encoder and a decoder of pictures: convolutions, group norms, and "
+                    "attention in the middle alone",
                     got=short(name),
                     fix="run it with the code that it was trained with",
                 )

@@ -182,6 +182,33 @@ def attention_in_a_level() -> Shapes:
     return {**shapes(), "encoder.down.1.attn.0.q.weight": (64, 64, 1, 1)}
 
 
+# what other VAEs have beside the names of those built here: of Allegro, Stable Video Diffusion (in
+# both layouts), diffusers' asymmetric one, Qwen-Image 2.1 and KVAE
+OTHERS = {
+    "decoder.mid_block.temp_convs.0.conv1.0.weight": r"for videos",
+    "decoder.mid_block.resnets.0.temporal_res_block.conv1.weight": r"for videos",
+    "decoder.up.0.block.0.time_stack.in_layers.0.weight": r"for videos",
+    "decoder.condition_encoder.layers.0.weight": r"AsymmetricAutoencoderKL",
+    "encoder.norm_out.gamma": r"not normalise by groups",
+    "decoder.mid.block_1.norm1.conv_y.weight": r"not normalise by groups",
+}
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_other_kinds_are_not_taken_for_the_nearest(layout: str) -> None:
+    assert set(sdconv.infer(shapes(layout=layout), family="sd1")) == {"vae"}  # the control
+    for name, words in OTHERS.items():
+        named = {**shapes(layout=layout), name: (64, 64, 1, 1)}
+        with pytest.raises(sdconv.UnknownNetworkError, match=words) as caught:
+            sdconv.infer(named, family="sd1")
+        assert f"got: '{name}'" in str(caught.value)
+    # a name that is nobody's says nothing of the kind: it is refused where it would be read
+    stray = {**shapes(layout=layout), "decoder.timeless.weight": (3,)}
+    assert set(sdconv.infer(stray, family="sd1")) == {"vae"}
+    with pytest.raises(sdconv.WeightsMismatchError, match="1 unexpected"):
+        sdconv.load(meta(stray), family="sd1")
+
+
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 @pytest.mark.parametrize(
     ("named", "words"),
