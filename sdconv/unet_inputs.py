@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -158,14 +158,37 @@ def check_residuals(config: UNet2DConditionConfig, down: Any, mid: Any, adapter:
             "one without the other",
             "pass a T2I-Adapter's as down_intrablock_additional_residuals",
         )
-    skips = sum(config.layers) + len(config.layers)
-    if down is not None and len(down) != skips:
-        raise _wrong("a ControlNet's residuals for another U-Net", f"{skips}", f"{len(down)}")
-    most = len(config.layers) + (config.mid_block_type is not None)
+    channels, skips = config.block_out_channels, _skip_channels(config)
+    if down is not None and len(down) != len(skips):
+        raise _wrong("a ControlNet's residuals for another U-Net", f"{len(skips)}", f"{len(down)}")
+    most = len(channels) + (config.mid_block_type is not None)
     if len(adapter or ()) > most:
         raise _wrong(
             "a T2I-Adapter's residuals for another U-Net", f"at most {most}", f"{len(adapter)}"
         )
+    if down is not None:
+        _check_channels("a ControlNet's", (*down, mid), (*skips, channels[-1]))
+    _check_channels("a T2I-Adapter's", adapter or (), (*channels, channels[-1]))
+
+
+def _skip_channels(config: UNet2DConditionConfig) -> list[int]:
+    """Channels of each map that the way up takes from the way down, the first one first."""
+    channels = config.block_out_channels
+    # of each level its layers' and its halving's, which the last has not
+    levels = zip(channels, config.layers, strict=True)
+    own = [count for count, layers in levels for _ in range(layers + 1)]
+    return [channels[0], *own[:-1]]
+
+
+def _check_channels(whose: str, residuals: Sequence[Tensor], channels: Sequence[int]) -> None:
+    for number, (residual, count) in enumerate(zip(residuals, channels, strict=False)):
+        # one channel is added to all
+        if residual.ndim != 4 or (residual.shape[1] != count and residual.shape[1] != 1):
+            raise _wrong(
+                f"{whose} residuals for another U-Net: number {number} has other channels",
+                f"(B, {count}, H, W)",
+                residual,
+            )
 
 
 def check_attention(masks: Mapping[str, Any], kwargs: Mapping[str, Any] | None) -> None:

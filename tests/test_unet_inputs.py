@@ -170,6 +170,34 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ),
         (
             "plain",
+            {
+                "down_block_additional_residuals": [torch.zeros(2, 64, 8, 12)] * 2
+                + [torch.zeros(2, 32, 8, 12)],
+                "mid_block_additional_residual": torch.zeros(2, 64, 8, 12),
+            },
+            "a ControlNet's residuals for another U-Net: number 2 has other channels",
+            "(B, 64, H, W)",
+            "(2, 32, 8, 12)",
+        ),
+        (
+            "plain",
+            {
+                "down_block_additional_residuals": [torch.zeros(2, 64, 8, 12)] * 3,
+                "mid_block_additional_residual": torch.zeros(2, 1280, 8, 12),
+            },
+            "number 3",
+            "(B, 64, H, W)",
+            "(2, 1280, 8, 12)",
+        ),
+        (
+            "plain",
+            {"down_intrablock_additional_residuals": [torch.zeros(2, 320, 8, 12)]},
+            "a T2I-Adapter's residuals for another U-Net: number 0 has other channels",
+            "(B, 64, H, W)",
+            "(2, 320, 8, 12)",
+        ),
+        (
+            "plain",
             {"down_intrablock_additional_residuals": torch.zeros(1)},
             "residuals must be a list",
             "a list or a tuple",
