@@ -87,9 +87,8 @@ def read_unet(own: Own, family: str | None = None) -> Reading:
         time_embedding_dim=None if time_channels == 4 * first else time_channels,
         time_cond_proj_dim=_width(own, "time_embedding.cond_proj"),
     )
-    unsure = (
-        family is None and facts.head_channels and any(c % facts.head_channels for c in channels)
-    )
+    split = [c for c, attends in zip(channels, depths.attends, strict=True) if attends]
+    unsure = family is None and facts.head_channels and any(c % facts.head_channels for c in split)
     return Reading(
         config=config,
         family=name,
@@ -165,6 +164,12 @@ class _Depths:
             mid=mid,
             mid_type=CROSS_MID if mid else MID if "mid_block" in own.modules else None,
         )
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Of each level, whether any transformer stands there; the middle is of the last."""
+        *levels, last = (bool(d or u) for d, u in zip(self.down, self.up[::-1], strict=True))
+        return (*levels, last or bool(self.mid))
 
     @property
     def per_block(self) -> int | tuple[Depths, ...]:

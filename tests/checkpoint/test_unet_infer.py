@@ -281,3 +281,16 @@ def test_config_json_that_is_not_built(change: dict[str, Any]) -> None:
     content = {**sdconv.infer(shapes)["unet"].to_json(), **change}
     with pytest.raises(sdconv.CheckpointError, match=r"config\.json"):
         identify(shapes, config=content)
+
+
+@pytest.mark.parametrize(
+    ("channels", "is_open"), [((32, 64, 128), False), ((32, 64, 96), True), ((64, 96, 64), True)]
+)
+def test_heads_are_open_only_where_a_transformer_stands(
+    channels: tuple[int, int, int], is_open: bool
+) -> None:
+    """SDXL's first level has none, so its channels need not be split into heads."""
+    small = {"transformer_layers_per_block": (1, 2, 2), "attention_head_dim": 1}
+    shapes = shapes_of({**FAMILIES["SDXL"], **small, "block_out_channels": channels})
+    (one,) = identify(shapes)
+    assert (one.guess is not None) == is_open
