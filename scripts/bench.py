@@ -1,7 +1,8 @@
 """The fast backend beside its peers: times, memory, errors, each a ratio within one run.
 
-Networks have full size and random weights. Sides take turns in one process, and their order turns
-round by round; printed are medians. Memory is the peak of anonymous resident memory of a process
+Networks have full size and random weights. Each side of a network's works has a process of its own;
+they take turns, and their order turns round by round; printed are medians. Layers take turns in one
+process. Memory is the peak of anonymous resident memory of a process
 that computes once, above what it had with its weights in place; what the fast backend keeps of
 transformed weights is told apart.
 
@@ -22,14 +23,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +47,8 @@ from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN
 from sdconv.unet import with_diffusers_transformers
 
 Size = tuple[int, int]
-Run = Callable[[], Tensor]
+Run = Callable[[], object]
+FAST = "sdconv fast"
 # 3x3 convolutions of stride 1: (input channels, output channels, size)
 VAE = (
     *((512, 512, 64), (512, 512, 128), (512, 256, 256), (256, 256, 256), (256, 128, 512)),
@@ -120,19 +125,46 @@ def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
     return out
 
 
-def sides(work: str, size: Size, peers: list[str]) -> dict[str, Run]:
-    """What to time, by name."""
-    network = ours(work)
-    inputs = given(work, size)
-    found: dict[str, Run] = {}
-    for name in peers:
-        found[name] = PEERS[name](theirs(network), work, inputs)
+def side(name: str, work: str, size: Size) -> Run:
+    """What to time by that name."""
+    network, inputs = ours(work), given(work, size)
+    if name != FAST:
+        return PEERS[name](theirs(network), work, inputs)
 
     def fast() -> Tensor:
         with sdconv.backend("fast"):
             return call(network, work, inputs)
 
-    return {**found, "sdconv fast": fast}
+    return fast
+
+
+class Apart:
+    """A side in a process of its own, so that no side shares threads or memory with another."""
+
+    _run: ClassVar[Run]
+
+    def __init__(self, name: str, work: str, size: Size) -> None:
+        self._process = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), self._begin, (name, work, size)
+        )
+
+    @classmethod
+    def _begin(cls, name: str, work: str, size: Size) -> None:
+        torch.inference_mode().__enter__()
+        cls._run = staticmethod(side(name, work, size))
+
+    @classmethod
+    def _again(cls) -> None:
+        cls._run()
+
+    def __call__(self) -> None:
+        self._process.submit(self._again).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
 
 
 def plain(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
@@ -167,7 +199,7 @@ def openvino(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     request = ov.compile_model(model, "CPU", settings).create_infer_request()
     arrays = [tensor.numpy() for tensor in inputs]
-    return lambda: torch.from_numpy(request.infer(arrays)[0])
+    return lambda: request.infer(arrays)
 
 
 PEERS = {
@@ -193,14 +225,18 @@ def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
 
 
 def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    runs = sides(options.what, options.size, options.peers)
-    times = turns(runs, options.rounds)
+    with ExitStack() as stack:
+        names = (*options.peers, FAST)
+        runs = {
+            name: stack.enter_context(Apart(name, options.what, options.size)) for name in names
+        }
+        times = turns(runs, options.rounds)
     for name, seconds in times.items():
         yield {
             "work": f"{options.what} {options.size[0]}x{options.size[1]}",
-            "side": name if name.startswith("sdconv") else f"{LABELS.get(name, name)}",
+            "side": LABELS[name],
             "seconds": round(seconds, 2),
-            "over sdconv fast": round(seconds / times["sdconv fast"], 2),
+            "over sdconv fast": round(seconds / times[FAST], 2),
         }
 
 
@@ -209,6 +245,7 @@ LABELS = {
     "channels_last": "diffusers, channels_last",
     "compiled": "diffusers, channels_last, compiled",
     "openvino": "OpenVINO, f32",
+    FAST: FAST,
 }
 
 
@@ -278,9 +315,8 @@ def peak_of(run: Run) -> tuple[int, float]:
 
 def once(options: argparse.Namespace) -> None:
     """One side's peak, in a process of its own; JSON on standard output."""
-    runs = sides("decode", options.size, [] if options.side == "fast" else [options.side])
-    run = runs["sdconv fast" if options.side == "fast" else options.side]
-    if options.side == "fast":
+    run = side(options.side, "decode", options.size)
+    if options.side == FAST:
         # compiles, and transforms the weights, outside what is measured
         start = time.perf_counter()
         run()
@@ -301,14 +337,14 @@ def _child(side: str, size: Size) -> dict[str, Any]:
 
 def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     peaks: dict[str, int] = {}
-    for side in ("plain", "channels_last", "fast"):
-        found = _child(side, options.size)
-        peaks[side] = found["peak"]
+    for name in ("plain", "channels_last", FAST):
+        found = _child(name, options.size)
+        peaks[name] = found["peak"]
         yield {
-            "side": "sdconv fast" if side == "fast" else LABELS[side],
+            "side": LABELS[name],
             "activations and scratch, MB": round(found["peak"] / 1e6),
             "transformed weights, MB": round(found["kept"] / 1e6),
-            "of diffusers'": round(found["peak"] / peaks["plain"], 2),
+            "of diffusers'": round(found["peak"] / peaks["plain"], 3),
         }
 
 
@@ -337,7 +373,7 @@ def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rows = []
     for side in options.sizes:
         row: dict[str, Any] = {"size": f"{side}x{side}"}
-        for name in ("channels_last", "fast"):
+        for name in ("channels_last", FAST):
             found = _child(name, (side, side))
             row[f"{name}, s"] = round(found["seconds"], 2)
             row[f"{name}, MB"] = round(found["peak"] / 1e6)
@@ -365,7 +401,7 @@ def _plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: 
     for axis, unit, words in zip(axes, ("s", "MB"), ("seconds", "peak memory, MB"), strict=True):
         for name, label, colour in (
             ("channels_last", "diffusers, channels_last", "#888888"),
-            ("fast", "sdconv fast", "#3f51b5"),
+            (FAST, FAST, "#3f51b5"),
         ):
             column = f"{name}, {unit}"
             axis.loglog(
@@ -398,14 +434,14 @@ def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             scheme = DOUBLED if ".upsamplers." in name else PLAIN
             direct *= scheme.places / (9 * OUTPUTS**2)
         counts["fast"] += direct
-    seconds = turns({"fast": sides("decode", options.size, [])["sdconv fast"]}, options.rounds)
+    seconds = turns({FAST: side(FAST, "decode", options.size)}, options.rounds)
     for method, multiplies in counts.items():
         least = 2 * multiplies / rate
         yield {
             "limit": f"{method} convolutions' products",
             "at, GFLOP/s": round(rate / 1e9),
             "seconds": round(least, 2),
-            "whole decode over it": round(seconds["fast"] / least, 2),
+            "whole decode over it": round(seconds[FAST] / least, 2),
         }
 
 
@@ -450,7 +486,7 @@ import json, sys, time
 sys.path.insert(0, {folder!r})
 import bench
 from sdconv.ops import engines
-run = bench.sides("decode", {size!r}, [])["sdconv fast"]
+run = bench.side(bench.FAST, "decode", {size!r})
 _, loading = engines.compiled()
 times = []
 import torch
@@ -507,7 +543,7 @@ def main() -> None:
     parser.add_argument("--size", type=size_of, help="a picture's; a U-Net's latents'")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768, 1024])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["plain", "channels_last"])
-    parser.add_argument("--side", default="fast", help=argparse.SUPPRESS)
+    parser.add_argument("--side", default=FAST, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     parser.add_argument("--plot", type=Path, help="a file for the plot of `sizes`")

@@ -48,6 +48,11 @@ TILES = 8
 LOAD_SCRATCH = 6 * BLOCK + 6 * (4 * TILES + 2) * BLOCK
 STORE_SCRATCH = 28 * BLOCK + 4 * BLOCK
 
+# the schemes' points, as in `sdconv.ops.winograd`, and what the transforms need of them
+_P, _Q, _R = f32(PLAIN.output[1][1]), f32(PLAIN.output[1][3]), f32(DOUBLED.output[1][2])
+_PP, _QQ, _RR = _P * _P, _Q * _Q, _R * _R
+_PPQQ, _PP_QQ = _PP * _QQ, _PP + _QQ
+
 
 @inner
 def _normalise(out: Any, to: int, x: Any, at: int, scale: Any, shift: Any, c0: int, n: int) -> None:
@@ -65,25 +70,25 @@ def _silu(x: Any, at: int, n: int) -> None:
 
 @inner
 def _input_transform(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Six numbers to six by F(4,3)'s ``B^T``, for n channels."""
+    """Six numbers to six by the plain scheme's ``B^T``, for n channels."""
     a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
     for c in range(n):
-        out[to + c] = f32(4) * x[a + c] - f32(5) * x[d + c] + x[f + c]
+        out[to + c] = _PPQQ * x[a + c] - _PP_QQ * x[d + c] + x[f + c]
     to += out_step
     for c in range(n):
-        out[to + c] = (x[f + c] - f32(4) * x[d + c]) + (x[e + c] - f32(4) * x[b + c])
+        out[to + c] = (x[f + c] - _QQ * x[d + c]) + _P * (x[e + c] - _QQ * x[b + c])
     to += out_step
     for c in range(n):
-        out[to + c] = (x[f + c] - f32(4) * x[d + c]) - (x[e + c] - f32(4) * x[b + c])
+        out[to + c] = (x[f + c] - _QQ * x[d + c]) - _P * (x[e + c] - _QQ * x[b + c])
     to += out_step
     for c in range(n):
-        out[to + c] = (x[f + c] - x[d + c]) + f32(2) * (x[e + c] - x[b + c])
+        out[to + c] = (x[f + c] - _PP * x[d + c]) + _Q * (x[e + c] - _PP * x[b + c])
     to += out_step
     for c in range(n):
-        out[to + c] = (x[f + c] - x[d + c]) - f32(2) * (x[e + c] - x[b + c])
+        out[to + c] = (x[f + c] - _PP * x[d + c]) - _Q * (x[e + c] - _PP * x[b + c])
     to += out_step
     for c in range(n):
-        out[to + c] = f32(4) * x[b + c] - f32(5) * x[e + c] + x[g + c]
+        out[to + c] = _PPQQ * x[b + c] - _PP_QQ * x[e + c] + x[g + c]
 
 
 @inner
@@ -93,36 +98,37 @@ def _doubled_input_transform(
     """Four numbers to five by the doubled scheme's ``B^T``, for n channels."""
     a, b, d, e = at, at + step, at + 2 * step, at + 3 * step
     for c in range(n):
-        out[to + c] = f32(4) * x[a + c] - f32(5) * x[b + c] + x[d + c]
+        out[to + c] = _RR * x[a + c] - (_RR + f32(1)) * x[b + c] + x[d + c]
     to += out_step
     for c in range(n):
-        out[to + c] = f32(2) * x[d + c] - f32(8) * x[b + c]
+        out[to + c] = f32(2) * (x[d + c] - _RR * x[b + c])
     to += out_step
     for c in range(n):
-        out[to + c] = f32(3) * (x[d + c] - x[b + c])
+        out[to + c] = (_R + f32(1)) * (x[d + c] - x[b + c])
     to += out_step
     for c in range(n):
-        out[to + c] = x[b + c] - x[d + c]
+        out[to + c] = (_R - f32(1)) * (x[b + c] - x[d + c])
     to += out_step
     for c in range(n):
-        out[to + c] = f32(4) * x[b + c] - f32(5) * x[d + c] + x[e + c]
+        out[to + c] = _RR * x[b + c] - (_RR + f32(1)) * x[d + c] + x[e + c]
 
 
 @inner
 def _output_transform(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Six numbers to four by F(4,3)'s ``A^T``, for n channels."""
+    """Six numbers to four by the plain scheme's ``A^T``, for n channels."""
     a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
     for c in range(n):
         out[to + c] = x[a + c] + (x[b + c] + x[d + c]) + (x[e + c] + x[f + c])
     to += out_step
     for c in range(n):
-        out[to + c] = (x[b + c] - x[d + c]) + f32(2) * (x[e + c] - x[f + c])
+        out[to + c] = _P * (x[b + c] - x[d + c]) + _Q * (x[e + c] - x[f + c])
     to += out_step
     for c in range(n):
-        out[to + c] = (x[b + c] + x[d + c]) + f32(4) * (x[e + c] + x[f + c])
+        out[to + c] = _PP * (x[b + c] + x[d + c]) + _QQ * (x[e + c] + x[f + c])
     to += out_step
     for c in range(n):
-        out[to + c] = (x[b + c] - x[d + c]) + f32(8) * (x[e + c] - x[f + c]) + x[g + c]
+        odd = _P * _PP * (x[b + c] - x[d + c]) + _Q * _QQ * (x[e + c] - x[f + c])
+        out[to + c] = odd + x[g + c]
 
 
 @inner
@@ -135,13 +141,13 @@ def _doubled_output_transform(
         out[to + c] = x[a + c] + x[b + c] + (x[d + c] + x[e + c])
     to += out_step
     for c in range(n):
-        out[to + c] = x[b + c] + f32(2) * (x[d + c] - x[e + c])
+        out[to + c] = x[b + c] + _R * (x[d + c] - x[e + c])
     to += out_step
     for c in range(n):
-        out[to + c] = x[b + c] + f32(4) * (x[d + c] + x[e + c])
+        out[to + c] = x[b + c] + _RR * (x[d + c] + x[e + c])
     to += out_step
     for c in range(n):
-        out[to + c] = x[b + c] + f32(8) * (x[d + c] - x[e + c]) + x[f + c]
+        out[to + c] = x[b + c] + _R * _RR * (x[d + c] - x[e + c]) + x[f + c]
 
 
 def _loading(scheme: Scheme, transform: Any) -> Any:

@@ -1,9 +1,10 @@
 """Winograd's convolution F(4x4,3x3): 36 products for 16 outputs, where the sum itself takes 144.
 
-Source: Lavin and Gray 2016, https://arxiv.org/abs/1509.09308, with their points 0, 1, -1, 2, -2 and
-infinity. ``Y = A^T [(G g G^T) * (B^T d B)] A``: 4x4 outputs ``Y`` from a 6x6 tile ``d`` of the
-input and a 3x3 kernel ``g``. The product in the middle is one matrix product over channels for each
-of the 36 places of a tile.
+Source: Lavin and Gray 2016, https://arxiv.org/abs/1509.09308. With 4x4 outputs ``Y``, a 6x6 tile
+``d`` of the input and a 3x3 kernel ``g``, ``Y = A^T [(G g G^T) * (B^T d B)] A``. The product in the
+middle is one matrix product over channels for each of the 36 places of a tile. The matrices come
+from five points and infinity, at which polynomials are multiplied; other points than the paper's
+0, 1, -1, 2 and -2 lose less to rounding (Barabasz et al. 2018, https://arxiv.org/abs/1803.10986).
 
 Of a map that nearest-neighbour doubling made, a tile holds ``a b b c c e`` along each axis. The row
 of ``B^T`` for the point -1 makes 0 of that, whatever the values are, so its places are left out: 25
@@ -16,6 +17,8 @@ installed, and what the compiled ones (:mod:`sdconv.ops.kernels`) are held to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
 
 import torch
 from torch import Tensor
@@ -79,35 +82,44 @@ class Scheme:
         return made.flatten(2, 3).flatten(0, 1)
 
 
-PLAIN = Scheme(
-    input=(
-        (4, 0, -5, 0, 1, 0),
-        (0, -4, -4, 1, 1, 0),
-        (0, 4, -4, -1, 1, 0),
-        (0, -2, -1, 2, 1, 0),
-        (0, 2, -1, -2, 1, 0),
-        (0, 4, 0, -5, 0, 1),
-    ),
-    kernel=(
-        (1 / 4, 0, 0),
-        (-1 / 6, -1 / 6, -1 / 6),
-        (-1 / 6, 1 / 6, -1 / 6),
-        (1 / 24, 1 / 12, 1 / 6),
-        (1 / 24, -1 / 12, 1 / 6),
-        (0, 0, 1),
-    ),
-    output=(
-        (1, 1, 1, 1, 1, 0),
-        (0, 1, -1, 2, -2, 0),
-        (0, 1, 1, 4, 4, 0),
-        (0, 1, -1, 8, -8, 1),
-    ),
-    step=OUTPUTS,
-)
+def _through(*points: Fraction) -> Scheme:
+    """The scheme of these five points and infinity, by Toom and Cook's interpolation.
+
+    ``B^T`` has each point's polynomial that is 0 at all others, whose value there divides ``G``'s
+    powers of the point; ``A^T`` has powers of the points again.
+    """
+    others = [[q for q in points if q != p] for p in points]
+    scales = [prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
+    return Scheme(
+        input=tuple(
+            tuple(map(float, _polynomial(roots) + [Fraction(0)] * (5 - len(roots))))
+            for roots in (*others, list(points))
+        ),
+        kernel=(
+            *(
+                tuple(float(p**k / by) for k in range(3))
+                for p, by in zip(points, scales, strict=True)
+            ),
+            (0.0, 0.0, 1.0),
+        ),
+        output=tuple(
+            (*(float(p**i) for p in points), float(i == OUTPUTS - 1)) for i in range(OUTPUTS)
+        ),
+        step=OUTPUTS,
+    )
+
+
+def _polynomial(roots: list[Fraction]) -> list[Fraction]:
+    """Coefficients of the polynomial with these roots, that of the lowest power first."""
+    found = [Fraction(1)]
+    for root in roots:
+        above, below = [Fraction(0), *found], [*found, Fraction(0)]
+        found = [a - root * b for a, b in zip(above, below, strict=True)]
+    return found
 
 
 def _of_doubled(plain: Scheme) -> Scheme:
-    """The same of a doubled map, from the small one; what comes to nothing left out."""
+    """The same of a doubled map, from the small one; what comes to 0 left out."""
     whole = [(a, b1 + b2, c1 + c2, e) for a, b1, b2, c1, c2, e in plain.input]
     kept = [place for place, row in enumerate(whole) if any(row)]
     return Scheme(
@@ -118,4 +130,10 @@ def _of_doubled(plain: Scheme) -> Scheme:
     )
 
 
-DOUBLED = _of_doubled(PLAIN)
+# with few binary digits, and symmetric, so that sums are shared; they lose half as much to rounding
+# as 1 and 2
+_P, _Q = Fraction(3, 4), Fraction(3, 2)
+PLAIN = _through(Fraction(0), _P, -_P, _Q, -_Q)
+# only with 1 and -1 among the points does a place of a doubled map come to 0
+_ONE, _Q = Fraction(1), Fraction(13, 8)
+DOUBLED = _of_doubled(_through(Fraction(0), _ONE, -_ONE, _Q, -_Q))

@@ -19,6 +19,7 @@ from sdconv.network import Autoencoder
 from sdconv.ops import fused
 from sdconv.ops.prepared import prepared
 from sdconv.ops.strips import scratch
+from sdconv.ops.winograd import DOUBLED
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def test_any_height_of_strips(rows: int) -> None:
             fused.winograd_convolution(x, weight, tile_rows=rows)[0],
         ),
         (
-            fused.doubled_convolution(x, weight, None)[0],
-            fused.doubled_convolution(x, weight, None, rows=rows)[0],
+            fused.winograd_convolution(x, weight, scheme=DOUBLED)[0],
+            fused.winograd_convolution(x, weight, scheme=DOUBLED, tile_rows=rows)[0],
         ),
     ):
         assert float((one - other).abs().max() / one.abs().max()) < 1e-6

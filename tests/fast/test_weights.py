@@ -197,9 +197,9 @@ def test_memory_is_counted_while_weights_change(x: Tensor) -> None:
     before = prepared.memory
     both(parts, x)
     held = prepared.memory
-    # four times each 3x3 weight for Winograd, as much as itself for a doubling
+    # of each nine numbers of a weight 36 for Winograd, 25 for a doubling
     winograd = sum(4 * conv.weight.numel() * 4 for conv in convolutions(parts.resnet))
-    assert held - before == winograd + 4 * parts.upsampler.conv.weight.numel()
+    assert held - before == winograd + 25 * parts.upsampler.conv.weight.numel() // 9 * 4
     for _ in range(5):
         of_each(lambda weight: weight.data.add_(0.01))(parts, x)
         both(parts, x)
