@@ -259,6 +259,7 @@ def test_check_says_no(here: Path) -> None:
     assert result.exit_code == 1
     assert "decoder.conv_in" in result.stdout
     assert "failed" in result.stdout
+    assert "gives NaN or infinity on both sides: sdconv inspect --values" in result.stderr
     report = answer("check", here / "nan.safetensors", "--size=32", "--family=sd1", status=1)
     assert report["first_difference"] == "decoder.conv_in"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import Annotated
 
@@ -126,7 +127,11 @@ def check(
 
         show(parity_report(report, every=every))
     if not report.passed:
-        fail(f"{report.worst.name} differs beyond the tolerance", status=1)
+        found = f"{report.worst.name} {report.worst.verdict}"
+        if isnan(report.worst.max_abs):
+            files = " ".join(map(str, paths))
+            found += f": sdconv inspect --values {files} finds what is not finite in the weights"
+        fail(found, status=1)
 
 
 def fetch(

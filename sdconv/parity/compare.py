@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ class ModuleDifference:
     ulps: int
     equal: bool
     tolerance: float
+
+    @property
+    def verdict(self) -> str:
+        """What is wrong, or that nothing is."""
+        if self.passed:
+            return "equal" if self.equal else "within the tolerance"
+        if isnan(self.max_abs):
+            return "gives NaN or infinity on both sides"
+        return "differs beyond the tolerance"
 
     @property
     def passed(self) -> bool:

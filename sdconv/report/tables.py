@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from math import isnan
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -53,11 +54,11 @@ def parity_report(report: ParityReport, *, every: bool) -> RenderableType:
             "modules": f"{len(rows)}{shown}",
             "tolerance": f"{report.tolerance:.3g} ({report.tolerance_source})",
             "first difference": report.first_difference or "none",
-            "worst": "none" if report.worst.equal else report.worst.name,
+            "worst": "none" if report.first_difference is None else report.worst.name,
         }
     )
     if not report.passed:
-        verdict = Text("failed: beyond the tolerance", style="bold red")
+        verdict = Text(f"failed: {report.worst.name} {report.worst.verdict}", style="bold red")
     elif report.first_difference is None:
         verdict = Text("passed: every module is equal, bit for bit", style="green")
     else:
@@ -195,7 +196,10 @@ def _is_top(name: str) -> bool:
 def _difference(row: ModuleDifference) -> tuple[RenderableType, ...]:
     if row.equal and row.passed:
         return "0", "0", "0", Text("equal", style="green")
-    mark = Text("within", style="yellow") if row.passed else Text("beyond", style="bold red")
+    if isnan(row.max_abs):
+        mark = Text("not finite", style="bold red")
+    else:
+        mark = Text("within", style="yellow") if row.passed else Text("beyond", style="bold red")
     return f"{row.max_abs:.3g}", f"{row.relative:.3g}", str(row.ulps), mark
 
 
