@@ -15,7 +15,7 @@ transformed weights is told apart.
     python scripts/bench.py sizes --sizes 256 384 512 768 1024 --plot docs/pictures/sizes.webp
     python scripts/bench.py first --size 512x512
 
-Each takes --rounds, and --json FILE. `openvino` needs the `bench` extra.
+Each takes --rounds, and --json FILE. `openvino` and `onnxruntime` need the `bench` extra.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import multiprocessing
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -184,22 +185,50 @@ def compiled(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
     return torch.compile(run)  # type: ignore[no-any-return]
 
 
+class Called(nn.Module):
+    """A network as something to convert: its work from its inputs."""
+
+    def __init__(self, network: nn.Module, work: str) -> None:
+        super().__init__()
+        self.network, self.work = network, work
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return call(self.network, self.work, inputs)
+
+
 def openvino(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
     import openvino as ov
 
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, *inputs: Tensor) -> Tensor:
-            return call(self.network, work, inputs)
-
-    model = ov.convert_model(Plain(), example_input=inputs if len(inputs) > 1 else inputs[0])
+    example = inputs if len(inputs) > 1 else inputs[0]
+    model = ov.convert_model(Called(network, work), example_input=example)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     request = ov.compile_model(model, "CPU", settings).create_infer_request()
     arrays = [tensor.numpy() for tensor in inputs]
     return lambda: request.infer(arrays)
+
+
+def onnxruntime(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
+    import onnxruntime as ort
+
+    names = [f"input_{i}" for i in range(len(inputs))]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "network.onnx"
+        # the exporter traces, which needs tensors that gradients could be asked of
+        with torch.inference_mode(False), torch.no_grad():
+            torch.onnx.export(
+                Called(network, work),
+                tuple(one.clone() for one in inputs),
+                file,
+                input_names=names,
+                dynamo=True,
+                external_data=True,
+                verbose=False,
+            )
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        session = ort.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+    return lambda: session.run(None, given)
 
 
 PEERS = {
@@ -207,6 +236,7 @@ PEERS = {
     "channels_last": channels_last,
     "compiled": compiled,
     "openvino": openvino,
+    "onnxruntime": onnxruntime,
 }
 
 
@@ -245,6 +275,7 @@ LABELS = {
     "channels_last": "diffusers, channels_last",
     "compiled": "diffusers, channels_last, compiled",
     "openvino": "OpenVINO, f32",
+    "onnxruntime": "ONNX Runtime",
     FAST: FAST,
 }
 
@@ -501,7 +532,6 @@ print(json.dumps(dict(zip(("kernels, s", "first call, s", "second call, s"), (lo
 
 def _first(cache: str, size: Size) -> dict[str, float]:
     import os
-    import tempfile
 
     with tempfile.TemporaryDirectory() as empty:
         environment = dict(os.environ)
