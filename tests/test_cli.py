@@ -153,6 +153,11 @@ decode z1.safetensors -m vae.safetensors -o OUT.png                 | no latents
 decode z2.safetensors -m vae.safetensors -o OUT.png                 | which tensor
 decode patches.safetensors -m flux2.safetensors -o OUT.png          | normalised patches
 decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
+decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a size of memory
+decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
+decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | whole maps are not spilled
+encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole maps only
+encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
 plan --size 2x2                                                     | too small a picture
 plan --memory plenty                                                | not a size of memory
@@ -332,6 +337,26 @@ def test_encode_and_decode(
     decoded = network.decode(latents).sample.clamp(-1, 1)
     # one step of 8 bits: rounding, and what scaling there and back leaves
     assert float((picture(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
+
+
+@pytest.mark.parametrize("means", [
+    ("--memory", "1GiB"), ("--memory", "1GiB", "--spill", "FOLDER"), ("--backend", "fast"),
+])  # fmt: skip
+def test_by_other_means(means: tuple[str, ...], here: Path, tmp_path: Path) -> None:
+    z, out, own = tmp_path / "z.safetensors", tmp_path / "a.png", tmp_path / "own.png"
+    words = [str(tmp_path) if word == "FOLDER" else word for word in means]
+    model = ["-m", here / "vae.safetensors"]
+    answer("encode", here / "photo.png", *model, "-o", z, *words)
+    posterior = seeded.network(KL).encode(picture(here / "photo.png", (1, 2, 49, 34))).latent_dist
+    found, expected = load_file(z)["latents"], posterior.mode()
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(found, expected), "the means were not passed on"
+    answer("decode", z, *model, "-o", own)
+    answer("decode", z, *model, "-o", out, *words)
+    with Image.open(own) as one, Image.open(out) as other:
+        assert psnr(to_tensor(one), to_tensor(other)) > 60
+    answer("reconstruct", here / "photo.png", *model, "-o", out, *words)
+    assert sorted(tmp_path.iterdir()) == [out, own, z]
 
 
 def test_decode_what_others_wrote(

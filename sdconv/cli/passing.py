@@ -222,11 +222,10 @@ def _to_noise(
             where=given.source,
             fix="name the autoencoder that makes them: --vae PATH; or give --noise",
         )
-    from sdconv.cli.running import opened
+    from sdconv.cli.running import Means, opened
 
-    vae = opened(
-        given.vae, component=None, family=given.family, dtype=given.dtype, device=given.device
-    )
+    means = Means(component=None, family=given.family, dtype=given.dtype, device=given.device)
+    vae = opened(given.vae, means)
     picture = picture.fitted(vae.downscale, given.size)
     has_room(vae, picture)
     with torch.inference_mode():

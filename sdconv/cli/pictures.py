@@ -9,6 +9,7 @@ import typer
 
 from sdconv.cli.common import (
     LARGEST_SEED,
+    Backend,
     Component,
     Device,
     Dtype,
@@ -19,7 +20,7 @@ from sdconv.cli.common import (
     not_an_input,
     print_json,
 )
-from sdconv.cli.running import check_patches, opened, prepared, running
+from sdconv.cli.running import Means, check_patches, opened, prepared, running
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +37,26 @@ Size = Annotated[
     ),
 ]
 In = Annotated[Dtype, typer.Option(help="What the network computes in.")]
+With = Annotated[
+    Backend,
+    typer.Option(help="What it computes with: fast is faster on a CPU, and equal to rounding."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Work in strips within this limit, weights apart: 2GiB, 1500MB; see `sdconv plan`.",
+        show_default=False,
+    ),
+]
+Spill = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="With --memory: on a disk, where maps go that do not fit.",
+        show_default=False,
+    ),
+]
 
 
 def encode(
@@ -59,6 +80,9 @@ def encode(
     family: Family = None,
     dtype: In = Dtype.float32,
     device: Device = "cpu",
+    backend: With = Backend.reference,
+    memory: Memory = None,
+    spill: Spill = None,
     as_json: Json = False,
 ) -> None:
     """Turn a picture into latents.
@@ -84,10 +108,17 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     not_an_input(out, [image, *model])
-    network, picture, x = prepared(
-        image, model, size, component, family, dtype, device, patches=scaled
+    means = Means(
+        component=component,
+        family=family,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
     )
-    with running("encoding"):
+    network, picture, x = prepared(image, model, size, means, patches=scaled)
+    with running("encoding", network):
         result = network.encode(x)  # type: ignore[operator]
         if not hasattr(result, "latent_dist"):
             if sample:
@@ -158,6 +189,9 @@ def decode(
     family: Family = None,
     dtype: In = Dtype.float32,
     device: Device = "cpu",
+    backend: With = Backend.reference,
+    memory: Memory = None,
+    spill: Spill = None,
     as_json: Json = False,
 ) -> None:
     """Turn latents into a picture.
@@ -169,6 +203,7 @@ def decode(
     Examples:
       sdconv decode latents.safetensors --model vae.safetensors
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
+      sdconv decode z.safetensors -m vae.safetensors --backend fast --memory 2GiB --spill /var/tmp
     """
     from sdconv.images import image_format, to_image, write_image
     from sdconv.latents import read_latents, unscale
@@ -185,9 +220,18 @@ def decode(
             fix="leave it to the file: give neither",
         )
     carries = bool(said if scaled is None else scaled)
-    network = opened(model, component=component, family=family, dtype=dtype, device=device)
+    means = Means(
+        component=component,
+        family=family,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
+    network = opened(model, means)
     check_patches(network, z, carries)
-    with running("decoding"):
+    with running("decoding", network):
         z = z.to(network.device)
         z = (unscale(network, z) if carries else z).to(network.dtype)
         pictures = [to_image(one) for one in network.decode(z).sample]  # type: ignore[operator]
@@ -212,6 +256,9 @@ def reconstruct(
     family: Family = None,
     dtype: In = Dtype.float32,
     device: Device = "cpu",
+    backend: With = Backend.reference,
+    memory: Memory = None,
+    spill: Spill = None,
     as_json: Json = False,
 ) -> None:
     """Pass a picture through the latents and back.
@@ -229,8 +276,17 @@ def reconstruct(
 
     image_format(out)
     not_an_input(out, [image, *model])
-    network, picture, x = prepared(image, model, size, component, family, dtype, device)
-    with running("encoding and decoding"):
+    means = Means(
+        component=component,
+        family=family,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
+    network, picture, x = prepared(image, model, size, means)
+    with running("encoding and decoding", network):
         result = network.encode(x)  # type: ignore[operator]
         latents = result.latents if hasattr(result, "latents") else result.latent_dist.mode()
         decoded = network.decode(latents).sample  # type: ignore[operator]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdconv.cli.common import Dtype, one_or_all, say, working
+from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,50 +18,81 @@ if TYPE_CHECKING:
     from sdconv.network import Autoencoder
 
 
-def opened(
-    model: Sequence[Path],
-    *,
-    component: str | None,
-    family: str | None,
-    dtype: Dtype,
-    device: str,
-) -> Autoencoder:
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a command opens of a file, and what the network is to compute in and with.
+
+    ``memory``, ``spill``: as ``enable_streaming`` takes them; without ``memory`` whole maps.
+    """
+
+    component: str | None
+    family: str | None
+    dtype: Dtype
+    device: str
+    backend: Backend = Backend.reference
+    memory: str | None = None
+    spill: Path | None = None
+
+
+def opened(model: Sequence[Path], means: Means) -> Autoencoder:
     """The autoencoder of a command that makes pictures, in eval mode.
 
     Raises:
-        SdconvError: as ``sdconv.load``; or the network is no autoencoder.
+        SdconvError: as ``sdconv.load`` and ``enable_streaming``; or the network is no autoencoder,
+            or none that streams.
     """
     from sdconv.checkpoint.load import load
     from sdconv.network import Autoencoder
 
     network = load(
         one_or_all(model),
-        component or "vae",
-        dtype=dtype.in_torch(),
-        device=device,
-        family=family,
+        means.component or "vae",
+        dtype=means.dtype.in_torch(),
+        device=means.device,
+        family=means.family,
+        backend=means.backend.value,
     )
     if not issubclass(type(network), Autoencoder):
         raise InputError(
             "pictures pass through an autoencoder only",
             where="--component",
             expected="vae",
-            got=component,
+            got=means.component,
         )
+    _stream(network, means)
     return network  # type: ignore[return-value]
 
 
+def _stream(network: Any, means: Means) -> None:
+    if means.memory is None:
+        if means.spill is not None:
+            raise InputError(
+                "whole maps are not spilled",
+                where="--spill",
+                fix="say how much memory there is: --memory 2GiB",
+            )
+        return
+    if not hasattr(network, "enable_streaming"):
+        raise InputError(
+            "a tiny autoencoder computes whole maps only",
+            where="--memory",
+            fix="leave --memory out",
+        )
+    network.enable_streaming(means.memory, means.spill)
+
+
 @contextmanager
-def running(words: str) -> Iterator[None]:
-    """A network at work, without gradients.
+def running(words: str, network: object = None) -> Iterator[None]:
+    """A network at work, without gradients. One that streams has a bar of its own.
 
     Raises:
         InputError: torch's normalisation finds a single value in a group.
     """
     import torch
 
+    streams = getattr(network, "streaming", None) is not None
     try:
-        with working(words), torch.inference_mode():
+        with nullcontext() if streams else working(words), torch.inference_mode():
             yield
     except ValueError as error:
         raise InputError(
@@ -75,10 +107,7 @@ def prepared(
     image: Path,
     model: list[Path],
     size: int | None,
-    component: str | None,
-    family: str | None,
-    dtype: Dtype,
-    device: str,
+    means: Means,
     *,
     patches: bool = False,
 ) -> tuple[Autoencoder, Picture, Tensor]:
@@ -86,7 +115,7 @@ def prepared(
     from sdconv.images import read_image, to_tensor
 
     picture = read_image(image)
-    network = opened(model, component=component, family=family, dtype=dtype, device=device)
+    network = opened(model, means)
     if network.config["in_channels"] != 3:
         raise InputError(
             "this network takes no pictures in colour",
@@ -100,7 +129,8 @@ def prepared(
     picture = picture.fitted(multiple, size)
     for note in picture.notes:
         say(note, "note")
-    has_room(network, picture)
+    if means.memory is None:
+        has_room(network, picture)
     return network, picture, to_tensor(picture.image).to(network.device, network.dtype)
 
 
