@@ -101,6 +101,8 @@ class Store:
     def _new(self, name: str, number: int, x: Tensor, values: Any) -> Array[Any]:
         zarr = zarr_for(self.path)
         self.begin()
+        if number == 0:
+            zarr.create_group(self._folder(name, number).parent, zarr_format=3)
         made: Array[Any] = zarr.create_array(
             self._folder(name, number),
             shape=(0, *values.shape),

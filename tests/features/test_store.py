@@ -70,6 +70,20 @@ def test_what_is_saved_is_what_is_opened(dtype: torch.dtype | None, tmp_path: Pa
     assert isinstance(sdconv.open_maps(str(path))[NAME], Tensor)
 
 
+def test_the_zarr_package_alone_reads_it(tmp_path: Path) -> None:
+    import zarr
+
+    with torch.no_grad(), sdconv.capture(vae(), [NAME, "encoder"], store=tmp_path / "maps") as maps:
+        vae()(picture())
+    group = zarr.open_group(tmp_path / "maps", mode="r")
+    assert {name for name, _ in group.groups()} == set(maps)
+    assert (group[NAME]["0"][0] == maps[NAME].numpy()).all()
+    # what lies in a folder that is no group is not found, and warned of
+    (tmp_path / "maps" / NAME / "zarr.json").unlink()
+    with pytest.warns(match="not recognized"):
+        assert {name for name, _ in group.groups()} == {"encoder"}
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_a_dtype_that_cannot_be_written(tmp_path: Path) -> None:
     half = torch.complex32
