@@ -194,7 +194,7 @@ def usable_device(device: str | torch.device) -> torch.device:
             where="device",
             expected="cpu, or cuda where torch finds a GPU",
             got=f"{device!r}: {str(error).splitlines()[0]}",
-            fix="leave the device out: the CPU is taken then",
+            fix="leave the device out",
         ) from error
     return found
 

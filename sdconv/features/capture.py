@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdconv.checkpoint.load import usable_device
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Counter, Steps, selection
 from sdconv.features.forecast import Forecast
@@ -73,7 +74,8 @@ def capture(
         The maps, readable inside the block and after it.
 
     Raises:
-        InputError: a pattern matches no name, or an option is no such option.
+        InputError: a pattern matches no name, an option is no such option, or there is no such
+            device here.
         SdconvError: a pattern's layers were never reached; the maps need more than ``max_memory``;
             the store exists or cannot be written.
     """
@@ -86,7 +88,7 @@ def capture(
         channels=channels,
         reduce=reduction(reduce),
         dtype=dtype,
-        device=_device(device),
+        device=None if device is None else usable_device(device),
     )
     pipeline = found.pipeline is not None
     sink = Sink(max_memory, None if store is None else Path(store), pipeline=pipeline)
@@ -100,10 +102,11 @@ def capture(
             forecast = Forecast(found, wanted, keep, recorder.selected, sink.limit)
             for handle in forecast.attach():
                 stack.callback(handle.remove)
-        for name in wanted:
-            place = places[name]
-            prefix = found.network_of(place)
-            stack.callback(attach(place, recorder.visit(name, prefix)).remove)
+        # in the places' order, which is that of hooks on one module
+        for name, place in places.items():
+            if name in wanted:
+                visit = recorder.visit(name, found.network_of(place))
+                stack.callback(attach(place, visit).remove)
         try:
             yield recorder.maps
         except _Stop as stop:
@@ -186,13 +189,6 @@ class _Recorder:
                         raise _Stop(self)
 
         return record
-
-
-def _device(named: torch.device | str | None) -> torch.device | None:
-    try:
-        return None if named is None else torch.device(named)
-    except (RuntimeError, TypeError) as error:
-        raise InputError("no such device", where="device", got=repr(named)) from error
 
 
 def _ready(x: Tensor, kept: Tensor) -> Callable[[], object]:

@@ -51,6 +51,14 @@ def test_places_of_a_unet_that_are_no_modules_output() -> None:
     assert hooks_on(unet()) == 0
 
 
+def test_maps_come_in_the_order_of_the_points() -> None:
+    with torch.no_grad(), sdconv.capture(unet(), "*") as maps:
+        unet()(*unets.inputs(unet().config))
+    names = sdconv.features(unet(), 8).names
+    assert tuple(maps) == names
+    assert names != tuple(sorted(names))
+
+
 def test_the_same_maps_on_sdconvs_network_and_under_the_patch() -> None:
     inputs = unets.inputs(unet().config)
     patched = unets.theirs(UNET)

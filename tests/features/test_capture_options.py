@@ -138,6 +138,7 @@ def test_numbers_and_vectors_are_reduced_too() -> None:
         ("region", 0.5),
         ("dtype", "float16"),
         ("device", "nowhere"),
+        ("device", "cuda:99"),
         ("max_memory", -1),
         ("max_memory", 0.5),
         ("max_memory", "much"),
