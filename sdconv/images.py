@@ -110,7 +110,7 @@ def read_image(path: str | Path) -> Picture:
             "is too large a picture",
             where=path,
             expected=f"at most {Image.MAX_IMAGE_PIXELS} pixels",
-            got=str(error).split(",")[0],
+            got=str(error).partition(" exceeds")[0],  # and not of which of PIL's two limits
             fix="make it smaller with another program",
         ) from error
     except UnidentifiedImageError as error:

@@ -244,8 +244,9 @@ def test_decompression_bombs(side: int, tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     content = encoded("PNG")
     path.write_bytes(content[:12] + start + zlib.crc32(start).to_bytes(4) + content[33:])
-    with pytest.raises(sdconv.InputError, match="too large a picture"):
+    with pytest.raises(sdconv.InputError, match="too large a picture") as told:
         read_image(path)
+    assert f"got: Image size ({side * side} pixels)\n" in str(told.value)
 
 
 def test_paths_without_a_picture(tmp_path: Path) -> None:
