@@ -56,6 +56,10 @@ def features(
             show_default=False,
         ),
     ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The latents' name in their file.", show_default=False),
+    ] = None,
     noise: Annotated[
         bool, typer.Option("--noise", help="Let a U-Net make a picture out of noise.")
     ] = False,
@@ -135,6 +139,7 @@ def features(
     _free(out)
     given = Given(
         source=source,
+        key=key,
         model=model,
         vae=vae or (),
         component=component,

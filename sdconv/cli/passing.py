@@ -30,11 +30,13 @@ _PIXELS = 8  # of a picture to one latent, in every family whose U-Net is known
 class Given:
     """What the caller gave.
 
-    ``source``: a picture or a file of latents, None for noise. ``vae``: files of the autoencoder
-    that turns a picture into a U-Net's latents. ``size``: pixels of the longer side.
+    ``source``: a picture or a file of latents, None for noise. ``key``: the latents' name in their
+    file, None for the only tensor there. ``vae``: files of the autoencoder that turns a picture
+    into a U-Net's latents. ``size``: pixels of the longer side.
     """
 
     source: Path | None
+    key: str | None
     model: Sequence[Path]
     vae: Sequence[Path]
     component: str | None
@@ -100,7 +102,7 @@ def _through_autoencoder(network: Autoencoder, given: Given, picture: Picture | 
             fix="leave --noise out, or give a U-Net with --model",
         )
     if picture is None:
-        z = _latents(network, given.source)
+        z = _latents(network, given.source, given.key)
         return Passage(
             network=network,
             size=_times(z, network.downscale),
@@ -201,7 +203,7 @@ def _to_noise(
     if given.source is None:
         return None, None, ()
     if picture is None:
-        z, scaled = read_latents(given.source)
+        z, scaled = read_latents(given.source, given.key)
         if z.shape[1] != channels:
             raise InputError(
                 "latents of another number of channels than this U-Net's",
@@ -271,11 +273,11 @@ def _conditions(
     return arguments, words + (f", and {more} further channels are noise" if more > 0 else "")
 
 
-def _latents(network: Autoencoder, path: Path) -> Tensor:
+def _latents(network: Autoencoder, path: Path, key: str | None) -> Tensor:
     """A file's first latents as ``decode`` takes them."""
     from sdconv.latents import read_latents, unscale
 
-    z, scaled = read_latents(path)
+    z, scaled = read_latents(path, key)
     check_patches(network, z, bool(scaled))
     z = z[:1].to(network.device)
     return (unscale(network, z) if scaled else z).to(network.dtype)

@@ -112,6 +112,24 @@ def test_scaled_latents_are_unscaled(here: Path, tmp_path: Path) -> None:
     assert (scaled - raw / 0.25).abs().max() < 1e-2 * scaled.abs().max()
 
 
+def test_latents_by_their_name(here: Path, tmp_path: Path) -> None:
+    z = {name: torch.full((1, 4, 8, 8), value) for name, value in (("a", 0.5), ("b", -0.5))}
+    save_file(z, tmp_path / "two.safetensors")
+    options = ("-m", here / "vae.safetensors", "-l", "post_quant_conv", "-o")
+    found = []
+    for name in z:
+        out = tmp_path / name
+        result = run(tmp_path / "two.safetensors", "--key", name, *options, out)
+        assert result.exit_code == 0, result.stderr
+        found.append(sdconv.open_maps(out / "maps.zarr")["post_quant_conv"])
+        layer = sdconv.load(here / "vae.safetensors", dtype=torch.float32).post_quant_conv
+        assert torch.equal(found[-1], layer(z[name]).half())
+    assert not torch.equal(*found)
+    unnamed = run(tmp_path / "two.safetensors", *options, tmp_path / "c")
+    assert unnamed.exit_code == 2
+    assert "--key NAME" in unnamed.stderr
+
+
 def test_noise_through_a_unet(out: Path) -> None:
     result = run("--noise", "-m", UNET, "--steps", 4, "--keep", "0,-1", "-o", out, "--seed", 3)
     assert result.exit_code == 0, result.stderr
