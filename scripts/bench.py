@@ -44,6 +44,7 @@ import sdconv
 from sdconv.ops import chosen, engines
 from sdconv.ops.fused import After
 from sdconv.ops.prepared import prepared
+from sdconv.ops.strips import scratch
 from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN
 from sdconv.unet import with_diffusers_transformers
 
@@ -151,12 +152,13 @@ class Apart:
 
     @classmethod
     def _begin(cls, name: str, work: str, size: Size) -> None:
-        torch.inference_mode().__enter__()
-        cls._run = staticmethod(side(name, work, size))
+        with torch.inference_mode():
+            cls._run = staticmethod(side(name, work, size))
 
     @classmethod
     def _again(cls) -> None:
-        cls._run()
+        with torch.inference_mode():
+            cls._run()
 
     def __call__(self) -> None:
         self._process.submit(self._again).result()
@@ -352,6 +354,7 @@ def once(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start
+        scratch.release()
     else:
         first = 0.0
     peak, seconds = peak_of(run)

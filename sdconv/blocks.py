@@ -8,10 +8,14 @@ CompVis/latent-diffusion.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdconv.fast import blocks as fast
+from sdconv.fast.modules import is_bare
 
 
 class ResnetBlock2D(nn.Module):
@@ -188,7 +192,37 @@ class MidBlock2D(nn.Module):
         return self.resnets[1](x)  # type: ignore[no-any-return]
 
 
-class DownEncoderBlock2D(nn.Module):
+class Level(nn.Module):
+    """Parts that are called one after another, each with what the one before gave."""
+
+    def parts(self) -> Iterable[nn.Module]:
+        """They, in order."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts():
+            x = part(x)
+        return x
+
+
+def apart(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Blocks to call one after another: levels in their parts, unless something hangs on the whole
+    level that has to see it called. Who calls a whole level holds its input until its last part is
+    done, a quarter of the VAE's memory at its largest level."""
+    for block in blocks:
+        # gradients hold every map anyway
+        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if free and isinstance(block, Level) and _is_bare_level(block):
+            yield from block.parts()
+        else:
+            yield block
+
+
+def _is_bare_level(level: Level) -> bool:
+    return type(level).forward is Level.forward and is_bare(level, type(level))
+
+
+class DownEncoderBlock2D(Level):
     """One level of the VAE's encoder: ResNet blocks, then a halving on every level but the last.
 
     Shape: ``(B, in_channels, H, W)`` to ``(B, out_channels, H, W)``, halved if it downsamples.
@@ -214,13 +248,11 @@ class DownEncoderBlock2D(nn.Module):
             nn.ModuleList([AsymmetricDownsample2D(out_channels)]) if downsample else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        for part in (*self.resnets, *(self.downsamplers or ())):
-            x = part(x)
-        return x
+    def parts(self) -> Iterable[nn.Module]:
+        return (*self.resnets, *(self.downsamplers or ()))
 
 
-class UpDecoderBlock2D(nn.Module):
+class UpDecoderBlock2D(Level):
     """One level of the VAE's decoder: ResNet blocks, then a doubling on every level but the last.
 
     Shape: ``(B, in_channels, H, W)`` to ``(B, out_channels, H, W)``, doubled if it upsamples.
@@ -244,7 +276,5 @@ class UpDecoderBlock2D(nn.Module):
         )
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if upsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for part in (*self.resnets, *(self.upsamplers or ())):
-            x = part(x)
-        return x
+    def parts(self) -> Iterable[nn.Module]:
+        return (*self.resnets, *(self.upsamplers or ()))

@@ -14,7 +14,13 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from sdconv.blocks import DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D, last_convolution
+from sdconv.blocks import (
+    DownEncoderBlock2D,
+    MidBlock2D,
+    UpDecoderBlock2D,
+    apart,
+    last_convolution,
+)
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, Config
 from sdconv.config.facts import VAE_NORM_EPS
 from sdconv.fast import blocks as fast
@@ -68,7 +74,7 @@ class Encoder(Recomputed):
 
     def forward(self, x: Tensor) -> Tensor:
         x = fast.first(self.conv_in, x)
-        for block in (*self.down_blocks, self.mid_block):
+        for block in apart((*self.down_blocks, self.mid_block)):
             x = self.call(block, x)
         return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
 
@@ -119,7 +125,7 @@ class Decoder(Recomputed):
 
     def forward(self, z: Tensor) -> Tensor:
         x = fast.first(self.conv_in, z)
-        for block in (self.mid_block, *self.up_blocks):
+        for block in apart((self.mid_block, *self.up_blocks)):
             x = self.call(block, x)
         return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
 

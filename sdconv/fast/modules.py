@@ -74,9 +74,11 @@ def is_norm(module: nn.Module | None, x: Tensor) -> bool:
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class does and nothing else: no class derived from it
-    (LoRA layers, parametrisations), no hook, no forward of its own (offloading)."""
+    (LoRA layers, parametrisations), no hook, no forward of its own (offloading), not compiled by
+    itself."""
     return (
         type(module) is kind
+        and module._compiled_call_impl is None
         and getattr(module.forward, "__func__", None) is kind.forward
         and not (
             module._forward_hooks
