@@ -430,6 +430,7 @@ def _slope(points: list[tuple[float, float]]) -> float:
 
 def _plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, unit, words in zip(axes, ("s", "MB"), ("seconds", "peak memory, MB"), strict=True):
@@ -446,6 +447,8 @@ def _plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: 
                 label=f"{label}: pixels to the {slopes[column]}",
             )
         axis.set_xticks([side for side, _ in rows], [str(side) for side, _ in rows])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.minorticks_off()
         axis.set_xlabel("side of the picture")
         axis.set_title(words, loc="left", fontsize=11)
