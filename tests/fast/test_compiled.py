@@ -88,6 +88,8 @@ def test_compiled(whole: str, gradients: bool) -> None:
 
 
 @pytest.mark.slow
+# torch's own, while its compiler is imported
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("whole", WHOLE)
 def test_compiled_by_inductor(whole: str) -> None:
     kind, given = WHOLE[whole]
