@@ -12,7 +12,7 @@ transformed weights is told apart.
     python scripts/bench.py layers
     python scripts/bench.py memory --size 512x512
     python scripts/bench.py error --size 512x512
-    python scripts/bench.py sizes --sizes 256 384 512 768 1024 --plot docs/screens/sizes.webp
+    python scripts/bench.py sizes --sizes 256 384 512 768 1024 --plot docs/plots/sizes.webp
     python scripts/bench.py first --size 512x512
 
 Each takes --rounds, and --json FILE. `openvino` and `onnxruntime` need the `bench` extra.
