@@ -226,8 +226,7 @@ def _to_noise(
         )
     from sdconv.cli.running import Means, opened
 
-    means = Means(component=None, family=given.family, dtype=given.dtype, device=given.device)
-    vae = opened(given.vae, means)
+    vae = opened(given.vae, Means(None, given.family, given.dtype, given.device))
     picture = picture.fitted(vae.downscale, given.size)
     has_room(vae, picture)
     with torch.inference_mode():

@@ -108,15 +108,7 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     not_an_input(out, [image, *model])
-    means = Means(
-        component=component,
-        family=family,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        memory=memory,
-        spill=spill,
-    )
+    means = Means(component, family, dtype, device, backend, memory, spill)
     network, picture, x = prepared(image, model, size, means, patches=scaled)
     with running("encoding", network):
         result = network.encode(x)  # type: ignore[operator]
@@ -220,15 +212,7 @@ def decode(
             fix="leave it to the file: give neither",
         )
     carries = bool(said if scaled is None else scaled)
-    means = Means(
-        component=component,
-        family=family,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        memory=memory,
-        spill=spill,
-    )
+    means = Means(component, family, dtype, device, backend, memory, spill)
     network = opened(model, means)
     check_patches(network, z, carries)
     with running("decoding", network):
@@ -276,15 +260,7 @@ def reconstruct(
 
     image_format(out)
     not_an_input(out, [image, *model])
-    means = Means(
-        component=component,
-        family=family,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        memory=memory,
-        spill=spill,
-    )
+    means = Means(component, family, dtype, device, backend, memory, spill)
     network, picture, x = prepared(image, model, size, means)
     with running("encoding and decoding", network):
         result = network.encode(x)  # type: ignore[operator]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sdconv.network import Autoencoder
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Means:
     """What a command opens of a file, and what the network is to compute in and with.
 

@@ -82,7 +82,7 @@ class Scheme:
         return made.flatten(2, 3).flatten(0, 1)
 
 
-def _through(*points: Fraction) -> Scheme:
+def through(*points: Fraction) -> Scheme:
     """The scheme of these five points and infinity, by Toom and Cook's interpolation.
 
     ``B^T`` has each point's polynomial that is 0 at all others, whose value there divides ``G``'s
@@ -133,7 +133,7 @@ def _of_doubled(plain: Scheme) -> Scheme:
 # with few binary digits, and symmetric, so that sums are shared; they lose half as much to rounding
 # as 1 and 2
 _P, _Q = Fraction(3, 4), Fraction(3, 2)
-PLAIN = _through(Fraction(0), _P, -_P, _Q, -_Q)
+PLAIN = through(Fraction(0), _P, -_P, _Q, -_Q)
 # only with 1 and -1 among the points does a place of a doubled map come to 0
 _ONE, _Q = Fraction(1), Fraction(13, 8)
-DOUBLED = _of_doubled(_through(Fraction(0), _ONE, -_ONE, _Q, -_Q))
+DOUBLED = _of_doubled(through(Fraction(0), _ONE, -_ONE, _Q, -_Q))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sdconv.ops import fused
 from sdconv.ops.fused import After, NotFiniteError
 from sdconv.ops.moments import Norm
 from sdconv.ops.strips import scratch
-from sdconv.ops.winograd import DOUBLED, PLAIN, Scheme
+from sdconv.ops.winograd import DOUBLED, PLAIN, Scheme, through
 
 # of the largest value; the direct kernel's own error in float32 is about a third of it
 WITHIN = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -205,6 +206,21 @@ def test_what_is_not_finite_is_not_spread(value: float) -> None:
         case.run()
     with pytest.raises(NotFiniteError):
         fused.winograd_convolution(case.x, 4 * case.weight, scheme=DOUBLED)
+
+
+def test_the_points_lose_half_as_much_to_rounding_as_the_usual_ones() -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 256, 32, 32, generator=random)
+    weight = torch.randn(32, 256, 3, 3, generator=random)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+    # by the plain transforms, which take any scheme
+    lost = []
+    for scheme in (PLAIN, through(*map(Fraction, (0, 1, -1, 2, -2)))):
+        rows = torch.nn.functional.pad(x[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1))
+        kernel = scheme.kernel_transform(weight)
+        out = scheme.output_transform(scheme.input_transform(rows) @ kernel, 8)
+        lost.append((out.permute(2, 0, 1) - exact[0]).square().mean().sqrt())
+    assert 0.3 < float(lost[0] / lost[1]) < 0.6
 
 
 # What a check against float64 must notice.
