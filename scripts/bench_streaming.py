@@ -30,7 +30,7 @@ from sdconv.config import AutoencoderKLConfig
 from sdconv.ops import engines
 from sdconv.streaming import Streaming, calibration
 from sdconv.streaming.executor import run
-from sdconv.streaming.maps import check_room
+from sdconv.streaming.folder import check_room
 from sdconv.streaming.steps import Attend, Step
 from sdconv.vae import AutoencoderKL
 
@@ -144,7 +144,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
         "ns_per_pixel": 1e9 * per_pixel,
         "finite": bool(out.isfinite().all()),
     }
-    planned = calibration.seconds(plan, device=x.device, folder=options.spill)
+    planned = calibration.seconds(plan, device=x.device)
     result["planned_seconds"] = planned
     result["seconds_over_planned"] = sum(times.values()) / planned
     if options.rounds:

@@ -45,7 +45,7 @@ def plan(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Check that what is spilled has room there, and time it there.",
+            help="Check that what is spilled has room there.",
             show_default=False,
         ),
     ] = None,
@@ -119,7 +119,7 @@ def plan(
         }
         if timed:
             with working(f"timing strips: {work}"):
-                seconds = calibration.seconds(found, device=torch.device("cpu"), folder=folder)
+                seconds = calibration.seconds(found, device=torch.device("cpu"))
             answers[work]["seconds"] = seconds
     if as_json:
         head: dict[str, Any] = {

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from sdconv.backends import backend
 from sdconv.errors import InputError
 from sdconv.ops.fused import NotFiniteError
+from sdconv.streaming.arena import is_parted
 from sdconv.streaming.executor import run
-from sdconv.streaming.maps import check_room, checked_folder
+from sdconv.streaming.folder import check_room, checked_folder
 from sdconv.streaming.planner import Plan, least_memory, make_plan
 from sdconv.streaming.progress import bar
 from sdconv.streaming.sizes import in_words, parse_bytes
@@ -68,7 +69,13 @@ class Streaming:
         """
         steps = steps_of(network, work, *x.shape[2:])
         can_spill = self.spill is not None or x.device.type != "cpu"
-        return make_plan(steps, pictures=len(x), limit=self.limit, can_spill=can_spill)
+        return make_plan(
+            steps,
+            pictures=len(x),
+            limit=self.limit,
+            can_spill=can_spill,
+            parted=is_parted(x.device),
+        )
 
     def __call__(self, network: nn.Module, work: Work, x: Tensor) -> Tensor:
         """Moments of latents for pictures, or pictures for latents, ``(B, C, H, W)``; under

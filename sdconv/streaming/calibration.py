@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from sdconv.streaming.executor import begin
-from sdconv.streaming.maps import Place, Store
+from sdconv.streaming.maps import Store, lay_out
 from sdconv.streaming.moments import Moments
-from sdconv.streaming.planner import Plan
+from sdconv.streaming.planner import Plan, lifetimes
 from sdconv.streaming.steps import Attend, Step
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -24,48 +23,41 @@ TOKENS = 8192
 
 
 @torch.no_grad()
-def seconds(plan: Plan, *, device: torch.device, folder: Path | None = None) -> float:
+def seconds(plan: Plan, *, device: torch.device) -> float:
     """Predicted seconds of a plan's run.
 
-    Steps of one kind (layer, channels, width, strip, places) are timed once, on a map one strip
-    high, and counted by their multiplications. A disk that writes slower than the network computes
-    is not seen.
+    Steps of one kind (layer, channels, width, strip) are timed once, on a map one strip high, and
+    counted by their multiplications. All of it in memory: a disk that writes slower than the
+    network computes is not seen.
 
     Args:
         plan: of a network with weights or on the meta device. device: to run on.
-        folder: for what the plan spills; None times it in memory.
     """
     costs: dict[object, tuple[float, float]] = {}
     total = 0.0
     for step, units in zip(plan.steps, plan.units, strict=True):
-        kind = _kind(step, units, plan)
+        kind = _kind(step, units)
         if kind not in costs:
-            costs[kind] = _costs(step, units, plan, device, folder)
+            costs[kind] = _costs(step, units, device)
         once, rate = costs[kind]
         total += once + rate * step.multiplies
     return plan.pictures * total
 
 
-def _kind(step: Step, units: int, plan: Plan) -> object:
+def _kind(step: Step, units: int) -> object:
     layer = step.layer
     shortcut = None if layer.shortcut is None else layer.shortcut.weight.shape
     facts = (layer.norm is None, layer.activated, step.measured, step.residual is None, shortcut)
-    places = tuple(plan.places[key] for key in (step.source, step.target))
-    return type(layer), layer.module.weight.shape, step.source.width, units, facts, places
+    return type(layer), layer.module.weight.shape, step.source.width, units, facts
 
 
-def _costs(
-    step: Step, units: int, plan: Plan, device: torch.device, folder: Path | None
-) -> tuple[float, float]:
+def _costs(step: Step, units: int, device: torch.device) -> tuple[float, float]:
     """Seconds before the first strip, and for each multiplication."""
     small = _one_strip(step, units, device)
-    old = (step.source, step.target, step.residual, *step.reads)
-    new = (small.source, small.target, small.residual, *small.reads)
-    pairs = [(a, b) for a, b in zip(old, new, strict=True) if a is not None and b is not None]
-    places = {b: plan.places[a] if folder else Place.MEMORY for a, b in pairs}
-    places = {b: Place.MEMORY if p is Place.CALLER else p for b, p in places.items()}
-    store = Store(places, device, folder)
-    for key in places:
+    maps = lifetimes([small])
+    layout = lay_out(maps, None, parted=False)
+    store = Store(layout, device, None)
+    for key in maps:
         store.tensor(key).normal_()
     moments = Moments(small.source.channels, device)
     moments.add(torch.randn(4, 8, small.source.channels, dtype=small.source.dtype, device=device))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sdconv.ops.strips import scratch
-from sdconv.streaming.maps import Map, Store, trim_heap
+from sdconv.streaming.arena import trim_heap
+from sdconv.streaming.maps import Map, Store
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.passes import Ground, Pass
-from sdconv.streaming.planner import Plan, lifetimes
+from sdconv.streaming.planner import Plan
 from sdconv.streaming.steps import Step
 
 # called after each strip with its step and the multiplications done
@@ -28,18 +29,14 @@ def run(
         x: ``(C, H, W)``. out: ``(C', H', W')``, filled. folder: for what the plan spills.
         tick: called after each strip with its step and the multiplications done.
     """
-    store = Store(plan.places, x.device, folder)
+    store = Store(plan.layout, x.device, folder)
     store.put(plan.steps[0].source, x.permute(1, 2, 0))
     store.put(plan.steps[-1].target, out.permute(1, 2, 0))
     moments: dict[Map, Moments] = {}
-    spans = lifetimes(plan.steps)
-    for number, (step, units) in enumerate(zip(plan.steps, plan.units, strict=True)):
+    for step, units in zip(plan.steps, plan.units, strict=True):
         measured = run_step(step, units, store, moments.get(step.source), x.device, tick)
         if measured is not None:
             moments[step.target] = measured
-        for key, span in spans.items():
-            if span.stop == number + 1:
-                store.drop(key)
         trim_heap()
 
 

@@ -1,25 +1,16 @@
-"""Feature maps of full size: what they take, and where they are kept while a network runs."""
+"""Feature maps of full size: what they take, and where they lie while a network runs."""
 
 from __future__ import annotations
 
-import ctypes
-import math
 import mmap
-import os
-import shutil
-import sys
-import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sdconv.errors import InputError, SdconvError, SdconvWarning
-from sdconv.streaming.sizes import in_words
+from sdconv.streaming.arena import Arena, paged
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,152 +28,108 @@ class Map:
     whole: bool = False
 
     @property
+    def row_bytes(self) -> int:
+        return self.width * self.channels * self.dtype.itemsize
+
+    @property
     def bytes(self) -> int:
-        return self.height * self.width * self.channels * self.dtype.itemsize
+        return self.height * self.row_bytes
 
 
-class Place(Enum):
-    """Where a map is: within the memory that the limit counts, or outside it."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where maps lie among the bytes of an arena: those that are alive at once beside one another,
+    others where earlier ones were.
 
-    MEMORY = "memory"
-    # a memory-mapped file; on CUDA, where no folder is given, the host's memory
-    SPILL = "spill"
-    # the caller's picture or latents, and the result
-    CALLER = "caller"
+    Attributes:
+        starts: first byte of every map. memory: so many of the bytes are in memory, those after
+            them outside it. size: of all.
+    """
+
+    starts: Mapping[Map, int]
+    memory: int
+    size: int
+
+    @property
+    def spilled(self) -> int:
+        """Bytes outside memory."""
+        return self.size - self.memory
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether maps that must be in memory are."""
+        ends = (start + key.bytes for key, start in self.starts.items() if key.whole)
+        return max(ends, default=0) <= self.memory
+
+
+def lay_out(spans: Mapping[Map, range], memory: int | None, *, parted: bool) -> Layout:
+    """Puts maps as low as they can lie: those that must be in memory first, then large ones first,
+    which leaves no gaps.
+
+    Args:
+        spans: the steps during which each is alive. memory: bytes in memory, None for as many as
+            are needed. parted: no map may lie partly in memory, partly outside.
+    """
+    starts: dict[Map, int] = {}
+    wall = None if memory is None else max(0, memory) // mmap.PAGESIZE * mmap.PAGESIZE
+    for key in sorted(spans, key=lambda key: (not key.whole, -key.bytes, spans[key].start)):
+        taken = [
+            (start, start + other.bytes)
+            for other, start in starts.items()
+            if _meet(spans[key], spans[other])
+        ]
+        if parted and wall is not None:
+            taken.append((wall, wall))
+        starts[key] = _lowest(key.bytes, sorted(taken))
+    size = paged(max((start + key.bytes for key, start in starts.items()), default=0))
+    return Layout(starts, size if wall is None else min(wall, size), size)
+
+
+def _meet(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
+
+
+def _lowest(size: int, taken: list[tuple[int, int]]) -> int:
+    """Where so many bytes find room between what is taken, from low to high."""
+    start = 0
+    for first, end in taken:
+        if start + size <= first:
+            break
+        start = max(start, paged(end))
+    return start
 
 
 class Store:
-    """The maps that are alive, each where the plan puts it.
-
-    Files are unnamed from the start (``O_TMPFILE``, or unlinked at once), so that none outlives the
-    process, however it ends; their space is reserved when they are made, and given back with the
-    last tensor over them.
+    """The maps, each where the layout puts it.
 
     Args:
-        places: of every map. device: of the memory that the limit counts. folder: for files.
+        layout: of those that no caller brings. device: of the memory that a limit counts.
+        folder: for the file of what lies outside it, None for the host's memory.
+
+    Raises:
+        SdconvError: no file of that size can be made in the folder.
     """
 
-    def __init__(
-        self, places: Mapping[Map, Place], device: torch.device, folder: Path | None
-    ) -> None:
-        self._places, self._device, self._folder = places, device, folder
+    def __init__(self, layout: Layout, device: torch.device, folder: Path | None) -> None:
+        self._starts = layout.starts
+        self._arena = Arena(layout.memory, layout.spilled, device, folder)
         self._tensors: dict[Map, Tensor] = {}
-        self._files: dict[Map, mmap.mmap] = {}
 
     def put(self, key: Map, tensor: Tensor) -> None:
         """A tensor of the caller's, ``(H, W, C)``, as a map."""
         self._tensors[key] = tensor
 
     def tensor(self, key: Map) -> Tensor:
-        """The map, ``(H, W, C)``; made, with any values, when it is first asked for."""
+        """The map, ``(H, W, C)``, one object at every call; any values before it is written."""
         if key not in self._tensors:
-            self._tensors[key] = self._made(key)
+            block = self._arena.block(self._starts[key], key.bytes)
+            shape = (key.height, key.width, key.channels)
+            self._tensors[key] = block.view(key.dtype).view(shape)
         return self._tensors[key]
-
-    def drop(self, key: Map) -> None:
-        """Gives the map's memory or file back."""
-        self._tensors.pop(key, None)
-        self._files.pop(key, None)
 
     def rest(self, key: Map, first: int, last: int) -> None:
         """Rows that will not be used for a while: a file's pages leave the process (not the
         system's cache, which writes them to disk in its own time)."""
-        if key not in self._files or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        row = key.bytes // key.height
-        start = -(-max(first, 0) * row // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = min(last, key.height) * row // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if length > 0:
-            self._files[key].madvise(mmap.MADV_DONTNEED, start, length)
-
-    def _made(self, key: Map) -> Tensor:
-        shape = (key.height, key.width, key.channels)
-        if self._places[key] is Place.MEMORY:
-            return zeros(shape, key.dtype, self._device)
-        if self._folder is None:
-            return zeros(shape, key.dtype, torch.device("cpu"))
-        try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                _reserve(file.fileno(), key.bytes)
-                self._files[key] = mmap.mmap(file.fileno(), key.bytes)
-        except OSError as error:
-            raise SdconvError(
-                "no file for a feature map can be made",
-                where=self._folder,
-                expected=f"room for {in_words(key.bytes)} more",
-                got=error.strerror or error,
-            ) from error
-        return torch.frombuffer(self._files[key], dtype=key.dtype).view(shape)
-
-
-def zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that goes back to the system as a whole when the tensor does: large blocks of many
-    sizes, made and freed in turn, leave an allocator's heap full of holes."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-    block = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
-    return torch.frombuffer(block, dtype=dtype).view(shape)
-
-
-def trim_heap() -> None:
-    """Gives back what glibc's allocator keeps of freed strips, up to 64 MiB; nothing elsewhere."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    # a hole in a file that cannot be filled later would end the process with a signal
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.truncate(descriptor, size)
-
-
-def checked_folder(folder: str | Path) -> Path:
-    """The folder for spilled maps.
-
-    Raises:
-        InputError: it is no folder that can be written to.
-
-    Warns:
-        SdconvWarning: what is written there stays in memory (tmpfs).
-    """
-    path = Path(folder)
-    if not path.is_dir() or not os.access(path, os.W_OK):
-        raise InputError("no folder that can be written to", where="spill", got=str(folder))
-    if _filesystem(path) in ("tmpfs", "ramfs"):
-        words = f"{path} keeps its files in memory: spill to a folder on a disk"
-        warnings.warn(SdconvWarning(words), stacklevel=3)
-    return path
-
-
-def check_room(folder: Path, size: int) -> None:
-    """States the need before anything is computed.
-
-    Raises:
-        InputError: fewer than ``size`` bytes are free there.
-    """
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise InputError(
-            "too little room for the maps that do not fit into memory",
-            where=f"spill={folder}",
-            expected=f"{in_words(size)} free",
-            got=in_words(free),
-            fix="name a folder on a larger disk, or raise the memory limit",
-        )
-
-
-def _filesystem(folder: Path) -> str | None:
-    """The kind of file system that ``folder`` is on, as Linux tells it."""
-    try:
-        lines = Path("/proc/self/mounts").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    mounts = [line.split()[1:3] for line in lines]
-    resolved = folder.resolve()
-    held = [(len(place), kind) for place, kind in mounts if resolved.is_relative_to(place)]
-    return max(held, default=(0, None), key=lambda found: found[0])[1]
+        if key in self._starts:
+            start, row = self._starts[key], key.row_bytes
+            self._arena.rest(start + max(first, 0) * row, start + min(last, key.height) * row)

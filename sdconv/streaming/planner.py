@@ -3,11 +3,11 @@ limit."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdconv.errors import InputError
-from sdconv.streaming.maps import Map, Place
+from sdconv.streaming.maps import Layout, Map, lay_out
 from sdconv.streaming.sizes import in_words
 from sdconv.streaming.steps import Step
 
@@ -20,18 +20,26 @@ class Plan:
     """How one picture will go through a network.
 
     Attributes:
-        steps: in order. units: of a strip, for each step. places: of every map.
+        steps: in order. units: of a strip, for each step.
+        layout: of the maps between what comes in and the result.
         pictures: that go through, one after the other.
-        peak: bytes of memory at most, weights and input apart, the result with it.
-        spilled: bytes outside memory at most.
     """
 
     steps: tuple[Step, ...]
     units: tuple[int, ...]
-    places: Mapping[Map, Place]
+    layout: Layout
     pictures: int
-    peak: int
-    spilled: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory at most, weights and input apart, the result with it."""
+        result = self.pictures * self.steps[-1].target.bytes
+        return self.layout.memory + result + _most(self.steps, self.units)
+
+    @property
+    def spilled(self) -> int:
+        """Bytes outside memory."""
+        return self.layout.spilled
 
     @property
     def multiplies(self) -> int:
@@ -45,14 +53,20 @@ class Plan:
         return self.pictures, last.channels, last.height, last.width
 
 
-def make_plan(steps: Sequence[Step], *, pictures: int, limit: int | None, can_spill: bool) -> Plan:
-    """Puts maps into memory as long as they fit, in the order in which they are made, and cuts
-    strips to what is left.
+def make_plan(
+    steps: Sequence[Step],
+    *,
+    pictures: int,
+    limit: int | None,
+    can_spill: bool,
+    parted: bool = False,
+) -> Plan:
+    """Puts as much of the maps into memory as the limit allows, and cuts strips to what is left.
 
     Args:
         steps: for one picture. pictures: that go through, one after the other.
         limit: bytes of memory, weights and input apart; None for no limit.
-        can_spill: whether maps may go outside it.
+        can_spill: whether maps may go outside it. parted: see `sdconv.streaming.arena.is_parted`.
 
     Raises:
         InputError: the limit cannot be met; it says what the least is, with and without spilling.
@@ -61,27 +75,19 @@ def make_plan(steps: Sequence[Step], *, pictures: int, limit: int | None, can_sp
     result = pictures * steps[-1].target.bytes
     comfortable = [_fitting(step, step.comfort) for step in steps]
     for units in (comfortable, [1] * len(steps)):
-        fixed = [result + KERNELS + step.workspace(n) for step, n in zip(steps, units, strict=True)]
-        placed = _placed(steps, fixed, limit, can_spill)
-        if placed is not None:
+        room = None if limit is None else limit - result - _most(steps, units)
+        layout = lay_out(_inner(steps), room, parted=parted)
+        in_place = layout.keeps_whole if can_spill else not layout.spilled
+        if in_place and (room is None or room >= 0):
             break
     else:
         raise _refused(steps, pictures, limit or 0, can_spill)
-    places, used = placed
     if limit is not None:
-        spare = [limit - taken for taken in used]
-        units = [
-            min(most, _fitting(step, step.workspace(n) + left))
-            for step, n, most, left in zip(steps, units, comfortable, spare, strict=True)
-        ]
+        room = limit - result - KERNELS - layout.memory
+        pairs = zip(steps, comfortable, strict=True)
+        units = [min(most, _fitting(step, room)) for step, most in pairs]
     units = [_even(step.units, n) for step, n in zip(steps, units, strict=True)]
-    held = _held(steps, [key for key, place in places.items() if place is Place.MEMORY])
-    spilled = _held(steps, [key for key, place in places.items() if place is Place.SPILL])
-    peaks = [
-        result + KERNELS + step.workspace(n) + maps
-        for step, n, maps in zip(steps, units, held, strict=True)
-    ]
-    return Plan(steps, tuple(units), places, pictures, max(peaks), max(spilled))
+    return Plan(steps, tuple(units), layout, pictures)
 
 
 def lifetimes(steps: Sequence[Step]) -> dict[Map, range]:
@@ -93,36 +99,15 @@ def lifetimes(steps: Sequence[Step]) -> dict[Map, range]:
     return spans
 
 
-def _placed(
-    steps: Sequence[Step], fixed: Sequence[int], limit: int | None, can_spill: bool
-) -> tuple[dict[Map, Place], list[int]] | None:
-    """Where every map is, and the bytes in memory at each step; None if that cannot be.
-
-    ``fixed``: bytes that each step takes beside its maps.
-    """
-    spans = lifetimes(steps)
-    places = {steps[0].source: Place.CALLER, steps[-1].target: Place.CALLER}
-    used = list(fixed)
-    # first what has to be in memory
-    for key in sorted(spans.keys() - places.keys(), key=lambda k: (not k.whole, spans[k].start)):
-        there = [used[number] + key.bytes for number in spans[key]]
-        if limit is None or max(there) <= limit:
-            places[key] = Place.MEMORY
-            used[spans[key].start : spans[key].stop] = there
-        elif key.whole or not can_spill:
-            return None
-        else:
-            places[key] = Place.SPILL
-    return (places, used) if limit is None or max(used) <= limit else None
+def _inner(steps: Sequence[Step]) -> dict[Map, range]:
+    """The lifetimes of the maps that no caller brings."""
+    ends = (steps[0].source, steps[-1].target)
+    return {key: span for key, span in lifetimes(steps).items() if key not in ends}
 
 
-def _held(steps: Sequence[Step], keys: Collection[Map]) -> list[int]:
-    """Bytes of these maps that are alive at each step."""
-    spans = {key: span for key, span in lifetimes(steps).items() if key in keys}
-    return [
-        sum(key.bytes for key, span in spans.items() if number in span)
-        for number in range(len(steps))
-    ]
+def _most(steps: Sequence[Step], units: Sequence[int]) -> int:
+    """The most bytes that a step's strips take, and what kernels keep."""
+    return KERNELS + max(step.workspace(n) for step, n in zip(steps, units, strict=True))
 
 
 def _fitting(step: Step, room: int) -> int:
@@ -139,10 +124,9 @@ def _even(whole: int, most: int) -> int:
 
 def least_memory(steps: Sequence[Step], *, pictures: int, spill: bool) -> int:
     """The smallest limit that can be met."""
-    inner = lifetimes(steps).keys() - {steps[0].source, steps[-1].target}
-    maps = _held(steps, [key for key in inner if key.whole or not spill])
-    rows = [step.workspace(1) + held for step, held in zip(steps, maps, strict=True)]
-    return max(rows) + KERNELS + pictures * steps[-1].target.bytes
+    inner = {key: span for key, span in _inner(steps).items() if key.whole or not spill}
+    maps = lay_out(inner, None, parted=False).size
+    return maps + _most(steps, [1] * len(steps)) + pictures * steps[-1].target.bytes
 
 
 def _refused(steps: Sequence[Step], pictures: int, limit: int, can_spill: bool) -> InputError:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdconv.streaming.maps import zeros
+from sdconv.streaming.arena import zeros
 
 
 class Window:

@@ -13,6 +13,7 @@ import seeded
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from layouts import half_spilled
 from test_spill import LINUX, open_files
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from sdconv.ops.prepared import prepared
 from sdconv.streaming import Plan, least_memory, make_plan, planner, steps_of
 from sdconv.streaming.executor import run
 from sdconv.streaming.fused import DoubledWinograd, Winograd
-from sdconv.streaming.maps import Place
 from sdconv.streaming.moments import Moments
 
 # wide enough that Winograd's method pays on small maps
@@ -50,15 +50,13 @@ def both(network: Any, work: str, x: Tensor, backend: str = "fast") -> Tensor:
 
 
 def planned(network: Any, work: Any, x: Tensor, rows: int, spill: bool) -> Plan:
-    """A plan with this many units a strip, and every map spilled if asked."""
+    """A plan with this many units a strip, and half of the maps' bytes spilled if asked."""
     with sdconv.backend("fast"):
         steps = steps_of(network, work, *x.shape[2:])
     plan = make_plan(steps, pictures=len(x), limit=None, can_spill=spill)
-    places = dict(plan.places)
     if spill:
-        own = {key for key, place in places.items() if place is Place.MEMORY and not key.whole}
-        places |= dict.fromkeys(own, Place.SPILL)
-    return dataclasses.replace(plan, units=(rows,) * len(steps), places=places)
+        plan = dataclasses.replace(plan, layout=half_spilled(plan.layout))
+    return dataclasses.replace(plan, units=(rows,) * len(steps))
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ import seeded
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from layouts import half_spilled
 from torch import Tensor, nn
 
 import sdconv
 from sdconv.integrations.peers import peer
 from sdconv.streaming import Plan, layers, make_plan, steps_of
 from sdconv.streaming.executor import run
-from sdconv.streaming.maps import Place
 from sdconv.streaming.moments import Moments
 
 SMALL = seeded.kl((32, 64, 64), 4, True, layers_per_block=1)
@@ -46,15 +46,14 @@ def both(network: Any, work: str, x: Tensor) -> Tensor:
 
 
 def planned(network: Any, work: Any, x: Tensor, *, rows: int | None = None, spill: bool) -> Plan:
-    """A plan with this many units a strip, as many as fit if None; every map spilled if asked."""
+    """A plan with this many units a strip, as many as fit if None; half of the bytes spilled if
+    asked."""
     steps = steps_of(network, work, *x.shape[2:])
     plan = make_plan(steps, pictures=len(x), limit=None, can_spill=spill)
     if rows is not None:
         plan = dataclasses.replace(plan, units=(rows,) * len(steps))
     if spill:
-        own = {key for key, place in plan.places.items() if place is Place.MEMORY}
-        places = {**plan.places, **{key: Place.SPILL for key in own if not key.whole}}
-        plan = dataclasses.replace(plan, places=places)
+        plan = dataclasses.replace(plan, layout=half_spilled(plan.layout))
     return plan
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdconv.streaming.fused import DoubledWinograd, Winograd
 from sdconv.streaming.layers import Doubled, Halved, Layer, Same
-from sdconv.streaming.maps import Map, Place, Store
+from sdconv.streaming.maps import Layout, Map, Store
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.passes import Ground
 
@@ -104,7 +104,7 @@ def test_the_last_rows_of_a_spilled_map_rest(tmp_path: Path) -> None:
     key = Map(HEIGHT, WIDTH, CHANNELS, torch.float32)
     if shutil.disk_usage(tmp_path).free < 2 * key.bytes:
         pytest.skip(f"needs {2 * key.bytes >> 30} GiB of free disk: set TMPDIR to a larger one")
-    store = Store({key: Place.SPILL}, torch.device("cpu"), tmp_path)
+    store = Store(Layout({key: 0}, 0, key.bytes), torch.device("cpu"), tmp_path)
     map_ = store.tensor(key)
     map_[-24:] = 1
 
