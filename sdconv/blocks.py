@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sdconv.fast import blocks as fast
 from sdconv.fast.modules import is_bare
+from sdconv.ops.handing import handed_on
 
 
 class ResnetBlock2D(nn.Module):
@@ -98,6 +99,8 @@ class AsymmetricDownsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.runs_halving(self, x):
+            return fast.halving(self, x)
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
 
 
@@ -208,14 +211,17 @@ class Level(nn.Module):
 def apart(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Blocks to call one after another: levels in their parts, unless something hangs on the whole
     level that has to see it called. Who calls a whole level holds its input until its last part is
-    done, a quarter of the VAE's memory at its largest level."""
-    for block in blocks:
-        # gradients hold every map anyway
-        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if free and isinstance(block, Level) and _is_bare_level(block):
-            yield from block.parts()
-        else:
-            yield block
+    done, a quarter of the VAE's memory at its largest level. Maps that are gone leave their memory
+    to the next ones."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # gradients hold every map anyway
+        yield from blocks
+        return
+    with handed_on():
+        for block in blocks:
+            if isinstance(block, Level) and _is_bare_level(block):
+                yield from block.parts()
+            else:
+                yield block
 
 
 def _is_bare_level(level: Level) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdconv.backends import is_fast
 from sdconv.fast import cpu, cuda
@@ -64,6 +65,25 @@ def runs_doubling(block: Any, x: Tensor, output_size: tuple[int, int] | None) ->
 def doubling(block: Any, x: Tensor) -> Tensor:
     """A doubled map after its convolution."""
     return _ON[x.device.type].doubling(block, x)
+
+
+def runs_halving(block: Any, x: Tensor) -> bool:
+    """Whether a halving without zeros above and at the left is to compute fast, and can."""
+    return (
+        is_fast(block)
+        and _takes(x)
+        and is_conv3x3(block.conv, x, stride=2, padding=0)
+        and min(x.shape[2:]) > 1
+    )
+
+
+def halving(block: Any, x: Tensor) -> Tensor:
+    """A halved map. With two rows of zeros on every side, which need no copy of the map, every
+    output but the first row and column stands where it would without any."""
+    height, width = (size // 2 for size in x.shape[2:])
+    conv = block.conv
+    out = functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)
+    return out.narrow(2, 1, height).narrow(3, 1, width).to(memory_format=torch.channels_last)
 
 
 def runs_last(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:

@@ -31,15 +31,15 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
 
 
-def is_conv3x3(module: nn.Module | None, x: Tensor) -> bool:
-    """Whether a module is a bare 3x3 convolution, stride 1, a row of zeros round it, in ``x``'s
-    dtype."""
+def is_conv3x3(module: nn.Module | None, x: Tensor, *, stride: int = 1, padding: int = 1) -> bool:
+    """Whether a module is a bare 3x3 convolution of this stride, so many rows of zeros round it, in
+    ``x``'s dtype."""
     return (
         isinstance(module, nn.Conv2d)
         and is_bare(module, nn.Conv2d)
         and module.kernel_size == (3, 3)
-        and module.stride == (1, 1)
-        and module.padding == (1, 1)
+        and module.stride == (stride, stride)
+        and module.padding == (padding, padding)
         and module.dilation == (1, 1)
         and module.groups == 1
         and module.padding_mode == "zeros"

@@ -89,9 +89,7 @@ def store(
         groups=groups,
         sums=sums.data_ptr(),
     )
-    heights = _lengths(strip.end - strip.first, OUTPUTS)
-    widths = _lengths(strip.width, OUTPUTS * kernels.TILES)
-    return sums, torch.outer(heights, widths).flatten() * (out.shape[2] // groups)
+    return sums, _counts(strip.end - strip.first, strip.width, out.shape[2] // groups)
 
 
 def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -225,6 +223,12 @@ def fingerprint(weight: Tensor) -> bytes:
 
 
 @lru_cache(maxsize=256)
+def _counts(height: int, width: int, channels: int) -> Tensor:
+    """Values of each part that `store` sums up."""
+    parts = torch.outer(_lengths(height, OUTPUTS), _lengths(width, OUTPUTS * kernels.TILES))
+    return parts.flatten() * channels
+
+
 def _lengths(size: int, step: int) -> Tensor:
     """How ``size`` divides into steps, the last one shorter."""
     starts = torch.arange(0, size, step, dtype=torch.float64)

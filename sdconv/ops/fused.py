@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdconv.ops import engines
+from sdconv.ops.handing import blank
 from sdconv.ops.moments import Norm, combined
 from sdconv.ops.prepared import Make, prepared
 from sdconv.ops.strips import STRIP_BYTES, Strip, dense_rows, scratch, strips
@@ -131,7 +132,7 @@ def winograd_convolution(
     batch, channels = x.shape[:2]
     height, width = (size * OUTPUTS // scheme.step for size in x.shape[2:])
     out_channels = len(weight)
-    out = x if in_place else _blank(x, out_channels, height, width)
+    out = x if in_place else blank(batch, out_channels, height, width, x.dtype)
     offsets = after.offsets(batch, out_channels, dtype)
     affine = None if norm is None else norm.affine(dtype)
     tile_bytes = scheme.places * (channels + out_channels) * dtype.itemsize
@@ -251,11 +252,6 @@ def gathered(dtype: torch.dtype) -> Make:
 WINOGRAD = transformed(PLAIN, torch.float32)
 DOUBLING = transformed(DOUBLED, torch.float32)
 POINTWISE = _packed(_pointwise, torch.float32)
-
-
-def _blank(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    shape = (len(like), channels, height, width)
-    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
 
 
 def _rows_for(one: Tensor) -> int:

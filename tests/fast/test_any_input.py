@@ -9,9 +9,10 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sdconv
-from sdconv.blocks import ResnetBlock2D, Upsample2D, last_convolution
+from sdconv.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D, last_convolution
 from sdconv.fast.modules import is_conv3x3
 
 # of the largest value, against float64
@@ -87,6 +88,37 @@ def test_blocks(
             exact = module.double()(x.double(), *(t.double() for t in more))
         assert (out.dtype, out.shape) == (dtype, exact.shape)
         assert error(out, exact) < WITHIN[dtype]
+
+
+@given(
+    batch=st.integers(1, 3),
+    channels=st.sampled_from([8, 64]),
+    size=st.tuples(st.integers(2, 34), st.integers(2, 34)),
+    layout=layouts,
+    dtype=st.sampled_from(list(WITHIN)),
+)
+@settings(max_examples=50)
+def test_halving(
+    batch: int, channels: int, size: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    module = AsymmetricDownsample2D(channels).to(dtype)
+    x = lying(torch.randn(batch, channels, *size, dtype=dtype), layout)
+    out, _ = fast_and_reference(module, x)
+    with torch.no_grad():
+        exact = module.double()(x.double())
+    assert (out.dtype, out.shape) == (dtype, exact.shape)
+    assert error(out, exact) < WITHIN[dtype]
+
+
+def test_halving_with_zeros_on_the_other_sides_is_another_function() -> None:
+    """The control: what a row and a column too many cut off would give."""
+    torch.manual_seed(0)
+    module, x = AsymmetricDownsample2D(8), torch.randn(1, 8, 12, 12)
+    out, _ = fast_and_reference(module, x)
+    with torch.no_grad():
+        around = F.conv2d(x, module.conv.weight, module.conv.bias, stride=2, padding=1)
+    assert around.shape == out.shape and error(around, out) > 0.1
 
 
 @st.composite
