@@ -251,5 +251,5 @@ def _tiles(strip: Strip) -> dict[str, int]:
 
 def _working(floats: int) -> dict[str, int]:
     """Memory for each thread, in whole cache lines."""
-    memory = scratch.take("threads", (threads() * floats,), torch.float32)
+    memory = scratch.block("threads", 4 * threads() * floats)
     return {"scratch": memory.data_ptr(), "scratch_size": floats}

@@ -20,7 +20,14 @@ from sdconv.ops import engines
 from sdconv.ops.handing import blank
 from sdconv.ops.moments import Norm, combined
 from sdconv.ops.prepared import Make, prepared
-from sdconv.ops.strips import STRIP_BYTES, Strip, dense_rows, scratch, strips
+from sdconv.ops.strips import (
+    LEAST_BYTES,
+    Strip,
+    dense_rows,
+    scratch,
+    strip_bytes,
+    strips,
+)
 from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
 
 # a weight (O, C, ...) to right factors (P, C, O)
@@ -129,15 +136,14 @@ def winograd_convolution(
         NotFiniteError: something in the output is not finite. ``x`` is spoilt if ``in_place``.
     """
     after, dtype = after or After(), computes_in(x.dtype)
-    batch, channels = x.shape[:2]
+    batch, out_channels = len(x), len(weight)
     height, width = (size * OUTPUTS // scheme.step for size in x.shape[2:])
-    out_channels = len(weight)
     out = x if in_place else blank(batch, out_channels, height, width, x.dtype)
     offsets = after.offsets(batch, out_channels, dtype)
     affine = None if norm is None else norm.affine(dtype)
-    tile_bytes = scheme.places * (channels + out_channels) * dtype.itemsize
     found = []
     kernel = prepared.get(weight, transformed(scheme, dtype))
+    tiles = tiles_of(scheme, weight, dtype)
     shortcut = None
     if after.shortcut is not None:
         shortcut = prepared.get(after.shortcut[0], _packed(_pointwise, dtype))
@@ -155,9 +161,16 @@ def winograd_convolution(
             groups=groups,
             in_place=in_place,
         )
-        parts = [run.strip(strip) for strip in strips(height, width, tile_bytes, tile_rows)]
+        parts = [run.strip(strip) for strip in strips(height, width, tiles, tile_rows)]
         found.append(_finite(parts))
     return out, torch.stack(found)
+
+
+def tiles_of(scheme: Scheme, weight: Tensor, dtype: torch.dtype) -> int:
+    """Tiles that a strip has best."""
+    out_channels, channels = weight.shape[:2]
+    place = scheme.places * dtype.itemsize
+    return strip_bytes(place * channels * out_channels) // (place * (channels + out_channels))
 
 
 @dataclass
@@ -185,11 +198,19 @@ class WinogradPass:
     # the row before the strip, where the strip before has been written over it
     above: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        dtype = self.kernel.dtype
+        # as they lie in memory, if they lie so
+        self._rows, self._out_rows = dense_rows(self.x, dtype), dense_rows(self.out, dtype)
+
     def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
         """Writes a strip; its parts' sums and counts, see `sdconv.ops.moments.combined`."""
         dtype, engine = self.kernel.dtype, engines.of(self.kernel.dtype)
         scheme, (row, end) = self.scheme, strip.reads(self.scheme)
-        rows = _as_rows(self.x, row, end, dtype, "input")
+        if self._rows is not None:
+            rows, row = self._rows, 0
+        else:
+            rows = _copied(self.x, row, end, dtype, "input")
         tiles = scratch.take("tiles", (scheme.places, strip.tiles, rows.shape[2]), dtype)
         engine.load(scheme, rows, row, self.above, strip, self.affine, self.silu, tiles)
         if self.in_place:
@@ -200,8 +221,8 @@ class WinogradPass:
         products = scratch.take("products", shape, dtype)
         engine.product(tiles, self.kernel, products)
         residual = self._residual(strip, dtype)
-        out = dense_rows(self.out[:, strip.first : strip.end], dtype)
-        if out is not None:
+        if self._out_rows is not None:
+            out = self._out_rows[strip.first : strip.end]
             return engine.store(scheme, products, strip, self.offsets, residual, out, self.groups)
         shape = (strip.end - strip.first, strip.width, channels)
         out = scratch.take("output", shape, dtype)
@@ -255,17 +276,18 @@ POINTWISE = _packed(_pointwise, torch.float32)
 
 
 def _rows_for(one: Tensor) -> int:
-    return int(max(1, STRIP_BYTES // (4 * one.shape[0] * one.shape[2])))
+    return int(max(1, LEAST_BYTES // (4 * one.shape[0] * one.shape[2])))
 
 
 def _as_rows(one: Tensor, first: int, end: int, dtype: torch.dtype, name: str) -> Tensor:
     """Rows ``first`` to ``end`` of ``(C, H, W)``: as they lie in memory, or copied."""
-    part = one[:, first:end]
-    rows = dense_rows(part, dtype)
-    if rows is None:
-        rows = scratch.take(name, (part.shape[1], part.shape[2], part.shape[0]), dtype)
-        rows.copy_(part.permute(1, 2, 0))
-    return rows
+    rows = dense_rows(one[:, first:end], dtype)
+    return _copied(one, first, end, dtype, name) if rows is None else rows
+
+
+def _copied(one: Tensor, first: int, end: int, dtype: torch.dtype, name: str) -> Tensor:
+    part = one[:, first:end].permute(1, 2, 0)
+    return scratch.take(name, tuple(part.shape), dtype).copy_(part)
 
 
 def _finite(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

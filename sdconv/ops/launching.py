@@ -8,6 +8,7 @@ no lock of Python's. Either way any number of callers may run kernels at the sam
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,14 +23,44 @@ Team = Callable[[int, int, int], None]
 
 
 def launch(kernel: Any, kind: np.dtype[Any], **values: int) -> None:
-    """Calls ``kernel`` from every thread with one job, whose numbers are ``values``.
+    """Calls ``kernel`` from every thread with one job, whose numbers are ``values``, all of them.
 
     ``scratch`` must have room for ``scratch_size`` floats for each of `threads()`.
     """
-    job = np.zeros(1, dtype=kind)
+    job = _jobs.of(kernel, kind)
+    numbers, places = job.numbers, job.places
     for name, value in values.items():
-        job[name] = value
-    team()(kernel.address, job.ctypes.data, min(threads(), values["units"]))
+        numbers[places[name]] = value
+    numbers[places["next_unit"]] = numbers[places["next_thread"]] = 0
+    team()(job.kernel, job.address, min(threads(), values["units"]))
+
+
+class _Job:
+    """A kernel's job, filled anew for each call: little Python has to run between kernels, which
+    leave none of it in a cache."""
+
+    def __init__(self, kernel: Any, kind: np.dtype[Any]) -> None:
+        job: Any = np.zeros(1, dtype=kind)
+        self.kernel: int = kernel.address
+        self.address: int = job.ctypes.data
+        self.numbers = memoryview(job.view(np.int64))
+        self.places = {name: place for place, name in enumerate(kind.names or ())}
+
+
+class _Jobs(threading.local):
+    """A thread's jobs, one for each kernel."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, _Job] = {}
+
+    def of(self, kernel: Any, kind: np.dtype[Any]) -> _Job:
+        job = self._held.get(id(kernel))
+        if job is None:
+            job = self._held[id(kernel)] = _Job(kernel, kind)
+        return job
+
+
+_jobs = _Jobs()
 
 
 def threads() -> int:

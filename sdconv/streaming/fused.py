@@ -20,7 +20,7 @@ from sdconv.ops.fused import (
     transformed,
 )
 from sdconv.ops.prepared import prepared
-from sdconv.ops.strips import STRIP_BYTES, Strip
+from sdconv.ops.strips import Strip, strip_bytes
 from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
 from sdconv.streaming.layers import Doubled, Layer, Same
 from sdconv.streaming.moments import Moments
@@ -58,7 +58,8 @@ class _Tiled(Layer):
         return OUTPUTS * first, OUTPUTS * last
 
     def comfort(self, width: int) -> int:
-        return self.workspace(0, width) + STRIP_BYTES
+        weight = self.scheme.places * self.module.weight[:, :, 0, 0].numel()
+        return self.workspace(0, width) + strip_bytes(weight * _COMPUTED.itemsize)
 
     def workspace(self, units: int, width: int) -> int:
         out_channels, channels = self.module.weight.shape[:2]
