@@ -126,8 +126,8 @@ class Layer:
             height, columns = self.output_size(rows, width)
             made += max(self.convolved(rows, width), height * columns * weight.shape[0])
         weights = 2 * weight.numel()  # reordered by the kernel at each call
-        # in a narrow dtype, copies to normalise and to measure in float32
-        wide = 0 if computing(weight.dtype) == weight.dtype else max(2 * window, made)
+        # in a narrow dtype, copies to normalise in float32
+        wide = 0 if computing(weight.dtype) == weight.dtype else 2 * window
         own = (window + made + weights) * weight.dtype.itemsize
         return own + wide * computing(weight.dtype).itemsize
 

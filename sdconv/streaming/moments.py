@@ -28,17 +28,15 @@ class Moments:
         self.squares = torch.zeros_like(self.mean)
 
     def add(self, rows: Tensor) -> None:
-        """Takes in ``rows``, ``(rows, W, C)``, and may overwrite them."""
+        """Takes in ``rows``, ``(rows, W, C)``.
+
+        In float64 from the first addition on: what float32 would lose differs from strip to strip,
+        and all layers after it would round otherwise.
+        """
         count = rows.shape[0] * rows.shape[1]
-        # about a value near the mean, so that squares lose nothing; one row at a time in the rows'
-        # own precision, rows among each other in float64
-        centre = self.mean if self.count else rows[0].to(torch.float64).mean(0)
-        rows = rows.to(computing(rows.dtype))
-        centre = centre.to(rows.dtype)
-        rows = rows.sub_(centre)
-        first = rows.sum(1).to(torch.float64).sum(0) / count
-        second = rows.square_().sum(1).to(torch.float64).sum(0) - first.square() * count
-        self._combine(count, centre + first, second)
+        mean = rows.sum((0, 1), dtype=torch.float64) / count
+        squares = torch.linalg.vector_norm(rows, dim=(0, 1), dtype=torch.float64).square()
+        self._combine(count, mean, squares - mean.square() * count)
 
     def take(self, sums: Tensor, counts: Tensor) -> None:
         """Takes in rows of which only sums are known.
