@@ -77,8 +77,8 @@ def make_plan(
     for units in (comfortable, [1] * len(steps)):
         room = None if limit is None else limit - result - _most(steps, units)
         layout = lay_out(_inner(steps), room, parted=parted)
-        in_place = layout.keeps_whole if can_spill else not layout.spilled
-        if in_place and (room is None or room >= 0):
+        fits = layout.keeps_whole if can_spill else not layout.spilled
+        if fits and (room is None or room >= 0):
             break
     else:
         raise _refused(steps, pictures, limit or 0, can_spill)
