@@ -150,9 +150,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        # normalised as (B, C, HW) and only then turned: the memory layout that diffusers gives to
-        # the projections
-        tokens = self.group_norm(x.flatten(2)).transpose(1, 2)
+        if fast.runs_norm(self.group_norm, x):
+            normal = fast.normalised(self.group_norm, x).flatten(2)
+        else:
+            # as (B, C, HW) and only then turned: the memory layout that diffusers gives to the
+            # projections
+            normal = self.group_norm(x.flatten(2))
+        tokens = normal.transpose(1, 2)
         query, key, value = (
             # (B, 1 head, HW, C)
             project(tokens).view(batch, -1, 1, channels).transpose(1, 2)

@@ -14,7 +14,10 @@ from torch.nn import functional
 
 from sdconv.backends import is_fast
 from sdconv.fast import cpu, cuda
+from sdconv.fast.eager import is_eager
 from sdconv.fast.modules import is_bare, is_conv1x1, is_conv3x3, is_norm, takes
+from sdconv.ops import fused
+from sdconv.ops.moments import Norm
 
 
 class Arithmetic(Protocol):
@@ -84,6 +87,27 @@ def halving(block: Any, x: Tensor) -> Tensor:
     conv = block.conv
     out = functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)
     return out.narrow(2, 1, height).narrow(3, 1, width).to(memory_format=torch.channels_last)
+
+
+def runs_norm(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a normalisation by itself is to compute fast, and can."""
+    return (
+        is_fast(norm)
+        and x.device.type == "cpu"
+        and takes(x)
+        and is_norm(norm, x)
+        and is_eager(x, *norm.parameters())
+    )
+
+
+def normalised(norm: Any, x: Tensor) -> Tensor:
+    """A map's normalisation in channels-last order, from moments in float64, as streaming has
+    them: what comes after rounds alike."""
+    moments = fused.moments(x, norm.num_groups)
+    wanted = Norm(moments, norm.weight, norm.bias, norm.eps, silu=False)
+    scale, shift = (one[:, None, None] for one in wanted.affine(torch.float32))
+    rows = torch.addcmul(shift, x.permute(0, 2, 3, 1).to(scale.dtype), scale)
+    return rows.to(x.dtype).permute(0, 3, 1, 2)
 
 
 def runs_last(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:

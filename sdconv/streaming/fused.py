@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdconv.ops.choice import choose
 from sdconv.ops.fused import (
@@ -22,7 +23,7 @@ from sdconv.ops.fused import (
 from sdconv.ops.prepared import prepared
 from sdconv.ops.strips import Strip, strip_bytes
 from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
-from sdconv.streaming.layers import Doubled, Layer, Same
+from sdconv.streaming.layers import Doubled, Halved, Layer, Same
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.passes import Ground, Pass
 
@@ -37,9 +38,10 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta")
 
 
-def same(conv: nn.Conv2d, height: int, width: int) -> type[Same]:
+def same(conv: nn.Conv2d, height: int, width: int, *, normalised: bool) -> type[Same]:
     """What a 3x3 convolution of a map of this size is best computed by."""
-    choice = choose(1, conv.in_channels, conv.out_channels, height, width, ("winograd",))
+    sizes = conv.in_channels, conv.out_channels, height, width
+    choice = choose(1, *sizes, ("winograd",), normalised)
     return Winograd if choice.method == "winograd" else Same
 
 
@@ -87,6 +89,24 @@ class DoubledWinograd(_Tiled, Doubled):
     """25 products for 16 outputs of the doubled map, which is never made."""
 
     scheme = DOUBLED
+
+
+class HalvedBetweenZeros(Halved):
+    """With two columns of zeros on either side, as :func:`sdconv.fast.blocks.halving` has it."""
+
+    right = 0
+    turned = False
+
+    def apply(self, strip: Tensor) -> Tensor:
+        height, width = self.output_size(*strip.shape[:2])
+        if height == 1:  # for which torch has another kernel, that rounds otherwise
+            strip = functional.pad(strip, (0, 0, 0, 0, 0, 2))
+        made = self.convolve(strip, stride=2, sides=2)
+        return made[:height, 1 : 1 + width].contiguous()
+
+    def scratch(self, rows: int, width: int) -> int:
+        # what is made and its part without the zeros; and a strip of one row made longer
+        return 2 * super().scratch(rows + 2, width + 2) + self.convolved(5, width)
 
 
 def _bytes(places: int, weight: Tensor, strip: int) -> int:

@@ -1,7 +1,7 @@
 """Convolutions over strips of rows: which rows a strip needs, and what it makes of them.
 
 Everything here is channels-last: a map is ``(H, W, C)``, so that a strip of rows is one contiguous
-piece of memory or of a file. :func:`convolve` is the one place where a strip is convolved.
+piece of memory or of a file. :meth:`Layer.convolve` is the one place where a strip is convolved.
 """
 
 from __future__ import annotations
@@ -20,20 +20,6 @@ from sdconv.streaming.window import Window
 # Strips that take more are not faster: measured on 2 cores, where the kernels are at their full
 # rate from a few million numbers on.
 COMFORT = 64 << 20
-
-
-def convolve(strip: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: int) -> Tensor:
-    """A convolution of ``strip``, ``(rows, W, C)``, to the same form.
-
-    No row is added above or below (the strip brings its own), ``sides`` columns of zeros are at
-    either side.
-    """
-    x = strip[None].permute(0, 3, 1, 2)
-    if is_wide(weight) and x.device.type == "cpu":
-        x = x.contiguous()
-    y = F.conv2d(x, weight, bias, stride, (0, sides))
-    del x  # before its output is copied
-    return y.permute(0, 2, 3, 1)[0].contiguous()
 
 
 def is_wide(weight: Tensor) -> bool:
@@ -91,6 +77,24 @@ class Layer:
         """The window's rows to the output's rows."""
         raise NotImplementedError
 
+    @property
+    def turned(self) -> bool:
+        """Whether a strip is turned to channels first and back, for the kernel of a CPU."""
+        return is_wide(self.module.weight)
+
+    def convolve(self, strip: Tensor, stride: int = 1, sides: int = 1) -> Tensor:
+        """The module's convolution of ``strip``, ``(rows, W, C)``, to the same form.
+
+        No row is added above or below (the strip brings its own), ``sides`` columns of zeros are at
+        either side.
+        """
+        x = strip[None].permute(0, 3, 1, 2)
+        if self.turned and x.device.type == "cpu":
+            x = x.contiguous()
+        y = F.conv2d(x, self.module.weight, self.module.bias, stride, (0, sides))
+        del x  # before its output is copied
+        return y.permute(0, 2, 3, 1)[0].contiguous()
+
     def scratch(self, rows: int, width: int) -> int:
         """Numbers held at once beside the window of ``rows`` rows: the output and what leads to
         it, without weights."""
@@ -122,7 +126,7 @@ class Layer:
         rows, weight = last - first, self.module.weight
         window = rows * (width + self.right) * weight.shape[1]
         made = self.scratch(rows, width)
-        if weight.ndim == 4 and is_wide(weight):  # a copy with channels first, before or after
+        if self.turned:  # a copy, before or after
             height, columns = self.output_size(rows, width)
             made += max(self.convolved(rows, width), height * columns * weight.shape[0])
         weights = 2 * weight.numel()  # reordered by the kernel at each call
@@ -190,14 +194,25 @@ class _Plain:
 
 
 class Point(Layer):
-    """A 1x1 convolution, or a linear layer: each pixel by itself."""
+    """A 1x1 convolution of few channels, by the kernel that the network itself has for it."""
+
+    turned = True
 
     def apply(self, strip: Tensor) -> Tensor:
-        return F.linear(strip, self.module.weight.flatten(1), self.module.bias)
+        return self.convolve(strip, sides=0)
+
+
+class Linear(Layer):
+    """A linear layer over the channels of each pixel."""
+
+    turned = False
+
+    def apply(self, strip: Tensor) -> Tensor:
+        return F.linear(strip, self.module.weight, self.module.bias)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attended(Point):
+class Attended(Linear):
     """Queries by the module, mixed from the whole maps' keys and values, then projected by
     ``out``."""
 
@@ -222,7 +237,7 @@ class Same(Layer):
         return first - 1, last + 1
 
     def apply(self, strip: Tensor) -> Tensor:
-        return convolve(strip, self.module.weight, self.module.bias, 1, 1)
+        return self.convolve(strip)
 
 
 class Doubled(Layer):
@@ -246,7 +261,7 @@ class Doubled(Layer):
         squares = strip[:, None, :, None].expand(rows, 2, width, 2, channels)
         doubled = squares.reshape(2 * rows, 2 * width, channels)
         # of the rows above and below, the nearer half
-        return convolve(doubled[1:-1], self.module.weight, self.module.bias, 1, 1)
+        return self.convolve(doubled[1:-1])
 
     def scratch(self, rows: int, width: int) -> int:
         return self.convolved(rows, width) + super().scratch(rows, width)
@@ -267,4 +282,4 @@ class Halved(Layer):
         return 2 * first, 2 * last + 1
 
     def apply(self, strip: Tensor) -> Tensor:
-        return convolve(strip, self.module.weight, self.module.bias, 2, 0)
+        return self.convolve(strip, stride=2, sides=0)

@@ -19,7 +19,7 @@ from sdconv.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsa
 from sdconv.errors import InputError
 from sdconv.fast.modules import is_bare
 from sdconv.streaming import fused
-from sdconv.streaming.layers import Attended, Doubled, Halved, Layer, Point, Same
+from sdconv.streaming.layers import Attended, Doubled, Halved, Layer, Linear, Point, Same
 from sdconv.streaming.maps import Map
 
 Work = Literal["encode", "decode"]
@@ -102,13 +102,18 @@ class _Builder:
         that is in force for it."""
         kind = Same
         if is_fast(conv) and fused.takes(conv.weight):
-            kind = fused.same(conv, self.at.height, self.at.width)
+            kind = fused.same(conv, self.at.height, self.at.width, normalised=norm is not None)
         return kind(conv, norm, activated=norm is not None, **more)
 
     def doubled(self, conv: nn.Conv2d) -> Layer:
         """A 3x3 convolution after a doubling, by the backend that is in force for it."""
         fast = is_fast(conv) and fused.takes(conv.weight)
         return fused.DoubledWinograd(conv) if fast else Doubled(conv)
+
+    def halved(self, conv: nn.Conv2d) -> Layer:
+        """A 3x3 convolution at stride 2, by the backend that is in force for it."""
+        fast = is_fast(conv) and fused.takes(conv.weight)
+        return fused.HalvedBetweenZeros(conv) if fast else Halved(conv)
 
     def resnet(self, name: str, block: ResnetBlock2D) -> None:
         before = self.at
@@ -122,7 +127,7 @@ class _Builder:
         keys, values = replace(x, whole=True), replace(x, whole=True)
         for layer, target in ((block.to_k, keys), (block.to_v, values)):
             self.at = x
-            self._step(f"{name}.projection", Point(layer, block.group_norm), target)
+            self._step(f"{name}.projection", Linear(layer, block.group_norm), target)
         self.at = x
         out = cast(nn.Linear, block.to_out[0])
         attend = Attend(
@@ -177,7 +182,7 @@ def steps_of(network: nn.Module, work: Work, height: int, width: int) -> tuple[S
         elif isinstance(module, Upsample2D):
             build.layer(f"{name}.conv", build.doubled(module.conv))
         elif isinstance(module, AsymmetricDownsample2D):
-            build.layer(f"{name}.conv", Halved(module.conv))
+            build.layer(f"{name}.conv", build.halved(module.conv))
         elif name.endswith("quant_conv"):
             build.layer(name, Point(module))
         else:
