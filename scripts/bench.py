@@ -197,22 +197,28 @@ def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def error(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Of a decode, against the same in float64."""
-    network = ours("decode")
+    """Of a decode, and of the same streamed, against float64."""
+    network: Any = ours("decode")
     inputs = given("decode", options.size)
-    found = {"reference": call(network, "decode", inputs)}
-    with sdconv.backend("fast"):
-        found["fast"] = call(network, "decode", inputs)
+    found: dict[str, Tensor] = {}
+    for name in ("reference", "fast"):
+        with sdconv.backend(name):
+            found[name] = call(network, "decode", inputs)
+            network.enable_streaming()
+            found[f"{name}, streamed"] = call(network, "decode", inputs)
+            network.disable_streaming()
     exact = call(network.double(), "decode", tuple(x.double() for x in inputs))
     scale = float(exact.abs().max())
     for name, out in found.items():
         difference = out.double() - exact
         error = float(difference.abs().max()) / scale
         noise = float(difference.square().mean())
+        apart = float((out - found[name.removesuffix(", streamed")]).abs().max()) / scale
         yield {
             "backend": name,
             "max error of the largest": f"{error:.1e}",
             "PSNR, dB": round(10 * math.log10((2 * scale) ** 2 / noise), 1),
+            "from unstreamed": f"{apart:.1e}",
         }
 
 

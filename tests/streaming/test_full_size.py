@@ -1,0 +1,51 @@
+"""Streaming of the VAE at its full size, where the kernels are those that its users get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import seeded
+import torch
+from test_fast_streaming import both, difference, executed, planned, randn
+
+from sdconv.fast import blocks
+from sdconv.vae import AutoencoderKL
+
+SHAPES = [("decode", (1, 4, 32, 40)), ("encode", (1, 3, 256, 320))]
+
+
+@pytest.fixture(scope="module")
+def network() -> AutoencoderKL:
+    config = seeded.kl((128, 256, 512, 512), 4, True, layers_per_block=2)
+    return seeded.network(config).requires_grad_(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("work", "shape"), SHAPES)
+def test_the_fast_backend_rounds_as_it_does_unstreamed(
+    network: AutoencoderKL, work: str, shape: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = randn(*shape)
+    streamed = executed(planned(network, work, x, rows=3, spill=False), x)
+    assert difference(executed(planned(network, work, x, rows=2, spill=False), x), streamed) < 1e-6
+    assert difference(both(network, work, x), streamed) < 1e-6
+    monkeypatch.setattr(blocks, "runs_norm", lambda *_: False)
+    monkeypatch.setattr(blocks, "runs_halving", lambda *_: False)
+    otherwise = difference(both(network, work, x), streamed)
+    assert 2e-6 < otherwise < 1e-4, "the control: other kernels, whose rounding is seen"
+    assert torch.isfinite(streamed).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("work", "shape"), SHAPES)
+def test_streamed_is_unstreamed_by_the_reference(
+    network: AutoencoderKL, work: str, shape: Any
+) -> None:
+    x = randn(*shape)
+    with torch.no_grad():
+        whole = both(network, work, x, "reference")
+        network.enable_streaming("3GiB")
+        streamed = both(network, work, x, "reference")
+        network.disable_streaming()
+    assert difference(streamed, whole) < 1e-5
