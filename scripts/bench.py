@@ -2,9 +2,8 @@
 
 Networks have full size and random weights. Each side of a network's works has a process of its own;
 they take turns, and their order turns round by round; printed are medians. Layers take turns in one
-process. Memory is the peak of anonymous resident memory of a process
-that computes once, above what it had with its weights in place; what the fast backend keeps of
-transformed weights is told apart.
+process. Memory is the peak of anonymous resident memory of a process that computes, above what it
+had with its weights in place; what the fast backend keeps of transformed weights is told apart.
 
     python scripts/bench.py decode --size 512x512 --peers plain channels_last compiled openvino
     python scripts/bench.py encode --size 512x512
@@ -14,6 +13,7 @@ transformed weights is told apart.
     python scripts/bench.py error --size 512x512
     python scripts/bench.py sizes --sizes 256 384 512 768 1024 --plot docs/plots/sizes.webp
     python scripts/bench.py first --size 512x512
+    python scripts/bench.py limits
 
 Each takes --rounds, and --json FILE. `openvino` and `onnxruntime` need the `bench` extra.
 """
@@ -21,6 +21,7 @@ Each takes --rounds, and --json FILE. `openvino` and `onnxruntime` need the `ben
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import json
 import math
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_plot import plot, slope
 from bench_sides import FAST, LABELS, PEERS, Apart, Run, Size, call, given, ours, side_of
 from torch import Tensor, nn
 from torch.nn import functional
@@ -197,29 +199,30 @@ def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def error(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Of a decode, and of the same streamed, against float64."""
-    network: Any = ours("decode")
+    """Of a decode, streamed and not, and with weights and maps in 16 bits, against the same in
+    float64."""
+    full: Any = ours("decode")
     inputs = given("decode", options.size)
-    found: dict[str, Tensor] = {}
-    for name in ("reference", "fast"):
-        with sdconv.backend(name):
-            found[name] = call(network, "decode", inputs)
-            network.enable_streaming()
-            found[f"{name}, streamed"] = call(network, "decode", inputs)
-            network.disable_streaming()
-    exact = call(network.double(), "decode", tuple(x.double() for x in inputs))
+    exact = call(copy.deepcopy(full).double(), "decode", tuple(x.double() for x in inputs))
     scale = float(exact.abs().max())
-    for name, out in found.items():
-        difference = out.double() - exact
-        error = float(difference.abs().max()) / scale
-        noise = float(difference.square().mean())
-        apart = float((out - found[name.removesuffix(", streamed")]).abs().max()) / scale
-        yield {
-            "backend": name,
-            "max error of the largest": f"{error:.1e}",
-            "PSNR, dB": round(10 * math.log10((2 * scale) ** 2 / noise), 1),
-            "from unstreamed": f"{apart:.1e}",
-        }
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        network = copy.deepcopy(full).to(dtype)
+        given_now = tuple(x.to(dtype) for x in inputs)
+        for name in ("reference", "fast"):
+            with sdconv.backend(name):
+                whole = call(network, "decode", given_now)
+                network.enable_streaming()
+                streamed = call(network, "decode", given_now)
+                network.disable_streaming()
+            difference = whole.double() - exact
+            noise = float(difference.square().mean())
+            yield {
+                "backend": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "largest error": f"{float(difference.abs().max()) / scale:.1e}",
+                "PSNR, dB": round(10 * math.log10((2 * scale) ** 2 / noise), 1),
+                "streamed, from that": f"{float((streamed - whole).abs().max()) / scale:.1e}",
+            }
 
 
 def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -236,46 +239,10 @@ def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     slopes: dict[str, Any] = {"size": "slope"}
     for column in rows[0][1]:
         if column != "size":
-            slopes[column] = round(_slope([(side**2, row[column]) for side, row in rows]), 2)
+            slopes[column] = round(slope([(side**2, row[column]) for side, row in rows]), 2)
     yield slopes
     if options.plot is not None:
-        _plot(rows, slopes, options.plot)
-
-
-def _slope(points: list[tuple[float, float]]) -> float:
-    """Of the logarithms: 1 where it grows as the pixels do."""
-    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
-    return statistics.linear_regression(xs, ys).slope
-
-
-def _plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: Path) -> None:
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, ScalarFormatter
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, unit, words in zip(axes, ("s", "MB"), ("seconds", "peak memory, MB"), strict=True):
-        for name, label, colour in (
-            ("channels_last", "diffusers, channels_last", "#888888"),
-            (FAST, FAST, "#3f51b5"),
-        ):
-            column = f"{name}, {unit}"
-            axis.loglog(
-                [side for side, _ in rows],
-                [row[column] for _, row in rows],
-                "o-",
-                color=colour,
-                label=f"{label}: pixels to the {slopes[column]}",
-            )
-        axis.set_xticks([side for side, _ in rows], [str(side) for side, _ in rows])
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.minorticks_off()
-        axis.set_xlabel("side of the picture")
-        axis.set_title(words, loc="left", fontsize=11)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
+        plot(rows, slopes, options.plot)
 
 
 def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -56,4 +56,4 @@ class InputError(SdconvError):
 
 
 class SdconvWarning(UserWarning):
-    """A choice that sdconv made for the caller because the weights leave it open."""
+    """A choice that sdconv made for the caller, who may want another."""

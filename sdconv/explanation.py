@@ -123,6 +123,8 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
                 layers.append(layer)
                 of_each = sizes(layer.channels, layer.out_channels)
                 memory += of_each.get(layer.method, 0)
+                beside = _of_shortcut(network, layer)
+                memory += beside if memory + beside <= limit else 0
     return Explanation(config.class_name, size, tuple(layers), memory, limit)
 
 
@@ -215,6 +217,15 @@ def _of_convolution(
     # a normalisation stands before each of them
     choice = choose(batch, channels, conv.out_channels, height, width, tuple(fits), True)
     return choice.method, dict(choice.costs), choice.reason
+
+
+def _of_shortcut(network: nn.Module, layer: Explained) -> int:
+    """Bytes that a block's prepared shortcut takes, which its second convolution adds."""
+    block, _, part = layer.name.rpartition(".")
+    parent: Any = network.get_submodule(block)
+    if layer.method != "winograd" or part != "conv2" or parent.conv_shortcut is None:
+        return 0
+    return 4 * int(parent.conv_shortcut.weight.numel())
 
 
 def _bytes(conv: nn.Conv2d, method: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from sdconv.errors import SdconvWarning
 from sdconv.ops import plain_engine
 from sdconv.ops.plain_engine import Affine
 from sdconv.ops.strips import Strip
@@ -65,11 +67,21 @@ def plain() -> Engine:
 @cache
 def compiled() -> tuple[Engine, float]:
     """The compiled engine, and the seconds it took to compile or to read from Numba's cache; the
-    plain one where Numba is not installed."""
+    plain one where Numba is not installed.
+
+    Warns:
+        SdconvWarning: Numba is installed and does not work here; the plain engine computes.
+    """
     begin = time.perf_counter()
     if find_spec("numba") is None:
         return plain(), 0.0
-    from sdconv.ops import compiled_engine
+    try:
+        from sdconv.ops import compiled_engine
+    except (ImportError, OSError, RuntimeError) as error:  # another NumPy; no folder for its cache
+        words = f"the fast backend computes without Numba, slower: {error}"
+        fix = "install the versions that sdconv[fast] asks for; NUMBA_CACHE_DIR names a cache"
+        warnings.warn(SdconvWarning(f"{words}. To mend: {fix}"), stacklevel=2)
+        return plain(), 0.0
 
     engine: ModuleType = compiled_engine
     return cast(Engine, engine), time.perf_counter() - begin

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,14 @@ def _openmp() -> Team | None:
 def python_threads(kernel: int, job: int, count: int) -> None:
     """The same with threads of Python's."""
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
-    waiting = [_pool().submit(run, job) for _ in range(count - 1)]
-    run(job)
-    for one in waiting:
-        one.result()
+    others = [_pool(count).submit(run, job) for _ in range(count - 1)]
+    try:
+        run(job)
+        wait(others)
+    finally:  # an interruption, too, must not leave a kernel at work on memory that is given up
+        wait(others)
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=max(1, threads() - 1), thread_name_prefix="sdconv")
+def _pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=count, thread_name_prefix="sdconv")

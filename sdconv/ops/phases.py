@@ -5,8 +5,8 @@ depends on whether its row and its column are even or odd. For each of these fou
 kernel's taps that meet on the same pixel are added up beforehand: 16 products where 36 were, and no
 doubled map before the convolution. All phases are one convolution of torch's.
 
-On CPUs Winograd's convolution of the doubled map does with a quarter of what is left of them, see
-:mod:`sdconv.ops.winograd`.
+On CPUs Winograd's convolution of the doubled map takes 25 products for 16 outputs where this takes
+64, see :mod:`sdconv.ops.winograd`.
 """
 
 from __future__ import annotations

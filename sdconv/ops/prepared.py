@@ -72,7 +72,7 @@ class PreparedWeights:
             return there or self.memory + size <= self.limit
 
     def get(self, weight: Tensor, make: Make) -> Tensor:
-        """``make(weight)``, kept or made now."""
+        """``make(weight)``, kept or made now; what is made is kept if there is room for it."""
         key, seen = (id(weight), make), _seen(weight)
         kept = self._kept(weight, make, seen)
         if kept is not None:
@@ -81,7 +81,9 @@ class PreparedWeights:
         # a weight that changes while it is prepared is prepared again by the next call
         entry = _Entry(weakref.ref(weight, lambda _: self._drop(key)), seen, made)
         with self._lock:
-            self._entries[key] = entry
+            self._entries.pop(key, None)
+            if self.memory + entry.memory <= self.limit:
+                self._entries[key] = entry
         return made
 
     def borrow(self, weight: Tensor, make: Make) -> Tensor:

@@ -216,3 +216,17 @@ def test_without_room_it_computes_directly(x: Tensor, monkeypatch: pytest.Monkey
     out, _ = both(parts, x)
     assert prepared.memory <= prepared.limit
     assert error(out, expected) < 5e-6
+
+
+def test_a_shortcut_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = ResnetBlock2D(128, 64, temb_channels=None, groups=8, eps=1e-6)
+    x = torch.randn(1, 128, 48, 48)
+    prepared.clear()
+    expected = both(block, x)[1]
+    whole = prepared.memory
+    prepared.clear()
+    monkeypatch.setattr(prepared, "limit", whole - 1)
+    out, _ = both(block, x)
+    assert 0 < prepared.memory <= prepared.limit
+    assert error(out, expected) < 5e-6

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,3 +119,24 @@ def test_a_fingerprint_sees_the_ends_of_every_size(size: int) -> None:
         changed[place] += 1
         seen.add(engine.fingerprint(changed))
     assert len(seen) == 1 + len(places)
+
+
+def test_a_broken_numba_is_told_and_not_needed(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less')")
+    code = """
+        import torch
+        from sdconv.ops import engines
+        assert engines.compiled()[0] is engines.plain()
+        print(engines.of(torch.float32).fingerprint(torch.ones(3)) != b"")
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert run.stdout == "True\n"
+    assert "Numba needs NumPy 2.2 or less" in run.stderr
+    assert "NUMBA_CACHE_DIR" in run.stderr
