@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from sdconv.errors import InputError
 from sdconv.ops.moments import combined
 
+# numbers of a map that its moments are taken of in one go
+AT_ONCE = 1 << 20
+
 
 def computing(dtype: torch.dtype) -> torch.dtype:
     """What normalisation computes in: at least float32."""
@@ -33,10 +36,11 @@ class Moments:
         In float64 from the first addition on: what float32 would lose differs from strip to strip,
         and all layers after it would round otherwise.
         """
-        count = rows.shape[0] * rows.shape[1]
-        mean = rows.sum((0, 1), dtype=torch.float64) / count
-        squares = torch.linalg.vector_norm(rows, dim=(0, 1), dtype=torch.float64).square()
-        self._combine(count, mean, squares - mean.square() * count)
+        # few at a time: torch makes a copy of them in float64
+        for some in torch.split(rows.flatten(0, 1), max(1, AT_ONCE // rows.shape[2])):
+            mean = some.sum(0, dtype=torch.float64) / len(some)
+            squares = torch.linalg.vector_norm(some, dim=0, dtype=torch.float64).square()
+            self._combine(len(some), mean, squares - mean.square() * len(some))
 
     def take(self, sums: Tensor, counts: Tensor) -> None:
         """Takes in rows of which only sums are known.
