@@ -204,17 +204,28 @@ def test_imports_allowed_back_and_forth() -> None:
 
 SLOW_TO_IMPORT = (
     "torch diffusers transformers matplotlib numpy einops safetensors"
-    " rich typer huggingface_hub PIL"
+    " rich typer huggingface_hub PIL numba triton"
 ).split()
 
 
-def loaded_by(code: str) -> set[str]:
-    """Names of SLOW_TO_IMPORT that are in `sys.modules` after `code` ran in a fresh Python."""
-    code += f"\nimport sys; print(*[n for n in {SLOW_TO_IMPORT} if n in sys.modules])"
+def printed_by(code: str) -> set[str]:
+    """The words that `code` prints in a fresh Python."""
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
     assert ran.returncode == 0, ran.stderr
     return set(ran.stdout.split())
+
+
+def loaded_by(code: str) -> set[str]:
+    """Names of SLOW_TO_IMPORT that are in `sys.modules` after `code` ran."""
+    code += f"\nimport sys; print(*[n for n in {SLOW_TO_IMPORT} if n in sys.modules])"
+    return printed_by(code)
+
+
+def operators_after(code: str) -> set[str]:
+    """Operators of ours that torch knows after `code` ran."""
+    code += "\nimport torch; print(*torch._C._dispatch_get_all_op_names())"
+    return {name for name in printed_by(code) if name.startswith("sdconv::")}
 
 
 def test_import_sdconv_is_light() -> None:
@@ -229,3 +240,9 @@ def test_public_names_bring_torch_but_not_the_reference() -> None:
 
 def test_a_heavy_import_is_noticed() -> None:
     assert {"PIL", "rich"} <= loaded_by("import sdconv, rich, PIL")
+
+
+def test_import_sdconv_registers_no_operator() -> None:
+    assert operators_after("import torch, sdconv; dir(sdconv)") == set()
+    registered = {"sdconv::moments", "sdconv::convolution", "sdconv::doubled_convolution"}
+    assert operators_after("import sdconv.ops.library") == registered, "the control"
