@@ -6,7 +6,9 @@ import gc
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import seeded
@@ -16,10 +18,10 @@ from torch import Tensor, nn
 import sdconv
 from sdconv.blocks import ResnetBlock2D, Upsample2D
 from sdconv.network import Autoencoder
-from sdconv.ops import fused
+from sdconv.ops import fused, packed
 from sdconv.ops.prepared import prepared
 from sdconv.ops.strips import scratch
-from sdconv.ops.winograd import DOUBLED
+from sdconv.ops.winograd import DOUBLED, PLAIN
 
 
 @pytest.fixture(scope="module")
@@ -105,27 +107,102 @@ def anonymous() -> int:
     return int(text.partition("RssAnon:")[2].split()[0]) * 1024
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
-def test_no_growth_over_1000_calls() -> None:
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+PLAINLY, IN_PLACE, DOUBLING = "winograd", "winograd in place", "winograd of a doubled map"
+
+
+def resnet(channels: int, out_channels: int) -> nn.Module:
+    return ResnetBlock2D(channels, out_channels, temb_channels=None, groups=4, eps=1e-6)
+
+
+def methods(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> set[str]:
+    """What convolutions are computed by during a call."""
+    found = set()
+    right = fused.winograd_convolution
+
+    def by_winograd(*args: Any, scheme: Any = PLAIN, in_place: bool = False, **options: Any) -> Any:
+        found.add(DOUBLING if scheme is DOUBLED else IN_PLACE if in_place else PLAINLY)
+        return right(*args, scheme=scheme, in_place=in_place, **options)
+
+    def by(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: [found.add(name), function(*args)][1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "winograd_convolution", by_winograd)
+        patch.setattr(packed, "convolution", by("packed", packed.convolution))
+        patch.setattr(fused, "direct", by("direct", fused.direct))
+        run()
+    return found
+
+
+def growth(run: Callable[[], object], count: int) -> int:
+    """Bytes that this process grows by in every one of three stretches of so many calls: the
+    allocator's own steps are in one, what each call leaves is in all."""
+    grown = []
+    for _ in range(3):
+        before = anonymous()
+        for _ in range(count):
+            run()
+        grown.append(anonymous() - before)
+    return min(grown)
+
+
+# less than a float64 for each of 12 channels and 400 calls
+LITTLE = 16_384
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("make", "shape", "expected"),
+    [
+        (lambda: resnet(8, 12), (8, 13, 14), {"direct"}),
+        (lambda: resnet(96, 96), (96, 16, 16), {PLAINLY, IN_PLACE}),
+        (lambda: resnet(128, 128), (128, 4, 3), {"packed"}),
+        (lambda: Upsample2D(12), (12, 13, 14), {DOUBLING}),
+    ],
+    ids=["direct", "winograd", "packed", "doubling"],
+)
+def test_no_growth_over_1000_calls(
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    expected: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gc.collect()
     before = prepared.memory
-    block = nn.Sequential(
-        ResnetBlock2D(8, 12, temb_channels=None, groups=4, eps=1e-6), Upsample2D(12)
-    ).requires_grad_(False)
-    calls(block, 200)
-    held, resident = prepared.memory, anonymous()
-    assert held > before
-    calls(block, 1000)
+    block, x = make().requires_grad_(False), torch.randn(1, *shape)
+
+    def run() -> None:
+        with sdconv.backend("fast"):
+            block(x)
+
+    assert methods(monkeypatch, run) == expected
+    growth(run, 60)
+    held = prepared.memory
+    assert (held > before) == (expected != {"direct"})
+    assert growth(run, 400) < LITTLE
     assert prepared.memory == held
-    # a float64 for each channel and call would be 100 kB
-    assert anonymous() - resident < 100_000
     del block
     gc.collect()
     assert prepared.memory == before
 
 
-def calls(block: nn.Module, count: int) -> None:
-    x = torch.randn(1, 8, 13, 14)
-    with sdconv.backend("fast"):
-        for _ in range(count):
-            block(x)
+@LINUX
+def test_no_growth_over_many_decodes(vae: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(1, 4, 8, 8)
+
+    def run() -> None:
+        with torch.inference_mode(), sdconv.backend("fast"):
+            vae.decode(latents)
+
+    assert methods(monkeypatch, run) >= {PLAINLY, IN_PLACE, DOUBLING}
+    growth(run, 3)
+    held = prepared.memory
+    assert growth(run, 20) < LITTLE
+    assert prepared.memory == held
+
+
+@LINUX
+def test_a_few_numbers_left_by_each_call_are_noticed() -> None:
+    left: list[bytearray] = []
+    assert growth(lambda: left.append(bytearray(12 * 8)), 400) > LITTLE
