@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import halos
 import pytest
 import seeded
 import torch
@@ -15,15 +16,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from layouts import half_spilled
 from test_spill import LINUX, open_files
-from torch import Tensor
+from torch import Tensor, nn
 
 import sdconv
 from sdconv.ops.fused import WinogradPass
 from sdconv.ops.prepared import prepared
 from sdconv.streaming import Plan, least_memory, make_plan, planner, steps_of
 from sdconv.streaming.executor import run
-from sdconv.streaming.fused import DoubledWinograd, Winograd
+from sdconv.streaming.fused import DoubledWinograd, HalvedBetweenZeros, Winograd
+from sdconv.streaming.layers import Layer
 from sdconv.streaming.moments import Moments
+from sdconv.streaming.passes import Ground
 
 # wide enough that Winograd's method pays on small maps
 CONFIG = seeded.kl((96, 128), 4, True, layers_per_block=1)
@@ -249,3 +252,54 @@ def test_a_row_that_was_written_over_fails(monkeypatch: pytest.MonkeyPatch) -> N
     streamed = executed(planned(NETWORK, "decode", z, 2, spill=False), z)
     monkeypatch.undo()
     assert difference(streamed, both(NETWORK, "decode", z)) > 100 * TOLERANCE
+
+
+def in_strips(layer: Layer, source: Tensor, units: int) -> Tensor:
+    """A layer's output, ``(H, W, C)``, from strips of so many units."""
+    height, width, _ = source.shape
+    target = source.new_empty(*layer.output_size(height, width), layer.channels)
+    ground = Ground(source, target, None, (), None, None, source.device)
+    under_way = layer.begin(ground, units)
+    for first in range(0, layer.units(height), units):
+        under_way.strip(first, min(first + units, layer.units(height)))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fault"),
+    [
+        *(
+            (kind, dtype, fault)
+            for kind in (Winograd, DoubledWinograd)
+            for dtype, faults in (
+                (torch.float32, halos.WHERE_THEY_LIE),
+                (torch.float16, halos.COPIED),
+            )
+            for fault in faults
+        ),
+        (HalvedBetweenZeros, torch.float32, halos.window_without_its_last_row),
+    ],
+)
+@torch.no_grad()
+def test_a_missing_row_between_strips_fails(
+    kind: Any, dtype: torch.dtype, fault: halos.Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = kind(nn.Conv2d(16, 16, 3, dtype=dtype))
+    source = randn(22, 20, 16).to(dtype)
+    whole = in_strips(layer, source, layer.units(22)).double()
+    borders = halos.border_rows(fault, layer.outputs(0, 2)[1], len(whole))
+    assert len(borders) >= 2
+    within = TOLERANCE if dtype == torch.float32 else 2e-3
+
+    def errors() -> Tensor:
+        """Of each row of the output."""
+        off = (in_strips(layer, source, 2).double() - whole).abs() / whole.abs().max()
+        return off.amax(dim=(1, 2))
+
+    assert errors().max() < within
+    fault(monkeypatch)
+    found = errors()
+    assert found[borders].min() > 1e-2
+    found[borders] = 0
+    assert found.max() < within, "and it is the border that shows it"
