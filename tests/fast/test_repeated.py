@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,21 +171,21 @@ def test_no_growth_over_1000_calls(
 ) -> None:
     gc.collect()
     before = prepared.memory
-    block, x = make().requires_grad_(False), torch.randn(1, *shape)
-
-    def run() -> None:
-        with sdconv.backend("fast"):
-            block(x)
-
+    run = partial(called, make().requires_grad_(False), torch.randn(1, *shape))
     assert methods(monkeypatch, run) == expected
     growth(run, 60)
     held = prepared.memory
     assert (held > before) == (expected != {"direct"})
     assert growth(run, 400) < LITTLE
     assert prepared.memory == held
-    del block
+    del run
     gc.collect()
     assert prepared.memory == before
+
+
+def called(block: nn.Module, x: Tensor) -> None:
+    with sdconv.backend("fast"):
+        block(x)
 
 
 @LINUX
