@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +53,23 @@ def test_streamed_is_unstreamed_by_the_reference(
         streamed = both(network, work, x, "reference")
         network.disable_streaming()
     assert difference(streamed, whole) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+@pytest.mark.parametrize(
+    ("work", "backend"), [("decode", "fast"), ("encode", "fast"), ("decode", "reference")]
+)
+def test_the_peak_is_what_was_planned(work: str, backend: str, tmp_path: Path) -> None:
+    """In a process that has computed nothing before, above its weights. Maps are most of it: of
+    less, a strip's memory would be, which is planned as if the largest maps and the largest strip
+    came in one step."""
+    script = Path(__file__).parents[2] / "scripts" / "bench_streaming.py"
+    options = f"--work {work} --size 768x768 --memory 1GiB --backend {backend} --rounds 0"
+    command = [sys.executable, str(script), *options.split(), "--spill", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["finite"]
+    assert found["planned_peak"] <= found["memory_limit"] == 1 << 30
+    assert 0.85 < found["peak"] / found["planned_peak"] < 1.15
