@@ -120,7 +120,8 @@ def test_another_height_of_strips_is_closer_than_rounding(
         executed(planned(NETWORK, work, x, rows, spill=False), x) for rows in (1, 3, 60)
     )
     assert max(difference(other, one) for other in others) < 1e-6
-    assert difference(one, both(NETWORK, work, x)) < 1e-6, "and the unstreamed network's"
+    # torch's kernels for small maps round otherwise on another number of threads
+    assert difference(one, both(NETWORK, work, x)) < 1.5e-6, "and the unstreamed network's"
 
 
 def test_by_the_method_and_by_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
