@@ -183,7 +183,8 @@ class AutoencoderKL(Autoencoder):
         within a limit of memory.
 
         Normalisation and attention see the whole picture, so that the result differs from an
-        ordinary run by rounding only. Without gradients.
+        ordinary run by rounding only. Without gradients: an input that wants them is refused, and
+        weights that want them, as loaded ones do, get none.
 
         Args:
             memory_limit: for all that a call allocates, its result included, weights and input
@@ -205,10 +206,13 @@ class AutoencoderKL(Autoencoder):
         self.streaming = None
 
     def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """What pipelines call to save memory: strips, as by ``enable_streaming(None)``, or whole
-        maps again for False. Tiles would change the picture; their sizes, if given, are not
-        used."""
-        self.streaming = Streaming.of(None, None, True) if use_tiling else None
+        """What pipelines call to save memory: strips, as ``enable_streaming`` was told or else
+        without a limit; or whole maps again for False. Tiles would change the picture; their
+        sizes, if given, are not used."""
+        if not use_tiling:
+            self.disable_streaming()
+        elif self.streaming is None:
+            self.enable_streaming(None)
 
     def disable_tiling(self) -> None:
         """Encodes and decodes whole maps again."""

@@ -230,6 +230,18 @@ def test_enable_tiling_streams() -> None:
     assert network.streaming is None
 
 
+def test_enable_tiling_keeps_a_limit_that_was_set(tmp_path: Path) -> None:
+    network = seeded.network(SMALL)
+    network.enable_streaming("2GiB", tmp_path)
+    told = network.streaming
+    network.enable_tiling()
+    network.use_tiling = True
+    assert network.streaming == told
+    network.disable_tiling()
+    network.enable_tiling()
+    assert network.streaming is not None and network.streaming.limit is None, "the control"
+
+
 def test_progress_is_shown_on_a_terminal_only(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +356,9 @@ def test_gradients() -> None:
     network.enable_streaming()
     with pytest.raises(sdconv.InputError, match="no gradients"):
         network.decode(randn(1, 4, 4, 4).requires_grad_())
+    # weights want them unless told otherwise, so that an ordinary call would be refused
+    assert network.decoder.conv_in.weight.requires_grad
+    assert not network.decode(randn(1, 4, 4, 4)).sample.requires_grad
 
 
 def test_hooks_and_adapters_are_named() -> None:
