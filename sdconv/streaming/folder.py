@@ -20,9 +20,8 @@ def checked_folder(folder: str | Path) -> Path:
     Warns:
         SdconvWarning: what is written there stays in memory (tmpfs).
     """
+    _check(folder)
     path = Path(folder)
-    if not path.is_dir() or not os.access(path, os.W_OK):
-        raise InputError("no folder that can be written to", where="spill", got=str(folder))
     if _filesystem(path) in ("tmpfs", "ramfs"):
         words = f"{path} keeps its files in memory: spill to a folder on a disk"
         warnings.warn(SdconvWarning(words), stacklevel=3)
@@ -33,8 +32,9 @@ def check_room(folder: Path, size: int) -> None:
     """States the need before anything is computed.
 
     Raises:
-        InputError: fewer than ``size`` bytes are free there.
+        InputError: fewer than ``size`` bytes are free there, or the folder is gone.
     """
+    _check(folder)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise InputError(
@@ -44,6 +44,12 @@ def check_room(folder: Path, size: int) -> None:
             got=in_words(free),
             fix="name a folder on a larger disk, or raise the memory limit",
         )
+
+
+def _check(folder: object) -> None:
+    path = Path(folder) if isinstance(folder, str | os.PathLike) else None
+    if path is None or not path.is_dir() or not os.access(path, os.W_OK):
+        raise InputError("no folder that can be written to", where="spill", got=str(folder))
 
 
 def _filesystem(folder: Path) -> str | None:

@@ -165,11 +165,24 @@ def test_a_file_that_cannot_be_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("folder", ["absent", "a file"])
-def test_what_is_no_folder(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["absent", "a file", 3, b"bytes"])
+def test_what_is_no_folder(folder: Any, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
+    given = tmp_path / folder if isinstance(folder, str) else folder
     with pytest.raises(sdconv.InputError, match="no folder that can be written to"):
-        seeded.network(NETWORK).enable_streaming(spill=tmp_path / folder)
+        seeded.network(NETWORK).enable_streaming(spill=given)
+
+
+@torch.no_grad()
+def test_a_folder_that_has_gone(network: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    network.enable_streaming("1800KiB", folder)
+    folder.rmdir()
+    with pytest.raises(sdconv.InputError, match="no folder that can be written to"):
+        network.decode(latents())
+    folder.mkdir()
+    assert network.decode(latents()).sample.isfinite().all(), "the control"
 
 
 @pytest.mark.skipif(
