@@ -18,7 +18,7 @@ from sdconv.ops.fused import NotFiniteError
 from sdconv.streaming.arena import is_parted
 from sdconv.streaming.executor import run
 from sdconv.streaming.folder import check_room, checked_folder
-from sdconv.streaming.planner import Plan, least_memory, make_plan
+from sdconv.streaming.planner import Plan, enough_memory, least_memory, make_plan
 from sdconv.streaming.progress import bar
 from sdconv.streaming.sizes import in_words, parse_bytes
 from sdconv.streaming.steps import Work, steps_of
@@ -68,12 +68,11 @@ class Streaming:
             InputError: the limit cannot be met; or as ``steps_of``.
         """
         steps = steps_of(network, work, *x.shape[2:])
-        can_spill = self.spill is not None or x.device.type != "cpu"
         return make_plan(
             steps,
             pictures=len(x),
             limit=self.limit,
-            can_spill=can_spill,
+            can_spill=self._can_spill(x),
             parted=is_parted(x.device),
         )
 
@@ -82,21 +81,45 @@ class Streaming:
         autocast too in the network's own dtype.
 
         Raises:
-            InputError: gradients are asked for; another dtype or device than the network's; the
-                limit cannot be met; too little room for what is spilled.
+            InputError: the input wants gradients; another dtype or device than the network's; the
+                limit cannot be met, or not with NaN or infinity; too little room for what is
+                spilled.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(next(network.parameters()).dtype)
         _check(network, x)
         with torch.autocast(x.device.type, enabled=False):
             try:
-                return self._run(network, work, x)
-            except NotFiniteError:  # which only the reference puts where it belongs
-                with backend("reference"):
-                    return self._run(network, work, x)
+                return self._run(self.plan(network, work, x), work, x)
+            except NotFiniteError as error:
+                layer = str(error)
+            # not in the handler, where the first run's maps are still alive
+            return self._run(self._plan_again(network, work, x, layer), work, x)
 
-    def _run(self, network: nn.Module, work: Work, x: Tensor) -> Tensor:
-        plan = self.plan(network, work, x)
+    def _can_spill(self, x: Tensor) -> bool:
+        return self.spill is not None or x.device.type != "cpu"
+
+    def _plan_again(self, network: nn.Module, work: Work, x: Tensor, layer: str) -> Plan:
+        """By the reference, the only one that puts NaN and infinity where they belong.
+
+        Raises:
+            InputError: it takes more memory than the limit.
+        """
+        with backend("reference"):
+            try:
+                return self.plan(network, work, x)
+            except InputError as error:
+                steps = steps_of(network, work, *x.shape[2:])
+                enough = enough_memory(steps, pictures=len(x), can_spill=self._can_spill(x))
+                raise InputError(
+                    "NaN or infinity, for which the memory limit is too low",
+                    where=layer if x.isfinite().all() else "the input",
+                    expected="finite numbers",
+                    fix="look for them in the input and in the weights (sdconv inspect --values); "
+                    f"to see where they come out, raise the limit: {enough}",
+                ) from error
+
+    def _run(self, plan: Plan, work: Work, x: Tensor) -> Tensor:
         if plan.spilled and self.spill is not None:
             check_room(self.spill, plan.spilled)
         out = x.new_empty(plan.shape)

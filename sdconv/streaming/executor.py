@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdconv.ops.fused import NotFiniteError
 from sdconv.ops.strips import scratch
 from sdconv.streaming.arena import trim_heap
 from sdconv.streaming.maps import Map, Store
@@ -43,7 +44,12 @@ def run(
 def run_step(
     step: Step, units: int, store: Store, moments: Moments | None, device: torch.device, tick: Tick
 ) -> Moments | None:
-    """One step, ``units`` at a time; the moments of what it wrote, if they are wanted."""
+    """One step, ``units`` at a time; the moments of what it wrote, if they are wanted.
+
+    Raises:
+        NotFiniteError: what it wrote is not finite, by a layer that cannot go on with it. It has
+            the step's name.
+    """
     measured = Moments(step.target.channels, device) if step.measured else None
     try:
         under_way = begin(step, units, store, moments, measured, device)
@@ -55,6 +61,8 @@ def run_step(
             for key in {step.target, step.residual or step.target} - {step.source}:
                 store.rest(key, *step.layer.outputs(start, stop))
             tick(step, step.multiplies * (stop - start) // step.units)
+    except NotFiniteError as error:
+        raise NotFiniteError(step.name) from error
     finally:
         scratch.release()
     return measured

@@ -81,7 +81,12 @@ def make_plan(
         if fits and (room is None or room >= 0):
             break
     else:
-        raise _refused(steps, pictures, limit or 0, can_spill)
+        raise InputError(
+            "the memory limit cannot be met",
+            where="memory_limit",
+            expected=enough_memory(steps, pictures=pictures, can_spill=can_spill),
+            got=in_words(limit or 0),
+        )
     if limit is not None:
         room = limit - result - KERNELS - layout.memory
         pairs = zip(steps, comfortable, strict=True)
@@ -129,17 +134,12 @@ def least_memory(steps: Sequence[Step], *, pictures: int, spill: bool) -> int:
     return maps + _most(steps, [1] * len(steps)) + pictures * steps[-1].target.bytes
 
 
-def _refused(steps: Sequence[Step], pictures: int, limit: int, can_spill: bool) -> InputError:
+def enough_memory(steps: Sequence[Step], *, pictures: int, can_spill: bool) -> str:
+    """In words, which limits can be met."""
     least = {
         spill: in_words(least_memory(steps, pictures=pictures, spill=spill))
         for spill in (True, False)
     }
-    wanted = f"at least {least[True]}"
-    if not can_spill:
-        wanted = f"at least {least[False]}, or {least[True]} with spill=folder"
-    return InputError(
-        "the memory limit cannot be met",
-        where="memory_limit",
-        expected=wanted,
-        got=in_words(limit),
-    )
+    if can_spill:
+        return f"at least {least[True]}"
+    return f"at least {least[False]}, or {least[True]} with spill=folder"

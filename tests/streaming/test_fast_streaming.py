@@ -21,10 +21,11 @@ from torch import Tensor, nn
 import sdconv
 from sdconv.ops.fused import WinogradPass
 from sdconv.ops.prepared import prepared
-from sdconv.streaming import Plan, least_memory, make_plan, planner, steps_of
+from sdconv.streaming import Plan, in_words, least_memory, make_plan, planner, steps_of
 from sdconv.streaming.executor import run
 from sdconv.streaming.fused import DoubledWinograd, HalvedBetweenZeros, Winograd
 from sdconv.streaming.layers import Layer
+from sdconv.streaming.maps import Map, Store
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.passes import Ground
 
@@ -184,6 +185,55 @@ def test_not_finite_comes_out_where_the_reference_has_it(value: float) -> None:
     assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
     finite = expected.isfinite()
     assert finite[0].all() and difference(out[finite], expected[finite]) < WITHIN
+
+
+def test_not_finite_within_a_limit_too_low_for_the_reference(tmp_path: Path) -> None:
+    network = seeded.network(seeded.kl((32, 256), 4, True, layers_per_block=1))
+    z = randn(1, 4, 2, 1000)
+    least = {}
+    for name in ("fast", "reference"):
+        with sdconv.backend(name):
+            steps = steps_of(network, "decode", *z.shape[2:])
+        least[name] = least_memory(steps, pictures=1, spill=True)
+    assert least["fast"] < least["reference"]
+    network.enable_streaming(least["fast"], tmp_path)
+    assert both(network, "decode", z).isfinite().all(), "the control"
+    z[0, 2, 1, 8] = torch.nan
+    with pytest.raises(sdconv.InputError, match="the input: NaN or infinity") as raised:
+        both(network, "decode", z)
+    assert f"at least {in_words(least['reference'])}" in str(raised.value)
+    network.enable_streaming(in_words(least["reference"]), tmp_path)
+    assert both(network, "decode", z).isnan().any(), "what it says suffices"
+    network.enable_streaming(least["fast"], tmp_path)
+    network.decoder.up_blocks[0].upsamplers[0].conv.bias.data[5] = torch.inf
+    with pytest.raises(sdconv.InputError, match=r"upsamplers\.0\.conv: NaN or infinity"):
+        both(network, "decode", z.nan_to_num())
+
+
+@LINUX
+def test_the_maps_of_the_first_run_are_gone_before_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "KERNELS", 0)
+    network = copy.deepcopy(NETWORK)
+    z = randn(1, 4, 25, 30)
+    z[0, 2, 7, 8] = torch.nan
+    with sdconv.backend("fast"):
+        least = least_memory(steps_of(network, "decode", 25, 30), pictures=1, spill=True)
+    network.enable_streaming(least, tmp_path)
+    assert network.streaming is not None
+    assert network.streaming.plan(network, "decode", z).spilled > 0, "by the reference too"
+    mapped = []
+    right = Store.tensor
+
+    def watch(self: Store, key: Map) -> Tensor:
+        tensor = right(self, key)
+        mapped.append(len(open_files(tmp_path)))
+        return tensor
+
+    monkeypatch.setattr(Store, "tensor", watch)
+    assert both(network, "decode", z).isnan().any(), "by the second run"
+    assert max(mapped) == mapped[0] > 0
 
 
 def test_transformed_weights_are_not_kept() -> None:
