@@ -146,3 +146,4 @@ def test_bad_input(arguments: tuple[object, ...], words: str) -> None:
     assert result.exit_code == 2
     assert words in result.stderr
     assert "Traceback" not in result.output
+    assert "--memory" not in result.stderr, "an option that it lacks"

@@ -84,7 +84,7 @@ def bench(
         ),
         default=0,
     )
-    fits(least, where)
+    fits(least, where, ("size",))
     network = load(one_or_all(paths), found.component, dtype=torch.float32, family=family)
     with running("timing"):
         timings = time_backends(network, shape, rounds)

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -45,6 +45,10 @@ class Backend(StrEnum):
     fast = "fast"
 
 
+FOR_PICTURES = Backend.fast
+"""What the commands that make pictures compute with unless told, and what is planned for them."""
+
+
 class Layout(StrEnum):
     """Whose names a file's tensors have."""
 
@@ -74,6 +78,10 @@ Family = Annotated[
         help="The family, where the weights leave it open: sd1, sdxl, sd3, flux1, ...",
         show_default=False,
     ),
+]
+With = Annotated[
+    Backend,
+    typer.Option(help="What it computes with; reference gives diffusers' numbers to the last bit."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, nothing else.")]
@@ -170,6 +178,21 @@ def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
     return paths[0] if len(paths) == 1 else list(paths)
 
 
+# by the option's name
+_LESS = {
+    "memory": "work in strips (--memory 2GiB, and --spill FOLDER for what does not fit)",
+    "size": "name a smaller --size",
+    "dtype": "compute in a narrower --dtype",
+}
+
+
+def less_memory(options: Iterable[str]) -> str | None:
+    """How to go on with too little memory, by those of a command's options that help; None without
+    any."""
+    given = set(options)
+    return ", or ".join(words for option, words in _LESS.items() if option in given) or None
+
+
 def not_an_input(out: Path, inputs: Sequence[Path]) -> None:
     """Refuses an output that is one of the inputs, or a folder that is there in one of them.
 
@@ -207,10 +230,9 @@ class Commands(TyperGroup):
             except (MemoryError, RuntimeError) as error:
                 if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
                     raise
-                fail(
-                    "not enough memory\n"
-                    "  to do: take a smaller picture (--size N), or a narrower --dtype"
-                )
+                command = self.get_command(ctx, ctx.invoked_subcommand)
+                options = [option.name for option in command.params] if command else []
+                fail(SdconvError("not enough memory", fix=less_memory(options)))
 
 
 _NO_MEMORY = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)

@@ -113,7 +113,7 @@ def _through_autoencoder(network: Autoencoder, given: Given, picture: Picture | 
             picture=None,
         )
     picture = picture.fitted(network.downscale, given.size)
-    has_room(network, picture)
+    has_room(network, picture.image.size[::-1], options=("size", "dtype"))
     x = to_tensor(picture.image).to(network.device, network.dtype)
     there = [half for half in ("encode", "decode") if getattr(network, f"{half}r", None)]
 
@@ -151,7 +151,8 @@ def _through_unet(unet: UNet2DConditionModel, given: Given, picture: Picture | N
     if unet.device.type == "cpu":
         places = shape[2] * shape[3]
         least = unet.config.block_out_channels[0] * places * unet.dtype.itemsize
-        fits(least, f"latents {shape[2]}x{shape[3]}")
+        sized = given.source is None or picture is not None
+        fits(least, f"latents {shape[2]}x{shape[3]}", ("size", "dtype") if sized else ("dtype",))
     noise = torch.randn(shape, generator=random).to(unet.device, unet.dtype)
     arguments, words = _conditions(unet, shape[2:], given.seed)
     latents = noise  # of the run from noise, step by step
@@ -228,7 +229,7 @@ def _to_noise(
 
     vae = opened(given.vae, Means(None, given.family, given.dtype, given.device))
     picture = picture.fitted(vae.downscale, given.size)
-    has_room(vae, picture)
+    has_room(vae, picture.image.size[::-1], options=("size", "dtype"))
     with torch.inference_mode():
         result = vae.encode(to_tensor(picture.image).to(vae.device, vae.dtype))  # type: ignore[operator]
         raw = result.latents if hasattr(result, "latents") else result.latent_dist.mode()

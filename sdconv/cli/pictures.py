@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdconv.cli.common import (
+    FOR_PICTURES,
     LARGEST_SEED,
-    Backend,
     Component,
     Device,
     Dtype,
@@ -17,10 +17,11 @@ from sdconv.cli.common import (
     Json,
     Model,
     Out,
+    With,
     not_an_input,
     print_json,
 )
-from sdconv.cli.running import Means, check_patches, opened, prepared, running
+from sdconv.cli.running import Means, check_patches, has_room, opened, prepared, running
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,10 +38,6 @@ Size = Annotated[
     ),
 ]
 In = Annotated[Dtype, typer.Option(help="What the network computes in.")]
-With = Annotated[
-    Backend,
-    typer.Option(help="What it computes with; reference gives diffusers' numbers to the last bit."),
-]
 Memory = Annotated[
     str | None,
     typer.Option(
@@ -80,7 +77,7 @@ def encode(
     family: Family = None,
     dtype: In = Dtype.float32,
     device: Device = "cpu",
-    backend: With = Backend.fast,
+    backend: With = FOR_PICTURES,
     memory: Memory = None,
     spill: Spill = None,
     as_json: Json = False,
@@ -181,7 +178,7 @@ def decode(
     family: Family = None,
     dtype: In = Dtype.float32,
     device: Device = "cpu",
-    backend: With = Backend.fast,
+    backend: With = FOR_PICTURES,
     memory: Memory = None,
     spill: Spill = None,
     as_json: Json = False,
@@ -195,7 +192,7 @@ def decode(
     Examples:
       sdconv decode latents.safetensors --model vae.safetensors
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
-      sdconv decode z.safetensors -m vae.safetensors --backend fast --memory 2GiB --spill /var/tmp
+      sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
     """
     from sdconv.images import image_format, to_image, write_image
     from sdconv.latents import read_latents, unscale
@@ -217,7 +214,11 @@ def decode(
     check_patches(network, z, carries)
     with running("decoding", network):
         z = z.to(network.device)
-        z = (unscale(network, z) if carries else z).to(network.dtype)
+        z = unscale(network, z) if carries else z
+        if memory is None:
+            sides = tuple(network.downscale * side for side in z.shape[2:])
+            has_room(network, sides, pictures=len(z), options=("memory", "dtype"))
+        z = z.to(network.dtype)
         pictures = [to_image(one) for one in network.decode(z).sample]  # type: ignore[operator]
     outs = [out] if len(pictures) == 1 else _numbered(out, len(pictures))
     for picture, path in zip(pictures, outs, strict=True):
@@ -240,7 +241,7 @@ def reconstruct(
     family: Family = None,
     dtype: In = Dtype.float32,
     device: Device = "cpu",
-    backend: With = Backend.fast,
+    backend: With = FOR_PICTURES,
     memory: Memory = None,
     spill: Spill = None,
     as_json: Json = False,

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdconv.cli.common import (
-    Backend,
+    FOR_PICTURES,
     Dtype,
     Family,
     Json,
+    With,
     one_or_all,
     parsed_size,
     print_json,
@@ -55,20 +56,21 @@ def plan(
     ] = True,
     family: Family = None,
     dtype: Annotated[Dtype, typer.Option(help="What the network computes in.")] = Dtype.float32,
-    backend: Annotated[Backend, typer.Option(help="What it computes with.")] = Backend.reference,
+    backend: With = FOR_PICTURES,
     as_json: Json = False,
 ) -> None:
     """Say what streaming a picture through a VAE will take.
 
     Memory beside the weights, room on the disk for maps beyond the limit, the least limits that can
     be met, and seconds on this machine's CPU. No weights are read: strips are timed with random
-    ones. In Python: vae.enable_streaming(memory_limit="4GiB", spill="/a/folder").
+    ones. `sdconv encode` and `decode` keep to it with the same --memory and --backend, and so does
+    vae.enable_streaming(memory_limit="4GiB", spill="/a/folder") in Python.
 
     \b
     Examples:
       sdconv plan --size 4096x4096 --memory 4GiB
       sdconv plan vae.safetensors --size 512x16384 --memory 1GiB --spill /var/tmp
-      sdconv plan --size 2048x2048 --backend fast --no-time --json
+      sdconv plan --size 2048x2048 --backend reference --no-time --json
     """
     import torch
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
+from sdconv.cli.common import Backend, Dtype, less_memory, one_or_all, say, working
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def prepared(
     for note in picture.notes:
         say(note, "note")
     if means.memory is None:
-        has_room(network, picture)
+        has_room(network, picture.image.size[::-1], options=("memory", "size", "dtype"))
     return network, picture, to_tensor(picture.image).to(network.device, network.dtype)
 
 
@@ -153,22 +153,39 @@ def check_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
         )
 
 
-def has_room(network: Autoencoder, picture: Picture) -> None:
-    """Refuses a picture of which a single layer's maps take more memory than is free.
+_SIDE = 512
+
+
+def has_room(
+    network: Autoencoder, size: tuple[int, ...], *, pictures: int = 1, options: Sequence[str]
+) -> None:
+    """Refuses pictures of which a single layer's maps take more memory than is free.
+
+    Args:
+        size: rows and columns of each. pictures: that go through at once.
+        options: of the command, by which it can do with less memory.
 
     Raises:
         InputError: they do.
     """
     from sdconv.anatomy import dissect
 
-    width, height = picture.image.size
-    if network.device.type == "cpu" and width * height > 1 << 20:
-        least = dissect(network.config, (height, width)).largest * network.dtype.itemsize
-        fits(least, f"{width}x{height}")
+    pixels = pictures * size[0] * size[1]
+    if network.device.type == "cpu" and pixels > 1 << 20:
+        # maps grow with the picture, so that any size tells what each pixel takes
+        each = dissect(network.config, _SIDE).largest / _SIDE**2
+        least = round(pixels * each * network.dtype.itemsize)
+        several = "" if pictures == 1 else f"{pictures} of "
+        streams = hasattr(network, "enable_streaming")
+        helping = [option for option in options if streams or option != "memory"]
+        fits(least, f"{several}{size[1]}x{size[0]}", helping)
 
 
-def fits(least: int, where: str) -> None:
+def fits(least: int, where: str, options: Sequence[str]) -> None:
     """Refuses what needs more memory than is free: ``least`` bytes at once, for one layer's maps.
+
+    Args:
+        where: the picture's size. options: as for ``has_room``.
 
     Raises:
         InputError: it does.
@@ -180,7 +197,7 @@ def fits(least: int, where: str) -> None:
             where=where,
             expected=f"at most {free / 1e9:.1f} GB",
             got=f"{least / 1e9:.1f} GB for the maps of one layer alone",
-            fix="make it smaller: --size N sets the longer side",
+            fix=less_memory(options),
         )
 
 
