@@ -60,8 +60,7 @@ class _Tiled(Layer):
         return OUTPUTS * first, OUTPUTS * last
 
     def comfort(self, width: int) -> int:
-        weight = self.scheme.places * self.module.weight[:, :, 0, 0].numel()
-        return self.workspace(0, width) + strip_bytes(weight * _COMPUTED.itemsize)
+        return self.workspace(0, width) + strip_bytes(self._transformed * _COMPUTED.itemsize)
 
     def workspace(self, units: int, width: int) -> int:
         out_channels, channels = self.module.weight.shape[:2]
@@ -73,7 +72,16 @@ class _Tiled(Layer):
         if self.module.weight.dtype != _COMPUTED:  # rows of each map are copied
             added = out_channels if self.shortcut is None else self.shortcut.in_channels
             strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + added)
-        return _bytes(self.scheme.places, self.module.weight, strip)
+        # transformed, and the same before it is packed
+        return (2 * self._transformed + strip) * _COMPUTED.itemsize
+
+    def remains(self, units: int, width: int) -> int:
+        return self.workspace(units, width) - self._transformed * _COMPUTED.itemsize
+
+    @property
+    def _transformed(self) -> int:
+        """Numbers of the weight as it is read."""
+        return self.scheme.places * self.module.weight[:, :, 0, 0].numel()
 
     def begin(self, ground: Ground, units: int) -> Pass:
         return _Tiles(self, ground)
@@ -107,13 +115,6 @@ class HalvedBetweenZeros(Halved):
     def scratch(self, rows: int, width: int) -> int:
         # what is made and its part without the zeros; and a strip of one row made longer
         return 2 * super().scratch(rows + 2, width + 2) + self.convolved(5, width)
-
-
-def _bytes(places: int, weight: Tensor, strip: int) -> int:
-    """Of a weight transformed to so many matrices, of the same before it is packed, and of a
-    strip's numbers."""
-    transformed = places * weight.shape[0] * weight.shape[1]
-    return (2 * transformed + strip) * _COMPUTED.itemsize
 
 
 class _Tiles:

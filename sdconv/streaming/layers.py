@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdconv.streaming.arena import trim_heap
 from sdconv.streaming.moments import Moments, computing
 from sdconv.streaming.passes import Ground, Pass
 from sdconv.streaming.window import Window
@@ -126,14 +127,18 @@ class Layer:
         rows, weight = last - first, self.module.weight
         window = rows * (width + self.right) * weight.shape[1]
         made = self.scratch(rows, width)
-        if self.turned:  # a copy, before or after
+        if self.turned:  # both with channels first, and the input in the kernel's own order
             height, columns = self.output_size(rows, width)
-            made += max(self.convolved(rows, width), height * columns * weight.shape[0])
+            made += 2 * self.convolved(rows, width) + height * columns * weight.shape[0]
         weights = 2 * weight.numel()  # reordered by the kernel at each call
         # in a narrow dtype, copies to normalise in float32
         wide = 0 if computing(weight.dtype) == weight.dtype else 2 * window
         own = (window + made + weights) * weight.dtype.itemsize
         return own + wide * computing(weight.dtype).itemsize
+
+    def remains(self, units: int, width: int) -> int:
+        """The same after the first strip, when weights have been made ready."""
+        return self.workspace(units, width)
 
     def prepare(self, rows: Tensor, out: Tensor, moments: Moments | None) -> None:
         """The input's ``rows`` as the module takes them, into ``out``."""
@@ -191,6 +196,9 @@ class _Plain:
         ground.target[top:bottom] = made
         if ground.measured is not None:
             ground.measured.add(made)
+        del made
+        # else an allocator keeps of every size of strip what was freed
+        trim_heap()
 
 
 class Point(Layer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,17 +43,31 @@ class Layout:
 
     Attributes:
         starts: first byte of every map. memory: so many of the bytes are in memory, those after
-            them outside it. size: of all.
+            them outside it. size: of all. at_once: the memory is taken as a whole, not page by page
+            as maps are written.
     """
 
     starts: Mapping[Map, int]
     memory: int
     size: int
+    at_once: bool = False
 
     @property
     def spilled(self) -> int:
         """Bytes outside memory."""
         return self.size - self.memory
+
+    def taken(self, keys: Iterable[Map]) -> int:
+        """Bytes of memory that are taken once these maps have been written."""
+        if self.at_once:
+            return self.memory
+        starts = sorted((self.starts[key], key.bytes) for key in keys if key in self.starts)
+        taken = last = 0
+        for start, size in starts:
+            end = min(start + size, self.memory)
+            taken += max(0, end - max(start, last))
+            last = max(last, end)
+        return taken
 
     @property
     def keeps_whole(self) -> bool:
@@ -82,7 +96,7 @@ def lay_out(spans: Mapping[Map, range], memory: int | None, *, parted: bool) -> 
             taken.append((wall, wall))
         starts[key] = _lowest(key.bytes, sorted(taken))
     size = paged(max((start + key.bytes for key, start in starts.items()), default=0))
-    return Layout(starts, size if wall is None else min(wall, size), size)
+    return Layout(starts, size if wall is None else min(wall, size), size, at_once=parted)
 
 
 def _meet(one: range, other: range) -> bool:

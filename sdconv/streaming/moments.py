@@ -9,7 +9,7 @@ from sdconv.errors import InputError
 from sdconv.ops.moments import combined
 
 # numbers of a map that its moments are taken of in one go
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 18
 
 
 def computing(dtype: torch.dtype) -> torch.dtype:

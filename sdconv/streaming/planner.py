@@ -33,8 +33,13 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes of memory at most, weights and input apart, the result with it."""
-        result = self.pictures * self.steps[-1].target.bytes
-        return self.layout.memory + result + _most(self.steps, self.units)
+        written: list[Map] = []
+        most = 0
+        for step, units in zip(self.steps, self.units, strict=True):
+            most = max(most, self.layout.taken(written) + step.workspace(units))
+            written.append(step.target)
+            most = max(most, self.layout.taken(written) + step.remains(units))
+        return most + KERNELS + self.pictures * self.steps[-1].target.bytes
 
     @property
     def spilled(self) -> int:

@@ -61,6 +61,10 @@ class Step:
         """Bytes that a strip of this many units takes beside the maps."""
         return self.layer.workspace(units, self.source.width)
 
+    def remains(self, units: int) -> int:
+        """The same after the first strip."""
+        return self.layer.remains(units, self.source.width)
+
     @property
     def multiplies(self) -> int:
         """Multiplications of the whole step."""

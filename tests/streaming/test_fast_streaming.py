@@ -108,7 +108,7 @@ def test_any_size_and_height_of_strips(
 
 
 @pytest.mark.parametrize(("work", "shape"), [
-    ("decode", (1, 4, 30, 25)), ("encode", (1, 3, 76, 68)),
+    ("decode", (1, 4, 40, 44)), ("encode", (1, 3, 96, 88)),
 ])  # fmt: skip
 def test_another_height_of_strips_is_closer_than_rounding(
     work: str, shape: tuple[int, ...]
@@ -121,8 +121,7 @@ def test_another_height_of_strips_is_closer_than_rounding(
         executed(planned(NETWORK, work, x, rows, spill=False), x) for rows in (1, 3, 60)
     )
     assert max(difference(other, one) for other in others) < 1e-6
-    # torch's kernels for small maps round otherwise on another number of threads
-    assert difference(one, both(NETWORK, work, x)) < 1.5e-6, "and the unstreamed network's"
+    assert difference(one, both(NETWORK, work, x)) < 1e-6, "and the unstreamed network's"
 
 
 def test_by_the_method_and_by_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,9 +61,7 @@ def test_streamed_is_unstreamed_by_the_reference(
     ("work", "backend"), [("decode", "fast"), ("encode", "fast"), ("decode", "reference")]
 )
 def test_the_peak_is_what_was_planned(work: str, backend: str, tmp_path: Path) -> None:
-    """In a process that has computed nothing before, above its weights; at a size where maps are
-    most of it, since a plan adds the largest strip to the fullest maps, wherever each of them is.
-    """
+    """In a process that has computed nothing before, above its weights."""
     script = Path(__file__).parents[2] / "scripts" / "bench_streaming.py"
     options = f"--work {work} --size 768x768 --memory 1GiB --backend {backend} --rounds 0"
     command = [sys.executable, str(script), *options.split(), "--spill", str(tmp_path)]
