@@ -11,7 +11,7 @@ had with its weights in place; what the fast backend keeps of transformed weight
     python scripts/bench.py layers
     python scripts/bench.py memory --size 512x512
     python scripts/bench.py error --size 512x512
-    python scripts/bench.py sizes --sizes 256 384 512 768 1024 --plot docs/plots/sizes.webp
+    python scripts/bench.py sizes --sizes 256 512 1024 2048 --plot docs/plots/sizes.webp
     python scripts/bench.py first --size 512x512
     python scripts/bench.py limits
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from typer.testing import CliRunner, Result
 
 from sdconv.cli import app
@@ -13,3 +16,10 @@ def run(*arguments: object) -> Result:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def answer(*arguments: object, status: int = 0) -> Any:
+    """What a command says in JSON."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == status, result.stderr
+    return json.loads(result.stdout)

@@ -23,29 +23,29 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 def top_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every strip takes its first row for the map's."""
-    engine = engines.of(torch.float32)
-    right = engine.load
 
-    def load(
-        scheme: Scheme, rows: Tensor, row: int, above: Any, strip: Strip, *others: Any
-    ) -> None:
+    def at_the_top(scheme: Scheme, rows: Tensor, row: int, above: Any, strip: Strip) -> Any:
         own = replace(strip, height=strip.height - strip.first, tile_row=0)
-        right(scheme, rows[scheme.step * strip.tile_row - row :], 0, None, own, *others)
+        return scheme, rows[scheme.step * strip.tile_row - row :], 0, None, own
 
-    monkeypatch.setattr(engine, "load", load)
+    _loads(monkeypatch, at_the_top)
 
 
 def bottom_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every strip takes its last row for the map's."""
+
+    def at_the_bottom(*given: Any) -> Any:
+        *others, strip = given
+        return *others, replace(strip, height=strip.end)
+
+    _loads(monkeypatch, at_the_bottom)
+
+
+def _loads(monkeypatch: pytest.MonkeyPatch, instead: Callable[..., Any]) -> None:
+    """``instead``: what a strip is loaded from, of what it should be."""
     engine = engines.of(torch.float32)
     right = engine.load
-
-    def load(
-        scheme: Scheme, rows: Tensor, row: int, above: Any, strip: Strip, *others: Any
-    ) -> None:
-        right(scheme, rows, row, above, replace(strip, height=strip.end), *others)
-
-    monkeypatch.setattr(engine, "load", load)
+    monkeypatch.setattr(engine, "load", lambda *given: right(*instead(*given[:5]), *given[5:]))
 
 
 def a_row_less_above(monkeypatch: pytest.MonkeyPatch) -> None:

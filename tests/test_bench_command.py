@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from commands import run
+from commands import answer, run
 
 from sdconv.config import AutoencoderKLConfig
 from sdconv.explanation import Explanation, explain
@@ -25,14 +23,6 @@ USUAL = AutoencoderKLConfig(
         "layers_per_block": 2,
     }
 )
-
-
-def answer(*arguments: object) -> dict[str, Any]:
-    """What the command prints as JSON."""
-    result = run("bench", *arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def by_name(found: Explanation) -> dict[str, str]:
@@ -79,8 +69,8 @@ def test_what_is_explained_is_what_a_run_chooses(
         return choice
 
     monkeypatch.setattr(chosen, "choice_for", watched)
-    answer(path, "--size", size, "--rounds", "1")
-    layers = answer(path, "--size", size, "--explain")["layers"]
+    answer("bench", path, "--size", size, "--rounds", "1")
+    layers = answer("bench", path, "--size", size, "--explain")["layers"]
     said = [
         ((one["out_channels"], one["channels"]), tuple(one["size"]), one["method"])
         for one in layers
@@ -93,7 +83,7 @@ def test_what_is_explained_is_what_a_run_chooses(
 
 def test_a_map_of_odd_size_is_not_doubled() -> None:
     def doublings(size: str) -> set[str]:
-        layers = answer(UNET, "--size", size, "--explain")["layers"]
+        layers = answer("bench", UNET, "--size", size, "--explain")["layers"]
         return {one["method"] for one in layers if one["doubling"]}
 
     assert doublings("32") == {"doubling"}
@@ -108,7 +98,7 @@ def test_nothing_is_prepared_by_explaining() -> None:
 
 @pytest.mark.parametrize(("path", "works"), [(VAE, ["encode", "decode"]), (UNET, ["forward"])])
 def test_times(path: Path, works: list[str]) -> None:
-    found = answer(path, "--size", "64" if path == VAE else "16", "--rounds", "2")
+    found = answer("bench", path, "--size", "64" if path == VAE else "16", "--rounds", "2")
     assert [row["work"] for row in found["rows"]] == works
     for row in found["rows"]:
         assert len(row["reference"]) == len(row["fast"]) == 2

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import seeded
 import torch
+from commands import answer, run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
-from typer.testing import CliRunner, Result
 
 import sdconv
 from sdconv.cli import app
@@ -44,21 +44,6 @@ COMMANDS = (
     "features",
     "bench",
 )
-
-
-def run(*arguments: object) -> Result:
-    """A command in this process; what it prints apart from its notes and errors."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def answer(*arguments: object, status: int = 0) -> Any:
-    """What a command says in JSON."""
-    result = run(*arguments, "--json")
-    assert result.exit_code == status, result.stderr
-    return json.loads(result.stdout)
 
 
 def apart(*arguments: object, code: str | None = None, **variables: str) -> Any:
@@ -355,59 +340,6 @@ def test_by_other_means(means: tuple[str, ...], here: Path, tmp_path: Path) -> N
         assert psnr(to_tensor(one), to_tensor(other)) > 60
     answer("reconstruct", here / "photo.png", *model, "-o", out, *words)
     assert sorted(tmp_path.iterdir()) == [out, own, z]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it reads /proc/meminfo")
-def test_too_little_memory_is_said_with_what_helps(tmp_path: Path) -> None:
-    wide = seeded.kl((128, 32, 32, 32), 4, True, layers_per_block=1)
-    sdconv.save(seeded.network(wide), tmp_path / "vae.safetensors")
-    # of a square picture of which one layer's maps, in and out, take more than there is
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    side = math.isqrt(memory // (2 * 128 * 8)) // 16 * 16 + 32
-    Image.new("1", (side, side)).save(tmp_path / "large.png")
-    # the same in two halves
-    save_file({"z": torch.zeros(2, 4, side // 8, side // 16)}, tmp_path / "z.safetensors")
-    means = ("--dtype", "float64", "-m", tmp_path / "vae.safetensors")
-    found = {
-        command: run(command, tmp_path / source, *means, *options)
-        for command, source, *options in (
-            ("decode", "z.safetensors", "-o", tmp_path / "a.png"),
-            ("encode", "large.png", "-o", tmp_path / "out.safetensors"),
-            ("reconstruct", "large.png", "-o", tmp_path / "a.png"),
-            ("features", "large.png", "-o", tmp_path / "maps"),
-        )
-    }
-    for command, result in found.items():
-        assert result.exit_code == 2, command
-        assert "too large a picture for the memory that is free" in result.stderr
-        assert ("--memory 2GiB, and --spill FOLDER" in result.stderr) == (command != "features")
-        assert ("--size" in result.stderr) == (command != "decode")
-    # the control: in strips it is not refused for this
-    strips = run("decode", tmp_path / "z.safetensors", *means, "--memory", "1MiB")
-    assert "the memory limit cannot be met" in strips.stderr
-
-
-def test_memory_that_is_refused_by_the_system(here: Path) -> None:
-    result = run("check", here / "vae.safetensors", "--size", "99999999x99999999")
-    assert result.exit_code == 2
-    assert "not enough memory" in result.stderr
-    assert "a smaller --size, or compute in a narrower --dtype" in result.stderr
-    assert "--memory" not in result.stderr, "an option that it lacks"
-
-
-def test_a_picture_keeps_to_the_plan_for_it(here: Path, tmp_path: Path) -> None:
-    def planned(*words: str) -> Any:
-        size = ("--size", "32x40", "--no-time")
-        return answer("plan", here / "vae.safetensors", *size, *words)
-
-    least = planned()["decode"]["least_without_spill"]
-    command = ["decode", here / "z.safetensors", "-m", here / "vae.safetensors"]
-    command += ["-o", tmp_path / "a.png", "--memory"]
-    assert run(*command, least).exit_code == 0
-    of_another = planned("--backend", "reference")["decode"]["least_without_spill"]
-    for too_little in (least - 1, of_another):
-        short = run(*command, too_little)
-        assert short.exit_code == 2 and "the memory limit cannot be met" in short.stderr
 
 
 def test_decode_what_others_wrote(

@@ -16,8 +16,6 @@ from sdconv.backends import is_fast
 from sdconv.fast import cpu, cuda
 from sdconv.fast.eager import is_eager
 from sdconv.fast.modules import is_bare, is_conv1x1, is_conv3x3, is_norm, takes
-from sdconv.ops import fused
-from sdconv.ops.moments import Norm
 
 
 class Arithmetic(Protocol):
@@ -101,13 +99,8 @@ def runs_norm(norm: nn.Module, x: Tensor) -> bool:
 
 
 def normalised(norm: Any, x: Tensor) -> Tensor:
-    """A map's normalisation in channels-last order, from moments in float64, as streaming has
-    them: what comes after rounds alike."""
-    moments = fused.moments(x, norm.num_groups)
-    wanted = Norm(moments, norm.weight, norm.bias, norm.eps, silu=False)
-    scale, shift = (one[:, None, None] for one in wanted.affine(torch.float32))
-    rows = torch.addcmul(shift, x.permute(0, 2, 3, 1).to(scale.dtype), scale)
-    return rows.to(x.dtype).permute(0, 3, 1, 2)
+    """A map's normalisation."""
+    return cpu.normalised(norm, x)
 
 
 def runs_last(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sdconv.fast.eager import is_eager
@@ -45,6 +46,14 @@ def doubling(block: Any, x: Tensor) -> Tensor:
         return chosen.doubled_convolution(x, conv.weight, conv.bias, groups=1)[0]
     out: Tensor = library.doubled_convolution(x, conv.weight, conv.bias, 1)[0]
     return out
+
+
+def normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """A map's normalisation in channels-last order, from moments in float64, as streaming has
+    them: what comes after rounds alike."""
+    scale, shift = (one[:, None, None] for one in _norm(norm, x).affine(torch.float32))
+    rows = torch.addcmul(shift, x.permute(0, 2, 3, 1).to(scale.dtype), scale)
+    return rows.to(x.dtype).permute(0, 3, 1, 2)
 
 
 def last(norm: Any, conv: Any, x: Tensor) -> Tensor:

@@ -12,26 +12,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import seeded
 import torch
 import unets
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import sdconv
-from sdconv.cli import app
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 UNET = WEIGHTS / "tiny-unet.safetensors"
 
 
 def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, ["features", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return commands.run("features", *arguments)
 
 
 def refused(*arguments: object) -> str:
