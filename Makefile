@@ -44,8 +44,8 @@ demo: $(SETUP)
 # mkdocs-material prints a notice about a successor, which is no warning of ours
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(SETUP)
-	$(BIN)/python scripts/docs_pictures.py
-	$(BIN)/python scripts/docs_snippets.py
+	$(BIN)/python -m scripts.docs.pictures
+	$(BIN)/python -m scripts.docs.snippets
 	$(BIN)/python -m mkdocs build --strict
 	@echo "made: out/site/index.html"
 

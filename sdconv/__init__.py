@@ -16,9 +16,8 @@ from sdconv.errors import (
 
 if TYPE_CHECKING:
     from sdconv.backends import backend
-    from sdconv.checkpoint.header import read_header
-    from sdconv.checkpoint.infer import infer
-    from sdconv.checkpoint.load import load
+    from sdconv.checkpoint.identify.infer import infer
+    from sdconv.checkpoint.io.header import read_header
     from sdconv.checkpoint.save import save
     from sdconv.config import (
         AutoencoderKLConfig,
@@ -31,33 +30,34 @@ if TYPE_CHECKING:
     from sdconv.features.editing import edit
     from sdconv.features.store import open_maps
     from sdconv.integrations.patch import apply_patch, remove_patch
+    from sdconv.loading import load
     from sdconv.lora.merge import merge_lora, unmerge_lora
-    from sdconv.tiny import AutoencoderTiny
-    from sdconv.unet import UNet2DConditionModel
-    from sdconv.vae import AutoencoderKL, AutoencoderKLFlux2
+    from sdconv.models.tiny import AutoencoderTiny
+    from sdconv.models.unet import UNet2DConditionModel
+    from sdconv.models.vae import AutoencoderKL, AutoencoderKLFlux2
 
 __version__ = "0.1.0"
 
 # where each name is defined: looked up on first use, so that `import sdconv` costs nothing
 _HOME = {
-    "AutoencoderKL": "sdconv.vae",
+    "AutoencoderKL": "sdconv.models.vae",
     "AutoencoderKLConfig": "sdconv.config",
-    "AutoencoderKLFlux2": "sdconv.vae",
+    "AutoencoderKLFlux2": "sdconv.models.vae",
     "AutoencoderKLFlux2Config": "sdconv.config",
-    "AutoencoderTiny": "sdconv.tiny",
+    "AutoencoderTiny": "sdconv.models.tiny",
     "AutoencoderTinyConfig": "sdconv.config",
     "UNet2DConditionConfig": "sdconv.config",
-    "UNet2DConditionModel": "sdconv.unet",
+    "UNet2DConditionModel": "sdconv.models.unet",
     "apply_patch": "sdconv.integrations.patch",
     "backend": "sdconv.backends",
     "capture": "sdconv.features.capture",
     "edit": "sdconv.features.editing",
     "features": "sdconv.features",
-    "infer": "sdconv.checkpoint.infer",
-    "load": "sdconv.checkpoint.load",
+    "infer": "sdconv.checkpoint.identify.infer",
+    "load": "sdconv.loading",
     "merge_lora": "sdconv.lora.merge",
     "open_maps": "sdconv.features.store",
-    "read_header": "sdconv.checkpoint.header",
+    "read_header": "sdconv.checkpoint.io.header",
     "remove_patch": "sdconv.integrations.patch",
     "run_until": "sdconv.features.capture",
     "save": "sdconv.checkpoint.save",

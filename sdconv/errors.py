@@ -12,14 +12,14 @@ class SdconvError(Exception):
     - ``where: what`` — the file, component, tensor or argument, and what is wrong with it;
     - ``expected: ...`` — what would have been right;
     - ``got: ...`` — what came instead;
-    - ``to do: ...`` — how to go on.
+    - ``hint: ...`` — how to go on.
 
     Args:
         what: one sentence that says what is wrong.
         where: file, component, tensor or argument concerned.
         expected: what would have been right.
         got: what came.
-        fix: what the caller can do about it.
+        hint: what the caller can do about it.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class SdconvError(Exception):
         where: object = None,
         expected: object = None,
         got: object = None,
-        fix: str | None = None,
+        hint: str | None = None,
     ) -> None:
         lines = [what if where is None else f"{where}: {what}"]
-        parts = (("expected", expected), ("got", got), ("to do", fix))
+        parts = (("expected", expected), ("got", got), ("hint", hint))
         lines += [f"  {label}: {text}" for label, text in parts if text is not None]
         super().__init__("\n".join(lines))
 

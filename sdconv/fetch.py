@@ -165,7 +165,7 @@ def _find(name: str) -> KnownCheckpoint:
         "no known checkpoint has this name",
         where=repr(name),
         expected=f"one of {', '.join(manifest)}",
-        fix=f"did you mean {' or '.join(near)}?" if near else "choose one of the names above",
+        hint=f"did you mean {' or '.join(near)}?" if near else "choose one of the names above",
     )
 
 
@@ -187,7 +187,7 @@ def _stated_sha256(known: KnownCheckpoint) -> str:
         "the hub states no sha256 for this file, so its bytes could not be checked",
         where=known,
         got=f"ETag {metadata.etag}",
-        fix="check HF_ENDPOINT, or download the file by hand and give its path",
+        hint="check HF_ENDPOINT, or download the file by hand and give its path",
     )
 
 
@@ -226,7 +226,7 @@ def _keep(path: Path, stated: str) -> Path:
             where=path,
             expected=f"sha256 {stated}",
             got=f"sha256 {got}",
-            fix="move it away, or choose another directory",
+            hint="move it away, or choose another directory",
         )
     return path
 
@@ -241,7 +241,7 @@ def _verify(path: Path, stated: str) -> Path:
             where=path,
             expected=f"sha256 {stated}",
             got=f"sha256 {got} ({size} bytes)",
-            fix="fetch it again; if this repeats, something on the way to the hub changes the data",
+            hint="fetch it again; if this repeats, something on the way from the hub alters it",
         )
     return path
 
@@ -312,7 +312,7 @@ def _explain(known: KnownCheckpoint, error: Exception) -> FetchError:
     got = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
     def told(what: str, fix: str) -> FetchError:
-        return FetchError(what, where=known, got=got, fix=fix)
+        return FetchError(what, where=known, got=got, hint=fix)
 
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code

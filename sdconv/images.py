@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sdconv.checkpoint.files import as_path
-from sdconv.checkpoint.write import write_whole
+from sdconv.checkpoint.io.files import as_path
+from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
@@ -60,7 +60,7 @@ class Picture:
                     where="size",
                     expected=f"at most {most} pixels, as of pictures that are read",
                     got=_sides(resized),
-                    fix="ask for a smaller one",
+                    hint="ask for a smaller one",
                 )
             notes.append(f"resized from {_sides(image.size)} to {_sides(resized)}")
             image = image.resize((resized[0], resized[1]), Image.Resampling.LANCZOS)
@@ -71,7 +71,7 @@ class Picture:
                 where="image",
                 expected=f"at least {multiple} pixels on each side",
                 got=_sides(image.size),
-                fix="enlarge it: --size N sets the longer side",
+                hint="enlarge it: --size N sets the longer side",
             )
         if (width, height) != image.size:
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -111,17 +111,17 @@ def read_image(path: str | Path) -> Picture:
             where=path,
             expected=f"at most {Image.MAX_IMAGE_PIXELS} pixels",
             got=str(error).partition(" exceeds")[0],  # and not of which of PIL's two limits
-            fix="make it smaller with another program",
+            hint="make it smaller with another program",
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(
             "is no picture that can be read",
             where=path,
             expected=", ".join(READ_FORMATS),
-            fix="convert it to PNG or JPEG",
+            hint="convert it to PNG or JPEG",
         ) from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError("does not exist", where=path, fix="check the path") from error
+        raise InputError("does not exist", where=path, hint="check the path") from error
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(
             "cannot be opened", where=path, expected="a picture", got=error.strerror
@@ -132,7 +132,7 @@ def read_image(path: str | Path) -> Picture:
             where=repr(str(path)) if isinstance(error, ValueError) else path,
             expected="a whole picture",
             got=error,
-            fix="convert it to PNG or JPEG, or get it again",
+            hint="convert it to PNG or JPEG, or get it again",
         ) from error
 
 
@@ -156,7 +156,7 @@ def to_image(picture: Tensor) -> Image.Image:
             "the picture came out with NaN or infinity",
             where="image",
             expected="finite numbers",
-            fix="compute in a wider dtype (SDXL's VAE overflows in float16: --dtype float32), "
+            hint="compute in a wider dtype (SDXL's VAE overflows in float16: --dtype float32), "
             "and look at the weights with `sdconv inspect --values`",
         )
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -253,7 +253,7 @@ def _upright(image: Image.Image, path: Path) -> Picture:
                 where=path,
                 expected=f"0 to {top:g} in a picture of Pillow's mode {image.mode!r}",
                 got=f"{deep.min():g} to {deep.max():g}",
-                fix="scale it to 8 bits with another program",
+                hint="scale it to 8 bits with another program",
             )
         flat = Image.fromarray(np.round(deep * (255 / top)).astype(np.uint8))
         flat.getexif().update(image.getexif())

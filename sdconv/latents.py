@@ -8,13 +8,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sdconv.checkpoint.files import as_path
-from sdconv.checkpoint.source import open_source
-from sdconv.checkpoint.write import write_tensors
+from sdconv.checkpoint.io.files import as_path
+from sdconv.checkpoint.io.source import open_source
+from sdconv.checkpoint.io.write import write_tensors
 from sdconv.errors import InputError
-from sdconv.inputs import check_tensor
-from sdconv.network import Autoencoder
-from sdconv.vae import AutoencoderKLFlux2
+from sdconv.models.base import Autoencoder
+from sdconv.models.inputs import check_tensor
+from sdconv.models.vae import AutoencoderKLFlux2
 
 KEY = "latents"
 """The name of the tensor in a file of latents that is written here."""
@@ -56,7 +56,7 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
             where=network.config.class_name,
             expected=f"rows and columns in multiples of {p} and {q}",
             got=tuple(latents.shape),
-            fix="take a picture whose sides are multiples of "
+            hint="take a picture whose sides are multiples of "
             f"{p * network.downscale} and {q * network.downscale} pixels",
         )
     mean, std = _statistics(network, latents)
@@ -109,7 +109,7 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
                 where=path,
                 expected=f"one tensor, or one named {key!r}",
                 got=f"{len(names)} tensors: {shown}",
-                fix="name it: --key NAME",
+                hint="name it: --key NAME",
             )
         latents = source.tensor(key)
         said = source.metadata.get(SCALED_KEY)
@@ -120,7 +120,7 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
             where=f"{path}: {key}",
             expected="floating-point numbers of shape (B, C, h, w) or (C, h, w)",
             got=f"{str(latents.dtype).removeprefix('torch.')} {tuple(latents.shape)}",
-            fix="name another tensor: --key NAME" if len(names) > 1 else None,
+            hint="name another tensor: --key NAME" if len(names) > 1 else None,
         )
     latents = latents.float()
     if not torch.isfinite(latents).all():

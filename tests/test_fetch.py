@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, HubFile, serve
+from helpers.hub_server import Hub, HubFile, serve
 
 from sdconv.errors import InputError
 from sdconv.fetch import fetch, load_manifest
@@ -191,7 +191,7 @@ def test_a_wrong_hash_deletes_the_file(
     assert f"{repository()[1]}: the bytes are not the ones that the hub states" in text
     assert f"expected: sha256 {stated}" in text
     assert f"got: sha256 {got} (100000 bytes)" in text
-    assert "to do: fetch it again" in text
+    assert "hint: fetch it again" in text
     assert client.weights() == []
     assert list(tmp_path.rglob(repository()[1])) == []
 

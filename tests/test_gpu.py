@@ -4,67 +4,27 @@ CUDA's tensors, which carry shape, dtype and device but no values."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
-import seeded
 import torch
-from test_tiny import author, files
+from helpers import seeded
+from helpers.fake_cuda import KINDS, LOW, OnCuda, to_stand_ins
+from helpers.taesd_author import author, files
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import sdconv
-from sdconv.config import Config
-from sdconv.parity import check
+from sdconv.analysis.parity import check
 
-LOW = [torch.float16, torch.bfloat16]
-KINDS: Mapping[str, Config] = {
-    kind: config
-    for kind, config in {**seeded.WITH_PEER, **seeded.WITHOUT_PEER}.items()
-    if kind in ("sd1", "sd3", "flux2", "taesd", "taef2", "taesana")
-}
 FAMILY = {4: "sd1", 16: "flux1"}
 
 
 # --- stand-ins
-
-
-class OnCuda(TorchDispatchMode):
-    """Refuses every operation on a CPU tensor with dimensions, but for a copy to another device.
-
-    Stand-ins refuse most by themselves; a convolution takes a weight on any device.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
-        computes = func.namespace != "prim" and func is not torch.ops.aten._to_copy.default
-        if computes and any(tensor.device.type != "cuda" for tensor in given):
-            raise RuntimeError(f"{func} on device {[tensor.device for tensor in given]}")
-        return func(*args, **(kwargs or {}))
-
-
-def to_stand_ins(network: nn.Module, dtype: torch.dtype) -> None:
-    """Puts a CUDA tensor without values in every parameter's and buffer's place; within a
-    ``FakeTensorMode``."""
-
-    def stand_in(tensor: Tensor) -> Tensor:
-        own = dtype if tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, device="cuda", dtype=own)
-
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                value = nn.Parameter(stand_in(parameter), requires_grad=False)
-                module._parameters[name] = value
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = stand_in(buffer)
 
 
 def dry_run(
@@ -111,7 +71,7 @@ def dry_run(
 @pytest.mark.parametrize("kind", KINDS)
 def test_dry_run(kind: str, dtype: torch.dtype) -> None:
     network = seeded.network(KINDS[kind])
-    idle = (nn.ModuleList, nn.BatchNorm2d, sdconv.network.Network)
+    idle = (nn.ModuleList, nn.BatchNorm2d, sdconv.models.base.Network)
     modules = [module for module in network.modules() if not issubclass(type(module), idle)]
     assert dry_run(network, dtype) == len(modules)
 

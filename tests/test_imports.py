@@ -11,50 +11,32 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-PACKAGE = Path(__file__).parents[1] / "sdconv"
+PACKAGE = ROOT / "sdconv"
 
-# The way data flows. A module imports from its own line (never in a circle) or from one above; a
-# package stands for all its modules that have no line of their own.
-LAYERS = (
-    ("errors",),
-    ("config", "backends"),
-    ("ops",),
-    ("fast",),
-    ("checkpoint.files",),
-    ("checkpoint.header", "checkpoint.pickles", "checkpoint.folder", "checkpoint.source"),
-    ("checkpoint.keys", "checkpoint.keys_unet", "checkpoint.keys_clip", "checkpoint.names"),
-    # before infer, which reads the configs that it writes
-    ("checkpoint.write", "checkpoint.stream"),
-    ("checkpoint.find", "checkpoint.reading"),
-    ("checkpoint.infer_vae", "checkpoint.infer_tiny", "checkpoint.infer_unet"),
-    ("checkpoint.infer",),
-    ("checkpoint.fit",),
-    ("inputs", "stand_in", "network", "outputs", "blocks", "unet_blocks", "unet_inputs"),
-    ("streaming",),
-    ("vae", "tiny", "unet"),
-    ("checkpoint.load", "checkpoint.save"),
-    ("checkpoint.whole", "checkpoint.convert"),
-    ("anatomy", "comparison", "inspection", "latents", "lora"),
-    # read by the points' table and by their dry run
-    ("parity.inputs", "parity.stepwise", "report.pieces"),
-    ("features",),
-    ("parity", "images", "report", "fetch", "explanation", "timings"),
-    ("integrations",),
-    ("",),  # sdconv/__init__.py itself, whose public names come from everywhere above
-    ("cli",),
+# The floors of docs/architecture.md, top first: a module imports from its own floor (never in a
+# circle) or from one below. A name stands for the module and for all that is in a package.
+FLOORS = (
     ("__main__",),
+    ("cli",),
+    ("",),  # sdconv/__init__.py itself, whose public names come from everywhere below
+    ("report",),
+    ("features",),
+    ("analysis",),
+    ("loading",),
+    ("streaming",),
+    ("fast", "integrations", "latents"),
+    ("models", "lora", "images"),
+    ("checkpoint",),
+    ("convolution", "config", "backends", "devices", "sizes", "fetch"),
+    ("errors",),
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-
-# Arrows that may point back, where the import stands inside a function.
-LAZY_BACK = {
-    ("parity", "integrations"),
-    ("unet", "integrations"),
-    ("stand_in", "checkpoint.load"),
-    ("stand_in", "integrations"),
-    ("features", "report"),  # maps.plot
-}
+FLOOR = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
+# knows nothing of its neighbours on the same floor
+APART = ("fast", "integrations", "latents")
+# The one import that may point up, inside a function: `enable_streaming`.
+UPWARD = ("models.vae", "streaming")
 IMPORTS_DIFFUSERS = "integrations"
 
 
@@ -117,14 +99,12 @@ def _targets(node: ast.AST, package: str, sources: dict[str, str]) -> Iterator[s
 
 
 def place(name: str) -> str:
-    """The name in LAYERS that stands for `name`: itself, or the package it is in."""
-    while name not in RANK and "." in name:
-        name = name.rpartition(".")[0]
-    return name
+    """The name in FLOORS that stands for the module ``name``."""
+    return name.partition(".")[0]
 
 
 def complaints(sources: dict[str, str]) -> list[str]:
-    """What is wrong with the imports in `sources`, one line each."""
+    """What is wrong with the imports in ``sources``, one line each."""
     found = []
     graph: dict[str, set[str]] = {}
     for arrow in arrows(sources):
@@ -134,14 +114,17 @@ def complaints(sources: dict[str, str]) -> list[str]:
         if arrow.target.split(".")[0] != "sdconv":
             continue
         target = arrow.target.removeprefix("sdconv").removeprefix(".")
-        if arrow.lazy and (place(arrow.importer), place(target)) in LAZY_BACK:
+        if arrow.lazy and (arrow.importer, target) == UPWARD:
             continue
         graph.setdefault(arrow.importer, set()).add(target)
-        strangers = [name for name in (arrow.importer, target) if place(name) not in RANK]
+        own, other = place(arrow.importer), place(target)
+        strangers = [name for name in (own, other) if name not in FLOOR]
         if strangers:
-            found.append(f"{where} imports {target}: {strangers[0]!r} has no place in LAYERS")
-        elif RANK[place(target)] > RANK[place(arrow.importer)]:
-            found.append(f"{where} imports {target or '__init__'}, which stands after it")
+            found.append(f"{where} imports {target}: {strangers[0]!r} is on no floor")
+        elif FLOOR[other] > FLOOR[own]:
+            found.append(f"{where} imports {target or '__init__'}, which is above it")
+        elif own != other and own in APART and other in APART:
+            found.append(f"{where} imports {target}, which is its neighbour")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -153,53 +136,74 @@ def test_imports_point_one_way() -> None:
     assert complaints(modules(PACKAGE)) == []
 
 
-def test_every_module_has_a_place() -> None:
-    # a package of several layers, like checkpoint, has none: it holds a docstring only
-    homeless = {
-        name: source for name, source in modules(PACKAGE).items() if place(name) not in RANK
-    }
-    statements = {name: len(ast.parse(source).body) for name, source in homeless.items()}
-    assert [name for name, count in statements.items() if count > 1] == []
+def test_every_module_is_on_a_floor() -> None:
+    assert {place(name) for name in modules(PACKAGE)} == set(FLOOR)
 
 
 @pytest.mark.parametrize(
     ("planted", "complaint"),
     [
-        ({"errors": "import sdconv.config"}, "errors:1 imports config, which stands after it"),
-        ({"config": "from . import vae"}, "config:1 imports vae, which stands after it"),
+        ({"errors": "import sdconv.config"}, "errors:1 imports config, which is above it"),
+        ({"config": "from . import models"}, "config:1 imports models, which is above it"),
         (
-            {"ops.convolution": "def f():\n    from ..checkpoint.load import load"},
-            "ops.convolution:2 imports checkpoint.load, which stands after it",
+            {"convolution.reference": "def f():\n    from ..checkpoint.open import open"},
+            "convolution.reference:2 imports checkpoint.open, which is above it",
         ),
         (
-            {"blocks": "from importlib import import_module\nimport_module('sdconv.cli')"},
-            "blocks:2 imports cli, which stands after it",
-        ),
-        ({"vae": "from sdconv import load"}, "vae:1 imports __init__, which stands after it"),
-        (
-            {"parity": "from sdconv.integrations import diffusers"},
-            "parity:1 imports integrations.diffusers, which stands after it",
+            {"models.blocks": "from importlib import import_module\nimport_module('sdconv.cli')"},
+            "models.blocks:2 imports cli, which is above it",
         ),
         (
-            {"parity": "def f():\n    import diffusers.models"},
-            "parity:2 imports diffusers.models: only integrations may",
+            {"models.vae": "from sdconv import load"},
+            "models.vae:1 imports __init__, which is above",
         ),
-        ({"novel": "import sdconv.errors"}, "novel:1 imports errors: 'novel' has no place"),
-        ({"tiny": "import sdconv.vae", "vae": "import sdconv.tiny"}, "a circle: "),
+        (
+            {"models.vae": "from sdconv import streaming"},
+            "models.vae:1 imports streaming, which is above it",
+        ),
+        (
+            {"models.tiny": "def f():\n    from sdconv import streaming"},
+            "models.tiny:2 imports streaming, which is above it",
+        ),
+        (
+            {"fast.blocks": "def f():\n    import sdconv.integrations.diffusers"},
+            "fast.blocks:2 imports integrations.diffusers, which is its neighbour",
+        ),
+        (
+            {"analysis.parity": "def f():\n    import diffusers.models"},
+            "analysis.parity:2 imports diffusers.models: only integrations may",
+        ),
+        ({"novel": "import sdconv.errors"}, "novel:1 imports errors: 'novel' is on no floor"),
+        (
+            {"models.tiny": "import sdconv.models.vae", "models.vae": "import sdconv.models.tiny"},
+            "a circle: ",
+        ),
+        (
+            {
+                "checkpoint.open": "def f():\n    import sdconv.checkpoint.save",
+                "checkpoint.save": "import sdconv.checkpoint.open",
+            },
+            "a circle: ",
+        ),
     ],
 )
 def test_a_planted_import_is_caught(planted: dict[str, str], complaint: str) -> None:
-    names = ("", "ops", "checkpoint", "config", "vae", "tiny", "integrations.diffusers")
+    names = ("", "cli", "streaming", "models", "models.vae", "models.tiny", "checkpoint")
+    names += ("checkpoint.open", "config", "integrations.diffusers", "fast")
     found = complaints(dict.fromkeys(names, "") | planted)
     assert len(found) == 1
     assert found[0].startswith(complaint)
 
 
-def test_imports_allowed_back_and_forth() -> None:
-    lazily = "def f():\n    from sdconv.integrations import diffusers"
-    sources = {"parity.check": lazily, "unet": lazily}
-    own = "import diffusers\nfrom sdconv import unet\nfrom sdconv.parity import check"
-    assert complaints(sources | {"integrations.diffusers": own}) == []
+def test_what_may_be_imported() -> None:
+    sources = {
+        "models.vae": "def f():\n    from sdconv import streaming",
+        "integrations.diffusers": "import diffusers\nfrom sdconv.models import unet",
+        "analysis.parity": "def f():\n    from sdconv.integrations import diffusers",
+        "streaming": "from sdconv.models import vae",
+        "models.unet": "",
+    }
+    assert complaints(sources) == []
 
 
 SLOW_TO_IMPORT = (
@@ -245,4 +249,4 @@ def test_a_heavy_import_is_noticed() -> None:
 def test_import_sdconv_registers_no_operator() -> None:
     assert operators_after("import torch, sdconv; dir(sdconv)") == set()
     registered = {"sdconv::moments", "sdconv::convolution", "sdconv::doubled_convolution"}
-    assert operators_after("import sdconv.ops.library") == registered, "the control"
+    assert operators_after("import sdconv.fast.cpu.custom_ops") == registered, "the control"

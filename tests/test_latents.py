@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import seeded
 import torch
+from helpers import seeded
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from sdconv.checkpoint.files import short
-from sdconv.checkpoint.find import Found
-from sdconv.checkpoint.fit import fit
-from sdconv.checkpoint.folder import DIFFUSERS_NAME
-from sdconv.checkpoint.infer import Identified, warn_if_open
-from sdconv.checkpoint.load import BUILD, SourceView, Weights
+from sdconv.checkpoint.identify.find import Found
+from sdconv.checkpoint.identify.fit import fit
+from sdconv.checkpoint.identify.infer import Identified, warn_if_open
+from sdconv.checkpoint.io.files import short
+from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
+from sdconv.checkpoint.io.source import TORCH_DTYPES
+from sdconv.checkpoint.io.stream import Entry, OnTensor, stream
+from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
 from sdconv.checkpoint.save import LAYOUTS, original_tensors
-from sdconv.checkpoint.source import TORCH_DTYPES
-from sdconv.checkpoint.stream import Entry, OnTensor, stream
 from sdconv.checkpoint.whole import (
     COMPONENTS,
     Checkpoint,
@@ -33,8 +33,8 @@ from sdconv.checkpoint.whole import (
     left_over,
     opened,
 )
-from sdconv.checkpoint.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError
+from sdconv.loading import BUILD, SourceView, Weights
 
 ORIGIN_KEY = "sdconv.original"
 """Where a file in diffusers' layout keeps how its original differed from the usual one."""
@@ -338,5 +338,5 @@ def _remembered(component: str, view: SourceView, usual: Names, prefix: str) -> 
             f"its metadata {ORIGIN_KEY} does not fit its tensors",
             where=view.source.label,
             got=short(text),
-            fix="remove it from the file's metadata",
+            hint="remove it from the file's metadata",
         ) from error

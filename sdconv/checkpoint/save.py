@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdconv.checkpoint.find import is_vae_projection
-from sdconv.checkpoint.keys import FLUX2_RULES, VAE_RULES, KeyMap, tiny_original
-from sdconv.checkpoint.keys_unet import UNetKeys, keys_of_canonical
-from sdconv.checkpoint.write import CONFIG_KEY, output_path, write_folder, write_tensors
+from sdconv.checkpoint.identify.find import is_vae_projection
+from sdconv.checkpoint.io.write import CONFIG_KEY, output_path, write_folder, write_tensors
+from sdconv.checkpoint.keys.unet import UNetKeys, keys_of_canonical
+from sdconv.checkpoint.keys.vae import FLUX2_RULES, VAE_RULES, KeyMap, tiny_original
 from sdconv.config import (
     AutoencoderKLFlux2Config,
     AutoencoderTinyConfig,
@@ -18,7 +18,7 @@ from sdconv.config import (
     UNet2DConditionConfig,
 )
 from sdconv.errors import InputError
-from sdconv.network import Network
+from sdconv.models.base import Network
 
 LAYOUTS = ("diffusers", "original")
 

@@ -11,13 +11,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdconv.checkpoint.files import os_errors, read_json
-from sdconv.checkpoint.find import Found, find_networks
-from sdconv.checkpoint.folder import components_in, is_pipeline
-from sdconv.checkpoint.keys_clip import TRANSPOSED, long_name, open_clip_names
-from sdconv.checkpoint.load import SourceView, Weights, pipeline_parts
-from sdconv.checkpoint.source import open_source
-from sdconv.checkpoint.stream import Entry
+from sdconv.checkpoint.identify.find import Found, find_networks
+from sdconv.checkpoint.io.files import os_errors, read_json
+from sdconv.checkpoint.io.folder import components_in, is_pipeline
+from sdconv.checkpoint.io.source import open_source
+from sdconv.checkpoint.io.stream import Entry
+from sdconv.checkpoint.keys.clip import TRANSPOSED, long_name, open_clip_names
+from sdconv.loading import SourceView, Weights, pipeline_parts
 
 COMPONENTS = ("unet", "vae")
 """What has names of its own in both layouts."""

@@ -50,8 +50,8 @@ def anatomy(
       sdconv anatomy vae.safetensors --size 1024x1024 --plot anatomy.png
       sdconv anatomy v1-5-pruned-emaonly.safetensors --component vae --json
     """
-    from sdconv.anatomy import dissect
-    from sdconv.inspection import inspect
+    from sdconv.analysis.anatomy import dissect
+    from sdconv.analysis.inspection import inspect
 
     shape = parsed_size(size)
     if plot is not None:

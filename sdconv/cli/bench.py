@@ -52,9 +52,9 @@ def bench(
       sdconv bench v1-5-pruned-emaonly.safetensors --component unet --rounds 5 --json
       sdconv bench v1-5-pruned-emaonly.safetensors --component unet --size 96x64 --explain
     """
+    from sdconv.analysis.explain import explain
+    from sdconv.analysis.inspection import inspect
     from sdconv.cli.running import fits, running
-    from sdconv.explanation import explain
-    from sdconv.inspection import inspect
     from sdconv.report.bench import explanation_report, timings_report
 
     given = None if size is None else parsed_size(size)
@@ -72,8 +72,8 @@ def bench(
 
     import torch
 
-    from sdconv.checkpoint.load import load
-    from sdconv.timings import time_backends
+    from sdconv.analysis.timings import time_backends
+    from sdconv.loading import load
 
     where = f"{shape[0]}x{shape[1]}"
     # of one layer: what goes in, and what comes out

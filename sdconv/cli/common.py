@@ -205,7 +205,7 @@ def not_an_input(out: Path, inputs: Sequence[Path]) -> None:
             raise InputError(
                 "the output is one of the inputs, or a part of it",
                 where=out,
-                fix="give the output another name",
+                hint="give the output another name",
             )
 
 
@@ -232,7 +232,7 @@ class Commands(TyperGroup):
                     raise
                 command = self.get_command(ctx, ctx.invoked_subcommand)
                 options = [option.name for option in command.params] if command else []
-                fail(SdconvError("not enough memory", fix=less_memory(options)))
+                fail(SdconvError("not enough memory", hint=less_memory(options)))
 
 
 _NO_MEMORY = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)

@@ -38,7 +38,7 @@ def diff(
       sdconv diff stable-diffusion-v1-5/ v1-5-pruned-emaonly.safetensors
       sdconv diff a.safetensors b.safetensors --json
     """
-    from sdconv.comparison import compare
+    from sdconv.analysis.diff import compare
 
     if plot is not None:
         from sdconv.report.plots import plot_format

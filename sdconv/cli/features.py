@@ -23,9 +23,9 @@ from sdconv.cli.common import (
     print_json,
     say,
 )
-from sdconv.cli.passing import Given, Passage, passage
 from sdconv.cli.running import running
 from sdconv.errors import InputError, SdconvError
+from sdconv.features.drivers import Given, Passage, passage
 
 if TYPE_CHECKING:
     from sdconv.features import Maps, Points
@@ -133,7 +133,7 @@ def features(
             "give a picture, latents or noise, one of them",
             where="IMAGE|LATENT and --noise",
             got="both" if noise else "neither",
-            fix="name a file, or say --noise",
+            hint="name a file, or say --noise",
         )
     chosen = _calls(keep, steps)
     _free(out)
@@ -275,12 +275,12 @@ def _free(out: Path) -> None:
         InputError: something is there.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError("is not a folder", where=out, fix="give --out another name")
+        raise InputError("is not a folder", where=out, hint="give --out another name")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(
             "is not empty, and nothing is overwritten",
             where=out,
-            fix="give --out another name, or remove it",
+            hint="give --out another name, or remove it",
         )
 
 
@@ -308,7 +308,7 @@ def _made_whole(out: Path) -> Iterator[Path]:
             "cannot be written, and nothing is left of it",
             where=out,
             got=error.__cause__ or error,
-            fix="make room, or give --out a place on another disk",
+            hint="make room, or give --out a place on another disk",
         ) from error
     finally:
         remove(part)

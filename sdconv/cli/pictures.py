@@ -114,7 +114,7 @@ def encode(
                 raise InputError(
                     "a tiny autoencoder has no posterior to draw from",
                     where="--sample",
-                    fix="leave --sample out",
+                    hint="leave --sample out",
                 )
             latents = result.latents
         elif sample:
@@ -128,7 +128,7 @@ def encode(
         raise InputError(
             "the latents came out with NaN or infinity",
             where=network.config.class_name,
-            fix="compute in a wider dtype: --dtype float32",
+            hint="compute in a wider dtype: --dtype float32",
         )
     write_latents(latents, out, scaled=scaled)
     shape = tuple(latents.shape)
@@ -206,7 +206,7 @@ def decode(
             where=latents,
             expected="--scaled" if said else "--raw",
             got="--scaled" if scaled else "--raw",
-            fix="leave it to the file: give neither",
+            hint="leave it to the file: give neither",
         )
     carries = bool(said if scaled is None else scaled)
     means = Means(component, family, dtype, device, backend, memory, spill)

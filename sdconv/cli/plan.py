@@ -22,7 +22,7 @@ from sdconv.cli.common import (
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
-    from sdconv.vae import AutoencoderKL
+    from sdconv.models.vae import AutoencoderKL
 
 
 def plan(
@@ -145,10 +145,10 @@ def _blank(paths: list[Path] | None, family: str | None) -> AutoencoderKL:
     import torch
 
     from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
-    from sdconv.vae import AutoencoderKL
+    from sdconv.models.vae import AutoencoderKL
 
     if paths:
-        from sdconv.inspection import inspect
+        from sdconv.analysis.inspection import inspect
 
         config = inspect(one_or_all(paths), family=family).network("vae").config
     else:

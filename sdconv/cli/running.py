@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdconv.images import Picture
-    from sdconv.network import Autoencoder
+    from sdconv.models.base import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def opened(model: Sequence[Path], means: Means) -> Autoencoder:
         SdconvError: as ``sdconv.load`` and ``enable_streaming``; or the network is no autoencoder,
             or none that streams.
     """
-    from sdconv.checkpoint.load import load
-    from sdconv.network import Autoencoder
+    from sdconv.loading import load
+    from sdconv.models.base import Autoencoder
 
     network = load(
         one_or_all(model),
@@ -69,14 +69,14 @@ def _stream(network: Any, means: Means) -> None:
             raise InputError(
                 "whole maps are not spilled",
                 where="--spill",
-                fix="say how much memory there is: --memory 2GiB",
+                hint="say how much memory there is: --memory 2GiB",
             )
         return
     if not hasattr(network, "enable_streaming"):
         raise InputError(
             "a tiny autoencoder computes whole maps only",
             where="--memory",
-            fix="leave --memory out",
+            hint="leave --memory out",
         )
     network.enable_streaming(means.memory, means.spill)
 
@@ -149,7 +149,7 @@ def check_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
             where=network.config.class_name,
             expected=f"{4 * channels if scaled else channels} channels",
             got=tuple(z.shape),
-            fix="leave --scaled out" if scaled else "pass --scaled",
+            hint="leave --scaled out" if scaled else "pass --scaled",
         )
 
 
@@ -168,7 +168,7 @@ def has_room(
     Raises:
         InputError: they do.
     """
-    from sdconv.anatomy import dissect
+    from sdconv.analysis.anatomy import dissect
 
     pixels = pictures * size[0] * size[1]
     if network.device.type == "cpu" and pixels > 1 << 20:
@@ -197,7 +197,7 @@ def fits(least: int, where: str, options: Sequence[str]) -> None:
             where=where,
             expected=f"at most {free / 1e9:.1f} GB",
             got=f"{least / 1e9:.1f} GB for the maps of one layer alone",
-            fix=less_memory(options),
+            hint=less_memory(options),
         )
 
 

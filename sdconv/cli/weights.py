@@ -51,8 +51,8 @@ def inspect(
       sdconv inspect stable-diffusion-v1-5/ --json
       sdconv inspect vae.safetensors --values
     """
-    from sdconv.inspection import check_values
-    from sdconv.inspection import inspect as look
+    from sdconv.analysis.inspection import check_values
+    from sdconv.analysis.inspection import inspect as look
 
     where = one_or_all(paths)
     found = look(where, family=family)
@@ -101,8 +101,8 @@ def check(
       sdconv check v1-5-pruned-emaonly.safetensors --component vae --size 256x256 --all
       sdconv check vae.safetensors --dtype float16 --device cuda --json
     """
-    from sdconv.parity import check as compare
-    from sdconv.parity import components
+    from sdconv.analysis.parity import check as compare
+    from sdconv.analysis.parity import components
 
     where = one_or_all(paths)
     shape = None if size is None else parsed_size(size)

@@ -90,7 +90,7 @@ class Config(Mapping[str, Any]):
                     where=where,
                     expected=f"{key} = {value!r}",
                     got=repr(given[key]),
-                    fix="sdconv does not build this variant; use diffusers for it",
+                    hint="sdconv does not build this variant; use diffusers for it",
                 )
         fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = set(given) - fields - set(cls.constant) - cls.derived - cls.unused
@@ -109,7 +109,7 @@ class Config(Mapping[str, Any]):
                     where=where,
                     expected=str(hints[key]).removeprefix("<class '").removesuffix("'>"),
                     got=repr(given[key])[:80],
-                    fix="remove config.json: the config is then read from the weights' shapes",
+                    hint="remove config.json: the config is then read from the weights' shapes",
                 )
         missing = fields - set(values)
         if missing:
@@ -118,7 +118,7 @@ class Config(Mapping[str, Any]):
                 where=where,
                 expected=f"the fields of {cls.class_name}",
                 got=", ".join(sorted(given)) or "none",
-                fix="remove config.json: the config is then read from the weights' shapes",
+                hint="remove config.json: the config is then read from the weights' shapes",
             )
         try:
             config = cls(**{k: _frozen(v) for k, v in values.items()})
@@ -126,7 +126,7 @@ class Config(Mapping[str, Any]):
             raise CheckpointError(
                 f"config.json does not describe a {cls.class_name}: {error}",
                 where=where,
-                fix="remove config.json: the config is then read from the weights' shapes",
+                hint="remove config.json: the config is then read from the weights' shapes",
             ) from error
         for key in sorted((cls.derived - cls.unused) & set(given)):
             if _frozen(given[key]) != config[key]:
@@ -135,7 +135,7 @@ class Config(Mapping[str, Any]):
                     where=where,
                     expected=f"{config[key]!r}, which follows from its other fields",
                     got=repr(given[key])[:80],
-                    fix=f"if the weights are of this network, remove {key} from config.json; "
+                    hint=f"if the weights are of this network, remove {key} from config.json; "
                     "otherwise use diffusers for it",
                 )
         return config

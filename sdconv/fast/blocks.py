@@ -1,7 +1,7 @@
 """The convolutional blocks with fused arithmetic.
 
-Each function takes a block of :mod:`sdconv.blocks` and computes what its ``forward`` does, by the
-means of the device that the map is on. Maps are ``(B, C, H, W)``.
+Each function takes a block of :mod:`sdconv.models.blocks` and computes what its ``forward`` does,
+by the means of the device that the map is on. Maps are ``(B, C, H, W)``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.backends import is_fast
-from sdconv.fast import cpu, cuda
+from sdconv.fast.cpu import blocks as cpu
+from sdconv.fast.cuda import blocks as cuda
 from sdconv.fast.eager import is_eager
 from sdconv.fast.modules import is_bare, is_conv1x1, is_conv3x3, is_norm, takes
 

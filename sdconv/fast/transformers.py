@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sdconv.backends import is_fast
+from sdconv.fast.cpu import kernels as engines
 from sdconv.fast.eager import is_eager
 from sdconv.fast.modules import takes
-from sdconv.ops import engines
 
 
 def products(transformer: nn.Module, x: Tensor) -> AbstractContextManager[object]:

@@ -56,7 +56,7 @@ class Call:
                 where=f"call {self.index}",
                 expected="a whole batch of a pipeline's U-Net with classifier-free guidance of two "
                 "halves",
-                fix="take the rows from .tensor",
+                hint="take the rows from .tensor",
             )
         if not self.guided:
             if half == "conditional":
@@ -64,7 +64,7 @@ class Call:
             raise SdconvError(
                 "there is no unconditional half without classifier-free guidance",
                 where=f"call {self.index}",
-                fix="call the pipeline with guidance_scale above 1",
+                hint="call the pipeline with guidance_scale above 1",
             )
         return slice(0, batch // 2) if half == "unconditional" else slice(batch // 2, batch)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.load import usable_device
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Counter, Steps, selection
 from sdconv.features.forecast import Forecast
@@ -21,6 +20,7 @@ from sdconv.features.maps import Entry, Maps
 from sdconv.features.patterns import Patterns, chosen
 from sdconv.features.reduction import Keep, Reduction, Region, copies_later, reduction
 from sdconv.features.targets import Target, target_of
+from sdconv.loading import usable_device
 
 
 @untraced
@@ -207,5 +207,5 @@ def _check_reached(by_pattern: Mapping[str, Sequence[str]], maps: Mapping[str, o
                 "no layer that this matches was reached, in a call that was to be kept",
                 where=repr(pattern),
                 expected=f"a call of the network that passes {names[0]}",
-                fix="call the network inside the block; look at steps=",
+                hint="call the network inside the block; look at steps=",
             )

@@ -109,7 +109,7 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
                 "no layer that this matches was reached",
                 where=repr(pattern),
                 expected=f"a call of the network that passes {names[0]}",
-                fix="call the network inside the block",
+                hint="call the network inside the block",
             )
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdconv.anatomy import Layer, Recorder, View
-from sdconv.checkpoint.load import BUILD
+from sdconv.analysis.anatomy import Layer, Recorder, View
 from sdconv.config import (
     AutoencoderKLConfig,
     AutoencoderKLFlux2Config,
@@ -19,15 +18,16 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
+from sdconv.convolution.geometry import Window, pair
 from sdconv.errors import SdconvError
-from sdconv.features.dry import double
 from sdconv.features.hooks import attach
 from sdconv.features.places import Place, places
 from sdconv.features.reduction import channel_axis
-from sdconv.network import Network
-from sdconv.ops.geometry import Window, pair
-from sdconv.parity.inputs import Noise, inputs_for
-from sdconv.unet import UNet2DConditionModel
+from sdconv.loading import BUILD
+from sdconv.models.base import Network
+from sdconv.models.dummy_inputs import Noise, inputs_for
+from sdconv.models.meta_copy import double
+from sdconv.models.unet import UNet2DConditionModel
 
 PICTURE, LATENTS = 512, 64
 """Rows and columns of what an autoencoder and a U-Net are thought to be given."""

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sdconv.features.calls import Call
-from sdconv.features.dry import double, without_values
 from sdconv.features.hooks import attach, first_tensor
 from sdconv.features.keeping import too_wide
 from sdconv.features.places import places
 from sdconv.features.reduction import Keep
 from sdconv.features.targets import Target
+from sdconv.models.meta_copy import double, without_values
 
 
 class Forecast:

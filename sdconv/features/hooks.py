@@ -134,7 +134,7 @@ def uncompiled() -> Iterator[None]:
             except RuntimeError as error:  # what torch says of a stance in compiled code
                 raise SdconvError(
                     "a capture or an edit cannot begin inside of what torch.compile compiles",
-                    fix=OUTSIDE,
+                    hint=OUTSIDE,
                 ) from error
         _EAGER.users += 1
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdconv.errors import SdconvError
 from sdconv.features.calls import Call
 from sdconv.features.writing import Store, said
-from sdconv.streaming.sizes import parse_bytes
+from sdconv.sizes import parse_bytes
 
 Load = Callable[[], Tensor]
 
@@ -51,7 +51,7 @@ class Sink:
         if self.store is not None:
             ready()
             place, left = self.store.path, "make room; what was complete can be opened"
-            with said(place, "cannot be written", fix=left):
+            with said(place, "cannot be written", hint=left):
                 written = self.store.append(name, call, x)
         limit = 0 if self.limit is None and written is not None else self.limit
         if limit is None or self._held + x.nbytes <= limit:
@@ -69,5 +69,5 @@ def too_wide(needed: int, limit: int, when: str) -> SdconvError:
         where="max_memory",
         expected=f"at most {limit:,} bytes",
         got=f"{needed:,} bytes {when}",
-        fix="choose fewer layers or steps, reduce= them, or give a store= on the disk",
+        hint="choose fewer layers or steps, reduce= them, or give a store= on the disk",
     )

@@ -66,6 +66,6 @@ def matches(names: Sequence[str], pattern: str) -> list[str]:
             "no layer has such a name",
             where=repr(pattern),
             expected=f"a name such as {', '.join(near)}" if near else "the name of a layer",
-            fix="list the names: sdconv.features(network)",
+            hint="list the names: sdconv.features(network)",
         )
     return found

@@ -71,7 +71,7 @@ def reuse(
                 "no module that this matches was called",
                 where=repr(pattern),
                 expected=f"a call of the network that passes {names[0]}",
-                fix="call the network inside the block",
+                hint="call the network inside the block",
             )
 
 

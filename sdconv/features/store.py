@@ -21,7 +21,7 @@ def open_maps(path: str | Path) -> Maps:
     """
     path = Path(path).absolute()
     zarr = zarr_for(path)
-    with said(path, "no folder of maps", fix="open what maps.save(path) wrote"):
+    with said(path, "no folder of maps", hint="open what maps.save(path) wrote"):
         about = dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
         if about.get(FORMAT) != VERSION:
             raise ValueError(f"its attributes do not say {FORMAT} {VERSION}")

@@ -56,7 +56,7 @@ class Store:
                 "there is something already, and maps overwrite nothing",
                 where=path,
                 expected="a path where nothing is",
-                fix="choose another path, or remove what is there",
+                hint="choose another path, or remove what is there",
             )
         # the working folder may change before the maps are read again
         self.path = path.absolute()
@@ -135,7 +135,7 @@ def save(entries: Iterable[tuple[str, Call, Tensor]], path: Path, *, pipeline: b
         SdconvError: there is something at that path; it cannot be written; zarr is missing.
     """
     Store(path, pipeline=pipeline)  # checks
-    with said(path, "cannot be written", fix="make room, or choose another place"):
+    with said(path, "cannot be written", hint="make room, or choose another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
         try:
@@ -217,13 +217,13 @@ def zarr_for(path: Path) -> Any:
         raise SdconvError(
             "maps on the disk need the zarr package",
             where=path,
-            fix="pip install 'sdconv[maps]'",
+            hint="pip install 'sdconv[maps]'",
         ) from error
     return zarr
 
 
 @contextmanager
-def said(path: Path, what: str, fix: str | None = None) -> Iterator[None]:
+def said(path: Path, what: str, hint: str | None = None) -> Iterator[None]:
     """What goes wrong with a file in one kind of error."""
     try:
         yield
@@ -232,4 +232,4 @@ def said(path: Path, what: str, fix: str | None = None) -> Iterator[None]:
     # of zarr and of a file's own making: wrong types, lengths, sizes, codecs
     except Exception as error:
         first = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise SdconvError(f"{what} ({first})", where=path, fix=fix) from error
+        raise SdconvError(f"{what} ({first})", where=path, hint=hint) from error

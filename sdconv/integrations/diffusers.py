@@ -14,9 +14,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
-from sdconv import unet
 from sdconv.config import UNet2DConditionConfig
-from sdconv.unet_blocks import TransformerSlot
+from sdconv.models import unet
+from sdconv.models.unet_blocks import TransformerSlot
 
 
 def transformer(slot: TransformerSlot) -> nn.Module:

@@ -17,7 +17,7 @@ from diffusers.models import attention_processor, downsampling, resnet, upsampli
 from diffusers.models.autoencoders import vae as autoencoder
 from torch import Tensor, is_grad_enabled, nn
 
-from sdconv import blocks, vae
+from sdconv.models import blocks, vae
 
 
 class ResnetBlock2D(blocks.ResnetBlock2D):

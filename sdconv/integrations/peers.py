@@ -50,7 +50,7 @@ def peer(
             where=config.class_name,
             expected="a network that diffusers can build too",
             got=f"one that {VERSION} cannot",
-            fix="compare with outputs of the author's own code, as tests/test_oracles.py does",
+            hint="compare with outputs of the author's own code, see tests/models/test_oracles.py",
         )
     fields = dict(told or config.to_json())
     known = inspect.signature(kind.__init__).parameters
@@ -64,7 +64,7 @@ def peer(
             "diffusers cannot convert these names, so there is nothing to compare with",
             where=config.class_name,
             got=f"{type(error).__name__}: {error}",
-            fix="write them in diffusers' layout first: sdconv convert",
+            hint="write them in diffusers' layout first: sdconv convert",
         ) from error
     for name in network.state_dict():
         if name.endswith("num_batches_tracked"):  # a counter that files may leave out
@@ -76,7 +76,7 @@ def peer(
             "diffusers cannot take these weights, so there is nothing to compare with",
             where=config.class_name,
             got=str(error).splitlines()[-1].strip(),
-            fix="write them in diffusers' layout first: sdconv convert",
+            hint="write them in diffusers' layout first: sdconv convert",
         ) from error
     return network.eval(), how
 

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sdconv.checkpoint.files import short
-from sdconv.checkpoint.load import Weights
+from sdconv.checkpoint.io.files import short
 from sdconv.errors import InputError
+from sdconv.loading import Weights
 from sdconv.lora.reading import Lora, read_lora
 
 
@@ -88,7 +88,7 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
                 where=f"{name}.weight",
                 expected="a network with its weights in memory",
                 got="the meta device" if weights[name].is_meta else weights[name].dtype,
-                fix="merge before the network is offloaded or quantised",
+                hint="merge before the network is offloaded or quantised",
             )
     scaled = _Scaled(read, float(scale))
     state = _MERGED.get(model) or _State()
@@ -179,7 +179,7 @@ def _sum(loras: Sequence[_Scaled], name: str, original: Tensor, weight: Tensor) 
             where=f"{name}.weight",
             expected=f"numbers that {weight.dtype} can hold",
             got=f"scale {' and '.join(f'{one.scale:g}' for one in own)}",
-            fix="a smaller scale, or weights in a wider dtype",
+            hint="a smaller scale, or weights in a wider dtype",
         )
     return rounded
 

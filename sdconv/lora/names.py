@@ -16,9 +16,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from sdconv.checkpoint.keys import VAE_RULES, KeyMap
-from sdconv.checkpoint.keys_unet import keys_of_canonical
-from sdconv.checkpoint.names import how_many, modules_of
+from sdconv.checkpoint.keys.prefixes import how_many, modules_of
+from sdconv.checkpoint.keys.unet import keys_of_canonical
+from sdconv.checkpoint.keys.vae import VAE_RULES, KeyMap
 
 _MATRIX = re.compile(
     r"(?P<layer>.+?)"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.files import os_errors, read_json, short
-from sdconv.checkpoint.load import Weights
-from sdconv.checkpoint.source import Source, open_source
+from sdconv.checkpoint.io.files import os_errors, read_json, short
+from sdconv.checkpoint.io.source import Source, open_source
 from sdconv.errors import CheckpointError, WeightsMismatchError
+from sdconv.loading import Weights
 from sdconv.lora.names import LoraKey, is_of_text_encoder, parsed, spellings
 
 # by what in a key shows it: methods whose updates are no product of two matrices
@@ -145,7 +145,7 @@ def _check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey
             expected="names that end in .lora_down.weight, .lora_up.weight, .lora_mid.weight, "
             ".alpha, .lora_A.weight, .lora_B.weight, .lora.down.weight or .lora.up.weight",
             got=_some(strange) or f"{len(source.entries)} keys of text encoders",
-            fix=f"this looks like {' and '.join(sorted(others))}, which is not merged here"
+            hint=f"this looks like {' and '.join(sorted(others))}, which is not merged here"
             if others
             else None,
         )
@@ -167,7 +167,7 @@ def _check_layers(
             where=source.label,
             expected=f"layers of the {network}{_reads(shapes)}",
             got=_some(lost),
-            fix="check that the LoRA was trained on a model of the same family",
+            hint="check that the LoRA was trained on a model of the same family",
         )
 
 
@@ -188,7 +188,7 @@ def _check_shapes(
             where=source.label,
             expected=_some([f"{layer}: {shapes[layer]}" for layer in wrong]),
             got=_some(came),
-            fix="check that the LoRA was trained on a model of the same family",
+            hint="check that the LoRA was trained on a model of the same family",
         )
 
 
@@ -212,7 +212,7 @@ def _check_same(source: Source, name: str, one: Tensor, other: Tensor) -> None:
             f"{name} is of a layer that another key is of too, with other values",
             where=source.label,
             expected="one LoRA",
-            fix="take one of the two out of the file",
+            hint="take one of the two out of the file",
         )
 
 

@@ -6,9 +6,9 @@ from statistics import median
 
 from rich.console import Group, RenderableType
 
-from sdconv.explanation import Explanation
+from sdconv.analysis.explain import Explanation
+from sdconv.analysis.timings import Timings
 from sdconv.report.pieces import count, facts_of, in_bytes, plain, table_of
-from sdconv.timings import Timings
 
 
 def timings_report(found: Timings) -> RenderableType:

@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sdconv.checkpoint.write import write_whole
-from sdconv.comparison import BlockDifference, Comparison, TensorDifference, block_of
+from sdconv.analysis.diff import BlockDifference, Comparison, TensorDifference, block_of
+from sdconv.checkpoint.io.write import write_whole
 from sdconv.report.pieces import facts_of, plain, some, table_of
 from sdconv.report.plots import plot_format
 

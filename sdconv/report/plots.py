@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdconv.checkpoint.write import write_whole
+from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError, SdconvError
 from sdconv.report.pieces import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sdconv.anatomy import Anatomy, Block
+    from sdconv.analysis.anatomy import Anatomy, Block
 
 PLOT_FORMATS: Mapping[str, str] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 """Suffix -> matplotlib's name of the formats that are drawn."""
@@ -83,7 +83,7 @@ def plot_format(path: Path) -> str:
         raise SdconvError(
             "drawing needs matplotlib, which is not installed",
             where="--plot",
-            fix="pip install 'sdconv[plot]'",
+            hint="pip install 'sdconv[plot]'",
         ) from error
     return PLOT_FORMATS[path.suffix.lower()]
 

@@ -13,10 +13,10 @@ from rich.text import Text
 from sdconv.report.pieces import SHOWN, count, facts_of, in_bytes, plain, some, table_of
 
 if TYPE_CHECKING:
-    from sdconv.anatomy import Anatomy, Block, Layer
+    from sdconv.analysis.anatomy import Anatomy, Block, Layer
+    from sdconv.analysis.inspection import Amount, Inspection, NetworkFound, Part, ValueReport
+    from sdconv.analysis.parity import ModuleDifference, ParityReport
     from sdconv.fetch import KnownCheckpoint
-    from sdconv.inspection import Amount, Inspection, NetworkFound, Part, ValueReport
-    from sdconv.parity import ModuleDifference, ParityReport
 
 
 def inspection_report(inspection: Inspection, values: ValueReport | None) -> RenderableType:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from sdconv.backends import backend
 from sdconv.errors import InputError
-from sdconv.ops.fused import NotFiniteError
+from sdconv.fast.cpu.conv import NotFiniteError
+from sdconv.sizes import in_words, parse_bytes
 from sdconv.streaming.arena import is_parted
 from sdconv.streaming.executor import run
 from sdconv.streaming.folder import check_room, checked_folder
 from sdconv.streaming.planner import Plan, enough_memory, least_memory, make_plan
 from sdconv.streaming.progress import bar
-from sdconv.streaming.sizes import in_words, parse_bytes
 from sdconv.streaming.steps import Work, steps_of
 
 __all__ = [
@@ -115,7 +115,7 @@ class Streaming:
                     "NaN or infinity, for which the memory limit is too low",
                     where=layer if x.isfinite().all() else "the input",
                     expected="finite numbers",
-                    fix="look for them in the input and in the weights (sdconv inspect --values); "
+                    hint="look for them in the input and in the weights (sdconv inspect --values); "
                     f"to see where they come out, raise the limit: {enough}",
                 ) from error
 
@@ -143,5 +143,5 @@ def _check(network: nn.Module, x: Tensor) -> None:
         raise InputError(
             "streaming computes no gradients",
             where="streaming",
-            fix="call it under torch.no_grad(), or call disable_streaming()",
+            hint="call it under torch.no_grad(), or call disable_streaming()",
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import SdconvError
-from sdconv.streaming.sizes import in_words
+from sdconv.sizes import in_words
 
 _POSIX = os.name == "posix"
 # the same number on Linux, macOS and the BSDs

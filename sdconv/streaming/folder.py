@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from sdconv.errors import InputError, SdconvWarning
-from sdconv.streaming.sizes import in_words
+from sdconv.sizes import in_words
 
 
 def checked_folder(folder: str | Path) -> Path:
@@ -42,7 +42,7 @@ def check_room(folder: Path, size: int) -> None:
             where=f"spill={folder}",
             expected=f"{in_words(size)} free",
             got=in_words(free),
-            fix="name a folder on a larger disk, or raise the memory limit",
+            hint="name a folder on a larger disk, or raise the memory limit",
         )
 
 

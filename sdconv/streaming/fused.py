@@ -1,6 +1,6 @@
 """The fast backend's convolutions over strips of rows: second to :mod:`sdconv.streaming.layers`.
 
-The arithmetic is :mod:`sdconv.ops.fused`'s. It reads rows where they lie, normalises them as it
+The arithmetic is :mod:`sdconv.fast.cpu.conv`'s. It reads rows where they lie, normalises them as it
 does, and writes them with bias and residual, so that there is no window and no strip apart.
 """
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sdconv.ops.choice import choose
-from sdconv.ops.fused import (
+from sdconv.fast.cpu.conv import (
     POINTWISE,
     After,
     NotFiniteError,
     WinogradPass,
     transformed,
 )
-from sdconv.ops.prepared import prepared
-from sdconv.ops.strips import Strip, strip_bytes
-from sdconv.ops.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
+from sdconv.fast.cpu.cost_model import choose
+from sdconv.fast.cpu.tiling import Strip, strip_bytes
+from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
 from sdconv.streaming.layers import Doubled, Halved, Layer, Same
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.passes import Ground, Pass

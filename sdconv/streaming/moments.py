@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.errors import InputError
-from sdconv.ops.moments import combined
+from sdconv.fast.cpu.group_stats import combined
 
 # numbers of a map that its moments are taken of in one go
 AT_ONCE = 1 << 18

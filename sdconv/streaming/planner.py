@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdconv.errors import InputError
+from sdconv.sizes import in_words
 from sdconv.streaming.maps import Layout, Map, lay_out
-from sdconv.streaming.sizes import in_words
 from sdconv.streaming.steps import Step
 
 # what torch's kernels keep beside the tensors (generated code, thread stacks, buffers)

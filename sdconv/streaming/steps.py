@@ -15,9 +15,9 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from sdconv.backends import is_fast
-from sdconv.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
 from sdconv.errors import InputError
 from sdconv.fast.modules import is_bare
+from sdconv.models.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
 from sdconv.streaming import fused
 from sdconv.streaming.layers import Attended, Doubled, Halved, Layer, Linear, Point, Same
 from sdconv.streaming.maps import Map
@@ -223,11 +223,11 @@ def _check(parts: Mapping[str, nn.Module]) -> None:
                     "streaming knows the VAE's own layers only",
                     where=suffix,
                     got=type(module).__name__,
-                    fix="merge adapters into the weights, or call disable_streaming()",
+                    hint="merge adapters into the weights, or call disable_streaming()",
                 )
             if not is_bare(module, type(module)):
                 raise InputError(
                     "a hook waits for the module's call, and streaming does not call it",
                     where=suffix,
-                    fix="remove it, or call disable_streaming()",
+                    hint="remove it, or call disable_streaming()",
                 )

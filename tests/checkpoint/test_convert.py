@@ -13,20 +13,20 @@ from typing import Any
 
 import diffusers
 import pytest
-import seeded
 import torch
+from helpers import seeded
+from helpers.paths import DATA
+from helpers.weight_files import raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from weight_files import raw
 
 import sdconv
 from sdconv.checkpoint.convert import ORIGIN_KEY, Converted, convert
-from sdconv.checkpoint.header import DTYPE_BITS
+from sdconv.checkpoint.io.header import DTYPE_BITS
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
-DATA = Path(__file__).parents[1] / "data"
 VAE, UNET = "first_stage_model.", "model.diffusion_model."
 # as Lightning saves them beside the networks, and as others have put them there
 BESIDE = {

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import diffusers
-import pipelines
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from helpers import pipelines
+from helpers.weight_files import raw
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-from weight_files import raw
 
 import sdconv
 from sdconv.checkpoint.convert import convert

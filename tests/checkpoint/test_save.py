@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import unets
+from helpers import unets
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -207,7 +207,7 @@ REFUSED = {
     ),
     "checkpoint": (
         lambda n, p: sdconv.save(n, p / "out.ckpt"),
-        r"(?s)only safetensors files are written.*to do: name it out\.safetensors",
+        r"(?s)only safetensors files are written.*hint: name it out\.safetensors",
     ),
     "checkpoint, shouted": (lambda n, p: sdconv.save(n, p / "OUT.PTH"), "only safetensors"),
     "meta device": (

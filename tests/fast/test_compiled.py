@@ -7,19 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import seeded
 import torch
-import unets
+from helpers import seeded, unets
+from helpers.numbers import error
 from torch import Tensor, nn
 
 import sdconv
-from sdconv.blocks import Upsample2D
+from sdconv.models.blocks import Upsample2D
 
 WITHIN = 2e-5
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 class Decode(nn.Module):

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from helpers.numbers import error
 from torch import Tensor, nn
 
 import sdconv
 from sdconv.backends import is_fast
-from sdconv.blocks import ResnetBlock2D, Upsample2D
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
-from sdconv.ops.chosen import choice_for
-from sdconv.ops.prepared import prepared
-from sdconv.vae import AutoencoderKL
+from sdconv.fast.cpu.chosen import choice_for
+from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.models.blocks import ResnetBlock2D, Upsample2D
+from sdconv.models.vae import AutoencoderKL
 
 WITHIN = 2e-5
 
@@ -70,10 +71,6 @@ def test_these_shapes_are_convolved_by_winograd() -> None:
     for batch, channels, height, width in ((1, 128, 33, 28), (1, 128, 28, 28), (2, 128, 25, 30)):
         x, weight = torch.empty(batch, channels, height, width), torch.empty(96, channels, 3, 3)
         assert choice_for(x, weight).method == "winograd"
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
 
 
 def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[str]) -> None:

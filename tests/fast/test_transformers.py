@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sdconv
+from sdconv.fast.cpu import kernels as engines
 from sdconv.fast.transformers import products
-from sdconv.ops import engines
 
 pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import unets
-from capturing import UNET, at, hooks_on, one, picture, run, unet, vae
+from helpers import unets
+from helpers.capturing import UNET, at, hooks_on, one, picture, run, unet, vae
+from helpers.paths import TINY_VAE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 import sdconv
 from sdconv.features import Series
 from sdconv.features.patterns import chosen
-
-TINY_VAE = Path(__file__).parents[2] / "weights" / "tiny-vae.safetensors"
 
 
 def test_maps_are_what_the_modules_give_when_called_on_them() -> None:

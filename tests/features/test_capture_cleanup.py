@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import seeded
 import torch
-import unets
+from helpers import seeded, unets
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import unets
-from capturing import UNET, at, hooks_on, one, picture, run, unet, vae
+from helpers import unets
+from helpers.capturing import UNET, at, hooks_on, one, picture, run, unet, vae
 from torch import Tensor, nn
 
 import sdconv

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pipelines
 import pytest
 import torch
+from helpers import pipelines
 from torch import Tensor, nn
 
 import sdconv

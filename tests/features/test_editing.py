@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import capturing
-import pipelines
 import pytest
-import seeded
 import torch
-import unets
+from helpers import capturing, pipelines, seeded, unets
 from torch import Tensor, nn
 
 import sdconv

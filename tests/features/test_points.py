@@ -9,11 +9,9 @@ from functools import cache
 from typing import Any
 
 import diffusers
-import pipelines
 import pytest
-import seeded
 import torch
-import unets
+from helpers import pipelines, seeded, unets
 from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

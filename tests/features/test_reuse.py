@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import capturing
-import kinds
-import pipelines
 import pytest
 import torch
-import unets
+from helpers import capturing, kinds, pipelines, unets
 from torch import Tensor, nn
 
 import sdconv

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pipelines
 import pytest
-import seeded
 import torch
+from helpers import pipelines, seeded
+from helpers.paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -193,8 +193,9 @@ def test_nothing_captured_leaves_no_folder(tmp_path: Path) -> None:
 
 HEAD = f"""
 import os, resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import seeded, torch, sdconv
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch, sdconv
+from helpers import seeded
 torch.set_num_threads({torch.get_num_threads()})  # whose number decides how sums are rounded
 torch.set_grad_enabled(False)
 network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))

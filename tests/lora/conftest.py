@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-import unets
+from helpers import unets
 
 
 @pytest.fixture(scope="module")

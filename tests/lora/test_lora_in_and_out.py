@@ -7,11 +7,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import pipelines
 import pytest
 import torch
-import unets
-from loras import assert_equal, error, fused, kohya, layers, matrices, state
+from helpers import pipelines, unets
+from helpers.loras import assert_equal, error, fused, kohya, layers, matrices, state
 from torch import nn
 
 import sdconv

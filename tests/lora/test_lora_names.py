@@ -9,9 +9,9 @@ from typing import Any
 
 import diffusers
 import pytest
-import seeded
 import torch
-from loras import assert_equal, dotted, error, kohya, layers, matrices, of_original, state
+from helpers import seeded
+from helpers.loras import assert_equal, dotted, error, kohya, layers, matrices, of_original, state
 from safetensors.torch import save_file
 
 import sdconv

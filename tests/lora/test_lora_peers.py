@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pipelines
 import pytest
 import torch
-import unets
-from loras import Matrices, dotted, error, fused, kohya, layers, matrices, of_original, state
+from helpers import pipelines, unets
+from helpers.loras import (
+    Matrices,
+    dotted,
+    error,
+    fused,
+    kohya,
+    layers,
+    matrices,
+    of_original,
+    state,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

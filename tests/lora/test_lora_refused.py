@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import seeded
 import torch
-import unets
+from helpers import seeded, unets
+from helpers.loras import assert_equal, dotted, kohya, matrices, of_original, state
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from loras import assert_equal, dotted, kohya, matrices, of_original, state
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 

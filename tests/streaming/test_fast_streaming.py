@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import halos
 import pytest
-import seeded
 import torch
+from helpers import halos, seeded
+from helpers.numbers import error
+from helpers.streamed import LINUX, both, executed, open_files, planned, randn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from layouts import half_spilled
-from test_spill import LINUX, open_files
 from torch import Tensor, nn
 
 import sdconv
-from sdconv.ops.fused import WinogradPass
-from sdconv.ops.prepared import prepared
-from sdconv.streaming import Plan, in_words, least_memory, make_plan, planner, steps_of
-from sdconv.streaming.executor import run
+from sdconv.fast.cpu.conv import WinogradPass
+from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.streaming import in_words, least_memory, planner, steps_of
 from sdconv.streaming.fused import DoubledWinograd, HalvedBetweenZeros, Winograd
 from sdconv.streaming.layers import Layer
 from sdconv.streaming.maps import Map, Store
@@ -35,40 +32,6 @@ NETWORK = seeded.network(CONFIG).requires_grad_(False)
 TOLERANCE = 1e-5
 # to the reference: the fast backend's own
 WITHIN = 2e-5
-
-
-def randn(*shape: int, seed: int = 3) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
-
-
-def both(network: Any, work: str, x: Tensor, backend: str = "fast") -> Tensor:
-    """Moments of a picture's latents, or latents' pictures."""
-    with sdconv.backend(backend), torch.no_grad():
-        if work == "decode":
-            return network.decode(x).sample
-        return network.encode(x).latent_dist.parameters
-
-
-def planned(network: Any, work: Any, x: Tensor, rows: int, spill: bool) -> Plan:
-    """A plan with this many units a strip, and half of the maps' bytes spilled if asked."""
-    with sdconv.backend("fast"):
-        steps = steps_of(network, work, *x.shape[2:])
-    plan = make_plan(steps, pictures=len(x), limit=None, can_spill=spill)
-    if spill:
-        plan = dataclasses.replace(plan, layout=half_spilled(plan.layout))
-    return dataclasses.replace(plan, units=(rows,) * len(steps))
-
-
-@torch.no_grad()
-def executed(plan: Plan, x: Tensor, folder: Path | None = None) -> Tensor:
-    out = torch.full(plan.shape, torch.nan, dtype=x.dtype)
-    for one, made in zip(x, out, strict=True):
-        run(plan, one, made, folder=folder)
-    return out
 
 
 @pytest.mark.parametrize(("work", "size", "kinds"), [
@@ -103,8 +66,8 @@ def test_any_size_and_height_of_strips(
     plan = planned(NETWORK, work, x, rows, spill)
     assert any(isinstance(step.layer, Winograd) for step in plan.steps)
     streamed = executed(plan, x, Path(tempfile.gettempdir()) if spill else None)
-    assert difference(streamed, both(NETWORK, work, x)) < TOLERANCE
-    assert difference(streamed, both(NETWORK, work, x, "reference")) < WITHIN
+    assert error(streamed, both(NETWORK, work, x)) < TOLERANCE
+    assert error(streamed, both(NETWORK, work, x, "reference")) < WITHIN
 
 
 @pytest.mark.parametrize(("work", "shape"), [
@@ -120,8 +83,8 @@ def test_another_height_of_strips_is_closer_than_rounding(
     one, *others = (
         executed(planned(NETWORK, work, x, rows, spill=False), x) for rows in (1, 3, 60)
     )
-    assert max(difference(other, one) for other in others) < 1e-6
-    assert difference(one, both(NETWORK, work, x)) < 1e-6, "and the unstreamed network's"
+    assert max(error(other, one) for other in others) < 1e-6
+    assert error(one, both(NETWORK, work, x)) < 1e-6, "and the unstreamed network's"
 
 
 def test_by_the_method_and_by_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +99,7 @@ def test_by_the_method_and_by_the_switch(tmp_path: Path, monkeypatch: pytest.Mon
     with sdconv.backend("fast"):
         assert network.streaming.plan(network, "decode", z).spilled > 0
         streamed = network.decode(z).sample
-    assert difference(streamed, whole) < TOLERANCE
+    assert error(streamed, whole) < TOLERANCE
     plain = network.decode(z).sample
     assert not torch.equal(plain, streamed)
     sdconv.backends.set_backend(network, "fast")
@@ -154,7 +117,7 @@ def test_narrow_dtypes(work: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert any(isinstance(step.layer, Winograd) for step in plan.steps)
     streamed = executed(plan, x, tmp_path)
     assert streamed.dtype == dtype
-    assert difference(streamed, truth) <= 2 * difference(both(network, work, x), truth)
+    assert error(streamed, truth) <= 2 * error(both(network, work, x), truth)
 
 
 def test_double_precision_is_the_reference() -> None:
@@ -170,7 +133,7 @@ def test_a_very_long_side() -> None:
     x = randn(1, 4, 6, 300)
     for z in (x, x.transpose(2, 3)):
         streamed = executed(planned(NETWORK, "decode", z, 2, spill=False), z)
-        assert difference(streamed, both(NETWORK, "decode", z)) < TOLERANCE
+        assert error(streamed, both(NETWORK, "decode", z)) < TOLERANCE
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -183,7 +146,7 @@ def test_not_finite_comes_out_where_the_reference_has_it(value: float) -> None:
     out = both(network, "decode", z)
     assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
     finite = expected.isfinite()
-    assert finite[0].all() and difference(out[finite], expected[finite]) < WITHIN
+    assert finite[0].all() and error(out[finite], expected[finite]) < WITHIN
 
 
 def test_not_finite_within_a_limit_too_low_for_the_reference(tmp_path: Path) -> None:
@@ -275,7 +238,7 @@ def test_nothing_is_left_after_an_error(
 def seams() -> float:
     z = randn(1, 4, 25, 30)
     streamed = executed(planned(NETWORK, "decode", z, 2, spill=False), z)
-    return difference(streamed, both(NETWORK, "decode", z))
+    return error(streamed, both(NETWORK, "decode", z))
 
 
 def test_statistics_of_the_last_strip_alone_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +264,7 @@ def test_a_row_that_was_written_over_fails(monkeypatch: pytest.MonkeyPatch) -> N
     z = randn(1, 4, 25, 30)
     streamed = executed(planned(NETWORK, "decode", z, 2, spill=False), z)
     monkeypatch.undo()
-    assert difference(streamed, both(NETWORK, "decode", z)) > 100 * TOLERANCE
+    assert error(streamed, both(NETWORK, "decode", z)) > 100 * TOLERANCE
 
 
 def in_strips(layer: Layer, source: Tensor, units: int) -> Tensor:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import seeded
 import torch
-from test_fast_streaming import both, difference, executed, planned, randn
+from helpers import seeded
+from helpers.numbers import error
+from helpers.paths import ROOT
+from helpers.streamed import both, executed, planned, randn
 
 from sdconv.fast import blocks
-from sdconv.vae import AutoencoderKL
+from sdconv.models.vae import AutoencoderKL
 
 SHAPES = [("decode", (1, 4, 32, 40)), ("encode", (1, 3, 256, 320))]
 
@@ -32,11 +34,11 @@ def test_the_fast_backend_rounds_as_it_does_unstreamed(
 ) -> None:
     x = randn(*shape)
     streamed = executed(planned(network, work, x, rows=3, spill=False), x)
-    assert difference(executed(planned(network, work, x, rows=2, spill=False), x), streamed) < 1e-6
-    assert difference(both(network, work, x), streamed) < 1e-6
+    assert error(executed(planned(network, work, x, rows=2, spill=False), x), streamed) < 1e-6
+    assert error(both(network, work, x), streamed) < 1e-6
     monkeypatch.setattr(blocks, "runs_norm", lambda *_: False)
     monkeypatch.setattr(blocks, "runs_halving", lambda *_: False)
-    otherwise = difference(both(network, work, x), streamed)
+    otherwise = error(both(network, work, x), streamed)
     assert 2e-6 < otherwise < 1e-4, "the control: other kernels, whose rounding is seen"
     assert torch.isfinite(streamed).all()
 
@@ -52,7 +54,7 @@ def test_streamed_is_unstreamed_by_the_reference(
         network.enable_streaming("3GiB")
         streamed = both(network, work, x, "reference")
         network.disable_streaming()
-    assert difference(streamed, whole) < 1e-5
+    assert error(streamed, whole) < 1e-5
 
 
 @pytest.mark.slow
@@ -62,7 +64,7 @@ def test_streamed_is_unstreamed_by_the_reference(
 )
 def test_the_peak_is_what_was_planned(work: str, backend: str, tmp_path: Path) -> None:
     """In a process that has computed nothing before, above its weights."""
-    script = Path(__file__).parents[2] / "scripts" / "bench_streaming.py"
+    script = ROOT / "scripts" / "bench" / "streaming.py"
     options = f"--work {work} --size 768x768 --memory 1GiB --backend {backend} --rounds 0"
     command = [sys.executable, str(script), *options.split(), "--spill", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True)

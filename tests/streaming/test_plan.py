@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import seeded
 import torch
-from commands import run
+from helpers import seeded
+from helpers.commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import sdconv
+from sdconv.models.vae import AutoencoderKL
 from sdconv.streaming import (
     Plan,
     Streaming,
@@ -29,7 +30,6 @@ from sdconv.streaming import (
     steps_of,
 )
 from sdconv.streaming.planner import lifetimes
-from sdconv.vae import AutoencoderKL
 
 with torch.device("meta"):
     FULL = AutoencoderKL(seeded.kl((128, 256, 512, 512), 4, True))
@@ -161,7 +161,7 @@ def test_multiplies_are_those_that_torch_counts(work: Any) -> None:
 
 @BACKENDS
 def test_time_is_predicted_from_strips(backend: str) -> None:
-    """Within a factor that a busy machine allows for; `scripts/bench_streaming.py` prints it."""
+    """Within a factor that a busy machine allows for; `scripts/bench/streaming.py` prints it."""
     network = seeded.network(seeded.kl((64, 64), 4, True, layers_per_block=1))
     streaming = Streaming.of(None, None, False)
     z = torch.randn(1, 4, 64, 64)

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import seeded
 import torch
+from helpers import seeded
+from helpers.paths import ROOT
+from helpers.streamed import LINUX, open_files
 from torch import Tensor
 
 import sdconv
 from sdconv.streaming import check_room, checked_folder, in_words, planner
 from sdconv.streaming.maps import Layout, Map, Store
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it reads /proc")
 NETWORK = seeded.kl((32, 64), 4, True, layers_per_block=1)
 
 
@@ -35,13 +36,6 @@ def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def latents() -> Tensor:
     return torch.randn(2, 4, 48, 40, generator=torch.Generator().manual_seed(1))
-
-
-def open_files(folder: Path) -> list[str]:
-    """This process's open files and mappings in a folder, named or not."""
-    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    return [f"{one}" for one in (*links, *maps) if str(folder) in f"{one}"]
 
 
 @LINUX
@@ -109,7 +103,7 @@ with torch.no_grad():
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
 def test_nothing_is_left_by_a_process_that_was_stopped(how: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    places = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))
+    places = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -11,11 +11,11 @@ from typing import Any
 
 import diffusers
 import pytest
-import seeded
 import torch
+from helpers import seeded
+from helpers.layouts import half_spilled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from layouts import half_spilled
 from torch import Tensor, nn
 
 import sdconv

@@ -9,9 +9,9 @@ import copy
 from typing import Any
 
 import pytest
-import seeded
 import torch
-from test_gpu import to_stand_ins
+from helpers import seeded
+from helpers.fake_cuda import to_stand_ins
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode

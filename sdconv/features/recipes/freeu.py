@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdconv.features.editing import Change, Context, edit
 from sdconv.features.recipes.unets import unet_of
-from sdconv.ops.freeu import amplified, low_frequencies_scaled
+from sdconv.models.freeu import amplified, low_frequencies_scaled
 
 
 def freeu(

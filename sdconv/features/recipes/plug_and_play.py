@@ -70,7 +70,7 @@ def _in_place_of(x: Tensor, entry: Entry, context: Context) -> Tensor:
             where=f"{entry.name}, call {entry.call}",
             expected=f"timestep {entry.timestep}",
             got=context.timestep,
-            fix="run both with the same scheduler and number of steps",
+            hint="run both with the same scheduler and number of steps",
         )
     kept = entry.tensor.to(x.device, x.dtype)
     halves = 2 if context.of.guided and 2 * len(kept) == len(x) else 1

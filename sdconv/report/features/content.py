@@ -70,7 +70,7 @@ class Content:
                 "too many maps for one page",
                 where=f"{self.total} maps of {len(maps)} layers",
                 expected=f"what fits into {limit / 1e6:.1f} MB",
-                fix="choose fewer layers (--layers) or calls (--keep)",
+                hint="choose fewer layers (--layers) or calls (--keep)",
             )
 
     def shots(self) -> Iterator[tuple[str, str]]:

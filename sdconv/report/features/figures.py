@@ -42,7 +42,7 @@ def figure_of(maps: Maps, patterns: Patterns, *, call: int, channels: int) -> Fi
         raise SdconvError(
             "drawing needs matplotlib, which is not installed",
             where="maps.plot",
-            fix="pip install 'sdconv[plot]'",
+            hint="pip install 'sdconv[plot]'",
         ) from error
     if channels < 0:
         raise InputError("no number of channels", where="channels", expected="0 or more")

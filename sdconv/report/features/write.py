@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from sdconv.checkpoint.write import write_whole
+from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError
 from sdconv.report.features.content import Content, Progress
 from sdconv.report.features.drawing import Drawing
@@ -66,7 +66,7 @@ def write_page(
         CheckpointError: the file cannot be written.
     """
     if not maps:
-        raise InputError("no map to show", where=path, fix="capture some")
+        raise InputError("no map to show", where=path, hint="capture some")
     content = Content(maps, limit, progress)
     head, rest = _template().split("<!--data-->")
 

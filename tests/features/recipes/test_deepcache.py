@@ -6,12 +6,9 @@ from contextlib import ExitStack
 from itertools import pairwise, product
 from typing import Any
 
-import capturing
-import kinds
-import pipelines
 import pytest
 import torch
-import unets
+from helpers import capturing, kinds, pipelines, unets
 from torch import Tensor, nn
 
 import sdconv

@@ -6,20 +6,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import capturing
 import diffusers
-import pipelines
 import pytest
-import seeded
 import torch
-import unets
+from helpers import capturing, pipelines, seeded, unets
+from helpers.numbers import error
+from helpers.paths import WEIGHTS
 from torch import Tensor
 
 import sdconv
 from sdconv.features import recipes
 from sdconv.images import read_image, to_tensor
 
-WEIGHTS = Path(__file__).resolve().parents[3] / "weights"
 CELL = 16  # pixels to a place on the first level of the small U-Net's way up
 SIDE = 224
 
@@ -109,7 +107,8 @@ def test_the_same_by_hand(kind: str) -> None:
         expected.append(kept[0])
     given = {"noises": 3, "seed": 7, "added_cond_kwargs": added}
     seen = recipes.dift(vae, unet, pictures, text, **given)
-    torch.testing.assert_close(seen, torch.stack(expected).mean(0))
+    # a batch of noises rounds as one noise does not, by a bit or two of the largest value
+    assert error(seen, torch.stack(expected).mean(0)) < 1e-5
     theirs = recipes.dift(
         vae, unet, pictures, text, alphas_cumprod=scheduler.alphas_cumprod, **given
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import kinds
-import pipelines
 import pytest
 import torch
-import unets
+from helpers import kinds, pipelines, unets
 from torch import Tensor
 
 from sdconv.features import recipes

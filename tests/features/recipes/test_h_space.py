@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import capturing
-import kinds
-import pipelines
 import pytest
 import torch
-import unets
+from helpers import capturing, kinds, pipelines, unets
 
 import sdconv
 from sdconv.features import recipes

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import capturing
-import kinds
-import pipelines
 import pytest
 import torch
+from helpers import capturing, kinds, pipelines
 
 import sdconv
 from sdconv.features import recipes

@@ -1,0 +1,291 @@
+"""Two checkpoints side by side: how far apart their weights are, block by block.
+
+Layouts and dtypes do not matter: VAEs and U-Nets are compared by diffusers' names, text encoders by
+those of original files, everything else by its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdconv.checkpoint.identify.find import Found
+from sdconv.checkpoint.io.source import TORCH_DTYPES
+from sdconv.checkpoint.io.stream import Entry, OnTensor
+from sdconv.checkpoint.whole import Checkpoint, Names, entries, opened
+from sdconv.errors import CheckpointError
+from sdconv.loading import SourceView, Weights
+
+_PIECE = 1 << 22  # values that are in memory at a time, in float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorDifference:
+    """One tensor in both. ``norm``: of the first checkpoint's values, and ``distance``: of the
+    difference; both Euclidean. ``max_abs``: the largest difference of two values. ``changed``:
+    whether any two values differ (NaN is equal to NaN). ``dtypes``: safetensors' names."""
+
+    name: str
+    norm: float
+    distance: float
+    max_abs: float
+    changed: bool
+    dtypes: tuple[str, str]
+
+    @property
+    def relative(self) -> float:
+        """The distance as a part of the norm; infinite where all was 0 before."""
+        return _part(self.distance, self.norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDifference:
+    """All tensors of one block that are in both, taken together."""
+
+    name: str
+    tensors: tuple[TensorDifference, ...]
+
+    @property
+    def norm(self) -> float:
+        """Of the first checkpoint's values."""
+        return math.hypot(*(tensor.norm for tensor in self.tensors))
+
+    @property
+    def distance(self) -> float:
+        """The norm of the difference."""
+        return math.hypot(*(tensor.distance for tensor in self.tensors))
+
+    @property
+    def relative(self) -> float:
+        """The distance as a part of the norm; infinite where all was 0 before."""
+        return _part(self.distance, self.norm)
+
+    @property
+    def max_abs(self) -> float:
+        """The largest difference of two values."""
+        largest = [tensor.max_abs for tensor in self.tensors]
+        return math.nan if any(map(math.isnan, largest)) else max(largest, default=0.0)
+
+    @property
+    def changed(self) -> int:
+        """How many of its tensors have changed."""
+        return sum(tensor.changed for tensor in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``sdconv diff --json`` prints of it."""
+        return {
+            "name": self.name,
+            "tensors": len(self.tensors),
+            "changed": self.changed,
+            "share": self.changed / len(self.tensors) if self.tensors else 0.0,
+            "norm": self.norm,
+            "distance": self.distance,
+            "relative": self.relative,
+            "max_abs": self.max_abs,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What differs between two checkpoints, ``first`` and ``second``.
+
+    ``blocks``: in the order in which data passes them. ``only_first``, ``only_second``: tensors of
+    one alone. ``misshapen``: name -> the two shapes. ``unread``: name -> dtypes, where torch has
+    not got one.
+    """
+
+    first: str
+    second: str
+    blocks: tuple[BlockDifference, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    unread: Mapping[str, tuple[str, str]]
+
+    @property
+    def whole(self) -> BlockDifference:
+        """All blocks taken together."""
+        tensors = tuple(tensor for block in self.blocks for tensor in block.tensors)
+        return BlockDifference(name="all", tensors=tensors)
+
+    @property
+    def equal(self) -> bool:
+        """Whether both hold the same tensors with the same values, whatever the dtypes."""
+        apart = self.only_first or self.only_second or self.misshapen or self.unread
+        return not apart and not self.whole.changed
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``sdconv diff --json`` prints."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "equal": self.equal,
+            "whole": self.whole.to_json(),
+            "blocks": [block.to_json() for block in self.blocks],
+            "only_first": self.only_first,
+            "only_second": self.only_second,
+            "misshapen": self.misshapen,
+            "unread": self.unread,
+        }
+
+
+def compare(
+    first: Weights,
+    second: Weights,
+    *,
+    on_tensor: OnTensor = lambda name, done, total: None,
+) -> Comparison:
+    """Compares two checkpoints, a tensor at a time.
+
+    Args:
+        first: a file, a component's folder, a pipeline's folder, or a state dict.
+        second: likewise; of any other layout and dtype.
+        on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
+
+    Raises:
+        CheckpointError: something cannot be read as weights. InputError: an argument is no path.
+    """
+    with ExitStack() as stack:
+        checkpoints = [opened(one, stack) for one in (first, second)]
+        ours, theirs = map(_named, checkpoints)
+        both = [name for name in ours if name in theirs]
+        misshapen = {n: (ours[n].shape, theirs[n].shape) for n in both if not _fit(ours, theirs, n)}
+        dtypes = {name: (ours[name].dtype, theirs[name].dtype) for name in both}
+        unread = {n: pair for n, pair in dtypes.items() if not set(pair) <= set(TORCH_DTYPES)}
+        common = [name for name in both if name not in misshapen and name not in unread]
+        sizes = [_bytes(ours[name]) + _bytes(theirs[name]) for name in common]
+        blocks: dict[str, list[TensorDifference]] = {}
+        done = 0
+        for name, size in zip(common, sizes, strict=True):
+            on_tensor(name, done, sum(sizes))
+            blocks.setdefault(block_of(name), []).append(
+                _difference(name, ours[name], theirs[name])
+            )
+            done += size
+        on_tensor("", done, done)
+        return Comparison(
+            first=checkpoints[0].label,
+            second=checkpoints[1].label,
+            blocks=tuple(
+                BlockDifference(name=name, tensors=tuple(blocks[name]))
+                for name in sorted(blocks, key=_order)
+            ),
+            only_first=_without(ours, theirs),
+            only_second=_without(theirs, ours),
+            misshapen=misshapen,
+            unread=unread,
+        )
+
+
+_NO_PREFIX = "(no prefix)"
+_BLOCKS = tuple(
+    map(
+        re.compile,
+        (
+            # a network's: its levels, and everything else by the module that holds it
+            r"((?:unet|vae)\.(?:(?:encoder|decoder)\.)?(?:(?:\w+_blocks|layers)\.\d+|\w+))\..+",
+            # stacks of layers in anything else
+            r"(.+?\.(?:layers|\w*blocks)\.\d+)\..+",
+            r"([^.]+(?:\.\w+\.\d+)?)\..+",
+        ),
+    )
+)
+
+
+def block_of(name: str) -> str:
+    """The block that a tensor is counted to: ``unet.down_blocks.0``, ``vae.encoder.conv_in``."""
+    matches = (pattern.fullmatch(name) for pattern in _BLOCKS)
+    return next((match[1] for match in matches if match), _NO_PREFIX)
+
+
+# in the order in which data passes them, as far as words tell
+_ORDER = (
+    *("unet", "vae", "encoder", "conv_in", "time_embedding", "class_embedding", "add_embedding"),
+    *("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out"),
+    *("quant_conv", "bn", "post_quant_conv", "decoder"),
+)
+
+
+def _order(block: str) -> list[tuple[int, int, str]]:
+    return [
+        (
+            _ORDER.index(word) if word in _ORDER else len(_ORDER),
+            int(word) if word.isdecimal() else -1,
+            word,
+        )
+        for word in block.split(".")
+    ]
+
+
+def _named(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """Every tensor by the name under which it is compared."""
+    networks = list(checkpoint.networks())
+    kinds = [found.component for _, found in networks]
+    # of two networks of one kind, neither is the one
+    single = [(part, found) for part, found in networks if kinds.count(found.component) == 1]
+    named: dict[str, Entry] = {}
+    for entry in entries(checkpoint, single, _by_component, placed=True):
+        if entry.name in named:
+            raise CheckpointError(
+                f"two tensors would be compared as {entry.name}",
+                where=checkpoint.label,
+                got=" and ".join(one.pieces[0][1] for one in (named[entry.name], entry)),
+            )
+        named[entry.name] = entry
+    return named
+
+
+def _by_component(found: Found, view: SourceView) -> Names:
+    shapes = found.shapes(view.shapes)
+    return {name: (f"{found.component}.{name}", shape) for name, shape in shapes.items()}
+
+
+def _fit(ours: Mapping[str, Entry], theirs: Mapping[str, Entry], name: str) -> bool:
+    return ours[name].shape == theirs[name].shape
+
+
+def _bytes(entry: Entry) -> int:
+    return sum(info.nbytes for info in entry.infos)
+
+
+def _without(ours: Iterable[str], theirs: Mapping[str, Entry]) -> tuple[str, ...]:
+    return tuple(sorted((name for name in ours if name not in theirs), key=_order))
+
+
+def _difference(name: str, ours: Entry, theirs: Entry) -> TensorDifference:
+    squares, distances, largest, changed = 0.0, 0.0, [0.0], False
+    flat = (torch.split(_flat(entry.tensor()), _PIECE) for entry in (ours, theirs))
+    for pieces in zip(*flat, strict=True):
+        a, b = (piece.double() for piece in pieces)
+        same = (a == b) | (a.isnan() & b.isnan())
+        squares += float(a.square().sum())
+        if not bool(same.all()):
+            apart = torch.where(same, 0.0, a - b)
+            changed = True
+            distances += float(apart.square().sum())
+            largest.append(float(apart.abs().max()))
+    return TensorDifference(
+        name=name,
+        norm=math.sqrt(squares),
+        distance=math.sqrt(distances),
+        max_abs=math.nan if any(map(math.isnan, largest)) else max(largest),
+        changed=changed,
+        dtypes=(ours.dtype, theirs.dtype),
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+
+
+def _part(distance: float, norm: float) -> float:
+    if norm:
+        return distance / norm
+    return math.inf if distance else distance

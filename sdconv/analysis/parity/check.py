@@ -1,0 +1,220 @@
+"""A file's network against another library's, built from the same file by that library's own
+means."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdconv.analysis.parity.compare import ModuleDifference, compare
+from sdconv.checkpoint.identify.find import find_networks
+from sdconv.checkpoint.io.source import open_source
+from sdconv.errors import InputError
+from sdconv.loading import SourceView, Weights, load, pipeline_parts, usable_device
+from sdconv.models.base import Network
+from sdconv.models.dummy_inputs import Noise, inputs_for
+
+_EXACT = (torch.float32, torch.float64)
+_EQUAL = "the same operations in the same order: equal bit for bit"
+_NEAR = (
+    "for each module twice the reference's own error in {dtype} against float64 with the same"
+    " {dtype} weights and input"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """What a comparison found.
+
+    ``label``: the file. ``against``: the reference and its version; ``conversion``: how the file's
+    names became the reference's. ``input_shapes``: of the picture or the latents, by the method
+    that was called. ``rows``: one for each call of each module, in the order in which they
+    finished. ``tolerance``: the largest of the rows', ``tolerance_source`` where it comes from.
+    """
+
+    label: str
+    component: str
+    class_name: str
+    against: str
+    conversion: str
+    dtype: str
+    device: str
+    input_shapes: dict[str, tuple[int, ...]]
+    rows: tuple[ModuleDifference, ...]
+    tolerance_source: str
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative difference that passes anywhere; 0 where only equality does."""
+        return max(row.tolerance for row in self.rows)
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first module whose output is not the reference's bit for bit, within tolerance or
+        not; None where there is none."""
+        return next((row.name for row in self.rows if not row.equal or not row.passed), None)
+
+    @property
+    def worst(self) -> ModuleDifference:
+        """A row that did not pass if there is one, and among those the largest relative
+        difference."""
+        return max(self.rows, key=lambda row: (not row.passed, _size(row.relative)))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row did."""
+        return all(row.passed for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as what ``json.dumps(..., allow_nan=False)`` takes; infinite and undefined
+        numbers as text."""
+        summary = {
+            "passed": self.passed,
+            "first_difference": self.first_difference,
+            "tolerance": self.tolerance,
+            "worst": self.worst,
+        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _plain(value) for name, value in (fields | summary).items()}
+
+
+def check(
+    path: Weights,
+    *,
+    component: str | None = None,
+    against: str = "diffusers",
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    batch: int = 1,
+) -> ParityReport:
+    """Builds a file's network twice, by sdconv and by a reference, and compares every module.
+
+    On the CPU float32 and float64 must agree bit for bit. Elsewhere rounding differs from kernel to
+    kernel, and the tolerance is derived from the reference's own error against float64
+    (``sdconv.analysis.parity.compare`` has the formula).
+
+    Args:
+        path, component, family: as for ``sdconv.load``.
+        against: ``"diffusers"``.
+        dtype: what both compute in; None for float32.
+        device: ``"cpu"`` or ``"cuda"``.
+        size: rows and columns of an autoencoder's picture (None for 96 x 128), or of a U-Net's
+            latents (24 x 32).
+        seed: of the input, standard normal; timesteps and labels are drawn evenly.
+        batch: pictures or latents at once.
+
+    Raises:
+        InputError: an argument has no such value, or the device is not there.
+        SdconvError: the reference has no such network; or the file cannot be opened, as for
+            ``sdconv.load``.
+    """
+    dtype = dtype or torch.float32
+    device = usable_device(device)
+    sides = tuple(size) if isinstance(size, tuple | list) else (1, 1) if size is None else (size,)
+    if len(sides) != 2 or any(type(n) is not int or n < 1 for n in (batch, *sides)):
+        raise InputError(
+            "no such batch of pictures",
+            where="batch, size",
+            expected="positive numbers: of pictures, of rows and columns",
+            got=(batch, size),
+        )
+    if against != "diffusers":
+        raise InputError(
+            "no such reference", where="against", expected="'diffusers'", got=repr(against)
+        )
+    ours = load(path, component, dtype=dtype, device=device, family=family)
+    other = _reference(path, component, family, dtype, ours)
+    exact = device.type == "cpu" and dtype in _EXACT
+    truth = None if exact else copy.deepcopy(other.network).double()
+    inputs = inputs_for(ours, size, Noise(batch, seed, dtype, device))
+    return ParityReport(
+        label=other.label,
+        component=other.component,
+        class_name=ours.config.class_name,
+        against=other.version,
+        conversion=other.conversion,
+        dtype=_short(dtype),
+        device=str(device),
+        input_shapes={method: tuple(given[0].shape) for method, given in inputs.items()},
+        rows=compare(ours, other.network.to(device), inputs, truth=truth),
+        tolerance_source=_EQUAL if exact else _NEAR.format(dtype=_short(dtype)),
+    )
+
+
+def components(path: Weights) -> tuple[str, ...]:
+    """The components that ``check`` can compare, such as ``("unet", "vae")``, by name.
+
+    Raises:
+        SdconvError: the weights cannot be read, as for ``sdconv.load``.
+    """
+    if parts := pipeline_parts(path):
+        return tuple(sorted(parts))
+    with open_source(path) as source:
+        return tuple(sorted(found.component for found in find_networks(SourceView(source).shapes)))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Another library's network of a file, on the CPU; whose it is, how the file's names became its
+    names, and where it was found."""
+
+    network: nn.Module
+    version: str
+    conversion: str
+    label: str
+    component: str
+
+
+def _reference(
+    path: Weights, component: str | None, family: str | None, dtype: torch.dtype, ours: Network
+) -> _Reference:
+    from sdconv.integrations.peers import VERSION, peer
+
+    # sdconv.load has opened the same before: the component is there, and is the only one if unnamed
+    parts = {k: v for k, v in pipeline_parts(path).items() if component in (None, k)}
+    with open_source(next(iter(parts.values()), path)) as source:
+        view = SourceView(source)
+        (one,) = (one for one in view.identify(family) if component in (None, one.component))
+        state, tensors = ours.state_dict(), {}
+        for canonical, name in one.found.names.items():
+            tensor = view.tensor(name)
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensors[name.removeprefix(one.found.prefix)] = _shared(tensor, state[canonical])
+        network, conversion = peer(one.config, source.config, tensors, one.found.layout)
+    return _Reference(network, VERSION, conversion, source.label, one.component)
+
+
+def _shared(tensor: Tensor, twin: Tensor) -> Tensor:
+    """``twin`` where it holds the same, so that two networks take one's memory."""
+    near = tensor.device == twin.device and tensor.dtype == twin.dtype
+    return twin if near and torch.equal(tensor, twin) else tensor
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(relative: float) -> float:
+    return math.inf if math.isnan(relative) else relative
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case ModuleDifference():
+            return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
+        case dict():
+            return {k: _plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    return value

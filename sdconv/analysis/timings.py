@@ -1,0 +1,118 @@
+"""A network's two backends timed against each other on a CPU, in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdconv.analysis.explain import works
+from sdconv.backends import BACKENDS, backend
+from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.models.base import Network
+from sdconv.models.dummy_inputs import Noise
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One of a network's methods.
+
+    ``work``: "encode", "decode" or "forward". ``reference``, ``fast``: seconds of each round.
+    ``first``: seconds of the first fast call, which prepares weights. ``difference``: the largest
+    of two values' differences over the largest value.
+    """
+
+    work: str
+    reference: tuple[float, ...]
+    fast: tuple[float, ...]
+    first: float
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long the reference takes, of medians."""
+        return median(self.reference) / median(self.fast)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """``compiling``: seconds that compiling took, or reading what Numba had kept. ``memory``: bytes
+    of prepared weights; ``limit``: what they may take. ``threads``: torch's."""
+
+    class_name: str
+    size: tuple[int, int]
+    rows: tuple[Timing, ...]
+    compiling: float
+    memory: int
+    limit: int
+    threads: int
+
+
+def time_backends(network: Network, size: tuple[int, int], rounds: int) -> Timings:
+    """Times both backends in turn, round by round, on standard normal noise.
+
+    Args:
+        network: on a CPU, in eval mode. size: rows and columns of a picture for an autoencoder, of
+            latents for a U-Net. rounds: at least 1.
+
+    Raises:
+        InputError: no size for this network.
+    """
+    inputs = works(network, size, Noise(1, 0, network.dtype, network.device))
+    compiling = engines.compiled()[1]
+    with torch.inference_mode():
+        rows = tuple(_timed(network, work, given, rounds) for work, given in inputs.items())
+    return Timings(
+        class_name=network.config.class_name,
+        size=size,
+        rows=rows,
+        compiling=compiling,
+        memory=prepared.memory,
+        limit=prepared.limit,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _timed(network: Network, work: str, given: tuple[Any, ...], rounds: int) -> Timing:
+    def call() -> Tensor:
+        return _tensor(getattr(network, work)(*given))
+
+    # the reference's first call warms up too
+    first = {name: _clocked(call, name) for name in BACKENDS}
+    seconds: dict[str, list[float]] = {name: [] for name in BACKENDS}
+    for _ in range(rounds):
+        for name in BACKENDS:
+            seconds[name].append(_clocked(call, name)[0])
+    theirs, ours = (first[name][1].double() for name in BACKENDS)
+    largest = float(theirs.abs().max())
+    distance = float((ours - theirs).abs().max())
+    return Timing(
+        work=work,
+        reference=tuple(seconds["reference"]),
+        fast=tuple(seconds["fast"]),
+        first=first["fast"][0],
+        difference=distance / largest if largest else distance,
+    )
+
+
+def _clocked(call: Callable[[], Tensor], name: str) -> tuple[float, Tensor]:
+    with backend(name):
+        begin = time.perf_counter()
+        out = call()
+        return time.perf_counter() - begin, out
+
+
+def _tensor(result: Any) -> Tensor:
+    """The tensor in what a network's method gives."""
+    if hasattr(result, "latent_dist"):
+        result = result.latent_dist.mode()
+    for name in ("latents", "sample"):
+        result = result if isinstance(result, Tensor) else getattr(result, name, result)
+    assert isinstance(result, Tensor)
+    return result

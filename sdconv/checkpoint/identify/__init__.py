@@ -1,0 +1,1 @@
+"""From tensors' shapes to a network's config."""

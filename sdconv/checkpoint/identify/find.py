@@ -1,0 +1,365 @@
+"""Which networks a set of named shapes holds, in which layout and under which prefix: names only,
+no numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from sdconv.checkpoint.io.files import short
+from sdconv.checkpoint.keys.prefixes import Names, few, prefixes
+from sdconv.checkpoint.keys.unet import ema_name, keys_of_canonical, keys_of_original
+from sdconv.checkpoint.keys.vae import (
+    FLUX2_RULES,
+    VAE_RULES,
+    KeyMap,
+    modern_attention,
+    tiny_canonical,
+    tiny_original,
+)
+from sdconv.errors import UnknownNetworkError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One network in a checkpoint.
+
+    ``component``: ``"vae"`` or ``"unet"``. ``kind``: the class of network. ``layout``:
+    ``"diffusers"`` or ``"original"``. ``prefix``: what stands before each of its names. ``names``:
+    diffusers' name -> the name in the file. ``dropped``: names under the prefix that are on purpose
+    no weights of it (losses, EMA copies). ``unexpected``: names under the prefix that it has no
+    place for. ``ema``: diffusers' name -> the name of its running average, as far as there are any.
+    ``in_layout``: diffusers' name -> the layout's, without prefix; None for no tensor of it.
+    """
+
+    component: str
+    kind: str
+    layout: str
+    prefix: str
+    names: Mapping[str, str]
+    dropped: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    ema: Mapping[str, str] = field(default_factory=dict)
+    in_layout: Callable[[str], str | None] = field(compare=False, repr=False)
+
+    def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Its tensors' shapes by diffusers' names, 1x1-convolution attention weights as the linear
+        ones they are."""
+        return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
+
+    def with_label(self, is_added: bool) -> Found:
+        """The same U-Net where what it adds to the time is known, for which the original layout has
+        one name: SDXL's text and sizes if ``is_added``, else unCLIP's picture."""
+        ours, other = _EMBEDDINGS if is_added else _EMBEDDINGS[::-1]
+        if self.layout == "diffusers" or any(name.startswith(ours) for name in self.names):
+            return self
+        names, ema = (
+            {name.replace(other, ours, 1): place for name, place in table.items()}
+            for table in (self.names, self.ema)
+        )
+        return replace(self, names=names, ema=ema)
+
+    def place(self, canonical: str) -> str:
+        """The name that a tensor would have in the file if it were there, and diffusers' where that
+        is another, for messages."""
+        name = self.prefix + (self.in_layout(canonical) or canonical)
+        return name if name.endswith(canonical) else f"{name} ({canonical})"
+
+
+_EMBEDDINGS = ("add_embedding.linear_", "class_embedding.linear_")
+# how the names of a VAE's levels begin
+_VAE_LEVELS: Mapping[str, Collection[str]] = {
+    "diffusers": ("encoder.down_blocks.", "decoder.up_blocks."),
+    "original": ("encoder.down.", "decoder.up."),
+}
+# what only the VAE of FLUX.2 has: statistics, and in its original file quant convolutions within
+# the halves
+_ONLY_IN_FLUX2 = ("bn.running_", "encoder.quant_conv.", "decoder.post_quant_conv.")
+# other parts of a whole checkpoint, by the first part of their names
+_BESIDE = (
+    "cond_stage_model.",
+    "conditioner.",
+    "denoiser.",
+    "embedder.",
+    "first_stage_model.",
+    "loss.",
+    "model.diffusion_model.",
+    "model_ema.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoders.",
+    "unet.",
+    "vae.",
+)
+# the noise schedule that Lightning keeps with the weights, and its counters
+_SCHEDULE = re.compile(
+    r"((sqrt|log)_)?((one_minus|recip|recipm1)_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
+    r"|logvar|scale_factor|global_step|lvlb_weights"
+)
+# under a VAE's prefix: the discriminator and perceptual network it was trained with, and EMA copies
+_DROPPED = re.compile(r"(loss|model_ema)\..*|logvar")
+_VAE_ROOTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv|bn)\..*")
+_ATTENTION_LINEAR = re.compile(r".+\.attentions\.[0-9]{1,4}\.to_(q|k|v|out\.0)\.weight")
+# files that keep a tiny autoencoder's scale beside its halves
+_TINY_SCALARS = frozenset({"vae_scale", "vae_shift"})
+
+
+def linear_shape(canonical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``(out, in)`` for the VAE's attention projections where a file keeps them as 1x1
+    convolutions."""
+    if len(shape) == 4 and shape[2:] == (1, 1) and is_vae_projection(canonical):
+        return shape[:2]
+    return shape
+
+
+def is_vae_projection(canonical: str) -> bool:
+    """Whether the tensor is one of the VAE attention's four projections."""
+    return canonical.startswith(("encoder.", "decoder.")) and bool(
+        _ATTENTION_LINEAR.fullmatch(canonical)
+    )
+
+
+def find_networks(shapes: Shapes, where: object = None) -> list[Found]:
+    """Every network in a checkpoint that sdconv knows: VAEs, tiny ones, U-Nets.
+
+    Args:
+        shapes: name -> shape of every tensor of the checkpoint.
+        where: the checkpoint's name, for messages.
+
+    Raises:
+        UnknownNetworkError: numbered layers that are no half of a tiny autoencoder, or more
+            networks than any checkpoint has.
+    """
+    names = Names(shapes)
+    return [
+        *_find_vaes(shapes, names, where),
+        *_find_tiny(shapes, names, where),
+        *_find_unets(shapes, names, where),
+    ]
+
+
+def _find_vaes(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+    layouts: dict[str, str] = {}
+    anchors = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+    for prefix in prefixes(shapes, *anchors):
+        # four axes: a picture's convolution, not a video's
+        if not any(len(shapes.get(prefix + anchor, ())) == 4 for anchor in anchors):
+            continue
+        for layout, levels in _VAE_LEVELS.items():
+            if any(names.any_begins(prefix + level) for level in levels):
+                layouts[prefix] = layout
+                break
+    for prefix in few("vae", layouts, where):
+        yield _vae(prefix, layouts[prefix], names.under(prefix))
+
+
+def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
+    levels = 1 + max(
+        (
+            int(m[1])
+            for name in inside
+            if (m := re.match(r"decoder\.up(?:_blocks)?\.([0-9]{1,4})\.", name))
+        ),
+        default=-1,
+    )
+    of_flux2 = any(name.startswith(_ONLY_IN_FLUX2) for name in inside)
+    keymap = KeyMap(FLUX2_RULES if of_flux2 else VAE_RULES, levels)
+    # the statistics also stand beside quant convolutions outside the halves: repacked FLUX.2 files
+    outside = KeyMap(VAE_RULES, levels)
+    names: dict[str, str] = {}
+    dropped: list[str] = []
+    unexpected: list[str] = []
+    for name in inside:
+        if layout == "diffusers":
+            canonical = modern_attention(name) if keymap.original(modern_attention(name)) else None
+        else:
+            canonical = keymap.canonical(name) or outside.canonical(name)
+        if canonical is not None and canonical not in names:
+            names[canonical] = prefix + name
+        elif _DROPPED.fullmatch(name):
+            dropped.append(prefix + name)
+        elif prefix or _VAE_ROOTS.fullmatch(name) or not _beside(name):
+            unexpected.append(prefix + name)
+    has_statistics = any(name.startswith("bn.") for name in names)
+    kind = "AutoencoderKLFlux2" if has_statistics else "AutoencoderKL"
+    return Found(
+        component="vae",
+        kind=kind,
+        layout=layout,
+        prefix=prefix,
+        names=names,
+        dropped=tuple(dropped),
+        unexpected=tuple(unexpected),
+        in_layout=str if layout == "diffusers" else keymap.original,
+    )
+
+
+def _beside(name: str) -> bool:
+    """Whether a top-level name belongs to another part of a whole checkpoint."""
+    return name.startswith(_BESIDE) or bool(_SCHEDULE.fullmatch(name))
+
+
+_TINY_NAME = re.compile(
+    r"(?P<prefix>(?:.*\.)?)(?P<half>(?:taesd_)?(?:encoder|decoder)\.)(?P<layers>layers\.)?(?P<rest>[0-9]{1,4}\..+)"
+)
+_BARE = re.compile(
+    r"[0-9]{1,4}\.(weight|bias|conv\.[024]\.(weight|bias)|pool\.[013]\.(weight|bias)|skip\.weight)"
+)
+
+
+def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+    if is_bare_half(shapes):
+        half = tiny_half(shapes, where)
+        bare = {canonical: name for name in shapes if (canonical := tiny_canonical(half, name))}
+        yield _tiny("", "original", bare, (), partial(_tiny_name, is_bare=True))
+        return
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    for name in shapes:
+        if match := _TINY_NAME.fullmatch(name):
+            half = match["half"].removeprefix("taesd_").removesuffix(".")
+            if match["layers"]:
+                layout, canonical = "diffusers", f"{half}.layers.{match['rest']}"
+            else:
+                layout, canonical = "original", tiny_canonical(half, match["rest"]) or ""
+            groups.setdefault((match["prefix"], layout), {})[canonical] = name
+    # its first layer is what tells a tiny autoencoder from other stacks of numbered layers
+    firsts = {"encoder.layers.0.weight", "decoder.layers.0.weight"}
+    groups = {place: own for place, own in groups.items() if firsts & set(own)}
+    few("vae", (prefix for prefix, _ in groups), where)
+    for (prefix, layout), own in groups.items():
+        known = set(own.values())
+        rest = [
+            prefix + name
+            for name in names.under(prefix)
+            if prefix + name not in known
+            and prefix + name not in _TINY_SCALARS
+            and (prefix or not _beside(name))
+        ]
+        in_layout = str if layout == "diffusers" else partial(_tiny_name, is_bare=False)
+        yield _tiny(prefix, layout, own, tuple(rest), in_layout)
+
+
+def _tiny_name(canonical: str, *, is_bare: bool) -> str | None:
+    """The original layout's name, of a file of both halves or of one of its own."""
+    split = tiny_original(canonical)
+    return split and (split[1] if is_bare else ".".join(split))
+
+
+def _tiny(
+    prefix: str,
+    layout: str,
+    names: dict[str, str],
+    unexpected: tuple[str, ...],
+    in_layout: Callable[[str], str | None],
+) -> Found:
+    return Found(
+        component="vae",
+        kind="AutoencoderTiny",
+        layout=layout,
+        prefix=prefix,
+        names=names,
+        dropped=(),
+        unexpected=unexpected,
+        in_layout=in_layout,
+    )
+
+
+def is_bare_half(shapes: Shapes) -> bool:
+    """Whether all names are numbered layers, as in the files of a tiny autoencoder's halves."""
+    return bool(shapes) and all(_BARE.fullmatch(name) for name in shapes)
+
+
+def tiny_half(shapes: Shapes, where: object) -> str:
+    """``"encoder"`` or ``"decoder"``: which half a file of bare numbered layers is, by its shapes
+    alone.
+
+    Raises:
+        UnknownNetworkError: neither takes nor gives pictures of three channels.
+    """
+    convolutions = {
+        int(name.split(".")[0]): shape
+        for name, shape in shapes.items()
+        if re.fullmatch(r"[0-9]{1,4}\.weight", name) and len(shape) == 4
+    }
+    if convolutions:
+        first, last = convolutions[min(convolutions)], convolutions[max(convolutions)]
+        if first[1] == 3 and min(convolutions) == 0:
+            return "encoder"
+        if last[0] == 3:
+            return "decoder"
+    raise UnknownNetworkError(
+        "numbered layers that are no half of a tiny autoencoder",
+        where=where,
+        expected="3 channels into the first layer (an encoder) or out of the last one (a decoder)",
+        got=f"convolutions {short(dict(sorted(convolutions.items())))}"
+        if convolutions
+        else "no convolutions",
+    )
+
+
+# what only a U-Net has all of, by layout: the way in, the time, the way up
+_UNET_ANCHORS: Mapping[str, tuple[str, str, str]] = {
+    "diffusers": ("conv_in.", "time_embedding.", "up_blocks.0.resnets."),
+    "original": ("input_blocks.0.0.", "time_embed.", "output_blocks.0.0."),
+}
+# modules of networks that are built around such a U-Net: for videos, and ControlNets
+_NOT_A_UNET = frozenset(
+    "motion_modules temp_convs temp_attentions temporal_transformer_block time_stack"
+    " time_mixer input_hint_block zero_convs".split()
+)
+
+
+def _is_around_a_unet(name: str) -> bool:
+    *modules, _ = name.split(".")
+    return any(part in _NOT_A_UNET or part.startswith("controlnet_") for part in modules)
+
+
+def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+    for layout, anchors in _UNET_ANCHORS.items():
+        first = anchors[0]
+        candidates = (
+            prefix
+            for prefix in prefixes(shapes, f"{first}weight", f"{first}bias")
+            if all(names.any_begins(prefix + anchor) for anchor in anchors)
+            and len(shapes.get(f"{prefix}{first}weight", (0,) * 4)) == 4
+        )
+        for prefix in few("unet", candidates, where):
+            inside = names.under(prefix)
+            if not any(map(_is_around_a_unet, inside)):
+                yield _unet(prefix, layout, inside, shapes)
+
+
+def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
+    there = frozenset(inside)
+    if layout == "diffusers":
+        keys = keys_of_canonical(there)
+    else:
+        label = shapes.get(f"{prefix}label_emb.0.0.weight", ())
+        keys = keys_of_original(there, label[1] if len(label) == 2 else None)
+    names: dict[str, str] = {}
+    unexpected: list[str] = []
+    for name in inside:
+        if layout == "diffusers":
+            canonical = name if keys.original(name) else None
+        else:
+            canonical = keys.canonical(name)
+        if canonical is not None:
+            names[canonical] = prefix + name
+        elif prefix or not _beside(name):
+            unexpected.append(prefix + name)
+    averages = {canonical: ema_name(name) for canonical, name in names.items()}
+    return Found(
+        component="unet",
+        kind="UNet2DConditionModel",
+        layout=layout,
+        prefix=prefix,
+        names=names,
+        dropped=(),
+        unexpected=tuple(unexpected),
+        ema={canonical: name for canonical, name in averages.items() if name in shapes},
+        in_layout=str if layout == "diffusers" else keys.original,
+    )

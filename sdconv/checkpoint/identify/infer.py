@@ -1,0 +1,319 @@
+"""Shapes to configs, and the family that decides what shapes leave open."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdconv.checkpoint.identify.find import Found, Shapes, find_networks
+from sdconv.checkpoint.identify.shapes import Own, Reading
+from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
+from sdconv.checkpoint.identify.unet import read_unet
+from sdconv.checkpoint.identify.vae import check_family, check_kind, misfit, read_flux2, read_vae
+from sdconv.checkpoint.io.files import short
+from sdconv.checkpoint.io.header import Header
+from sdconv.checkpoint.io.write import CONFIG_KEY
+from sdconv.config import (
+    AutoencoderKLConfig,
+    AutoencoderKLFlux2Config,
+    AutoencoderTinyConfig,
+    Config,
+    UNet2DConditionConfig,
+)
+from sdconv.config.facts import VAE_FACTS
+from sdconv.config.unet import UNET_FACTS
+from sdconv.errors import (
+    CheckpointError,
+    InputError,
+    SdconvError,
+    SdconvWarning,
+    UnknownNetworkError,
+)
+
+# every word that ``family=`` takes
+FAMILIES = tuple(dict.fromkeys((*VAE_FACTS, *UNET_FACTS, "flux2", *TINY_FAMILIES)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identified(Reading):
+    """A network in a checkpoint: ``found`` says where, the rest what it is and how sure.
+
+    ``contradicted``: fields of a config that is written beside it of which its shapes say something
+    else, in words.
+    """
+
+    found: Found
+    contradicted: tuple[str, ...] = ()
+
+    @property
+    def component(self) -> str:
+        """``"vae"`` or ``"unet"``."""
+        return self.found.component
+
+
+def infer(
+    shapes: Shapes | Header,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    family: str | None = None,
+) -> dict[str, Config]:
+    """Configs of the networks in a checkpoint, from names and shapes alone.
+
+    Args:
+        shapes: name -> shape of every tensor, or what ``read_header(path)`` gives; diffusers' or
+            the original layout, bare or prefixed, whatever else is beside.
+        metadata: the file's own, which may name the family; a header brings its own.
+        family: the family, where the caller knows it (``"sd1"``, ``"sdxl"``, ``"flux1"``, ...).
+
+    Returns:
+        ``{"vae": config, "unet": config}``, as far as they are there; frozen dataclasses with
+        diffusers' field names.
+
+    Raises:
+        UnknownNetworkError: no network that sdconv knows, or two of one kind.
+        WeightsMismatchError: a network without a tensor that its config is read from.
+        InputError: no shapes by name, metadata that is not text by name, an unknown family, or one
+            that does not fit.
+
+    Warns:
+        SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
+    """
+    if isinstance(shapes, Header):
+        metadata = shapes.metadata if metadata is None else metadata
+        shapes = shapes.shapes
+    identified = identify(shapes, metadata=metadata, family=family)
+    for one in identified:
+        warn_if_open(one)
+    return {one.component: one.config for one in identified}
+
+
+def identify(
+    shapes: Shapes,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    family: str | None = None,
+    component: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    where: object = None,
+) -> list[Identified]:
+    """Like ``infer``, with where each network was found and what decided its family; it does not
+    warn.
+
+    Args:
+        shapes, metadata, family: as for ``infer``.
+        component: the only one to look at; the others may be of any kind then.
+        config: the content of a ``config.json`` beside the weights. where: the weights' name, for
+            messages.
+    """
+    if family is not None and family not in FAMILIES:
+        raise InputError(
+            "no such family", where="family", expected=", ".join(FAMILIES), got=repr(family)
+        )
+    shapes = _checked_shapes(shapes)
+    metadata = _checked_metadata(metadata)
+    everything = find_networks(shapes, where)
+    found = [one for one in everything if component in (None, one.component)]
+    if everything and not found:
+        raise UnknownNetworkError(
+            f"there is no component {component!r}",
+            where=where,
+            expected=repr(component),
+            got=", ".join(sorted({one.component for one in everything})),
+        )
+    if not found:
+        raise UnknownNetworkError(
+            "no network that sdconv knows",
+            where=where,
+            expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
+            got=_glimpse(list(shapes)),
+            hint="check that this is the file you meant; `sdconv inspect` lists what a file holds",
+        )
+    for name in {one.component for one in found}:
+        several = [one for one in found if one.component == name]
+        if len(several) > 1:
+            raise UnknownNetworkError(
+                f"several networks that could be the {name}",
+                where=where,
+                expected="one",
+                got=", ".join(
+                    f"{one.kind} under {short(one.prefix or 'no prefix')}" for one in several
+                ),
+                hint="pass a state dict that holds one of them",
+            )
+    result = []
+    for one in found:
+        if told := dict(config or {}) or _told(metadata, one.component, where):
+            result.append(_as_told(one, shapes, told, family, where))
+        else:
+            result.append(
+                Identified(found=one, **vars(_read(one, shapes, metadata, family, where)))
+            )
+    return result
+
+
+def _checked_shapes(shapes: object) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; lists of whole numbers, as JSON has them, are shapes too."""
+    if not isinstance(shapes, Mapping):
+        raise InputError(
+            "no shapes by name",
+            where="shapes",
+            expected="a mapping of tensor names to shapes, or what sdconv.read_header gives",
+            got=short(shapes),
+            hint="of a file: sdconv.infer(sdconv.read_header(path))",
+        )
+    for name, shape in shapes.items():
+        if not (isinstance(name, str) and isinstance(shape, tuple | list) and _is_shape(shape)):
+            raise InputError(
+                "what is no shape by a name",
+                where="shapes",
+                expected="tuples of whole numbers by str names",
+                got=f"{short(name)}: {short(shape)}",
+                hint="of a state dict: {name: tensor.shape for name, tensor in state.items()}",
+            )
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _is_shape(shape: Iterable[object]) -> bool:
+    return all(type(length) is int and length >= 0 for length in shape)
+
+
+def _checked_metadata(metadata: object) -> Mapping[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(text, str) for pair in metadata.items() for text in pair
+    ):
+        raise InputError(
+            "not a file's metadata",
+            where="metadata",
+            expected="text by name, as sdconv.read_header(path).metadata gives it",
+            got=short(metadata),
+        )
+    return metadata
+
+
+def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
+    """The config that a file written by sdconv carries, of its one network or by component; empty
+    where it carries none."""
+    if CONFIG_KEY not in metadata:
+        return {}
+    try:
+        content = json.loads(metadata[CONFIG_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the config in the file's metadata is not JSON ({error})",
+            where=where,
+            expected=f"a JSON object under {CONFIG_KEY}",
+            got=metadata[CONFIG_KEY][:80],
+        ) from error
+    if isinstance(content, dict) and {"vae", "unet"} & set(content):
+        content = content.get(component)
+    return content if isinstance(content, dict) else {}
+
+
+def _as_told(
+    found: Found, shapes: Shapes, told: Mapping[str, Any], family: str | None, where: object
+) -> Identified:
+    """The network with the config that is written beside it."""
+    name = told.get("_class_name", found.kind)
+    if name != found.kind:
+        raise UnknownNetworkError(
+            f"the config beside the {found.component} is for another class of network",
+            where=where,
+            expected=found.kind,
+            got=name,
+            hint="remove the config: it is then read from the shapes",
+        )
+    config = _CONFIGS[found.kind].from_json(told, where)
+    if isinstance(config, UNet2DConditionConfig):
+        found = found.with_label(config.addition_embed_type is not None)
+    facts = VAE_FACTS.get(family or "")
+    if isinstance(config, AutoencoderKLConfig) and family is not None:
+        check_family(family, config.latent_channels)
+    if isinstance(config, AutoencoderKLFlux2Config) and family not in (None, "flux2"):
+        raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
+    if facts is not None and isinstance(config, AutoencoderKLConfig):
+        config = dataclasses.replace(
+            config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
+        )
+    try:
+        read = _read(found, shapes, {}, None, where)
+    except SdconvError:  # a network of no known shape, which only its config can describe
+        read = None
+    return Identified(
+        found=found,
+        config=config,
+        family=family or _named_by(config, read),
+        evidence="the config beside it",
+        contradicted=() if read is None else tuple(_contradicted(config, read.config)),
+    )
+
+
+def _named_by(config: Config, read: Reading | None) -> str:
+    """The families that a config fits: by its scaling factor, or else by its shapes."""
+    if isinstance(config, AutoencoderKLFlux2Config):
+        return "flux2"
+    if not isinstance(config, AutoencoderKLConfig):
+        return read.family if read is not None else "of no known family"
+    fitting = [
+        name
+        for name, facts in VAE_FACTS.items()
+        if (config.scaling_factor, config.latent_channels)
+        == (facts.scaling_factor, facts.latent_channels)
+    ]
+    return " or ".join(fitting) or "of no known family"
+
+
+def _contradicted(config: Config, read: Config) -> Iterator[str]:
+    """What a config says otherwise than the shapes beside it, field by field."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        told, seen = config[field.name], read[field.name]
+        if field.name not in config.beyond_shapes and _one(told) != _one(seen):
+            yield f"{field.name} = {told!r} where the shapes say {seen!r}"
+
+
+def _one(value: Any) -> Any:
+    """One number in place of as many as there are levels, where all are the same."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
+def warn_if_open(identified: Identified) -> None:
+    """Warns where a choice was made that neither the weights nor the caller decided."""
+    if identified.guess is not None:
+        warnings.warn(f"the {identified.component} {identified.guess}", SdconvWarning, stacklevel=3)
+
+
+def _read(
+    found: Found,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    family: str | None,
+    where: object,
+) -> Reading:
+    own = Own(found, shapes, where)
+    match found.kind:
+        case "AutoencoderKL":
+            check_kind(found, where)
+            return read_vae(own, shapes, metadata, family)
+        case "AutoencoderKLFlux2":
+            check_kind(found, where)
+            return read_flux2(own, family)
+        case "AutoencoderTiny":
+            return read_tiny(own, family)
+    return read_unet(own, family)
+
+
+_CONFIGS: Mapping[str, type[Config]] = {
+    "AutoencoderKL": AutoencoderKLConfig,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2Config,
+    "AutoencoderTiny": AutoencoderTinyConfig,
+    "UNet2DConditionModel": UNet2DConditionConfig,
+}
+
+
+def _glimpse(names: list[str]) -> str:
+    return f"{len(names)} tensors: {short(sorted(names)[:4])}" if names else "no tensors"

@@ -1,0 +1,322 @@
+"""A VAE's shapes to its config, and what names its family."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdconv.checkpoint.identify.find import Found
+from sdconv.checkpoint.identify.shapes import Own, Reading, Shape
+from sdconv.checkpoint.io.files import short
+from sdconv.checkpoint.keys.prefixes import how_many
+from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
+from sdconv.config.facts import NORM_NUM_GROUPS, VAE_FACTS, VaeFacts
+from sdconv.errors import InputError, UnknownNetworkError
+
+_ATTENTION = "mid_block.attentions.0"
+# what a VAE has that is of another kind than those built here, by names under its prefix
+_OTHER_KINDS = (
+    (
+        re.compile(r"quantize\..+"),
+        "is a VQ model, with a codebook in place of a distribution, which diffusers' AutoencoderKL "
+        "cannot represent",
+    ),
+    (
+        re.compile(r"(encoder|decoder)\.(down|up)(_blocks)?\.[0-9]+\.(attn|attentions)\..+"),
+        "has attention within its levels (attn_resolutions in its original config), which sdconv "
+        "does not build",
+    ),
+    (
+        re.compile(r"(encoder|decoder)\.(.+\.)?(temp|temporal|time)_\w+\..+"),
+        "is for videos, with convolutions over time, which sdconv does not build",
+    ),
+    (
+        re.compile(r"decoder\.condition_encoder\..+"),
+        "decodes beside a masked picture (diffusers' AsymmetricAutoencoderKL), which sdconv does "
+        "not build",
+    ),
+    (
+        re.compile(r"(encoder|decoder)\.(.+\.)?norm\w*\.(gamma|conv_[by]\..+)"),
+        "does not normalise by groups, as all that sdconv builds do",
+    ),
+)
+
+
+def check_kind(found: Found, where: object) -> None:
+    """Refuses VAEs of which parts have no place in ``AutoencoderKL``, and says what they are.
+
+    Raises:
+        UnknownNetworkError: it is such a one.
+    """
+    for name in found.unexpected:
+        for pattern, what in _OTHER_KINDS:
+            if pattern.fullmatch(name.removeprefix(found.prefix)):
+                raise UnknownNetworkError(
+                    f"the vae {what}",
+                    where=where,
+                    expected="an encoder and a decoder of pictures: convolutions, group norms, and "
+                    "attention in the middle alone",
+                    got=short(name),
+                    hint="run it with the code that it was trained with",
+                )
+
+
+def read_vae(
+    own: Own,
+    beside: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    family: str | None = None,
+) -> Reading:
+    """The config of a VAE.
+
+    Args:
+        own: shape of each of its tensors.
+        beside: shapes of the whole checkpoint, which may name the family.
+        metadata: the file's own, which may name it too.
+        family: a key of ``VAE_FACTS``, where the caller knows it.
+
+    Raises:
+        WeightsMismatchError: a part is missing, or laid out as diffusers' class cannot be.
+        InputError: the family does not fit.
+    """
+    structure = _vae_structure(own)
+    latent = structure["latent_channels"]
+    choice = _vae_family(structure, beside, metadata, family)
+    facts = VAE_FACTS.get(choice.family) or VaeFacts(
+        latent_channels=latent,
+        scaling_factor=1.0,
+        shift_factor=None,
+        sample_size=512,
+        force_upcast=True,
+        source="no known family has this many latent channels",
+    )
+    taken = f"scaling_factor {facts.scaling_factor}, shift_factor {facts.shift_factor}"
+    guess = None
+    if choice.open_to:
+        guess = (
+            f"could be of {' or '.join(choice.open_to)}, which differ in the scaling factor; "
+            f"{choice.family} was taken ({taken}): pass family= to decide"
+        )
+    elif choice.family not in VAE_FACTS:
+        guess = (
+            f"has {latent} latent channels, as in no family known here: {taken} were taken; a "
+            "config.json beside the weights would decide"
+        )
+    config = own.config(
+        AutoencoderKLConfig,
+        **structure,
+        scaling_factor=facts.scaling_factor,
+        shift_factor=facts.shift_factor,
+        sample_size=facts.sample_size,
+        force_upcast=facts.force_upcast,
+    )
+    return Reading(
+        config=config,
+        family=choice.family,
+        evidence=choice.evidence,
+        open_to=choice.open_to,
+        guess=guess,
+    )
+
+
+def read_flux2(own: Own, family: str | None = None) -> Reading:
+    """The config of FLUX.2's VAE. Args, Raises: as ``read_vae``."""
+    if family not in (None, "flux2"):
+        raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
+    structure = _vae_structure(own)
+    decoder = _levels(own, "decoder.up_blocks")[::-1]
+    same = decoder == structure["block_out_channels"]
+    assumed = AutoencoderKLFlux2Config.assumed
+    config = own.config(
+        AutoencoderKLFlux2Config,
+        **structure,
+        decoder_block_out_channels=None if same else decoder,
+        sample_size=assumed["sample_size"],
+        batch_norm_eps=assumed["batch_norm_eps"],
+        batch_norm_momentum=assumed["batch_norm_momentum"],
+        patch_size=_patch_size(own, structure["latent_channels"]),
+    )
+    return Reading(config=config, family="flux2", evidence="batch-norm statistics of its latents")
+
+
+def _patch_size(own: Own, latent_channels: int) -> tuple[int, int]:
+    """Rows and columns of the patches that the statistics are of: how many they are is all that
+    shapes tell, so they must be squares."""
+    name = "bn.running_mean" if "bn.running_mean" in own else "bn.running_var"
+    (count,) = own.axes(name, 1)
+    side = math.isqrt(count // latent_channels)
+    if side * side * latent_channels != count:
+        raise own.mismatch(
+            "the statistics of the latents are not of square patches",
+            expected=f"{latent_channels} latent channels times 1, 4, 9, ...",
+            got=f"{name} ({count},)",
+            hint="put config.json next to the weights: its patch_size says what the patches are",
+        )
+    return side, side
+
+
+def _vae_structure(own: Own) -> dict[str, Any]:
+    """The fields of a VAE's config that its shapes decide."""
+    down, up = (
+        how_many(f"{blocks}.{{}}", own.modules)
+        for blocks in ("encoder.down_blocks", "decoder.up_blocks")
+    )
+    if not down or down != up:
+        raise own.mismatch(
+            "the VAE is incomplete",
+            expected="an encoder and a decoder with as many levels each",
+            got=f"{down} levels down, {up} up",
+            hint="load a file that holds the whole VAE",
+        )
+    _check_widths(own)
+    return {
+        "in_channels": own.axes("encoder.conv_in.weight", 4)[1],
+        "out_channels": own.axes("decoder.conv_out.weight", 4)[0],
+        "latent_channels": own.axes("decoder.conv_in.weight", 4)[1],
+        "block_out_channels": _levels(own, "encoder.down_blocks"),
+        "layers_per_block": how_many("encoder.down_blocks.0.resnets.{}", own.modules),
+        "norm_num_groups": NORM_NUM_GROUPS,
+        # a part of which anything is there is one that the network has
+        "use_quant_conv": "quant_conv" in own.modules,
+        "use_post_quant_conv": "post_quant_conv" in own.modules,
+        "mid_block_add_attention": any(
+            f"{half}.{_ATTENTION}" in own.modules for half in ("encoder", "decoder")
+        ),
+    }
+
+
+def _check_widths(own: Own) -> None:
+    """Refuses originals of two kinds that diffusers' class has no field for (``ddconfig`` and
+    ``embed_dim`` in ldm's configs)."""
+    first = own.axes("encoder.conv_in.weight", 4)[0]
+    after, before, *_ = own.axes("encoder.down_blocks.0.resnets.0.conv1.weight", 4)
+    if first == before != after:
+        raise own.mismatch(
+            "the VAE's first level is wider than what enters it: ch_mult[0] is not 1 in its "
+            "original config, which diffusers' AutoencoderKL cannot represent",
+            expected="an encoder.conv_in as wide as the first level",
+            got=f"encoder.conv_in gives {first} channels, the first level {after}",
+            hint="run it with the code that it was trained with",
+        )
+    latent = own.axes("decoder.conv_in.weight", 4)[1]
+    if "post_quant_conv.weight" in own:
+        given, taken, *_ = own.axes("post_quant_conv.weight", 4)
+        if given == latent != taken:
+            raise own.mismatch(
+                "the VAE's latents have another number of channels than its decoder takes: "
+                "embed_dim is not z_channels in its original config, which diffusers' "
+                "AutoencoderKL cannot represent",
+                expected=f"a post_quant_conv of shape ({latent}, {latent}, 1, 1)",
+                got=own["post_quant_conv.weight"],
+                hint="run it with the code that it was trained with",
+            )
+
+
+def _levels(own: Own, blocks: str) -> tuple[int, ...]:
+    """Output channels of each block, in the order of the blocks, as far as they are numbered
+    without a gap."""
+    levels = range(how_many(f"{blocks}.{{}}", own.modules))
+    return tuple(own.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    family: str
+    evidence: str
+    open_to: tuple[str, ...] = ()
+
+
+# words that a file's metadata uses for its architecture (modelspec.architecture), most telling
+# first
+_METADATA_WORDS: Sequence[tuple[str, str]] = (
+    ("stable-diffusion-xl-v1-refiner", "sdxl-refiner"),
+    ("stable-diffusion-xl", "sdxl"),
+    ("sdxl", "sdxl"),
+    ("stable-diffusion-v3", "sd3"),
+    ("stable-diffusion-3", "sd3"),
+    ("sd3", "sd3"),
+    ("flux", "flux1"),
+    ("stable-diffusion-v2", "sd2"),
+    ("sd_v2", "sd2"),
+    ("stable-diffusion-v1", "sd1"),
+    ("sd_v1", "sd1"),
+)
+
+
+def _fitting(latent_channels: int) -> tuple[str, ...]:
+    return tuple(k for k, facts in VAE_FACTS.items() if facts.latent_channels == latent_channels)
+
+
+def check_family(family: str, latent_channels: int) -> None:
+    """Refuses a family whose VAE has another number of latent channels.
+
+    Raises:
+        InputError: it has.
+    """
+    if family not in (fitting := _fitting(latent_channels)):
+        raise misfit(family, f"a VAE with {latent_channels} latent channels", fitting)
+
+
+def misfit(family: str | None, network: str, fitting: Sequence[str]) -> InputError:
+    """The error for a family that the network is not of."""
+    return InputError(
+        f"the family {family!r} does not fit {network}",
+        where="family",
+        expected=", ".join(fitting) or "no family: none known has so many",
+        got=repr(family),
+    )
+
+
+def _vae_family(
+    structure: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    family: str | None,
+) -> _Choice:
+    latent = structure["latent_channels"]
+    fitting = _fitting(latent)
+    if family is not None:
+        check_family(family, latent)
+        return _Choice(family, "the caller's word")
+    said = metadata.get("modelspec.architecture", "").lower()
+    for word, named in _METADATA_WORDS:
+        if said.startswith(word) and named in fitting:
+            return _Choice(named, f"metadata: modelspec.architecture = {said}")
+    if (beside := _family_beside(shapes)) and beside[0] in fitting:
+        return _Choice(*beside)
+    if latent == 4:
+        if len(structure["block_out_channels"]) == 3:
+            return _Choice("x4-upscaler", "4 latent channels and three levels")
+        return _Choice("sd1", "4 latent channels", open_to=("sd1", "sd2", "sdxl"))
+    if latent == 16:
+        return _Choice("flux1", "16 latent channels", open_to=("flux1", "sd3"))
+    return _Choice(f"{latent}-channel", f"{latent} latent channels, as in no family known here")
+
+
+def _family_beside(shapes: Mapping[str, Shape]) -> tuple[str, str] | None:
+    """What the other networks in the same checkpoint say of the family, and which of them said
+    it."""
+    for name, shape in shapes.items():
+        if name.endswith(("input_blocks.0.0.weight", "conv_in.weight")) and shape[1:2] == (7,):
+            return "x4-upscaler", f"{name} takes 7 channels"
+    # the width of the text that the U-Net's first cross-attention reads
+    widths = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
+    for name, shape in shapes.items():
+        if name.endswith("attn2.to_k.weight") and shape and shape[-1] in widths:
+            return widths[shape[-1]], f"the U-Net reads text {shape[-1]} wide"
+    for word, named in (("joint_blocks.", "sd3"), ("double_blocks.", "flux1")):
+        if any(word in name for name in shapes):
+            return named, f"{word}* beside it"
+    prefixes = (
+        ("conditioner.embedders.1.", "sdxl"),
+        ("conditioner.embedders.0.model.", "sdxl-refiner"),
+        ("cond_stage_model.model.", "sd2"),
+        ("cond_stage_model.transformer.", "sd1"),
+    )
+    for prefix, named in prefixes:
+        if any(name.startswith(prefix) for name in shapes):
+            return named, f"the text encoder under {prefix}"
+    return None

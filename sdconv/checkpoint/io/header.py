@@ -1,0 +1,351 @@
+"""A safetensors file's header: names, shapes, dtypes and metadata; no tensor is read, no torch.
+
+The format: 8 bytes, little-endian, that give the header's length; the header, a JSON object
+``{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}``; then the data, covered
+by the tensors without holes and without overlaps (https://huggingface.co/docs/safetensors).
+
+What is read here is read by safetensors too, with the same names, shapes and dtypes. The reverse
+holds but for four things that safetensors lets pass and no writer writes: a name given twice, an
+entry that is a list, a dtype that is an object, and a shape of zero elements too large for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+from sdconv.checkpoint.io.files import (
+    AGAIN,
+    LARGEST_TEXT,
+    foreign,
+    os_errors,
+    regular_file,
+    short,
+    unique,
+)
+from sdconv.errors import CheckpointError
+
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "F4": 4,
+        **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+        **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+        **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+        **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+        **dict.fromkeys(("I32", "U32", "F32"), 32),
+        **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    }
+)
+"""Bits of one element of every dtype that safetensors 0.8 knows."""
+
+_LENGTH_BYTES = 8
+_LARGEST = 2**63  # no tensor has so many elements or bytes
+_DEEPEST = 127  # levels of nested JSON that safetensors reads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    ``dtype`` is safetensors' name (``F32``, ``BF16``, ``F8_E4M3``...). ``start`` and ``end`` are
+    bytes counted from the beginning of the file; for a tensor that is in no safetensors file they
+    are 0 and its number of bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's values."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A safetensors file's header; ``tensors`` stand in the order of their bytes in the file."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self.tensors)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Every tensor's dtype by its name, in safetensors' words: ``F32``, ``BF16``, ..."""
+        return {name: info.dtype for name, info in self.tensors.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+
+def read_header(path: str | Path) -> Header:
+    """Read the header of one safetensors file, and nothing behind it.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no safetensors file, or its header does not
+            describe its data.
+        InputError: ``path`` is no path.
+    """
+    file, size = regular_file(path)
+    with os_errors(file), file.open("rb") as handle:
+        text = _header_text(file, size, handle)
+    data_start = _LENGTH_BYTES + len(text)
+    fields = _parsed(file, text)
+    metadata = fields.pop("__metadata__", None)
+    infos = [_info(file, name, entry, data_start) for name, entry in fields.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    _check_layout(file, infos, data_start, size)
+    return Header(
+        path=file,
+        tensors=MappingProxyType({info.name: info for info in infos}),
+        metadata=MappingProxyType(_metadata(file, metadata)),
+    )
+
+
+def _header_text(file: Path, size: int, handle: BinaryIO) -> bytes:
+    head = handle.read(64)
+    if size < _LENGTH_BYTES or len(head) < _LENGTH_BYTES:
+        raise CheckpointError(
+            "is cut short before its header",
+            where=file,
+            expected="at least 8 bytes",
+            got=f"{size} bytes",
+            hint=AGAIN,
+        )
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    room = size - _LENGTH_BYTES
+    if length > LARGEST_TEXT:
+        raise foreign(file, head) or CheckpointError(
+            "states a header that is too long; it is damaged, or no safetensors file",
+            where=file,
+            expected=f"at most {LARGEST_TEXT} bytes",
+            got=f"{length} bytes (the file begins with {head[:16]!r})",
+            hint=AGAIN,
+        )
+    if length > room:
+        raise foreign(file, head) or CheckpointError(
+            "states a header that is longer than the file",
+            where=file,
+            expected=f"at most the {room} bytes that follow",
+            got=f"{length} bytes (the file begins with {head[:16]!r})",
+            hint=AGAIN,
+        )
+    handle.seek(_LENGTH_BYTES)
+    text = handle.read(length)
+    if len(text) < length:
+        raise CheckpointError("became shorter while it was read", where=file, hint=AGAIN)
+    if not text.lstrip().startswith(b"{") and (other := foreign(file, head)):
+        raise other
+    return text
+
+
+def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
+    """The header's JSON, as strict as safetensors' reader is."""
+
+    def refused(what: str, got: object) -> CheckpointError:
+        return CheckpointError(what, where=file, expected="a JSON object", got=got, hint=AGAIN)
+
+    try:
+        text = raw.decode("utf-8")
+        fields = json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
+        if _deeper_than(fields, _DEEPEST):
+            raise RecursionError
+        if "\\u" in text:  # only an escape can bring in half of a surrogate pair
+            json.dumps(fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refused("has a header that is not UTF-8", error) from error
+    except UnicodeEncodeError as error:
+        raise refused("has a header with half a surrogate pair in a name", error.reason) from error
+    except KeyError as error:
+        raise CheckpointError(
+            f"has a header that names {short(error.args[0])} twice",
+            where=file,
+            expected="every name once",
+            hint="write the file again with the library that made it",
+        ) from error
+    except RecursionError as error:
+        raise refused("has a header nested too deeply", f"over {_DEEPEST} levels") from error
+    except ValueError as error:
+        raise refused("has a header that is not JSON", error) from error
+    if not isinstance(fields, dict):
+        raise refused("has a header that is not a JSON object", short(fields))
+    return fields
+
+
+def _whole(literal: str) -> int | float:
+    """A JSON integer as safetensors' reader takes it: beyond 64 bits, and for -0, a float."""
+    fits = len(literal) <= 20 and -(2**63) <= int(literal) < 2**64
+    return int(literal) if fits and literal != "-0" else _finite(literal)
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        raise ValueError("a number out of range")
+    return value
+
+
+def _no_constant(literal: str) -> float:
+    raise ValueError(f"{literal} is not JSON")
+
+
+def _deeper_than(value: object, levels: int) -> bool:
+    level: list[Any] = [[value]]
+    for _ in range(levels + 1):
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in children for child in each if isinstance(child, dict | list)]
+    return bool(level)
+
+
+def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    where = f"{file}: tensor {short(name)}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(
+            "has an entry that is not an object",
+            where=where,
+            expected="dtype, shape and data_offsets",
+            got=short(entry),
+            hint=AGAIN,
+        )
+    for field in ("dtype", "shape", "data_offsets"):
+        if field not in entry:
+            raise CheckpointError(
+                f"has no {field}", where=where, got=f"only {short(sorted(entry))}", hint=AGAIN
+            )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(
+            "has an unknown dtype",
+            where=where,
+            expected=f"one of {', '.join(DTYPE_BITS)}",
+            got=short(dtype),
+            hint="convert the file to one of these dtypes with the library that wrote it",
+        )
+    if not isinstance(shape, list) or not all(map(_natural, shape)):
+        raise CheckpointError(
+            "has a shape that is none",
+            where=where,
+            expected="a list of whole numbers from 0 on",
+            got=short(shape),
+            hint=AGAIN,
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
+        raise CheckpointError(
+            "has data_offsets that are none",
+            where=where,
+            expected="a list of two whole numbers from 0 on",
+            got=short(offsets),
+            hint=AGAIN,
+        )
+    start, end = offsets
+    bits = _bits(where, dtype, shape)
+    if end < start:
+        raise CheckpointError(
+            "ends before it begins",
+            where=where,
+            expected="data_offsets in rising order",
+            got=offsets,
+            hint=AGAIN,
+        )
+    if bits != 8 * (end - start):
+        raise CheckpointError(
+            "has a shape that does not fit its bytes",
+            where=where,
+            expected=f"{bits / 8:g} bytes for {dtype} {short(shape)}",
+            got=f"{end - start} bytes",
+            hint=AGAIN,
+        )
+    return TensorInfo(
+        name=name,
+        shape=tuple(shape),
+        dtype=dtype,
+        start=data_start + start,
+        end=data_start + end,
+    )
+
+
+def _natural(value: object) -> bool:
+    return type(value) is int and value >= 0  # a bool is no number
+
+
+def _bits(where: str, dtype: str, shape: list[int]) -> int:
+    """Bits of all elements; refused where even the strides of such a tensor overflow."""
+    bound = elements = 1
+    for length in shape:
+        bound *= max(length, 1)
+        elements *= length
+        if bound * max(8, DTYPE_BITS[dtype]) >= 8 * _LARGEST:
+            raise CheckpointError(
+                "has a shape larger than any tensor",
+                where=where,
+                expected="less than 2**63 bytes",
+                got=f"{dtype} {short(shape)}",
+                hint=AGAIN,
+            )
+    return elements * DTYPE_BITS[dtype]
+
+
+def _check_layout(file: Path, infos: list[TensorInfo], data_start: int, size: int) -> None:
+    """Tensors in the order of their bytes must follow one another and end with the file."""
+    before, name = data_start, "the header"
+    for info in infos:
+        if info.start != before:
+            where = f"{file}: tensor {short(info.name)}"
+            if info.end > size:
+                what = "lies outside the file"
+            elif info.start < before:
+                what = f"overlaps {name}"
+            else:
+                what = f"leaves a hole behind {name}"
+            raise CheckpointError(
+                what,
+                where=where,
+                expected=f"data_offsets from {before - data_start} on, within "
+                f"{size - data_start} bytes",
+                got=[info.start - data_start, info.end - data_start],
+                hint=AGAIN,
+            )
+        before, name = info.end, short(info.name)
+    if before != size:
+        raise CheckpointError(
+            "is cut short" if before > size else "is longer than its tensors",
+            where=file,
+            expected=f"{before} bytes",
+            got=f"{size} bytes",
+            hint=AGAIN,
+        )
+
+
+def _metadata(file: Path, metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            "has __metadata__ that is not text by name",
+            where=file,
+            expected="an object of strings",
+            got=short(metadata),
+            hint=AGAIN,
+        )
+    return metadata

@@ -1,0 +1,343 @@
+"""Torch checkpoints (``.ckpt``, ``.pth``, ``.pt``, ``.bin``): pickles of which nothing is run.
+
+A pickle is a program: it names functions and classes of the reader's Python (its *globals*) and
+calls them. Here only ``torch.load(weights_only=True)`` runs it, whose interpreter knows tensors,
+plain containers and no other global, and calls nothing else. Training code leaves its own objects
+beside the weights. For each class among them (a name that begins with a capital, of a package that
+is neither Python's own nor torch) an empty class is handed to ``torch.serialization.safe_globals``
+under that name: the module it is named after is never imported, so what stands there is never
+called. It takes any arguments and any state and keeps none. Functions have no such place to take,
+and Python's and torch's own names are let in one by one (``STAND_INS``): all else is refused by
+its name, before torch reads the file, and nothing falls back to a looser reader. Globals that the
+running program has itself given to ``torch.serialization.add_safe_globals`` are its own affair.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import sys
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+import torch
+
+from sdconv.checkpoint.io.files import AGAIN, LARGEST_TEXT, foreign, os_errors, regular_file, short
+from sdconv.checkpoint.io.header import read_header
+from sdconv.errors import CheckpointError
+
+PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
+"""Names of files that are read as pickles, and only those."""
+
+STAND_INS = frozenset(
+    {
+        *(f"builtins.{name}" for name in "bool bytes dict float frozenset int list".split()),
+        *(f"builtins.{name}" for name in "object range slice str tuple".split()),
+        *(f"collections.{name}" for name in "ChainMap UserDict UserList defaultdict deque".split()),
+        *(f"datetime.{name}" for name in "date datetime time timedelta timezone".split()),
+        *(f"pathlib.{name}" for name in "Path PosixPath PurePosixPath".split()),
+        *(f"pathlib.{name}" for name in "PureWindowsPath WindowsPath".split()),
+        "argparse.Namespace",
+        "decimal.Decimal",
+        "fractions.Fraction",
+        "types.SimpleNamespace",
+        "typing.Any",
+        "uuid.UUID",
+        # how numpy pickles arrays, scalars and the state of its random numbers
+        *(
+            f"numpy.{core}.multiarray.{name}"
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        ),
+        *(
+            f"numpy.random._pickle.__{name}_ctor"
+            for name in ("randomstate", "generator", "bit_generator")
+        ),
+        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
+        *(f"numpy.{name}" for name in "bool bool_ dtype ndarray object_ str_".split()),
+        *(f"numpy.{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+        *(f"numpy.{name}" for name in "float16 float32 float64 complex64 complex128".split()),
+    }
+)
+"""Names that get a stand-in although they are Python's own, or do not begin with a capital."""
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
+"""Names under which training code keeps the weights, in the order in which they are looked for."""
+
+_ONE_AT_A_TIME = Lock()  # torch keeps what is let in for all threads together
+_MOST_STAND_INS = 1000  # far more than training code has classes
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zip format
+_SAFER = (
+    "get the same weights as a .safetensors file; if you trust the author, let the code that made "
+    "the file load it and write its state dict anew"
+)
+
+
+def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
+    """The named tensors of a torch checkpoint, on the CPU; memory-mapped in the zip format.
+
+    The weights stand under one of ``WRAPPERS``, or in the outermost dict; what is beside them, and
+    what is no tensor among them, is dropped.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no torch checkpoint, asks for more than
+            tensors and plain containers, or holds no weights.
+        InputError: ``path`` is no path.
+    """
+    file, _ = regular_file(path)
+    with os_errors(file), file.open("rb") as handle:
+        is_zip = handle.read(4) == b"PK\x03\x04"  # as torch tells its two formats apart
+    program, mappable = _zip_program(file) if is_zip else (_legacy_program(file), False)
+    with _ONE_AT_A_TIME:
+        stand_ins: list[Any] = [(_stand_in(name), name) for name in _let_in(file, program)]
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+                warnings.simplefilter("ignore")  # of old protocols and storages: they load as well
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+                return _weights(file, content)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a hostile pickle may raise anything out of torch
+            raise CheckpointError(
+                "cannot be read as a torch checkpoint",
+                where=file,
+                expected="tensors and plain containers, as torch.save writes a state dict",
+                got=_reason(error),
+                hint=f"{AGAIN}; or {_SAFER}",
+            ) from error
+
+
+class _Inert:
+    """Stands for an object of a class that is not here: takes anything, keeps and does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _InertDict(_Inert):
+    """Stands for a kind of dict: torch's reader fills none but plain ones, and gives a state to
+    the ordered one alone."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return OrderedDict()
+
+
+class _InertList(_Inert):
+    """Stands for a kind of list: torch's reader fills none but plain ones."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return []
+
+
+def _let_in(file: Path, program: bytes) -> list[str]:
+    """The globals that need a stand-in; refused where one may have none."""
+    names = _unsafe_globals(file, program)
+    refused = sorted(name for name in names if not _may_stand_in(name))
+    if refused or len(names) > _MOST_STAND_INS:
+        raise _refused(file, refused or sorted(names))
+    return names
+
+
+def _may_stand_in(name: str) -> bool:
+    """Whether a name is one of ``STAND_INS``, or a class of another package than Python's and
+    torch's."""
+    package, *inner = name.split(".")
+    is_class = bool(inner) and inner[-1].lstrip("_")[:1].isupper()
+    foreign = package not in sys.stdlib_module_names and package not in ("torch", "__builtin__")
+    return name in STAND_INS or (is_class and foreign and name.replace(".", "_").isidentifier())
+
+
+def _stand_in(name: str) -> type[_Inert]:
+    kind = name.rpartition(".")[2]
+    if kind in ("dict", "defaultdict") or kind.endswith("Dict"):
+        return _InertDict
+    return _InertList if kind in ("list", "deque") else _Inert
+
+
+def _zip_program(file: Path) -> tuple[bytes, bool]:
+    """The pickle inside torch's zip format, and whether its tensors can be mapped."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            programs = [m for m in members if m.filename.partition("/")[2] == "data.pkl"]
+            others = {m.filename.partition("/")[2] for m in members}
+            if "constants.pkl" in others:
+                raise CheckpointError(
+                    "is a TorchScript program, not a checkpoint",
+                    where=file,
+                    hint="load it with torch.jit.load where you trust it, and save its state dict",
+                )
+            if len(programs) != 1 or programs[0].file_size > LARGEST_TEXT:
+                raise CheckpointError(
+                    "is a zip archive, but no torch checkpoint",
+                    where=file,
+                    expected=f"one data.pkl of at most {LARGEST_TEXT} bytes in one folder",
+                    got=f"{len(members)} members: {short([m.filename for m in members[:8]])}",
+                    hint="if it is an archive of weights, unpack it first",
+                )
+            # a member that was compressed afterwards would be mapped as the noise it is
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
+            return archive.read(programs[0]), stored
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises a dozen kinds on a damaged archive
+        raise CheckpointError(
+            "is a damaged zip archive", where=file, got=_reason(error), hint=AGAIN
+        ) from error
+
+
+def _legacy_program(file: Path) -> bytes:
+    """The pickle that builds the content in the older format: the fourth in the file."""
+    with os_errors(file), file.open("rb") as handle:
+        head = handle.read(64)
+        handle.seek(0)
+        if not head.startswith(_LEGACY_START):
+            raise _not_torch(file, head, handle)
+        try:
+            for _ in range(3):  # a magic number, the protocol, facts of the machine
+                _skip_pickle(handle)
+            start = handle.tell()
+            _skip_pickle(handle)
+            end = handle.tell()
+        except Exception as error:  # pickletools raises several kinds on damaged opcodes
+            raise CheckpointError(
+                "is a damaged pickle, or cut short", where=file, got=_reason(error), hint=AGAIN
+            ) from error
+        handle.seek(start)
+        return handle.read(end - start)
+
+
+def _skip_pickle(handle: IO[bytes]) -> None:
+    for _ in pickletools.genops(handle):
+        pass
+
+
+def _not_torch(file: Path, head: bytes, handle: IO[bytes]) -> CheckpointError:
+    """Why a file that is in neither of torch's two formats is none."""
+    try:
+        read_header(file)
+    except CheckpointError:
+        names, whole = _named_globals(handle)
+        is_pickle = whole or head.startswith(b"\x80")
+        if is_pickle and names:
+            return _refused(file, names)
+        other = None if is_pickle else foreign(file, head)
+        return other or CheckpointError(
+            f"is {'a pickle, but ' if is_pickle else ''}no torch checkpoint",
+            where=file,
+            expected="what torch.save writes",
+            got=f"first bytes {head[:16]!r}",
+            hint=AGAIN,
+        )
+    return CheckpointError(
+        "is a safetensors file under a pickle's name",
+        where=file,
+        hint="let its name end in .safetensors",
+    )
+
+
+def _unsafe_globals(file: Path, program: bytes) -> list[str]:
+    """The globals of a pickle that torch's restricted reader does not know.
+
+    Torch lists them for its zip format only, so the program is put into such an archive.
+    """
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as writer:
+        writer.writestr("archive/data.pkl", program)
+        writer.writestr("archive/version", "3\n")
+    archive.seek(0)
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(archive)
+    except Exception as error:  # opcodes of later protocols, or no pickle at all
+        names, _ = _named_globals(io.BytesIO(program))
+        raise CheckpointError(
+            "is a pickle that torch's restricted reader does not take",
+            where=file,
+            expected="pickle protocol 2, which torch.save writes",
+            got=f"{_reason(error)}; it asks for {', '.join(names[:10]) or 'no global'}",
+            hint=_SAFER,
+        ) from error
+
+
+def _named_globals(program: IO[bytes]) -> tuple[list[str], bool]:
+    """The globals that a pickle of any protocol names, as far as can be told, and whether it ends.
+
+    For messages only: what is refused is decided by torch's reader.
+    """
+    names: set[str] = set()
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(program):
+            if opcode.name in ("GLOBAL", "INST"):
+                names.add(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.add(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+            elif opcode.name == "MEMOIZE" or "PUT" in opcode.name:
+                memo[len(memo) if argument is None else argument] = strings[-1] if strings else "?"
+            elif "GET" in opcode.name and argument in memo:
+                strings.append(memo[argument])
+    except Exception:  # pickletools raises several kinds on damaged opcodes
+        return sorted(names), False
+    return sorted(names), True
+
+
+def _refused(file: Path, names: list[str]) -> CheckpointError:
+    listed = ", ".join(map(_printable, names[:10])) + (", ..." if len(names) > 10 else "")
+    return CheckpointError(
+        f"asks for {listed}, which is refused; nothing of it was run",
+        where=file,
+        expected="tensors and plain containers, with objects of training code's classes at most",
+        got=f"a pickle that names {len(names)} of what is refused",
+        hint=_SAFER,
+    )
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 120 else short(name)
+
+
+def _reason(error: Exception) -> str:
+    """The part of an exception's text that says what is wrong; torch adds unsafe advice to it."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    text = text.partition("\n\nCheck the documentation")[0].strip()
+    return short(text) if len(text) > 300 else text or type(error).__name__
+
+
+def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
+    candidates = [content]
+    if isinstance(content, Mapping):
+        candidates = [content[name] for name in WRAPPERS if name in content] + candidates
+    for candidate in candidates:
+        if isinstance(candidate, Mapping) and (found := _tensors(candidate)):
+            return found
+    keys = sorted(map(str, content)) if isinstance(content, Mapping) else None
+    raise CheckpointError(
+        "is a pickle without weights",
+        where=file,
+        expected=f"tensors by name, bare or under one of {', '.join(WRAPPERS)}",
+        got=type(content).__name__ if keys is None else f"a dict of {short(keys)}",
+        hint="check that it is a checkpoint of a network, and which part of it holds the weights",
+    )
+
+
+def _tensors(candidate: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    # not value.detach(): a pickle may give a tensor an attribute of that name
+    return {
+        name: torch.Tensor.detach(value)
+        for name, value in candidate.items()
+        if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }

@@ -1,0 +1,348 @@
+"""A source of weights: named tensors from files, a folder or memory, known before they are read.
+
+A source is one file or more (a state dict in memory counts as one). Each file keeps its own names,
+for the two halves of a tiny autoencoder both number their layers from 0; who asks the whole source
+for its entries says that it is one network, and then a name in two files is an error.
+
+    with open_source("vae/diffusion_pytorch_model.safetensors") as source:
+        source.shapes                               # from the header alone
+        source.tensor("decoder.conv_in.weight")     # memory-mapped, not copied
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import torch
+
+from sdconv.checkpoint.io.files import as_path, os_errors, short
+from sdconv.checkpoint.io.folder import (
+    FolderWeights,
+    components_in,
+    config_beside,
+    config_in,
+    is_pipeline,
+    weights_in,
+    weights_of_index,
+)
+from sdconv.checkpoint.io.header import TensorInfo, read_header
+from sdconv.checkpoint.io.pickles import PICKLE_SUFFIXES, read_pickle
+from sdconv.errors import CheckpointError, InputError
+
+__all__ = ["TORCH_DTYPES", "Source", "SourceFile", "components_in", "open_source"]
+
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"F8_{kind}": f"float8_{kind.lower()}" for kind in ("E5M2", "E4M3FNUZ", "E5M2FNUZ")},
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+}
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
+)
+"""Safetensors' dtype names that are one dtype of this torch: all but F4 (two to a byte) and F6."""
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class SourceFile(ABC):
+    """The tensors of one file, or of one state dict in memory.
+
+    ``label`` names it in messages; ``entries`` are its tensors by name, ``metadata`` what the file
+    says of itself.
+    """
+
+    label: str
+    entries: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of that name, in the file's dtype.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, or torch has no such dtype.
+        """
+        if name not in self.entries:
+            raise CheckpointError(
+                f"holds no tensor {short(name)}",
+                where=self.label,
+                expected=f"one of its {len(self.entries)} names, such as "
+                f"{short(next(iter(self.entries), None))}",
+            )
+        return self._read(name)
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """Let go of the file; tensors read so far stay valid."""
+
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsFile(SourceFile):
+    """A safetensors file: its tensors are views of one private mapping of the file.
+
+    Not ``safe_open``'s mapping, which reads a page of every tensor that it hands out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self.label = str(path)
+        self.entries = header.tensors
+        self.metadata = header.metadata
+        self._mapping: Any = None  # an UntypedStorage of the whole file
+
+    def close(self) -> None:
+        self._mapping = None  # unmapped with the last tensor that was read from it
+
+    def _read(self, name: str) -> torch.Tensor:
+        info = self.entries[name]
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"tensor {short(name)} has a dtype that torch has not",
+                where=self.label,
+                expected=f"one of {', '.join(TORCH_DTYPES)}",
+                got=info.dtype,
+                hint="convert the file to another dtype with the library that wrote it",
+            )
+        values: torch.UntypedStorage = self._mapped()[info.start : info.end]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(values).view(info.shape)
+
+    def _mapped(self) -> Any:
+        if self._mapping is None:
+            size = max(info.end for info in self.entries.values())
+            try:
+                self._mapping = torch.UntypedStorage.from_file(self.label, False, size)
+            except Exception as error:  # the file changed meanwhile, or memory cannot be had
+                raise CheckpointError(
+                    "cannot be mapped into memory",
+                    where=self.label,
+                    expected=f"a file of {size} bytes, as when its header was read",
+                    got=error,
+                    hint="check that nothing is writing to it, and try again",
+                ) from error
+        return self._mapping
+
+
+class TensorsFile(SourceFile):
+    """Tensors that are already there: a pickle's, or a caller's state dict."""
+
+    def __init__(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.label = label
+        self.entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
+        self.metadata: Mapping[str, str] = {}
+        self._tensors = tensors
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name].detach()
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"tensor {short(name)} is on the meta device and has no values",
+                where=self.label,
+                expected="a tensor on the CPU or a GPU",
+            )
+        return tensor
+
+
+class Source:
+    """Named tensors from one or more files; a context manager that closes them.
+
+    ``label`` names the source in messages, ``files`` are its parts, ``config`` is the parsed
+    ``config.json`` of the component's folder (None where there is none).
+    """
+
+    def __init__(
+        self, label: str, files: Sequence[SourceFile], config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.label = label
+        self.files = tuple(files)
+        self.config = config
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; tensors read so far stay valid."""
+        for file in self.files:
+            file.close()
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of every file by its name, as the parts of one network.
+
+        Raises:
+            CheckpointError: two files hold a tensor of the same name.
+        """
+        return {name: file.entries[name] for name, file in self._owners.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name. Raises: as ``entries``."""
+        return {name: info.shape for name, info in self.entries.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files say of themselves; where they differ, the first file's word."""
+        merged: dict[str, str] = {}
+        for file in reversed(self.files):
+            merged.update(file.metadata)
+        return merged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for file in self.files for info in file.entries.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in the file's dtype (fp8 as ``torch.float8_*``).
+
+        On the CPU, memory-mapped and not copied, from a file (but for pickles of torch's oldest
+        format and compressed ones, which are read when opened); where the caller has it, from a
+        state dict. Writing to it does not reach the file.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, torch has no such dtype, or two
+                files claim a name.
+        """
+        owner = self._owners.get(name)
+        if owner is None:
+            raise CheckpointError(
+                f"holds no tensor {short(name)}",
+                where=self.label,
+                expected=f"one of its {len(self._owners)} names",
+            )
+        return owner.tensor(name)
+
+    @cached_property
+    def _owners(self) -> dict[str, SourceFile]:
+        owners: dict[str, SourceFile] = {}
+        for file in self.files:
+            for name in file.entries:
+                if name in owners:
+                    raise CheckpointError(
+                        f"tensor {short(name)} stands in two files of one network",
+                        where=self.label,
+                        expected="every name in one file",
+                        got=f"{owners[name].label} and {file.label}",
+                        hint="give only the files that belong together",
+                    )
+                owners[name] = file
+        return owners
+
+
+def open_source(
+    path_or_paths: str | Path | Sequence[str | Path] | Mapping[str, torch.Tensor],
+) -> Source:
+    """Open weights: a file, a component's folder, a list of files, or a state dict in memory.
+
+    Headers are read, tensors are not; nothing is fetched, and nothing outside of what is named is
+    opened, but for what belongs to it: a component folder's ``config.json``, also where its weights
+    are named one by one, and the shards of an index. A file whose name ends in ``PICKLE_SUFFIXES``
+    is read as a torch checkpoint, by ``read_pickle``; any other as safetensors.
+
+    Raises:
+        CheckpointError: something cannot be read, is no weights, or a folder's index and its
+            shards disagree; a folder is a whole pipeline (see ``components_in``).
+        InputError: the argument is none of these four.
+    """
+    match path_or_paths:
+        case str() | Path():
+            path = as_path(path_or_paths)
+            with os_errors(path):
+                is_folder = path.is_dir()
+            if is_folder:
+                return _open_folder(path)
+            if (weights := weights_of_index(path)) is not None:
+                return _open_weights(path, weights, config_in(path.parent))
+            return Source(str(path), [_open_file(path)], config_beside([path]))
+        case Mapping():
+            return Source("state dict in memory", [_in_memory(path_or_paths)])
+        case Sequence() if path_or_paths and not isinstance(path_or_paths, bytes | bytearray):
+            paths = [as_path(path) for path in path_or_paths]
+            opened = [_open_file(path) for path in paths]
+            return Source(", ".join(map(str, paths)), opened, config_beside(paths))
+    raise InputError(
+        "no weights",
+        expected="a path, a list of one path or more, or a dict of tensors by name",
+        got=short(path_or_paths),
+    )
+
+
+def _open_file(path: Path) -> SourceFile:
+    if path.suffix.lower() == ".json":
+        raise CheckpointError(
+            "is what stands beside weights, not weights",
+            where=path,
+            expected="weights: a folder, a file of them, or a file that ends in .index.json",
+            hint="name the folder that it is in",
+        )
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return TensorsFile(str(path), read_pickle(path))
+    return SafetensorsFile(path)
+
+
+def _open_folder(folder: Path) -> Source:
+    if is_pipeline(folder):
+        raise _is_pipeline(folder, components_in(folder))
+    try:
+        weights = weights_in(folder)
+    except CheckpointError:
+        if components := components_in(folder):
+            raise _is_pipeline(folder, components) from None
+        raise
+    return _open_weights(folder, weights, config_in(folder))
+
+
+def _open_weights(named: Path, weights: FolderWeights, config: Mapping[str, Any] | None) -> Source:
+    files = {path: _open_file(path) for path in weights.files}
+    weights.check({path: file.entries for path, file in files.items()}, named)
+    return Source(str(named), list(files.values()), config)
+
+
+def _is_pipeline(folder: Path, components: Mapping[str, Path]) -> CheckpointError:
+    return CheckpointError(
+        "is a whole pipeline, not one component",
+        where=folder,
+        expected="the folder of one component",
+        got=f"subfolders with weights: {', '.join(components) or 'none'}",
+        hint="name the subfolder, or the component=",
+    )
+
+
+def _in_memory(tensors: Mapping[Any, Any]) -> TensorsFile:
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise InputError(
+                "a state dict holds what is no tensor by a name",
+                where="state dict in memory",
+                expected="torch.Tensor values by str names",
+                got=f"{short(name)}: {type(value).__name__}",
+                hint="pass the inner dict, such as checkpoint['state_dict']",
+            )
+    if not tensors:
+        raise InputError("an empty state dict", expected="tensors by name", got="no name")
+    return TensorsFile("state dict in memory", tensors)
+
+
+def _entry(name: str, tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
+        start=0,
+        end=tensor.numel() * tensor.element_size(),
+    )

@@ -1,0 +1,194 @@
+"""Tensors from their sources into one safetensors file, a piece at a time: none is held whole.
+
+What is written as it was is copied byte for byte, also in dtypes that torch has not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdconv.checkpoint.io.files import os_errors, short
+from sdconv.checkpoint.io.header import DTYPE_BITS, TensorInfo
+from sdconv.checkpoint.io.source import TORCH_DTYPES, SafetensorsFile, SourceFile
+from sdconv.checkpoint.io.write import write_whole
+from sdconv.errors import CheckpointError
+
+OnTensor = Callable[[str, int, int], None]
+"""Called before each tensor with its name, the bytes done so far and all bytes."""
+
+_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_PIECE = 1 << 22  # bytes, or values, that are in memory at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a file to be written.
+
+    ``pieces``: where its rows come from, one piece after another. ``transposed``: of the source's
+    one matrix. ``component``: what it is a part of, where that is known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[SourceFile, str], ...]
+    transposed: bool = False
+    component: str | None = None
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """What the sources say of the pieces."""
+        return tuple(file.entries[name] for file, name in self.pieces)
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the sources' dtype."""
+        return self.infos[0].dtype
+
+    def written_as(self, dtype: torch.dtype | None) -> str:
+        """safetensors' name of the dtype in which it is written.
+
+        Args:
+            dtype: asked for, for floating-point tensors of a component.
+
+        Raises:
+            CheckpointError: its parts are of different dtypes, or safetensors has none for it.
+        """
+        stored = TORCH_DTYPES.get(self.dtype)
+        if dtype is not None and self.component and stored is not None and stored.is_floating_point:
+            return _NAMES[dtype]
+        there = {info.dtype for info in self.infos}
+        if len(there) > 1 or self.dtype not in DTYPE_BITS:
+            raise CheckpointError(
+                f"{self.name} cannot be written as it is stored",
+                where=self.pieces[0][0].label,
+                expected="one dtype that safetensors has",
+                got=", ".join(sorted(there)),
+            )
+        return self.dtype
+
+    def tensor(self) -> Tensor:
+        """The tensor in the sources' dtype, mapped where it is one piece of a file.
+
+        Raises:
+            CheckpointError: it cannot be read, or torch has no such dtype.
+        """
+        tensors = [file.tensor(name) for file, name in self.pieces]
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return (joined.T if self.transposed else joined).reshape(self.shape)
+
+
+def stream(
+    entries: Sequence[Entry],
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+    on_tensor: OnTensor = lambda name, done, total: None,
+) -> None:
+    """Writes a safetensors file; it stands under its name only once it is complete.
+
+    Args:
+        entries: names that differ.
+        path: folders above it are made.
+        metadata: the file's own.
+        dtype: what floating-point tensors with a component are written in; None: as they are.
+        on_tensor: for progress.
+
+    Raises:
+        CheckpointError: two entries have one name, a source cannot be read, safetensors has no
+            such dtype, or the file cannot be written.
+    """
+    targets = {entry.name: entry.written_as(dtype) for entry in entries}
+    if len(targets) < len(entries):
+        names = sorted(entry.name for entry in entries)
+        twice = next(a for a, b in pairwise(names) if a == b)
+        raise CheckpointError(
+            "two tensors would get one name",
+            where=path,
+            expected="every name once",
+            got=f"{twice}, from "
+            + " and ".join(repr(e.pieces[0][1]) for e in entries if e.name == twice),
+            hint="take the tensor that is not meant out of the file",
+        )
+    # widest first, so that each begins at a multiple of its width, as safetensors writes them
+    ordered = sorted(entries, key=lambda entry: (-DTYPE_BITS[targets[entry.name]], entry.name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    place, total = 0, sum(info.nbytes for entry in entries for info in entry.infos)
+    for entry in ordered:
+        end = place + _size(entry, targets[entry.name])
+        header[entry.name] = {
+            "dtype": targets[entry.name],
+            "shape": list(entry.shape),
+            "data_offsets": [place, end],
+        }
+        place = end
+    text = _text(header, path)
+
+    def write(part: Path) -> None:
+        done = 0
+        with part.open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little"))
+            handle.write(text)
+            for entry in ordered:
+                on_tensor(entry.name, done, total)
+                for piece in _bytes(entry, targets[entry.name]):
+                    handle.write(piece)
+                done += sum(info.nbytes for info in entry.infos)
+        on_tensor("", total, total)
+
+    write_whole(path, write)
+
+
+def _text(header: Mapping[str, object], path: Path) -> bytes:
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            "a name cannot be written as UTF-8", where=path, got=short(error.object)
+        ) from error
+    return text + b" " * (-len(text) % 8)
+
+
+def _size(entry: Entry, target: str) -> int:
+    """Bytes of an entry as it is written."""
+    nbytes = sum(info.nbytes for info in entry.infos)
+    return nbytes * DTYPE_BITS[target] // DTYPE_BITS[entry.dtype]
+
+
+def _bytes(entry: Entry, target: str) -> Iterator[bytes | memoryview]:
+    if entry.transposed:
+        yield from _values(entry.tensor(), target)
+        return
+    for file, name in entry.pieces:
+        if target == entry.dtype and isinstance(file, SafetensorsFile):
+            yield from _copied(file, file.entries[name])
+        else:
+            yield from _values(file.tensor(name), target)
+
+
+def _copied(file: SafetensorsFile, info: TensorInfo) -> Iterator[bytes]:
+    path, left = Path(file.label), info.nbytes
+    with os_errors(path), path.open("rb") as handle:
+        handle.seek(info.start)
+        while left:
+            piece = handle.read(min(left, _PIECE))
+            if not piece:
+                raise CheckpointError("became shorter while it was read", where=path)
+            left -= len(piece)
+            yield piece
+
+
+def _values(tensor: Tensor, target: str) -> Iterator[memoryview]:
+    # a view of the mapping where that is possible, so that only a piece is ever in memory
+    for piece in torch.split(tensor.reshape(-1), _PIECE):
+        values = piece.to("cpu", TORCH_DTYPES[target]).contiguous()
+        if values.numel():
+            # numpy arrays have the buffer protocol; their stubs say so only from Python 3.12 on
+            yield memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]

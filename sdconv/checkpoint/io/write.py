@@ -1,0 +1,172 @@
+"""Tensors to files: safetensors and ``config.json``, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdconv.checkpoint.io.files import as_path
+from sdconv.config import AutoencoderTinyConfig, Config
+from sdconv.errors import CheckpointError, InputError, SdconvError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# where a single file keeps what its shapes cannot tell
+CONFIG_KEY = "sdconv.config"
+# names of files, not of folders, of which none is written
+_NOT_WRITTEN = frozenset(".ckpt .pth .pt .pkl .bin .sft .gguf .onnx .h5 .npz .msgpack".split())
+
+
+def output_path(path: str | Path) -> tuple[Path, bool]:
+    """Where weights are to be written, and whether that is a single file: its name then ends in
+    ``.safetensors``. Any other is a folder's.
+
+    Raises:
+        InputError: no path, or a name for a kind of file that is not written.
+    """
+    out = as_path(path)
+    if (suffix := out.suffix.lower()) in _NOT_WRITTEN:
+        raise InputError(
+            "only safetensors files are written",
+            where=out,
+            expected="a name that ends in .safetensors for a single file, or a folder's",
+            got=f"a name that ends in {out.suffix}",
+            hint=f"name it {out.with_suffix('.safetensors').name}",
+        )
+    return out, suffix == ".safetensors"
+
+
+def write_folder(
+    tensors: Mapping[str, Tensor], config: Config, folder: Path, *, variant: str | None = None
+) -> list[Path]:
+    """Writes one component as diffusers keeps it: ``config.json`` beside
+    ``diffusion_pytorch_model.safetensors``.
+
+    Args:
+        tensors: by diffusers' names.
+        config: the network's.
+        folder: made if absent.
+        variant: a word for the file's name, such as ``"fp16"``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SdconvError: diffusers has no class for this network.
+        CheckpointError: the folder cannot be written.
+    """
+    check_in_diffusers(config, folder)
+    suffix = f".{variant}" if variant else ""
+    weights = folder / f"diffusion_pytorch_model{suffix}.safetensors"
+    write_tensors(tensors, weights, {"format": "pt"})
+    return [write_config(config, folder), weights]
+
+
+def check_in_diffusers(config: Config, folder: Path) -> None:
+    """Refuses a network that a folder as diffusers keeps it cannot hold.
+
+    Raises:
+        SdconvError: diffusers has no class for this network.
+    """
+    if isinstance(config, AutoencoderTinyConfig) and not config.in_diffusers:
+        raise SdconvError(
+            "diffusers' AutoencoderTiny cannot represent this network",
+            where=folder,
+            expected="both halves, one width, plain stem, no pooled blocks",
+            got=f"blocks {config.num_encoder_blocks} and {config.num_decoder_blocks}",
+            hint="save it as a single file: sdconv.save(model, 'name.safetensors')",
+        )
+
+
+def write_config(config: Config, folder: Path) -> Path:
+    """Writes a component's ``config.json``, and gives its path.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path, content = folder / "config.json", json.dumps(config.to_json(), indent=2) + "\n"
+    write_whole(path, lambda part: part.write_text(content, encoding="utf-8"))
+    return path
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file under its name only once it is complete.
+
+    Raises:
+        InputError: a tensor without values.
+        CheckpointError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise InputError(
+            "tensors without values cannot be written",
+            where=path,
+            expected="every tensor on the CPU or a GPU",
+            got=f"{len(empty)} of {len(tensors)} on the meta device, such as {empty[0]}",
+            hint="load weights into the network, or take it out of offloading, first",
+        )
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda part: save_file(contiguous, part, metadata=dict(metadata)))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a file of another name beside ``path``, which then takes that name.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        with suppress(OSError):
+            path.lstat()  # a NUL or a lone surrogate in the path is a ValueError
+    except ValueError as error:
+        raise _unwritable(path, error) from error
+    try:
+        with _made(path.parent):
+            start = f".{path.name[:40]}."
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=start, suffix=".part")
+            os.close(handle)
+            part = Path(name)
+            try:
+                write(part)
+                # mkstemp's files are private; weights are for whoever the umask says
+                umask = os.umask(0)
+                os.umask(umask)
+                part.chmod(0o666 & ~umask)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise _unwritable(path, error) from error
+        raise
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder, and takes it away again where what is done in it fails."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in new:
+            with suppress(OSError):  # not there, or not empty any more
+                one.rmdir()
+        raise
+
+
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot be written ({error})",
+        where=path if isinstance(error, OSError) else repr(str(path)),
+        hint="check that the folder exists, is writable and has room",
+    )

@@ -1,0 +1,1 @@
+"""Names of tensors in each layout, and the maps between them."""

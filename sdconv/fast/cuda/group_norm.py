@@ -1,0 +1,68 @@
+"""GroupNorm and SiLU in one operation on a channels-last map, as CUDA is served best.
+
+Importing this registers the operator ``sdconv::group_norm_silu``, through which gradients go and
+which torch.compile and torch.export see as one step.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdconv.fast.cpu import gradients
+
+
+def norm_silu(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """SiLU of a map's normalisation; on CUDA by Triton's kernels, where Triton is installed.
+
+    Args:
+        x: ``(B, C, H, W)``. added: ``(B, C)``, to every pixel before the normalisation.
+        weight, bias: ``(C,)``.
+
+    Returns:
+        ``(B, C, H, W)`` in ``x``'s dtype and channels-last order.
+    """
+    if x.device.type != "cuda" or not _has_triton():
+        return by_torch(x, added, weight, bias, groups, eps)
+    from sdconv.fast.cuda import group_norm_triton as group_norm_kernels
+
+    return group_norm_kernels.norm_silu(x, added, weight, bias, groups, eps)
+
+
+def by_torch(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """The same by torch's own operations."""
+    if added is not None:
+        x = x + added[:, :, None, None]
+    out = functional.silu(functional.group_norm(x, groups, weight, bias, eps))
+    # torch's normalisation gives rows of whole channels on CUDA
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@torch.library.custom_op("sdconv::group_norm_silu", mutates_args=())
+def operator(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """See `norm_silu`."""
+    return norm_silu(x, added, weight, bias, groups, eps)
+
+
+@operator.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+operator.register_autograd(gradients.of(by_torch), setup_context=gradients.remember)

@@ -1,0 +1,1 @@
+"""The networks, in plain torch: blocks, the VAE, the tiny autoencoder, the U-Net."""

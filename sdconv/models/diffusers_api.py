@@ -1,0 +1,320 @@
+"""What lets a network stand in for diffusers' class of the same name: whose instance it says it is,
+and the methods of diffusers' models by which pipelines and scripts open, save and measure them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from sdconv.checkpoint.io.files import as_path, os_errors, read_json
+from sdconv.checkpoint.io.write import write_config, write_folder
+from sdconv.config import Config
+from sdconv.errors import CheckpointError, InputError
+
+WEIGHTS = "diffusion_pytorch_model"
+"""diffusers' name of a component's weights, before ``.fp16`` and ``.safetensors``."""
+
+# of the hub and of how diffusers fills a model: nothing depends on them where nothing is fetched
+_NEEDLESS = frozenset(
+    "cache_dir force_download local_files_only low_cpu_mem_usage proxies revision token"
+    " use_safetensors".split()
+)
+
+
+class StandInType(type):
+    """The type of a network's class, which is ``==`` diffusers' class of the same name.
+
+    ``DiffusionPipeline.from_pipe`` keeps a component if ``type(component) in`` the classes that the
+    new pipeline asks for. The two classes stay two: ``is``, ``issubclass`` and dictionaries tell
+    them apart.
+    """
+
+    config_class: type[Config]
+
+    def __eq__(cls, other: object) -> bool:
+        if cls is other:
+            return True
+        config = getattr(cls, "config_class", None)
+        return (
+            config is not None
+            and isinstance(other, type)
+            and other.__name__ == config.class_name
+            and other.__module__.partition(".")[0] == "diffusers"
+        )
+
+    __hash__ = type.__hash__
+
+
+class StandIn(nn.Module, metaclass=StandInType):
+    """A network that a diffusers pipeline takes, moves, offloads, saves under diffusers' name for
+    it and accepts in ``from_pretrained(..., vae=network)`` and ``from_pipe``.
+
+    Pipelines decide that by ``isinstance`` and by the class's name, so once diffusers' class is
+    imported ``network.__class__`` answers with it, as proxies do in Python; ``type(network)`` stays
+    sdconv's. diffusers is never imported here.
+
+    ``config_class``: which config it is built from. ``component``: what it is in a checkpoint.
+    """
+
+    config_class: ClassVar[type[Config]]
+    component: ClassVar[str]
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        if not isinstance(config, self.config_class):
+            raise InputError(
+                "not a config of this network",
+                where=type(self).__name__,
+                expected=f"{self.config_class.__name__}, as sdconv.infer gives it",
+                got=type(config).__name__,
+                hint=f"{type(self).__name__}.from_config takes the content of a config.json",
+            )
+        super().__init__()
+        self.config = config
+        # recorded by pipelines in model_index.json, so that what they save opens without sdconv
+        self.__dict__["__module__"] = "diffusers"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # torch.compile looks attributes up by __class__, and is to find ours
+        if torch.compiler.is_compiling():
+            return type(self)
+        # diffusers imports a class when it is asked for, which takes seconds: as long as none of
+        # its networks is imported, nobody has the class that they could ask about
+        homes = map(sys.modules.get, ("diffusers.models.autoencoders", "diffusers.models.unets"))
+        peers = (getattr(home, self.config.class_name, None) for home in homes)
+        return next((peer for peer in peers if isinstance(peer, type)), type(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle insists that an object's __class__ be what it rebuilds
+        return _rebuild, (type(self),), self.__dict__
+
+    @classmethod
+    def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
+        """A network with torch's random weights.
+
+        Args:
+            config: sdconv's, or the content of a ``config.json``.
+
+        Raises:
+            InputError: it is neither. CheckpointError: it describes no such network.
+        """
+        if not isinstance(config, Mapping):
+            raise InputError(
+                "not a config",
+                where=f"{cls.__name__}.from_config",
+                expected="a config, or the content of a config.json",
+                got=type(config).__name__,
+                hint="from_pretrained opens a path",
+            )
+        if not isinstance(config, cls.config_class):
+            config = cls.config_class.from_json(config, "config")
+        return cls._built(config)
+
+    @classmethod
+    def _built(cls, config: Any) -> Self:
+        return cls(config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        family: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """What ``sdconv.load`` opens, called as in diffusers; never through a network connection.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or anything else that ``sdconv.load`` takes.
+            subfolder: one below it, such as ``"vae"``.
+            torch_dtype, dtype: as diffusers, float32 where neither is given.
+            variant: the word in the file's name, such as ``"fp16"``, where the folder holds weights
+                in that variant only.
+            family: as for ``sdconv.load``.
+            options: those of the hub are taken, and have no meaning here.
+
+        Raises:
+            InputError: an option that is not taken, or no such variant.
+            SdconvError: as ``sdconv.load``.
+        """
+        from sdconv.loading import load
+
+        _refuse(set(options) - _NEEDLESS, "from_pretrained")
+        path: Any = pretrained_model_name_or_path
+        if subfolder is not None:
+            path = as_path(path) / subfolder
+        if variant is not None:
+            _check_variant(as_path(path), variant)
+        network = load(path, cls.component, dtype or torch_dtype or torch.float32, family=family)
+        if not issubclass(type(network), cls):
+            raise InputError(
+                "another network than was asked for",
+                where=path,
+                expected=cls.__name__,
+                got=network.config.class_name,
+                hint="call from_pretrained of that class, or sdconv.load",
+            )
+        return network  # type: ignore[return-value]
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any, **options: Any) -> Self:
+        """``from_pretrained`` for a single file or a state dict, in any layout."""
+        return cls.from_pretrained(pretrained_model_link_or_path_or_dict, **options)
+
+    @classmethod
+    def load_config(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None
+    ) -> dict[str, Any]:
+        """The content of a folder's ``config.json``.
+
+        Raises:
+            CheckpointError: there is none that can be read.
+        """
+        folder = as_path(pretrained_model_name_or_path)
+        return read_json(folder / (subfolder or "") / "config.json")
+
+    def register_to_config(self, **fields: Any) -> None:
+        """Changes fields of the config, as some pipelines do with the VAE's scaling factor, or
+        training scripts with all of them.
+
+        Raises:
+            InputError: no such field, or a value that this network cannot have.
+        """
+        fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+        kind = type(self.config)
+        if unknown := set(fields) - set(self.config) - kind.unused:
+            raise InputError(
+                "no such field",
+                where="register_to_config",
+                expected=f"fields of {kind.class_name}: {', '.join(self.config)}",
+                got=", ".join(sorted(unknown)),
+            )
+        try:
+            self.config = kind.from_json({**self.config.to_json(), **fields}, "register_to_config")
+        except CheckpointError as error:
+            raise InputError("no such config", where="register_to_config", got=error) from error
+
+    def to_json_string(self) -> str:
+        """The config as the text of a ``config.json``."""
+        return json.dumps(self.config.to_json(), indent=2) + "\n"
+
+    def save_config(self, save_directory: str | Path) -> None:
+        """Writes ``config.json`` into a folder, made if absent.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        write_config(self.config, as_path(save_directory))
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **options: Any,
+    ) -> None:
+        """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``.
+
+        Args:
+            save_directory: the component's folder; made if absent.
+            is_main_process: False writes nothing: another process does.
+            variant: a word put into the file's name, such as ``"fp16"``.
+            max_shard_size: taken and passed over: the weights are one file, of any size.
+            safe_serialization: must be True; sdconv writes no pickles.
+            save_function, push_to_hub, use_flashpack: not offered.
+
+        Raises:
+            InputError: an option that is not taken.
+            CheckpointError: the folder cannot be written.
+        """
+        asked = {
+            "save_function": save_function is not None,
+            "safe_serialization=False": not safe_serialization,
+            "push_to_hub": push_to_hub,
+            "use_flashpack": use_flashpack,
+        }
+        _refuse(
+            {name for name, is_asked in asked.items() if is_asked} | set(options), "save_pretrained"
+        )
+        if is_main_process:
+            write_folder(self.state_dict(), self.config, as_path(save_directory), variant=variant)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers its parameters hold.
+
+        Args:
+            only_trainable: count those that require gradients.
+            exclude_embeddings: leave out tables of embeddings (``nn.Embedding``).
+        """
+        tables = {id(m.weight) for m in self.modules() if type(m) is nn.Embedding}
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable)
+            and not (exclude_embeddings and id(parameter) in tables)
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of its parameters, and of its buffers unless they are left out."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def enable_group_offload(self, onload_device: torch.device, **options: Any) -> None:
+        """diffusers' ``apply_group_offloading`` on it: parts of it are on ``onload_device`` only
+        while they compute. Imports diffusers, whose documentation has the options."""
+        from sdconv.integrations.diffusers import apply_group_offloading
+
+        apply_group_offloading(self, onload_device, **options)
+
+
+def _rebuild(cls: type[StandIn]) -> StandIn:
+    return cls.__new__(cls)
+
+
+def _refuse(options: set[str], method: str) -> None:
+    if options:
+        raise InputError(
+            "options that sdconv does not take",
+            where=method,
+            got=", ".join(sorted(options)),
+            hint="leave them out",
+        )
+
+
+def _check_variant(folder: Path, variant: str) -> None:
+    """Refuses a variant that a folder has not, or has beside weights that are read first."""
+    name = f"{WEIGHTS}.{variant}.safetensors"
+    with os_errors(folder):
+        there = (folder / name).is_file()
+        beside = (folder / f"{WEIGHTS}.safetensors").exists()
+    if not there:
+        raise InputError(
+            "no such variant",
+            where=folder,
+            expected=name,
+            hint="leave variant out to see what is there",
+        )
+    if beside:
+        raise InputError(
+            "weights without a variant are there too, and are what sdconv reads of a folder",
+            where=folder,
+            expected=f"{name} alone",
+            got=f"{WEIGHTS}.safetensors beside it",
+            hint="leave variant out: torch_dtype turns them into the dtype that is wanted",
+        )

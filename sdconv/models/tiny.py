@@ -1,0 +1,225 @@
+"""The tiny autoencoder: TAESD and its relatives, a distilled VAE made of plain convolutions.
+
+Source: ``taesd.py`` of madebyollin/taesd. There pictures are in [0, 1]; here, as in diffusers, they
+are in [-1, 1]. Layer numbers are diffusers': the original decoder counts its clamp as layer 0, so
+its numbers are one higher.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sdconv.config import AutoencoderTinyConfig, Config
+from sdconv.errors import SdconvError
+from sdconv.models.base import Autoencoder, Recomputed, moved_by_hooks
+from sdconv.models.outputs import AutoencoderTinyOutput, DecoderOutput
+
+
+class TinyBlock(nn.Module):
+    """Three 3x3 convolutions with a bypass: ``relu(convs(x) + x)``. Shape: ``(B, C, H, W)`` to the
+    same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.fuse = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(self.conv(x) + x)  # type: ignore[no-any-return]
+
+
+class PooledTinyBlock(TinyBlock):
+    """A block that first adds a branch normalised over the whole map (TAEF2): ``y = x + pool(x)``,
+    then as above.
+
+    GroupNorm's statistics are what lets distant parts of the picture know of each other.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.pool = nn.Sequential(
+            nn.Conv2d(channels, 4 * channels, 1, bias=False),
+            nn.GroupNorm(4, 4 * channels),
+            nn.ReLU(),
+            nn.Conv2d(4 * channels, channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.pool(x))
+
+
+class EncoderTiny(Recomputed):
+    """Pictures to latents: stem, then stages that each begin with a convolution at stride 2.
+
+    Shape: ``(B, in_channels, H, W)`` in [-1, 1] to ``(B, latent_channels, H/f, W/f)``, f = 2 for
+    each halving.
+    """
+
+    def __init__(self, config: AutoencoderTinyConfig) -> None:
+        super().__init__()
+        channels, blocks = config.encoder_block_out_channels, config.num_encoder_blocks
+        layers: list[nn.Module] = []
+        if config.encoder_stem_channels:
+            for before, after in pairwise((config.in_channels, *config.encoder_stem_channels)):
+                layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+        else:
+            layers.append(nn.Conv2d(config.in_channels, channels[0], 3, padding=1))
+        for stage, (before, width, count) in enumerate(
+            zip((channels[0], *channels), channels, blocks, strict=False)
+        ):
+            if stage > 0:
+                layers.append(nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False))
+            pooled = config.use_midblock_gn and stage == len(blocks) - 1
+            layers += [_block(width, pooled) for _ in range(count)]
+        layers.append(nn.Conv2d(channels[-1], config.latent_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layers, x.add(1).div(2))  # type: ignore[no-any-return]
+
+
+class DecoderTiny(Recomputed):
+    """Latents to pictures: stages of blocks, a doubling and a convolution after each but the last.
+
+    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h*f, w*f)`` in [-1, 1], f = 2 for
+    each doubling.
+    """
+
+    def __init__(self, config: AutoencoderTinyConfig) -> None:
+        super().__init__()
+        channels, blocks = config.decoder_block_out_channels, config.num_decoder_blocks
+        layers: list[nn.Module] = [
+            nn.Conv2d(config.latent_channels, channels[0], 3, padding=1),
+            nn.ReLU(),
+        ]
+        for stage, (width, count) in enumerate(zip(channels, blocks, strict=True)):
+            if stage > 0:
+                before = channels[stage - 1]
+                layers += [
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(before, width, 3, padding=1, bias=False),
+                ]
+            layers += [_block(width, config.use_midblock_gn and stage == 0) for _ in range(count)]
+        layers.append(nn.Conv2d(channels[-1], config.out_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        # latents are softly held within +-3, where the originals' are
+        x = self.call(self.layers, torch.tanh(z / 3) * 3)
+        return x.mul(2).sub(1)  # type: ignore[no-any-return]
+
+
+def _block(channels: int, pooled: bool) -> TinyBlock:
+    return PooledTinyBlock(channels) if pooled else TinyBlock(channels)
+
+
+class AutoencoderTiny(Autoencoder):
+    """TAESD, TAESDXL, TAESD3, TAEF1, TAEF2, TAESANA: encoder, decoder, or both.
+
+    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: they live in
+    the space that the diffusion model sees, so a pipeline scales them by 1.
+
+    Args:
+        config: channels and blocks of each half; a half without blocks is absent.
+    """
+
+    config_class: ClassVar[type[Config]] = AutoencoderTinyConfig
+    config: AutoencoderTinyConfig
+
+    def __init__(self, config: AutoencoderTinyConfig) -> None:
+        super().__init__(config)
+        self.encoder = EncoderTiny(config) if config.num_encoder_blocks else None
+        self.decoder = DecoderTiny(config) if config.num_decoder_blocks else None
+
+    @property
+    def downscale(self) -> int:
+        """How many pixels, along each side, one latent stands for."""
+        if self.config.num_encoder_blocks:
+            stem = len(self.config.encoder_stem_channels)
+            return int(2 ** (len(self.config.num_encoder_blocks) - 1 + stem))
+        return int(2 ** (len(self.config.num_decoder_blocks) - 1))
+
+    @moved_by_hooks
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
+        """Pictures to latents.
+
+        Args:
+            x: ``(B, in_channels, H, W)`` in [-1, 1].
+            return_dict: False for a plain tuple.
+
+        Returns:
+            ``.latents``: ``(B, latent_channels, H / downscale, W / downscale)``, raw.
+
+        Raises:
+            InputError: no tensor, or of another shape, dtype or device than the network takes.
+            SdconvError: only the decoder was loaded.
+        """
+        latents = self._latents(x)
+        return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
+
+    @moved_by_hooks
+    def decode(
+        self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents to pictures.
+
+        Args:
+            x: ``(B, latent_channels, h, w)``, raw.
+            generator: taken because pipelines pass one; decoding draws no noise.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
+            not clamped.
+
+        Raises:
+            InputError: no tensor, or of another shape, dtype or device than the network takes.
+            SdconvError: only the encoder was loaded.
+        """
+        decoder = self._half("decoder", self.decoder)
+        x = self._checked(x, "latents", self.config.latent_channels, 1, decoder)
+        sample = self._over_batch(decoder, x)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Pictures through latents stored as bytes, as TAESD's own command does, and back."""
+        stored = self.scale_latents(self._latents(sample)).mul_(255).round_().byte()
+        # bytes divide to float32: back to the network's own
+        latents = self.unscale_latents((stored / 255.0).to(self.dtype))
+        return self.decode(latents, return_dict=return_dict)
+
+    def scale_latents(self, x: Tensor) -> Tensor:
+        """Raw latents to [0, 1], to be stored as a picture."""
+        span = 2 * self.config.latent_magnitude
+        return x.div(span).add(self.config.latent_shift).clamp(0, 1)
+
+    def unscale_latents(self, x: Tensor) -> Tensor:
+        """[0, 1] back to raw latents."""
+        return x.sub(self.config.latent_shift).mul(2 * self.config.latent_magnitude)
+
+    def _latents(self, x: Tensor) -> Tensor:
+        encoder = self._half("encoder", self.encoder)
+        x = self._checked(x, "pictures", self.config.in_channels, 1, encoder)
+        return self._over_batch(encoder, x)
+
+    def _half(self, name: str, half: nn.Module | None) -> nn.Module:
+        if half is None:
+            verb = {"encoder": "encode", "decoder": "decode"}[name]
+            raise SdconvError(
+                f"the {name} is missing, so this network cannot {verb}",
+                where="AutoencoderTiny",
+                expected="weights of both halves",
+                got=f"weights of the {'decoder' if name == 'encoder' else 'encoder'} only",
+                hint="load both: sdconv.load([encoder_file, decoder_file])",
+            )
+        return half

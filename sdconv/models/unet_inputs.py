@@ -1,0 +1,214 @@
+"""Whether a U-Net can take what it is called with: every complaint comes before any arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdconv.config import UNet2DConditionConfig
+from sdconv.errors import InputError
+from sdconv.models.inputs import check_device, check_like, check_room, check_tensor
+
+NAME = "UNet2DConditionModel"
+
+
+def check_sample(
+    config: UNet2DConditionConfig,
+    part: nn.Module,
+    sample: Any,
+    timestep: Any,
+    timestep_cond: Any,
+    class_labels: Any,
+) -> None:
+    """The latents and what is added to the timestep; ``part`` computes with them."""
+    shape = f"(B, {config.in_channels}, H, W)"
+    check_tensor(sample, "latents", NAME, shape)
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels or 0 in sample.shape:
+        raise _wrong("latents of the wrong shape", shape, sample)
+    check_like(sample, part, "latents", NAME)
+    _check_smallest_map(config, sample)
+    _check_timestep(timestep, len(sample))
+    _check_guidance(config, part, len(sample), timestep_cond)
+    _check_labels(config, part, sample, class_labels)
+
+
+def _check_smallest_map(config: UNet2DConditionConfig, sample: Tensor) -> None:
+    """A level of a single position, whose normalisation may see one value in each group."""
+    channels = config.block_out_channels
+    for level, pair in enumerate(zip((channels[0], *channels), channels, strict=False)):
+        if min(pair) == config.norm_num_groups:
+            height, width = (-(-side // 2**level) for side in sample.shape[2:])
+            check_room(len(sample), height * width, min(pair), config.norm_num_groups, NAME)
+
+
+def _check_timestep(timestep: Any, batch: int) -> None:
+    expected = f"a number, or a tensor of shape (), (1,) or ({batch},)"
+    if isinstance(timestep, Tensor):
+        # in a graph for any size these are symbols, of which only `==` and its like can be asked
+        count = timestep.numel()
+        if timestep.ndim > 1 or (count != 1 and count != batch):
+            raise _wrong("timesteps of the wrong shape", expected, timestep)
+        if timestep.is_complex() or timestep.dtype == torch.bool:
+            raise _wrong("timesteps that are no numbers", expected, timestep.dtype)
+    elif not (torch.compiler.is_compiling() or isinstance(timestep, Real)):
+        raise _wrong("timesteps that are no numbers", expected, _kind(timestep))
+
+
+def _check_guidance(
+    config: UNet2DConditionConfig, part: nn.Module, batch: int, condition: Any
+) -> None:
+    """A latent consistency model's ``timestep_cond``."""
+    if condition is None:
+        return
+    width = config.time_cond_proj_dim
+    expected = "None" if width is None else f"({batch}, {width})"
+    if not isinstance(condition, Tensor) or width is None or condition.shape[-1:] != (width,):
+        raise _wrong("this U-Net does not take such a timestep_cond", expected, condition)
+    check_like(condition, part, "timestep_cond", NAME)
+
+
+def _check_labels(
+    config: UNet2DConditionConfig, part: nn.Module, sample: Tensor, labels: Any
+) -> None:
+    shape: tuple[int | None, ...] | None = None
+    if config.class_embed_type is not None:
+        shape = (len(sample), config.projection_class_embeddings_input_dim)
+    elif config.num_class_embeds is not None:
+        shape = (len(sample),)
+    given = tuple(labels.shape) if isinstance(labels, Tensor) else labels
+    if shape is None:
+        if labels is not None:
+            raise _wrong("class_labels that this U-Net does not take", "None", labels)
+        return
+    if not isinstance(labels, Tensor) or given != shape:
+        raise _wrong("class_labels that this U-Net does not take", shape, labels)
+    if config.class_embed_type is not None:
+        check_like(labels, part, "class_labels", NAME)
+        return
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise _wrong("class_labels must be whole numbers", "torch.int64", labels.dtype)
+    check_device(labels, sample.device, part, "class_labels", NAME)
+
+
+def check_text(config: UNet2DConditionConfig, part: nn.Module, batch: int, text: Any) -> None:
+    """What the transformers read."""
+    widths = sorted(set(config.context_dims))
+    expected = f"({batch}, tokens, {' or '.join(map(str, widths))})"
+    fits = isinstance(text, Tensor) and text.ndim == 3
+    if not (fits and len(text) == batch and text.shape[2] in widths and text.shape[1]):
+        raise _wrong("encoder_hidden_states of the wrong shape", expected, text)
+    check_like(text, part, "encoder_hidden_states", NAME)
+
+
+def check_added(
+    config: UNet2DConditionConfig, part: nn.Module, sample: Tensor, added: Any, pictures: bool
+) -> None:
+    """``added_cond_kwargs``: SDXL's, and an IP-Adapter's where ``pictures``."""
+    sized = config.addition_embed_type is not None
+    names = {"text_embeds", "time_ids"} if sized else set()
+    names |= {"image_embeds"} if pictures else set()
+    wanted = ", ".join(sorted(names)) or "none"
+    if not isinstance(added, Mapping):
+        raise _wrong("added_cond_kwargs must be a dictionary", wanted, _kind(added))
+    if set(added) != names:
+        raise _wrong(
+            "added_cond_kwargs that do not fit this U-Net",
+            wanted,
+            ", ".join(sorted(map(str, added))) or "none",
+        )
+    if not sized:
+        return
+    text, numbers = (
+        check_tensor(added[name], f"added_cond_kwargs: {name}", NAME, shape)
+        for name, shape in (("text_embeds", "(B, C)"), ("time_ids", "(B, n)"))
+    )
+    batch = len(sample)
+    width, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim or 0
+    if (
+        text.ndim != 2
+        or len(text) != batch
+        or batch * text.shape[1] + each * numbers.numel() != batch * (width or 0)
+    ):
+        raise _wrong(
+            "added_cond_kwargs of the wrong shapes",
+            f"text_embeds ({batch}, C) and time_ids ({batch}, n) with C + {each} n = {width}",
+            f"{tuple(text.shape)} and {tuple(numbers.shape)}",
+        )
+    for name in ("text_embeds", "time_ids"):
+        check_device(added[name], sample.device, part, f"added_cond_kwargs: {name}", NAME)
+
+
+def check_residuals(config: UNet2DConditionConfig, down: Any, mid: Any, adapter: Any) -> None:
+    """A ControlNet's, ``down`` and ``mid``, and a T2I-Adapter's."""
+    for given in (down, adapter):
+        several = isinstance(given, list | tuple)
+        if given is not None and not (several and all(isinstance(one, Tensor) for one in given)):
+            raise _wrong("residuals must be a list of tensors", "a list or a tuple", _kind(given))
+    if mid is not None:
+        check_tensor(mid, "mid_block_additional_residual", NAME, "(B, C, H, W)")
+    if (down is None) != (mid is None):
+        # diffusers adds `down` alone as a T2I-Adapter's, with a warning that this will end
+        raise _wrong(
+            "a ControlNet's residuals come together",
+            "down_block_additional_residuals and mid_block_additional_residual",
+            "one without the other",
+            "pass a T2I-Adapter's as down_intrablock_additional_residuals",
+        )
+    channels, skips = config.block_out_channels, _skip_channels(config)
+    if down is not None and len(down) != len(skips):
+        raise _wrong("a ControlNet's residuals for another U-Net", f"{len(skips)}", f"{len(down)}")
+    most = len(channels) + (config.mid_block_type is not None)
+    if len(adapter or ()) > most:
+        raise _wrong(
+            "a T2I-Adapter's residuals for another U-Net", f"at most {most}", f"{len(adapter)}"
+        )
+    if down is not None:
+        _check_channels("a ControlNet's", (*down, mid), (*skips, channels[-1]))
+    _check_channels("a T2I-Adapter's", adapter or (), (*channels, channels[-1]))
+
+
+def _skip_channels(config: UNet2DConditionConfig) -> list[int]:
+    """Channels of each map that the way up takes from the way down, the first one first."""
+    channels = config.block_out_channels
+    # of each level its layers' and its halving's, which the last has not
+    levels = zip(channels, config.layers, strict=True)
+    own = [count for count, layers in levels for _ in range(layers + 1)]
+    return [channels[0], *own[:-1]]
+
+
+def _check_channels(whose: str, residuals: Sequence[Tensor], channels: Sequence[int]) -> None:
+    for number, (residual, count) in enumerate(zip(residuals, channels, strict=False)):
+        # one channel is added to all
+        if residual.ndim != 4 or (residual.shape[1] != count and residual.shape[1] != 1):
+            raise _wrong(
+                f"{whose} residuals for another U-Net: number {number} has other channels",
+                f"(B, {count}, H, W)",
+                residual,
+            )
+
+
+def check_attention(masks: Mapping[str, Any], kwargs: Mapping[str, Any] | None) -> None:
+    """Masks by their names, and ``cross_attention_kwargs`` for the attention processors, which
+    judge the rest."""
+    for name, mask in masks.items():
+        if mask is not None:
+            check_tensor(mask, name, NAME, "(B, tokens)")
+    if kwargs and "gligen" in kwargs:
+        raise _wrong("GLIGEN's layers are not built", "no such entry", "gligen")
+
+
+def _wrong(what: str, expected: object, got: Any, hint: str | None = None) -> InputError:
+    shown = got
+    if isinstance(got, Tensor):
+        shown = tuple(got.shape)
+    elif not isinstance(got, str | torch.dtype):
+        shown = _kind(got)
+    return InputError(what, where=NAME, expected=str(expected), got=str(shown), hint=hint)
+
+
+def _kind(given: object) -> str:
+    return "None" if given is None else f"a {type(given).__name__}"

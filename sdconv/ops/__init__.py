@@ -1,1 +1,0 @@
-"""Arithmetic on tensors, without modules; start reading at :mod:`sdconv.ops.convolution`."""

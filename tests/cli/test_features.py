@@ -1,0 +1,265 @@
+"""`sdconv features`: what it takes, writes and answers, and how it ends on anything else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import commands, seeded, unets
+from helpers.paths import WEIGHTS
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import Result
+
+import sdconv
+
+UNET = WEIGHTS / "tiny-unet.safetensors"
+
+
+def run(*arguments: object) -> Result:
+    return commands.run("features", *arguments)
+
+
+def refused(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.stderr
+    assert not result.stdout
+    return result.stderr
+
+
+def index_of(page: Path) -> Any:
+    found = re.search(r'id="index">(.*?)</script>', page.read_text("utf-8"))
+    assert found
+    return json.loads(found[1])
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small autoencoder, a photo and latents."""
+    folder = tmp_path_factory.mktemp("features")
+    config = seeded.kl((32, 32, 32, 32), 4, True, layers_per_block=1, scaling_factor=0.25)
+    sdconv.save(seeded.network(config), folder / "vae.safetensors")
+    Image.effect_noise((50, 37), 40).convert("RGB").save(folder / "photo.png")
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for kind in ("scaled", "raw"):
+        save_file({"latents": z}, folder / f"{kind}.safetensors", {"sdconv.latents": kind})
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def test_a_photo_through_an_autoencoder(here: Path, out: Path) -> None:
+    result = run(here / "photo.png", "--model", here / "vae.safetensors", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert "cut around the centre" in result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["maps.zarr", "report.html"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    maps = sdconv.open_maps(out / "maps.zarr")
+    index = index_of(out / "report.html")
+    assert [one["name"] for one in index["maps"]] == list(maps)
+    assert next(iter(maps)) == "encoder.conv_in"
+    assert list(maps)[-1] == "decoder.conv_out"
+    assert tuple(maps["encoder.conv_in"].shape) == (1, 32, 32, 48)
+    assert index["picture"].startswith("data:image/webp;base64,")
+    assert {level["words"] for level in index["drawing"]["levels"]} >= {"32 \u00d7 48"}
+
+
+def test_the_maps_are_the_networks(here: Path, out: Path) -> None:
+    network = sdconv.load(here / "vae.safetensors", dtype=torch.float32)
+    told = run(
+        *(here / "raw.safetensors", "--model", here / "vae.safetensors", "--out", out, "--json"),
+        *("--layers", "decoder.mid_block.*", "--exclude", "*attentions*", "-l", "decoder.conv_out"),
+    )
+    answer = json.loads(told.stdout)
+    assert "decoder.mid_block.resnets.0:silu1" in answer["layers"]
+    assert not [name for name in answer["layers"] if "attentions" in name or "up_blocks" in name]
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoded = network.decode(z).sample
+    kept = sdconv.open_maps(out / "maps.zarr")["decoder.conv_out"]
+    assert torch.equal(kept, decoded.half())
+    assert answer["bytes"] == Path(answer["page"]).stat().st_size
+
+
+def test_scaled_latents_are_unscaled(here: Path, tmp_path: Path) -> None:
+    found = {}
+    for kind in ("raw", "scaled"):
+        run(here / f"{kind}.safetensors", "-m", here / "vae.safetensors", "-o", tmp_path / kind)
+        found[kind] = sdconv.open_maps(tmp_path / kind / "maps.zarr")["post_quant_conv"]
+    weight, bias = (
+        sdconv.load(here / "vae.safetensors").post_quant_conv.state_dict()[name].float()
+        for name in ("weight", "bias")
+    )
+    raw, scaled = (found[kind].float() - bias.view(1, -1, 1, 1) for kind in ("raw", "scaled"))
+    assert weight.numel()
+    assert (scaled - raw / 0.25).abs().max() < 1e-2 * scaled.abs().max()
+
+
+def test_latents_by_their_name(here: Path, tmp_path: Path) -> None:
+    z = {name: torch.full((1, 4, 8, 8), value) for name, value in (("a", 0.5), ("b", -0.5))}
+    save_file(z, tmp_path / "two.safetensors")
+    options = ("-m", here / "vae.safetensors", "-l", "post_quant_conv", "-o")
+    found = []
+    for name in z:
+        out = tmp_path / name
+        result = run(tmp_path / "two.safetensors", "--key", name, *options, out)
+        assert result.exit_code == 0, result.stderr
+        found.append(sdconv.open_maps(out / "maps.zarr")["post_quant_conv"])
+        layer = sdconv.load(here / "vae.safetensors", dtype=torch.float32).post_quant_conv
+        assert torch.equal(found[-1], layer(z[name]).half())
+    assert not torch.equal(*found)
+    unnamed = run(tmp_path / "two.safetensors", *options, tmp_path / "c")
+    assert unnamed.exit_code == 2
+    assert "--key NAME" in unnamed.stderr
+
+
+def test_noise_through_a_unet(out: Path) -> None:
+    result = run("--noise", "-m", UNET, "--steps", 4, "--keep", "0,-1", "-o", out, "--seed", 3)
+    assert result.exit_code == 0, result.stderr
+    assert "4 unit vectors" in result.stderr
+    assert "prediction epsilon" in result.stderr
+    series = sdconv.open_maps(out / "maps.zarr").series("mid_block.resnets.0")
+    assert series.calls == (0, 3)
+    assert series.timesteps == (999, 249)
+    shots = index_of(out / "report.html")["maps"][0]["shots"]
+    assert [shot["timestep"] for shot in shots] == [999, 249]
+    # the second is of what the first steps made of the noise
+    unet = sdconv.load(UNET, dtype=torch.float32)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    again = sdconv.run_until(unet, "mid_block.resnets.0", noise, 999, torch.eye(4)[None])
+    assert torch.equal(series[0].tensor, again["mid_block.resnets.0"].half())
+    still = sdconv.run_until(unet, "mid_block.resnets.0", noise, 249, torch.eye(4)[None])
+    assert not torch.allclose(series[1].tensor.float(), still["mid_block.resnets.0"], atol=1e-2)
+
+
+def test_a_photo_through_a_unet(here: Path, out: Path) -> None:
+    given = (here / "photo.png", "-m", UNET, "-o", out, "--steps", 2, "-l", "mid_block")
+    assert "--vae PATH" in refused(*given)
+    assert run(*given, "--vae", here / "vae.safetensors").exit_code == 0
+    maps = sdconv.open_maps(out / "maps.zarr")
+    assert maps.series("mid_block").timesteps == (999, 499)
+    shutil.rmtree(out)
+    assert "scaled" in refused(here / "raw.safetensors", *given[1:])
+    assert run(here / "scaled.safetensors", *given[1:]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["SD1 inpainting", "LCM", "SD2 unCLIP", "SDXL", "KOALA 700M", "x4 upscaler", "no transformers"],
+)
+def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
+    small = unets.smallest(family)
+    sdconv.save(unets.ours(unets.theirs(small)), tmp_path / "unet.safetensors")
+    given = ("--noise", "-m", tmp_path / "unet.safetensors", "--steps", 2, "--size", 128)
+    result = run(*given, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    told = "reads no text" if family == "no transformers" else "there are zeros"
+    assert told in result.stderr
+    further = {"SD1 inpainting": 5, "x4 upscaler": 3}.get(family)
+    assert (f"{further} further channels are noise" in result.stderr) == (further is not None)
+    index = index_of(tmp_path / "out" / "report.html")
+    assert sum(line["skip"] for line in index["drawing"]["lines"]) == 2 * len(
+        small["down_block_types"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "neither"),
+        (("photo.png", "--noise"), "both"),
+        (("--noise",), "nothing of noise"),
+        (("absent.png",), "does not exist"),
+        (("vae.safetensors",), "which tensor holds the latents"),
+        (("broken.png",), "no picture that can be read"),
+        (("bomb.png",), "too large a picture"),
+        (("photo.png", "--layers", "decoder.upblocks.*"), "decoder.up_blocks"),
+        (("raw.safetensors", "--layers", "encoder.*"), "reached"),
+        (("photo.png", "--keep", "99"), "--keep"),
+        (("photo.png", "--keep", "5:2"), "keeps no call"),
+        (("photo.png", "--size", "2"), "too small a picture"),
+        (("photo.png", "--size", "200000"), "too large a picture"),
+        (("--noise", "--model", str(UNET), "--size", "4000000"), "for the memory that is free"),
+        (("photo.png", "--model", "absent.safetensors"), "absent.safetensors"),
+    ],
+)
+def test_bad_input_is_told_and_leaves_nothing(
+    here: Path, out: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (here / "broken.png").write_bytes(b"no picture")
+    if "bomb.png" in arguments:
+        Image.new("1", (20000, 20000)).save(here / "bomb.png")
+    placed = [here / one if "." in one and "*" not in one else one for one in arguments]
+    model = () if "--model" in arguments else ("--model", here / "vae.safetensors")
+    said = refused(*placed, *model, "--out", out)
+    assert words in said
+    assert "Traceback" not in said
+    assert list(out.parent.iterdir()) == []
+
+
+def test_out_must_be_free(here: Path, out: Path) -> None:
+    given = (here / "raw.safetensors", "-m", here / "vae.safetensors", "-l", "decoder.conv_in")
+    out.write_text("mine")
+    assert "is not a folder" in refused(*given, "-o", out)
+    assert str(out) in refused(*given, "-o", out / "under")
+    assert out.read_text() == "mine"
+    out.unlink()
+    out.mkdir()
+    (out / "mine").touch()
+    assert "not empty" in refused(*given, "-o", out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    assert run(*given, "-o", out).exit_code == 0
+    assert run(*given, "-o", out.parent / "deep" / "er").exit_code == 0
+
+
+def test_a_full_disk_leaves_nothing(here: Path, out: Path) -> None:
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from sdconv.cli import main; main()"
+    )
+    given = (here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
+    command = [sys.executable, "-c", code, "features", *map(str, given)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 2, ran.stderr
+    assert f"{out}: cannot be written, and nothing is left of it" in ran.stderr
+    assert "File too large" in ran.stderr
+    assert ".part" not in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_interruption_leaves_nothing(out: Path) -> None:
+    given = ("--noise", "-m", UNET, "--steps", 500, "--size", 512, "-o", out)
+    command = [sys.executable, "-m", "sdconv", "features", *map(str, given)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 240
+    while not list(out.parent.glob(".*.part/*/*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 130, said
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_all_blocks_of_a_full_autoencoder_fit(tmp_path: Path) -> None:
+    config = seeded.kl((128, 256, 512, 512), 4, True)
+    sdconv.save(seeded.network(config), tmp_path / "vae.safetensors")
+    given = (WEIGHTS / "photo.jpg", "--size", 512, "-m", tmp_path / "vae.safetensors")
+    answer = json.loads(run(*given, "-o", tmp_path / "out", "--json").stdout)
+    assert answer["bytes"] < 30_000_000
+    assert answer["shown"] > 30

@@ -1,0 +1,115 @@
+"""The documentation's code prints what stands below it, its pictures are those of the weights that
+ship, and the site builds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers.paths import ROOT
+from PIL import Image
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+LARGEST = 150_000  # bytes of a picture
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, ModuleType]:
+    """``scripts.docs.snippets`` and ``scripts.docs.pictures``."""
+    return {
+        name: importlib.import_module(f"scripts.docs.{name}") for name in ("snippets", "pictures")
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_prints_what_stands_below_it(page: Path, scripts: dict[str, ModuleType]) -> None:
+    with torch.enable_grad():  # pages may turn it off; here it comes back
+        snippets = scripts["snippets"].run_page(page)
+    assert {s.line: s.printed for s in snippets} == {s.line: s.shown for s in snippets}
+
+
+@pytest.mark.parametrize(
+    ("code", "shown", "same"),
+    [
+        ("print(6 * 7)", "```text\n42\n```\n", True),
+        ("print(6 * 7)", "```text\n43\n```\n", False),
+        ("print(6 * 7)", "", False),
+        ("6 * 7", "", True),
+    ],
+)
+def test_a_wrong_output_is_noticed(
+    code: str, shown: str, same: bool, tmp_path: Path, scripts: dict[str, ModuleType]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n\n```python\n{code}\n```\n{shown}\nMore.\n")
+    (snippet,) = scripts["snippets"].run_page(page)
+    assert (snippet.printed == snippet.shown) is same
+    page.write_text(scripts["snippets"].refreshed(page))
+    (snippet,) = scripts["snippets"].run_page(page)
+    assert snippet.printed == snippet.shown
+    assert page.read_text().endswith("\nMore.\n")
+
+
+def test_pictures_are_shown_small_and_of_the_weights_that_ship(
+    scripts: dict[str, ModuleType],
+) -> None:
+    there = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.webp")}
+    text = "".join(page.read_text() for page in PAGES)
+    assert set(re.findall(r"\(pictures/([^)]+)\)", text)) == set(there)
+    assert {name for name, size in there.items() if size > LARGEST} == set()
+    pictures = scripts["pictures"]
+    assert pictures.SOURCES.read_text() == pictures.sources(), (
+        "weights or photo have changed: run `python -m scripts.docs.pictures`"
+    )
+
+
+def test_the_pages_screenshot_is_shown_and_small() -> None:
+    (shown,) = (DOCS / "screens").iterdir()
+    assert f"(screens/{shown.name})" in (DOCS / "features.md").read_text()
+    assert shown.stat().st_size <= LARGEST
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_script_makes_the_screenshot(tmp_path: Path) -> None:
+    pytest.importorskip("playwright", reason="the browser is driven by playwright")
+    command = [sys.executable, "-m", "scripts.docs.screenshot", "--out", tmp_path / "page.webp"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    with Image.open(tmp_path / "page.webp") as made:
+        with Image.open(DOCS / "screens" / "page.webp") as shown:
+            assert made.size == shown.size
+        assert sum(map(bool, made.convert("L").histogram())) > 200  # not an empty page
+
+
+@pytest.mark.slow
+def test_the_script_makes_these_pictures(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.docs.pictures", "--out", tmp_path]
+    subprocess.run(command, check=True, cwd=ROOT)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (DOCS / "pictures").iterdir()
+    }
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs the docs extra: pip install -e '.[docs]'")
+    ran = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
+    assert {page.with_suffix(".html").name for page in PAGES} <= set(pages)
+    # it opens without a network: nothing is loaded from elsewhere
+    loaded = r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:)?//"
+    assert [name for name, html in pages.items() if re.search(loaded, html)] == []

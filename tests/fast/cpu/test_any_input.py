@@ -1,0 +1,213 @@
+"""The fast backend on whatever a block may be given: shapes, layouts, dtypes, other convolutions,
+and values that are not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from helpers.numbers import error
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sdconv
+from sdconv.fast.modules import is_conv3x3
+from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D, last_convolution
+
+# of the largest value, against float64; in float32 twice what a doubling usually stays under, since
+# single pixels round worse
+WITHIN = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def lying(x: Tensor, layout: str) -> Tensor:
+    """The same values, otherwise in memory."""
+    match layout:
+        case "channels last":
+            return x.contiguous(memory_format=torch.channels_last)
+        case "every other column":
+            return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+        case "turned":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        case "one picture repeated":
+            return x[:1].expand_as(x)
+        case _:
+            return x
+
+
+layouts = st.sampled_from(
+    ["contiguous", "channels last", "every other column", "turned", "one picture repeated"]
+)
+
+
+def fast_and_reference(module: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        with sdconv.backend("fast"):
+            out = module(*given)
+        return out, module(*given)
+
+
+# from where torch's kernel is chosen to where Winograd's is
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 3),
+    channels=st.sampled_from([8, 64, 136]),
+    out_channels=st.sampled_from([8, 64, 136]),
+    size=st.tuples(st.integers(1, 34), st.integers(1, 34)),
+    layout=layouts,
+    time=st.booleans(),
+    dtype=st.sampled_from(list(WITHIN)),
+)
+# the largest rounding found yet, 1.3e-5
+@example(6697, 1, 136, 64, (31, 10), "contiguous", False, torch.float32)
+@settings(max_examples=50)
+def test_blocks(
+    seed: int,
+    batch: int,
+    channels: int,
+    out_channels: int,
+    size: tuple[int, int],
+    layout: str,
+    time: bool,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(seed)
+    temb = (torch.randn(batch, 6, dtype=dtype),) if time else ()
+    resnet = ResnetBlock2D(
+        channels, out_channels, temb_channels=6 if time else None, groups=4, eps=1e-5
+    ).to(dtype)
+    doubling = Upsample2D(channels).to(dtype)
+    x = lying(torch.randn(batch, channels, *size, dtype=dtype), layout)
+    before = x.clone()
+    for module, more in ((resnet, temb), (doubling, ())):
+        out, _ = fast_and_reference(module, x, *more)
+        # what came in is as it was
+        assert torch.equal(x, before)
+        with torch.no_grad():
+            exact = module.double()(x.double(), *(t.double() for t in more))
+        assert (out.dtype, out.shape) == (dtype, exact.shape)
+        assert error(out, exact) < WITHIN[dtype]
+
+
+@given(
+    batch=st.integers(1, 3),
+    channels=st.sampled_from([8, 64]),
+    size=st.tuples(st.integers(2, 34), st.integers(2, 34)),
+    layout=layouts,
+    dtype=st.sampled_from(list(WITHIN)),
+)
+@settings(max_examples=50)
+def test_halving(
+    batch: int, channels: int, size: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    module = AsymmetricDownsample2D(channels).to(dtype)
+    x = lying(torch.randn(batch, channels, *size, dtype=dtype), layout)
+    out, _ = fast_and_reference(module, x)
+    with torch.no_grad():
+        exact = module.double()(x.double())
+    assert (out.dtype, out.shape) == (dtype, exact.shape)
+    assert error(out, exact) < WITHIN[dtype]
+
+
+def test_halving_with_zeros_on_the_other_sides_is_another_function() -> None:
+    """The control: what a row and a column too many cut off would give."""
+    torch.manual_seed(0)
+    module, x = AsymmetricDownsample2D(8), torch.randn(1, 8, 12, 12)
+    out, _ = fast_and_reference(module, x)
+    with torch.no_grad():
+        around = F.conv2d(x, module.conv.weight, module.conv.bias, stride=2, padding=1)
+    assert around.shape == out.shape and error(around, out) > 0.1
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> nn.Conv2d:
+    groups = draw(st.sampled_from([1, 1, 2]))
+    return nn.Conv2d(
+        in_channels=8,
+        out_channels=4,
+        kernel_size=draw(st.sampled_from([1, 3, (3, 3), (3, 1), 5])),
+        stride=draw(st.sampled_from([1, 2, (1, 2)])),
+        padding=draw(st.sampled_from([0, 1, (1, 1), (0, 1), 2, "same"])),
+        dilation=draw(st.sampled_from([1, 1, 2])),
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "zeros", "reflect", "circular"])),
+    )
+
+
+@given(data=st.data(), layout=layouts, height=st.integers(9, 20), width=st.integers(9, 20))
+@settings(max_examples=60)
+def test_other_convolutions_stay_torchs(
+    data: st.DataObject, layout: str, height: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    try:
+        conv = data.draw(convolutions())
+    except ValueError:  # "same" with a stride
+        assume(False)
+        raise
+    norm, x = nn.GroupNorm(2, 8), lying(torch.randn(2, 8, height, width), layout)
+    out, expected = fast_and_reference(lambda x: last_convolution(norm, nn.SiLU(), conv, x), x)
+    plain = ((3, 3), (1, 1), (1, 1), 1, "zeros")
+    same = (conv.kernel_size, conv.stride, conv.dilation, conv.groups, conv.padding_mode) == plain
+    ours = same and conv.padding in (1, (1, 1))
+    assert is_conv3x3(conv, x) == ours
+    if ours:
+        assert error(out, expected) < 1e-5
+    else:
+        assert torch.equal(out, expected)
+
+
+PLACES = ["x", "norm1", "conv1", "bias1", "norm2", "conv2", "temb", "shortcut"]
+
+
+def spoilt(
+    value: float, where: str, seed: int, size: tuple[int, int], batch: int
+) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+    """Blocks and what they are given, with this value in one place."""
+    torch.manual_seed(seed)
+    block = ResnetBlock2D(128, 136, temb_channels=6, groups=4, eps=1e-5).requires_grad_(False)
+    assert block.conv_shortcut is not None
+    x, temb = torch.randn(batch, 128, *size), torch.randn(batch, 6)
+    places = (
+        x,
+        block.norm1.weight,
+        block.conv1.weight,
+        block.conv1.bias,
+        block.norm2.bias,
+        block.conv2.weight,
+        temb,
+        block.conv_shortcut.weight,
+    )
+    values = dict(zip(PLACES, places, strict=True))[where].view(-1)
+    values[seed % len(values)] = value
+    return [(block, (x, temb)), (Upsample2D(128).requires_grad_(False), (x,))]
+
+
+sizes = st.tuples(st.integers(3, 24), st.integers(3, 24))
+
+
+@given(
+    value=st.sampled_from([float("nan"), float("inf"), -float("inf")]),
+    where=st.sampled_from(PLACES),
+    seed=st.integers(0, 2**16),
+    size=sizes,
+    batch=st.integers(1, 2),
+)
+# a weight's tap over the zeros round a map, in each method
+@example(value=float("nan"), where="conv2", seed=0, size=(3, 3), batch=2)
+@example(value=float("nan"), where="conv2", seed=0, size=(24, 24), batch=1)
+@settings(max_examples=25)
+def test_what_is_not_finite(
+    value: float, where: str, seed: int, size: tuple[int, int], batch: int
+) -> None:
+    for module, given_ in spoilt(value, where, seed, size, batch):
+        out, expected = fast_and_reference(module, *given_)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+        assert torch.equal(out[out.isinf()], expected[out.isinf()])
+        finite = expected.isfinite()
+        if finite.any():
+            assert error(out[finite], expected[finite]) < 2e-5

@@ -1,0 +1,90 @@
+"""The compiled attention against torch's in float64, and what must make such a check fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.numbers import error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from sdconv.fast.cpu import kernels as engines
+
+pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
+
+
+def drawn(batch: int, heads: int, queries: int, keys: int, depth: int, wide: int) -> list[Tensor]:
+    """Queries, keys and values, each head's rows beside the other heads'."""
+    random = torch.Generator().manual_seed(queries + keys)
+    sizes = ((queries, depth), (keys, depth), (keys, wide))
+    return [
+        torch.randn(batch, rows, heads, width, generator=random).transpose(1, 2)
+        for rows, width in sizes
+    ]
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    out = engines.compiled()[0].attention(query, key, value, scale)
+    assert out is not None
+    return out
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    given = (query.double(), key.double(), value.double())
+    return functional.scaled_dot_product_attention(*given, scale=scale)
+
+
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    queries=st.integers(1, 150),
+    keys=st.sampled_from([1, 5, 6, 7, 77, 192, 193, 400]),
+    depth=st.sampled_from([1, 40, 64]),
+    wide=st.sampled_from([4, 5, 40, 64]),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+)
+@settings(max_examples=60)
+def test_any_shape(
+    batch: int, heads: int, queries: int, keys: int, depth: int, wide: int, scale: float
+) -> None:
+    given = drawn(batch, heads, queries, keys, depth, wide)
+    # large scores are as inexact as they are large
+    assert error(ours(*given, scale), exact(*given, scale)) < 5e-6 * max(1.0, scale)
+    assert torch.equal(ours(*given, scale), ours(*given, scale))
+
+
+def test_heads_that_lie_otherwise() -> None:
+    given = drawn(2, 3, 70, 90, 8, 8)
+    expected = ours(*given, 0.3)
+    assert torch.equal(ours(*(one.contiguous() for one in given), 0.3), expected)
+    query, key, value = given
+    one_for_all = key[:, :1].expand_as(key)
+    assert error(ours(query, one_for_all, value, 0.3), exact(query, one_for_all, value, 0.3)) < 5e-6
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_a_number_comes_out_where_torch_has_it(which: int) -> None:
+    given = drawn(1, 2, 70, 80, 8, 8)
+    given[which][0, 1, 66, 3] = float("nan")
+    out, expected = ours(*given, 0.3), exact(*given, 0.3)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert 0 < int(out.isnan().sum()) <= out[0, 1].numel()
+
+
+def test_what_a_check_must_notice() -> None:
+    given = drawn(1, 2, 70, 200, 40, 40)
+    out = ours(*given, 0.2)
+    assert error(out, exact(*given, 0.2)) < 5e-6
+    assert error(out, exact(*given, 0.21)) > 1e-3
+    query, key, value = given
+    # the last chunk of keys left out
+    assert error(out, exact(query, key[:, :, :192], value[:, :, :192], 0.2)) > 1e-3
+
+
+def test_leaves_to_torch_what_it_has_no_blocks_for() -> None:
+    query, key, value = drawn(1, 1, 3, 3, 4, 7)
+    assert engines.compiled()[0].attention(query, key, value, 1.0) is None
+    turned = key.transpose(2, 3).contiguous().transpose(2, 3)
+    assert engines.compiled()[0].attention(query, turned, key, 1.0) is None

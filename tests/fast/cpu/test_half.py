@@ -1,0 +1,73 @@
+"""float16 and bfloat16 on a CPU: storage, between which the fast backend computes in float32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import seeded, unets
+from helpers.fake_cuda import placed
+from torch import Tensor, nn
+
+import sdconv
+from sdconv.models.blocks import ResnetBlock2D, Upsample2D
+
+LOW = [torch.float16, torch.bfloat16]
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """The root mean square, of the reference's own."""
+    a, b = a.double(), b.double()
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+
+
+def in_float64(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).double()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_blocks_are_as_near_to_float64_as_the_reference(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 128, 33, 28).to(dtype)
+    resnet = ResnetBlock2D(128, 128, temb_channels=None, groups=8, eps=1e-6)
+    for module in (resnet, Upsample2D(128)):
+        module.to(dtype).requires_grad_(False)
+        exact = in_float64(module)(x.double())
+        with sdconv.backend("fast"):
+            out = module(x)
+        assert out.dtype is dtype
+        # the rounding of the result alone, of values of every size
+        assert error(out, exact) < torch.finfo(dtype).eps / 2
+        assert error(out, exact) < 1.01 * error(module(x), exact)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_networks_are_no_further_from_float64_than_the_reference(dtype: torch.dtype) -> None:
+    vae = seeded.network(seeded.kl((64, 128), 4, True, layers_per_block=1)).to(dtype)
+    latents = torch.randn(1, 4, 21, 18, generator=torch.Generator().manual_seed(1)).to(dtype)
+    unet = unets.ours(unets.theirs(unets.smallest("SD1"))).to(dtype)
+    given = [placed(one, dtype, lambda t, own: t.to(own)) for one in unets.inputs(unet.config)]
+    wide = [placed(one, torch.float64, lambda t, own: t.to(own)) for one in given]
+    with torch.no_grad():
+        for network, run, exact in (
+            (vae, lambda: vae.decode(latents).sample, in_float64(vae).decode(latents.double())),
+            (unet, lambda: unet(*given).sample, in_float64(unet)(*wide)),
+        ):
+            reference = run()
+            with sdconv.backend("fast"):
+                out = run()
+            assert out.dtype is network.dtype
+            assert not torch.equal(out, reference)
+            assert error(out, exact.sample) < 1.1 * error(reference, exact.sample)
+
+
+def test_arithmetic_in_half_would_be_noticed() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 128, 33, 28).bfloat16()
+    resnet = ResnetBlock2D(128, 128, temb_channels=None, groups=8, eps=1e-6).bfloat16()
+    with torch.no_grad():
+        exact = in_float64(resnet)(x.double())
+        # once more rounded on the way than the fast backend does
+        assert error(resnet(x), exact) > torch.finfo(torch.bfloat16).eps / 4
+        assert error(exact.bfloat16(), exact) < torch.finfo(torch.bfloat16).eps / 4

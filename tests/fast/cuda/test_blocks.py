@@ -1,0 +1,174 @@
+"""The blocks' arithmetic for CUDA, on a CPU and on a real GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from helpers import seeded, unets
+from helpers.fake_cuda import KINDS, LOW, placed
+from helpers.numbers import error
+from torch import Tensor, nn
+
+import sdconv
+from sdconv.fast import blocks
+from sdconv.fast.cuda import blocks as cuda
+from sdconv.models.blocks import ResnetBlock2D, Upsample2D
+
+
+def parts(in_channels: int = 12, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    resnet = ResnetBlock2D(in_channels, 8, temb_channels=5, groups=4, eps=1e-5)
+    return nn.ModuleDict({"resnet": resnet, "doubling": Upsample2D(8)}).to(dtype)
+
+
+def through(parts: Any, x: Tensor, temb: Tensor) -> Tensor:
+    return parts["doubling"](parts["resnet"](x, temb))  # type: ignore[no-any-return]
+
+
+def drawn(dtype: torch.dtype = torch.float32, channels: int = 12) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(2, channels, 7, 6, generator=random) + 2
+    return x.to(dtype), torch.randn(2, 5, generator=random).to(dtype)
+
+
+# --- on a CPU: the same operations, but for the kernel, which is torch's own there
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps on a CPU go through what those on CUDA do."""
+    monkeypatch.setitem(blocks._ON, "cpu", cuda)
+
+
+# of the largest value, against float64
+WITHIN = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize("dtype", list(WITHIN), ids=str)
+@pytest.mark.parametrize("channels", [12, 8])
+def test_blocks(channels: int, dtype: torch.dtype) -> None:
+    low, given = parts(channels, dtype), drawn(dtype, channels)
+    with torch.no_grad():
+        with sdconv.backend("fast"):
+            out = through(low, *given)
+        exact = through(low.double(), *(tensor.double() for tensor in given))
+    assert out.dtype is dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert error(out, exact) < WITHIN[dtype]
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_networks() -> None:
+    vae = seeded.network(KINDS["sd1"])
+    latents = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(2))
+    unet = unets.ours(unets.theirs(unets.smallest("SDXL")))
+    given = unets.inputs(unet.config, size=(8, 12))
+    with torch.no_grad():
+        for run in (lambda: vae.decode(latents).sample, lambda: unet(*given).sample):
+            expected = run()
+            with sdconv.backend("fast"):
+                out = run()
+            assert not torch.equal(out, expected)
+            assert error(out, expected) < 1e-5
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_gradients_and_gradients_of_gradients() -> None:
+    module = parts()
+    x, temb = (tensor.requires_grad_() for tensor in drawn())
+    inputs = [x, temb, *module.parameters()]
+
+    def both(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+        loss = through(module, *inputs[:2]).square().sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), inputs)
+        return [*first, *second]
+
+    with sdconv.backend("fast"):
+        found = both(module, inputs)
+    double = module.double()
+    exact = both(
+        double, [*(t.detach().double().requires_grad_() for t in inputs[:2]), *double.parameters()]
+    )
+    for one, other in zip(found, exact, strict=True):
+        assert error(one, other) < 2e-5
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_compiled_and_exported() -> None:
+    module = parts().requires_grad_(False)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = module
+
+        def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+            return through(self.parts, x, temb)
+
+    given = drawn()
+    expected = through(module, *given)
+    with sdconv.backend("fast"):
+        compiled = torch.compile(Whole(), fullgraph=True, backend="aot_eager")
+        assert error(compiled(*given), expected) < 2e-6
+        program = torch.export.export(Whole(), given)
+    del compiled
+    torch._dynamo.reset()
+    ran = Counter(str(node.target) for node in program.graph.nodes)
+    assert ran["sdconv.group_norm_silu.default"] == 2
+    assert error(program.module()(*given), expected) < 2e-6
+
+
+# --- on a real GPU
+
+# a tensor, in a dtype, to where a network is
+Place = Callable[[Tensor, torch.dtype], Tensor]
+
+
+def as_near_as_the_reference(
+    network: nn.Module, dtype: torch.dtype, run: Callable[[Any, Place], Tensor]
+) -> None:
+    """Runs a network on CUDA on both backends: fast is at most three times as far from float64 as
+    the reference in the same dtype."""
+    wide = deepcopy(network).double()
+    with torch.no_grad():
+        exact = run(wide, lambda tensor, own: tensor.to(own).double() if own is dtype else tensor)
+        network.cuda()
+        reference = run(network, lambda tensor, own: tensor.to("cuda", own))
+        with sdconv.backend("fast"):
+            out = run(network, lambda tensor, own: tensor.to("cuda", own))
+    assert (out.device.type, out.dtype) == ("cuda", dtype)
+    assert not torch.equal(out, reference)
+    own, theirs = (error(one.cpu(), exact) for one in (out, reference))
+    assert own <= 3 * max(theirs, torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("kind", ["sd1", "sd3", "flux2"])
+def test_autoencoders_on_cuda(kind: str, dtype: torch.dtype) -> None:
+    network = seeded.network(KINDS[kind]).to(dtype)
+    random = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, network.config["latent_channels"], 9, 13, generator=random).to(dtype)
+    as_near_as_the_reference(
+        network, dtype, lambda network, to: network.decode(to(latents, dtype)).sample
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("family", ["SD1", "SD2", "SDXL"])
+def test_unets_on_cuda(family: str, dtype: torch.dtype) -> None:
+    network = unets.ours(unets.theirs(unets.smallest(family))).to(dtype)
+    given = unets.inputs(network.config, size=(16, 24))
+
+    def run(network: Any, to: Place) -> Tensor:
+        return network(*(placed(one, dtype, to) for one in given)).sample  # type: ignore[no-any-return]
+
+    as_near_as_the_reference(network, dtype, run)

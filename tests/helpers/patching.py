@@ -1,0 +1,55 @@
+"""Looking into pipelines that are patched, and into what runs in them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+from diffusers.models import downsampling, resnet, upsampling
+from diffusers.models.autoencoders import vae as autoencoder
+from helpers.pipelines import Run, pipeline, run
+from torch import nn
+
+REPLACED = (
+    resnet.ResnetBlock2D,
+    downsampling.Downsample2D,
+    upsampling.Upsample2D,
+    autoencoder.Encoder,
+    autoencoder.Decoder,
+)
+
+
+@functools.cache
+def plain(kind: str = "text") -> Run:
+    """What a pipeline gives before anything is done to it."""
+    return run(pipeline(kind), kind)
+
+
+def everything(target: Any) -> dict[str, nn.Module]:
+    """All modules of a pipeline or module, by name."""
+    if isinstance(target, nn.Module):
+        return dict(target.named_modules())
+    parts = {n: c for n, c in target.components.items() if isinstance(c, nn.Module)}
+    return {f"{n}.{name}": m for n, part in parts.items() for name, m in part.named_modules()}
+
+
+def classes(target: Any) -> dict[str, type]:
+    return {name: type(module) for name, module in everything(target).items()}
+
+
+def is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("sdconv.")
+
+
+def code_run_by(call: Callable[[], object]) -> set[CodeType]:
+    """The Python functions that ran during a call."""
+    ran: set[CodeType] = set()
+    sys.setprofile(lambda frame, event, arg: ran.add(frame.f_code) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return ran

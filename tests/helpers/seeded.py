@@ -1,0 +1,106 @@
+"""Small networks of every kind with weights that follow from a seed, for the tests of networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdconv import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    AutoencoderKLFlux2,
+    AutoencoderKLFlux2Config,
+    AutoencoderTiny,
+    AutoencoderTinyConfig,
+)
+from sdconv.config import Config
+from sdconv.models.base import Autoencoder
+
+
+def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Values of about the size that training gives, drawn for names in alphabetical order."""
+    random = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Tensor] = {}
+    for name in sorted(shapes):
+        noise = torch.randn(shapes[name], generator=random)
+        if noise.ndim > 1:
+            drawn[name] = noise / math.sqrt(math.prod(noise.shape[1:]))
+        elif name.endswith("num_batches_tracked"):
+            drawn[name] = torch.tensor(7)
+        elif name.endswith("running_var"):
+            drawn[name] = 1 + noise.abs()
+        else:
+            drawn[name] = name.endswith("weight") + 0.1 * noise
+    return drawn
+
+
+def tensors(config: Config, seed: int = 0) -> dict[str, Tensor]:
+    """A network's state dict, by diffusers' names; not to be written to."""
+    return dict(_tensors(config, seed))
+
+
+@cache
+def _tensors(config: Config, seed: int) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        blank = BUILD[config.class_name](config).state_dict()
+    return weights({name: tuple(tensor.shape) for name, tensor in blank.items()}, seed)
+
+
+def network(config: Config, seed: int = 0) -> Autoencoder:
+    """A network with these weights, in eval mode."""
+    with torch.device("meta"):
+        built = BUILD[config.class_name](config)
+    built.load_state_dict(tensors(config, seed), assign=True)
+    return built.eval()
+
+
+def kl(channels: tuple[int, ...], latent: int, quant: bool, **fields: Any) -> AutoencoderKLConfig:
+    """A VAE's config; as diffusers assumes it where nothing is said."""
+    own = {"use_quant_conv": quant, "use_post_quant_conv": quant, "layers_per_block": 2}
+    own |= {"block_out_channels": channels, "latent_channels": latent} | fields
+    return AutoencoderKLConfig(**{**AutoencoderKLConfig.assumed, **own})
+
+
+def flux2(channels: tuple[int, ...], **fields: Any) -> AutoencoderKLFlux2Config:
+    """The config of a VAE like FLUX.2's."""
+    own = {"block_out_channels": channels} | fields
+    return AutoencoderKLFlux2Config(**{**AutoencoderKLFlux2Config.assumed, **own})
+
+
+def tiny(**fields: Any) -> AutoencoderTinyConfig:
+    """A tiny autoencoder's config, TAESD's where nothing is said."""
+    return AutoencoderTinyConfig(**{**AutoencoderTinyConfig.assumed, **fields})
+
+
+BUILD: Mapping[str, Any] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2,
+    "AutoencoderTiny": AutoencoderTiny,
+}
+# one of each kind that diffusers can build too
+WITH_PEER: Mapping[str, Config] = {
+    "sd1": kl((32, 32, 64, 64), 4, True),
+    "sd3": kl((32, 64), 16, False),
+    "three levels": kl((32, 32, 96), 4, True, layers_per_block=1),
+    "no attention": kl((32, 32), 4, True, layers_per_block=1, mid_block_add_attention=False),
+    "flux2": flux2((32, 32, 64, 64)),
+    "flux2 with a small decoder": flux2(
+        (32, 64), layers_per_block=1, decoder_block_out_channels=(32, 32)
+    ),
+    "taesd": tiny(),
+    "taesd, 16 channels": tiny(latent_channels=16),
+}
+# and those that it cannot
+POOLED = tiny(latent_channels=32, use_midblock_gn=True)
+SANA = tiny(
+    latent_channels=32,
+    encoder_stem_channels=(32, 64),
+    decoder_block_out_channels=(256, 128, 64, 64, 64, 64),
+    num_decoder_blocks=(3, 3, 3, 3, 3, 1),
+)
+WITHOUT_PEER: Mapping[str, Config] = {"taef2": POOLED, "taesana": SANA}

@@ -1,0 +1,137 @@
+"""Networks that sdconv loaded in the place of a pipeline's own: not a bit differs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers import loras
+from helpers.patching import REPLACED, code_run_by, plain
+from helpers.pipelines import KINDS, SCHEDULERS, WIDE, pipeline, run, scheduler
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sdconv
+from sdconv.checkpoint.convert import convert
+from sdconv.models import unet, vae
+from sdconv.streaming.layers import Layer
+
+
+def swapped(kind: str = "text", **parts: Any) -> Any:
+    """A pipeline with sdconv's networks, opened from the tensors of its own."""
+    pipe = pipeline(kind, **parts)
+    family = KINDS[kind].family
+    pipe.vae = sdconv.load(dict(pipe.vae.state_dict()), family=family)
+    pipe.unet = sdconv.load(dict(pipe.unet.state_dict()), family=family)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipelines_give_the_same_pixels(kind: str, tmp_path: Path) -> None:
+    pipe = pipeline(kind)
+    pipe.save_pretrained(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "whole.safetensors", "original")
+    file = tmp_path / "single.safetensors"  # as others write it: without the configs
+    save_file(load_file(tmp_path / "whole.safetensors"), file)
+    pipe.vae = sdconv.load(file, component="vae", family=KINDS[kind].family)
+    pipe.unet = sdconv.load(file, component="unet", family=KINDS[kind].family)
+    assert run(pipe, kind) == plain(kind)
+
+
+def test_from_the_folder_of_a_pipeline(tmp_path: Path) -> None:
+    pipe = pipeline("text")
+    pipe.save_pretrained(tmp_path)
+    pipe.vae = sdconv.load(tmp_path, component="vae")
+    pipe.unet = sdconv.load(tmp_path, component="unet")
+    assert run(pipe, "text") == plain()
+
+
+@pytest.mark.parametrize("kind", ["image", "xl"])
+def test_tiling_streams_and_keeps_the_picture(kind: str) -> None:
+    pipe = swapped(kind)
+    whole = run(pipe, kind).images
+    pipe.vae.enable_tiling()
+    assert pipe.vae.streaming is not None
+    ran = code_run_by(lambda: run(pipe, kind))
+    assert Layer.compute.__code__ in ran and vae.Decoder.forward.__code__ not in ran
+    assert (run(pipe, kind).images - whole).abs().max() < 1e-5
+    pipe.vae.disable_tiling()
+    assert torch.equal(run(pipe, kind).images, whole)
+
+
+def test_it_is_our_code_that_runs() -> None:
+    ran = code_run_by(lambda: run(swapped(), "text"))
+    theirs = {
+        inspect.unwrap(kind.forward).__code__
+        for kind in (*REPLACED, UNet2DConditionModel, AutoencoderKL)
+    }
+    assert theirs & code_run_by(lambda: run(pipeline("text"), "text"))
+    assert not ran & theirs
+    assert {unet.UNet2DConditionModel.forward.__code__, vae.Decoder.forward.__code__} <= ran
+
+
+def test_a_hook_sees_what_it_sees_in_diffusers() -> None:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for pipe in (pipeline("xl"), swapped("xl")):
+        pipe.unet.add_embedding.register_forward_pre_hook(
+            lambda module, *given: seen.append(given), with_kwargs=True
+        )
+        run(pipe, "xl")
+    assert len(seen) == 4  # two steps each
+    (texts_and_sizes,), more = seen[0]
+    assert texts_and_sizes.shape == (4, WIDE + 6 * 256) and more == {}
+    assert all(torch.equal(given[0][0], texts_and_sizes) for given in seen)
+
+
+def test_a_lora_in_the_originals_names() -> None:
+    given = []
+    for pipe in (pipeline("xl"), swapped("xl")):
+        # diffusers reads our config to tell which of its own names these are
+        matrices = loras.matrices(pipe.unet, only=r"\.to_|ff|conv1", alpha=1.5)
+        pipe.load_lora_weights(loras.kohya(matrices, loras.of_original(pipe.unet)))
+        given.append(run(pipe, "xl"))
+    assert given[0] == given[1] != plain("xl")
+
+
+def _weight(pipe: Any) -> None:
+    pipe.vae.decoder.mid_block.resnets[0].conv1.weight[0, 0, 1, 1] += 1e-3
+
+
+def _eps(pipe: Any) -> None:
+    pipe.unet.mid_block.resnets[0].norm1.eps = 1e-6
+
+
+def _no_time(pipe: Any) -> None:
+    nn.init.zeros_(pipe.unet.down_blocks[0].resnets[0].time_emb_proj.weight)
+
+
+@pytest.mark.parametrize("spoil", [_weight, _eps, _no_time])
+def test_control(spoil: Callable[[Any], None]) -> None:
+    pipe = swapped()
+    assert run(pipe, "text") == plain()
+    with torch.no_grad():
+        spoil(pipe)
+    assert run(pipe, "text") != plain()
+
+
+# diffusers hands tensors to numpy in a way that numpy 2 is about to end
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name: str) -> None:
+    expected = run(pipeline("text", scheduler=scheduler(name)), "text")
+    assert expected != plain()
+    assert run(swapped(scheduler=scheduler(name)), "text") == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*upcast_vae. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["xl", "upscale"])
+def test_in_half_precision(kind: str) -> None:
+    # these two pipelines turn a float16 VAE back to float32
+    before, after = pipeline(kind).to(torch.float16), swapped(kind).to(torch.float16)
+    assert run(after, kind) == run(before, kind)
+    assert after.vae.dtype == before.vae.dtype

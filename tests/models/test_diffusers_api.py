@@ -1,0 +1,372 @@
+"""A network in the place of diffusers' class of the same name: kept by ``from_pipe``, opened,
+saved, measured and offloaded by the methods that diffusers' models have."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.models import attention_processor
+from helpers import pipelines, seeded, unets
+from torch import nn
+
+import sdconv
+from sdconv.models.base import Network
+
+KL = seeded.kl((32, 64), 4, True, layers_per_block=1, scaling_factor=0.25)
+FLUX2 = seeded.flux2((32, 64), layers_per_block=1)
+TINY = seeded.tiny(
+    encoder_block_out_channels=(8, 8),
+    decoder_block_out_channels=(8, 8),
+    num_encoder_blocks=(1, 1),
+    num_decoder_blocks=(1, 1),
+)
+UNET = unets.smallest("SD1") | {"sample_size": 8}
+KINDS = ["AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny", "UNet2DConditionModel"]
+
+
+def network(kind: str) -> Network:
+    if kind == "UNet2DConditionModel":
+        return unets.ours(unets.theirs(UNET))
+    return seeded.network({one.class_name: one for one in (KL, FLUX2, TINY)}[kind])
+
+
+def pair(kind: str, folder: Path) -> tuple[Network, Any]:
+    """Ours, and diffusers' opened from what ours saved."""
+    ours = network(kind)
+    ours.save_pretrained(folder)
+    return ours, getattr(diffusers, kind).from_pretrained(folder)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- pipelines made of pipelines
+
+
+def pipeline(**parts: Any) -> Any:
+    given: dict[str, Any] = {
+        "vae": network("AutoencoderKL"),
+        "unet": network("UNet2DConditionModel"),
+        "scheduler": pipelines.scheduler(),
+        **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
+    }
+    return diffusers.StableDiffusionPipeline(**given | parts, requires_safety_checker=False)
+
+
+def test_from_pipe_keeps_the_networks() -> None:
+    pipe = pipeline()
+    for name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"):
+        made = getattr(diffusers, name).from_pipe(pipe)
+        assert made.vae is pipe.vae and made.unet is pipe.unet
+    again = diffusers.AutoPipelineForText2Image.from_pipe(made)
+    assert again.vae is pipe.vae and again.unet is pipe.unet
+
+
+def test_from_pipe_with_a_tiny_autoencoder() -> None:
+    """No pipeline asks for it by its type, so it has to be named, diffusers' own as well."""
+    for vae in (network("AutoencoderTiny"), diffusers.AutoencoderTiny()):
+        pipe = pipeline(vae=vae)
+        with pytest.raises(ValueError, match="but only"):
+            diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        made = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae)
+        assert made.vae is vae and made.unet is pipe.unet
+
+
+def test_a_class_equals_diffusers_class_of_its_name_and_no_other() -> None:
+    for kind in KINDS:
+        ours = type(network(kind))
+        equal = [other for other in KINDS if ours == getattr(diffusers, other)]
+        assert equal == [kind]
+        theirs = getattr(diffusers, kind)
+        assert theirs == ours and ours in (theirs,) and ours is not theirs
+        assert len({ours, theirs}) == 2 and not issubclass(ours, theirs)
+        assert ours != nn.Module and type(copy.deepcopy(network(kind))) is ours
+
+    class Other:
+        pass
+
+    Other.__name__ = "AutoencoderKL"  # a stranger's
+    assert sdconv.AutoencoderKL != Other != sdconv.AutoencoderKLFlux2
+    assert sdconv.AutoencoderKL != sdconv.AutoencoderKLFlux2 != sdconv.AutoencoderTiny
+
+
+# --- opened and saved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_pretrained_and_from_config(kind: str, tmp_path: Path) -> None:
+    ours, theirs = pair(kind, tmp_path / "part")
+    cls = type(ours)
+    opened = cls.from_pretrained(tmp_path, subfolder="part", local_files_only=True)
+    assert type(opened) is cls and same(opened, theirs) and not opened.training
+    assert opened.config == ours.config
+    half = cls.from_pretrained(tmp_path / "part", torch_dtype=torch.float16)
+    assert half.dtype == torch.float16
+    assert cls.from_pretrained(str(tmp_path / "part"), dtype=torch.float16).dtype == half.dtype
+    # as diffusers: float32, whatever the file's dtype
+    half.save_pretrained(tmp_path / "half")
+    assert cls.from_pretrained(tmp_path / "half").dtype == torch.float32
+    sdconv.save(ours, tmp_path / "alone.safetensors")
+    alone = cls.from_single_file(tmp_path / "alone.safetensors")
+    assert same(alone, ours) and alone.config == ours.config
+
+    content = cls.load_config(tmp_path, subfolder="part")
+    assert content["_class_name"] == kind
+    for config in (content, ours.config, dict(theirs.config)):
+        made = cls.from_config(config)
+        assert type(made) is cls and made.config == ours.config
+        assert list(made.state_dict()) == list(ours.state_dict())
+    assert json.loads(ours.to_json_string()) == content
+    ours.save_config(tmp_path / "config only")
+    assert cls.load_config(tmp_path / "config only") == content
+
+
+def test_the_skeleton_class_opens_with_transformers(tmp_path: Path) -> None:
+    ours, _ = pair("UNet2DConditionModel", tmp_path)
+    assert same(sdconv.UNet2DConditionModel.from_pretrained(tmp_path), ours)
+    made = sdconv.UNet2DConditionModel.from_config(ours.config)
+    assert list(made.state_dict()) == list(ours.state_dict())
+
+
+def test_variants(tmp_path: Path) -> None:
+    ours = network("AutoencoderKL").half()
+    ours.save_pretrained(tmp_path, variant="fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.fp16.safetensors",
+    ]
+    cls = sdconv.AutoencoderKL
+    assert same(cls.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), ours)
+    with pytest.raises(sdconv.InputError, match="no such variant"):
+        cls.from_pretrained(tmp_path, variant="bf16")
+    ours.save_pretrained(tmp_path)
+    with pytest.raises(sdconv.InputError, match="without a variant are there too"):
+        cls.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_what_from_pretrained_asks_and_refuses(tmp_path: Path) -> None:
+    network("AutoencoderTiny").save_pretrained(tmp_path)
+    with pytest.raises(sdconv.InputError, match="another network") as caught:
+        sdconv.AutoencoderKL.from_pretrained(tmp_path)
+    assert "got: AutoencoderTiny" in str(caught.value)
+    with pytest.raises(sdconv.UnknownNetworkError, match="no component 'unet'"):
+        sdconv.UNet2DConditionModel.from_pretrained(tmp_path)
+    with pytest.raises(sdconv.InputError, match="not take") as caught:
+        sdconv.AutoencoderTiny.from_pretrained(tmp_path, device_map="auto", token=None)
+    assert "got: device_map\n" in str(caught.value)
+    with pytest.warns(sdconv.SdconvWarning, match="could be of sd1"):
+        sdconv.AutoencoderKL.from_single_file(network("AutoencoderKL").state_dict())
+    decided = sdconv.AutoencoderKL.from_single_file(
+        network("AutoencoderKL").state_dict(), family="sdxl"
+    )
+    assert decided.config.scaling_factor == 0.13025
+    # the name of a repository is no path, and nothing is fetched
+    with pytest.raises(sdconv.CheckpointError, match="madebyollin"):
+        sdconv.AutoencoderTiny.from_pretrained("madebyollin/taesd")
+    for config in (None, "config.json", 3):
+        with pytest.raises(sdconv.InputError, match="not a config"):
+            sdconv.AutoencoderTiny.from_config(config)
+    for config in (None, {"latent_channels": 4}, network("AutoencoderKL").config):
+        with pytest.raises(sdconv.InputError, match="not a config"):
+            sdconv.AutoencoderTiny(config)  # type: ignore[arg-type]
+    with pytest.raises(sdconv.CheckpointError):
+        sdconv.AutoencoderTiny.from_config({"latent_channels": "four"})
+    with pytest.raises(sdconv.CheckpointError):
+        sdconv.AutoencoderTiny.load_config(tmp_path, subfolder="none")
+
+
+def test_options_of_save_pretrained(tmp_path: Path) -> None:
+    ours = network("AutoencoderKL")
+    ours.save_pretrained(tmp_path / "a", is_main_process=False)
+    assert not (tmp_path / "a").exists()
+    ours.save_pretrained(tmp_path / "a", max_shard_size="1KB", push_to_hub=False)
+    assert same(sdconv.load(tmp_path / "a"), ours)
+    for option in ({"push_to_hub": True}, {"save_function": print}, {"repo_id": "a/b"}):
+        with pytest.raises(sdconv.InputError, match="does not take") as caught:
+            ours.save_pretrained(tmp_path / "b", **option)
+        assert f"got: {next(iter(option))}\n" in str(caught.value)
+    with pytest.raises(sdconv.InputError, match="safe_serialization=False"):
+        ours.save_pretrained(tmp_path / "b", safe_serialization=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_pipeline_saves_with_its_options(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path, max_shard_size="5GB", variant="fp16")
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors").exists()
+    vae = sdconv.AutoencoderKL.from_pretrained(tmp_path, subfolder="vae", variant="fp16")
+    assert same(vae, pipe.vae)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_register_to_config(kind: str, tmp_path: Path) -> None:
+    ours, theirs = pair(kind, tmp_path)
+    before = ours.config
+    # what training scripts do with what they have opened
+    for fields in (theirs.config, before, {}, {"_name_or_path": "somewhere"}):
+        ours.register_to_config(**fields)
+        assert ours.config == before
+    ours.register_to_config(in_channels=5)
+    assert ours.config.in_channels == 5 and ours.config != before
+    kept = ours.config
+    with pytest.raises(sdconv.InputError, match="no such field") as caught:
+        ours.register_to_config(sampel_size=1)
+    assert "got: sampel_size" in str(caught.value)
+    for wrong in ({"act_fn": "gelu"}, {"latent_channels": "four"}, {"in_channels": None}):
+        if set(wrong) <= set(before):
+            with pytest.raises(sdconv.InputError, match="no such config"):
+                ours.register_to_config(**wrong)
+    assert ours.config == kept
+
+
+# --- measured
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_parameters_and_bytes(kind: str, tmp_path: Path) -> None:
+    ours, theirs = pair(kind, tmp_path)
+    for one in (ours, theirs):
+        one.requires_grad_(True)
+        next(one.parameters()).requires_grad_(False)
+    for options in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
+        assert ours.num_parameters(**options) == theirs.num_parameters(**options)
+    assert ours.num_parameters(only_trainable=True) < ours.num_parameters()
+    for options in ({}, {"return_buffers": False}):
+        assert ours.get_memory_footprint(**options) == theirs.get_memory_footprint(**options)
+    assert ours.half().get_memory_footprint() < theirs.get_memory_footprint()
+
+
+def test_embeddings_are_left_out() -> None:
+    theirs = unets.theirs(unets.smallest("x4 upscaler"))
+    ours = unets.ours(theirs)
+    assert ours.num_parameters(exclude_embeddings=True) < ours.num_parameters()
+    assert ours.num_parameters(exclude_embeddings=True) == theirs.num_parameters(
+        exclude_embeddings=True
+    )
+
+
+# --- attention, tiling, offloading
+
+
+def decoded(vae: Any) -> torch.Tensor:
+    z = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return vae.decode(z).sample
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_what_changes_nothing_about_attention(kind: str) -> None:
+    vae = network(kind)
+    expected = decoded(vae)
+    vae.fuse_qkv_projections()
+    vae.set_attn_processor(attention_processor.AttnProcessor2_0())
+    vae.set_attn_processor(vae.attn_processors)
+    vae.enable_xformers_memory_efficient_attention()
+    assert torch.equal(decoded(vae), expected)
+    vae.unfuse_qkv_projections()
+    vae.set_default_attn_processor()
+    vae.disable_xformers_memory_efficient_attention()
+    assert torch.equal(decoded(vae), expected)
+    with pytest.raises(sdconv.SdconvError, match="cannot be replaced") as caught:
+        vae.set_attn_processor({"a": attention_processor.AttnAddedKVProcessor()})
+    assert "got: AttnAddedKVProcessor" in str(caught.value)
+
+
+def test_a_pipeline_fuses_projections() -> None:
+    pipe = pipeline()
+    expected = decoded(pipe.vae)
+    arguments = unets.inputs(pipe.unet.config)
+    with torch.no_grad():
+        before = pipe.unet(*arguments).sample
+        pipe.fuse_qkv_projections()
+        after = pipe.unet(*arguments).sample
+        assert after is not before and torch.allclose(after, before, atol=1e-4)
+        assert torch.equal(decoded(pipe.vae), expected)
+        pipe.unfuse_qkv_projections()
+        assert torch.equal(pipe.unet(*arguments).sample, before)
+
+
+def test_use_tiling_says_and_sets() -> None:
+    vae = network("AutoencoderKL")
+    assert not vae.use_tiling and not vae.use_slicing
+    vae.use_tiling = True
+    assert vae.use_tiling and vae.streaming is not None
+    vae.enable_tiling(False)
+    assert not vae.use_tiling
+    tiny = network("AutoencoderTiny")
+    tiny.enable_tiling(False)
+    tiny.use_tiling = False
+    assert not tiny.use_tiling
+    with pytest.raises(sdconv.SdconvError, match="tiling"):
+        tiny.use_tiling = True
+
+
+@pytest.mark.parametrize("level", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_group_offload(kind: str, level: dict[str, Any]) -> None:
+    vae = network(kind)
+    expected = decoded(vae)
+    vae.enable_group_offload(torch.device("cpu"), **level)
+    assert any(hasattr(module, "_diffusers_hook") for module in vae.modules())
+    assert torch.equal(decoded(vae), expected)
+
+
+def test_a_pipeline_offloads_in_groups() -> None:
+    pipe = pipeline()
+    arguments = unets.inputs(pipe.unet.config)
+    with torch.no_grad():
+        expected = pipe.unet(*arguments).sample
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+        assert torch.equal(pipe.unet(*arguments).sample, expected)
+
+
+def test_the_unet_takes_what_reaches_its_transformers() -> None:
+    ours, theirs = network("UNet2DConditionModel"), unets.theirs(UNET)
+    arguments = unets.inputs(theirs.config)
+    results = []
+    for unet in (ours, theirs):
+        unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        assert unet.dtype == torch.float32
+        assert {p.dtype for p in unet.parameters()} == {torch.float8_e4m3fn, torch.float32}
+        with torch.no_grad():
+            results.append(unet(*arguments).sample)
+    assert torch.equal(*results)
+    ours.disable_xformers_memory_efficient_attention()
+    ours.compile_repeated_blocks(backend="eager")
+    with torch.no_grad():
+        assert torch.equal(ours(*arguments).sample, results[0])
+    torch.compiler.reset()
+
+
+def test_parts_of_the_embedding() -> None:
+    for family in ("SD1", "SDXL", "x4 upscaler"):
+        theirs = unets.theirs(unets.smallest(family))
+        ours = unets.ours(theirs)
+        sample, timestep, text, labels, *_, added = unets.inputs(theirs.config)
+        parts = []
+        for unet in (ours, theirs):
+            with torch.no_grad():
+                time = unet.get_time_embed(sample=sample, timestep=timestep)
+                temb = unet.time_embedding(time)
+                parts.append(
+                    (
+                        time,
+                        unet.get_class_embed(sample=sample, class_labels=labels),
+                        unet.get_aug_embed(
+                            emb=temb, encoder_hidden_states=text, added_cond_kwargs=added
+                        ),
+                        unet.process_encoder_hidden_states(
+                            encoder_hidden_states=text, added_cond_kwargs=added
+                        ),
+                    )
+                )
+        for one, other in zip(*parts, strict=True):
+            assert one is other is None or torch.equal(one, other)

@@ -1,0 +1,106 @@
+"""The small trained VAE that ships: its size, its config, and how well it gives back a portrait
+that it never saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.paths import ROOT
+from PIL import Image
+
+import sdconv
+from scripts.train import measure_tiny_vae
+
+MODEL = ROOT / "weights" / "tiny-vae.safetensors"
+PHOTO = ROOT / "weights" / "photo.jpg"
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    """What ``scripts/train/measure_tiny_vae.py`` defines: the crop, the PSNR, the measurement."""
+    return vars(measure_tiny_vae)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    with Image.open(PHOTO) as picture:
+        return picture.convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def vae() -> sdconv.AutoencoderKL:
+    return sdconv.load(MODEL, dtype=torch.float32)
+
+
+def test_the_file_is_small() -> None:
+    assert MODEL.stat().st_size <= 6_000_000
+
+
+def test_the_file_states_its_own_config() -> None:
+    model = sdconv.load(MODEL)  # no warning: the family is not open
+    config = model.config
+    assert isinstance(config, sdconv.AutoencoderKLConfig)
+    assert model.dtype == torch.float16
+    assert model.downscale == 8
+    assert config.latent_channels == 4
+    assert config.layers_per_block == 2
+    assert config.use_quant_conv and config.use_post_quant_conv
+    assert config.scaling_factor not in (1.0, config.assumed["scaling_factor"])
+
+
+def test_it_reconstructs_a_portrait_that_it_never_saw(
+    script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image
+) -> None:
+    assert photo.size == (256, 256)
+    found = script["measure"](vae, photo)
+    assert found["reconstruction"] >= 22
+    # the decoder alone knows no portrait: the picture comes through the latents
+    assert found["latents shuffled over places"] < 14
+    assert found["latents all zero"] < 14
+
+
+def test_the_scaling_factor_gives_latents_of_about_unit_deviation(
+    script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image
+) -> None:
+    with torch.no_grad():
+        latents = vae.encode(script["to_tensor"](photo)).latent_dist.mode()
+    assert 0.5 < latents.std().item() * vae.config.scaling_factor < 2
+
+
+def test_float16_is_enough_for_it(
+    script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image
+) -> None:
+    assert vae.config.force_upcast is False
+    half, x = sdconv.load(MODEL), script["to_tensor"](photo)
+    with torch.no_grad():
+        exact = vae(x, return_dict=False)[0]
+        rounded = half(x.half(), return_dict=False)[0].float()
+    assert rounded.isfinite().all()
+    assert (exact - rounded).abs().max() < 0.05
+
+
+def test_diffusers_opens_it_and_gives_the_same_numbers(
+    script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image, tmp_path: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path / "vae"
+    sdconv.save(sdconv.load(MODEL), folder)
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    x = script["to_tensor"](photo)
+    with torch.no_grad():
+        latents = vae.encode(x).latent_dist.mode()
+        assert torch.equal(latents, theirs.encode(x).latent_dist.mode())
+        assert torch.equal(vae.decode(latents).sample, theirs.decode(latents).sample)
+    assert theirs.config.scaling_factor == vae.config.scaling_factor
+
+
+def test_the_photo_is_the_crop_that_the_script_defines(
+    script: dict[str, Any], photo: Image.Image
+) -> None:
+    pytest.importorskip("matplotlib")
+    crop = np.array(script["held_out"]())
+    assert script["psnr"](np.array(photo), crop) > 35  # what JPEG leaves
