@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sdconv.analysis.anatomy import LARGEST_SIDE
-from sdconv.analysis.parity.stepwise import Inputs
 from sdconv.backends import backend
 from sdconv.config import Config
 from sdconv.errors import InputError
@@ -24,7 +23,7 @@ from sdconv.fast.cpu.winograd import DOUBLED
 from sdconv.loading import BUILD
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
-from sdconv.models.dummy_inputs import Noise, inputs_for
+from sdconv.models.dummy_inputs import Inputs, Noise, inputs_for
 from sdconv.models.meta_copy import double
 
 Shape = tuple[int, ...]
@@ -189,7 +188,7 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
 
 
 def _of_doubling(block: Upsample2D, call: _Call, room: int) -> tuple[str, dict[str, float], str]:
-    if not fast.runs_doubling(block, _like(call.given), (call.gave[2], call.gave[3])):
+    if not fast.can_run_upsample(block, _like(call.given), (call.gave[2], call.gave[3])):
         return "torch", {}, "not a doubling: a map of odd size waits"
     batch, channels, height, width = call.given
     pixels = batch * height * width * channels * block.conv.out_channels
@@ -205,10 +204,10 @@ def _of_convolution(
     batch, channels, height, width = call.given
     if isinstance(parent, ResnetBlock2D):
         into = _like((batch, parent.conv1.in_channels, height, width))
-        fused = fast.runs_resnet(parent, into)
+        fused = fast.can_run_resnet(parent, into)
     else:
         last = hasattr(parent, "conv_norm_out") and conv is parent.conv_out
-        fused = last and fast.runs_last(
+        fused = last and fast.can_run_output(
             parent.conv_norm_out, parent.conv_act, conv, _like(call.given)
         )
     if not fused:

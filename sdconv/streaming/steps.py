@@ -16,7 +16,7 @@ from torch import nn
 
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
-from sdconv.fast.modules import is_bare
+from sdconv.fast.preconditions import is_bare
 from sdconv.models.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
 from sdconv.streaming import fused
 from sdconv.streaming.layers import Attended, Doubled, Halved, Layer, Linear, Point, Same

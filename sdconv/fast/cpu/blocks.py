@@ -15,11 +15,11 @@ from sdconv.fast.cpu import conv as fused
 from sdconv.fast.cpu import custom_ops as library
 from sdconv.fast.cpu.conv import After, NotFiniteError
 from sdconv.fast.cpu.group_stats import Norm
-from sdconv.fast.eager import is_eager
+from sdconv.fast.preconditions import is_eager
 
 
 def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
-    """A ResNet block's output."""
+    """A ResNet block."""
     added = None
     if block.time_emb_proj is not None:
         added = block.time_emb_proj(block.nonlinearity(temb))
@@ -41,8 +41,8 @@ def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
         return fused.direct(hidden, block.conv2.weight, _norm(block.norm2, hidden), after)
 
 
-def doubling(block: Any, x: Tensor) -> Tensor:
-    """A doubled map after its convolution."""
+def upsample(block: Any, x: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling and its convolution."""
     conv = block.conv
     if is_eager(x, conv):
         return chosen.doubled_convolution(x, conv.weight, conv.bias, groups=1)[0]
@@ -51,15 +51,14 @@ def doubling(block: Any, x: Tensor) -> Tensor:
 
 
 def normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """A map's normalisation in channels-last order, from moments in float64, as streaming has
-    them: what comes after rounds alike."""
+    """GroupNorm in channels-last order, from float64 statistics, so that streaming rounds alike."""
     scale, shift = (one[:, None, None] for one in _norm(norm, x).affine(torch.float32))
     rows = torch.addcmul(shift, x.permute(0, 2, 3, 1).to(scale.dtype), scale)
     return rows.to(x.dtype).permute(0, 3, 1, 2)
 
 
-def last(norm: Any, conv: Any, x: Tensor) -> Tensor:
-    """A network's last normalisation, SiLU and convolution."""
+def output(norm: Any, conv: Any, x: Tensor) -> Tensor:
+    """A network's last GroupNorm, SiLU and convolution."""
     return convolution(x, conv, _norm(norm, x), After(conv.bias), 1)[0]
 
 
