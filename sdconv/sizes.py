@@ -1,4 +1,4 @@
-"""Numbers of bytes, as people write them and as they read them."""
+"""Numbers as people write and read them: sizes of memory, and large counts."""
 
 from __future__ import annotations
 
@@ -46,3 +46,16 @@ def in_words(size: int) -> str:
             tenths = -(-size * 10 // 1024**power)
             return f"{tenths // 10}.{tenths % 10}".removesuffix(".0") + f" {unit}"
     return f"{size} bytes"
+
+
+def count(number: int) -> str:
+    """``83653863`` as ``83.65 M``: up to four digits."""
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.4g} {letter}"
+    return str(number)
+
+
+def in_bytes(number: int) -> str:
+    """``334643268`` as ``334.6 MB``."""
+    return f"{count(number)}B" if number >= 1000 else f"{number} B"

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import unets
-from helpers.capturing import UNET, at, hooks_on, one, picture, run, unet, vae
+from helpers.capturing import UNET, at, hooks_on, image, one, run, unet, vae
 from helpers.paths import TINY_VAE
 from hypothesis import given
 from hypothesis import strategies as st
+from sdconv.features.patterns import chosen
 from torch import Tensor, nn
 
 import sdconv
 from sdconv.features import Series
-from sdconv.features.patterns import chosen
 
 
 def test_maps_are_what_the_modules_give_when_called_on_them() -> None:
@@ -77,7 +77,7 @@ def test_the_same_maps_on_sdconvs_network_and_under_the_patch() -> None:
 
 def test_the_fast_backend_gives_blocks_as_it_computes_them() -> None:
     network = sdconv.load(TINY_VAE, dtype=torch.float32, backend="fast")
-    x = picture(1).repeat(1, 1, 4, 4)
+    x = image(1).repeat(1, 1, 4, 4)
     with torch.no_grad():
         plain = network(x).sample  # type: ignore[operator]
         with sdconv.capture(network, ["*.resnets.?", "*samplers.?", "*:input"]) as maps:
@@ -110,9 +110,9 @@ def test_later_edits_in_place_do_not_reach_a_map() -> None:
     naive: list[Tensor] = []
     handle = network.first.register_forward_hook(lambda _, __, y: naive.append(y))
     with sdconv.capture(network, "first") as maps:
-        network(picture())
+        network(image())
     handle.remove()
-    expected = network.first(picture())
+    expected = network.first(image())
     assert torch.equal(one(maps, "first"), expected)
     assert torch.equal(naive[0], 2 * expected)  # what a hook that keeps the tensor shows
 
@@ -122,11 +122,11 @@ def test_changing_a_map_changes_nothing_else() -> None:
         one(maps, "decoder.conv_in").zero_()
 
     with torch.no_grad():
-        plain = vae()(picture()).sample
+        plain = vae()(image()).sample
         with sdconv.capture(vae(), "decoder.conv_in") as maps:
             handle = vae().decoder.mid_block.register_forward_pre_hook(spoil)
             try:
-                assert torch.equal(vae()(picture()).sample, plain)
+                assert torch.equal(vae()(image()).sample, plain)
             finally:
                 handle.remove()
     assert not one(maps, "decoder.conv_in").any()
@@ -211,13 +211,13 @@ def test_layers_that_are_never_reached() -> None:
         torch.no_grad(),
         sdconv.capture(vae(), "encoder", steps=1),
     ):
-        vae()(picture())
+        vae()(image())
     assert hooks_on(vae()) == 0
 
 
 def test_encode_and_decode_are_seen_though_they_are_no_forward() -> None:
     with torch.no_grad(), sdconv.capture(vae(), ["encoder", "quant_conv", "decoder"]) as maps:
-        vae().encode(picture())
+        vae().encode(image())
         vae().decode(torch.zeros(1, 4, 4, 4))
         vae().decode(torch.ones(1, 4, 4, 4))
     assert one(maps, "encoder").shape == (2, 8, 8, 12)
@@ -228,11 +228,11 @@ def test_stopping_early() -> None:
     ran: list[str] = []
     handle = vae().decoder.conv_out.register_forward_hook(lambda *_: ran.append("conv_out"))
     with torch.no_grad():
-        plain = vae()(picture())
+        plain = vae()(image())
         with sdconv.capture(vae(), "decoder.mid_block*", stop_early=True) as maps:
-            vae()(picture())
+            vae()(image())
             ran.append("the block went on")
-        found = sdconv.run_until(vae(), "decoder.mid_block*", picture())
+        found = sdconv.run_until(vae(), "decoder.mid_block*", image())
     handle.remove()
     assert plain.sample.shape[0] == 2
     assert ran == ["conv_out"]  # of the plain run only
@@ -258,7 +258,7 @@ def test_stopping_at_the_last_of_some_steps() -> None:
 
 def test_run_until_an_unknown_layer() -> None:
     with pytest.raises(sdconv.InputError, match="no layer"):
-        sdconv.run_until(vae(), "decoder.mid_blok", picture())
+        sdconv.run_until(vae(), "decoder.mid_blok", image())
 
 
 def test_of_outputs_the_first_tensor() -> None:

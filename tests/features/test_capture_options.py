@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import unets
-from helpers.capturing import UNET, at, hooks_on, one, picture, run, unet, vae
+from helpers.capturing import UNET, at, hooks_on, image, one, run, unet, vae
 from torch import Tensor, nn
 
 import sdconv
@@ -151,7 +151,7 @@ def test_numbers_and_vectors_are_reduced_too() -> None:
 def test_options_that_are_none(option: str, value: Any) -> None:
     options = {"patterns": "decoder.up_blocks.0.resnets.0", option: value}
     with pytest.raises(sdconv.InputError), torch.no_grad(), sdconv.capture(vae(), **options):
-        vae()(picture())
+        vae()(image())
     assert hooks_on(vae()) == 0
 
 
@@ -171,7 +171,7 @@ def test_a_reduction_that_gives_no_tensor() -> None:
         torch.no_grad(),
         sdconv.capture(vae(), "encoder", reduce=lambda x: None),  # type: ignore[arg-type,return-value]
     ):
-        vae()(picture())
+        vae()(image())
     assert hooks_on(vae()) == 0
 
 
@@ -186,7 +186,7 @@ def test_memory_is_asked_for_before_anything_runs() -> None:
             torch.no_grad(),
             sdconv.capture(vae(), "*.resnets.*", max_memory=needed - 1),
         ):
-            vae()(picture())
+            vae()(image())
         assert "store=" in str(caught.value)
         assert ran == []
         # and as much as there is to be
@@ -203,7 +203,7 @@ def test_memory_in_words() -> None:
         torch.no_grad(),
         sdconv.capture(vae(), "decoder.conv_in", max_memory="1 KiB"),
     ):
-        vae()(picture())
+        vae()(image())
 
 
 def test_memory_of_what_is_kept_not_of_what_passes() -> None:
@@ -223,7 +223,7 @@ def test_memory_where_a_dry_run_is_not_possible() -> None:
         torch.no_grad(),
         sdconv.capture(network, "*", max_memory=100) as maps,
     ):
-        network(picture())
+        network(image())
     assert len(maps) == 0
     assert hooks_on(network) == 0
 

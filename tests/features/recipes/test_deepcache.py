@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import capturing, kinds, pipelines, unets
+from sdconv.features.places import places
 from torch import Tensor, nn
 
 import sdconv
 from sdconv.features import Maps, recipes
-from sdconv.features.places import places
 
 FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 
