@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -23,6 +24,70 @@ SCALED_KEY = "sdconv.latents"
 """Where such a file says whether they are ``scaled`` or ``raw``."""
 
 _TO_PATCHES = "b c (h p) (w q) -> b (c p q) h w"
+
+
+def encode(
+    network: Autoencoder, images: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Raw latents of images: the mode of the posterior, or with ``generator`` a sample from it.
+
+    Args:
+        network: with an encoder.
+        images: ``(B, in_channels, H, W)`` in [-1, 1].
+        generator: draws the sample.
+
+    Returns:
+        ``(B, C, h, w)``.
+
+    Raises:
+        InputError: as ``network.encode``; or a sample from a tiny autoencoder, which has no
+            posterior.
+    """
+    output = cast(Any, network).encode(images)
+    if hasattr(output, "latent_dist"):
+        posterior = output.latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+    elif generator is None:
+        latents = output.latents
+    else:
+        raise InputError(
+            "a tiny autoencoder has no posterior to sample from",
+            where="generator",
+            hint="leave generator= out",
+        )
+    return cast(Tensor, latents)
+
+
+def image_multiple(network: Autoencoder, *, scaled: bool = False) -> int:
+    """The number of pixels of which an image's sides must be multiples, to be encoded.
+
+    That is what one latent stands for, or with ``scaled`` what one of FLUX.2's patches does.
+    """
+    patch = max(network.config["patch_size"]) if scaled and _has_patches(network) else 1
+    return network.downscale * patch
+
+
+def check_scaled(network: Autoencoder, latents: Tensor, scaled: bool) -> None:
+    """Refuse FLUX.2's raw latents where ``scaled`` says patches, and the other way round.
+
+    Raises:
+        InputError: they are the other kind.
+    """
+    channels = network.config["latent_channels"]
+    if not _has_patches(network) or latents.shape[1] == (4 * channels if scaled else channels):
+        return
+    if latents.shape[1] in (channels, 4 * channels):
+        raise InputError(
+            "these latents are raw" if scaled else "these latents are normalised patches",
+            where=network.config.class_name,
+            expected=f"{4 * channels if scaled else channels} channels",
+            got=tuple(latents.shape),
+            hint="leave --scaled out" if scaled else "pass --scaled",
+        )
+
+
+def _has_patches(network: Autoencoder) -> bool:
+    return "patch_size" in network.config
 
 
 def scale(network: Autoencoder, latents: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,17 @@ import typer
 from sdconv.cli.common import (
     LARGEST_SEED,
     Component,
+    ComputeDtype,
     Device,
     Dtype,
     Family,
+    Force,
     Json,
     Model,
+    Resize,
+    check_output,
     errors_console,
+    parse_resize,
     print_json,
     say,
 )
@@ -43,11 +49,12 @@ def features(
             "--out",
             "-o",
             metavar="DIR",
-            help="A folder to be made, or an empty one.",
+            help="The folder to write.",
             show_default=False,
         ),
     ],
     model: Model,
+    force: Force = False,
     source: Annotated[
         Path | None,
         typer.Argument(
@@ -87,15 +94,7 @@ def features(
             metavar="CALLS", help="Of these the ones to keep: 0,4,9 or ::2, counted from 0."
         ),
     ] = "::",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Resize the picture: pixels of the longer side. With --noise, of each side.",
-            show_default=False,
-        ),
-    ] = None,
+    size: Resize = None,
     vae: Annotated[
         list[Path] | None,
         typer.Option(
@@ -107,7 +106,7 @@ def features(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise.")] = 0,
     component: Component = None,
     family: Family = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the network computes in.")] = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -136,7 +135,7 @@ def features(
             hint="name a file, or say --noise",
         )
     chosen = _calls(keep, steps)
-    _free(out)
+    _check_folder(out, force)
     given = Given(
         source=source,
         key=key,
@@ -146,7 +145,7 @@ def features(
         family=family,
         dtype=dtype,
         device=device,
-        size=size,
+        size=parse_resize(size),
         steps=steps,
         seed=seed,
     )
@@ -268,20 +267,15 @@ def _calls(text: str, count: int) -> list[int]:
     return sorted(found)
 
 
-def _free(out: Path) -> None:
-    """Refuses a place where something is.
+def _check_folder(out: Path, force: bool) -> None:
+    """Refuse what is not a folder, and without ``force`` one that is not empty.
 
     Raises:
-        InputError: something is there.
+        InputError: the output is refused.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("is not a folder", where=out, hint="give --out another name")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(
-            "is not empty, and nothing is overwritten",
-            where=out,
-            hint="give --out another name, or remove it",
-        )
+    check_output(out, force)
 
 
 @contextmanager
@@ -300,7 +294,7 @@ def _made_whole(out: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o777 & ~umask)
-        part.rename(out)
+        _put_in_place(part, out)
     except SdconvError as error:
         if str(part) not in str(error):
             raise
@@ -312,6 +306,18 @@ def _made_whole(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         remove(part)
+
+
+def _put_in_place(part: Path, out: Path) -> None:
+    """Give a complete folder its name, or move its contents into a folder that is not empty."""
+    if not out.is_dir() or not any(out.iterdir()):
+        part.rename(out)
+        return
+    for new in list(part.iterdir()):
+        if (old := out / new.name).is_dir():
+            shutil.rmtree(old)
+        new.replace(old)
+    part.rmdir()
 
 
 @contextmanager

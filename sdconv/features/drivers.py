@@ -32,7 +32,7 @@ class Given:
 
     ``source``: a picture or a file of latents, None for noise. ``key``: the latents' name in their
     file, None for the only tensor there. ``vae``: files of the autoencoder that turns a picture
-    into a U-Net's latents. ``size``: pixels of the longer side.
+    into a U-Net's latents. ``size``: pixels of the longer side, or (rows, columns).
     """
 
     source: Path | None
@@ -43,7 +43,7 @@ class Given:
     family: str | None
     dtype: Dtype
     device: str
-    size: int | None
+    size: int | tuple[int, int] | None
     steps: int
     seed: int
 
@@ -183,10 +183,11 @@ def _through_unet(unet: UNet2DConditionModel, given: Given, picture: Picture | N
     )
 
 
-def _sides(unet: UNet2DConditionModel, size: int | None) -> tuple[int, int]:
+def _sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of the latents for a picture of so many pixels, or of the usual one."""
     if size is not None:
-        return max(size // _PIXELS, 1), max(size // _PIXELS, 1)
+        rows, columns = size if isinstance(size, tuple) else (size, size)
+        return max(rows // _PIXELS, 1), max(columns // _PIXELS, 1)
     usual = unet.config.sample_size or 64
     return (usual, usual) if isinstance(usual, int) else usual
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdconv.analysis.anatomy import Layer, Recorder, View
+from sdconv.analysis.anatomy import Operation, Recorder, TensorGeometry
 from sdconv.config import (
     AutoencoderKLConfig,
     AutoencoderKLFlux2Config,
@@ -100,13 +100,13 @@ def _skeleton(network: nn.Module) -> Network | None:
 def _run(network: nn.Module, method: str, given: tuple[Any, ...]) -> dict[str, Facts]:
     recorder = Recorder(method)
     map_, *conditions = given
-    recorder.see(map_, View((map_.shape[2], map_.shape[3]), Window(), Window()))
+    recorder.track(map_, TensorGeometry((map_.shape[2], map_.shape[3]), Window(), Window()))
     for condition in _tensors(conditions):
-        recorder.see(condition, View((1, 1), Window(), Window(), of_map=False))
+        recorder.track(condition, TensorGeometry((1, 1), Window(), Window(), spatial=False))
     passing = _Passing(recorder)
     handles = []
     try:
-        with recorder.naming(network):
+        with recorder.following_modules(network):
             for place in places(network).values():
                 handles.append(attach(place, passing.visit(place)))
             with torch.no_grad(), recorder:
@@ -122,18 +122,18 @@ class _Passing:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._seen: dict[str, tuple[Place, Tensor, View | None]] = {}
+        self._seen: dict[str, tuple[Place, Tensor, TensorGeometry | None]] = {}
 
     def visit(self, place: Place) -> Callable[[Tensor], None]:
         def note(x: Tensor) -> None:
-            view = self._recorder.view(x)
+            view = self._recorder.geometry(x)
             self._seen.setdefault(place.name, (place, x, view))
 
         return note
 
     def facts(self) -> dict[str, Facts]:
-        work: dict[str, list[Layer]] = {}
-        for layer in self._recorder.layers:
+        work: dict[str, list[Operation]] = {}
+        for layer in self._recorder.operations:
             # the operation, and every block that it is in
             parts = layer.name.split(".")
             for length in range(1, len(parts) + 1):
@@ -143,25 +143,27 @@ class _Passing:
             for name, (place, x, view) in self._seen.items()
         }
 
-    def _view(self, place: Place, view: View | None) -> View | None:
+    def _view(self, place: Place, view: TensorGeometry | None) -> TensorGeometry | None:
         """A skip's view is its source's: the whole that it is cut from sees more."""
         source = self._seen.get(place.skip or "") if place.kind == "skip" else None
         return view if source is None else source[2]
 
 
-def _facts(place: Place, x: Tensor, view: View | None, work: Mapping[str, list[Layer]]) -> Facts:
-    known = view is not None and view.of_map
+def _facts(
+    place: Place, x: Tensor, view: TensorGeometry | None, work: Mapping[str, list[Operation]]
+) -> Facts:
+    known = view is not None and view.spatial
     return Facts(
         channels=x.shape[channel_axis(x)],
         size=view.size if view is not None and known else None,
         stride=(view.rows.stride, view.columns.stride) if view is not None and known else None,
         receptive_field=(view.rows.size, view.columns.size) if view is not None and known else None,
-        sees_all=view.sees_all if view is not None and known else None,
+        sees_all=view.is_global if view is not None and known else None,
         multiplies=_multiplies(place, work),
     )
 
 
-def _multiplies(place: Place, work: Mapping[str, list[Layer]]) -> int:
+def _multiplies(place: Place, work: Mapping[str, list[Operation]]) -> int:
     part = place.name.partition(":")[2]
     if part.startswith("silu"):
         # one activation serves the block: first before conv1, last before conv2
