@@ -1,4 +1,5 @@
-"""Captured feature maps are what the network computes, and a capture does not change the network."""
+"""Captured feature maps are what the network computes, and a capture does not change the
+network."""
 
 from __future__ import annotations
 

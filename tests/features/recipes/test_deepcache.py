@@ -64,7 +64,8 @@ def test_between_full_steps_it_equals_replacing_the_deep_feature_map_by_hand(
 
 
 def by_hand(network: Any, calls: list[Any], reader: str) -> list[Tensor]:
-    """Compute everything, and replace the deep feature map by the first call's in two calls of three."""
+    """Compute everything, and replace the deep feature map by the first call's in two calls of
+    three."""
     results, kept = [], Maps({}, pipeline=False)
     for number, given in enumerate(calls):
         with ExitStack() as stack:
