@@ -39,20 +39,20 @@ class Picture:
     image: Image.Image
     notes: tuple[str, ...] = ()
 
-    def fitted(self, multiple: int, size: int | None = None) -> Picture:
+    def fitted(self, multiple: int, size: int | tuple[int, int] | None = None) -> Picture:
         """The same picture with sides in multiples of ``multiple`` pixels, cut around the centre.
 
         Args:
             multiple: how many pixels one latent stands for.
-            size: pixels of the longer side, to which it is resized before; None for as it is.
+            size: pixels of the longer side, to which it is resized before; or (rows, columns),
+                to which it is resized and cut around the centre; None for as it is.
 
         Raises:
             InputError: a side shorter than ``multiple``, or more pixels than a file may have.
         """
         image, notes = self.image, list(self.notes)
-        if size is not None and size != max(image.size):
-            factor = size / max(image.size)
-            resized = tuple(max(1, round(side * factor)) for side in image.size)
+        resized = _resized(image.size, size)
+        if resized != image.size:
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and resized[0] * resized[1] > most:
                 raise InputError(
@@ -62,8 +62,12 @@ class Picture:
                     got=_sides(resized),
                     hint="ask for a smaller one",
                 )
-            notes.append(f"resized from {_sides(image.size)} to {_sides(resized)}")
-            image = image.resize((resized[0], resized[1]), Image.Resampling.LANCZOS)
+            how = "resized and cut around the centre" if isinstance(size, tuple) else "resized"
+            notes.append(f"{how} from {_sides(image.size)} to {_sides(resized)}")
+            if isinstance(size, tuple):
+                image = ImageOps.fit(image, resized, Image.Resampling.LANCZOS)
+            else:
+                image = image.resize(resized, Image.Resampling.LANCZOS)
         width, height = (side // multiple * multiple for side in image.size)
         if not (width and height):
             raise InputError(
@@ -265,6 +269,17 @@ def _upright(image: Image.Image, path: Path) -> Picture:
             notes.append("transparency was laid over white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return Picture(image=image.convert("RGB"), notes=tuple(notes))
+
+
+def _resized(sides: tuple[int, int], size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height after resizing, as ``Picture.fitted`` takes ``size``."""
+    if size is None:
+        return sides
+    if isinstance(size, tuple):
+        return size[1], size[0]
+    factor = size / max(sides)
+    width, height = (max(1, round(side * factor)) for side in sides)
+    return width, height
 
 
 def _sides(size: tuple[int, ...]) -> str:

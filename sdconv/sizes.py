@@ -48,6 +48,26 @@ def in_words(size: int) -> str:
     return f"{size} bytes"
 
 
+def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
+    """``"512x768"`` as (rows, columns); ``"512"`` is a square.
+
+    Args:
+        text: one or two whole numbers.
+        name: the option's name, for the error message.
+
+    Raises:
+        InputError: it is something else.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise InputError(
+            "not a size", where=name, expected="HxW, such as 512x768, or one number", got=repr(text)
+        )
+    if max(map(len, parts)) > 9 or not all(int(part) for part in parts):
+        raise InputError("not a size", where=name, expected="1 to 999999999", got=repr(text))
+    return int(parts[0]), int(parts[-1])
+
+
 def count(number: int) -> str:
     """``83653863`` as ``83.65 M``: up to four digits."""
     for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):

@@ -49,7 +49,7 @@ def check_memory(
     pixels = images * size[0] * size[1]
     if network.device.type == "cpu" and pixels > _SMALL:
         # feature maps grow with the image, so that one size tells what each pixel takes
-        values_per_pixel = dissect(network.config, _SIDE).largest / _SIDE**2
+        values_per_pixel = dissect(network.config, _SIDE).peak_values / _SIDE**2
         least = round(pixels * values_per_pixel * network.dtype.itemsize)
         several = "" if images == 1 else f"{images} of "
         streams = hasattr(network, "enable_streaming")

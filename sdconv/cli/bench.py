@@ -10,28 +10,21 @@ import typer
 from sdconv.cli.common import (
     Component,
     Family,
+    InputSize,
     Json,
     Paths,
     one_or_all,
-    parsed_size,
     print_json,
     show,
 )
+from sdconv.sizes import parse_size
 
 
 def bench(
     paths: Paths,
     component: Component = None,
     family: Family = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HxW",
-            help="Of the picture for a VAE (512x512 if left out), of the latents for a U-Net "
-            "(64x64).",
-            show_default=False,
-        ),
-    ] = None,
+    size: InputSize = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Of each backend in turn.")] = 3,
     explained: Annotated[
         bool,
@@ -54,10 +47,11 @@ def bench(
     """
     from sdconv.analysis.explain import explain
     from sdconv.analysis.inspection import inspect
-    from sdconv.cli.running import fits, running
+    from sdconv.analysis.memory import check_free_memory
+    from sdconv.cli.running import running
     from sdconv.report.bench import explanation_report, timings_report
 
-    given = None if size is None else parsed_size(size)
+    given = None if size is None else parse_size(size)
     found = inspect(one_or_all(paths), family=family).network(component)
     pixels = found.component == "vae"
     shape = given or ((512, 512) if pixels else (64, 64))
@@ -84,7 +78,7 @@ def bench(
         ),
         default=0,
     )
-    fits(least, where, ("size",))
+    check_free_memory(least, where, ("size",))
     network = load(one_or_all(paths), found.component, dtype=torch.float32, family=family)
     with running("timing"):
         timings = time_backends(network, shape, rounds)

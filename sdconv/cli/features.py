@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +15,18 @@ import typer
 from sdconv.cli.common import (
     LARGEST_SEED,
     Component,
+    ComputeDtype,
     Device,
     Dtype,
     Family,
+    Force,
     Json,
     Model,
+    Resize,
+    check_output,
     errors_console,
     one_or_all,
+    parse_resize,
     print_json,
     say,
 )
@@ -44,11 +50,12 @@ def features(
             "--out",
             "-o",
             metavar="DIR",
-            help="A folder to create, or an empty one.",
+            help="The folder to write.",
             show_default=False,
         ),
     ],
     model: Model,
+    force: Force = False,
     source: Annotated[
         Path | None,
         typer.Argument(
@@ -86,15 +93,7 @@ def features(
         str,
         typer.Option(metavar="CALLS", help="The timesteps to keep, counted from 0: 0,4,9 or ::2."),
     ] = "::",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Resize the image: pixels of the longer side. With --noise, of each side.",
-            show_default=False,
-        ),
-    ] = None,
+    size: Resize = None,
     vae: Annotated[
         list[Path] | None,
         typer.Option(
@@ -106,7 +105,7 @@ def features(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
     component: Component = None,
     family: Family = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the network computes in.")] = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -135,7 +134,7 @@ def features(
             hint="name an image or a file of latents, or pass --noise",
         )
     kept = _calls(keep, steps)
-    _check_free(out)
+    _check_folder(out, force)
     from sdconv.features.drivers import Request, prepare_run
 
     request = Request(
@@ -147,7 +146,7 @@ def features(
         family=family,
         dtype=dtype.in_torch(),
         device=device,
-        size=size,
+        size=parse_resize(size),
         steps=steps,
         seed=seed,
     )
@@ -271,20 +270,15 @@ def _calls(text: str, count: int) -> list[int]:
     return sorted(found)
 
 
-def _check_free(out: Path) -> None:
-    """Refuse an output path that exists, unless it is an empty folder.
+def _check_folder(out: Path, force: bool) -> None:
+    """Refuse what is not a folder, and without ``force`` one that is not empty.
 
     Raises:
-        InputError: it exists.
+        InputError: the output is refused.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("is not a folder", where=out, hint="give --out another name")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(
-            "is not empty, and nothing is overwritten",
-            where=out,
-            hint="give --out another name, or remove it",
-        )
+    check_output(out, force)
 
 
 @contextmanager
@@ -303,7 +297,7 @@ def _atomic_folder(out: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o777 & ~umask)
-        part.rename(out)
+        _put_in_place(part, out)
     except SdconvError as error:
         if str(part) not in str(error):
             raise
@@ -315,6 +309,18 @@ def _atomic_folder(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         remove_folder(part)
+
+
+def _put_in_place(part: Path, out: Path) -> None:
+    """Give a complete folder its name, or move its contents into a folder that is not empty."""
+    if not out.is_dir() or not any(out.iterdir()):
+        part.rename(out)
+        return
+    for new in list(part.iterdir()):
+        if (old := out / new.name).is_dir():
+            shutil.rmtree(old)
+        new.replace(old)
+    part.rmdir()
 
 
 @contextmanager

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdconv.cli.common import (
-    FOR_PICTURES,
+    IMAGE_BACKEND,
+    ComputeDtype,
     Dtype,
     Family,
+    ImageSize,
     Json,
     With,
     one_or_all,
-    parsed_size,
     print_json,
     show,
     working,
 )
 from sdconv.errors import InputError
+from sdconv.sizes import parse_size
 
 if TYPE_CHECKING:
     from sdconv.models.vae import AutoencoderKL
@@ -35,9 +37,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    size: Annotated[
-        str, typer.Option(metavar="HxW", help="Of the picture: rows and columns.")
-    ] = "2048x2048",
+    size: ImageSize = "2048x2048",
     memory: Annotated[
         str, typer.Option(metavar="BYTES", help="The limit, weights apart: 4GiB, 1500MB.")
     ] = "2GiB",
@@ -55,8 +55,8 @@ def plan(
         typer.Option("--time/--no-time", help="Time one strip of each kind of layer, here."),
     ] = True,
     family: Family = None,
-    dtype: Annotated[Dtype, typer.Option(help="What the network computes in.")] = Dtype.float32,
-    backend: With = FOR_PICTURES,
+    dtype: ComputeDtype = Dtype.float32,
+    backend: With = IMAGE_BACKEND,
     as_json: Json = False,
 ) -> None:
     """Say what streaming a picture through a VAE will take.
@@ -85,7 +85,7 @@ def plan(
         steps_of,
     )
 
-    rows, columns = parsed_size(size)
+    rows, columns = parse_size(size)
     limit = parse_bytes(memory, "--memory")
     folder = None if spill is None else checked_folder(spill)
     network = _blank(paths, family).to(dtype.in_torch())

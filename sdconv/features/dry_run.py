@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdconv.analysis.anatomy import Layer, Recorder, View
+from sdconv.analysis.anatomy import Operation, Recorder, TensorGeometry
 from sdconv.config import (
     AutoencoderKLConfig,
     AutoencoderKLFlux2Config,
@@ -102,13 +102,13 @@ def _skeleton(network: nn.Module) -> Network | None:
 def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, PointFacts]:
     recorder = Recorder(method)
     sample, *conditions = inputs
-    recorder.see(sample, View((sample.shape[2], sample.shape[3]), Window(), Window()))
+    recorder.track(sample, TensorGeometry((sample.shape[2], sample.shape[3]), Window(), Window()))
     for condition in _tensors(conditions):
-        recorder.see(condition, View((1, 1), Window(), Window(), of_map=False))
+        recorder.track(condition, TensorGeometry((1, 1), Window(), Window(), spatial=False))
     visits = _Visits(recorder)
     handles = []
     try:
-        with recorder.naming(network):
+        with recorder.following_modules(network):
             for point in hook_points(network).values():
                 handles.append(attach(point, visits.visit(point)))
             with torch.no_grad(), recorder:
@@ -124,50 +124,52 @@ class _Visits:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._seen: dict[str, tuple[HookPoint, Tensor, View | None]] = {}
+        self._seen: dict[str, tuple[HookPoint, Tensor, TensorGeometry | None]] = {}
 
     def visit(self, point: HookPoint) -> Callable[[Tensor], None]:
         def note(x: Tensor) -> None:
-            view = self._recorder.view(x)
-            self._seen.setdefault(point.name, (point, x, view))
+            self._seen.setdefault(point.name, (point, x, self._recorder.geometry(x)))
 
         return note
 
     def facts(self) -> dict[str, PointFacts]:
-        work: dict[str, list[Layer]] = {}
-        for layer in self._recorder.layers:
+        work: dict[str, list[Operation]] = {}
+        for operation in self._recorder.operations:
             # counted for the operation and for every block around it
-            parts = layer.name.split(".")
+            parts = operation.name.split(".")
             for length in range(1, len(parts) + 1):
-                work.setdefault(".".join(parts[:length]), []).append(layer)
+                work.setdefault(".".join(parts[:length]), []).append(operation)
         return {
-            name: _facts(point, x, self._view(point, view), work)
-            for name, (point, x, view) in self._seen.items()
+            name: _facts(point, x, self._geometry(point, geometry), work)
+            for name, (point, x, geometry) in self._seen.items()
         }
 
-    def _view(self, point: HookPoint, view: View | None) -> View | None:
-        """The view of a feature map: for a skip that of its source, because the concatenated tensor
-        that it is a slice of has a larger receptive field."""
+    def _geometry(self, point: HookPoint, own: TensorGeometry | None) -> TensorGeometry | None:
+        """The geometry of a feature map: for a skip that of its source, because the concatenated
+        tensor that it is a slice of has a larger receptive field."""
         source = self._seen.get(point.skip or "") if point.kind == "skip" else None
-        return view if source is None else source[2]
+        return own if source is None else source[2]
 
 
 def _facts(
-    point: HookPoint, x: Tensor, view: View | None, work: Mapping[str, list[Layer]]
+    point: HookPoint,
+    x: Tensor,
+    geometry: TensorGeometry | None,
+    work: Mapping[str, list[Operation]],
 ) -> PointFacts:
-    if view is not None and not view.of_map:
-        view = None
+    if geometry is not None and not geometry.spatial:
+        geometry = None
     return PointFacts(
         channels=x.shape[channel_axis(x)],
-        size=None if view is None else view.size,
-        downscale=None if view is None else (view.rows.stride, view.columns.stride),
-        receptive_field=None if view is None else (view.rows.size, view.columns.size),
-        global_receptive_field=None if view is None else view.sees_all,
+        size=None if geometry is None else geometry.size,
+        downscale=None if geometry is None else (geometry.rows.stride, geometry.columns.stride),
+        receptive_field=None if geometry is None else (geometry.rows.size, geometry.columns.size),
+        global_receptive_field=None if geometry is None else geometry.is_global,
         multiplies=_multiplies(point, work),
     )
 
 
-def _multiplies(point: HookPoint, work: Mapping[str, list[Layer]]) -> int:
+def _multiplies(point: HookPoint, work: Mapping[str, list[Operation]]) -> int:
     part = point.name.partition(":")[2]
     if part.startswith("silu"):
         # the block calls one activation: first before conv1, last before conv2
@@ -176,7 +178,7 @@ def _multiplies(point: HookPoint, work: Mapping[str, list[Layer]]) -> int:
     if point.before:
         return 0
     name = f"{point.of}.time_emb_proj" if part == "temb" else point.name
-    return sum(layer.multiplies for layer in work.get(name, []))
+    return sum(operation.multiplies for operation in work.get(name, []))
 
 
 def _tensors(inputs: Any) -> list[Tensor]:

@@ -126,8 +126,8 @@ def test_tables() -> None:
         ((VAE, "--size", "big"), "not a size"),
         ((VAE, "--size", "1"), "no size for this network"),
         ((UNET, "--size", "70000", "--explain"), "no size for this network"),
-        ((VAE, "--size", "65536"), "too large a picture for the memory that is free"),
-        ((VAE, "--component", "unet"), "there is no such component"),
+        ((VAE, "--size", "65536"), "the image is too large for the free memory"),
+        ((VAE, "--component", "unet"), "no such component"),
         ((VAE, "--rounds", "0"), "--rounds"),
     ],
 )

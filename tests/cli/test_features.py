@@ -191,7 +191,7 @@ def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
         (("photo.png", "--keep", "5:2"), "keeps no call"),
         (("photo.png", "--size", "2"), "too small a picture"),
         (("photo.png", "--size", "200000"), "too large a picture"),
-        (("--noise", "--model", str(UNET), "--size", "4000000"), "for the memory that is free"),
+        (("--noise", "--model", str(UNET), "--size", "4000000"), "for the free memory"),
         (("photo.png", "--model", "absent.safetensors"), "absent.safetensors"),
     ],
 )

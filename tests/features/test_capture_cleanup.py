@@ -1,4 +1,4 @@
-"""No hook stays behind, however a block is left, and whatever runs the network."""
+"""No hook stays behind, however a block is left and however the network is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = seeded.kl((32, 32), 4, True, layers_per_block=1, mid_block_add_attentio
 
 @pytest.fixture
 def network() -> Iterator[Any]:
-    """A VAE that a test gives back without hooks."""
+    """A VAE that must have no hooks after the test."""
     network = seeded.network(CONFIG)
     network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
     yield network
@@ -65,7 +65,7 @@ def test_an_exception_in_the_network(network: Any) -> None:
     assert "decoder" not in maps
 
 
-def test_a_generator_that_is_closed_or_forgotten(network: Any) -> None:
+def test_a_generator_that_is_closed_or_garbage_collected(network: Any) -> None:
     def features() -> Iterator[Maps]:
         with sdconv.capture(network, NAME) as maps, sdconv.edit(network, {NAME: lambda x, _: x}):
             network(image())
@@ -248,7 +248,7 @@ def test_autocast(network: Any) -> None:
         with sdconv.capture(network, NAME, reduce="pca:2") as reduced:
             network(image())
     assert one(maps, f"{NAME}.conv1").dtype == torch.bfloat16
-    # PCA is no part of the network: it is exact
+    # a reduction is not part of the network, and ignores autocast
     with sdconv.capture(network, NAME, reduce="pca:2") as outside, torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             network(image())
@@ -256,7 +256,7 @@ def test_autocast(network: Any) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_what_checkpointing_computes_again_is_not_kept_again(reentrant: bool) -> None:
+def test_recomputation_by_checkpointing_is_not_captured(reentrant: bool) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -269,7 +269,7 @@ def test_what_checkpointing_computes_again_is_not_kept_again(reentrant: bool) ->
 
         def count(self, x: Tensor) -> Tensor:
             self.calls += 1
-            # needs what the part gave for its gradient, and so the part again
+            # its gradient needs the output of the part, so the part is recomputed
             return torch.sin(self.part(x))
 
     network = Net()
@@ -286,9 +286,9 @@ def test_what_checkpointing_computes_again_is_not_kept_again(reentrant: bool) ->
         for _ in range(2):
             network(x).sum().backward()
     handle.remove()
-    assert len(naive) == network.calls == 4  # each time once more, for the gradient
+    assert len(naive) == network.calls == 4  # each once more for the gradient
     assert maps.series("part").calls == (0, 1)
-    # but the edit is made again, or the gradient would be another function's
+    # the edit is applied again, or the gradient would be of another function
     assert steps == [0, 0, 1, 1]
     (expected,) = torch.autograd.grad(2 * torch.sin(2 * network.part(x)).sum(), x)
     assert x.grad is not None
@@ -314,7 +314,7 @@ def test_compiled_networks_run_uncompiled_inside() -> None:
         ran: list[int] = []
         handle = network[0].register_forward_hook(lambda *_: ran.append(1))
         compiled(image())
-        assert ran == []  # compiled code calls no hooks that came later
+        assert ran == []  # compiled code does not call hooks that were added later
         handle.remove()
         for target in (compiled, network):
             with sdconv.capture(target, "0") as maps:
@@ -330,7 +330,7 @@ def test_compiled_networks_run_uncompiled_inside() -> None:
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_block_in_what_is_compiled_says_where_it_belongs(fullgraph: bool) -> None:
+def test_a_block_inside_compiled_code_is_refused_with_a_hint(fullgraph: bool) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
 
     def captured(x: Tensor) -> Tensor:
@@ -344,12 +344,12 @@ def test_a_block_in_what_is_compiled_says_where_it_belongs(fullgraph: bool) -> N
 
     from torch._dynamo.exc import Unsupported
 
-    torch._dynamo.reset()  # what it left out once it leaves out without a word
+    torch._dynamo.reset()  # dynamo reports a skipped function only once
     for inside in (captured, edited):
         compiled = torch.compile(inside, backend="eager", fullgraph=fullgraph)
         with (
             torch.no_grad(),
-            # where it may leave nothing out torch itself says it
+            # with fullgraph the error is torch's own
             pytest.raises(Unsupported if fullgraph else sdconv.SdconvError, match="around the"),
         ):
             compiled(image())
@@ -358,7 +358,7 @@ def test_a_block_in_what_is_compiled_says_where_it_belongs(fullgraph: bool) -> N
             assert torch.equal(inside(image()), network[0](image()))
 
 
-def test_networks_that_are_compiled_inside_of_the_block() -> None:
+def test_networks_that_are_compiled_inside_the_block() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     with torch.no_grad():
         with sdconv.capture(network, "0") as maps:

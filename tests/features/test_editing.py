@@ -1,4 +1,4 @@
-"""An edit takes the map's place, and nothing else changes."""
+"""An edit replaces a feature map, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def by_hand(module: nn.Module, change: Any, *, before: bool = False) -> Tensor:
     return result
 
 
-def test_each_kind_of_place() -> None:
+def test_each_kind_of_hook_point() -> None:
     block = vae().get_submodule(NAME)
     add = lambda x: x + 1  # noqa: E731
     for name, module, before in (

@@ -186,7 +186,7 @@ def test_channels_sort_by_variance(tab: Tab) -> None:
 def test_search_finds_and_opens(tab: Tab) -> None:
     tab.page.keyboard.press("/")
     tab.page.keyboard.type("resnet up")
-    tab.wait("document.getElementById('found').innerText === '1 of 6 maps'")
+    tab.wait("document.getElementById('found').innerText === '1 of 6 feature maps'")
     assert tab.page.locator("#list a:visible").all_inner_texts()[0].startswith("up.1")
     assert "dim" in tab.page.get_attribute('[data-block="mid"]', "class")
     tab.page.keyboard.press("Enter")
@@ -195,7 +195,7 @@ def test_search_finds_and_opens(tab: Tab) -> None:
     tab.wait("document.getElementById('found').innerText === '6 maps'")
     tab.page.keyboard.press("/")
     tab.page.keyboard.type("d*0:sil")
-    tab.wait("document.getElementById('found').innerText === '1 of 6 maps'")
+    tab.wait("document.getElementById('found').innerText === '1 of 6 feature maps'")
     tab.page.keyboard.type("((")
     tab.wait("document.getElementById('found').innerText === '0 of 6 maps'")
 
