@@ -13,11 +13,11 @@ from sdconv.cli.common import (
     Json,
     Paths,
     one_or_all,
-    parsed_size,
     print_json,
     say,
     show,
 )
+from sdconv.sizes import parse_size
 
 
 def anatomy(
@@ -53,7 +53,7 @@ def anatomy(
     from sdconv.analysis.anatomy import dissect
     from sdconv.analysis.inspection import inspect
 
-    shape = parsed_size(size)
+    shape = parse_size(size)
     if plot is not None:
         from sdconv.report.plots import plot_format
 

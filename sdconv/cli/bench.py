@@ -13,10 +13,10 @@ from sdconv.cli.common import (
     Json,
     Paths,
     one_or_all,
-    parsed_size,
     print_json,
     show,
 )
+from sdconv.sizes import parse_size
 
 
 def bench(
@@ -57,7 +57,7 @@ def bench(
     from sdconv.cli.running import fits, running
     from sdconv.report.bench import explanation_report, timings_report
 
-    given = None if size is None else parsed_size(size)
+    given = None if size is None else parse_size(size)
     found = inspect(one_or_all(paths), family=family).network(component)
     pixels = found.component == "vae"
     shape = given or ((512, 512) if pixels else (64, 64))

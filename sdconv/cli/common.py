@@ -157,22 +157,6 @@ def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda name, done, total: progress.update(task, completed=done, total=total)
 
 
-def parsed_size(text: str, name: str = "--size") -> tuple[int, int]:
-    """``512x768`` as (rows, columns), or ``512`` for both.
-
-    Raises:
-        InputError: it is neither.
-    """
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() for part in parts):
-        raise InputError(
-            "not a size", where=name, expected="HxW, such as 512x768, or one number", got=repr(text)
-        )
-    if max(map(len, parts)) > 9 or not all(int(part) for part in parts):
-        raise InputError("not a size", where=name, expected="1 to 999999999", got=repr(text))
-    return int(parts[0]), int(parts[-1])
-
-
 def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
     """A single path, or the list of several files of one network."""
     return paths[0] if len(paths) == 1 else list(paths)

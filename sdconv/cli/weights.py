@@ -18,7 +18,6 @@ from sdconv.cli.common import (
     Paths,
     fail,
     one_or_all,
-    parsed_size,
     print_json,
     reading,
     say,
@@ -26,6 +25,7 @@ from sdconv.cli.common import (
     working,
 )
 from sdconv.errors import InputError
+from sdconv.sizes import parse_size
 
 
 def inspect(
@@ -105,7 +105,7 @@ def check(
     from sdconv.analysis.parity import components
 
     where = one_or_all(paths)
-    shape = None if size is None else parsed_size(size)
+    shape = None if size is None else parse_size(size)
     if component is None and len(there := components(where)) > 1:
         component = "vae"
         say(f"{' and '.join(there)} are there; --component chooses, the vae is taken", "note")

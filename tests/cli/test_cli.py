@@ -138,16 +138,16 @@ decode z1.safetensors -m vae.safetensors -o OUT.png                 | no latents
 decode z2.safetensors -m vae.safetensors -o OUT.png                 | which tensor
 decode patches.safetensors -m flux2.safetensors -o OUT.png          | normalised patches
 decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
-decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a size of memory
+decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a memory size
 decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
 decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | whole maps are not spilled
 encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole maps only
 encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
-plan --size 2x2                                                     | too small a picture
-plan --memory plenty                                                | not a size of memory
+plan --size 2x2                                                     | the image is too small
+plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
-plan tiny.safetensors                                               | only a VAE is streamed
+plan tiny.safetensors                                               | only a VAE can be streamed
 plan --spill absent                                                 | no folder
 reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not a picture's name
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
