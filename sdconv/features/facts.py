@@ -18,7 +18,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.convolution.geometry import Window, pair
+from sdconv.convolution.geometry import ReceptiveField, pair
 from sdconv.errors import SdconvError
 from sdconv.features.hooks import attach
 from sdconv.features.places import Place, places
@@ -100,9 +100,9 @@ def _skeleton(network: nn.Module) -> Network | None:
 def _run(network: nn.Module, method: str, given: tuple[Any, ...]) -> dict[str, Facts]:
     recorder = Recorder(method)
     map_, *conditions = given
-    recorder.see(map_, View((map_.shape[2], map_.shape[3]), Window(), Window()))
+    recorder.see(map_, View((map_.shape[2], map_.shape[3]), ReceptiveField(), ReceptiveField()))
     for condition in _tensors(conditions):
-        recorder.see(condition, View((1, 1), Window(), Window(), of_map=False))
+        recorder.see(condition, View((1, 1), ReceptiveField(), ReceptiveField(), of_map=False))
     passing = _Passing(recorder)
     handles = []
     try:
@@ -154,7 +154,9 @@ def _facts(place: Place, x: Tensor, view: View | None, work: Mapping[str, list[L
     return Facts(
         channels=x.shape[channel_axis(x)],
         size=view.size if view is not None and known else None,
-        stride=(view.rows.stride, view.columns.stride) if view is not None and known else None,
+        stride=(view.rows.downscale, view.columns.downscale)
+        if view is not None and known
+        else None,
         receptive_field=(view.rows.size, view.columns.size) if view is not None and known else None,
         sees_all=view.sees_all if view is not None and known else None,
         multiplies=_multiplies(place, work),

@@ -275,10 +275,10 @@ def test_as_exact_as_the_ordinary_run_with_many_channels(monkeypatch: pytest.Mon
 
     convolve = layers.StreamLayer.convolve
 
-    def rounding_tripled(layer: layers.StreamLayer, window: Tensor, *options: Any) -> Tensor:
+    def rounding_tripled(layer: layers.StreamLayer, window: Tensor, **options: int) -> Tensor:
         in_double = dataclasses.replace(layer, module=copy.deepcopy(layer.module).double())
-        true = convolve(in_double, window.double(), *options)
-        return (true + 3 * (convolve(layer, window, *options) - true)).float()
+        true = convolve(in_double, window.double(), **options)
+        return (true + 3 * (convolve(layer, window, **options) - true)).float()
 
     assert streamed_error() < 1.5 * ordinary
     with monkeypatch.context() as patch:

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from sdconv.analysis.anatomy.counts import Anatomy, Block, Layer
 from sdconv.config import Config
-from sdconv.convolution.geometry import Window, conv_multiplies, pair
+from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
 from sdconv.errors import InputError
 from sdconv.loading import BUILD
 from sdconv.models.base import Autoencoder
@@ -109,8 +109,8 @@ class View:
     it. ``of_map``: False for what is no map and comes from none, as a text or a timestep."""
 
     size: tuple[int, int]
-    rows: Window
-    columns: Window
+    rows: ReceptiveField
+    columns: ReceptiveField
     sees_all: bool = False
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     of_map: bool = True
@@ -125,7 +125,7 @@ def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int])
     """The layers of ``network.encode`` or ``network.decode`` in the order they run."""
     recorder = Recorder(path)
     x = torch.empty(1, channels, *size, device="meta")
-    recorder.see(x, View(size, Window(), Window()))
+    recorder.see(x, View(size, ReceptiveField(), ReceptiveField()))
     try:
         with recorder.naming(network), recorder:
             getattr(network, path)(x)
@@ -233,7 +233,7 @@ class Recorder(TorchFunctionMode):
                 parameters=sum(weight.numel() for weight in weights if weight is not None),
                 multiplies=multiplies,
                 receptive_field=(after.rows.size, after.columns.size),
-                step=(after.rows.stride, after.columns.stride),
+                step=(after.rows.downscale, after.columns.downscale),
                 sees_all=after.sees_all,
             )
         )
