@@ -14,7 +14,7 @@ from sdconv.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdconv.images import Picture
+    from sdconv.images import LoadedImage
     from sdconv.models.base import Autoencoder
 
 
@@ -110,7 +110,7 @@ def prepared(
     means: Means,
     *,
     patches: bool = False,
-) -> tuple[Autoencoder, Picture, Tensor]:
+) -> tuple[Autoencoder, LoadedImage, Tensor]:
     """The network, the picture cut to what it takes, and the picture as its input."""
     from sdconv.images import read_image, to_tensor
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from sdconv.images import Picture
+    from sdconv.images import LoadedImage
     from sdconv.models.base import Autoencoder, Network
     from sdconv.models.unet import UNet2DConditionModel
 
@@ -91,7 +91,9 @@ def passage(given: Given) -> Passage:
     return _through_unet(cast("UNet2DConditionModel", network), given, picture)
 
 
-def _through_autoencoder(network: Autoencoder, given: Given, picture: Picture | None) -> Passage:
+def _through_autoencoder(
+    network: Autoencoder, given: Given, picture: LoadedImage | None
+) -> Passage:
     from sdconv.images import to_tensor
 
     if given.source is None:
@@ -134,7 +136,7 @@ def _through_autoencoder(network: Autoencoder, given: Given, picture: Picture | 
     )
 
 
-def _through_unet(unet: UNet2DConditionModel, given: Given, picture: Picture | None) -> Passage:
+def _through_unet(unet: UNet2DConditionModel, given: Given, picture: LoadedImage | None) -> Passage:
     import torch
 
     from sdconv.integrations.schedule import Schedule
@@ -192,7 +194,7 @@ def _sides(unet: UNet2DConditionModel, size: int | None) -> tuple[int, int]:
 
 
 def _to_noise(
-    unet: UNet2DConditionModel, given: Given, picture: Picture | None
+    unet: UNet2DConditionModel, given: Given, picture: LoadedImage | None
 ) -> tuple[Tensor | None, Image.Image | None, tuple[str, ...]]:
     """The latents to which noise is added, None for none; the picture that they are of; notes."""
     import torch
