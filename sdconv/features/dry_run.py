@@ -19,7 +19,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.convolution.geometry import Window, pair
+from sdconv.convolution.geometry import ReceptiveField, pair
 from sdconv.errors import SdconvError
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.hooks import attach
@@ -102,9 +102,14 @@ def _skeleton(network: nn.Module) -> Network | None:
 def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, PointFacts]:
     recorder = Recorder(method)
     sample, *conditions = inputs
-    recorder.track(sample, TensorGeometry((sample.shape[2], sample.shape[3]), Window(), Window()))
+    recorder.track(
+        sample,
+        TensorGeometry((sample.shape[2], sample.shape[3]), ReceptiveField(), ReceptiveField()),
+    )
     for condition in _tensors(conditions):
-        recorder.track(condition, TensorGeometry((1, 1), Window(), Window(), spatial=False))
+        recorder.track(
+            condition, TensorGeometry((1, 1), ReceptiveField(), ReceptiveField(), spatial=False)
+        )
     visits = _Visits(recorder)
     handles = []
     try:

@@ -117,7 +117,7 @@ convert vae.safetensors OUT.safetensors --layout mine               | mine
 convert llm.safetensors OUT.safetensors --layout diffusers          | no network
 convert vae.safetensors photo.png/OUT.safetensors --layout original | cannot be written
 encode absent.png -m vae.safetensors -o OUT.safetensors             | does not exist
-encode text.png -m vae.safetensors -o OUT.safetensors               | no picture
+encode text.png -m vae.safetensors -o OUT.safetensors               | not an image
 encode damaged.jpg -m vae.safetensors -o OUT.safetensors            | damaged
 encode empty -m vae.safetensors -o OUT.safetensors                  | cannot be opened
 encode speck.png -m vae.safetensors -o OUT.safetensors              | too small
@@ -131,25 +131,25 @@ encode photo.png -m tiny.safetensors -o OUT.safetensors --sample    | leave --sa
 encode photo.png -o OUT.safetensors                                 | Missing option '--model'
 decode absent.safetensors -m vae.safetensors -o OUT.png             | does not exist
 decode photo.png -m vae.safetensors -o OUT.png                      | header
-decode z.safetensors -m vae.safetensors -o OUT.txt                  | not a picture's name
+decode z.safetensors -m vae.safetensors -o OUT.txt                  | not the name of an image file
 decode z.safetensors -m vae.safetensors -o OUT.png --key y          | which tensor
 decode z7.safetensors -m vae.safetensors -o OUT.png                 | wrong shape
-decode z1.safetensors -m vae.safetensors -o OUT.png                 | no latents
+decode z1.safetensors -m vae.safetensors -o OUT.png                 | not latents
 decode z2.safetensors -m vae.safetensors -o OUT.png                 | which tensor
 decode patches.safetensors -m flux2.safetensors -o OUT.png          | normalised patches
 decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
-decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a size of memory
+decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a memory size
 decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
 decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | whole feature maps are not
 spilled encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole feature maps
 only encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
-plan --size 2x2                                                     | too small a picture
-plan --memory plenty                                                | not a size of memory
+plan --size 2x2                                                     | the image is too small
+plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
-plan tiny.safetensors                                               | only a VAE is streamed
+plan tiny.safetensors                                               | only a VAE can be streamed
 plan --spill absent                                                 | no folder
-reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not a picture's name
+reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the name of an image file
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
 reconstruct photo.png -m absent.safetensors -o OUT.png              | does not exist
 reconstruct photo.png -m vae.safetensors -o OUT.png --component unet | no component
@@ -385,7 +385,7 @@ def test_reconstruct(here: Path, tmp_path: Path) -> None:
         assert sheet.width > 3 * 48
     shown = run("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
     assert f"PSNR {said['psnr']:.2f} dB" in shown.stdout
-    assert "note: cut around the centre" in shown.stderr
+    assert "note: cropped around the centre" in shown.stderr
 
 
 def test_a_failure_leaves_what_stood_there(here: Path, tmp_path: Path) -> None:

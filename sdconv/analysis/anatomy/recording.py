@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
-from sdconv.convolution.geometry import Window, conv_multiplies, pair
+from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
 from sdconv.errors import InputError, SdconvError
 from sdconv.loading import BUILD
 from sdconv.models.base import Autoencoder
@@ -115,8 +115,8 @@ class TensorGeometry:
     """
 
     size: tuple[int, int]
-    rows: Window
-    columns: Window
+    rows: ReceptiveField
+    columns: ReceptiveField
     is_global: bool = False
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     spatial: bool = True
@@ -132,7 +132,7 @@ def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int])
     run."""
     recorder = Recorder(path)
     x = torch.empty(1, channels, *size, device="meta")
-    recorder.track(x, TensorGeometry(size, Window(), Window()))
+    recorder.track(x, TensorGeometry(size, ReceptiveField(), ReceptiveField()))
     try:
         with recorder.following_modules(network), recorder:
             getattr(network, path)(x)
@@ -246,7 +246,7 @@ class Recorder(TorchFunctionMode):
                 parameters=sum(weight.numel() for weight in weights if weight is not None),
                 multiplies=multiplies,
                 receptive_field=(after.rows.size, after.columns.size),
-                downscale=(after.rows.stride, after.columns.stride),
+                downscale=(after.rows.downscale, after.columns.downscale),
                 global_receptive_field=after.is_global,
             )
         )
