@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdconv.analysis.explain import works
 from sdconv.backends import BACKENDS, backend
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.kernels import numba_kernels
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.models.base import Network
 from sdconv.models.dummy_inputs import Noise
 
@@ -65,7 +65,7 @@ def time_backends(network: Network, size: tuple[int, int], rounds: int) -> Timin
         InputError: no size for this network.
     """
     inputs = works(network, size, Noise(1, 0, network.dtype, network.device))
-    compiling = engines.compiled()[1]
+    compiling = numba_kernels()[1]
     with torch.inference_mode():
         rows = tuple(_timed(network, work, given, rounds) for work, given in inputs.items())
     return Timings(
@@ -73,8 +73,8 @@ def time_backends(network: Network, size: tuple[int, int], rounds: int) -> Timin
         size=size,
         rows=rows,
         compiling=compiling,
-        memory=prepared.memory,
-        limit=prepared.limit,
+        memory=weight_cache.memory,
+        limit=weight_cache.limit,
         threads=torch.get_num_threads(),
     )
 

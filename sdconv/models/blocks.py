@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdconv.fast import blocks as fast
-from sdconv.fast.cpu.buffer_pool import handed_on
+from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.modules import is_bare
 
 
@@ -220,7 +220,7 @@ def apart(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():  # gradients hold every map anyway
         yield from blocks
         return
-    with handed_on():
+    with use_pool():
         for block in blocks:
             if isinstance(block, Level) and _is_bare_level(block):
                 yield from block.parts()

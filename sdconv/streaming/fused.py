@@ -13,23 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.fast.cpu.conv import (
-    POINTWISE,
-    After,
+    COMPUTED,
+    WINOGRAD_PACK,
+    Epilogue,
     NotFiniteError,
     WinogradPass,
-    transformed,
+    pack_pointwise,
 )
-from sdconv.fast.cpu.cost_model import choose
+from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
-from sdconv.fast.cpu.weight_cache import prepared
-from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
+from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 from sdconv.streaming.layers import Doubled, Halved, Layer, Same
 from sdconv.streaming.moments import Moments
 from sdconv.streaming.passes import Ground, Pass
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# what the arithmetic is in, whatever the maps are in
-_COMPUTED = torch.float32
 
 
 def takes(weight: Tensor) -> bool:
@@ -38,11 +37,14 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta")
 
 
-def same(conv: nn.Conv2d, height: int, width: int, *, normalised: bool) -> type[Same]:
-    """What a 3x3 convolution of a map of this size is best computed by."""
+def layer_for(
+    kind: Kind, conv: nn.Conv2d, height: int, width: int, *, normalised: bool = False
+) -> type[Layer]:
+    """The class of layer for the plan of a convolution whose input has this size."""
     sizes = conv.in_channels, conv.out_channels, height, width
-    choice = choose(1, *sizes, ("winograd",), normalised)
-    return Winograd if choice.method == "winograd" else Same
+    # packed weights are not kept, so that they need no room
+    plan = plan_conv(kind, 1, *sizes, normalised, ("winograd",))
+    return _LAYERS[plan.kind, plan.method]
 
 
 class _Tiled(Layer):
@@ -57,31 +59,31 @@ class _Tiled(Layer):
         return self.scheme.step * first - 1, self.scheme.step * last + 1
 
     def outputs(self, first: int, last: int) -> tuple[int, int]:
-        return OUTPUTS * first, OUTPUTS * last
+        return OUTPUT_TILE * first, OUTPUT_TILE * last
 
     def comfort(self, width: int) -> int:
-        return self.workspace(0, width) + strip_bytes(self._transformed * _COMPUTED.itemsize)
+        return self.workspace(0, width) + strip_bytes(self._transformed * COMPUTED.itemsize)
 
     def workspace(self, units: int, width: int) -> int:
         out_channels, channels = self.module.weight.shape[:2]
         tiles = units * -(-width // self.scheme.step)
-        strip = self.scheme.places * tiles * (channels + out_channels)
-        pixels = OUTPUTS**2 * tiles
+        strip = self.scheme.positions * tiles * (channels + out_channels)
+        pixels = OUTPUT_TILE**2 * tiles
         if self.shortcut is not None:
             strip += pixels * out_channels
-        if self.module.weight.dtype != _COMPUTED:  # rows of each map are copied
+        if self.module.weight.dtype != COMPUTED:  # rows of each map are copied
             added = out_channels if self.shortcut is None else self.shortcut.in_channels
             strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + added)
         # transformed, and the same before it is packed
-        return (2 * self._transformed + strip) * _COMPUTED.itemsize
+        return (2 * self._transformed + strip) * COMPUTED.itemsize
 
     def remains(self, units: int, width: int) -> int:
-        return self.workspace(units, width) - self._transformed * _COMPUTED.itemsize
+        return self.workspace(units, width) - self._transformed * COMPUTED.itemsize
 
     @property
     def _transformed(self) -> int:
         """Numbers of the weight as it is read."""
-        return self.scheme.places * self.module.weight[:, :, 0, 0].numel()
+        return self.scheme.positions * self.module.weight[:, :, 0, 0].numel()
 
     def begin(self, ground: Ground, units: int) -> Pass:
         return _Tiles(self, ground)
@@ -90,13 +92,13 @@ class _Tiled(Layer):
 class Winograd(_Tiled, Same):
     """36 products for 16 outputs."""
 
-    scheme = PLAIN
+    scheme = SCHEMES["conv3x3"]
 
 
 class DoubledWinograd(_Tiled, Doubled):
     """25 products for 16 outputs of the doubled map, which is never made."""
 
-    scheme = DOUBLED
+    scheme = SCHEMES["upsample_conv"]
 
 
 class HalvedBetweenZeros(Halved):
@@ -117,33 +119,41 @@ class HalvedBetweenZeros(Halved):
         return 2 * super().scratch(rows + 2, width + 2) + self.convolved(5, width)
 
 
+_LAYERS: dict[tuple[Kind, str], type[Layer]] = {
+    ("conv3x3", "winograd"): Winograd,
+    ("conv3x3", "direct"): Same,
+    ("upsample_conv", "winograd"): DoubledWinograd,
+    ("downsample_conv", "direct"): HalvedBetweenZeros,
+}
+
+
 class _Tiles:
     def __init__(self, layer: _Tiled, ground: Ground) -> None:
         weight, shortcut, affine = layer.module.weight, layer.shortcut, None
-        after = After(
+        epilogue = Epilogue(
             layer.module.bias,
             shortcut=None if shortcut is None else (shortcut.weight, shortcut.bias),
         )
         if layer.norm is not None and ground.moments is not None:
             affine = ground.moments.scale_and_shift(layer.norm)
-        self._height, self._width = ground.target.shape[:2]
+        self._scheme, (self._height, self._width) = layer.scheme, ground.target.shape[:2]
         self._measured = ground.measured
         self._run = WinogradPass(
             scheme=layer.scheme,
             x=_channels_first(ground.source),
             out=_channels_first(ground.target),
-            kernel=prepared.borrow(weight, transformed(layer.scheme, _COMPUTED)),
+            weight=weight_cache.borrow(weight, WINOGRAD_PACK[layer.scheme]),
             affine=affine,
             silu=layer.activated,
-            offsets=after.offsets(1, len(weight), _COMPUTED)[0],
+            offsets=epilogue.offsets(1, len(weight))[0],
             residual=None if ground.residual is None else _channels_first(ground.residual),
-            shortcut=None if shortcut is None else prepared.borrow(shortcut.weight, POINTWISE),
+            shortcut=None if shortcut is None else weight_cache.borrow(shortcut.weight, pack_pointwise),
             groups=_groups(ground.measured, len(weight)),
             in_place=ground.source is ground.target,
         )
 
     def strip(self, first: int, last: int) -> None:
-        strip = Strip(self._height, self._width, first, last - first)
+        strip = Strip(self._scheme, self._height, self._width, first, last - first)
         _measure(self._measured, *self._run.strip(strip))
 
 

@@ -104,20 +104,23 @@ class _Builder:
     def same(self, conv: nn.Conv2d, norm: nn.GroupNorm | None, **more: Any) -> Layer:
         """A 3x3 convolution of what there is now, after a norm and SiLU if given, by the backend
         that is in force for it."""
-        kind = Same
+        kind: type[Layer] = Same
         if is_fast(conv) and fused.takes(conv.weight):
-            kind = fused.same(conv, self.at.height, self.at.width, normalised=norm is not None)
+            at, normalised = self.at, norm is not None
+            kind = fused.layer_for("conv3x3", conv, at.height, at.width, normalised=normalised)
         return kind(conv, norm, activated=norm is not None, **more)
 
     def doubled(self, conv: nn.Conv2d) -> Layer:
         """A 3x3 convolution after a doubling, by the backend that is in force for it."""
-        fast = is_fast(conv) and fused.takes(conv.weight)
-        return fused.DoubledWinograd(conv) if fast else Doubled(conv)
+        if is_fast(conv) and fused.takes(conv.weight):
+            return fused.layer_for("upsample_conv", conv, self.at.height, self.at.width)(conv)
+        return Doubled(conv)
 
     def halved(self, conv: nn.Conv2d) -> Layer:
         """A 3x3 convolution at stride 2, by the backend that is in force for it."""
-        fast = is_fast(conv) and fused.takes(conv.weight)
-        return fused.HalvedBetweenZeros(conv) if fast else Halved(conv)
+        if is_fast(conv) and fused.takes(conv.weight):
+            return fused.layer_for("downsample_conv", conv, self.at.height, self.at.width)(conv)
+        return Halved(conv)
 
     def resnet(self, name: str, block: ResnetBlock2D) -> None:
         before = self.at
