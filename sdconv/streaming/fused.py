@@ -147,7 +147,9 @@ class _Tiles:
             silu=layer.activated,
             offsets=epilogue.offsets(1, len(weight))[0],
             residual=None if ground.residual is None else _channels_first(ground.residual),
-            shortcut=None if shortcut is None else weight_cache.borrow(shortcut.weight, pack_pointwise),
+            shortcut=None
+            if shortcut is None
+            else weight_cache.borrow(shortcut.weight, pack_pointwise),
             groups=_groups(ground.measured, len(weight)),
             in_place=ground.source is ground.target,
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sdconv
-from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.fast.transformers import products
 
 pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
@@ -45,7 +45,7 @@ def random(*shape: int) -> Tensor:
 def test_linear_layers(rows: int, depth: int, columns: int, bias: bool) -> None:
     x, weight = random(1, rows, depth), random(columns, depth)
     added = random(columns) if bias else None
-    out = engines.compiled()[0].linear(x, weight, added)
+    out = numba_kernels()[0].linear(x, weight, added)
     expected = functional.linear(
         x.double(), weight.double(), None if added is None else added.double()
     )
@@ -59,7 +59,7 @@ def test_only_fast_networks_without_gradients_are_taken_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = []
-    compiled = engines.compiled()[0]
+    compiled = numba_kernels()[0]
     plain = compiled.linear
     monkeypatch.setattr(compiled, "linear", lambda *given: taken.append(1) or plain(*given))
     module, x = Calls(32, 64), random(1, 300, 32)
@@ -91,7 +91,7 @@ def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
 
 def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    compiled = engines.compiled()[0]
+    compiled = numba_kernels()[0]
     plain = compiled.attention
     monkeypatch.setattr(compiled, "attention", lambda *given: taken.append(1) or plain(*given))
     query, key, value = random(2, 3, 30, 8), random(2, 3, 40, 8), random(2, 3, 40, 8)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sdconv
 from sdconv.fast.cpu.conv import WinogradPass
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.streaming import in_words, least_memory, planner, steps_of
 from sdconv.streaming.fused import DoubledWinograd, HalvedBetweenZeros, Winograd
 from sdconv.streaming.layers import Layer
@@ -202,12 +202,12 @@ def test_transformed_weights_are_not_kept() -> None:
     network = copy.deepcopy(NETWORK)
     network.enable_streaming()
     z = randn(1, 4, 25, 30)
-    before = prepared.memory
+    before = weight_cache.memory
     both(network, "decode", z)
-    assert prepared.memory == before
+    assert weight_cache.memory == before
     network.disable_streaming()
     both(network, "decode", z)
-    assert prepared.memory > before, "the control: an ordinary run keeps them"
+    assert weight_cache.memory > before, "the control: an ordinary run keeps them"
 
 
 @LINUX
@@ -285,7 +285,7 @@ def in_strips(layer: Layer, source: Tensor, units: int) -> Tensor:
             (kind, dtype, fault)
             for kind in (Winograd, DoubledWinograd)
             for dtype, faults in (
-                (torch.float32, halos.WHERE_THEY_LIE),
+                (torch.float32, halos.IN_PLACE),
                 (torch.float16, halos.COPIED),
             )
             for fault in faults

@@ -19,7 +19,7 @@ from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, row
 from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_conv
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats
 from sdconv.fast.cpu.kernels import kernels_for
-from sdconv.fast.cpu.tiling import Strip, strip_bytes, strips
+from sdconv.fast.cpu.tiling import Strip, strips
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
@@ -212,9 +212,7 @@ def _with_stats(out: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 # --- the methods
 
 
-def direct_conv(
-    x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue
-) -> Tensor:
+def direct_conv(x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue) -> Tensor:
     """A 3x3 convolution by torch's own operations, in any dtype."""
     x = x if prologue is None else prologue.apply(x)
     return epilogue.apply(functional.conv2d(x, weight, epilogue.bias, padding=1))
@@ -226,9 +224,7 @@ def direct_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return functional.conv2d(x, weight, bias, padding=1)
 
 
-def im2col_conv(
-    x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue
-) -> Tensor:
+def im2col_conv(x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue) -> Tensor:
     """A 3x3 convolution as one matrix product of im2col patches with a packed weight.
 
     For small feature maps: torch's kernel reorders a weight in each call, which for 1280 channels
@@ -265,13 +261,12 @@ def winograd_conv(
     Raises:
         NotFiniteError: the output is not finite; ``x`` is overwritten if ``in_place``.
     """
-    batch, out_channels = len(x), len(weight)
+    batch, (out_channels, channels) = len(x), weight.shape[:2]
     height, width = (size * OUTPUT_TILE // scheme.step for size in x.shape[2:])
     out = x if in_place else empty_nhwc(batch, out_channels, height, width, x.dtype)
     offsets = epilogue.offsets(batch, out_channels)
     norm = None if prologue is None else prologue.affine()
     packed = weight_cache.get(weight, WINOGRAD_PACK[scheme])
-    tiles = _tiles_per_strip(scheme, weight)
     shortcut, stats = None, []
     if epilogue.shortcut is not None:
         shortcut = weight_cache.get(epilogue.shortcut[0], pack_pointwise)
@@ -289,19 +284,15 @@ def winograd_conv(
             groups=groups,
             in_place=in_place,
         )
-        parts = [run.strip(strip) for strip in strips(scheme, height, width, tiles)]
+        parts = [
+            run.strip(strip) for strip in strips(scheme, height, width, channels, out_channels)
+        ]
         sums, counts = (torch.cat(several) for several in zip(*parts, strict=True))
         # finite if and only if the whole output is
         if not sums.isfinite().all():
             raise NotFiniteError
         stats.append(combine(sums, counts))
     return out, torch.stack(stats)
-
-
-def _tiles_per_strip(scheme: Scheme, weight: Tensor) -> int:
-    out_channels, channels = weight.shape[:2]
-    size = scheme.positions * COMPUTED.itemsize
-    return strip_bytes(size * channels * out_channels) // (size * (channels + out_channels))
 
 
 @dataclass

@@ -23,7 +23,7 @@ def strip_bytes(weight: int) -> int:
 
 @dataclass(frozen=True)
 class Strip:
-    """Tile rows ``tile_row`` up to ``tile_row + tile_rows`` of an output of ``height`` x ``width``."""
+    """Some tile rows of an output of ``height`` x ``width``, from ``tile_row`` on."""
 
     scheme: Scheme
     height: int
@@ -63,13 +63,18 @@ class Strip:
 
 
 @lru_cache(maxsize=256)
-def strips(scheme: Scheme, height: int, width: int, tiles: int) -> tuple[Strip, ...]:
-    """Strips of about equal height, from the top, with about ``tiles`` tiles each.
+def strips(
+    scheme: Scheme, height: int, width: int, channels: int, out_channels: int
+) -> tuple[Strip, ...]:
+    """Strips of about equal height, from the top, whose scratch memory is about `strip_bytes`.
 
     Args:
         height, width: of the output.
     """
     whole = Strip(scheme, height, width, 0, -(-height // OUTPUT_TILE))
+    # bytes of a float32 matrix for every tile position, per row and column
+    size = 4 * scheme.positions
+    tiles = strip_bytes(size * channels * out_channels) // (size * (channels + out_channels))
     fitting = max(1, tiles // whole.tile_columns)
     step = -(-whole.tile_rows // -(-whole.tile_rows // fitting))
     return tuple(

@@ -29,8 +29,8 @@ def job(*names: str) -> np.dtype[Any]:
     """A job's fields: those that every kernel has, then its own. The address of an array that is
     not given is 0.
 
-    The last field is unused. Its name is a hash of the sources that kernels are compiled from: Numba
-    caches compiled code by the names of a job's fields, but looks for changes in one file only.
+    The last field is unused. Its name is a hash of the sources that kernels are compiled from:
+    Numba caches compiled code by the names of a job's fields, but checks one file for changes.
     """
     every = ("next_unit", "next_thread", "units", "scratch", "scratch_size")
     return np.dtype([(name, np.int64) for name in (*every, *names, _source_hash())])

@@ -103,9 +103,7 @@ class _Code:
         left = [
             self.broadcast(self.at(a, builder.mul(a_row, integer(r)), column)) for r in range(rows)
         ]
-        totals = {
-            (r, v): builder.call(self.fma, [left[r], right[v], sums[r, v]]) for r, v in cells
-        }
+        totals = {(r, v): builder.call(self.fma, [left[r], right[v], sums[r, v]]) for r, v in cells}
         following = builder.add(k, integer(1))
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
         k.add_incoming(integer(0), before)
