@@ -1,4 +1,4 @@
-"""The fused convolutions against torch's own in float64, and injected faults that this must show."""
+"""The fused convolutions against torch's own in float64, and injected faults that must show."""
 
 from __future__ import annotations
 
@@ -312,8 +312,8 @@ def test_a_wrong_constant_of_the_kernels_is_noticed(
     kernel = f"{direction}_transform"
     if scheme is UPSAMPLE_CONV:
         kernel = f"upsample_{kernel}"
-    wrong, in_use = getattr(miscompiled(), kernel), vars(numba_kernels()[0])
-    in_use = in_use[f"_{direction.upper()}_TRANSFORM"]
+    wrong = getattr(miscompiled(), kernel)
+    in_use = vars(numba_kernels()[0])[f"_{direction.upper()}_TRANSFORM"]
     assert in_use[scheme] is getattr(transforms(), kernel)
     assert error(case.run(scheme)[0], expected) < WITHIN[torch.float32]
     monkeypatch.setitem(in_use, scheme, wrong)
