@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sdconv.backends import BACKENDS, backend
 from sdconv.config import AutoencoderKLConfig
-from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.models.vae import AutoencoderKL
 from sdconv.streaming import Streaming, check_disk_space
 from sdconv.streaming.calibration import predict_seconds
@@ -105,7 +105,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
     network = full_size()
     before = anonymous()
     if options.backend == "fast":
-        engines.compiled()
+        numba_kernels()
     engine_bytes = anonymous() - before
     x = given(options.work, options.size)
     streaming = Streaming.of(options.memory, options.spill, False)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from sdconv.backends import implements
 from sdconv.fast.cpu import blocks as cpu
-from sdconv.fast.cpu.buffer_pool import handed_on
+from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cuda import blocks as cuda
 from sdconv.fast.preconditions import is_bare, is_conv1x1, is_conv3x3, is_eager, is_norm, takes
 from sdconv.models.blocks import (
@@ -80,12 +80,19 @@ def can_run_upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None)
 def downsample(block: Any, x: Tensor) -> Tensor | None:
     """Convolves with two zeros on every side, which needs no padded copy of the feature map, and
     drops the first row and column: every other output is the same."""
-    conv = block.conv
-    if not (_takes(x) and is_conv3x3(conv, x, stride=2, padding=0) and min(x.shape[2:]) > 1):
+    if not can_run_downsample(block, x):
         return None
+    conv = block.conv
     height, width = (size // 2 for size in x.shape[2:])
     out = functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)
     return out.narrow(2, 1, height).narrow(3, 1, width).to(memory_format=torch.channels_last)
+
+
+def can_run_downsample(block: Any, x: Tensor) -> bool:
+    """Whether a downsampling block has a plain convolution, and several rows and columns to
+    process."""
+    plain = is_conv3x3(block.conv, x, stride=2, padding=0)
+    return plain and _takes(x) and min(x.shape[2:]) > 1
 
 
 @implements(Attention.normalised)
@@ -117,7 +124,7 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
         for block in blocks:
             x = network.checkpoint_call(block, x)
     else:
-        with handed_on():
+        with use_pool():
             for block in flatten_stages(blocks):
                 x = block(x)
     return _output(network, x)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sdconv.backends import implements
-from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.kernels import kernels_for
 from sdconv.fast.preconditions import is_eager, takes
 from sdconv.models.unet_blocks import Conditions, run_transformer
 
@@ -48,7 +48,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     dense = all(one.dtype is torch.float32 and one.is_contiguous() for one in given)
     if not dense or not is_eager(*given) or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
         return None
-    return engines.of(torch.float32).linear(input, weight, bias)
+    return kernels_for(torch.float32).linear(input, weight, bias)
 
 
 def _pointwise(
@@ -89,7 +89,7 @@ def _attention(
     if not is_eager(*given):
         return None
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    return engines.of(torch.float32).attention(query, key, value, factor)
+    return kernels_for(torch.float32).attention(query, key, value, factor)
 
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Tensor | None]] = {

@@ -18,8 +18,8 @@ import sdconv
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
-from sdconv.fast.cpu.chosen import choice_for
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.conv import plan_for
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 from sdconv.models.vae import AutoencoderKL
 
@@ -72,7 +72,7 @@ def test_these_shapes_are_convolved_by_winograd() -> None:
     # else the tests below would hold the direct kernel to itself
     for batch, channels, height, width in ((1, 128, 33, 28), (1, 128, 28, 28), (2, 128, 25, 30)):
         x, weight = torch.empty(batch, channels, height, width), torch.empty(96, channels, 3, 3)
-        assert choice_for(x, weight).method == "winograd"
+        assert plan_for("conv3x3", x, weight, False).method == "winograd"
 
 
 def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[str]) -> None:
@@ -167,9 +167,9 @@ def test_compiled_as_one_graph(inference: bool) -> None:
     with sdconv.backend("fast"), torch.inference_mode(inference):
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
         assert error(compiled(x), expected) < WITHIN
-        held = prepared.memory
+        held = weight_cache.memory
         compiled(x)
-        assert prepared.memory == held
+        assert weight_cache.memory == held
     del compiled
     torch._dynamo.reset()
 

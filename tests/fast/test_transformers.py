@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sdconv
-from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.models.unet_blocks import run_transformer
 
 pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
@@ -49,7 +49,7 @@ def random(*shape: int) -> Tensor:
 def test_linear_layers(rows: int, depth: int, columns: int, bias: bool) -> None:
     x, weight = random(1, rows, depth), random(columns, depth)
     added = random(columns) if bias else None
-    out = engines.compiled()[0].linear(x, weight, added)
+    out = numba_kernels()[0].linear(x, weight, added)
     expected = functional.linear(
         x.double(), weight.double(), None if added is None else added.double()
     )
@@ -63,7 +63,7 @@ def test_only_fast_networks_without_gradients_are_taken_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = []
-    compiled = engines.compiled()[0]
+    compiled = numba_kernels()[0]
     plain = compiled.linear
     monkeypatch.setattr(compiled, "linear", lambda *given: taken.append(1) or plain(*given))
     layer, x = nn.Linear(32, 64), random(1, 1, 300, 32)
@@ -95,7 +95,7 @@ def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
 
 def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    compiled = engines.compiled()[0]
+    compiled = numba_kernels()[0]
     plain = compiled.attention
     monkeypatch.setattr(compiled, "attention", lambda *given: taken.append(1) or plain(*given))
     query, key, value = random(2, 3, 30, 8), random(2, 3, 40, 8), random(2, 3, 40, 8)

@@ -68,4 +68,4 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-operator.register_autograd(gradients.of(by_torch), setup_context=gradients.remember)
+operator.register_autograd(gradients.gradient_of(by_torch), setup_context=gradients.save_inputs)

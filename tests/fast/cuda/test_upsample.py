@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdconv.fast.cpu import conv as fused
+from sdconv.fast.cpu.conv import direct_upsample_conv
 from sdconv.fast.cuda import upsample
 
 # of the largest value; the added taps are rounded to the weight's dtype once more
@@ -46,7 +46,7 @@ def test_is_torchs_in_float64(
     x, weight, bias = (tensor.to(dtype) for tensor in given_)
     x = x[..., ::stride]
     out = upsample.upsample_conv(x, weight, bias if with_bias else None)
-    exact = fused.direct_doubled(x.double(), weight.double(), bias.double() if with_bias else None)
+    exact = direct_upsample_conv(x.double(), weight.double(), bias.double() if with_bias else None)
     assert out.dtype is dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert error(out, exact) < WITHIN[dtype]
@@ -54,7 +54,7 @@ def test_is_torchs_in_float64(
 
 def test_swapped_rows_and_columns_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = drawn(0, 1, 3, 2, 5, 6)  # the fault: kernels of even columns on even rows
-    exact = fused.direct_doubled(x, weight, bias)
+    exact = direct_upsample_conv(x, weight, bias)
     assert error(upsample.upsample_conv(x, weight, bias), exact) < 2e-6
     right = upsample.kernels
     monkeypatch.setattr(upsample, "kernels", lambda weight: right(weight).transpose(0, 1))
