@@ -422,5 +422,7 @@ def test_weights_that_are_no_floats(dtype: torch.dtype, state: State) -> None:
 
 def test_weights_that_are_not_dense(state: State) -> None:
     broken = {**state, "quant_conv.weight": state["quant_conv.weight"].to_sparse()}
-    with pytest.raises(sdconv.WeightsMismatchError, match=r"quant_conv\.weight is no dense tensor"):
+    with pytest.raises(
+        sdconv.WeightsMismatchError, match=r"quant_conv\.weight is not a dense tensor"
+    ):
         sdconv.load(broken, family="sd1")

@@ -1,16 +1,18 @@
-"""A network to files, in either layout."""
+"""Writes a network to files, in either layout."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdconv.checkpoint.identify.find import is_vae_projection
 from sdconv.checkpoint.io.write import CONFIG_KEY, output_path, write_folder, write_tensors
-from sdconv.checkpoint.keys.unet import UNetKeys, keys_of_canonical
-from sdconv.checkpoint.keys.vae import FLUX2_RULES, VAE_RULES, KeyMap, tiny_original
+from sdconv.checkpoint.keys.keymap import KeyMap
+from sdconv.checkpoint.keys.unet import keys_of_canonical
+from sdconv.checkpoint.keys.vae import FLUX2_RULES, TINY_KEYS, VAE_RULES, vae_keys
 from sdconv.config import (
     AutoencoderKLFlux2Config,
     AutoencoderTinyConfig,
@@ -18,12 +20,11 @@ from sdconv.config import (
     UNet2DConditionConfig,
 )
 from sdconv.errors import InputError
-from sdconv.models.base import Network
 
 LAYOUTS = ("diffusers", "original")
 
 
-def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Path]:
+def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[Path]:
     """Writes a network's weights; opening them again gives the same tensors and the same config.
 
     Args:
@@ -49,7 +50,9 @@ def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Pa
         raise InputError(
             "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
         )
-    if not issubclass(type(model), Network):
+    # not getattr: torch.compile's wrapper has its network's attributes, but other tensor names
+    config = vars(model).get("config") if isinstance(model, nn.Module) else None
+    if not isinstance(config, Config):
         raise InputError(
             "not a network of sdconv's",
             where="model",
@@ -65,12 +68,12 @@ def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Pa
                 expected="a name that ends in .safetensors",
                 got=out.name,
             )
-        return write_folder(tensors, model.config, out)
+        return write_folder(tensors, config, out)
     if layout == "original":
-        tensors = original_tensors(tensors, model.config)
+        tensors = original_tensors(tensors, config)
     # one entry only: safetensors writes several in any order, and the same network should
     # give the same bytes
-    write_tensors(tensors, out, {CONFIG_KEY: json.dumps(model.config.to_json())})
+    write_tensors(tensors, out, {CONFIG_KEY: json.dumps(config.to_json())})
     return [out]
 
 
@@ -85,18 +88,10 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
     Raises:
         InputError: the layout has no name for one.
     """
-    if isinstance(config, AutoencoderTinyConfig):
-        halves = {tiny_original(name): tensor for name, tensor in tensors.items()}
-        return {".".join(name): tensor for name, tensor in halves.items() if name}
-    keymap: KeyMap | UNetKeys
-    if isinstance(config, UNet2DConditionConfig):
-        keymap = keys_of_canonical(tensors)
-    else:
-        rules = FLUX2_RULES if isinstance(config, AutoencoderKLFlux2Config) else VAE_RULES
-        keymap = KeyMap(rules, len(config["block_out_channels"]))
+    keys = _keys(tensors, config)
     result = {}
     for name, tensor in tensors.items():
-        original = keymap.original(name)
+        original = keys.original(name)
         if original is None or original in result:
             raise InputError(
                 "the original layout has no name for a tensor of this network",
@@ -106,3 +101,12 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
             )
         result[original] = tensor[:, :, None, None] if is_vae_projection(name) else tensor
     return result
+
+
+def _keys(names: Collection[str], config: Config) -> KeyMap:
+    if isinstance(config, AutoencoderTinyConfig):
+        return TINY_KEYS
+    if isinstance(config, UNet2DConditionConfig):
+        return keys_of_canonical(names)
+    rules = FLUX2_RULES if isinstance(config, AutoencoderKLFlux2Config) else VAE_RULES
+    return vae_keys(len(config["block_out_channels"]), rules)

@@ -64,6 +64,7 @@ def convert(
       sdconv convert v1-5-pruned-emaonly.safetensors vae/ --layout diffusers --component vae
     """
     from sdconv.checkpoint.convert import convert as write
+    from sdconv.loading import build
 
     not_an_input(out, paths)
     with reading("writing") as progress:
@@ -72,6 +73,7 @@ def convert(
             out,
             layout.value,
             component,
+            build=build,
             family=family,
             dtype=None if dtype is None else dtype.in_torch(),
             on_tensor=progress,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdconv.devices import usable_device
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Counter, Steps, selection
 from sdconv.features.forecast import Forecast
@@ -20,7 +21,6 @@ from sdconv.features.maps import Entry, Maps
 from sdconv.features.patterns import Patterns, chosen
 from sdconv.features.reduction import Keep, Reduction, Region, copies_later, reduction
 from sdconv.features.targets import Target, target_of
-from sdconv.loading import usable_device
 
 
 @untraced

@@ -16,14 +16,14 @@ import pytest
 import torch
 from helpers import seeded
 from helpers.paths import DATA
-from helpers.weight_files import raw
+from helpers.weight_files import convert, raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdconv
-from sdconv.checkpoint.convert import ORIGIN_KEY, Converted, convert
+from sdconv.checkpoint.convert import ORIGIN_KEY, Converted
 from sdconv.checkpoint.io.header import DTYPE_BITS
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
@@ -352,8 +352,11 @@ def test_a_pipeline_without_networks(tmp_path: Path) -> None:
 CHILD = """
 import re, sys, threading, time, warnings
 from pathlib import Path
-import torch
-from sdconv.checkpoint.convert import convert
+import functools, torch
+from sdconv.checkpoint import convert
+from sdconv.loading import build
+
+convert = functools.partial(convert.convert, build=build)
 
 def anonymous():
     text = Path("/proc/self/status").read_text()

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import unets
+from helpers.weight_files import convert
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdconv
-from sdconv.checkpoint.convert import convert
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, AutoencoderTinyConfig
 
 KL = {

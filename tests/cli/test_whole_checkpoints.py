@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers import pipelines, seeded
 from helpers.commands import run
+from helpers.weight_files import convert
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdconv
 from sdconv.analysis.diff import compare
-from sdconv.checkpoint.convert import convert
 from sdconv.report.difference import draw_difference
 
 

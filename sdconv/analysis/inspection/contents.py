@@ -18,9 +18,10 @@ from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified
 from sdconv.checkpoint.io.header import TensorInfo
 from sdconv.checkpoint.io.source import Source
+from sdconv.checkpoint.open import SourceView
 from sdconv.config import Config
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError
-from sdconv.loading import BUILD, SourceView
+from sdconv.loading import build
 
 # what else a checkpoint holds, by how its names begin; the first that fits
 _BESIDE: Sequence[tuple[str, str]] = (
@@ -226,7 +227,7 @@ def _network(one: Identified, view: SourceView, entries: Mapping[str, TensorInfo
     # a U-Net takes its transformers from diffusers: too slow to import for a look at a header
     if one.component == "vae":
         with torch.device("meta"):
-            network = BUILD[found.kind](one.config)
+            network = build(one.config)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         learned = {name for name, _ in network.named_parameters()}
     fits = fit(one, view.shapes, view.dtype, wanted)

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sdconv.checkpoint.io.files import short
-from sdconv.checkpoint.keys.prefixes import Names, few, prefixes
+from sdconv.checkpoint.keys.prefixes import SortedNames, few, prefixes
 from sdconv.checkpoint.keys.unet import ema_name, keys_of_canonical, keys_of_original
 from sdconv.checkpoint.keys.vae import (
     FLUX2_RULES,
+    TINY_KEYS,
     VAE_RULES,
-    KeyMap,
     modern_attention,
-    tiny_canonical,
-    tiny_original,
+    vae_keys,
 )
 from sdconv.errors import UnknownNetworkError
 
@@ -25,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class DetectedNetwork:
     """One network in a checkpoint.
 
     ``component``: ``"vae"`` or ``"unet"``. ``kind``: the class of network. ``layout``:
@@ -51,7 +50,7 @@ class Found:
         ones they are."""
         return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
 
-    def with_label(self, is_added: bool) -> Found:
+    def with_label(self, is_added: bool) -> DetectedNetwork:
         """The same U-Net where what it adds to the time is known, for which the original layout has
         one name: SDXL's text and sizes if ``is_added``, else unCLIP's picture."""
         ours, other = _EMBEDDINGS if is_added else _EMBEDDINGS[::-1]
@@ -123,7 +122,7 @@ def is_vae_projection(canonical: str) -> bool:
     )
 
 
-def find_networks(shapes: Shapes, where: object = None) -> list[Found]:
+def find_networks(shapes: Shapes, where: object = None) -> list[DetectedNetwork]:
     """Every network in a checkpoint that sdconv knows: VAEs, tiny ones, U-Nets.
 
     Args:
@@ -134,7 +133,7 @@ def find_networks(shapes: Shapes, where: object = None) -> list[Found]:
         UnknownNetworkError: numbered layers that are no half of a tiny autoencoder, or more
             networks than any checkpoint has.
     """
-    names = Names(shapes)
+    names = SortedNames(shapes)
     return [
         *_find_vaes(shapes, names, where),
         *_find_tiny(shapes, names, where),
@@ -142,7 +141,7 @@ def find_networks(shapes: Shapes, where: object = None) -> list[Found]:
     ]
 
 
-def _find_vaes(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+def _find_vaes(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
     layouts: dict[str, str] = {}
     anchors = ("encoder.conv_in.weight", "decoder.conv_in.weight")
     for prefix in prefixes(shapes, *anchors):
@@ -157,7 +156,7 @@ def _find_vaes(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
         yield _vae(prefix, layouts[prefix], names.under(prefix))
 
 
-def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
+def _vae(prefix: str, layout: str, inside: list[str]) -> DetectedNetwork:
     levels = 1 + max(
         (
             int(m[1])
@@ -167,17 +166,17 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
         default=-1,
     )
     of_flux2 = any(name.startswith(_ONLY_IN_FLUX2) for name in inside)
-    keymap = KeyMap(FLUX2_RULES if of_flux2 else VAE_RULES, levels)
-    # the statistics also stand beside quant convolutions outside the halves: repacked FLUX.2 files
-    outside = KeyMap(VAE_RULES, levels)
+    keys = vae_keys(levels, FLUX2_RULES if of_flux2 else VAE_RULES)
+    # repacked FLUX.2 files have the statistics, but quant convolutions outside the halves
+    repacked = vae_keys(levels)
     names: dict[str, str] = {}
     dropped: list[str] = []
     unexpected: list[str] = []
     for name in inside:
         if layout == "diffusers":
-            canonical = modern_attention(name) if keymap.original(modern_attention(name)) else None
+            canonical = modern_attention(name) if keys.original(modern_attention(name)) else None
         else:
-            canonical = keymap.canonical(name) or outside.canonical(name)
+            canonical = keys.canonical(name) or repacked.canonical(name)
         if canonical is not None and canonical not in names:
             names[canonical] = prefix + name
         elif _DROPPED.fullmatch(name):
@@ -186,7 +185,7 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
             unexpected.append(prefix + name)
     has_statistics = any(name.startswith("bn.") for name in names)
     kind = "AutoencoderKLFlux2" if has_statistics else "AutoencoderKL"
-    return Found(
+    return DetectedNetwork(
         component="vae",
         kind=kind,
         layout=layout,
@@ -194,7 +193,7 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
         names=names,
         dropped=tuple(dropped),
         unexpected=tuple(unexpected),
-        in_layout=str if layout == "diffusers" else keymap.original,
+        in_layout=str if layout == "diffusers" else keys.original,
     )
 
 
@@ -211,10 +210,11 @@ _BARE = re.compile(
 )
 
 
-def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+def _find_tiny(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
     if is_bare_half(shapes):
         half = tiny_half(shapes, where)
-        bare = {canonical: name for name in shapes if (canonical := tiny_canonical(half, name))}
+        named = ((TINY_KEYS.canonical(f"{half}.{name}"), name) for name in shapes)
+        bare = {canonical: name for canonical, name in named if canonical}
         yield _tiny("", "original", bare, (), partial(_tiny_name, is_bare=True))
         return
     groups: dict[tuple[str, str], dict[str, str]] = {}
@@ -224,7 +224,7 @@ def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
             if match["layers"]:
                 layout, canonical = "diffusers", f"{half}.layers.{match['rest']}"
             else:
-                layout, canonical = "original", tiny_canonical(half, match["rest"]) or ""
+                layout, canonical = "original", TINY_KEYS.canonical(f"{half}.{match['rest']}") or ""
             groups.setdefault((match["prefix"], layout), {})[canonical] = name
     # its first layer is what tells a tiny autoencoder from other stacks of numbered layers
     firsts = {"encoder.layers.0.weight", "decoder.layers.0.weight"}
@@ -245,8 +245,8 @@ def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
 
 def _tiny_name(canonical: str, *, is_bare: bool) -> str | None:
     """The original layout's name, of a file of both halves or of one of its own."""
-    split = tiny_original(canonical)
-    return split and (split[1] if is_bare else ".".join(split))
+    name = TINY_KEYS.original(canonical)
+    return name.partition(".")[2] if name and is_bare else name
 
 
 def _tiny(
@@ -255,8 +255,8 @@ def _tiny(
     names: dict[str, str],
     unexpected: tuple[str, ...],
     in_layout: Callable[[str], str | None],
-) -> Found:
-    return Found(
+) -> DetectedNetwork:
+    return DetectedNetwork(
         component="vae",
         kind="AutoencoderTiny",
         layout=layout,
@@ -318,7 +318,7 @@ def _is_around_a_unet(name: str) -> bool:
     return any(part in _NOT_A_UNET or part.startswith("controlnet_") for part in modules)
 
 
-def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+def _find_unets(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
     for layout, anchors in _UNET_ANCHORS.items():
         first = anchors[0]
         candidates = (
@@ -333,7 +333,7 @@ def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
                 yield _unet(prefix, layout, inside, shapes)
 
 
-def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
+def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> DetectedNetwork:
     there = frozenset(inside)
     if layout == "diffusers":
         keys = keys_of_canonical(there)
@@ -352,7 +352,7 @@ def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
         elif prefix or not _beside(name):
             unexpected.append(prefix + name)
     averages = {canonical: ema_name(name) for canonical, name in names.items()}
-    return Found(
+    return DetectedNetwork(
         component="unet",
         kind="UNet2DConditionModel",
         layout=layout,

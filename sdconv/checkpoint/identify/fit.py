@@ -48,14 +48,14 @@ class Fit:
         """
         if not self.words:
             return
-        told = f", whose config says {'; '.join(chosen.contradicted)}" * bool(chosen.contradicted)
+        said = f", whose config says {'; '.join(chosen.contradicted)}" * bool(chosen.contradicted)
         wanted = [f"{name} {shape}" for name, (shape, _) in self.misshapen.items()]
         came = [f"{name} {shape}" for name, (_, shape) in self.misshapen.items()]
         integers = [f"{name} {dtype}" for name, dtype in self.not_floating.items()]
         missing = [chosen.found.place(name) for name in self.missing]
         expected = [*wanted, *missing, *(["floating-point weights"] if integers else [])]
         raise WeightsMismatchError(
-            f"the weights do not fit the {chosen.component}{told}: {self.words}",
+            f"the weights do not fit the {chosen.component}{said}: {self.words}",
             where=where,
             expected=_some(expected) or "nothing more than the network's own tensors",
             got=_some([*came, *integers, *self.unexpected]) or "nothing under these names",

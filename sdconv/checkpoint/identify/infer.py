@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import Found, Shapes, find_networks
-from sdconv.checkpoint.identify.shapes import Own, Reading
+from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks
+from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import read_unet
 from sdconv.checkpoint.identify.vae import check_family, check_kind, misfit, read_flux2, read_vae
@@ -39,14 +39,14 @@ FAMILIES = tuple(dict.fromkeys((*VAE_FACTS, *UNET_FACTS, "flux2", *TINY_FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identified(Reading):
+class Identified(InferredConfig):
     """A network in a checkpoint: ``found`` says where, the rest what it is and how sure.
 
     ``contradicted``: fields of a config that is written beside it of which its shapes say something
     else, in words.
     """
 
-    found: Found
+    found: DetectedNetwork
     contradicted: tuple[str, ...] = ()
 
     @property
@@ -94,6 +94,7 @@ def infer(
 def identify(
     shapes: Shapes,
     *,
+    networks: Sequence[DetectedNetwork] | None = None,
     metadata: Mapping[str, str] | None = None,
     family: str | None = None,
     component: str | None = None,
@@ -105,6 +106,7 @@ def identify(
 
     Args:
         shapes, metadata, family: as for ``infer``.
+        networks: what ``find_networks`` found among the shapes, if that is known already.
         component: the only one to look at; the others may be of any kind then.
         config: the content of a ``config.json`` beside the weights. where: the weights' name, for
             messages.
@@ -115,7 +117,7 @@ def identify(
         )
     shapes = _checked_shapes(shapes)
     metadata = _checked_metadata(metadata)
-    everything = find_networks(shapes, where)
+    everything = find_networks(shapes, where) if networks is None else networks
     found = [one for one in everything if component in (None, one.component)]
     if everything and not found:
         raise UnknownNetworkError(
@@ -146,8 +148,8 @@ def identify(
             )
     result = []
     for one in found:
-        if told := dict(config or {}) or _told(metadata, one.component, where):
-            result.append(_as_told(one, shapes, told, family, where))
+        if given := dict(config or {}) or _config_in(metadata, one.component, where):
+            result.append(_with_config(one, shapes, given, family, where))
         else:
             result.append(
                 Identified(found=one, **vars(_read(one, shapes, metadata, family, where)))
@@ -196,7 +198,7 @@ def _checked_metadata(metadata: object) -> Mapping[str, str]:
     return metadata
 
 
-def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
+def _config_in(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
     """The config that a file written by sdconv carries, of its one network or by component; empty
     where it carries none."""
     if CONFIG_KEY not in metadata:
@@ -215,11 +217,15 @@ def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[st
     return content if isinstance(content, dict) else {}
 
 
-def _as_told(
-    found: Found, shapes: Shapes, told: Mapping[str, Any], family: str | None, where: object
+def _with_config(
+    found: DetectedNetwork,
+    shapes: Shapes,
+    given: Mapping[str, Any],
+    family: str | None,
+    where: object,
 ) -> Identified:
-    """The network with the config that is written beside it."""
-    name = told.get("_class_name", found.kind)
+    """The network with the config that the folder or the file gives for it."""
+    name = given.get("_class_name", found.kind)
     if name != found.kind:
         raise UnknownNetworkError(
             f"the config beside the {found.component} is for another class of network",
@@ -228,7 +234,7 @@ def _as_told(
             got=name,
             hint="remove the config: it is then read from the shapes",
         )
-    config = _CONFIGS[found.kind].from_json(told, where)
+    config = _CONFIGS[found.kind].from_json(given, where)
     if isinstance(config, UNet2DConditionConfig):
         found = found.with_label(config.addition_embed_type is not None)
     facts = VAE_FACTS.get(family or "")
@@ -253,7 +259,7 @@ def _as_told(
     )
 
 
-def _named_by(config: Config, read: Reading | None) -> str:
+def _named_by(config: Config, read: InferredConfig | None) -> str:
     """The families that a config fits: by its scaling factor, or else by its shapes."""
     if isinstance(config, AutoencoderKLFlux2Config):
         return "flux2"
@@ -271,9 +277,9 @@ def _named_by(config: Config, read: Reading | None) -> str:
 def _contradicted(config: Config, read: Config) -> Iterator[str]:
     """What a config says otherwise than the shapes beside it, field by field."""
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        told, seen = config[field.name], read[field.name]
-        if field.name not in config.beyond_shapes and _one(told) != _one(seen):
-            yield f"{field.name} = {told!r} where the shapes say {seen!r}"
+        given, seen = config[field.name], read[field.name]
+        if field.name not in config.beyond_shapes and _one(given) != _one(seen):
+            yield f"{field.name} = {given!r} where the shapes say {seen!r}"
 
 
 def _one(value: Any) -> Any:
@@ -281,20 +287,25 @@ def _one(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
-def warn_if_open(identified: Identified) -> None:
-    """Warns where a choice was made that neither the weights nor the caller decided."""
+def warn_if_open(identified: Identified, *, stacklevel: int = 3) -> None:
+    """Warns if neither the weights nor the caller decided the family.
+
+    Args:
+        stacklevel: as in ``warnings.warn``: 3 names the caller of the function that calls this one.
+    """
     if identified.guess is not None:
-        warnings.warn(f"the {identified.component} {identified.guess}", SdconvWarning, stacklevel=3)
+        text = f"the {identified.component} {identified.guess}"
+        warnings.warn(text, SdconvWarning, stacklevel=stacklevel)
 
 
 def _read(
-    found: Found,
+    found: DetectedNetwork,
     shapes: Shapes,
     metadata: Mapping[str, str],
     family: str | None,
     where: object,
-) -> Reading:
-    own = Own(found, shapes, where)
+) -> InferredConfig:
+    own = NetworkShapes(found, shapes, where)
     match found.kind:
         case "AutoencoderKL":
             check_kind(found, where)

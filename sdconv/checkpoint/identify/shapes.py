@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sdconv.checkpoint.identify.find import Found
+from sdconv.checkpoint.identify.find import DetectedNetwork
 from sdconv.checkpoint.keys.prefixes import modules_of
 from sdconv.config import Config
 from sdconv.config.facts import NORM_NUM_GROUPS
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class InferredConfig:
     """A network's config.
 
     ``family``: a name such as ``"sdxl"``. ``evidence``: what decided it. ``open_to``: the families
@@ -32,7 +32,7 @@ class Reading:
     guess: str | None = None
 
 
-class Own(Mapping[str, Shape]):
+class NetworkShapes(Mapping[str, Shape]):
     """Shapes of one network's tensors, by diffusers' names.
 
     Args:
@@ -42,7 +42,7 @@ class Own(Mapping[str, Shape]):
         where: the weights' name, for messages.
     """
 
-    def __init__(self, found: Found, shapes: Mapping[str, Shape], where: object) -> None:
+    def __init__(self, found: DetectedNetwork, shapes: Mapping[str, Shape], where: object) -> None:
         self._shapes = found.shapes(shapes)
         self._place = found.place
         self._where = where

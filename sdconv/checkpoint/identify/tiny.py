@@ -6,37 +6,37 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdconv.checkpoint.identify.shapes import Own, Reading, Shape
+from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, Shape
 from sdconv.config import AutoencoderTinyConfig
 
 TINY_FAMILIES = ("taesd", "taesdxl", "taesd3", "taef1", "taef2", "taesana")
 
 
-def read_tiny(own: Own, family: str | None = None) -> Reading:
+def read_tiny(shapes: NetworkShapes, family: str | None = None) -> InferredConfig:
     """The config of a tiny autoencoder, or of one half of it.
 
     Args:
-        own: shape of each of its tensors.
+        shapes: shape of each of its tensors.
         family: one of ``TINY_FAMILIES``, where the caller knows it; no number depends on it.
 
     Raises:
         WeightsMismatchError: a layer is incomplete, or the halves are of different networks.
     """
-    encoder = _tiny_layers(own, "encoder")
-    decoder = _tiny_layers(own, "decoder")
+    encoder = _tiny_layers(shapes, "encoder")
+    decoder = _tiny_layers(shapes, "decoder")
     assumed = AutoencoderTinyConfig.assumed
     stem, encoder_channels, encoder_blocks = _tiny_encoder(encoder)
     decoder_channels, decoder_blocks = _tiny_decoder(decoder)
     latent = decoder[0].shape[1] if decoder else encoder[-1].shape[0]
     if encoder and decoder and encoder[-1].shape[0] != latent:
-        raise own.mismatch(
+        raise shapes.mismatch(
             "encoder and decoder are of different autoencoders",
             expected=f"{latent} latent channels, the decoder's",
             got=f"{encoder[-1].shape[0]} out of the encoder",
             hint="load the two halves of one autoencoder",
         )
     pooled = any(layer.pooled for layer in (*encoder, *decoder))
-    config = own.config(
+    config = shapes.config(
         AutoencoderTinyConfig,
         in_channels=encoder[0].shape[1] if encoder else 3,
         out_channels=decoder[-1].shape[0] if decoder else 3,
@@ -54,7 +54,7 @@ def read_tiny(own: Own, family: str | None = None) -> Reading:
         shift_factor=assumed["shift_factor"],
     )
     if family is not None:
-        return Reading(config=config, family=family, evidence="the caller's word")
+        return InferredConfig(config=config, family=family, evidence="the caller's word")
     name = (
         "taef2"
         if pooled
@@ -63,7 +63,7 @@ def read_tiny(own: Own, family: str | None = None) -> Reading:
         else {4: "taesd or taesdxl", 16: "taesd3 or taef1"}.get(latent, "taesd-like")
     )
     # these families differ in no number, so nothing is left open
-    return Reading(config=config, family=name, evidence="layers and latent channels")
+    return InferredConfig(config=config, family=name, evidence="layers and latent channels")
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class _Layer:
     pooled: bool
 
 
-def _tiny_layers(own: Own, half: str) -> list[_Layer]:
+def _tiny_layers(shapes: NetworkShapes, half: str) -> list[_Layer]:
     """The layers of one half that have weights, in order; empty where that half is absent."""
     parts: dict[int, set[str]] = {}
-    for name in own:
+    for name in shapes:
         if match := re.match(rf"{half}\.layers\.([0-9]{{1,4}})\.(.+)", name):
             parts.setdefault(int(match[1]), set()).add(match[2])
     numbered = {}
@@ -87,15 +87,15 @@ def _tiny_layers(own: Own, half: str) -> list[_Layer]:
         block = any(name.startswith("conv.") for name in names)
         first = f"{half}.layers.{number}.{'conv.0.weight' if block else 'weight'}"
         numbered[number] = _Layer(
-            shape=own.axes(first, 4),
+            shape=shapes.axes(first, 4),
             block=block,
             biased="bias" in names,
             pooled=any(name.startswith("pool.") for name in names),
         )
-    _check_numbers(own, half, numbered)
+    _check_numbers(shapes, half, numbered)
     layers = list(numbered.values())
     if layers and (layers[0].block or layers[-1].block or len(layers) < 3):
-        raise own.mismatch(
+        raise shapes.mismatch(
             f"the {half} of the tiny autoencoder is incomplete",
             expected="a convolution at each end and blocks between",
             got=f"{len(layers)} layers with weights",
@@ -103,7 +103,7 @@ def _tiny_layers(own: Own, half: str) -> list[_Layer]:
     return layers
 
 
-def _check_numbers(own: Own, half: str, layers: Mapping[int, _Layer]) -> None:
+def _check_numbers(shapes: NetworkShapes, half: str, layers: Mapping[int, _Layer]) -> None:
     """Refuses a half in which the number of a convolution without bias is left out.
 
     Behind a convolution that is an activation's, and before one of the decoder's a doubling's.
@@ -112,7 +112,7 @@ def _check_numbers(own: Own, half: str, layers: Mapping[int, _Layer]) -> None:
     for number in set(range(max(layers, default=0))) - set(layers):
         doubles = half == "decoder" and number + 1 in convolutions
         if number - 1 not in convolutions and not doubles:
-            own.axes(f"{half}.layers.{number + (half == 'decoder')}.weight", 4)
+            shapes.axes(f"{half}.layers.{number + (half == 'decoder')}.weight", 4)
 
 
 def _tiny_encoder(

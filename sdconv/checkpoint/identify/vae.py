@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import Found
-from sdconv.checkpoint.identify.shapes import Own, Reading, Shape
+from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, Shape
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
@@ -45,7 +45,7 @@ _OTHER_KINDS = (
 )
 
 
-def check_kind(found: Found, where: object) -> None:
+def check_kind(found: DetectedNetwork, where: object) -> None:
     """Refuses VAEs of which parts have no place in ``AutoencoderKL``, and says what they are.
 
     Raises:
@@ -65,24 +65,24 @@ def check_kind(found: Found, where: object) -> None:
 
 
 def read_vae(
-    own: Own,
+    shapes: NetworkShapes,
     beside: Mapping[str, Shape],
     metadata: Mapping[str, str],
     family: str | None = None,
-) -> Reading:
+) -> InferredConfig:
     """The config of a VAE.
 
     Args:
-        own: shape of each of its tensors.
+        shapes: shape of each of its tensors.
         beside: shapes of the whole checkpoint, which may name the family.
-        metadata: the file's own, which may name it too.
+        metadata: the file's shapes, which may name it too.
         family: a key of ``VAE_FACTS``, where the caller knows it.
 
     Raises:
         WeightsMismatchError: a part is missing, or laid out as diffusers' class cannot be.
         InputError: the family does not fit.
     """
-    structure = _vae_structure(own)
+    structure = _vae_structure(shapes)
     latent = structure["latent_channels"]
     choice = _vae_family(structure, beside, metadata, family)
     facts = VAE_FACTS.get(choice.family) or VaeFacts(
@@ -105,7 +105,7 @@ def read_vae(
             f"has {latent} latent channels, as in no family known here: {taken} were taken; a "
             "config.json beside the weights would decide"
         )
-    config = own.config(
+    config = shapes.config(
         AutoencoderKLConfig,
         **structure,
         scaling_factor=facts.scaling_factor,
@@ -113,7 +113,7 @@ def read_vae(
         sample_size=facts.sample_size,
         force_upcast=facts.force_upcast,
     )
-    return Reading(
+    return InferredConfig(
         config=config,
         family=choice.family,
         evidence=choice.evidence,
@@ -122,34 +122,35 @@ def read_vae(
     )
 
 
-def read_flux2(own: Own, family: str | None = None) -> Reading:
+def read_flux2(shapes: NetworkShapes, family: str | None = None) -> InferredConfig:
     """The config of FLUX.2's VAE. Args, Raises: as ``read_vae``."""
     if family not in (None, "flux2"):
         raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
-    structure = _vae_structure(own)
-    decoder = _levels(own, "decoder.up_blocks")[::-1]
+    structure = _vae_structure(shapes)
+    decoder = _levels(shapes, "decoder.up_blocks")[::-1]
     same = decoder == structure["block_out_channels"]
     assumed = AutoencoderKLFlux2Config.assumed
-    config = own.config(
+    config = shapes.config(
         AutoencoderKLFlux2Config,
         **structure,
         decoder_block_out_channels=None if same else decoder,
         sample_size=assumed["sample_size"],
         batch_norm_eps=assumed["batch_norm_eps"],
         batch_norm_momentum=assumed["batch_norm_momentum"],
-        patch_size=_patch_size(own, structure["latent_channels"]),
+        patch_size=_patch_size(shapes, structure["latent_channels"]),
     )
-    return Reading(config=config, family="flux2", evidence="batch-norm statistics of its latents")
+    evidence = "batch-norm statistics of its latents"
+    return InferredConfig(config=config, family="flux2", evidence=evidence)
 
 
-def _patch_size(own: Own, latent_channels: int) -> tuple[int, int]:
+def _patch_size(shapes: NetworkShapes, latent_channels: int) -> tuple[int, int]:
     """Rows and columns of the patches that the statistics are of: how many they are is all that
     shapes tell, so they must be squares."""
-    name = "bn.running_mean" if "bn.running_mean" in own else "bn.running_var"
-    (count,) = own.axes(name, 1)
+    name = "bn.running_mean" if "bn.running_mean" in shapes else "bn.running_var"
+    (count,) = shapes.axes(name, 1)
     side = math.isqrt(count // latent_channels)
     if side * side * latent_channels != count:
-        raise own.mismatch(
+        raise shapes.mismatch(
             "the statistics of the latents are not of square patches",
             expected=f"{latent_channels} latent channels times 1, 4, 9, ...",
             got=f"{name} ({count},)",
@@ -158,68 +159,68 @@ def _patch_size(own: Own, latent_channels: int) -> tuple[int, int]:
     return side, side
 
 
-def _vae_structure(own: Own) -> dict[str, Any]:
+def _vae_structure(shapes: NetworkShapes) -> dict[str, Any]:
     """The fields of a VAE's config that its shapes decide."""
     down, up = (
-        how_many(f"{blocks}.{{}}", own.modules)
+        how_many(f"{blocks}.{{}}", shapes.modules)
         for blocks in ("encoder.down_blocks", "decoder.up_blocks")
     )
     if not down or down != up:
-        raise own.mismatch(
+        raise shapes.mismatch(
             "the VAE is incomplete",
             expected="an encoder and a decoder with as many levels each",
             got=f"{down} levels down, {up} up",
             hint="load a file that holds the whole VAE",
         )
-    _check_widths(own)
+    _check_widths(shapes)
     return {
-        "in_channels": own.axes("encoder.conv_in.weight", 4)[1],
-        "out_channels": own.axes("decoder.conv_out.weight", 4)[0],
-        "latent_channels": own.axes("decoder.conv_in.weight", 4)[1],
-        "block_out_channels": _levels(own, "encoder.down_blocks"),
-        "layers_per_block": how_many("encoder.down_blocks.0.resnets.{}", own.modules),
+        "in_channels": shapes.axes("encoder.conv_in.weight", 4)[1],
+        "out_channels": shapes.axes("decoder.conv_out.weight", 4)[0],
+        "latent_channels": shapes.axes("decoder.conv_in.weight", 4)[1],
+        "block_out_channels": _levels(shapes, "encoder.down_blocks"),
+        "layers_per_block": how_many("encoder.down_blocks.0.resnets.{}", shapes.modules),
         "norm_num_groups": NORM_NUM_GROUPS,
         # a part of which anything is there is one that the network has
-        "use_quant_conv": "quant_conv" in own.modules,
-        "use_post_quant_conv": "post_quant_conv" in own.modules,
+        "use_quant_conv": "quant_conv" in shapes.modules,
+        "use_post_quant_conv": "post_quant_conv" in shapes.modules,
         "mid_block_add_attention": any(
-            f"{half}.{_ATTENTION}" in own.modules for half in ("encoder", "decoder")
+            f"{half}.{_ATTENTION}" in shapes.modules for half in ("encoder", "decoder")
         ),
     }
 
 
-def _check_widths(own: Own) -> None:
+def _check_widths(shapes: NetworkShapes) -> None:
     """Refuses originals of two kinds that diffusers' class has no field for (``ddconfig`` and
     ``embed_dim`` in ldm's configs)."""
-    first = own.axes("encoder.conv_in.weight", 4)[0]
-    after, before, *_ = own.axes("encoder.down_blocks.0.resnets.0.conv1.weight", 4)
+    first = shapes.axes("encoder.conv_in.weight", 4)[0]
+    after, before, *_ = shapes.axes("encoder.down_blocks.0.resnets.0.conv1.weight", 4)
     if first == before != after:
-        raise own.mismatch(
+        raise shapes.mismatch(
             "the VAE's first level is wider than what enters it: ch_mult[0] is not 1 in its "
             "original config, which diffusers' AutoencoderKL cannot represent",
             expected="an encoder.conv_in as wide as the first level",
             got=f"encoder.conv_in gives {first} channels, the first level {after}",
             hint="run it with the code that it was trained with",
         )
-    latent = own.axes("decoder.conv_in.weight", 4)[1]
-    if "post_quant_conv.weight" in own:
-        given, taken, *_ = own.axes("post_quant_conv.weight", 4)
+    latent = shapes.axes("decoder.conv_in.weight", 4)[1]
+    if "post_quant_conv.weight" in shapes:
+        given, taken, *_ = shapes.axes("post_quant_conv.weight", 4)
         if given == latent != taken:
-            raise own.mismatch(
+            raise shapes.mismatch(
                 "the VAE's latents have another number of channels than its decoder takes: "
                 "embed_dim is not z_channels in its original config, which diffusers' "
                 "AutoencoderKL cannot represent",
                 expected=f"a post_quant_conv of shape ({latent}, {latent}, 1, 1)",
-                got=own["post_quant_conv.weight"],
+                got=shapes["post_quant_conv.weight"],
                 hint="run it with the code that it was trained with",
             )
 
 
-def _levels(own: Own, blocks: str) -> tuple[int, ...]:
+def _levels(shapes: NetworkShapes, blocks: str) -> tuple[int, ...]:
     """Output channels of each block, in the order of the blocks, as far as they are numbered
     without a gap."""
-    levels = range(how_many(f"{blocks}.{{}}", own.modules))
-    return tuple(own.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
+    levels = range(how_many(f"{blocks}.{{}}", shapes.modules))
+    return tuple(shapes.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdconv.errors import CheckpointError, InputError
+from sdconv.errors import CheckpointError, InputError, MissingFileError, SdconvError
 
 LARGEST_TEXT = 100_000_000
 """Bytes of the longest header, index or pickle program that is read; safetensors' own bound."""
@@ -93,11 +93,13 @@ def regular_file(path: str | Path) -> tuple[Path, int]:
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Say in a CheckpointError what the operating system has against ``path``."""
+    """Translates an OSError about ``path`` into a CheckpointError."""
     try:
         yield
+    except SdconvError:  # some are an OSError or a ValueError too
+        raise
     except FileNotFoundError as error:
-        raise CheckpointError(
+        raise MissingFileError(
             "does not exist",
             where=path,
             expected="weights on this machine (nothing is downloaded here)",
@@ -112,7 +114,7 @@ def os_errors(path: Path) -> Iterator[None]:
             hint="ask its owner, or copy it to where you may read",
         ) from error
     except NotADirectoryError as error:
-        raise CheckpointError(
+        raise MissingFileError(
             "does not exist",
             where=path,
             got="a file where the path names a folder",

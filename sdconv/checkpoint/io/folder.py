@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -72,53 +73,80 @@ class _Candidate:
     is_index: bool
 
 
+@dataclass(frozen=True)
+class Folder:
+    """A folder and what it holds: sorted, without hidden entries."""
+
+    path: Path
+    children: tuple[Path, ...]
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether ``model_index.json`` says that the subfolders are a pipeline's components."""
+        return self.path / "model_index.json" in self.children
+
+    @cached_property
+    def components(self) -> dict[str, Folder]:
+        """The subfolders that hold weights, by name.
+
+        Raises:
+            CheckpointError: a subfolder cannot be listed.
+        """
+        with os_errors(self.path):
+            folders = [_listed(child) for child in self.children if child.is_dir()]
+        return {one.path.name: one for one in folders if _candidates(one.children)}
+
+    def weights(self) -> FolderWeights:
+        """The weights, if the folder holds one component.
+
+        safetensors files are preferred to pickles, diffusers' own file name to others, a plain name
+        to its variants (``.fp16``), and an index to a file of the same name.
+
+        Raises:
+            CheckpointError: there are no weights, or several and no way to choose, or the index
+                does not list files in this folder.
+        """
+        candidates = _candidates(self.children)
+        for kinds in (_SAFETENSORS, _PICKLES):
+            if group := [c for c in candidates if c.kind in kinds]:
+                chosen = _choose(self.path, group)
+                if chosen.is_index:
+                    return _indexed(self.path, chosen)
+                return FolderWeights(files=(chosen.path,), weight_map=None)
+        names = [child.name for child in self.children]
+        raise CheckpointError(
+            "holds no weights",
+            where=self.path,
+            expected="a .safetensors file, or one that ends in .ckpt, .pth, .pt or .bin",
+            got=short(names) if names else "an empty folder",
+            hint="name the folder or the file that holds the weights",
+        )
+
+
+def folder_at(path: object) -> Folder | None:
+    """The folder at a path; None for anything else, such as a file or a state dict.
+
+    Raises:
+        CheckpointError: the path cannot be read.
+    """
+    if not isinstance(path, str | Path):
+        return None
+    folder = as_path(path)
+    with os_errors(folder):
+        if not folder.is_dir():
+            return None
+    return _listed(folder)
+
+
 def components_in(folder: str | Path) -> dict[str, Path]:
-    """The subfolders of a pipeline's folder that hold weights: ``{"vae": .../vae, ...}``, by name.
+    """The subfolders of a pipeline's folder that hold weights: ``{"vae": .../vae, ...}``.
 
     Raises:
-        CheckpointError: the folder, or one in it, is absent or may not be listed.
-        InputError: ``folder`` is no path.
+        CheckpointError: the folder, or one in it, does not exist or cannot be listed.
+        InputError: ``folder`` is not a path.
     """
-    children = _children(as_path(folder))
-    with os_errors(as_path(folder)):
-        folders = [child for child in children if child.is_dir()]
-    return {child.name: child for child in folders if _candidates(_children(child))}
-
-
-def is_pipeline(folder: Path) -> bool:
-    """Whether a folder says of itself that its subfolders are a pipeline's components.
-
-    Raises:
-        CheckpointError: it is absent or may not be listed.
-    """
-    return folder / "model_index.json" in _children(folder)
-
-
-def weights_in(folder: Path) -> FolderWeights:
-    """The weights of a folder that holds one component.
-
-    Safetensors files go before pickles, diffusers' own file name before others, a plain name
-    before its variants (``.fp16``), and an index before a file of the same name.
-
-    Raises:
-        CheckpointError: there are none, or several that nothing chooses between, or the index is
-            no index of files in this folder.
-    """
-    children = _children(folder)
-    candidates = _candidates(children)
-    for kinds in (_SAFETENSORS, _PICKLES):
-        if group := [c for c in candidates if c.kind in kinds]:
-            chosen = _choose(folder, group)
-            if chosen.is_index:
-                return _indexed(folder, chosen)
-            return FolderWeights(files=(chosen.path,), weight_map=None)
-    raise CheckpointError(
-        "holds no weights",
-        where=folder,
-        expected="a .safetensors file, or one that ends in .ckpt, .pth, .pt or .bin",
-        got=f"{short([child.name for child in children])}" if children else "an empty folder",
-        hint="name the folder or the file that holds the weights",
-    )
+    found = _listed(as_path(folder)).components
+    return {name: component.path for name, component in found.items()}
 
 
 def weights_of_index(file: Path) -> FolderWeights | None:
@@ -158,15 +186,15 @@ def config_beside(files: Sequence[Path]) -> dict[str, Any] | None:
     return config_in(folders.pop())
 
 
-def _children(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden entries."""
-    with os_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError("is a file", where=folder, expected="a folder", hint="name it")
-        return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+def _listed(path: Path) -> Folder:
+    with os_errors(path):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError("is a file", where=path, expected="a folder", hint="name it")
+        visible = (child for child in path.iterdir() if not child.name.startswith("."))
+        return Folder(path, tuple(sorted(visible)))
 
 
-def _candidates(children: list[Path]) -> list[_Candidate]:
+def _candidates(children: Iterable[Path]) -> list[_Candidate]:
     found = []
     for child in children:
         match = _NAME.fullmatch(child.name)

@@ -20,21 +20,29 @@ from typing import Any, Self
 
 import torch
 
-from sdconv.checkpoint.io.files import as_path, os_errors, short
+from sdconv.checkpoint.io.files import as_path, short
 from sdconv.checkpoint.io.folder import (
+    Folder,
     FolderWeights,
     components_in,
     config_beside,
     config_in,
-    is_pipeline,
-    weights_in,
+    folder_at,
     weights_of_index,
 )
 from sdconv.checkpoint.io.header import TensorInfo, read_header
 from sdconv.checkpoint.io.pickles import PICKLE_SUFFIXES, read_pickle
 from sdconv.errors import CheckpointError, InputError
 
-__all__ = ["TORCH_DTYPES", "Source", "SourceFile", "components_in", "open_source"]
+__all__ = [
+    "TORCH_DTYPES",
+    "Source",
+    "SourceFile",
+    "components_in",
+    "open_files",
+    "open_folder",
+    "open_source",
+]
 
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -247,25 +255,29 @@ class Source:
 def open_source(
     path_or_paths: str | Path | Sequence[str | Path] | Mapping[str, torch.Tensor],
 ) -> Source:
-    """Open weights: a file, a component's folder, a list of files, or a state dict in memory.
+    """Opens weights: a file, a component's folder, a list of files, or a state dict in memory.
 
-    Headers are read, tensors are not; nothing is fetched, and nothing outside of what is named is
-    opened, but for what belongs to it: a component folder's ``config.json``, also where its weights
-    are named one by one, and the shards of an index. A file whose name ends in ``PICKLE_SUFFIXES``
-    is read as a torch checkpoint, by ``read_pickle``; any other as safetensors.
+    Headers are read, tensors are not. Nothing is fetched, and no other file is opened except those
+    that belong to the weights: a component folder's ``config.json``, also if its weights are named
+    one by one, and the shards of an index. A file whose name ends in ``PICKLE_SUFFIXES`` is read
+    as a torch checkpoint by ``read_pickle``, any other file as safetensors.
 
     Raises:
-        CheckpointError: something cannot be read, is no weights, or a folder's index and its
-            shards disagree; a folder is a whole pipeline (see ``components_in``).
+        CheckpointError: something cannot be read or is not weights, a folder's index and its
+            shards disagree, or a folder is a whole pipeline (see ``components_in``).
         InputError: the argument is none of these four.
     """
+    folder = folder_at(path_or_paths)
+    return open_files(path_or_paths) if folder is None else open_folder(folder)
+
+
+def open_files(
+    path_or_paths: str | Path | Sequence[str | Path] | Mapping[str, torch.Tensor],
+) -> Source:
+    """``open_source`` for anything but a folder."""
     match path_or_paths:
         case str() | Path():
             path = as_path(path_or_paths)
-            with os_errors(path):
-                is_folder = path.is_dir()
-            if is_folder:
-                return _open_folder(path)
             if (weights := weights_of_index(path)) is not None:
                 return _open_weights(path, weights, config_in(path.parent))
             return Source(str(path), [_open_file(path)], config_beside([path]))
@@ -282,10 +294,23 @@ def open_source(
     )
 
 
+def open_folder(folder: Folder) -> Source:
+    """``open_source`` for a folder."""
+    if folder.is_pipeline:
+        raise _is_pipeline(folder)
+    try:
+        weights = folder.weights()
+    except CheckpointError:
+        if folder.components:
+            raise _is_pipeline(folder) from None
+        raise
+    return _open_weights(folder.path, weights, config_in(folder.path))
+
+
 def _open_file(path: Path) -> SourceFile:
     if path.suffix.lower() == ".json":
         raise CheckpointError(
-            "is what stands beside weights, not weights",
+            "is a JSON file, not weights",
             where=path,
             expected="weights: a folder, a file of them, or a file that ends in .index.json",
             hint="name the folder that it is in",
@@ -295,30 +320,18 @@ def _open_file(path: Path) -> SourceFile:
     return SafetensorsFile(path)
 
 
-def _open_folder(folder: Path) -> Source:
-    if is_pipeline(folder):
-        raise _is_pipeline(folder, components_in(folder))
-    try:
-        weights = weights_in(folder)
-    except CheckpointError:
-        if components := components_in(folder):
-            raise _is_pipeline(folder, components) from None
-        raise
-    return _open_weights(folder, weights, config_in(folder))
-
-
 def _open_weights(named: Path, weights: FolderWeights, config: Mapping[str, Any] | None) -> Source:
     files = {path: _open_file(path) for path in weights.files}
     weights.check({path: file.entries for path, file in files.items()}, named)
     return Source(str(named), list(files.values()), config)
 
 
-def _is_pipeline(folder: Path, components: Mapping[str, Path]) -> CheckpointError:
+def _is_pipeline(folder: Folder) -> CheckpointError:
     return CheckpointError(
         "is a whole pipeline, not one component",
-        where=folder,
+        where=folder.path,
         expected="the folder of one component",
-        got=f"subfolders with weights: {', '.join(components) or 'none'}",
+        got=f"subfolders with weights: {', '.join(folder.components) or 'none'}",
         hint="name the subfolder, or the component=",
     )
 

@@ -28,7 +28,7 @@ _PIECE = 1 << 22  # bytes, or values, that are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class OutputTensor:
     """One tensor of a file to be written.
 
     ``pieces``: where its rows come from, one piece after another. ``transposed``: of the source's
@@ -85,7 +85,7 @@ class Entry:
 
 
 def stream(
-    entries: Sequence[Entry],
+    entries: Sequence[OutputTensor],
     path: Path,
     metadata: Mapping[str, str],
     *,
@@ -156,13 +156,13 @@ def _text(header: Mapping[str, object], path: Path) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _size(entry: Entry, target: str) -> int:
+def _size(entry: OutputTensor, target: str) -> int:
     """Bytes of an entry as it is written."""
     nbytes = sum(info.nbytes for info in entry.infos)
     return nbytes * DTYPE_BITS[target] // DTYPE_BITS[entry.dtype]
 
 
-def _bytes(entry: Entry, target: str) -> Iterator[bytes | memoryview]:
+def _bytes(entry: OutputTensor, target: str) -> Iterator[bytes | memoryview]:
     if entry.transposed:
         yield from _values(entry.tensor(), target)
         return

@@ -13,7 +13,7 @@ import torch
 from helpers.unets import FAMILIES, SMALL, peer_of
 
 import sdconv
-from sdconv.checkpoint.identify.find import Found, find_networks
+from sdconv.checkpoint.identify.find import DetectedNetwork, find_networks
 from sdconv.checkpoint.identify.infer import identify
 from sdconv.checkpoint.keys.unet import keys_of_canonical, keys_of_original
 
@@ -39,7 +39,7 @@ def family(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Shapes]:
     return config, shapes_in(network)
 
 
-def found(shapes: Shapes) -> Found:
+def found(shapes: Shapes) -> DetectedNetwork:
     (one,) = [one for one in find_networks(shapes) if one.component == "unet"]
     return one
 
