@@ -1,4 +1,4 @@
-"""Whole checkpoints from one layout to the other, without holding them in memory."""
+"""Converts whole checkpoints from one layout to the other, without holding them in memory."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from sdconv.config import Config
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError
 
 ORIGIN_KEY = "sdconv.original"
-"""Where a file in diffusers' layout keeps how its original differed from the usual one."""
+"""The metadata key for how the original of a file in diffusers' layout differed from the usual."""
 
 PREFIXES: Mapping[str, Mapping[str, str]] = {
     "original": {"unet": "model.diffusion_model.", "vae": "first_stage_model."},
     "diffusers": {"unet": "unet.", "vae": "vae."},
 }
-"""What stands before a component's names in a file of several."""
+"""The prefix of a component's names in a file of several components."""
 
 
 Build = Callable[[Config], nn.Module]
@@ -56,10 +56,10 @@ Build = Callable[[Config], nn.Module]
 class Converted:
     """What was written.
 
-    ``moved``: tensors of each component that got the layout. ``dtypes``: torch's names of theirs.
-    ``carried``: tensors of anything else that are in the file as they were, by the first word of
-    their names (empty for those of one word). ``left_out``: likewise, those that a folder has no
-    place for.
+    ``moved``: the number of tensors of each component that are now in the layout. ``dtypes``:
+    torch's names of their dtypes. ``carried``: the number of other tensors that are in the file
+    unchanged, by the first word of their names (empty for names of one word). ``left_out``: the
+    same for those that are not part of any folder.
     """
 
     files: tuple[Path, ...]
@@ -81,38 +81,38 @@ def convert(
     dtype: torch.dtype | None = None,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Converted:
-    """Writes a checkpoint in another layout; tensors pass through one after another.
+    """Writes a checkpoint in another layout, one tensor after another.
 
     VAE and U-Net get the layout's names and prefixes (``model.diffusion_model.`` and
-    ``first_stage_model.``, or ``unet.`` and ``vae.``; a network without a prefix keeps none, and
-    one that is alone in its file has none in diffusers' layout). What else a file holds keeps its
-    names and its bytes. From original to diffusers' layout and back is the same file again: names,
-    shapes, dtypes and values.
+    ``first_stage_model.``, or ``unet.`` and ``vae.``; a network without a prefix remains without,
+    and one that is alone in its file has none in diffusers' layout). All other tensors keep their
+    names and bytes. A file converted from the original to diffusers' layout and back is the same:
+    names, shapes, dtypes and values.
 
-    A pipeline's folder becomes one file. In the original layout CLIP text encoders stand where
-    original files of the U-Net's family have them, in OpenCLIP's layout where those have it;
-    any other component is carried over with its name before its tensors' names.
+    A pipeline's folder becomes one file. In the original layout, CLIP text encoders get the names
+    that original files of the U-Net's family use, and OpenCLIP's layout if those use it. Tensors of
+    any other component are carried over with the component's name as a prefix.
 
     Args:
         path: as for ``sdconv.load``, or the folder of a pipeline.
-        out: a name ending in ``.safetensors`` for one file. Any other is a folder, for diffusers'
-            layout only: ``vae/`` and ``unet/`` in it, each with its ``config.json``; what is
-            nothing but one network becomes one component's folder.
+        out: one file if the name ends in ``.safetensors``. Any other name is a folder, for
+            diffusers' layout only: it gets ``vae/`` and ``unet/``, each with its ``config.json``; a
+            checkpoint of nothing but one network becomes that component's folder.
         layout: ``"original"`` or ``"diffusers"``.
-        component: ``"vae"`` or ``"unet"`` for that one alone, without a prefix; None for all there
-            is.
+        component: ``"vae"`` or ``"unet"`` for that one alone, without a prefix; None for
+            everything.
         build: makes the network for a config, whose tensors are compared with the checkpoint's;
             it is called on the meta device.
-        family: the family, where shapes leave it open; it decides the configs that are written.
-        dtype: what the floating-point tensors of the components that move are stored in (a
-            folder's text encoders among them); None, and the rest always: as they are.
+        family: the family, if shapes leave it open; it decides the configs that are written.
+        dtype: for the floating-point tensors of the converted components, which include a folder's
+            text encoders; None keeps theirs. All other tensors always keep theirs.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
-        CheckpointError: something cannot be read as weights or written.
-        UnknownNetworkError: no network that sdconv knows, or two of one component.
-        WeightsMismatchError: a network lacks tensors, or has them in a wrong shape.
-        InputError: an argument has no such value.
+        CheckpointError: something cannot be read as weights, or not be written.
+        UnknownNetworkError: there is no network that sdconv knows, or two of one component.
+        WeightsMismatchError: tensors of a network are missing or of the wrong shape.
+        InputError: an argument has a value that is not allowed.
 
     Warns:
         SdconvWarning: the family is open, and a config was written for one.
@@ -120,7 +120,7 @@ def convert(
     out, is_file = output_path(out)
     if layout not in LAYOUTS:
         raise InputError(
-            "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
+            "unknown layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
         )
     if layout == "original" and not is_file:
         raise InputError(
@@ -147,7 +147,7 @@ class _Known:
 
     @property
     def has_given_config(self) -> bool:
-        """Whether its config was written beside it, not read from shapes."""
+        """Whether the checkpoint contains its config, which is then not inferred from shapes."""
         source = self.part.view.source
         return source.config is not None or CONFIG_KEY in source.metadata
 
@@ -166,15 +166,15 @@ def _identified(checkpoint: Checkpoint, component: str | None, family: str | Non
         raise UnknownNetworkError(
             "no network that sdconv knows",
             where=checkpoint.label,
-            expected="a folder with vae/ or unet/ in it",
+            expected="a folder that contains vae/ or unet/",
             got=", ".join(part.name for part in checkpoint.parts) or "no folder with weights",
         )
     return known
 
 
 def _check(known: _Known, build: Build) -> None:
-    """Refuses a network that lacks tensors, or has them in another shape or as integers; what is
-    unexpected is carried over."""
+    """Refuses a network with tensors that are missing, of the wrong shape or integers; unexpected
+    tensors are carried over."""
     with torch.device("meta"):
         wanted = shapes_in(build(known.one.config))
     view = known.part.view
@@ -184,7 +184,7 @@ def _check(known: _Known, build: Build) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be written, of what."""
+    """A checkpoint, and how it is to be written."""
 
     checkpoint: Checkpoint
     known: Sequence[_Known]
@@ -283,8 +283,10 @@ def _canonical(found: DetectedNetwork, view: SourceView) -> Renamed:
 
 
 class _FileNames:
-    """The names in a single file of one layout. ``origins``: what was unusual about the originals,
-    by component."""
+    """The names in a single file of one layout.
+
+    ``origins``: by component, how the original's names and shapes differed from the usual ones.
+    """
 
     def __init__(self, job: _Job) -> None:
         self._job = job

@@ -25,30 +25,30 @@ LAYOUTS = ("diffusers", "original")
 
 
 def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[Path]:
-    """Writes a network's weights; opening them again gives the same tensors and the same config.
+    """Writes a network's weights; loading them again gives the same tensors and the same config.
 
     Args:
         model: one of sdconv's networks.
-        path: a name that ends in ``.safetensors`` for a single file, which then carries the config
-            in its metadata; any other is a folder, written as diffusers keeps a component
-            (``layout="diffusers"`` only). No other kind of file is written.
+        path: a single file if the name ends in ``.safetensors``; its metadata then holds the
+            config. Any other name is a folder in diffusers' form (``layout="diffusers"`` only). No
+            other kind of file is written.
         layout: ``"diffusers"``, or ``"original"`` for the names of the original implementation,
-            without a prefix. A tiny autoencoder's original layout is one file with ``encoder.`` and
-            ``decoder.`` before its layers.
+            without a prefix. A tiny autoencoder's original layout is one file with the prefixes
+            ``encoder.`` and ``decoder.``.
 
     Returns:
-        The files written. A file stands under its name only once it is complete.
+        The files written. A file gets its name only once it is complete.
 
     Raises:
-        InputError: not a network of sdconv's, or one without values (on the meta device), an
-            unknown layout, no path or one for another kind of file, or a folder in the original
-            layout.
+        InputError: the model is not a network of sdconv's or has no values (on the meta device),
+            the layout is unknown, the path is for another kind of file, or it is a folder and the
+            layout is the original one.
         CheckpointError: the path cannot be written.
     """
     out, is_file = output_path(path)
     if layout not in LAYOUTS:
         raise InputError(
-            "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
+            "unknown layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
         )
     # not getattr: torch.compile's wrapper has its network's attributes, but other tensor names
     config = vars(model).get("config") if isinstance(model, nn.Module) else None
@@ -71,22 +71,22 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
         return write_folder(tensors, config, out)
     if layout == "original":
         tensors = original_tensors(tensors, config)
-    # one entry only: safetensors writes several in any order, and the same network should
-    # give the same bytes
+    # A single entry: safetensors writes several in any order, and the same network should give the
+    # same bytes.
     write_tensors(tensors, out, {CONFIG_KEY: json.dumps(config.to_json())})
     return [out]
 
 
 def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """A network's tensors by the original layout's names, attention projections as 1x1
+    """A network's tensors by the original layout's names, with attention projections as 1x1
     convolutions.
 
     Args:
-        tensors: by diffusers' names, every one of which is known.
+        tensors: by diffusers' names.
         config: the network's.
 
     Raises:
-        InputError: the layout has no name for one.
+        InputError: the layout has no name for one of them.
     """
     keys = _keys(tensors, config)
     result = {}

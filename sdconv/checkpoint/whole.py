@@ -33,7 +33,7 @@ class Part:
         shape: tuple[int, ...] | None = None,
         component: str | None = None,
     ) -> OutputTensor:
-        """A tensor made of this part's tensors, in the first one's shape where none is given."""
+        """A tensor made of this part's tensors; its shape is the first one's if none is given."""
         return OutputTensor(
             name=name,
             shape=self.view.shapes[pieces[0]] if shape is None else shape,
@@ -75,10 +75,11 @@ def opened(path: Weights, stack: ExitStack, component: str | None = None) -> Che
 
     Args:
         path: as for ``sdconv.load``, or the folder of a pipeline.
-        component: the only one of a pipeline's that is opened; None for all.
+        component: the only component of a pipeline to open; None for all.
 
     Raises:
-        CheckpointError: something cannot be read as weights. InputError: ``path`` is no path.
+        CheckpointError: something cannot be read as weights.
+        InputError: ``path`` is not a path.
     """
     folder = folder_at(path)
     if folder is None:
@@ -110,16 +111,15 @@ def entries(
     *,
     placed: bool,
 ) -> list[OutputTensor]:
-    """Every tensor of a checkpoint once: those of ``networks`` renamed, the rest as they are.
+    """Every tensor of a checkpoint once: those of ``networks`` renamed, the others unchanged.
 
-    Of a pipeline, the rest has its component's name before it (``safety_checker.``); text encoders
-    get the names and the layout that they have in original files, if ``placed``.
+    The other tensors of a pipeline have their component's name as a prefix (``safety_checker.``).
 
     Args:
         checkpoint: open.
         networks: those to rename.
         renaming: gives their names and shapes.
-        placed: whether text encoders are put where original files have them.
+        placed: whether text encoders get the names and the layout that original files use.
     """
     networks = list(networks)
     places = _text_places(networks, checkpoint.parts) if placed else {}
@@ -139,8 +139,8 @@ def entries(
 
 
 def left_over(found: Iterable[OutputTensor]) -> dict[str, int]:
-    """How many tensors are of no known component, by the first word of their names; those with one
-    word stand together under an empty one."""
+    """The number of tensors that belong to no known component, by the first word of their names;
+    names of a single word are counted under the empty string."""
     counts: dict[str, int] = {}
     for entry in found:
         if entry.component is None:
@@ -151,7 +151,7 @@ def left_over(found: Iterable[OutputTensor]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _TextPlace:
-    """Where an original file has a text encoder, and whether in OpenCLIP's layout."""
+    """The prefix of a text encoder in an original file, and whether it has OpenCLIP's layout."""
 
     prefix: str
     is_open_clip: bool
@@ -171,7 +171,7 @@ _TEXT_PLACES: Mapping[str, Mapping[str, _TextPlace]] = {
 def _text_places(
     networks: Sequence[tuple[Part, DetectedNetwork]], parts: Sequence[Part]
 ) -> Mapping[str, _TextPlace]:
-    """By component, where text encoders go, which the U-Net beside them decides."""
+    """Where each text encoder goes, by component; the pipeline's U-Net decides that."""
     for part, found in networks:
         if found.component == "unet" and part.name:
             if "add_embedding.linear_1.weight" in found.names:
@@ -184,7 +184,7 @@ def _text_places(
 
 
 def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
-    """A CLIP text encoder's tensors in the place of an original file; none where it is no such
+    """A CLIP text encoder's tensors as an original file has them; empty if it is not such an
     encoder."""
     made = open_clip_names(part.view.shapes)
     if made is None:
@@ -206,7 +206,7 @@ def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
 
 
 def _joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape of tensors whose rows follow each other; None where they do not fit."""
+    """The shape of tensors concatenated along their rows; None if they do not fit."""
     if not all(shapes) or len({shape[1:] for shape in shapes}) > 1:
         return None
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])

@@ -288,7 +288,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         originals() | {k: originals()[k].to(torch.int8) for k in [VAE + "encoder.conv_in.bias"]},
         {},
         WeightsMismatchError,
-        r"vae: 1 of no floating-point numbers(?s:.*)encoder\.conv_in\.bias I8",
+        r"vae: 1 not floating-point(?s:.*)encoder\.conv_in\.bias I8",
     ),
     "another kind of file": (
         originals(),
@@ -302,7 +302,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         CheckpointError,
         "would get one name",
     ),
-    "another layout": (originals(), {"layout": "theirs"}, InputError, "no such layout"),
+    "another layout": (originals(), {"layout": "theirs"}, InputError, "unknown layout"),
     "a folder of originals": (
         originals(),
         {"layout": "original", "out": "folder"},
@@ -310,7 +310,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "single file",
     ),
     "no such component": (originals(), {"component": "text"}, UnknownNetworkError, "'text'"),
-    "no such family": (originals(), {"family": "sd9"}, InputError, "no such family"),
+    "unknown family": (originals(), {"family": "sd9"}, InputError, "no such family"),
     "a dtype of torch's alone": (
         originals() | {"x": torch.ones(2, dtype=torch.complex128)},
         {},

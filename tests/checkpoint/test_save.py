@@ -191,7 +191,7 @@ def test_metadata_says_what_shapes_cannot(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "layout": (lambda n, p: sdconv.save(n, p / "a.safetensors", layout="ldm"), "no such layout"),
+    "layout": (lambda n, p: sdconv.save(n, p / "a.safetensors", layout="ldm"), "unknown layout"),
     "folder": (lambda n, p: sdconv.save(n, p / "vae", layout="original"), "is a single file"),
     "model": (lambda n, p: sdconv.save(torch.nn.Linear(2, 2), p / "a"), "not a network"),
     "path": (lambda n, p: sdconv.save(n, p / "taken" / "a.safetensors"), "cannot be written"),

@@ -92,7 +92,7 @@ BAD: Mapping[str, tuple[list[str], str]] = {
     "an empty folder": (["A", "empty"], "holds no weights"),
     "one alone": (["A"], "Missing argument"),
     "another format": (["A", "A", "--plot", "d.jpeg"], "not a drawing's name"),
-    "numbered layers": (["A", "numbers.safetensors"], "no half of a tiny autoencoder"),
+    "numbered layers": (["A", "numbers.safetensors"], "not half of a tiny autoencoder"),
 }
 
 

@@ -277,7 +277,7 @@ def _lacks(one: NetworkFound) -> str:
         ("missing", one.missing),
         ("unexpected", one.unexpected),
         ("of the wrong shape", one.misshapen),
-        ("of no floating-point numbers", one.not_floating),
+        ("not floating-point", one.not_floating),
     )
     counts = ", ".join(f"{len(names)} {what}" for what, names in parts if names)
     config = "".join(f"; its config says {told}" for told in one.contradicted)

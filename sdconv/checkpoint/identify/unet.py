@@ -1,4 +1,4 @@
-"""A U-Net's shapes to its config."""
+"""Infers a U-Net's config from its shapes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
     """The config of a U-Net.
 
     Args:
-        shapes: shape of each of its tensors.
-        family: a key of ``UNET_FACTS``, where the caller knows it.
+        shapes: of its tensors.
+        family: a key of ``UNET_FACTS``, if the caller knows it.
 
     Raises:
         WeightsMismatchError: a part is missing, or laid out as diffusers' class cannot be.
@@ -51,7 +51,7 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
                 expected=" or ".join(fitting),
                 got=repr(family),
             )
-        name, evidence = family, "the caller's word"
+        name, evidence = family, "given by the caller"
     facts = UNET_FACTS[name]
     time_channels, first = shapes.axes("time_embedding.linear_1.weight", 2)
     inputs, crosses = (
@@ -105,7 +105,7 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
 
 
 def _width(shapes: NetworkShapes, module: str) -> int | None:
-    """How wide a linear layer's input is; None where there is nothing of such a layer."""
+    """The width of a linear layer's input; None if there is no such layer."""
     return shapes.axes(f"{module}.weight", 2)[1] if module in shapes.modules else None
 
 
@@ -116,22 +116,22 @@ def _check_levels(shapes: NetworkShapes) -> None:
     if not down or down != up:
         raise shapes.mismatch(
             "the U-Net is incomplete",
-            expected="a way down and a way up with as many levels each",
+            expected="a down path and an up path with the same number of levels",
             got=f"{down} levels down, {up} up",
-            hint="load a file that holds the whole U-Net",
+            hint="load a file with the whole U-Net",
         )
 
 
 def _levels(shapes: NetworkShapes, blocks: str) -> tuple[int, ...]:
-    """Channels of each block, in the order of the blocks, as far as they follow each other."""
+    """Output channels of each block, in order, up to the first gap in their numbers."""
     levels = range(how_many(f"{blocks}.{{}}", shapes.modules))
     return tuple(shapes.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
 
 
 @dataclass(frozen=True)
 class _Depths:
-    """How many blocks each transformer has: of each level, of each layer; empty where a level has
-    no transformers. ``mid``: likewise, of the middle, with ``mid_type``."""
+    """The number of blocks in each transformer, for each level and layer; empty for a level without
+    transformers. ``mid``, ``mid_type``: the same for the mid block, and its type."""
 
     layers: tuple[int, ...]
     down: tuple[tuple[int, ...], ...]
@@ -142,12 +142,12 @@ class _Depths:
     @staticmethod
     def read(shapes: NetworkShapes, levels: int) -> _Depths:
         layers, up_layers = (
-            tuple(how_many(f"{way}.{i}.resnets.{{}}", shapes.modules) for i in range(levels))
-            for way in ("down_blocks", "up_blocks")
+            tuple(how_many(f"{path}.{i}.resnets.{{}}", shapes.modules) for i in range(levels))
+            for path in ("down_blocks", "up_blocks")
         )
         if up_layers != tuple(n + 1 for n in layers[::-1]):
             raise shapes.mismatch(
-                "the way up does not match the way down",
+                "the up path does not match the down path",
                 expected=f"{[n + 1 for n in layers[::-1]]} ResNet blocks up, level by level",
                 got=list(up_layers),
                 hint="load a file that holds the whole U-Net",
@@ -156,7 +156,7 @@ class _Depths:
         down = tuple(_transformers(shapes, f"down_blocks.{i}", n) for i, n in enumerate(layers))
         if mid and down[-1] and mid[0] != down[-1][0]:
             raise shapes.mismatch(
-                "the middle's transformer is of another depth than the last level's, which "
+                "the transformers of the mid block and of the last level differ in depth, which "
                 "diffusers' UNet2DConditionModel cannot represent",
                 expected=f"{down[-1][0]} blocks",
                 got=f"{mid[0]} blocks",
@@ -172,7 +172,7 @@ class _Depths:
 
     @property
     def attends(self) -> tuple[bool, ...]:
-        """Of each level, whether any transformer stands there; the middle is of the last."""
+        """For each level, whether it has a transformer; the mid block counts as the last level."""
         *levels, last = (bool(d or u) for d, u in zip(self.down, self.up[::-1], strict=True))
         return (*levels, last or bool(self.mid))
 
@@ -181,7 +181,7 @@ class _Depths:
         known = {d for depths in (*self.down, *self.up, self.mid) for d in depths}
         if len(known) < 2:
             return known.pop() if known else 1
-        # where nothing tells: 1, as SDXL's config has it
+        # 1 where nothing shows the depth, as in SDXL's config
         spare = (1,) * (len(self.down) - 1) + (self.mid[0] if self.mid else 1,)
         if not self._mirrored:
             return tuple(d or one for d, one in zip(self.down, spare, strict=True))
@@ -196,19 +196,19 @@ class _Depths:
 
     @property
     def _mirrored(self) -> bool:
-        """Whether one number for each level says it all."""
+        """Whether one number is enough for each level."""
         return all(
             len({*down, *up}) <= 1 for down, up in zip(self.down, self.up[::-1], strict=True)
         )
 
 
 def _transformers(shapes: NetworkShapes, block: str, layers: int) -> tuple[int, ...]:
-    """Blocks of each layer's transformer; empty without transformers."""
+    """The number of blocks in each layer's transformer; empty without transformers."""
     there = [f"{block}.attentions.{i}" in shapes.modules for i in range(layers)]
     if any(there) and not all(there):
         raise shapes.mismatch(
             f"a transformer is missing in {block}",
-            expected=f"{layers} transformers, one behind each ResNet block, or none",
+            expected=f"{layers} transformers, one after each ResNet block, or none",
             got=f"{sum(there)}",
         )
     return tuple(
@@ -223,7 +223,7 @@ def _context_width(shapes: NetworkShapes) -> int | None:
     widths = {shapes.axes(name, 2)[1] for name in names}
     if len(widths) > 1:
         raise shapes.mismatch(
-            "the transformers read texts of different widths",
+            "the transformers read prompt embeddings of different widths",
             expected="one width",
             got=sorted(widths),
         )
@@ -233,9 +233,9 @@ def _context_width(shapes: NetworkShapes) -> int | None:
 def _only_cross(
     shapes: NetworkShapes, channels: tuple[int, ...], context: int | None, family: str
 ) -> bool | tuple[bool, ...]:
-    """Of each level, whether its blocks' first attention reads the text as well."""
-    # where the text is as wide as the map, or there is no transformer, shapes do not tell: the x4
-    # upscaler has no self-attention but on its last level
+    """For each level, whether its blocks' first attention reads the prompt embedding too."""
+    # Shapes do not show it where the embedding is as wide as the feature map, or where there is no
+    # transformer. The x4 upscaler has self-attention only on its last level.
     upscaler = family == "x4-upscaler"
     result = [upscaler and level < len(channels) - 1 for level in range(len(channels))]
     for name in shapes:
@@ -244,7 +244,7 @@ def _only_cross(
             continue
         inner, width = shapes.axes(name, 2)
         level = int(match[2]) if match[1] == "down" else len(channels) - 1 - int(match[2])
-        # what is of no level is told apart as unexpected, once the network is built
+        # a name outside all levels is found to be unexpected once the network is built
         if context != inner and 0 <= level < len(channels):
             result[level] = width == context
     return tuple(result) if any(result) else False
@@ -259,13 +259,13 @@ def _heads(channels: tuple[int, ...], facts: UNetFacts) -> int | tuple[int, ...]
 def _family(
     shapes: NetworkShapes, linear: bool, added: int | None, context: int | None
 ) -> tuple[str, str, list[str]]:
-    """The family, what decided it, and all families that the shapes allow."""
+    """The family, what decided it, and all families that fit the shapes."""
     inputs = shapes.axes("conv_in.weight", 4)[1]
     if added is not None:
-        # the refiner embeds five numbers beside 1280 channels of text, SDXL six
+        # next to 1280 channels of text, the refiner embeds five numbers and SDXL six
         refiner = added == 1280 + 5 * ADDED_TIME_DIM or context == 1280
         name = "sdxl-refiner" if refiner else "sdxl"
-        return name, f"text and sizes {added} wide beside the time", ["sdxl", "sdxl-refiner"]
+        return name, f"added embedding (text and sizes) of width {added}", ["sdxl", "sdxl-refiner"]
     if context is None:
         return "sd1", "no transformers", list(UNET_FACTS)
     if not linear:
@@ -282,5 +282,5 @@ def _family(
 
 
 def _short(values: tuple[int, ...]) -> Any:
-    """One number where all are the same."""
+    """One number if all are the same."""
     return values[0] if len(set(values)) == 1 else values

@@ -1,4 +1,4 @@
-"""Which files of a folder are the weights: one file, or the shards that an index lists."""
+"""Decides which files of a folder are the weights: one file, or the shards that an index lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdconv.checkpoint.io.files import AGAIN, as_path, os_errors, read_json, sho
 from sdconv.errors import CheckpointError
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
-"""What diffusers calls the weights of a component; it goes before any other name in a folder."""
+"""diffusers' name for the weights of a component; it is preferred to any other name."""
 
 _SAFETENSORS = ("safetensors", "sft")
 _PICKLES = ("bin", "ckpt", "pt", "pth")
@@ -28,19 +28,20 @@ _SHARD = re.compile(r"-\d{5,}-of-\d{5,}")
 
 @dataclass(frozen=True, kw_only=True)
 class FolderWeights:
-    """The files that hold a folder's weights; ``weight_map`` is an index's tensor -> file."""
+    """The files with a folder's weights; ``weight_map``: tensor -> file, if there is an index."""
 
     files: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None
 
     def check(self, entries: Mapping[Path, Collection[str]], where: Path) -> None:
-        """Refuses an index that says otherwise of a tensor than the shards do.
+        """Checks that the index and the shards agree.
 
         Args:
-            entries: the names of each file's tensors. where: what was opened, for messages.
+            entries: the names of each file's tensors.
+            where: what was opened, for messages.
 
         Raises:
-            CheckpointError: it does.
+            CheckpointError: they disagree.
         """
         hint = "download index and shards again, from the same revision"
         if self.weight_map is None:
@@ -150,10 +151,10 @@ def components_in(folder: str | Path) -> dict[str, Path]:
 
 
 def weights_of_index(file: Path) -> FolderWeights | None:
-    """The shards that an index lists; None for a file whose name is not an index's.
+    """The shards that an index lists; None if the file's name is not an index's.
 
     Raises:
-        CheckpointError: it is no index of files in its folder.
+        CheckpointError: the index does not list files in its folder.
     """
     match _candidates([file]):
         case [_Candidate(is_index=True) as index]:
@@ -162,7 +163,7 @@ def weights_of_index(file: Path) -> FolderWeights | None:
 
 
 def config_in(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's ``config.json``; None where there is none.
+    """The content of a folder's ``config.json``; None if there is none.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -174,8 +175,7 @@ def config_in(folder: Path) -> dict[str, Any] | None:
 
 
 def config_beside(files: Sequence[Path]) -> dict[str, Any] | None:
-    """The ``config.json`` of a component's folder whose weights are named one by one: files of one
-    folder, with diffusers' name.
+    """The ``config.json`` next to files of one folder that have diffusers' name; None for others.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -228,7 +228,7 @@ def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
     best = [c for c in plain if c.is_index] or plain
     if len(best) > 1 or len({c.base for c in pool}) > 1:
         raise CheckpointError(
-            "holds several files of weights, and nothing says which one is meant",
+            "holds several files of weights, and it is unclear which one is meant",
             where=folder,
             expected="one file, or one whose name is another's without .fp16 or the like",
             got=short([c.path.name for c in pool]),
@@ -250,7 +250,7 @@ def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
     for shard in listed.values():
         if not _inside(shard) or not shard.lower().endswith(f".{index.kind}"):
             raise CheckpointError(
-                "names a shard that is no file of this folder",
+                "names a shard that is not a file in this folder",
                 where=index.path,
                 expected=f"a relative name without '..' that ends in .{index.kind}",
                 got=short(shard),
@@ -261,11 +261,11 @@ def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
         absent = [shard for shard, path in shards.items() if not path.exists()]
     if absent:
         raise CheckpointError(
-            f"names {len(absent)} of {len(shards)} shards that are absent",
+            f"lists {len(shards)} shards, {len(absent)} of them missing",
             where=index.path,
-            expected="every shard beside the index",
+            expected="every shard next to the index",
             got=f"no {short(absent)}",
-            hint="download the absent files too",
+            hint="download the missing files too",
         )
     return FolderWeights(
         files=tuple(shards.values()),
@@ -274,7 +274,7 @@ def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
 
 
 def _inside(shard: object) -> bool:
-    """Whether a name stays in its folder on every system; a symbolic link may lead elsewhere."""
+    """Whether a name stays in its folder on every system; a symbolic link may still leave it."""
     if not isinstance(shard, str) or "\0" in shard or "\\" in shard:
         return False
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)

@@ -1,8 +1,8 @@
-"""A source of weights: named tensors from files, a folder or memory, known before they are read.
+"""A source of weights: named tensors from files, a folder or memory, described before they are read.
 
-A source is one file or more (a state dict in memory counts as one). Each file keeps its own names,
-for the two halves of a tiny autoencoder both number their layers from 0; who asks the whole source
-for its entries says that it is one network, and then a name in two files is an error.
+A source is one or more files (a state dict in memory counts as one). Each file keeps its own names,
+because both halves of a tiny autoencoder number their layers from 0. The entries of a whole source
+are those of one network, so a name in two files is an error.
 
     with open_source("vae/diffusion_pytorch_model.safetensors") as source:
         source.shapes                               # from the header alone
@@ -59,7 +59,7 @@ _TORCH_NAMES = {
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
 )
-"""Safetensors' dtype names that are one dtype of this torch: all but F4 (two to a byte) and F6."""
+"""safetensors' dtypes that this torch has: all but F4 (two in a byte) and F6."""
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -67,8 +67,7 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 class SourceFile(ABC):
     """The tensors of one file, or of one state dict in memory.
 
-    ``label`` names it in messages; ``entries`` are its tensors by name, ``metadata`` what the file
-    says of itself.
+    ``label``: its name in messages. ``entries``: its tensors by name. ``metadata``: the file's own.
     """
 
     label: str
@@ -79,7 +78,7 @@ class SourceFile(ABC):
         """The tensor of that name, in the file's dtype.
 
         Raises:
-            CheckpointError: there is none, it cannot be read, or torch has no such dtype.
+            CheckpointError: it does not exist or cannot be read, or torch does not have its dtype.
         """
         if name not in self.entries:
             raise CheckpointError(
@@ -91,7 +90,7 @@ class SourceFile(ABC):
         return self._read(name)
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
-        """Let go of the file; tensors read so far stay valid."""
+        """Closes the file; tensors that were read remain valid."""
 
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor: ...
@@ -100,7 +99,7 @@ class SourceFile(ABC):
 class SafetensorsFile(SourceFile):
     """A safetensors file: its tensors are views of one private mapping of the file.
 
-    Not ``safe_open``'s mapping, which reads a page of every tensor that it hands out.
+    ``safe_open``'s own mapping would read a page of every tensor that it returns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,14 +110,14 @@ class SafetensorsFile(SourceFile):
         self._mapping: Any = None  # an UntypedStorage of the whole file
 
     def close(self) -> None:
-        self._mapping = None  # unmapped with the last tensor that was read from it
+        self._mapping = None  # the last tensor that was read from it unmaps it
 
     def _read(self, name: str) -> torch.Tensor:
         info = self.entries[name]
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None:
             raise CheckpointError(
-                f"tensor {short(name)} has a dtype that torch has not",
+                f"tensor {short(name)} has a dtype that torch does not have",
                 where=self.label,
                 expected=f"one of {', '.join(TORCH_DTYPES)}",
                 got=info.dtype,
@@ -144,7 +143,7 @@ class SafetensorsFile(SourceFile):
 
 
 class TensorsFile(SourceFile):
-    """Tensors that are already there: a pickle's, or a caller's state dict."""
+    """Tensors in memory: a pickle's, or a caller's state dict."""
 
     def __init__(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self.label = label
@@ -166,8 +165,8 @@ class TensorsFile(SourceFile):
 class Source:
     """Named tensors from one or more files; a context manager that closes them.
 
-    ``label`` names the source in messages, ``files`` are its parts, ``config`` is the parsed
-    ``config.json`` of the component's folder (None where there is none).
+    ``label``: its name in messages. ``files``: its parts. ``config``: the content of ``config.json``
+    in the component's folder, or None.
     """
 
     def __init__(
@@ -184,7 +183,7 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files; tensors read so far stay valid."""
+        """Closes the files; tensors that were read remain valid."""
         for file in self.files:
             file.close()
 
@@ -204,7 +203,7 @@ class Source:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the files say of themselves; where they differ, the first file's word."""
+        """The files' metadata; where they differ, the first file's."""
         merged: dict[str, str] = {}
         for file in reversed(self.files):
             merged.update(file.metadata)
@@ -218,13 +217,13 @@ class Source:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in the file's dtype (fp8 as ``torch.float8_*``).
 
-        On the CPU, memory-mapped and not copied, from a file (but for pickles of torch's oldest
-        format and compressed ones, which are read when opened); where the caller has it, from a
-        state dict. Writing to it does not reach the file.
+        From a file it is on the CPU and memory-mapped, not copied, except for pickles that are
+        compressed or in torch's oldest format, which are read when opened. From a state dict it is
+        the caller's own tensor. Writing to a tensor does not change the file.
 
         Raises:
-            CheckpointError: there is none, it cannot be read, torch has no such dtype, or two
-                files claim a name.
+            CheckpointError: it does not exist or cannot be read, torch does not have its dtype, or
+                two files have the name.
         """
         owner = self._owners.get(name)
         if owner is None:
@@ -242,11 +241,11 @@ class Source:
             for name in file.entries:
                 if name in owners:
                     raise CheckpointError(
-                        f"tensor {short(name)} stands in two files of one network",
+                        f"tensor {short(name)} is in two files of one network",
                         where=self.label,
                         expected="every name in one file",
                         got=f"{owners[name].label} and {file.label}",
-                        hint="give only the files that belong together",
+                        hint="pass only the files that belong together",
                     )
                 owners[name] = file
         return owners
@@ -288,8 +287,8 @@ def open_files(
             opened = [_open_file(path) for path in paths]
             return Source(", ".join(map(str, paths)), opened, config_beside(paths))
     raise InputError(
-        "no weights",
-        expected="a path, a list of one path or more, or a dict of tensors by name",
+        "not weights",
+        expected="a path, a list of one or more paths, or a dict of tensors by name",
         got=short(path_or_paths),
     )
 
@@ -340,7 +339,7 @@ def _in_memory(tensors: Mapping[Any, Any]) -> TensorsFile:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise InputError(
-                "a state dict holds what is no tensor by a name",
+                "a state dict holds something other than tensors by name",
                 where="state dict in memory",
                 expected="torch.Tensor values by str names",
                 got=f"{short(name)}: {type(value).__name__}",

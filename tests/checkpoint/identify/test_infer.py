@@ -225,7 +225,7 @@ def test_the_caller_decides() -> None:
     assert (config["scaling_factor"], config["shift_factor"]) == (1.5305, 0.0609)
     with pytest.raises(sdconv.InputError, match=r"does not fit a VAE with 16 latent channels"):
         sdconv.infer(shapes, family="sdxl")
-    with pytest.raises(sdconv.InputError, match="no such family"):
+    with pytest.raises(sdconv.InputError, match="unknown family"):
         sdconv.infer(shapes, family="sd9")
 
 
