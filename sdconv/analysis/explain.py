@@ -18,7 +18,7 @@ from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
 from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
 from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.loading import BUILD
+from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
 from sdconv.models.dummy_inputs import Inputs, Noise, inputs_for
@@ -108,7 +108,7 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
         InputError: the network does not take this size.
     """
     with torch.device("meta"):
-        dry = BUILD[config.class_name](config).eval()
+        dry = build(config).eval()
     # weights of one repeated value have the shapes, dtype and device of loaded ones
     network = meta_copy(dry)
     values = {name: torch.empty(()).expand(w.shape) for name, w in dry.state_dict().items()}

@@ -3,19 +3,21 @@ and the methods of diffusers' models by which pipelines and scripts open, save a
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
+from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.io.files import as_path, os_errors, read_json
 from sdconv.checkpoint.io.write import write_config, write_folder
 from sdconv.config import Config
-from sdconv.errors import CheckpointError, InputError
+from sdconv.errors import CheckpointError, InputError, SdconvError
 
 WEIGHTS = "diffusion_pytorch_model"
 """diffusers' name of a component's weights, before ``.fp16`` and ``.safetensors``."""
@@ -27,39 +29,87 @@ _NEEDLESS = frozenset(
 )
 
 
-class StandInType(type):
-    """The type of a network's class, which is ``==`` diffusers' class of the same name.
+_find_integration: Callable[[], Any] | None = None
 
-    ``DiffusionPipeline.from_pipe`` keeps a component if ``type(component) in`` the classes that the
-    new pipeline asks for. The two classes stay two: ``is``, ``issubclass`` and dictionaries tell
-    them apart.
+
+def set_integration(find: Callable[[], Any]) -> None:
+    """Says how ``sdconv.integrations.diffusers`` is imported, which nothing in ``models/`` does.
+
+    ``sdconv.loading`` calls this, so it has happened to every class that is taken from ``sdconv``.
     """
+    global _find_integration
+    _find_integration = find
 
-    config_class: type[Config]
+
+def integration() -> Any:
+    """``sdconv.integrations.diffusers``, which imports diffusers.
+
+    Raises:
+        SdconvError: ``sdconv.loading`` has not been imported.
+    """
+    if _find_integration is None:
+        raise SdconvError(
+            "this network needs diffusers, and sdconv.loading has not been imported",
+            hint="import sdconv.loading, or take the class from sdconv: "
+            "sdconv.UNet2DConditionModel",
+        )
+    return _find_integration()
+
+
+class _EqualToPeer(type):
+    """The type of a class that equals diffusers' class ``_peer``, and has its hash."""
+
+    _peer: type
 
     def __eq__(cls, other: object) -> bool:
-        if cls is other:
-            return True
-        config = getattr(cls, "config_class", None)
-        return (
-            config is not None
-            and isinstance(other, type)
-            and other.__name__ == config.class_name
-            and other.__module__.partition(".")[0] == "diffusers"
-        )
+        return (other._peer if isinstance(other, _EqualToPeer) else other) is cls._peer
 
-    __hash__ = type.__hash__
+    def __hash__(cls) -> int:
+        return hash(cls._peer)
 
 
-class StandIn(nn.Module, metaclass=StandInType):
-    """A network that a diffusers pipeline takes, moves, offloads, saves under diffusers' name for
-    it and accepts in ``from_pretrained(..., vae=network)`` and ``from_pipe``.
+@functools.cache
+def _equal_to(peer: type, cls: type) -> type:
+    """The subclass of ``cls`` that equals ``peer``, and is otherwise the same."""
+    fields = {"_peer": peer, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return _EqualToPeer(cls.__name__, (cls,), fields)
 
-    Pipelines decide that by ``isinstance`` and by the class's name, so once diffusers' class is
-    imported ``network.__class__`` answers with it, as proxies do in Python; ``type(network)`` stays
-    sdconv's. diffusers is never imported here.
 
-    ``config_class``: which config it is built from. ``component``: what it is in a checkpoint.
+class _ModuleName(str):
+    """The ``__module__`` of a network's class, which is ``"diffusers"`` for its instances.
+
+    Pipelines read it when they take a component, and write it into ``model_index.json``: what they
+    save opens without sdconv.
+    """
+
+    def __get__(self, network: DiffusersModel | None, owner: type | None = None) -> str:
+        if network is None:
+            return self
+        own: type = type(network)
+        peer = network._peer_class()
+        if peer is not None and not isinstance(own, _EqualToPeer):
+            vars(object)["__class__"].__set__(network, _equal_to(peer, own))
+        return "diffusers"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)  # a pickled class needs a plain string
+
+
+class DiffusersModel(nn.Module):
+    """A network that a diffusers pipeline moves, offloads, saves under diffusers' name for it, and
+    accepts in ``from_pretrained(..., vae=network)`` and ``from_pipe``.
+
+    Pipelines recognise a component by ``isinstance`` and by the name of its class. Once diffusers'
+    class has been imported, ``network.__class__`` returns it, as a proxy does in Python;
+    ``type(network)`` remains sdconv's. diffusers is never imported here.
+
+    ``DiffusionPipeline.from_pipe`` asks for more: it keeps a component only if ``type(component)``
+    equals a class in the new pipeline's signature. Equal classes must have equal hashes, and a
+    class cannot change its hash once it is in use. So a network that a pipeline takes moves to a
+    subclass of its own class, which is made for that purpose and equals diffusers' class in both
+    respects. ``sdconv.AutoencoderKL`` itself equals no other class.
+
+    ``config_class``: the config that it is built from. ``component``: its name in a checkpoint.
     """
 
     config_class: ClassVar[type[Config]]
@@ -77,23 +127,34 @@ class StandIn(nn.Module, metaclass=StandInType):
             )
         super().__init__()
         self.config = config
-        # recorded by pipelines in model_index.json, so that what they save opens without sdconv
-        self.__dict__["__module__"] = "diffusers"
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # torch.compile looks attributes up by __class__, and is to find ours
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__module__ = _ModuleName(cls.__module__)
+
+    if not TYPE_CHECKING:  # a type checker should see the network's own class
+
+        @property
+        def __class__(self) -> type:
+            return self._peer_class() or type(self)
+
+    def _peer_class(self) -> type | None:
+        """diffusers' class of the same name, if it has been imported; None in torch.compile, which
+        looks up attributes by ``__class__`` and must find those of sdconv's class.
+
+        diffusers imports a class when it is asked for, which takes seconds. As long as none of its
+        networks is imported, nobody can have a class to compare this one with.
+        """
         if torch.compiler.is_compiling():
-            return type(self)
-        # diffusers imports a class when it is asked for, which takes seconds: as long as none of
-        # its networks is imported, nobody has the class that they could ask about
+            return None
         homes = map(sys.modules.get, ("diffusers.models.autoencoders", "diffusers.models.unets"))
         peers = (getattr(home, self.config.class_name, None) for home in homes)
-        return next((peer for peer in peers if isinstance(peer, type)), type(self))
+        return next((peer for peer in peers if isinstance(peer, type)), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # pickle insists that an object's __class__ be what it rebuilds
-        return _rebuild, (type(self),), self.__dict__
+        # __class__ is not what pickle would rebuild, and a subclass made above has no name to find
+        own = type(self)
+        return _rebuild, (own.__base__ if isinstance(own, _EqualToPeer) else own,), self.__dict__
 
     @classmethod
     def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
@@ -115,10 +176,11 @@ class StandIn(nn.Module, metaclass=StandInType):
             )
         if not isinstance(config, cls.config_class):
             config = cls.config_class.from_json(config, "config")
-        return cls._built(config)
+        return cls._build(config)
 
     @classmethod
-    def _built(cls, config: Any) -> Self:
+    def _build(cls, config: Any) -> Self:
+        """A network for a config of its class."""
         return cls(config)
 
     @classmethod
@@ -148,24 +210,33 @@ class StandIn(nn.Module, metaclass=StandInType):
             InputError: an option that is not taken, or no such variant.
             SdconvError: as ``sdconv.load``.
         """
-        from sdconv.loading import load
-
         _refuse(set(options) - _NEEDLESS, "from_pretrained")
         path: Any = pretrained_model_name_or_path
         if subfolder is not None:
             path = as_path(path) / subfolder
         if variant is not None:
             _check_variant(as_path(path), variant)
-        network = load(path, cls.component, dtype or torch_dtype or torch.float32, family=family)
-        if not issubclass(type(network), cls):
+
+        return assemble(
+            path,
+            functools.partial(cls._build_from, path),
+            component=cls.component,
+            dtype=dtype or torch_dtype or torch.float32,
+            family=family,
+        )
+
+    @classmethod
+    def _build_from(cls, path: object, config: Config) -> Self:
+        """A network for the config that was found under ``path``."""
+        if not isinstance(config, cls.config_class):
             raise InputError(
-                "another network than was asked for",
-                where=path,
+                "another network than the one asked for",
+                where=path if isinstance(path, str | Path) else None,
                 expected=cls.__name__,
-                got=network.config.class_name,
+                got=config.class_name,
                 hint="call from_pretrained of that class, or sdconv.load",
             )
-        return network  # type: ignore[return-value]
+        return cls._build(config)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any, **options: Any) -> Self:
@@ -278,12 +349,10 @@ class StandIn(nn.Module, metaclass=StandInType):
     def enable_group_offload(self, onload_device: torch.device, **options: Any) -> None:
         """diffusers' ``apply_group_offloading`` on it: parts of it are on ``onload_device`` only
         while they compute. Imports diffusers, whose documentation has the options."""
-        from sdconv.integrations.diffusers import apply_group_offloading
-
-        apply_group_offloading(self, onload_device, **options)
+        integration().apply_group_offloading(self, onload_device, **options)
 
 
-def _rebuild(cls: type[StandIn]) -> StandIn:
+def _rebuild(cls: type[DiffusersModel]) -> DiffusersModel:
     return cls.__new__(cls)
 
 

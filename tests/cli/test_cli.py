@@ -96,8 +96,8 @@ inspect absent.safetensors                                          | does not e
 inspect empty                                                       | holds no weights
 inspect text.safetensors                                            | header
 inspect cut.safetensors                                             | is cut short
-inspect vae.safetensors --family sd99                               | --family: no such family
-inspect vae.safetensors vae.safetensors                             | stands in two files
+inspect vae.safetensors --family sd99                               | --family: unknown family
+inspect vae.safetensors vae.safetensors                             | is in two files
 inspect                                                             | Missing argument
 check lacks.safetensors                                             | 1 missing
 check llm.safetensors                                               | no network
@@ -197,7 +197,7 @@ def test_inspect_says_no(here: Path) -> None:
     assert answer("inspect", here / "llm.safetensors", status=1)["parts"][0]["networks"] == []
     integers = run("inspect", here / "int.safetensors")
     assert integers.exit_code == 1
-    assert "not of floating point" in integers.stderr
+    assert "not floating-point" in integers.stderr
     lacks = answer("inspect", here / "lacks.safetensors", status=1)
     assert len(lacks["parts"][0]["networks"][0]["missing"]) == 1
     assert answer("inspect", here / "nan.safetensors")["values"] is None

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from diffusers.models import attention_processor
 from helpers import pipelines, seeded, unets
+from helpers.paths import ROOT
 from torch import nn
 
 import sdconv
@@ -80,22 +84,85 @@ def test_from_pipe_with_a_tiny_autoencoder() -> None:
         assert made.vae is vae and made.unet is pipe.unet
 
 
-def test_a_class_equals_diffusers_class_of_its_name_and_no_other() -> None:
-    for kind in KINDS:
-        ours = type(network(kind))
-        equal = [other for other in KINDS if ours == getattr(diffusers, other)]
-        assert equal == [kind]
-        theirs = getattr(diffusers, kind)
-        assert theirs == ours and ours in (theirs,) and ours is not theirs
-        assert len({ours, theirs}) == 2 and not issubclass(ours, theirs)
-        assert ours != nn.Module and type(copy.deepcopy(network(kind))) is ours
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_classes_are_one_in_sets_and_dictionaries(kind: str) -> None:
+    ours, theirs = network(kind), getattr(diffusers, kind)
+    before = type(ours)
+    assert before != theirs != before and len({before, theirs}) == 2
+    assert {before: 1, theirs: 2}[before] == 1
+    pipe = pipeline(unet=ours) if kind == "UNet2DConditionModel" else pipeline(vae=ours)
+    after = type(ours)
+    assert issubclass(after, before) and (after.__name__, after.__module__) == (
+        before.__name__,
+        before.__module__,
+    )
+    assert after == theirs == after and not (after != theirs) and after in (theirs,)
+    assert hash(after) == hash(theirs)
+    assert len({after, theirs}) == len({theirs, after}) == 1 and len({before, after, theirs}) == 2
+    table = {theirs: "theirs", before: "before"}
+    assert table[after] == "theirs" and table[before] == "before"
+    assert {after: "after"}[theirs] == "after"
+    equal = [other for other in KINDS if after == getattr(diffusers, other)]
+    assert equal == [kind]
+    # the same class for every network that a pipeline takes
+    other = network(kind)
+    pipe.register_modules(**{"unet" if kind == "UNet2DConditionModel" else "vae": other})
+    assert type(other) is after
+
+
+def test_a_class_equals_no_other() -> None:
+    assert sdconv.AutoencoderKL != diffusers.AutoencoderKL
+    assert sdconv.AutoencoderKL != sdconv.AutoencoderKLFlux2 != sdconv.AutoencoderTiny
 
     class Other:
         pass
 
     Other.__name__ = "AutoencoderKL"  # a stranger's
-    assert sdconv.AutoencoderKL != Other != sdconv.AutoencoderKLFlux2
-    assert sdconv.AutoencoderKL != sdconv.AutoencoderKLFlux2 != sdconv.AutoencoderTiny
+    taken = type(pipeline().vae)
+    assert taken != Other and taken != nn.Module and taken != sdconv.AutoencoderKL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_pickles_are_of_sdconvs_class(kind: str) -> None:
+    ours = network(kind)
+    before = type(ours)
+    for again in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert type(again) is before and same(again, ours)
+    pipeline(**{"unet" if kind == "UNet2DConditionModel" else "vae": ours})
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(ours, protocol))
+        assert type(again) is before and same(again, ours)
+        assert pickle.loads(pickle.dumps(before, protocol)) is before
+    assert type(copy.deepcopy(ours)) is before
+
+
+IN_ORDER = """
+import warnings
+warnings.simplefilter("ignore")
+{imports}
+vae = sdconv.AutoencoderKL(sdconv.AutoencoderKLConfig(**sdconv.AutoencoderKLConfig.assumed | dict(
+    block_out_channels=(32, 32), layers_per_block=1)))
+table = {{sdconv.AutoencoderKL: "sdconv"}}
+isinstance(vae, dict)  # puts the class into the cache of an abstract base class
+import diffusers
+table[diffusers.AutoencoderKL] = "diffusers"
+names = ("unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "scheduler")
+pipe = diffusers.StableDiffusionPipeline(
+    vae=vae, requires_safety_checker=False, **dict.fromkeys(names))
+assert table[sdconv.AutoencoderKL] == "sdconv" and table[type(vae)] == "diffusers"
+assert len({{sdconv.AutoencoderKL, diffusers.AutoencoderKL, type(vae)}}) == 2
+assert vae in {{vae}} and isinstance(vae, (diffusers.AutoencoderKL, sdconv.AutoencoderKL))
+assert not isinstance(vae, dict)
+made = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+assert made.vae is vae
+"""
+
+
+@pytest.mark.parametrize("imports", ["import sdconv", "import diffusers, sdconv"])
+def test_classes_behave_in_either_order_of_imports(imports: str) -> None:
+    command = [sys.executable, "-c", IN_ORDER.format(imports=imports)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
 
 
 # --- opened and saved
