@@ -159,16 +159,16 @@ def _through_unet(unet: UNet2DConditionModel, given: Given, picture: Picture | N
 
     def call(timestep: int) -> None:
         nonlocal latents
-        sample = latents if z is None else schedule.noisy(z, noise, timestep)
+        sample = latents if z is None else schedule.add_noise(z, noise, timestep)
         given_ = torch.cat([sample, arguments[0][:, channels:]], 1)
         predicted = unet(given_, timestep, *arguments[2:]).sample
         if z is None:
-            latents = schedule.next(predicted, timestep, latents)
+            latents = schedule.step(predicted, timestep, latents)
 
     source = "noise" if given.source is None else given.source.name
     how = "denoised" if z is None else "with noise, each timestep by itself"
     trained = "the pipeline's" if config else "Stable Diffusion's"
-    notes += (words, f"the noise schedule is {trained}, the prediction {schedule.predicts}")
+    notes += (words, f"the noise schedule is {trained}, the prediction {schedule.prediction_type}")
     return Passage(
         network=unet,
         size=(shape[2], shape[3]),

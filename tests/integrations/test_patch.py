@@ -154,7 +154,7 @@ def test_applied_twice_is_applied_once() -> None:
     second = sdconv.apply_patch(net)
     assert second.replaced == {} and second.left == {}
     assert second.already == sum(map(len, first.replaced.values()))
-    assert first.already == 0 and f"({second.already} were before)" in str(second)
+    assert first.already == 0 and f"({second.already} had been replaced before)" in str(second)
     assert classes(net) == patched
     names = sdconv.remove_patch(net)
     assert sorted(names) == sorted(name for some in first.replaced.values() for name in some)

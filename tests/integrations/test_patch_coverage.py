@@ -223,7 +223,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
     "a class of its own": (
         lambda: type("Mine", (resnet.ResnetBlock2D,), {})(in_channels=32, temb_channels=None),
         (_map(), None),
-        {"Mine: a class of its own, derived from ResnetBlock2D"},
+        {"Mine: a subclass of ResnetBlock2D"},
     ),
     "in one dimension": (
         lambda: downsampling.Downsample1D(4, use_conv=True),
