@@ -93,7 +93,7 @@ def test_a_lora_in_the_originals_names() -> None:
     for pipe in (pipeline("xl"), swapped("xl")):
         # diffusers reads our config to tell which of its own names these are
         matrices = loras.matrices(pipe.unet, only=r"\.to_|ff|conv1", alpha=1.5)
-        pipe.load_lora_weights(loras.kohya(matrices, loras.of_original(pipe.unet)))
+        pipe.load_lora_weights(loras.kohya(matrices, loras.original_names(pipe.unet)))
         given.append(run(pipe, "xl"))
     assert given[0] == given[1] != plain("xl")
 
