@@ -13,12 +13,20 @@ import pytest
 import torch
 from helpers import unets
 from helpers.differences import first_failure
-from helpers.fake_cuda import fake_cuda, placed
+from helpers.fake_cuda import (
+    HALF_DTYPES,
+    WithoutDriver,
+    assert_on_cuda,
+    fake_cuda,
+    map_tensors,
+    record_outputs,
+    to_fake_cuda,
+)
+from helpers.numbers import error
 from helpers.paths import DATA
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 import sdconv
 from sdconv.analysis.parity.compare import ModuleDifference, compare
@@ -194,10 +202,6 @@ def oracle() -> tuple[UNet2DConditionModel, dict[str, Tensor], dict[str, str]]:
     return network, load_file(DATA / "open-unet-sd1-io.safetensors"), features
 
 
-def far(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max())
-
-
 def test_original_implementation() -> None:
     network, io, features = oracle()
     got: dict[str, Tensor] = {}
@@ -214,7 +218,7 @@ def test_original_implementation() -> None:
         got["out"] = network(io["sample"], io["timestep"], io["context"]).sample
     expected = {k: v for k, v in io.items() if k not in ("sample", "timestep", "context")}
     assert got.keys() == expected.keys()
-    assert max(far(got[name], expected[name]) for name in expected) < 5e-5
+    assert max(error(got[name], expected[name]) for name in expected) < 5e-5
 
 
 @pytest.mark.shared
@@ -283,69 +287,39 @@ def test_control_original(spoil: Callable[[UNet2DConditionModel], None]) -> None
     spoil(network)
     with torch.no_grad():
         spoilt = network(io["sample"], io["timestep"], io["context"]).sample
-    assert far(spoilt, io["out"]) > 5e-5
-
-
-class WithoutCuda(TorchFunctionMode):
-    """Stands in for a method that asks for the tensor's device even where the tensor is fake."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Tensor:
-        if func is Tensor.contiguous:
-            return args[0].clone(memory_format=torch.contiguous_format)
-        return func(*args, **(kwargs or {}))
-
-
-def on_fake_cuda(network: nn.Module, dtype: torch.dtype) -> None:
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                stand_in = nn.Parameter(fake_cuda(parameter, dtype), requires_grad=False)
-                module._parameters[name] = stand_in
-        assert not module._buffers
+    assert error(spoilt, io["out"]) > 5e-5
 
 
 @pytest.mark.parametrize("family", unets.FAMILIES)
-def test_dry_run_on_cuda(family: str) -> None:
+def test_dry_run_on_fake_cuda(family: str) -> None:
     network = unets.blank(unets.smallest(family))
-    seen: dict[str, Tensor] = {}
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    for name, module in network.named_modules():
-        # a list is not called
-        if name and not isinstance(module, nn.ModuleList):
-            module.register_forward_hook(look(name))
-    for dtype in (torch.float16, torch.bfloat16):
-        seen.clear()
-        with FakeTensorMode(allow_non_fake_inputs=True), WithoutCuda(), torch.no_grad():
-            on_fake_cuda(network, dtype)
+    for dtype in HALF_DTYPES:
+        outputs = record_outputs(network)
+        with FakeTensorMode(), WithoutDriver(), torch.no_grad():
+            to_fake_cuda(network, dtype)
             given = unets.inputs(network.config, size=(9, 12))
-            sample, _, *rest = (placed(one, dtype, fake_cuda) for one in given)
+            sample, _, *rest = (map_tensors(one, dtype, fake_cuda) for one in given)
             out = network(sample, 981, *rest).sample
         assert out.shape == (2, network.config.out_channels, 9, 12)
-        assert {tensor.device.type for tensor in (*seen.values(), out)} == {"cuda"}
-        # sines and cosines are float32 in every dtype
-        fine = {name for name in seen if name.endswith("time_proj")}
-        assert {name for name, tensor in seen.items() if tensor.dtype != dtype} == fine
-        idle = {name for name, _ in network.named_modules() if name} - set(seen)
-        lists = {n for n, m in network.named_modules() if isinstance(m, nn.ModuleList)}
-        assert idle == lists
+        sinusoids = {name: outputs.pop(name) for name in [*outputs] if name.endswith("time_proj")}
+        assert_on_cuda({**outputs, "forward": [out]}, dtype)
+        # sines and cosines are computed in float32
+        assert_on_cuda(sinusoids, torch.float32)
+        called = {
+            name
+            for name, module in network.named_modules()
+            if name and not isinstance(module, nn.ModuleList)
+        }
+        assert set(outputs) | set(sinusoids) == called
 
 
-def test_dry_run_notices_a_tensor_left_behind() -> None:
+def test_dry_run_notices_weights_on_fake_cuda_and_text_on_the_cpu() -> None:
     ours, peer = pair(SMALL)
     sample, _, text, *_ = unets.inputs(peer.config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        on_fake_cuda(ours, torch.float16)
-        fake = torch.empty(sample.shape, device="cuda", dtype=torch.float16)
+        to_fake_cuda(ours, torch.float16)
         with pytest.raises(Exception, match="device"):
-            ours(fake, 981, text.half())
+            ours(fake_cuda(sample, torch.float16), 981, text.half())
 
 
 @pytest.mark.gpu
@@ -354,11 +328,13 @@ def test_dry_run_notices_a_tensor_left_behind() -> None:
 def test_parity_on_cuda(family: str, dtype: torch.dtype) -> None:
     ours, peer = (network.to("cuda", dtype) for network in pair(family))
     given = unets.inputs(peer.config)
-    arguments = [placed(one, dtype, lambda tensor, kind: tensor.to("cuda", kind)) for one in given]
+    arguments = [
+        map_tensors(one, dtype, lambda tensor, kind: tensor.to("cuda", kind)) for one in given
+    ]
     with torch.no_grad():
         got, expected = (network(*arguments).sample for network in (ours, peer))
     # the same kernels on the same data: no more than one rounding apart
-    assert far(got.float(), expected.float()) <= torch.finfo(dtype).eps
+    assert error(got, expected) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded, unets
-from helpers.fake_cuda import KINDS, LOW, placed
+from helpers.fake_cuda import AUTOENCODERS, HALF_DTYPES, map_tensors
 from helpers.numbers import error
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ def test_blocks(channels: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("as_on_cuda")
 def test_networks() -> None:
-    vae = seeded.network(KINDS["sd1"])
+    vae = seeded.network(AUTOENCODERS["sd1"])
     latents = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(2))
     unet = unets.ours(unets.theirs(unets.smallest("SDXL")))
     given = unets.inputs(unet.config, size=(8, 12))
@@ -150,10 +150,10 @@ def as_near_as_the_reference(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("kind", ["sd1", "sd3", "flux2"])
 def test_autoencoders_on_cuda(kind: str, dtype: torch.dtype) -> None:
-    network = seeded.network(KINDS[kind]).to(dtype)
+    network = seeded.network(AUTOENCODERS[kind]).to(dtype)
     random = torch.Generator().manual_seed(3)
     latents = torch.randn(2, network.config["latent_channels"], 9, 13, generator=random).to(dtype)
     as_near_as_the_reference(
@@ -162,13 +162,13 @@ def test_autoencoders_on_cuda(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("family", ["SD1", "SD2", "SDXL"])
 def test_unets_on_cuda(family: str, dtype: torch.dtype) -> None:
     network = unets.ours(unets.theirs(unets.smallest(family))).to(dtype)
     given = unets.inputs(network.config, size=(16, 24))
 
     def run(network: Any, to: Place) -> Tensor:
-        return network(*(placed(one, dtype, to) for one in given)).sample  # type: ignore[no-any-return]
+        return network(*(map_tensors(one, dtype, to) for one in given)).sample  # type: ignore[no-any-return]
 
     as_near_as_the_reference(network, dtype, run)
