@@ -1,4 +1,4 @@
-"""The linear layers and the attention of diffusers' transformers inside a fast U-Net."""
+"""The linear layers and the attention of diffusers' transformers in a fast U-Net."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.numbers import error, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from sdconv.fast.transformers import products
 pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
 
 
-class Calls(nn.Module):
-    """A linear layer that has seen which kernel its product came from."""
+class Linear(nn.Module):
+    """A linear layer that runs as it does in a transformer."""
 
     def __init__(self, depth: int, columns: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -31,10 +32,6 @@ class Calls(nn.Module):
         return out
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 @given(
     rows=st.integers(256, 700),
     depth=st.integers(1, 150),
@@ -43,43 +40,43 @@ def random(*shape: int) -> Tensor:
 )
 @settings(max_examples=25)
 def test_linear_layers(rows: int, depth: int, columns: int, bias: bool) -> None:
-    x, weight = random(1, rows, depth), random(columns, depth)
-    added = random(columns) if bias else None
+    x, weight = randn(1, rows, depth), randn(columns, depth, seed=1)
+    added = randn(columns, seed=2) if bias else None
     out = engines.compiled()[0].linear(x, weight, added)
     expected = functional.linear(
         x.double(), weight.double(), None if added is None else added.double()
     )
     assert out is not None
-    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert error(out, expected) <= 1e-5
     shifted = functional.linear(x.double(), weight.double().roll(1, 0))
-    assert (out - shifted).abs().max() > 0.1 * expected.abs().max()
+    assert error(out, shifted) > 0.1
 
 
-def test_only_fast_networks_without_gradients_are_taken_over(
+def test_only_fast_networks_without_gradients_use_the_compiled_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken = []
+    calls = []
     compiled = engines.compiled()[0]
     plain = compiled.linear
-    monkeypatch.setattr(compiled, "linear", lambda *given: taken.append(1) or plain(*given))
-    module, x = Calls(32, 64), random(1, 300, 32)
+    monkeypatch.setattr(compiled, "linear", lambda *given: calls.append(1) or plain(*given))
+    module, x = Linear(32, 64), randn(1, 300, 32)
     with torch.no_grad():
         expected = module(x)
-        assert not taken
+        assert not calls
         with sdconv.backend("fast"):
             assert torch.allclose(module(x), expected, atol=1e-5)
-            assert len(taken) == 1
+            assert len(calls) == 1
             module(x.transpose(0, 1).expand(300, 2, 32).transpose(0, 1))  # not dense
-            assert len(taken) == 1
+            assert len(calls) == 1
     with sdconv.backend("fast"):
         module(x).sum().backward()
-    assert len(taken) == 1
+    assert len(calls) == 1
     assert module.layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
-    x = random(2, 32, 20, 30).contiguous(memory_format=torch.channels_last)
+def test_1x1_convolutions_in_channels_last(kernel: int) -> None:
+    x = randn(2, 32, 20, 30).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(32, 48, kernel)
     with torch.no_grad(), sdconv.backend("fast"), products(conv, x):
         out = conv(x)
@@ -90,23 +87,25 @@ def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
 
 
 def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+    calls = []
     compiled = engines.compiled()[0]
     plain = compiled.attention
-    monkeypatch.setattr(compiled, "attention", lambda *given: taken.append(1) or plain(*given))
-    query, key, value = random(2, 3, 30, 8), random(2, 3, 40, 8), random(2, 3, 40, 8)
+    monkeypatch.setattr(compiled, "attention", lambda *given: calls.append(1) or plain(*given))
+    query, key, value = (
+        randn(2, 3, length, 8, seed=seed) for seed, length in enumerate((30, 40, 40))
+    )
     attend: Any = functional.scaled_dot_product_attention
     doubles = (query.double(), key.double(), value.double())
-    mask = random(30, 40) > 0
+    mask = randn(30, 40) > 0
 
-    def error(*args: Any, **options: Any) -> float:
-        with torch.no_grad(), sdconv.backend("fast"), products(nn.Identity(), random(1, 1, 1, 1)):
+    def absolute_error(*args: Any, **options: Any) -> float:
+        with torch.no_grad(), sdconv.backend("fast"), products(nn.Identity(), randn(1, 1, 1, 1)):
             out = attend(query, key, value, *args, **options)
         return float((out - attend(*doubles, *args, **options)).abs().max())
 
-    assert error() < 1e-5
-    assert error(scale=0.7) < 1e-5
-    assert len(taken) == 2
-    assert error(mask) < 1e-5
-    assert error(is_causal=True) < 1e-5
-    assert len(taken) == 2
+    assert absolute_error() < 1e-5
+    assert absolute_error(scale=0.7) < 1e-5
+    assert len(calls) == 2
+    assert absolute_error(mask) < 1e-5
+    assert absolute_error(is_causal=True) < 1e-5
+    assert len(calls) == 2

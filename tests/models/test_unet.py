@@ -65,7 +65,7 @@ def test_every_module_is_equal_bit_for_bit(family: str) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 9), (13, 6)])
 @pytest.mark.parametrize("family", ["SD1", "KOALA 700M"])
-def test_sizes_that_do_not_halve(family: str, size: tuple[int, int]) -> None:
+def test_odd_sizes(family: str, size: tuple[int, int]) -> None:
     ours, peer = pair(family)
     found = rows(ours, peer, *unets.inputs(peer.config, size=size))
     assert first_failure(found) is None
@@ -82,7 +82,7 @@ def test_timestep_in_every_form() -> None:
 
 
 def residuals(config: Any, batch: int = 2, size: tuple[int, int] = (8, 12)) -> list[Tensor]:
-    """One tensor for each skip, as a ControlNet gives."""
+    """A ControlNet's output: one tensor for each skip connection."""
     channels = config["block_out_channels"]
     shapes, (height, width) = [(channels[0], *size)], size
     for level, count in enumerate(channels):
@@ -102,7 +102,7 @@ def test_controlnet_residuals(family: str) -> None:
     assert first_failure(found) is None
 
 
-@pytest.mark.parametrize("extra", [0, 1], ids=["levels", "levels and middle"])
+@pytest.mark.parametrize("extra", [0, 1], ids=["levels", "levels and mid block"])
 @pytest.mark.parametrize("family", ["SD1", "SDXL"])
 def test_t2i_adapter_residuals(family: str, extra: int) -> None:
     ours, peer = pair(family)
@@ -110,10 +110,10 @@ def test_t2i_adapter_residuals(family: str, extra: int) -> None:
     torch.manual_seed(2)
     by_level: list[Tensor] = []
     for level, block in enumerate(peer.down_blocks):
-        # where transformers stand it is added before the halving, elsewhere behind it
-        behind = not hasattr(block, "attentions") and level < levels - 1
-        steps = level + behind
-        shape = (math.ceil(8 / 2**steps), math.ceil(12 / 2**steps))
+        # added before the downsampling in blocks with transformers, after it in others
+        after = not hasattr(block, "attentions") and level < levels - 1
+        factor = 2 ** (level + after)
+        shape = (math.ceil(8 / factor), math.ceil(12 / factor))
         by_level.append(torch.randn(2, peer.config.block_out_channels[level], *shape))
     by_level += [
         torch.randn(2, peer.config.block_out_channels[-1], *by_level[-1].shape[2:])
@@ -156,12 +156,12 @@ def test_freeu(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "recompute"), [("SD1", False), ("SDXL", False), ("uneven layers", True)]
+    ("family", "checkpointing"), [("SD1", False), ("SDXL", False), ("uneven layers", True)]
 )
-def test_gradients_are_equal(family: str, recompute: bool) -> None:
+def test_gradients_are_equal(family: str, checkpointing: bool) -> None:
     gradients = []
     for network in pair(family):
-        if recompute and isinstance(network, UNet2DConditionModel):
+        if checkpointing and isinstance(network, UNet2DConditionModel):
             network.enable_gradient_checkpointing()
             assert network.is_gradient_checkpointing
         sample, timestep, text, labels, guidance, *_, added = unets.inputs(network.config)
@@ -177,8 +177,9 @@ def test_gradients_are_equal(family: str, recompute: bool) -> None:
 
 
 def oracle() -> tuple[UNet2DConditionModel, dict[str, Tensor], dict[str, str]]:
-    """The small SD1-style U-Net that the original implementation was run with: its weights follow
-    from a seed. Also the module that stands for each of the original's numbered blocks."""
+    """The small SD1-style U-Net that the original implementation was run with, with weights of a
+    seed; that run's inputs and outputs; and for each numbered block of the original the module that
+    has its output."""
     header = json.loads((DATA / "open-unet-sd1.json").read_text())
     random = torch.Generator().manual_seed(21)
     state = {}
@@ -202,7 +203,7 @@ def oracle() -> tuple[UNet2DConditionModel, dict[str, Tensor], dict[str, str]]:
     return network, load_file(DATA / "open-unet-sd1-io.safetensors"), features
 
 
-def test_original_implementation() -> None:
+def test_equals_the_original_implementation() -> None:
     network, io, features = oracle()
     got: dict[str, Tensor] = {}
 
@@ -222,31 +223,31 @@ def test_original_implementation() -> None:
 
 
 @pytest.mark.shared
-def test_recipe_gives_the_original_weights(shared_dir: Path) -> None:
+def test_the_seed_gives_the_weights_of_the_original(shared_dir: Path) -> None:
     network, io, _ = oracle()
     file = shared_dir / "oracle" / "open-unet-sd1-ldm.safetensors"
-    there = sdconv.load(file, dtype=torch.float32).state_dict()
+    stored = sdconv.load(file, dtype=torch.float32).state_dict()
     state = network.state_dict()
-    assert state.keys() == there.keys()
-    assert all(torch.equal(state[name], there[name]) for name in state)
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], stored[name]) for name in state)
     kept = load_file(shared_dir / "oracle" / "open-unet-sd1-io.safetensors")
     assert all(torch.equal(io[name], kept[name]) for name in kept)
 
 
 def swap_skips(network: UNet2DConditionModel) -> None:
     block = network.up_blocks[0]
-    honest = block.forward
-    block.forward = lambda x, temb, skips, *rest: honest(x, temb, skips[::-1], *rest)  # type: ignore[method-assign]
+    original = block.forward
+    block.forward = lambda x, temb, skips, *rest: original(x, temb, skips[::-1], *rest)  # type: ignore[method-assign]
 
 
-def forget_time(network: UNet2DConditionModel) -> None:
+def drop_time_projection(network: UNet2DConditionModel) -> None:
     network.mid_block.resnets[0].time_emb_proj = None  # type: ignore[union-attr]
 
 
 def sines_first(network: UNet2DConditionModel) -> None:
-    honest = network.time_proj
+    original = network.time_proj
     network.time_proj = nn.Module()  # type: ignore[assignment]
-    network.time_proj.forward = lambda steps: honest(steps).roll(honest.width // 2, dims=1)  # type: ignore[method-assign]
+    network.time_proj.forward = lambda steps: original(steps).roll(original.width // 2, dims=1)  # type: ignore[method-assign]
 
 
 def other_eps(network: UNet2DConditionModel) -> None:
@@ -254,40 +255,42 @@ def other_eps(network: UNet2DConditionModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "first"),
+    ("fault", "first"),
     [
         (swap_skips, "up_blocks.0.resnets.0.norm1"),
-        (forget_time, "mid_block.resnets.0.norm2"),
+        (drop_time_projection, "mid_block.resnets.0.norm2"),
         (sines_first, "time_proj"),
         (other_eps, "down_blocks.1.resnets.0.norm1"),
     ],
 )
-def test_control(spoil: Callable[[UNet2DConditionModel], None], first: str) -> None:
+def test_a_fault_shows_at_its_module(
+    fault: Callable[[UNet2DConditionModel], None], first: str
+) -> None:
     ours, peer = pair("SD1", unets.smallest)
     arguments = unets.inputs(peer.config)
     assert first_failure(rows(ours, peer, *arguments)) is None
-    spoil(ours)
+    fault(ours)
     assert first_failure(rows(ours, peer, *arguments)) == first
     with torch.no_grad():
         assert not torch.equal(ours(*arguments).sample, peer(*arguments).sample)
 
 
-def test_control_heads() -> None:
+def test_another_number_of_heads_shows_in_the_attention() -> None:
     config = unets.smallest("SD1")
     peer = unets.theirs(config)
-    spoilt = unets.ours(unets.theirs({**config, "attention_head_dim": 4}))
-    first = first_failure(rows(spoilt, peer, *unets.inputs(peer.config)))
-    # projections are alike, what the heads make of them is not
+    wrong = unets.ours(unets.theirs({**config, "attention_head_dim": 4}))
+    first = first_failure(rows(wrong, peer, *unets.inputs(peer.config)))
+    # the projections are equal, the attention is not
     assert first == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 
 
-@pytest.mark.parametrize("spoil", [swap_skips, forget_time, sines_first])
-def test_control_original(spoil: Callable[[UNet2DConditionModel], None]) -> None:
+@pytest.mark.parametrize("fault", [swap_skips, drop_time_projection, sines_first])
+def test_a_fault_shows_against_the_original(fault: Callable[[UNet2DConditionModel], None]) -> None:
     network, io, _ = oracle()
-    spoil(network)
+    fault(network)
     with torch.no_grad():
-        spoilt = network(io["sample"], io["timestep"], io["context"]).sample
-    assert error(spoilt, io["out"]) > 5e-5
+        out = network(io["sample"], io["timestep"], io["context"]).sample
+    assert error(out, io["out"]) > 5e-5
 
 
 @pytest.mark.parametrize("family", unets.FAMILIES)
@@ -333,7 +336,7 @@ def test_parity_on_cuda(family: str, dtype: torch.dtype) -> None:
     ]
     with torch.no_grad():
         got, expected = (network(*arguments).sample for network in (ours, peer))
-    # the same kernels on the same data: no more than one rounding apart
+    # the same kernels on the same data: at most one rounding apart
     assert error(got, expected) <= torch.finfo(dtype).eps
 
 
@@ -349,7 +352,7 @@ def test_save_and_load(family: str, layout: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
 
 
-def test_folder_of_diffusers_both_ways(tmp_path: Path) -> None:
+def test_folders_written_by_diffusers_and_for_diffusers(tmp_path: Path) -> None:
     ours, peer = pair("SSD-1B")
     peer.save_pretrained(tmp_path / "theirs")
     loaded = sdconv.load(tmp_path / "theirs")
@@ -363,19 +366,19 @@ def test_folder_of_diffusers_both_ways(tmp_path: Path) -> None:
         assert torch.equal(again(*arguments).sample, expected)
 
 
-def bare(family: str) -> UNet2DConditionConfig:
+def config_of(family: str) -> UNet2DConditionConfig:
     return unets.blank(unets.small(family)).config
 
 
 def test_without_transformers() -> None:
-    network = UNet2DConditionModel(bare("SD1"), transformers=None).eval()
+    network = UNet2DConditionModel(config_of("SD1"), transformers=None).eval()
     assert not [name for name in network.state_dict() if "attentions" in name]
-    # no text is asked for
+    # needs no prompt embeddings
     with torch.no_grad():
         assert network(torch.zeros(1, 4, 8, 8), 5, None).sample.shape == (1, 4, 8, 8)
 
 
-def test_own_modules_in_the_slots() -> None:
+def test_custom_modules_in_the_slots() -> None:
     slots: list[TransformerSlot] = []
 
     class Mean(nn.Module):
@@ -393,13 +396,13 @@ def test_own_modules_in_the_slots() -> None:
         slots.append(slot)
         return Mean(slot) if slot.name.startswith("mid_block") else None
 
-    network = UNet2DConditionModel(bare("SDXL"), transformers=make)
+    network = UNet2DConditionModel(config_of("SDXL"), transformers=make)
     peer = unets.theirs(unets.small("SDXL"))
-    places = {slot.name: slot for slot in slots}
-    assert set(places) == {
+    by_name = {slot.name: slot for slot in slots}
+    assert set(by_name) == {
         name for name, _ in peer.named_modules() if re.fullmatch(r".*attentions\.\d+", name)
     }
-    for name, slot in places.items():
+    for name, slot in by_name.items():
         module = peer.get_submodule(name)
         assert (slot.channels, slot.heads, slot.depth) == (
             module.in_channels,
@@ -432,7 +435,7 @@ def test_one_graph_serves_any_size() -> None:
             assert torch.equal(compiled(*arguments).sample, peer(*arguments).sample)
 
 
-def test_exported_with_its_named_result(tmp_path: Path) -> None:
+def test_exported_with_its_output_class(tmp_path: Path) -> None:
     peer = unets.theirs(unets.smallest("no transformers"))
     arguments = unets.inputs(peer.config)
     with torch.no_grad():

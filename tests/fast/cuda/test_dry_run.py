@@ -1,4 +1,4 @@
-"""Every network on the fast backend on stand-ins for CUDA's tensors, which have no values."""
+"""Every network on the fast backend, on fake CUDA tensors."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def test_dry_run_of_autoencoders(kind: str, dtype: torch.dtype) -> None:
     network = seeded.network(AUTOENCODERS[kind])
 
     def run() -> Tensor:
-        stride, channels = network.downscale, network.config["latent_channels"]
-        x = torch.empty(2, 3, 2 * stride, 3 * stride, device="cuda", dtype=dtype)
+        scale, channels = network.downscale, network.config["latent_channels"]
+        x = torch.empty(2, 3, 2 * scale, 3 * scale, device="cuda", dtype=dtype)
         network.encode(x)
         return network.decode(x.new_empty(2, channels, 2, 3)).sample  # type: ignore[no-any-return]
 
     norms, upsamplers = norms_and_upsamplers(network)
     ran = dry_run(network, dtype, run)
     assert ran["sdconv.group_norm_silu.default"] == norms
-    # four phases each
+    # four sub-pixel convolutions each
     assert ran["aten.copy_.default"] >= 4 * upsamplers
 
 
@@ -96,7 +96,7 @@ def test_dry_run_of_unets(family: str, dtype: torch.dtype) -> None:
     assert ran["aten.upsample_nearest2d.default"] == 0
 
 
-def test_dry_run_notices_a_statistic_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_notices_an_injected_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_norm_silu", lambda norm, x, added=None: x.float())
     network = seeded.network(AUTOENCODERS["sd1"])
     with pytest.raises((AssertionError, RuntimeError), match=r"dtype|same|type"):
