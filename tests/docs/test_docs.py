@@ -1,5 +1,5 @@
-"""The documentation's code prints what stands below it, its pictures are those of the weights that
-ship, and the site builds."""
+"""The documentation's code prints the output shown below it, its pictures are up to date, and the
+site builds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def scripts() -> dict[str, ModuleType]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_prints_what_stands_below_it(page: Path, scripts: dict[str, ModuleType]) -> None:
-    with torch.enable_grad():  # pages may turn it off; here it comes back
+def test_code_prints_the_output_below_it(page: Path, scripts: dict[str, ModuleType]) -> None:
+    with torch.enable_grad():  # restored if a page turns it off
         snippets = scripts["snippets"].run_page(page)
     assert {s.line: s.printed for s in snippets} == {s.line: s.shown for s in snippets}
 
@@ -58,20 +58,20 @@ def test_a_wrong_output_is_noticed(
     assert page.read_text().endswith("\nMore.\n")
 
 
-def test_pictures_are_shown_small_and_of_the_weights_that_ship(
+def test_pictures_are_shown_and_small_and_up_to_date(
     scripts: dict[str, ModuleType],
 ) -> None:
-    there = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.webp")}
+    sizes = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.webp")}
     text = "".join(page.read_text() for page in PAGES)
-    assert set(re.findall(r"\(pictures/([^)]+)\)", text)) == set(there)
-    assert {name for name, size in there.items() if size > LARGEST} == set()
+    assert set(re.findall(r"\(pictures/([^)]+)\)", text)) == set(sizes)
+    assert {name for name, size in sizes.items() if size > LARGEST} == set()
     pictures = scripts["pictures"]
     assert pictures.SOURCES.read_text() == pictures.sources(), (
         "weights or photo have changed: run `python -m scripts.docs.pictures`"
     )
 
 
-def test_the_pages_screenshot_is_shown_and_small() -> None:
+def test_the_screenshot_is_shown_and_small() -> None:
     (shown,) = (DOCS / "screens").iterdir()
     assert f"(screens/{shown.name})" in (DOCS / "features.md").read_text()
     assert shown.stat().st_size <= LARGEST
@@ -79,18 +79,18 @@ def test_the_pages_screenshot_is_shown_and_small() -> None:
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_script_makes_the_screenshot(tmp_path: Path) -> None:
+def test_the_script_takes_the_screenshot(tmp_path: Path) -> None:
     pytest.importorskip("playwright", reason="the browser is driven by playwright")
     command = [sys.executable, "-m", "scripts.docs.screenshot", "--out", tmp_path / "page.webp"]
     subprocess.run(command, check=True, cwd=ROOT)
     with Image.open(tmp_path / "page.webp") as made:
         with Image.open(DOCS / "screens" / "page.webp") as shown:
             assert made.size == shown.size
-        assert sum(map(bool, made.convert("L").histogram())) > 200  # not an empty page
+        assert sum(map(bool, made.convert("L").histogram())) > 200  # an empty page has few greys
 
 
 @pytest.mark.slow
-def test_the_script_makes_these_pictures(tmp_path: Path) -> None:
+def test_the_script_draws_these_pictures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.docs.pictures", "--out", tmp_path]
     subprocess.run(command, check=True, cwd=ROOT)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -110,6 +110,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
     assert {page.with_suffix(".html").name for page in PAGES} <= set(pages)
-    # it opens without a network: nothing is loaded from elsewhere
+    # the site works offline: it loads nothing from other hosts
     loaded = r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:)?//"
     assert [name for name, html in pages.items() if re.search(loaded, html)] == []
