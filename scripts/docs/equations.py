@@ -1,7 +1,7 @@
 """Equations of the documentation: a ``math`` block's LaTeX becomes MathML while the site is built.
 
-Browsers typeset MathML themselves, so that the pages need no script and no network connection; GitHub
-typesets the same blocks. mkdocs.yml names :func:`fence`. Needs the ``docs`` extra.
+Browsers typeset MathML themselves, so that the pages need no script and no network connection;
+GitHub typesets the same blocks. mkdocs.yml names :func:`fence`. Needs the ``docs`` extra.
 """
 
 from __future__ import annotations

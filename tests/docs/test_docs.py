@@ -1,5 +1,5 @@
-"""The documentation's code prints what stands below it, its pictures are those of the weights that
-ship, and the site builds."""
+"""The documentation's code prints what is shown below it, its pictures are drawn from the weights that
+ship, and the site builds and opens from the disk."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ import pytest
 import torch
 from helpers.paths import ROOT
 from PIL import Image
+from test_imports import FLOORS
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-LARGEST = 150_000  # bytes of a picture
+LARGEST = 150_000  # bytes of an image
 
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, ModuleType]:
-    """``scripts.docs.snippets`` and ``scripts.docs.pictures``."""
+    """The modules ``scripts.docs.snippets`` and ``scripts.docs.pictures``."""
     return {
         name: importlib.import_module(f"scripts.docs.{name}") for name in ("snippets", "pictures")
     }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_prints_what_stands_below_it(page: Path, scripts: dict[str, ModuleType]) -> None:
-    with torch.enable_grad():  # pages may turn it off; here it comes back
+def test_code_prints_what_is_shown_below_it(page: Path, scripts: dict[str, ModuleType]) -> None:
+    with torch.enable_grad():  # a page may turn it off: this restores it
         snippets = scripts["snippets"].run_page(page)
     assert {s.line: s.printed for s in snippets} == {s.line: s.shown for s in snippets}
 
@@ -58,7 +59,7 @@ def test_a_wrong_output_is_noticed(
     assert page.read_text().endswith("\nMore.\n")
 
 
-def test_pictures_are_shown_small_and_of_the_weights_that_ship(
+def test_pictures_are_shown_and_small_and_drawn_from_the_weights_that_ship(
     scripts: dict[str, ModuleType],
 ) -> None:
     there = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.webp")}
@@ -110,6 +111,28 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
     assert {page.with_suffix(".html").name for page in PAGES} <= set(pages)
-    # it opens without a network: nothing is loaded from elsewhere
+    # it opens without a network connection: nothing is loaded from elsewhere
     loaded = r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:)?//"
     assert [name for name, html in pages.items() if re.search(loaded, html)] == []
+
+
+def test_the_drawing_of_the_floors_is_the_scripts_and_shows_every_floor() -> None:
+    architecture = importlib.import_module("scripts.docs.architecture")
+    assert architecture.DRAWING.read_text("utf-8") == architecture.drawing(), (
+        "run `python -m scripts.docs.architecture`"
+    )
+    enforced = [names for names in FLOORS if names not in (("__main__",), ("",))]
+    assert [tuple(name for name, _ in floor) for floor in architecture.FLOORS] == enforced
+
+
+FOLDERS = ("docs", "examples", "scripts", "sdconv", "tests", "weights")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"`([\w.-]+/[\w./-]*|\w+\.py)`", text):
+        if name.partition("/")[0] in FOLDERS:
+            assert (ROOT / name).exists(), name
+        elif page.stem == "architecture":  # whose paths are relative to the package
+            assert (ROOT / "sdconv" / name).exists(), name
