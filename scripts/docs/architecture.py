@@ -46,7 +46,7 @@ FLOORS = (
     (("errors", ("what is wrong, where, expected, got, hint",)),),
 )
 
-WIDTH, GUTTER, GAP = 960, 56, 8
+WIDTH, GUTTER, GAP = 780, 52, 8
 # pixels of a floor by the lines of its captions
 HEIGHTS = {1: 40, 2: 68}
 PAPER, INK, FAINT, ARROW = "#ffffff", "#1d2433", "#4b5568", "#8a94a6"
