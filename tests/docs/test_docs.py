@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,21 +100,58 @@ def test_the_script_makes_these_pictures(tmp_path: Path) -> None:
     }
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="needs the docs extra: pip install -e '.[docs]'")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the site, built without a warning."""
+    for package in ("mkdocs", "latex2mathml"):
+        pytest.importorskip(package, reason="needs the docs extra: pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("docs") / "site"
     ran = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     assert ran.returncode == 0, ran.stderr
-    pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
+    return folder
+
+
+def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = {path.name: path.read_text() for path in site.glob("*.html")}
     assert {page.with_suffix(".html").name for page in PAGES} <= set(pages)
-    # it opens without a network connection: nothing is loaded from elsewhere
     loaded = r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:)?//"
     assert [name for name, html in pages.items() if re.search(loaded, html)] == []
+
+
+def test_equations_are_mathml(site: Path) -> None:
+    for page in PAGES:
+        equations = re.findall(r"^```math$", page.read_text(), re.MULTILINE)
+        html = page.with_suffix(".html").name
+        assert (site / html).read_text().count("<math ") == len(equations), page.name
+
+
+@pytest.mark.browser
+def test_the_search_works_from_the_disk(site: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        # the sandbox cannot be set up by root
+        browser = driver.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_context(offline=True).new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((site / "index.html").as_uri())
+        page.click(".md-search__input")
+        page.keyboard.type("winograd")
+        page.wait_for_selector(".md-search-result__item", timeout=60_000)
+        found = page.locator(".md-search-result__item a").evaluate_all(
+            "all => all.map(a => a.href)"
+        )
+        browser.close()
+    assert any("fast-backend.html" in address for address in found)
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
 def test_the_drawing_of_the_floors_is_the_scripts_and_shows_every_floor() -> None:
