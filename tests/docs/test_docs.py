@@ -1,5 +1,5 @@
-"""The documentation's code prints what is shown below it, its pictures are drawn from the weights that
-ship, and the site builds and opens from the disk."""
+"""The documentation's code prints what is shown below it, its pictures are drawn from the weights
+that ship, and the site builds and opens from the disk."""
 
 from __future__ import annotations
 
