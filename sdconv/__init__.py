@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sdconv.backends import backend, load_implementations_with
 from sdconv.errors import (
     CheckpointError,
     InputError,
@@ -15,7 +16,6 @@ from sdconv.errors import (
 )
 
 if TYPE_CHECKING:
-    from sdconv.backends import backend
     from sdconv.checkpoint.identify.infer import infer
     from sdconv.checkpoint.io.header import read_header
     from sdconv.checkpoint.save import save
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sdconv.features import features
     from sdconv.features.capture import capture, run_until
     from sdconv.features.editing import edit
-    from sdconv.features.store import open_maps
+    from sdconv.features.maps import open_maps
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.loading import load
     from sdconv.lora.merge import merge_lora, unmerge_lora
@@ -49,14 +49,13 @@ _HOME = {
     "UNet2DConditionConfig": "sdconv.config",
     "UNet2DConditionModel": "sdconv.models.unet",
     "apply_patch": "sdconv.integrations.patch",
-    "backend": "sdconv.backends",
     "capture": "sdconv.features.capture",
     "edit": "sdconv.features.editing",
     "features": "sdconv.features",
     "infer": "sdconv.checkpoint.identify.infer",
     "load": "sdconv.loading",
     "merge_lora": "sdconv.lora.merge",
-    "open_maps": "sdconv.features.store",
+    "open_maps": "sdconv.features.maps",
     "read_header": "sdconv.checkpoint.io.header",
     "remove_patch": "sdconv.integrations.patch",
     "run_until": "sdconv.features.capture",
@@ -94,6 +93,9 @@ __all__ = [
     "save",
     "unmerge_lora",
 ]
+
+
+load_implementations_with(lambda: import_module("sdconv.fast"))
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Known checkpoints, downloaded through the Hugging Face hub and compared with its sha256.
+"""Known checkpoints, downloaded from the Hugging Face hub and checked against its sha256.
 
-The hub's client does the carrying: its cache, its progress bars, its resuming of a connection that
-is cut, its environment variables (``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``).
-What is added here is a list of names, a check of every byte, and errors that say what to do.
+The hub's client downloads, with its cache, its progress bars, its resuming of cut connections and
+its environment variables (``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``). This
+module adds a list of names, a check of every byte, and errors that say what to do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FAMILIES = frozenset(
 COMPONENTS = ("vae", "unet")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# how the hub's client begins its warning; it then goes on and fills the disk
+# The hub's client only warns, with these words, and then fills the disk.
 _DISK_TOO_SMALL = "Not enough free disk space"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -37,14 +37,14 @@ _CHUNK = 1 << 20
 
 
 class FetchError(SdconvError):
-    """A known checkpoint that could not be had whole; nothing broken bears the file's name."""
+    """A known checkpoint could not be downloaded whole. No broken file is left under its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownCheckpoint:
-    """One table of ``weights/manifest.toml``; the head of that file says what each field means.
+    """One table of ``weights/manifest.toml``; the head of that file explains the fields.
 
-    Exactly one of ``size`` and ``approximate_size`` (both in bytes) is known.
+    Exactly one of ``size`` and ``approximate_size``, both in bytes, is given.
     """
 
     name: str
@@ -68,8 +68,8 @@ def load_manifest(path: Path | None = None) -> dict[str, KnownCheckpoint]:
         path: a manifest; by default the one installed with the package, else the repository's.
 
     Raises:
-        SdconvError: the manifest is absent, not TOML, or an entry has a field missing, unknown or
-            of a wrong value.
+        SdconvError: the manifest cannot be read or is not TOML, or an entry lacks a field, has an
+            unknown one or one with an invalid value.
     """
     where = path or _manifest_path()
     try:
@@ -78,29 +78,32 @@ def load_manifest(path: Path | None = None) -> dict[str, KnownCheckpoint]:
         raise SdconvError("the manifest cannot be read", where=where, got=error.strerror) from error
     except ValueError as error:  # tomllib's errors and unicode's are both
         raise SdconvError("not a TOML file", where=where, got=error) from error
-    return {name: _entry(name, table, where) for name, table in tables.items()}
+    return {name: _known_checkpoint(name, table, where) for name, table in tables.items()}
 
 
-def fetch(name: str, *, directory: Path | None = None, progress: bool = True) -> Path:
-    """Downloads a known checkpoint, or finds the download of an earlier call; checks its sha256.
+def fetch(
+    name: str, *, directory: Path | None = None, overwrite: bool = False, progress: bool = True
+) -> Path:
+    """Download a known checkpoint, or find an earlier download, and check its sha256.
 
     When the hub does not answer (no network, offline mode, terms not accepted), an earlier download
-    serves: one in the hub's cache is checked against the hash it is stored under, one in
-    ``directory`` cannot be checked, which a warning says.
+    is used: one in the hub's cache is checked against the hash under which it is stored; one in
+    ``directory`` cannot be checked, and a warning says so.
 
     Args:
-        name: a name of the manifest.
+        name: a name from the manifest.
         directory: the file goes to ``directory/name``; by default to the hub's own cache.
-        progress: show progress bars where standard error is a terminal.
+        overwrite: replace another file that is already in ``directory/name``.
+        progress: show progress bars if standard error is a terminal.
 
     Returns:
         The file's path.
 
     Raises:
-        InputError: no such name.
+        InputError: unknown name.
         FetchError: the hub cannot be reached, refuses the file, does not have it or does not state
-            its sha256; the connection was cut; the disk is full or not writable; the bytes are not
-            those stated (they are then deleted), or another file stands in ``directory/name``.
+            its sha256; the connection was cut; the disk is full or not writable; the bytes have
+            another sha256 (the file is then deleted); or ``directory/name`` holds another file.
     """
     known = _find(name)
     folder = None if directory is None else Path(directory).expanduser() / known.name
@@ -111,8 +114,9 @@ def fetch(name: str, *, directory: Path | None = None, progress: bool = True) ->
         except FetchError as error:
             return _earlier_download(known, folder, error)
         if folder is not None and (folder / known.file).exists():
-            return _keep(folder / known.file, stated)
-        return _verify(_download(known, folder), stated)
+            if _is_kept(folder / known.file, stated, overwrite):
+                return folder / known.file
+        return _verify(_download(known, folder, overwrite), stated)
 
 
 def _manifest_path() -> Path:
@@ -121,12 +125,12 @@ def _manifest_path() -> Path:
     return packaged if packaged.is_file() else repository
 
 
-def _entry(name: str, table: object, where: Path) -> KnownCheckpoint:
+def _known_checkpoint(name: str, table: object, where: Path) -> KnownCheckpoint:
     def wrong(what: str, expected: object, got: object) -> SdconvError:
         return SdconvError(what, where=f"{where} [{name}]", expected=expected, got=got)
 
     if not isinstance(table, dict):
-        raise wrong("an entry is a table of fields", "a table", repr(table))
+        raise wrong("the entry is not a table", "a table of fields", repr(table))
     known = {field.name: field for field in fields(KnownCheckpoint) if field.name != "name"}
     required = {key for key, field in known.items() if field.default is MISSING}
     if required - table.keys() or table.keys() - known.keys():
@@ -135,22 +139,22 @@ def _entry(name: str, table: object, where: Path) -> KnownCheckpoint:
 
     for key in ("repository", "file", "family", "licence"):
         if not isinstance(table[key], str) or not table[key]:
-            raise wrong(f"{key} is a text", "a text", repr(table[key]))
+            raise wrong(f"{key} is not a string", "a string", repr(table[key]))
     if not _REPOSITORY.fullmatch(table["repository"]):
-        raise wrong("repository is not one of the hub's", "owner/name", table["repository"])
+        raise wrong("repository is not a name on the hub", "owner/name", table["repository"])
     inside = PurePosixPath(table["file"])
     if inside.is_absolute() or ".." in inside.parts or "\\" in table["file"]:
-        raise wrong("file is a path inside the repository", "a relative path", table["file"])
+        raise wrong("file is not a path inside the repository", "a relative path", table["file"])
     if table["family"] not in FAMILIES:
         raise wrong("unknown family", ", ".join(sorted(FAMILIES)), table["family"])
     parts = table["components"]
     if not isinstance(parts, list) or not parts or any(part not in COMPONENTS for part in parts):
-        raise wrong("components is a list of networks", f"some of {COMPONENTS}", repr(parts))
+        raise wrong("components is not a list of networks", f"some of {COMPONENTS}", repr(parts))
     sizes = [table[key] for key in ("size", "approximate_size") if key in table]
     if len(sizes) != 1 or type(sizes[0]) is not int or sizes[0] <= 0:
-        raise wrong("size or approximate_size is a number of bytes", "one of them, > 0", sizes)
+        raise wrong("size or approximate_size is wrong", "one of them, in bytes", sizes)
     if not isinstance(table.get("gated", False), bool):
-        raise wrong("gated is true or false", "true or false", repr(table["gated"]))
+        raise wrong("gated is not a boolean", "true or false", repr(table["gated"]))
     return KnownCheckpoint(name=name, **{**table, "components": tuple(parts)})
 
 
@@ -162,41 +166,48 @@ def _find(name: str) -> KnownCheckpoint:
     near = [known for known in manifest if asked and known.startswith(asked)]
     near = near or difflib.get_close_matches(asked, manifest, n=1, cutoff=0.4)
     raise InputError(
-        "no known checkpoint has this name",
+        "unknown checkpoint",
         where=repr(name),
         expected=f"one of {', '.join(manifest)}",
-        hint=f"did you mean {' or '.join(near)}?" if near else "choose one of the names above",
+        hint=f"did you mean {' or '.join(near)}?" if near else "choose one of these names",
     )
 
 
 def _stated_sha256(known: KnownCheckpoint) -> str:
-    """The hub's sha256: a large file's ETag is one, else the repository's listing has it."""
+    """The file's sha256 on the hub: the ETag of a large file, or else from the repository's
+    listing."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     metadata = get_hf_file_metadata(hf_hub_url(known.repository, known.file))
     if metadata.etag is not None and _SHA256.fullmatch(metadata.etag):
         return metadata.etag
 
-    from huggingface_hub.hf_api import HfApi, RepoFile  # slow to import, and seldom needed
+    from huggingface_hub.hf_api import HfApi, RepoFile  # slow to import, and rarely needed
 
     commit = metadata.commit_hash
     for entry in HfApi().get_paths_info(known.repository, [known.file], revision=commit):
         if isinstance(entry, RepoFile) and entry.lfs is not None:
             return entry.lfs.sha256
     raise FetchError(
-        "the hub states no sha256 for this file, so its bytes could not be checked",
+        "the hub states no sha256 for this file, so it cannot be checked",
         where=known,
         got=f"ETag {metadata.etag}",
         hint="check HF_ENDPOINT, or download the file by hand and give its path",
     )
 
 
-def _download(known: KnownCheckpoint, folder: Path | None) -> Path:
+def _download(known: KnownCheckpoint, folder: Path | None, overwrite: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=_DISK_TOO_SMALL)
-        return Path(hf_hub_download(known.repository, known.file, local_dir=folder))
+        path = hf_hub_download(
+            known.repository,
+            known.file,
+            local_dir=folder,
+            force_download=overwrite and folder is not None,
+        )
+    return Path(path)
 
 
 def _earlier_download(known: KnownCheckpoint, folder: Path | None, why: FetchError) -> Path:
@@ -207,7 +218,7 @@ def _earlier_download(known: KnownCheckpoint, folder: Path | None, why: FetchErr
         if not path.is_file():
             raise why
         reason = str(why).splitlines()[0]
-        warnings.warn(f"{path} could not be checked: {reason}", SdconvWarning, stacklevel=3)
+        warnings.warn(f"{path} cannot be checked: {reason}", SdconvWarning, stacklevel=3)
         return path
     cached = try_to_load_from_cache(known.repository, known.file)
     if not isinstance(cached, str):
@@ -218,17 +229,19 @@ def _earlier_download(known: KnownCheckpoint, folder: Path | None, why: FetchErr
     return _verify(path, stored_as) if _SHA256.fullmatch(stored_as) else path
 
 
-def _keep(path: Path, stated: str) -> Path:
+def _is_kept(path: Path, stated: str, overwrite: bool) -> bool:
+    """Whether an existing file is the one on the hub; an error if it is another, unless that may be
+    overwritten."""
     got = _sha256(path)
-    if got != stated:
+    if got != stated and not overwrite:
         raise FetchError(
-            "another file stands here than the hub has now; it was left alone",
+            "exists already and is not the file on the hub; it is not overwritten",
             where=path,
             expected=f"sha256 {stated}",
             got=f"sha256 {got}",
-            hint="move it away, or choose another directory",
+            hint="replace it with overwrite= or choose another directory",
         )
-    return path
+    return got == stated
 
 
 def _verify(path: Path, stated: str) -> Path:
@@ -237,17 +250,17 @@ def _verify(path: Path, stated: str) -> Path:
         size = path.stat().st_size
         _remove(path)
         raise FetchError(
-            "the bytes are not the ones that the hub states; the file was deleted",
+            "the download has another sha256 than the hub states; it was deleted",
             where=path,
             expected=f"sha256 {stated}",
             got=f"sha256 {got} ({size} bytes)",
-            hint="fetch it again; if this repeats, something on the way from the hub alters it",
+            hint="fetch it again; if this happens again, a proxy or mirror may alter the file",
         )
     return path
 
 
 def _remove(path: Path) -> None:
-    """Deletes a file and every symbolic link on the way to it, as the hub's cache has them."""
+    """Delete a file together with the symbolic links that lead to it, as in the hub's cache."""
     while path.is_symlink():
         target = path.parent / path.readlink()
         path.unlink()
@@ -258,7 +271,7 @@ def _remove(path: Path) -> None:
 def _sha256(path: Path) -> str:
     from huggingface_hub.utils.tqdm import tqdm
 
-    bar: type[Any] = tqdm  # it is not typed
+    bar: type[Any] = tqdm  # untyped
     shown = {"desc": "sha256", "total": path.stat().st_size, "unit": "B", "unit_scale": True}
     digest = hashlib.sha256()
     with path.open("rb") as file, bar(**shown, disable=None) as progress:
@@ -270,7 +283,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _bars(progress: bool) -> Iterator[None]:
-    """Hides the progress bars of the hub's client, unless its environment variable decides."""
+    """Hide the progress bars of the hub's client, unless its environment variable decides."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
@@ -291,10 +304,10 @@ def _bars(progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _hub_errors(known: KnownCheckpoint) -> Iterator[None]:
-    """Turns whatever the hub's client raises into an error that says what to do.
+    """Translate any exception of the hub's client into an error that says what to do.
 
     The client raises its own errors, its HTTP library's, the operating system's and those of its
-    compiled downloader: they have no narrower base in common than Exception.
+    compiled downloader; Exception is their only common base.
     """
     try:
         yield
@@ -311,35 +324,36 @@ def _explain(known: KnownCheckpoint, error: Exception) -> FetchError:
     page = f"{constants.ENDPOINT}/{known.repository}"
     got = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
-    def told(what: str, fix: str) -> FetchError:
-        return FetchError(what, where=known, got=got, hint=fix)
+    def failed(what: str, hint: str) -> FetchError:
+        return FetchError(what, where=known, got=got, hint=hint)
 
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403) and known.gated:
-            return told(
-                "the hub gives this file only to those who accepted its terms",
-                f"accept them at {page}, log in with `hf auth login` or set HF_TOKEN, fetch again",
+            return failed(
+                "the hub gives this file only to users who accepted its terms",
+                f"accept them at {page}, log in with `hf auth login` or set HF_TOKEN, and fetch it "
+                "again",
             )
         if status in (401, 403):
-            return told(
-                "the hub refuses this file: the repository is private or gone, or the token bad",
+            return failed(
+                "the hub refuses access: the repository is private or gone, or the token invalid",
                 f"look at {page}; log in again with `hf auth login`, or unset HF_TOKEN",
             )
         if status == 404:
-            return told("the hub has no such file", f"it may have moved: look at {page}")
-        return told(f"the hub answered with HTTP status {status}", "try again later")
+            return failed("the hub has no such file", f"it may have moved: look at {page}")
+        return failed(f"the hub answered with HTTP status {status}", "try again later")
     if isinstance(error, OfflineModeIsEnabled):
-        return told(
-            "offline mode is on, and no earlier download is at hand",
-            "unset HF_HUB_OFFLINE, or give the path of a file that you have",
+        return failed(
+            "offline mode is on, and there is no earlier download",
+            "unset HF_HUB_OFFLINE, or pass the path of a file that you have",
         )
     number = error.errno if isinstance(error, OSError) else None
     if number in _DISK_FULL or str(error).startswith(_DISK_TOO_SMALL):
-        return told("the disk is too full", "make room, or choose another directory or HF_HOME")
+        return failed("the disk is full", "free some space, or choose another directory or HF_HOME")
     if number in (*_NO_ACCESS, *_NO_PLACE):
-        return told("it cannot be read or written there", "choose another directory or HF_HOME")
-    return told(
-        "the hub could not be reached, or the connection was cut; no half-done file bears the name",
-        f"check that there is a network and that {constants.ENDPOINT} is a hub, then fetch again",
+        return failed("cannot be read or written there", "choose another directory or HF_HOME")
+    return failed(
+        "the hub could not be reached, or the connection was cut; no partial file was left",
+        f"check your network and that {constants.ENDPOINT} is a hub, and fetch it again",
     )

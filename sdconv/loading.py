@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdconv.backends import checked, set_backend
+from sdconv.backends import check_backend, set_backend
 from sdconv.checkpoint.identify.find import (
     find_networks,
     is_bare_half,
@@ -205,7 +205,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def _check_arguments(dtype: torch.dtype | None, backend: str) -> None:
-    checked(backend)
+    check_backend(backend)
     if dtype is not None and not (
         isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in _STORAGE_ONLY
     ):

@@ -1,7 +1,7 @@
-"""Two checkpoints side by side: how far apart their weights are, block by block.
+"""How far apart the weights of two checkpoints are, block by block.
 
 Layouts and dtypes do not matter: VAEs and U-Nets are compared by diffusers' names, text encoders by
-those of original files, everything else by its own.
+their names in the original layout, and everything else by its own names.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from sdconv.checkpoint.whole import Checkpoint, Names, entries, opened
 from sdconv.errors import CheckpointError
 from sdconv.loading import SourceView, Weights
 
-_PIECE = 1 << 22  # values that are in memory at a time, in float64
+_CHUNK = 1 << 22  # values that are in memory at a time, in float64
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorDifference:
-    """One tensor in both. ``norm``: of the first checkpoint's values, and ``distance``: of the
-    difference; both Euclidean. ``max_abs``: the largest difference of two values. ``changed``:
-    whether any two values differ (NaN is equal to NaN). ``dtypes``: safetensors' names."""
+    """One tensor that is in both checkpoints.
+
+    ``norm``: the Euclidean norm of the first's values. ``distance``: of the difference.
+    ``max_abs``: the largest difference of two values. ``changed``: whether any two values differ
+    (NaN equals NaN). ``dtypes``: safetensors' names.
+    """
 
     name: str
     norm: float
@@ -41,20 +44,20 @@ class TensorDifference:
 
     @property
     def relative(self) -> float:
-        """The distance as a part of the norm; infinite where all was 0 before."""
-        return _part(self.distance, self.norm)
+        """The distance divided by the norm; infinite if all values were 0 before."""
+        return _ratio(self.distance, self.norm)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDifference:
-    """All tensors of one block that are in both, taken together."""
+    """All tensors of one block that are in both checkpoints, taken together."""
 
     name: str
     tensors: tuple[TensorDifference, ...]
 
     @property
     def norm(self) -> float:
-        """Of the first checkpoint's values."""
+        """The norm of the first checkpoint's values."""
         return math.hypot(*(tensor.norm for tensor in self.tensors))
 
     @property
@@ -64,8 +67,8 @@ class BlockDifference:
 
     @property
     def relative(self) -> float:
-        """The distance as a part of the norm; infinite where all was 0 before."""
-        return _part(self.distance, self.norm)
+        """The distance divided by the norm; infinite if all values were 0 before."""
+        return _ratio(self.distance, self.norm)
 
     @property
     def max_abs(self) -> float:
@@ -75,11 +78,11 @@ class BlockDifference:
 
     @property
     def changed(self) -> int:
-        """How many of its tensors have changed."""
+        """The number of its tensors that have changed."""
         return sum(tensor.changed for tensor in self.tensors)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``sdconv diff --json`` prints of it."""
+        """The block as ``sdconv diff --json`` prints it."""
         return {
             "name": self.name,
             "tensors": len(self.tensors),
@@ -96,9 +99,9 @@ class BlockDifference:
 class Comparison:
     """What differs between two checkpoints, ``first`` and ``second``.
 
-    ``blocks``: in the order in which data passes them. ``only_first``, ``only_second``: tensors of
-    one alone. ``misshapen``: name -> the two shapes. ``unread``: name -> dtypes, where torch has
-    not got one.
+    ``blocks``: in the order in which data passes them. ``only_first``, ``only_second``: tensors
+    that only one has. ``misshapen``: name -> the two shapes. ``unread``: name -> the two dtypes, if
+    torch lacks one.
     """
 
     first: str
@@ -117,9 +120,9 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether both hold the same tensors with the same values, whatever the dtypes."""
-        apart = self.only_first or self.only_second or self.misshapen or self.unread
-        return not apart and not self.whole.changed
+        """Whether both hold the same tensors with the same values, in any dtypes."""
+        unpaired = self.only_first or self.only_second or self.misshapen or self.unread
+        return not unpaired and not self.whole.changed
 
     def to_json(self) -> dict[str, Any]:
         """What ``sdconv diff --json`` prints."""
@@ -142,15 +145,15 @@ def compare(
     *,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Comparison:
-    """Compares two checkpoints, a tensor at a time.
+    """Compare two checkpoints, one tensor at a time.
 
     Args:
         first: a file, a component's folder, a pipeline's folder, or a state dict.
-        second: likewise; of any other layout and dtype.
+        second: likewise, in any layout and dtype.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
-        CheckpointError: something cannot be read as weights. InputError: an argument is no path.
+        CheckpointError: something cannot be read as weights. InputError: an argument is not a path.
     """
     with ExitStack() as stack:
         checkpoints = [opened(one, stack) for one in (first, second)]
@@ -189,7 +192,7 @@ _BLOCKS = tuple(
     map(
         re.compile,
         (
-            # a network's: its levels, and everything else by the module that holds it
+            # a network's blocks, and everything else by the module that holds it
             r"((?:unet|vae)\.(?:(?:encoder|decoder)\.)?(?:(?:\w+_blocks|layers)\.\d+|\w+))\..+",
             # stacks of layers in anything else
             r"(.+?\.(?:layers|\w*blocks)\.\d+)\..+",
@@ -200,12 +203,12 @@ _BLOCKS = tuple(
 
 
 def block_of(name: str) -> str:
-    """The block that a tensor is counted to: ``unet.down_blocks.0``, ``vae.encoder.conv_in``."""
+    """The block that a tensor belongs to, such as ``unet.down_blocks.0``."""
     matches = (pattern.fullmatch(name) for pattern in _BLOCKS)
     return next((match[1] for match in matches if match), _NO_PREFIX)
 
 
-# in the order in which data passes them, as far as words tell
+# words of names, in the order in which data passes the blocks
 _ORDER = (
     *("unet", "vae", "encoder", "conv_in", "time_embedding", "class_embedding", "add_embedding"),
     *("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out"),
@@ -225,10 +228,10 @@ def _order(block: str) -> list[tuple[int, int, str]]:
 
 
 def _named(checkpoint: Checkpoint) -> dict[str, Entry]:
-    """Every tensor by the name under which it is compared."""
+    """The tensors by the names under which they are compared."""
     networks = list(checkpoint.networks())
     kinds = [found.component for _, found in networks]
-    # of two networks of one kind, neither is the one
+    # two networks of one kind are ambiguous: their tensors keep their own names
     single = [(part, found) for part, found in networks if kinds.count(found.component) == 1]
     named: dict[str, Entry] = {}
     for entry in entries(checkpoint, single, _by_component, placed=True):
@@ -261,16 +264,16 @@ def _without(ours: Iterable[str], theirs: Mapping[str, Entry]) -> tuple[str, ...
 
 def _difference(name: str, ours: Entry, theirs: Entry) -> TensorDifference:
     squares, distances, largest, changed = 0.0, 0.0, [0.0], False
-    flat = (torch.split(_flat(entry.tensor()), _PIECE) for entry in (ours, theirs))
-    for pieces in zip(*flat, strict=True):
-        a, b = (piece.double() for piece in pieces)
+    flat = (torch.split(_flat(entry.tensor()), _CHUNK) for entry in (ours, theirs))
+    for chunks in zip(*flat, strict=True):
+        a, b = (chunk.double() for chunk in chunks)
         same = (a == b) | (a.isnan() & b.isnan())
         squares += float(a.square().sum())
         if not bool(same.all()):
-            apart = torch.where(same, 0.0, a - b)
+            difference = torch.where(same, 0.0, a - b)
             changed = True
-            distances += float(apart.square().sum())
-            largest.append(float(apart.abs().max()))
+            distances += float(difference.square().sum())
+            largest.append(float(difference.abs().max()))
     return TensorDifference(
         name=name,
         norm=math.sqrt(squares),
@@ -285,7 +288,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
-def _part(distance: float, norm: float) -> float:
+def _ratio(distance: float, norm: float) -> float:
     if norm:
         return distance / norm
     return math.inf if distance else distance

@@ -1,4 +1,4 @@
-"""The commands: parse, call, print. What they compute is elsewhere in the package."""
+"""The commands. They parse, call and print; the rest of the package computes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, bench, compare, convert, features, pictures, plan, weights
-from sdconv.cli.common import Commands
+from sdconv.cli import anatomy, bench, compare, convert, features, images, plan, weights
+from sdconv.cli.ending import Commands
 
 __all__ = ["app", "main"]
 
@@ -28,9 +28,9 @@ for command in (
     weights.check,
     convert.convert,
     compare.diff,
-    pictures.encode,
-    pictures.decode,
-    pictures.reconstruct,
+    images.encode,
+    images.decode,
+    images.reconstruct,
     weights.fetch,
     anatomy.anatomy,
     plan.plan,
@@ -56,10 +56,11 @@ def sdconv_(
     """The convolutional networks of Stable Diffusion, opened from any checkpoint, offline.
 
     Every command takes --json (JSON on standard output and nothing else) and --help (with
-    examples). Notes, warnings, errors and progress go to standard error.
+    examples). Commands that write refuse to overwrite unless --force is given. Notes, warnings,
+    errors and progress go to standard error.
 
-    Exit status: 0 all well, 1 the answer is no (a difference beyond the tolerance, NaN among the
-    weights, tensors missing), 2 bad input, 130 interrupted.
+    Exit status: 0 success, 1 the answer is no (a difference beyond the tolerance, NaN among the
+    weights, missing tensors), 2 bad input, 130 interrupted.
     """
 
 

@@ -1,8 +1,7 @@
-"""The command about a network's structure."""
+"""The command that shows a network's structure: anatomy."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,39 +9,35 @@ import typer
 from sdconv.cli.common import (
     Component,
     Family,
+    Force,
+    ImageSize,
     Json,
     Paths,
+    Plot,
+    check_output,
     one_or_all,
-    parsed_size,
     print_json,
     say,
     show,
 )
+from sdconv.sizes import parse_size
 
 
 def anatomy(
     paths: Paths,
-    size: Annotated[
-        str, typer.Option(metavar="HxW", help="Of the picture: rows and columns.")
-    ] = "512x512",
+    size: ImageSize = "512x512",
     component: Component = None,
     family: Family = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Draw it: .png, .svg or .pdf (needs the extra: pip install 'sdconv[plot]').",
-            show_default=False,
-        ),
-    ] = None,
+    plot: Plot = None,
+    force: Force = False,
     every: Annotated[bool, typer.Option("--all", help="Show every single operation.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what each convolution does, costs and sees.
+    """Show each convolution: its geometry, its cost and its receptive field.
 
-    Kernel, stride, padding, channels and size of the map, parameters and multiplies, receptive
-    field, and the share of convolutions, attention and norms in the whole. Works from headers
-    alone; no tensor is read.
+    Kernel, stride, padding, channels, the feature map's size, parameters, multiplies, receptive
+    field and downscale factor; then the shares of convolutions, attention and normalisation. Only
+    headers are read, no tensors.
 
     \b
     Examples:
@@ -53,11 +48,12 @@ def anatomy(
     from sdconv.analysis.anatomy import dissect
     from sdconv.analysis.inspection import inspect
 
-    shape = parsed_size(size)
+    shape = parse_size(size)
     if plot is not None:
         from sdconv.report.plots import plot_format
 
         plot_format(plot)
+        check_output(plot, force, paths)
     found = inspect(one_or_all(paths), family=family).network(component or "vae")
     result = dissect(found.config, shape)
     if plot is not None:

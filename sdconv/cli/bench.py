@@ -1,4 +1,4 @@
-"""The command that times the backends, and says what the fast one chooses."""
+"""The command that times the backends, and explains how the fast one computes each layer."""
 
 from __future__ import annotations
 
@@ -10,41 +10,36 @@ import typer
 from sdconv.cli.common import (
     Component,
     Family,
+    InputSize,
     Json,
     Paths,
     one_or_all,
-    parsed_size,
     print_json,
     show,
 )
+from sdconv.sizes import parse_size
 
 
 def bench(
     paths: Paths,
     component: Component = None,
     family: Family = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HxW",
-            help="Of the picture for a VAE (512x512 if left out), of the latents for a U-Net "
-            "(64x64).",
-            show_default=False,
-        ),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Of each backend in turn.")] = 3,
+    size: InputSize = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each backend.")] = 3,
     explained: Annotated[
         bool,
-        typer.Option("--explain", help="Time nothing: say what each layer gets, and why."),
+        typer.Option(
+            "--explain", help="Time nothing: print the method of each convolution, and why."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Time the reference and the fast backend against each other.
 
-    On this CPU, in float32, in turn: medians, the first fast call (which prepares weights), the
-    memory of what is prepared, and the largest difference over the largest value. With --explain:
-    the method that each 3x3 convolution and each doubling gets, what each method would cost, and
-    why; from headers alone, without computing anything.
+    They take turns on this CPU, in float32. Prints medians, the first fast call (which packs
+    weights), the memory of the packed weights, and the largest difference over the largest value.
+    With --explain: the method for each 3x3 convolution, what each method would cost, and why; from
+    headers alone, without computing anything.
 
     \b
     Examples:
@@ -54,10 +49,11 @@ def bench(
     """
     from sdconv.analysis.explain import explain
     from sdconv.analysis.inspection import inspect
-    from sdconv.cli.running import fits, running
+    from sdconv.analysis.memory import check_free_memory
+    from sdconv.cli.running import running
     from sdconv.report.bench import explanation_report, timings_report
 
-    given = None if size is None else parsed_size(size)
+    given = None if size is None else parse_size(size)
     found = inspect(one_or_all(paths), family=family).network(component)
     pixels = found.component == "vae"
     shape = given or ((512, 512) if pixels else (64, 64))
@@ -76,7 +72,7 @@ def bench(
     from sdconv.loading import load
 
     where = f"{shape[0]}x{shape[1]}"
-    # of one layer: what goes in, and what comes out
+    # the input and output of the largest layer
     least = max(
         (
             4 * layer.size[0] * layer.size[1] * (layer.channels + layer.out_channels)
@@ -84,7 +80,7 @@ def bench(
         ),
         default=0,
     )
-    fits(least, where, ("size",))
+    check_free_memory(least, where, ("size",))
     network = load(one_or_all(paths), found.component, dtype=torch.float32, family=family)
     with running("timing"):
         timings = time_backends(network, shape, rounds)

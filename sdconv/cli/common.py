@@ -1,21 +1,20 @@
-"""What every command shares: options, where it prints, and how it ends."""
+"""What the commands share: their options, and what they print."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from sdconv.errors import InputError, SdconvError, SdconvWarning
+from sdconv.errors import InputError
+from sdconv.sizes import parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Dtype(StrEnum):
-    """What a network computes in."""
+    """A floating-point dtype, by torch's name."""
 
     float32 = "float32"
     float16 = "float16"
@@ -38,25 +37,45 @@ class Dtype(StrEnum):
         return dtype
 
 
+_SHORT_DTYPES = {
+    "fp32": Dtype.float32,
+    "fp16": Dtype.float16,
+    "bf16": Dtype.bfloat16,
+    "fp64": Dtype.float64,
+}
+
+
+def parse_dtype(text: str) -> Dtype:
+    """A dtype by torch's name or the short one: ``float16`` or ``fp16``."""
+    if text in _SHORT_DTYPES:
+        return _SHORT_DTYPES[text]
+    try:
+        return Dtype(text)
+    except ValueError:
+        known = ", ".join([*Dtype, *_SHORT_DTYPES])
+        raise typer.BadParameter(f"{text!r} is not one of {known}.") from None
+
+
 class Backend(StrEnum):
-    """Which arithmetic a network computes with; see `sdconv.backend`."""
+    """The backend a network computes with; see `sdconv.backend`."""
 
     reference = "reference"
     fast = "fast"
 
 
-FOR_PICTURES = Backend.fast
-"""What the commands that make pictures compute with unless told, and what is planned for them."""
+IMAGE_BACKEND = Backend.fast
+"""The default of the commands that make images, and of `plan`, which plans for them."""
 
 
 class Layout(StrEnum):
-    """Whose names a file's tensors have."""
+    """A naming scheme for a checkpoint's tensors."""
 
     diffusers = "diffusers"
     original = "original"
 
 
 _FILES = "A file, a component's folder, a pipeline's folder, or several files of one network."
+_DTYPES = "float32, float16, bfloat16 or float64; or fp32, fp16, bf16, fp64"
 
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help=_FILES, show_default=False)]
 Model = Annotated[
@@ -70,42 +89,138 @@ Model = Annotated[
     ),
 ]
 Component = Annotated[
-    str | None, typer.Option(help="vae or unet, where there are several.", show_default=False)
+    str | None,
+    typer.Option(help="vae or unet, if the weights hold several.", show_default=False),
 ]
 Family = Annotated[
     str | None,
     typer.Option(
-        help="The family, where the weights leave it open: sd1, sdxl, sd3, flux1, ...",
+        help="The family, if the weights leave it open: sd1, sdxl, sd3, flux1, ...",
+        show_default=False,
+    ),
+]
+ComputeDtype = Annotated[
+    Dtype,
+    typer.Option(
+        parser=parse_dtype, metavar="DTYPE", help=f"What the network computes in: {_DTYPES}."
+    ),
+]
+StorageDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        parser=parse_dtype,
+        metavar="DTYPE",
+        help="The dtype in which the converted networks are stored; their own if left out. "
+        f"Tensors that are carried over keep theirs. {_DTYPES}.",
         show_default=False,
     ),
 ]
 With = Annotated[
     Backend,
-    typer.Option(help="What it computes with; reference gives diffusers' numbers to the last bit."),
+    typer.Option(help="The backend; reference gives the same bits as diffusers on a CPU."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, nothing else.")]
-Out = Annotated[
-    Path, typer.Option("--out", "-o", metavar="FILE", help="A file that is there is replaced.")
+ImageSize = Annotated[
+    str,
+    typer.Option(
+        "--size", metavar="N|HxW", help="The image's rows and columns: 512x768, or 512 for both."
+    ),
 ]
-
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="N|HxW",
+        help="Rows and columns of the image or, for a U-Net, of the latents: 512x768, or 512 for "
+        "both.",
+        show_default=False,
+    ),
+]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="N|HxW",
+        help="Resize the image: 512 for the longer side, or 512x768 for rows and columns, cut "
+        "around the centre.",
+        show_default=False,
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw it: .png, .svg or .pdf (needs the extra: pip install 'sdconv[plot]').",
+        show_default=False,
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite an output that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, nothing else.")]
 
 LARGEST_SEED = 2**63 - 1
 """Of torch's generators."""
 
 
-def text_of(value: object) -> str:
-    """What is printed of a message: characters that a terminal would act upon are written out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(value))
+def parse_resize(text: str | None) -> int | tuple[int, int] | None:
+    """``512`` as the longer side, ``512x768`` as (rows, columns), None as it is.
+
+    Raises:
+        InputError: none of these.
+    """
+    if text is None:
+        return None
+    size = parse_size(text)
+    return size if "x" in text.lower() else size[0]
 
 
-def say(words: object, kind: str) -> None:
-    """One message on standard error: ``error: ...``, ``warning: ...``, ``note: ...``."""
-    typer.echo(f"{kind}: {text_of(words)}", err=True)
+def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
+    """A single path, or the list of several files of one network."""
+    return paths[0] if len(paths) == 1 else list(paths)
+
+
+def check_output(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse an output that is one of the inputs, or without ``force`` one that exists.
+
+    An empty folder does not count as existing, since nothing in it can be overwritten.
+
+    Args:
+        out: the file or folder that will be written.
+        force: whether the caller allows it to be overwritten.
+        inputs: the files and folders that are read. They are never overwritten.
+
+    Raises:
+        InputError: the output is refused.
+    """
+    for one in inputs:
+        within = out.is_dir() and out.resolve().is_relative_to(one.resolve())
+        if within or (out.exists() and one.exists() and out.samefile(one)):
+            raise InputError(
+                "the output is one of the inputs, or a part of it",
+                where=out,
+                hint="give the output another name",
+            )
+    if force or not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return
+    raise InputError(
+        "exists already, and is not overwritten",
+        where=out,
+        hint="pass --force to overwrite it, or give the output another name",
+    )
+
+
+def printable(message: object) -> str:
+    """A message with the characters a terminal would act upon written as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(message))
+
+
+def say(message: object, kind: str) -> None:
+    """Print one message on standard error: ``error: ...``, ``warning: ...``, ``note: ...``."""
+    typer.echo(f"{kind}: {printable(message)}", err=True)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """JSON on standard output; numbers that JSON has not (infinity, NaN) become text."""
+    """Print JSON on standard output; numbers that JSON lacks (infinity, NaN) become text."""
     typer.echo(json.dumps(_finite(content), indent=2, allow_nan=False))
 
 
@@ -118,7 +233,7 @@ def _finite(value: Any) -> Any:
 
 
 def show(report: RenderableType) -> None:
-    """A table on standard output; whole lines where that is no terminal."""
+    """Print a table on standard output; lines are not wrapped unless that is a terminal."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -128,7 +243,7 @@ def show(report: RenderableType) -> None:
 
 
 def errors_console() -> Console:
-    """Standard error, for progress."""
+    """A console on standard error, for progress."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -147,7 +262,11 @@ def working(words: str) -> Iterator[None]:
 
 @contextmanager
 def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, if that is a terminal; gives what to call with (name, done, all)."""
+    """A progress bar on standard error, if that is a terminal.
+
+    Yields:
+        What advances it, called with a tensor's name, the bytes done so far and all bytes.
+    """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = errors_console()
@@ -155,101 +274,3 @@ def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(words, total=None)
         yield lambda name, done, total: progress.update(task, completed=done, total=total)
-
-
-def parsed_size(text: str, name: str = "--size") -> tuple[int, int]:
-    """``512x768`` as (rows, columns), or ``512`` for both.
-
-    Raises:
-        InputError: it is neither.
-    """
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() for part in parts):
-        raise InputError(
-            "not a size", where=name, expected="HxW, such as 512x768, or one number", got=repr(text)
-        )
-    if max(map(len, parts)) > 9 or not all(int(part) for part in parts):
-        raise InputError("not a size", where=name, expected="1 to 999999999", got=repr(text))
-    return int(parts[0]), int(parts[-1])
-
-
-def one_or_all(paths: Sequence[Path]) -> Path | list[Path]:
-    """A single path, or the list of several files of one network."""
-    return paths[0] if len(paths) == 1 else list(paths)
-
-
-# by the option's name
-_LESS = {
-    "memory": "work in strips (--memory 2GiB, and --spill FOLDER for what does not fit)",
-    "size": "name a smaller --size",
-    "dtype": "compute in a narrower --dtype",
-}
-
-
-def less_memory(options: Iterable[str]) -> str | None:
-    """How to go on with too little memory, by those of a command's options that help; None without
-    any."""
-    given = set(options)
-    return ", or ".join(words for option, words in _LESS.items() if option in given) or None
-
-
-def not_an_input(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuses an output that is one of the inputs, or a folder that is there in one of them.
-
-    Raises:
-        InputError: it is.
-    """
-    for one in inputs:
-        within = out.is_dir() and out.resolve().is_relative_to(one.resolve())
-        if within or (out.exists() and one.exists() and out.samefile(one)):
-            raise InputError(
-                "the output is one of the inputs, or a part of it",
-                where=out,
-                hint="give the output another name",
-            )
-
-
-class Commands(TyperGroup):
-    """Ends every command with a message and an exit status, never with a traceback for what the
-    caller can mend: 2 for bad input, 130 for an interruption. Warnings become a line each."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", SdconvWarning)
-            warnings.showwarning = _one_line
-            try:
-                return super().invoke(ctx)
-            except SdconvError as error:
-                fail(error)
-            except KeyboardInterrupt:
-                fail("interrupted; nothing half-written was kept", status=130)
-            except BrokenPipeError:
-                raise  # whoever read the output has gone: typer ends in silence
-            except OSError as error:
-                fail(f"{error.filename or 'the system'}: {error.strerror or error}")
-            except (MemoryError, RuntimeError) as error:
-                if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
-                    raise
-                command = self.get_command(ctx, ctx.invoked_subcommand)
-                options = [option.name for option in command.params] if command else []
-                fail(SdconvError("not enough memory", hint=less_memory(options)))
-
-
-_NO_MEMORY = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
-
-
-def fail(words: object, status: int = 2) -> NoReturn:
-    """Ends the command with a message on standard error."""
-    say(words, "error")
-    raise typer.Exit(status)
-
-
-def _one_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    say(" ".join(str(message).split()), "warning")

@@ -1,4 +1,4 @@
-"""The command that puts two checkpoints side by side."""
+"""The command that compares two checkpoints: diff."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdconv.cli.common import Json, print_json, reading, say, show
+from sdconv.cli.common import Force, Json, Plot, check_output, print_json, reading, say, show
 
 _EITHER = "A file, a component's folder or a pipeline's, in any layout and dtype."
 
@@ -15,22 +15,16 @@ _EITHER = "A file, a component's folder or a pipeline's, in any layout and dtype
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help=_EITHER, show_default=False)],
     second: Annotated[Path, typer.Argument(metavar="B", help=_EITHER, show_default=False)],
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Draw it: .png, .svg or .pdf (needs the extra: pip install 'sdconv[plot]').",
-            show_default=False,
-        ),
-    ] = None,
+    plot: Plot = None,
+    force: Force = False,
     every: Annotated[bool, typer.Option("--all", help="Show every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what differs between two checkpoints, block by block.
 
-    For each block the norm of the difference over the norm of A's weights, the largest difference
-    of two values, and how many tensors have changed; then what only one of the two holds. The
-    status is 0 if every value is the same (whatever the dtypes), 1 if not.
+    For each block: the norm of the difference relative to the norm of A's weights, the largest
+    difference of two values, and how many tensors have changed; then the tensors that only one of
+    the two holds. The status is 0 if every value is the same, in any dtype, and 1 if not.
 
     \b
     Examples:
@@ -44,6 +38,7 @@ def diff(
         from sdconv.report.plots import plot_format
 
         plot_format(plot)
+        check_output(plot, force, [first, second])
     with reading("comparing") as progress:
         result = compare(first, second, on_tensor=progress)
     if plot is not None:

@@ -1,4 +1,4 @@
-"""The command that writes weights in another layout."""
+"""The command that writes weights in another layout: convert."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from sdconv.cli.common import (
-    Dtype,
     Family,
+    Force,
     Json,
     Layout,
     Paths,
-    not_an_input,
+    StorageDtype,
+    check_output,
     one_or_all,
     print_json,
     reading,
@@ -28,33 +29,29 @@ def convert(
         Path,
         typer.Argument(
             metavar="OUT",
-            help="A name ending in .safetensors for a file, any other for a folder as diffusers "
-            "keeps a component, or several in folders of their own.",
+            help="A name that ends in .safetensors for a single file. Any other name is that of a "
+            "folder in diffusers' layout, with a subfolder for each component if there are "
+            "several.",
             show_default=False,
         ),
     ],
     layout: Annotated[Layout, typer.Option(help="Whose names the tensors get.")],
     component: Annotated[
         str | None,
-        typer.Option(help="vae or unet, to write that one alone.", show_default=False),
+        typer.Option(help="vae or unet, to write only that one.", show_default=False),
     ] = None,
     family: Family = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="What the weights of the components that move are stored in; as they are if not "
-            "given. What is carried over stays as it is."
-        ),
-    ] = None,
+    dtype: StorageDtype = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write weights in another layout or dtype.
 
-    VAE and U-Net move between the layouts; what else a file holds (text encoders, noise schedules,
-    EMA copies) is carried over untouched, and there and back again gives the same file. A
-    pipeline's folder becomes one file, its CLIP text encoders in the original layout too. Tensors
-    are copied one after another: no file is held in memory. What is at OUT is replaced, once the
-    new one is complete.
+    The VAE and the U-Net are converted. Everything else in a file (text encoders, noise schedules,
+    EMA copies) is carried over unchanged, so that converting there and back gives the same file. A
+    pipeline's folder becomes one file, with its CLIP text encoders in the original layout too.
+    Tensors are copied one at a time; no file is held in memory. An output that exists is replaced
+    with --force, once the new one is complete.
 
     \b
     Examples:
@@ -65,7 +62,7 @@ def convert(
     """
     from sdconv.checkpoint.convert import convert as write
 
-    not_an_input(out, paths)
+    check_output(out, force, paths)
     with reading("writing") as progress:
         result = write(
             one_or_all(paths),
@@ -77,8 +74,8 @@ def convert(
             on_tensor=progress,
         )
     names = [str(file) for file in result.files]
-    _note("carried over as they were", result.carried)
-    _note("left out, for which these folders have no place", result.left_out)
+    _note("carried over unchanged", result.carried)
+    _note("left out, because these folders have no place for them", result.left_out)
     if as_json:
         print_json(
             {

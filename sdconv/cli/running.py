@@ -1,4 +1,4 @@
-"""Networks at work in the commands that take or make pictures."""
+"""How the commands open an autoencoder, and run networks."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdconv.cli.common import Backend, Dtype, less_memory, one_or_all, say, working
-from sdconv.errors import InputError
+from sdconv.analysis.memory import check_memory
+from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
+from sdconv.errors import InputError, SdconvError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdconv.images import Picture
+    from sdconv.images import LoadedImage
     from sdconv.models.base import Autoencoder
 
 
 @dataclass(frozen=True)
-class Means:
-    """What a command opens of a file, and what the network is to compute in and with.
+class RunOptions:
+    """Which network of a file a command opens, and what it computes in and with.
 
-    ``memory``, ``spill``: as ``enable_streaming`` takes them; without ``memory`` whole maps.
+    ``memory``, ``spill``: as ``enable_streaming`` takes them; None for whole feature maps.
     """
 
     component: str | None
@@ -34,56 +35,58 @@ class Means:
     spill: Path | None = None
 
 
-def opened(model: Sequence[Path], means: Means) -> Autoencoder:
-    """The autoencoder of a command that makes pictures, in eval mode.
+def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
+    """The autoencoder of a command that reads or makes images, in eval mode.
 
     Raises:
-        SdconvError: as ``sdconv.load`` and ``enable_streaming``; or the network is no autoencoder,
-            or none that streams.
+        SdconvError: as ``sdconv.load`` and ``enable_streaming``; or the network is not an
+            autoencoder, or cannot be streamed.
     """
     from sdconv.loading import load
     from sdconv.models.base import Autoencoder
 
     network = load(
         one_or_all(model),
-        means.component or "vae",
-        dtype=means.dtype.in_torch(),
-        device=means.device,
-        family=means.family,
-        backend=means.backend.value,
+        options.component or "vae",
+        dtype=options.dtype.in_torch(),
+        device=options.device,
+        family=options.family,
+        backend=options.backend.value,
     )
-    if not issubclass(type(network), Autoencoder):
+    if not isinstance(network, Autoencoder):
         raise InputError(
-            "pictures pass through an autoencoder only",
+            "images pass through an autoencoder only",
             where="--component",
             expected="vae",
-            got=means.component,
+            got=options.component,
         )
-    _stream(network, means)
-    return network  # type: ignore[return-value]
+    _enable_streaming(network, options)
+    return network
 
 
-def _stream(network: Any, means: Means) -> None:
-    if means.memory is None:
-        if means.spill is not None:
+def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
+    from sdconv.models.vae import AutoencoderKL
+
+    if options.memory is None:
+        if options.spill is not None:
             raise InputError(
-                "whole maps are not spilled",
+                "whole feature maps are not spilled",
                 where="--spill",
                 hint="say how much memory there is: --memory 2GiB",
             )
         return
-    if not hasattr(network, "enable_streaming"):
+    if not isinstance(network, AutoencoderKL):
         raise InputError(
-            "a tiny autoencoder computes whole maps only",
+            "a tiny autoencoder computes whole feature maps only",
             where="--memory",
             hint="leave --memory out",
         )
-    network.enable_streaming(means.memory, means.spill)
+    network.enable_streaming(options.memory, options.spill)
 
 
 @contextmanager
 def running(words: str, network: object = None) -> Iterator[None]:
-    """A network at work, without gradients. One that streams has a bar of its own.
+    """Run a network in inference mode, with a spinner unless it streams and has a bar of its own.
 
     Raises:
         InputError: torch's normalisation finds a single value in a group.
@@ -94,119 +97,48 @@ def running(words: str, network: object = None) -> Iterator[None]:
     try:
         with nullcontext() if streams else working(words), torch.inference_mode():
             yield
+    except SdconvError:
+        raise  # some are ValueErrors too
     except ValueError as error:
         raise InputError(
             "too small for this network",
-            where="picture or latents",
-            expected="a map on which its normalisation has more than one value",
+            where="image or latents",
+            expected="feature maps on which its normalisation has more than one value",
             got=error,
         ) from error
 
 
 def prepared(
-    image: Path,
-    model: list[Path],
-    size: int | None,
-    means: Means,
+    path: Path,
+    model: Sequence[Path],
+    size: int | tuple[int, int] | None,
+    options: RunOptions,
     *,
-    patches: bool = False,
-) -> tuple[Autoencoder, Picture, Tensor]:
-    """The network, the picture cut to what it takes, and the picture as its input."""
-    from sdconv.images import read_image, to_tensor
+    scaled: bool = False,
+) -> tuple[Autoencoder, LoadedImage, Tensor]:
+    """The network, the image cut to sides that it can take, and that image as its input.
 
-    picture = read_image(image)
-    network = opened(model, means)
+    Args:
+        path: the image. model: the network's files.
+        size: as ``LoadedImage.fitted`` takes it.
+        options: which network, and how it computes.
+        scaled: whether the latents will be scaled, which FLUX.2 does in patches.
+    """
+    from sdconv.images import read_image, to_tensor
+    from sdconv.latents import image_multiple
+
+    image = read_image(path)
+    network = open_autoencoder(model, options)
     if network.config["in_channels"] != 3:
         raise InputError(
-            "this network takes no pictures in colour",
+            "this network does not take colour images",
             where=network.config.class_name,
             expected="3 channels",
             got=network.config["in_channels"],
         )
-    multiple = network.downscale
-    if patches and "patch_size" in network.config:
-        multiple *= max(network.config["patch_size"])
-    picture = picture.fitted(multiple, size)
-    for note in picture.notes:
+    image = image.fitted(image_multiple(network, scaled=scaled), size)
+    for note in image.notes:
         say(note, "note")
-    if means.memory is None:
-        has_room(network, picture.image.size[::-1], options=("memory", "size", "dtype"))
-    return network, picture, to_tensor(picture.image).to(network.device, network.dtype)
-
-
-def check_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
-    """Says of FLUX.2's latents in the other form what they are.
-
-    Raises:
-        InputError: patches without --scaled, or no patches with it.
-    """
-    channels = network.config["latent_channels"]
-    if "patch_size" not in network.config or z.shape[1] == (4 * channels if scaled else channels):
-        return
-    if z.shape[1] in (channels, 4 * channels):
-        raise InputError(
-            "these latents are raw" if scaled else "these latents are normalised patches",
-            where=network.config.class_name,
-            expected=f"{4 * channels if scaled else channels} channels",
-            got=tuple(z.shape),
-            hint="leave --scaled out" if scaled else "pass --scaled",
-        )
-
-
-_SIDE = 512
-
-
-def has_room(
-    network: Autoencoder, size: tuple[int, ...], *, pictures: int = 1, options: Sequence[str]
-) -> None:
-    """Refuses pictures of which a single layer's maps take more memory than is free.
-
-    Args:
-        size: rows and columns of each. pictures: that go through at once.
-        options: of the command, by which it can do with less memory.
-
-    Raises:
-        InputError: they do.
-    """
-    from sdconv.analysis.anatomy import dissect
-
-    pixels = pictures * size[0] * size[1]
-    if network.device.type == "cpu" and pixels > 1 << 20:
-        # maps grow with the picture, so that any size tells what each pixel takes
-        each = dissect(network.config, _SIDE).largest / _SIDE**2
-        least = round(pixels * each * network.dtype.itemsize)
-        several = "" if pictures == 1 else f"{pictures} of "
-        streams = hasattr(network, "enable_streaming")
-        helping = [option for option in options if streams or option != "memory"]
-        fits(least, f"{several}{size[1]}x{size[0]}", helping)
-
-
-def fits(least: int, where: str, options: Sequence[str]) -> None:
-    """Refuses what needs more memory than is free: ``least`` bytes at once, for one layer's maps.
-
-    Args:
-        where: the picture's size. options: as for ``has_room``.
-
-    Raises:
-        InputError: it does.
-    """
-    free = _free_memory()
-    if free is not None and least > free:
-        raise InputError(
-            "too large a picture for the memory that is free",
-            where=where,
-            expected=f"at most {free / 1e9:.1f} GB",
-            got=f"{least / 1e9:.1f} GB for the maps of one layer alone",
-            hint=less_memory(options),
-        )
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping, as Linux estimates them; None where it cannot be
-    told."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except (OSError, ValueError):
-        return None
-    kibibytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kibibytes[0]) * 1024 if kibibytes else None
+    if options.memory is None:
+        check_memory(network, image.image.size[::-1], options=("memory", "size", "dtype"))
+    return network, image, to_tensor(image.image).to(network.device, network.dtype)

@@ -1,4 +1,4 @@
-"""Commands about weights: inspect, check, fetch."""
+"""The commands about weights: inspect, check, fetch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ import typer
 from sdconv.cli.common import (
     LARGEST_SEED,
     Component,
+    ComputeDtype,
     Device,
     Dtype,
     Family,
+    Force,
+    InputSize,
     Json,
     Paths,
-    fail,
     one_or_all,
-    parsed_size,
     print_json,
     reading,
     say,
     show,
     working,
 )
+from sdconv.cli.ending import fail
 from sdconv.errors import InputError
+from sdconv.sizes import parse_size
 
 
 def inspect(
@@ -33,16 +36,16 @@ def inspect(
     values: Annotated[
         bool,
         typer.Option(
-            "--values", help="Read every tensor and look for NaN, infinity and tensors of zeros."
+            "--values", help="Read every tensor and look for NaN, infinity and all-zero tensors."
         ),
     ] = False,
     family: Family = None,
     as_json: Json = False,
 ) -> None:
-    """Say what weights hold, from their headers.
+    """Show what weights contain, from their headers.
 
-    Networks with their configs and families, and whatever lies beside them. Only headers are read,
-    unless --values asks for more. The status is 1 if there is nothing that sdconv knows, if a
+    The networks with their configs and families, and everything else in the file. Only headers are
+    read, unless --values is given. The status is 1 if sdconv knows none of the networks, if a
     network lacks tensors, or if --values finds NaN or infinity.
 
     \b
@@ -70,8 +73,8 @@ def inspect(
     if found.complaint:
         fail(found.complaint, status=1)
     if report is not None and not report.sound:
-        odd = ", ".join([*report.nan, *report.infinite][:4])
-        fail(f"NaN or infinity among the values, first in {odd}", status=1)
+        names = ", ".join([*report.nan, *report.infinite][:4])
+        fail(f"NaN or infinity among the values, first in {names}", status=1)
 
 
 def check(
@@ -79,21 +82,21 @@ def check(
     against: Annotated[str, typer.Option(help="What to compare with: diffusers.")] = "diffusers",
     component: Component = None,
     family: Family = None,
-    dtype: Annotated[Dtype, typer.Option(help="What both compute in.")] = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="HxW", help="Of the random picture they get.", show_default=False),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of that picture.")] = 0,
+    size: InputSize = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random input.")
+    ] = 0,
     every: Annotated[bool, typer.Option("--all", help="Show every module.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare with diffusers, module by module.
 
-    Both networks are built from the same file and get the same random input. On the CPU in float32
-    nothing but equality passes, bit for bit; elsewhere a tolerance derived from float64. The status
-    is 1 beyond it. Of a whole checkpoint the VAE is compared, unless --component says otherwise.
+    Both networks are built from the same file and get the same random input: an image of --size,
+    or for a U-Net latents of that size. On the CPU in float32 every output must be equal bit for
+    bit; elsewhere a tolerance derived from float64 applies. The status is 1 beyond it. In a whole
+    checkpoint the VAE is compared, unless --component says otherwise.
 
     \b
     Examples:
@@ -105,11 +108,13 @@ def check(
     from sdconv.analysis.parity import components
 
     where = one_or_all(paths)
-    shape = None if size is None else parsed_size(size)
+    shape = None if size is None else parse_size(size)
     if component is None and len(there := components(where)) > 1:
         component = "vae"
-        say(f"{' and '.join(there)} are there; --component chooses, the vae is taken", "note")
-    with working("building both networks, and comparing them"):
+        say(
+            f"the weights hold {' and '.join(there)}; the vae is compared (see --component)", "note"
+        )
+    with working("comparing with diffusers"):
         report = compare(
             where,
             component=component,
@@ -130,14 +135,14 @@ def check(
         found = f"{report.worst.name} {report.worst.verdict}"
         if isnan(report.worst.max_abs):
             files = " ".join(map(str, paths))
-            found += f": sdconv inspect --values {files} finds what is not finite in the weights"
+            found += f"; to look for NaN in the weights: sdconv inspect --values {files}"
         fail(found, status=1)
 
 
 def fetch(
     name: Annotated[
         str | None,
-        typer.Argument(help="A name that --list shows.", show_default=False),
+        typer.Argument(help="A name from --list.", show_default=False),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the known checkpoints.")] = False,
     directory: Annotated[
@@ -145,16 +150,17 @@ def fetch(
         typer.Option(
             "--dir",
             metavar="FOLDER",
-            help="Where to put it, below FOLDER/NAME; else the hub's own cache.",
+            help="Put it into FOLDER/NAME instead of the hub's own cache.",
             show_default=False,
         ),
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Download a known checkpoint and check its bytes.
+    """Download a known checkpoint and check its sha256.
 
-    From the Hugging Face hub. This is the only command that uses the network. A file that is there
-    already is checked again and kept. The path is printed.
+    It comes from the Hugging Face hub; no other command uses the network. A file that was
+    downloaded before is checked again and kept. The path is printed.
 
     \b
     Examples:
@@ -167,13 +173,13 @@ def fetch(
 
     if listed == (name is not None):
         raise InputError(
-            "what is to be fetched?",
+            "nothing to fetch, or too much",
             where="fetch",
             expected="a name, or --list",
             got="both" if listed else "neither",
         )
     if name is not None:
-        path = download(name, directory=directory, progress=not as_json)
+        path = download(name, directory=directory, overwrite=force, progress=not as_json)
         if as_json:
             print_json({"name": name, "path": str(path)})
         else:

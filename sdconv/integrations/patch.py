@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sdconv.backends import checked, set_backend
+from sdconv.backends import check_backend, set_backend
 from sdconv.errors import InputError
 
 
@@ -58,11 +58,11 @@ def apply_patch(target: Any, backend: str = "reference") -> PatchSummary:
         What was replaced, and what was not.
 
     Raises:
-        InputError: neither a pipeline nor a module; no such backend.
+        InputError: neither a pipeline nor a module; unknown backend.
     """
     from sdconv.integrations import patched
 
-    checked(backend)
+    check_backend(backend)
     replaced: defaultdict[str, list[str]] = defaultdict(list)
     left: dict[str, str] = {}
     blocks = [*_blocks(target, "apply_patch")]

@@ -89,8 +89,8 @@ class Encoder(vae.Encoder):
     def forward(self, sample: Tensor) -> Tensor:
         return vae.Encoder.forward(self, sample)
 
-    def call(self, part: Callable[..., Any], *args: Any) -> Any:
-        return _checkpointed(self, part, *args)
+    def checkpoint_call(self, block: Callable[..., Any], *args: Any) -> Any:
+        return _checkpointed(self, block, *args)
 
 
 class Decoder(vae.Decoder):
@@ -101,8 +101,8 @@ class Decoder(vae.Decoder):
             return autoencoder.Decoder.forward(self, sample, latent_embeds)  # type: ignore[no-any-return]
         return vae.Decoder.forward(self, sample)
 
-    def call(self, part: Callable[..., Any], *args: Any) -> Any:
-        return _checkpointed(self, part, *args)
+    def checkpoint_call(self, block: Callable[..., Any], *args: Any) -> Any:
+        return _checkpointed(self, block, *args)
 
 
 def _checkpointed(whole: Any, part: Callable[..., Any], *args: Any) -> Any:

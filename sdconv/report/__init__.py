@@ -1,1 +1,1 @@
-"""What sdconv shows: tables and pictures."""
+"""What sdconv shows: tables, plots and pages."""

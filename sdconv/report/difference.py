@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, as a table and as a drawing."""
+"""The difference of two checkpoints, as a table and as a drawing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def difference_report(comparison: Comparison, *, every: bool) -> RenderableType:
-    """What ``sdconv diff`` prints: each block, or each tensor, and what only one of the two has."""
+    """What ``sdconv diff`` prints: each block or each tensor, and what only one of them has."""
     table = table_of("block", ">tensors", ">changed", ">relative", ">max |a-b|", "dtypes")
     for block in comparison.blocks:
         if every:
@@ -54,12 +54,12 @@ def difference_report(comparison: Comparison, *, every: bool) -> RenderableType:
 
 
 def draw_difference(comparison: Comparison, path: Path) -> None:
-    """Draws a bar for each block: the norm of the difference over the norm of the first's values.
+    """Draw a bar for each block: the norm of the difference over the norm of the first's values.
 
-    The scale is logarithmic where the longest bar is more than a hundred times the shortest.
+    The scale is logarithmic if the longest bar is more than a hundred times the shortest.
 
     Args:
-        comparison: of two checkpoints.
+        comparison: of the two checkpoints.
         path: a ``.png``, ``.svg`` or ``.pdf``, written whole or not at all.
 
     Raises:
@@ -92,7 +92,7 @@ def draw_difference(comparison: Comparison, path: Path) -> None:
 
 _COLOURS = {"unet": "#3f77b0", "vae": "#6aa84f"}
 _OTHER = "#9a9a9a"
-_LONGEST = 38  # characters of a name in the margin
+_LONGEST = 38  # characters that fit into the margin
 
 
 def _draw_bars(axes: Axes, blocks: Sequence[BlockDifference]) -> None:
@@ -135,8 +135,8 @@ def _draw_bars(axes: Axes, blocks: Sequence[BlockDifference]) -> None:
 
 
 def _label(name: str) -> str:
-    """A block's name in letters that every font has, cut in its middle where it is too long for
-    the margin."""
+    """A block's name in ASCII, which every font has, cut in the middle if it is too long for the
+    margin."""
     name = _ascii(name)
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}...{name[-_LONGEST // 2 :]}"
 
@@ -155,7 +155,7 @@ def _add(table: Table, block: BlockDifference) -> None:
 
 
 def _dtypes(tensors: Iterable[TensorDifference]) -> str:
-    """``F32`` where both have it, ``F32 > F16`` where not."""
+    """``F32`` if both have it, else ``F32 > F16``."""
     pairs = Counter(tensor.dtypes for tensor in tensors)
     return ", ".join(a if a == b else f"{a} > {b}" for (a, b), _ in pairs.most_common())
 

@@ -1,4 +1,4 @@
-"""What commands found, as drawings; matplotlib is an extra."""
+"""Drawings of what the commands found. They need matplotlib, which is an extra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError, SdconvError
-from sdconv.report.pieces import count
+from sdconv.sizes import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from sdconv.analysis.anatomy import Anatomy, Block
 
 PLOT_FORMATS: Mapping[str, str] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
-"""Suffix -> matplotlib's name of the formats that are drawn."""
+"""Suffix -> matplotlib's name of the format, for those that can be drawn."""
 
 
 @dataclass(frozen=True)
 class _Half:
-    """The words around one half: its title, what goes in and what comes out."""
+    """The labels around the encoder or the decoder: title, input and output."""
 
     title: str
     source: str
@@ -32,8 +32,8 @@ class _Half:
 
 
 _HALVES = {
-    "encode": _Half("Encoder", "picture", "latents"),
-    "decode": _Half("Decoder", "latents", "picture"),
+    "encode": _Half("Encoder", "image", "latents"),
+    "decode": _Half("Decoder", "latents", "image"),
 }
 
 
@@ -46,21 +46,21 @@ class _Kind:
 
 
 _CONVOLUTION = _Kind("#9cc3e6", "one convolution")
-_RESIDUAL = _Kind("#3f77b0", "several convolutions, and a bypass around them")
-_HALVING = _Kind("#e08e45", "convolution at stride 2: half as many rows and columns")
-_DOUBLING = _Kind("#6aa84f", "each value repeated 2x2: twice as many rows and columns")
-_ATTENTION = _Kind("#b4558d", "attention: every place reads from every other")
-_DATA = _Kind("#d9d9d9", "what goes in, what comes out")
-_KINDS = (_CONVOLUTION, _RESIDUAL, _ATTENTION, _HALVING, _DOUBLING, _DATA)
+_RESIDUAL = _Kind("#3f77b0", "residual block: convolutions and a shortcut around them")
+_DOWNSAMPLING = _Kind("#e08e45", "downsampling: convolution of stride 2, half the rows and columns")
+_UPSAMPLING = _Kind("#6aa84f", "nearest upsampling: twice the rows and columns")
+_ATTENTION = _Kind("#b4558d", "attention: every position reads from every other")
+_DATA = _Kind("#d9d9d9", "input and output")
+_KINDS = (_CONVOLUTION, _RESIDUAL, _ATTENTION, _DOWNSAMPLING, _UPSAMPLING, _DATA)
 
 _EXPLAINED = (
-    "Over the boxes: rows x columns of the map. stride: how far the kernel moves on from one place "
-    "to the next. sees: pixels (in the decoder latents)\nacross that one value depends on through "
-    "convolutions; * everything, through an attention. Boxes: square roots of rows and channels."
+    "Above the boxes: rows x columns of the feature map. Receptive field: the pixels (in the "
+    "decoder latents) across that one value depends\non through convolutions; * global, through "
+    "attention. The sides of the boxes are square roots of rows and channels."
 )
 
-# heights in a half's axes, the tallest box being 1 high around 0
-_ROWS = (("channels", -0.62), ("kernel", -0.74), ("stride", -0.86), ("sees", -0.98))
+# y positions in the axes of one half; the tallest box is 1 high and centred on 0
+_ROWS = (("channels", -0.62), ("kernel", -0.74), ("stride", -0.86), ("rec. field", -0.98))
 _TOP, _BOTTOM = 0.66, -1.05
 
 
@@ -72,7 +72,7 @@ def plot_format(path: Path) -> str:
     """
     if path.suffix.lower() not in PLOT_FORMATS:
         raise InputError(
-            "not a drawing's name",
+            "not a name for a drawing",
             where=path,
             expected="a name that ends in " + ", ".join(PLOT_FORMATS),
             got=path.suffix or "no suffix",
@@ -89,13 +89,13 @@ def plot_format(path: Path) -> str:
 
 
 def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
-    """Draws encoder and decoder as rows of boxes, and under each box its share of the multiplies.
+    """Draw encoder and decoder as rows of boxes, with each box's share of the multiplies below it.
 
-    A box is as high as the map that goes in on its left and the one that comes out on its right,
-    and as wide as its channels; all by their square root, so that small ones can be seen.
+    A box's left side is as high as its input feature map, its right side as its output, and its
+    width stands for the channels; all by their square root, so that small ones remain visible.
 
     Args:
-        anatomy: the network's.
+        anatomy: of the network to draw.
         path: a ``.png``, ``.svg`` or ``.pdf``, written whole or not at all.
 
     Raises:
@@ -129,7 +129,7 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
     figure.text(
         left,
         1 - 0.4 / height,
-        f"{anatomy.class_name} on a picture of {rows}x{columns}: "
+        f"{anatomy.class_name} on an image of {rows}x{columns}: "
         f"{count(anatomy.parameters)} parameters, {count(anatomy.multiplies)} multiplies",
         fontsize=15,
         fontweight="bold",
@@ -150,7 +150,7 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
 
 
 def _shown(blocks: Sequence[Block]) -> list[Block]:
-    """The blocks that get a box: normalisations and activations between blocks do not."""
+    """The blocks that get a box: those other than a lone normalisation or activation."""
     return [
         block
         for block in blocks
@@ -159,12 +159,12 @@ def _shown(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _has_attention(block: Block) -> bool:
-    return any(layer.role == "attention" for layer in block.layers)
+    return any(one.role == "attention" for one in block.operations)
 
 
 def _kind(block: Block) -> _Kind:
     if block.out_size[0] != block.in_size[0]:
-        return _HALVING if block.out_size[0] < block.in_size[0] else _DOUBLING
+        return _DOWNSAMPLING if block.out_size[0] < block.in_size[0] else _UPSAMPLING
     if _has_attention(block):
         return _ATTENTION
     return _RESIDUAL if len(block.convolutions) > 1 else _CONVOLUTION
@@ -212,7 +212,7 @@ def _draw_boxes(
 
 
 def _draw_bands(axes: Axes, blocks: Sequence[Block]) -> None:
-    """Shades the boxes between two changes of the map's size, and writes the size over them."""
+    """Shade the boxes whose feature maps have one size, and write the size above them."""
     changes = [
         (slot, block.in_size)
         for slot, block in enumerate(blocks, 1)
@@ -228,21 +228,22 @@ def _draw_bands(axes: Axes, blocks: Sequence[Block]) -> None:
 
 
 def _words(block: Block) -> tuple[str, ...]:
-    """Channels, kernel, stride and what is seen, as they stand under a box."""
+    """Channels, kernel, stride and receptive field, as written under a box."""
     before, after, convolutions = block.in_channels, block.out_channels, block.convolutions
     kernels = Counter(f"{c.kernel[0]}x{c.kernel[1]}" for c in convolutions if c.kernel)
-    # a block's 1x1 convolution is its bypass
+    # the kernel that most have: a block's 1x1 convolution is its shortcut
     (kernel, times) = max(kernels.items(), default=("-", 1))
     stride = max((c.stride[0] for c in convolutions if c.stride), default=None)
     return (
         str(before) if before == after else f"{before}→{after}",
         {1: "", 2: "two ", 3: "three "}.get(times, f"{times} of ") + kernel,
         "-" if stride is None else str(stride),
-        f"{block.last.receptive_field[0]}{'*' if block.last.sees_all else ''}",
+        f"{block.last.receptive_field[0]}{'*' if block.last.global_receptive_field else ''}",
     )
 
 
 def _write(axes: Axes, slot: int, *words: str) -> None:
+    """Write the first of ``_ROWS`` under a box."""
     for (_, y), word in zip(_ROWS, words, strict=False):
         axes.text(slot, y, word, fontsize=8.5, ha="center", va="center")
 
@@ -250,7 +251,7 @@ def _write(axes: Axes, slot: int, *words: str) -> None:
 def _draw_shares(
     axes: Axes, anatomy: Anatomy, blocks: Sequence[Block], slots: int, peak: float
 ) -> None:
-    """The share of all multiplies that each box has, under the box."""
+    """Draw each box's share of all multiplies as a bar below it."""
     for slot, block in enumerate(blocks, 1):
         share = block.multiplies / anatomy.multiplies
         axes.bar(slot, share, width=0.7, color=_kind(block).colour, edgecolor="black", lw=0.6)

@@ -1,4 +1,4 @@
-"""What commands found, as rich's tables for a terminal."""
+"""Tables for a terminal: what inspect, check, anatomy and fetch print."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from sdconv.report.pieces import SHOWN, count, facts_of, in_bytes, plain, some, table_of
+from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
+from sdconv.sizes import count, in_bytes
 
 if TYPE_CHECKING:
-    from sdconv.analysis.anatomy import Anatomy, Block, Layer
-    from sdconv.analysis.inspection import Amount, Inspection, NetworkFound, Part, ValueReport
+    from sdconv.analysis.anatomy import Anatomy, Block, Operation
+    from sdconv.analysis.inspection import (
+        Amount,
+        InspectedNetwork,
+        InspectedSource,
+        Inspection,
+        ValueReport,
+    )
     from sdconv.analysis.parity import ModuleDifference, ParityReport
     from sdconv.fetch import KnownCheckpoint
 
@@ -23,15 +30,15 @@ def inspection_report(inspection: Inspection, values: ValueReport | None) -> Ren
     """What ``sdconv inspect`` prints."""
     blocks: list[RenderableType] = []
     for part in inspection.parts:
-        blocks += _part(part)
+        blocks += _source(part)
     if values is not None:
         blocks += _values(values)
     return Group(*blocks)
 
 
 def parity_report(report: ParityReport, *, every: bool) -> RenderableType:
-    """What ``sdconv check`` prints: each module, or the top-level ones with the first that differs
-    and the worst."""
+    """What ``sdconv check`` prints: every module, or the top-level ones, the first that differs and
+    the worst."""
     rows = [
         row
         for row in report.rows
@@ -67,10 +74,10 @@ def parity_report(report: ParityReport, *, every: bool) -> RenderableType:
 
 
 def anatomy_report(anatomy: Anatomy, *, every: bool) -> RenderableType:
-    """What ``sdconv anatomy`` prints: each block, or each single operation, and the totals."""
+    """What ``sdconv anatomy`` prints: every block or every operation, and the totals."""
     rows, columns = anatomy.size
     parts: list[RenderableType] = [
-        plain(f"{anatomy.class_name} on a picture of {rows}x{columns} (rows x columns)", "bold")
+        plain(f"{anatomy.class_name} on an image of {rows}x{columns} (rows x columns)", "bold")
     ]
     for path in ("encode", "decode"):
         if blocks := anatomy.half(path):
@@ -79,11 +86,11 @@ def anatomy_report(anatomy: Anatomy, *, every: bool) -> RenderableType:
 
 
 _EXPLAINED = """\
-map: rows x columns of what comes out
-padding: zeros on every side; 0,1 at the bottom and on the right only
-sees: pixels across that one value depends on through convolutions; * and everything, through an
-attention (GroupNorm's mean and variance are of the whole map too); latents for pixels in decoding
-step: pixels from one value to the next; 1/2 where the map was doubled"""
+output: rows x columns of the feature map that comes out
+padding: zeros on every side; 0,1 is at the bottom and on the right only
+receptive field: the pixels across, in the decoder latents, that one value depends on through
+convolutions; * global, through attention (GroupNorm's statistics are global too)
+downscale: pixels, in the decoder latents, from one value to the next; 1/2 after upsampling"""
 
 
 def manifest_report(known: Iterable[KnownCheckpoint]) -> RenderableType:
@@ -108,27 +115,27 @@ def _amount(amount: Amount) -> str:
     return f"{amount.tensors} tensors ({kinds}), {in_bytes(amount.nbytes)}"
 
 
-def _part(part: Part) -> Iterator[RenderableType]:
-    yield plain(part.name, "bold underline")
-    facts: dict[str, object] = {"holds": _amount(part.amount)}
-    if len(part.files) > 1 or part.files != (part.name,):
-        facts["files"] = some(part.files)
+def _source(source: InspectedSource) -> Iterator[RenderableType]:
+    yield plain(source.name, "bold underline")
+    facts: dict[str, object] = {"holds": _amount(source.amount)}
+    if len(source.files) > 1 or source.files != (source.name,):
+        facts["files"] = some(source.files)
     facts |= {
         f"metadata {key}": value
         if len(value) < 200
         else f"{value[:200]} ... ({len(value)} characters)"
-        for key, value in part.metadata.items()
+        for key, value in source.metadata.items()
     }
     yield facts_of(facts)
-    for network in part.networks:
+    for network in source.networks:
         yield Text()
         yield _network(network)
-    if part.problem is not None:
-        yield plain(part.problem, "yellow")
-    if part.unused:
+    if source.problem is not None:
+        yield plain(source.problem, "yellow")
+    if source.unused:
         yield Text()
-        table = table_of("other tensors", "prefix", ">tensors", ">numbers", ">size", "dtypes")
-        for unused in part.unused:
+        table = table_of("other tensors", "prefix", ">tensors", ">values", ">size", "dtypes")
+        for unused in source.unused:
             amount = unused.amount
             table.add_row(
                 unused.what,
@@ -142,10 +149,10 @@ def _part(part: Part) -> Iterator[RenderableType]:
     yield Text()
 
 
-def _network(found: NetworkFound) -> RenderableType:
+def _network(found: InspectedNetwork) -> RenderableType:
     family = f"{found.family} (by {found.evidence})"
     if found.open_to:
-        family += f"; open to {' or '.join(found.open_to)}: pass --family to decide"
+        family += f"; could also be {' or '.join(found.open_to)}: pass --family to decide"
     facts: dict[str, object] = {
         "component": Text(found.component, style="green"),
         "class": found.class_name,
@@ -162,7 +169,7 @@ def _network(found: NetworkFound) -> RenderableType:
         ("missing", found.missing),
         ("unexpected", found.unexpected),
         ("wrong shape", found.misshapen),
-        ("no floats", found.not_floating),
+        ("not floating-point", found.not_floating),
     )
     facts |= {what: plain(some(names), "bold red") for what, names in lacks if names}
     return facts_of(facts)
@@ -171,7 +178,7 @@ def _network(found: NetworkFound) -> RenderableType:
 def _values(values: ValueReport) -> Iterator[RenderableType]:
     yield plain(f"values: {values.tensors} tensors read", "bold")
     if values.sound and not values.zero and not values.unread:
-        yield plain("all finite, no tensor of nothing but zeros", "green")
+        yield plain("all finite, no tensor is all zero", "green")
         return
     table = table_of("tensor", "finding")
     for name, number in values.nan.items():
@@ -188,7 +195,7 @@ def _values(values: ValueReport) -> Iterator[RenderableType]:
 
 
 def _is_top(name: str) -> bool:
-    """Whether a module is a block of the network's own list, or what the whole network gives."""
+    """Whether a row is that of a top-level block or of the whole network."""
     parts = name.split(".")
     return len(parts) <= 2 or (len(parts) == 3 and parts[2].isdecimal())
 
@@ -204,31 +211,31 @@ def _difference(row: ModuleDifference) -> tuple[RenderableType, ...]:
 
 
 def _half(anatomy: Anatomy, path: str, blocks: tuple[Block, ...], every: bool) -> RenderableType:
-    counts = (">params", ">multiplies", ">share", ">sees", ">step")
-    table = table_of(path, "kernel", "stride", "padding", ">channels", ">map", *counts)
+    counts = (">params", ">multiplies", ">share", ">receptive field", ">downscale")
+    table = table_of(path, "kernel", "stride", "padding", ">channels", ">output", *counts)
     table.columns[0].no_wrap = True
     for block in blocks:
         if every:
-            for layer in block.layers:
-                table.add_row(*_layer_row(anatomy, layer))
+            for operation in block.operations:
+                table.add_row(*_operation_row(anatomy, operation))
         elif block.parameters or block.in_size != block.out_size:
             table.add_row(*_block_row(anatomy, block))
     return Group(Text(), table)
 
 
-def _layer_row(anatomy: Anatomy, layer: Layer) -> tuple[str, ...]:
+def _operation_row(anatomy: Anatomy, operation: Operation) -> tuple[str, ...]:
     return (
-        f"{_short(layer.name)} ({layer.role})",
-        _sides(layer.kernel),
-        _both(layer.stride),
-        _padding(layer.padding) if layer.kernel else "",
-        _change(layer.in_channels, layer.out_channels),
-        _sides(layer.out_size),
-        count(layer.parameters),
-        count(layer.multiplies),
-        _percent(layer.multiplies / anatomy.multiplies),
-        _sees(layer),
-        _both(layer.step),
+        f"{_short(operation.name)} ({operation.role})",
+        _sides(operation.kernel),
+        _both(operation.stride),
+        _padding(operation.padding) if operation.kernel else "",
+        _change(operation.in_channels, operation.out_channels),
+        _sides(operation.out_size),
+        count(operation.parameters),
+        count(operation.multiplies),
+        _percent(operation.multiplies / anatomy.multiplies),
+        _receptive_field(operation),
+        _both(operation.downscale),
     )
 
 
@@ -238,15 +245,15 @@ def _block_row(anatomy: Anatomy, block: Block) -> tuple[str, ...]:
         _short(block.name),
         " ".join(_sides(one.kernel) for one in convolutions) or block.class_name,
         " ".join(dict.fromkeys(_both(one.stride) for one in convolutions)),
-        # a bypass of 1x1 has none, and goes without saying
+        # a 1x1 shortcut has no padding, which need not be said
         " ".join(dict.fromkeys(_padding(c.padding) for c in convolutions if c.kernel != (1, 1))),
         _change(block.in_channels, block.out_channels),
         _sides(block.out_size),
         count(block.parameters),
         count(block.multiplies),
         _percent(block.multiplies / anatomy.multiplies),
-        _sees(block.last),
-        _both(block.last.step),
+        _receptive_field(block.last),
+        _both(block.last.downscale),
     )
 
 
@@ -255,7 +262,7 @@ def _totals(anatomy: Anatomy) -> RenderableType:
     for total in anatomy.totals:
         table.add_row(
             total.role,
-            str(total.layers),
+            str(total.operations),
             count(total.parameters),
             _percent(total.parameter_share),
             count(total.multiplies),
@@ -263,7 +270,7 @@ def _totals(anatomy: Anatomy) -> RenderableType:
         )
     table.add_row(
         "all",
-        str(len(anatomy.layers)),
+        str(len(anatomy.operations)),
         count(anatomy.parameters),
         _percent(1.0),
         count(anatomy.multiplies),
@@ -274,7 +281,7 @@ def _totals(anatomy: Anatomy) -> RenderableType:
 
 
 def _short(name: str) -> str:
-    """A module's name within its half."""
+    """A module's name within the encoder or decoder."""
     return name.removeprefix("encoder.").removeprefix("decoder.")
 
 
@@ -284,14 +291,14 @@ def _sides(pair: tuple[int, int] | None) -> str:
 
 
 def _both(pair: tuple[object, object] | None) -> str:
-    """``2`` where it is the same for rows and columns, else ``2x1``."""
+    """``2`` if rows and columns have the same, else ``2x1``."""
     if pair is None:
         return ""
     return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
 
 
-def _sees(layer: Layer) -> str:
-    return _both(layer.receptive_field) + ("*" if layer.sees_all else "")
+def _receptive_field(operation: Operation) -> str:
+    return _both(operation.receptive_field) + ("*" if operation.global_receptive_field else "")
 
 
 def _padding(padding: tuple[int, int, int, int]) -> str:

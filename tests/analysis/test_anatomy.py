@@ -1,4 +1,4 @@
-"""What is said of each layer is what a real run does: sizes, counts, windows, shares."""
+"""The anatomy agrees with a real run: sizes, counts, receptive fields, shares."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_multiplies_are_those_that_torch_counts(name: str) -> None:
 
 @settings(max_examples=8)
 @given(rows=st.integers(8, 30), columns=st.integers(8, 30))
-def test_map_sizes_are_those_of_a_run(rows: int, columns: int) -> None:
+def test_feature_map_sizes_are_those_of_a_run(rows: int, columns: int) -> None:
     network, ran = seeded.network(SMALL), Counter[tuple[str, tuple[int, ...]]]()
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -68,49 +68,53 @@ def test_map_sizes_are_those_of_a_run(rows: int, columns: int) -> None:
     with torch.no_grad():
         network.decode(network.encode(torch.zeros(1, 3, rows, columns)).latent_dist.mode())
     found = Counter(
-        (layer.name, (layer.in_channels, layer.out_channels, *layer.out_size))
-        for layer in dissect(SMALL, (rows, columns)).layers
-        if layer.role == "convolution"
+        (one.name, (one.in_channels, one.out_channels, *one.out_size))
+        for one in dissect(SMALL, (rows, columns)).operations
+        if one.role == "convolution"
     )
     assert found == ran
 
 
-def seen(y: torch.Tensor, x: torch.Tensor, row: int, column: int) -> tuple[int, int]:
+def reached(y: torch.Tensor, x: torch.Tensor, row: int, column: int) -> tuple[int, int]:
     """Rows and columns of ``x`` that ``y[0, 0, row, column]`` depends on."""
     (gradient,) = torch.autograd.grad(y[0, 0, row, column], x, retain_graph=True)
-    places = gradient[0].abs().sum(0).nonzero()
-    high, wide = (places.max(0).values - places.min(0).values + 1).tolist()
-    return high, wide
+    positions = gradient[0].abs().sum(0).nonzero()
+    rows, columns = (positions.max(0).values - positions.min(0).values + 1).tolist()
+    return rows, columns
 
 
 def test_receptive_fields_are_what_gradients_reach() -> None:
     network = seeded.network(TAESD).double()
     for parameter in network.parameters():
-        # positive throughout, so that no rectifier cuts a path
+        # all positive, so that no ReLU cuts a path
         parameter.data = torch.full_like(parameter, 1 / prod(parameter.shape[1:]))
     found = dissect(TAESD, 256)
     x = torch.ones(1, 3, 256, 256, dtype=torch.float64, requires_grad=True)
     z = torch.ones(1, 4, 64, 64, dtype=torch.float64, requires_grad=True)
     last = {path: found.half(path)[-1].last for path in ("encode", "decode")}
-    assert seen(network.encode(x).latents, x, 32, 32) == last["encode"].receptive_field
+    assert reached(network.encode(x).latents, x, 32, 32) == last["encode"].receptive_field
     picture = network.decode(z).sample
-    # after doublings neighbours differ: the widest of one period of four
-    widest = max(seen(picture, z, 128 + shift, 128) for shift in range(4))
+    # after upsampling neighbours differ: the widest of one period of four
+    widest = max(reached(picture, z, 128 + shift, 128) for shift in range(4))
     assert widest[0] == last["decode"].receptive_field[0]
-    assert (last["encode"].step, last["decode"].step) == ((4, 4), (Fraction(1, 4),) * 2)
+    assert (last["encode"].downscale, last["decode"].downscale) == ((4, 4), (Fraction(1, 4),) * 2)
 
 
-def test_strides_padding_and_what_attention_sees() -> None:
-    layers = {layer.name: layer for layer in dissect(SMALL, 64).layers}
-    halving = layers["encoder.down_blocks.0.downsamplers.0.conv"]
-    assert (halving.kernel, halving.stride, halving.padding) == ((3, 3), (2, 2), (0, 1, 0, 1))
-    assert (halving.in_size, halving.out_size) == ((64, 64), (32, 32))
+def test_stride_padding_and_global_attention() -> None:
+    layers = {one.name: one for one in dissect(SMALL, 64).operations}
+    downsample = layers["encoder.down_blocks.0.downsamplers.0.conv"]
+    assert (downsample.kernel, downsample.stride, downsample.padding) == (
+        (3, 3),
+        (2, 2),
+        (0, 1, 0, 1),
+    )
+    assert (downsample.in_size, downsample.out_size) == ((64, 64), (32, 32))
     assert layers["encoder.conv_in"].padding == (1, 1, 1, 1)
-    assert not layers["encoder.mid_block.resnets.0.conv2"].sees_all
-    assert layers["encoder.mid_block.resnets.1.conv1"].sees_all
-    # a bypass sees less than the block around it
-    bypass = layers["encoder.down_blocks.1.resnets.0.conv_shortcut"]
-    assert bypass.receptive_field == halving.receptive_field
+    assert not layers["encoder.mid_block.resnets.0.conv2"].global_receptive_field
+    assert layers["encoder.mid_block.resnets.1.conv1"].global_receptive_field
+    # a shortcut has a smaller receptive field than the block around it
+    shortcut = layers["encoder.down_blocks.1.resnets.0.conv_shortcut"]
+    assert shortcut.receptive_field == downsample.receptive_field
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -119,11 +123,11 @@ def test_shares_add_up(name: str) -> None:
     assert sum(total.multiply_share for total in found.totals) == pytest.approx(1)
     assert sum(total.parameters for total in found.totals) == found.parameters
     assert {total.role for total in found.totals} <= set(ROLES)
-    assert sum(len(block.layers) for block in found.blocks) == len(found.layers)
+    assert sum(len(block.operations) for block in found.blocks) == len(found.operations)
     assert json.loads(json.dumps(found.to_json()))["multiplies"] == found.multiplies
 
 
-def test_convolutions_cost_more_on_larger_maps_and_attention_more_than_that() -> None:
+def test_convolutions_cost_more_on_larger_images_and_attention_more_than_that() -> None:
     small, large = (
         {total.role: total for total in dissect(SMALL, size).totals} for size in (64, 128)
     )
@@ -132,7 +136,7 @@ def test_convolutions_cost_more_on_larger_maps_and_attention_more_than_that() ->
     assert large["convolution"].parameters == small["convolution"].parameters
 
 
-def test_one_half_alone() -> None:
+def test_a_decoder_alone() -> None:
     alone = seeded.tiny(encoder_block_out_channels=(), num_encoder_blocks=())
     found = dissect(alone, 64)
     assert not found.half("encode")
@@ -142,21 +146,21 @@ def test_one_half_alone() -> None:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (3, "too small a picture"),
-        ((64, 3), "too small a picture"),
-        (4, "normalisation"),  # 32 channels in 32 groups on a map of one place
-        (LARGEST_SIDE + 1, "too large a picture"),
+        (3, "the image is too small"),
+        ((64, 3), "the image is too small"),
+        (4, "normalisation"),  # 32 channels in 32 groups on a feature map of one value
+        (LARGEST_SIDE + 1, "the image is too large"),
         (0, "size"),
         ((8, 8, 8), "size"),
         ("8", "size"),
     ],
 )
-def test_sizes_that_no_picture_has(size: object, words: str) -> None:
+def test_invalid_sizes_are_refused(size: object, words: str) -> None:
     with pytest.raises(sdconv.InputError, match=words):
         dissect(SMALL, size)  # type: ignore[arg-type]
 
 
-def test_the_largest_picture_takes_no_memory() -> None:
+def test_the_largest_image_takes_no_memory() -> None:
     assert dissect(SMALL, LARGEST_SIDE).multiplies > 10**15
 
 
@@ -168,7 +172,7 @@ def test_the_largest_picture_takes_no_memory() -> None:
         (seeded.tiny(encoder_block_out_channels=(), num_encoder_blocks=()), "pdf"),
     ],
 )
-def test_drawings(config: Config, suffix: str, tmp_path: Path) -> None:
+def test_every_format_is_drawn(config: Config, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
     draw_anatomy(dissect(config, 64), path)
     magic = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]

@@ -101,7 +101,7 @@ def test_weights_that_are_integers(tmp_path: Path) -> None:
     found = inspect(names_of(tmp_path / "vae.safetensors", tensors))
     assert found.network("vae").not_floating == ("quant_conv.weight",)
     assert not found.network("vae").whole
-    assert found.complaint == ("the vae cannot be loaded: tensors 1 of no floating-point numbers")
+    assert found.complaint == ("the vae cannot be loaded: tensors 1 not of floating point")
 
 
 def test_a_config_that_contradicts_the_weights(tmp_path: Path) -> None:

@@ -96,14 +96,14 @@ inspect absent.safetensors                                          | does not e
 inspect empty                                                       | holds no weights
 inspect text.safetensors                                            | header
 inspect cut.safetensors                                             | is cut short
-inspect vae.safetensors --family sd99                               | no such family
+inspect vae.safetensors --family sd99                               | --family: no such family
 inspect vae.safetensors vae.safetensors                             | stands in two files
 inspect                                                             | Missing argument
 check lacks.safetensors                                             | 1 missing
 check llm.safetensors                                               | no network
-check vae.safetensors --against someone                             | no such reference
+check vae.safetensors --against someone                             | --against: unknown reference
 check vae.safetensors --dtype int8                                  | int8
-check vae.safetensors --device nowhere                              | no such device
+check vae.safetensors --device nowhere                              | --device: no such device
 check vae.safetensors --size 8xx8                                   | not a size
 check vae.safetensors --size 0x8                                    | not a size
 check vae.safetensors --size 4x4                                    | wrong shape
@@ -117,7 +117,7 @@ convert vae.safetensors OUT.safetensors --layout mine               | mine
 convert llm.safetensors OUT.safetensors --layout diffusers          | no network
 convert vae.safetensors photo.png/OUT.safetensors --layout original | cannot be written
 encode absent.png -m vae.safetensors -o OUT.safetensors             | does not exist
-encode text.png -m vae.safetensors -o OUT.safetensors               | no picture
+encode text.png -m vae.safetensors -o OUT.safetensors               | not an image
 encode damaged.jpg -m vae.safetensors -o OUT.safetensors            | damaged
 encode empty -m vae.safetensors -o OUT.safetensors                  | cannot be opened
 encode speck.png -m vae.safetensors -o OUT.safetensors              | too small
@@ -127,40 +127,40 @@ decode spot.safetensors -m vae.safetensors -o OUT.png               | too small 
 encode photo.png -m vae.safetensors -o OUT.png                      | as safetensors
 encode photo.png -m vae.safetensors -o vae.safetensors              | one of the inputs
 encode photo.png -m llm.safetensors -o OUT.safetensors              | no network
-encode photo.png -m tiny.safetensors -o OUT.safetensors --sample    | no posterior
+encode photo.png -m tiny.safetensors -o OUT.safetensors --sample    | leave --sample out
 encode photo.png -o OUT.safetensors                                 | Missing option '--model'
 decode absent.safetensors -m vae.safetensors -o OUT.png             | does not exist
 decode photo.png -m vae.safetensors -o OUT.png                      | header
-decode z.safetensors -m vae.safetensors -o OUT.txt                  | not a picture's name
+decode z.safetensors -m vae.safetensors -o OUT.txt                  | not the name of an image file
 decode z.safetensors -m vae.safetensors -o OUT.png --key y          | which tensor
 decode z7.safetensors -m vae.safetensors -o OUT.png                 | wrong shape
-decode z1.safetensors -m vae.safetensors -o OUT.png                 | no latents
+decode z1.safetensors -m vae.safetensors -o OUT.png                 | not latents
 decode z2.safetensors -m vae.safetensors -o OUT.png                 | which tensor
 decode patches.safetensors -m flux2.safetensors -o OUT.png          | normalised patches
 decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
-decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a size of memory
+decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a memory size
 decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
-decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | whole maps are not spilled
-encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole maps only
-encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
+decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | whole feature maps are not
+spilled encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole feature maps
+only encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
-plan --size 2x2                                                     | too small a picture
-plan --memory plenty                                                | not a size of memory
+plan --size 2x2                                                     | the image is too small
+plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
-plan tiny.safetensors                                               | only a VAE is streamed
+plan tiny.safetensors                                               | only a VAE can be streamed
 plan --spill absent                                                 | no folder
-reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not a picture's name
+reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the name of an image file
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
 reconstruct photo.png -m absent.safetensors -o OUT.png              | does not exist
 reconstruct photo.png -m vae.safetensors -o OUT.png --component unet | no component
 fetch                                                               | what is to be fetched
-fetch nonesuch                                                      | no known checkpoint
+fetch nonesuch                                                      | unknown checkpoint
 fetch sd15 --list                                                   | what is to be fetched
 anatomy llm.safetensors                                             | no network
-anatomy vae.safetensors --size 4x4                                  | too small
-anatomy vae.safetensors --size 99999x9                              | too large
-anatomy vae.safetensors --plot OUT.txt                              | not a drawing's name
-anatomy vae.safetensors --component unet                            | no such component
+anatomy vae.safetensors --size 4x4                                  | --size: the image is too small
+anatomy vae.safetensors --size 99999x9                              | --size: the image is too large
+anatomy vae.safetensors --plot OUT.txt                              | not a name for a drawing
+anatomy vae.safetensors --component unet                            | --component vae
 nonsense                                                            | No such command
 """
 
@@ -197,7 +197,7 @@ def test_inspect_says_no(here: Path) -> None:
     assert answer("inspect", here / "llm.safetensors", status=1)["parts"][0]["networks"] == []
     integers = run("inspect", here / "int.safetensors")
     assert integers.exit_code == 1
-    assert "of no floating-point numbers" in integers.stderr
+    assert "not of floating point" in integers.stderr
     lacks = answer("inspect", here / "lacks.safetensors", status=1)
     assert len(lacks["parts"][0]["networks"][0]["missing"]) == 1
     assert answer("inspect", here / "nan.safetensors")["values"] is None
@@ -249,7 +249,10 @@ def test_check_says_no(here: Path) -> None:
     assert result.exit_code == 1
     assert "decoder.conv_in" in result.stdout
     assert "failed" in result.stdout
-    assert "gives NaN or infinity on both sides: sdconv inspect --values" in result.stderr
+    assert (
+        "gives NaN or infinity on both sides; to look for NaN in the weights: sdconv"
+        in result.stderr
+    )
     report = answer("check", here / "nan.safetensors", "--size=32", "--family=sd1", status=1)
     assert report["first_difference"] == "decoder.conv_in"
 
@@ -382,7 +385,7 @@ def test_reconstruct(here: Path, tmp_path: Path) -> None:
         assert sheet.width > 3 * 48
     shown = run("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
     assert f"PSNR {said['psnr']:.2f} dB" in shown.stdout
-    assert "note: cut around the centre" in shown.stderr
+    assert "note: cropped around the centre" in shown.stderr
 
 
 def test_a_failure_leaves_what_stood_there(here: Path, tmp_path: Path) -> None:

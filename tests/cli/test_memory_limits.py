@@ -41,7 +41,7 @@ def test_too_little_memory_is_said_with_what_helps(tmp_path: Path) -> None:
     }
     for command, result in found.items():
         assert result.exit_code == 2, command
-        assert "too large a picture for the memory that is free" in result.stderr
+        assert "the image is too large for the free memory" in result.stderr
         assert ("--memory 2GiB, and --spill FOLDER" in result.stderr) == (command != "features")
         assert ("--size" in result.stderr) == (command != "decode")
     # the control: in strips it is not refused for this

@@ -91,7 +91,7 @@ BAD: Mapping[str, tuple[list[str], str]] = {
     "cut short": (["A", "cut.safetensors"], "is cut short"),
     "an empty folder": (["A", "empty"], "holds no weights"),
     "one alone": (["A"], "Missing argument"),
-    "another format": (["A", "A", "--plot", "d.jpeg"], "not a drawing's name"),
+    "another format": (["A", "A", "--plot", "d.jpeg"], "not a name for a drawing"),
     "numbered layers": (["A", "numbers.safetensors"], "no half of a tiny autoencoder"),
 }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from helpers import seeded
 from helpers.numbers import error
 from torch import Tensor, nn
 
@@ -16,8 +18,8 @@ import sdconv
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
-from sdconv.fast.cpu.chosen import choice_for
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.conv import plan_for
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 from sdconv.models.vae import AutoencoderKL
 
@@ -55,14 +57,14 @@ def latents() -> Tensor:
 def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the fast backend was asked for, in order."""
     calls: list[str] = []
-    for name in ("resnet", "doubling", "last"):
-        inner = getattr(fast, name)
+    for name in ("resnet", "upsample", "output"):
+        inner = getattr(fast.cpu, name)
 
         def seen(*args: Any, name: str = name, inner: Any = inner, **kwargs: Any) -> Any:
             calls.append(name)
             return inner(*args, **kwargs)
 
-        monkeypatch.setattr(fast, name, seen)
+        monkeypatch.setattr(fast.cpu, name, seen)
     yield calls
 
 
@@ -70,7 +72,7 @@ def test_these_shapes_are_convolved_by_winograd() -> None:
     # else the tests below would hold the direct kernel to itself
     for batch, channels, height, width in ((1, 128, 33, 28), (1, 128, 28, 28), (2, 128, 25, 30)):
         x, weight = torch.empty(batch, channels, height, width), torch.empty(96, channels, 3, 3)
-        assert choice_for(x, weight).method == "winograd"
+        assert plan_for("conv3x3", x, weight, False).method == "winograd"
 
 
 def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[str]) -> None:
@@ -79,7 +81,7 @@ def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[
     with sdconv.backend("fast"):
         out = vae.decode(latents).sample
     assert convolved.count("resnet") == 6
-    assert convolved.count("doubling") == convolved.count("last") == 1
+    assert convolved.count("upsample") == convolved.count("output") == 1
     assert error(out, expected) < WITHIN
     assert not torch.equal(out, expected)
     moments = vae.encode(expected).latent_dist.parameters
@@ -101,9 +103,9 @@ def test_the_switch(vae: AutoencoderKL) -> None:
     with sdconv.backend("reference"):
         assert not is_fast(own)
     assert own.state_dict().keys() == state.keys()
-    with pytest.raises(InputError, match="no such backend"), sdconv.backend("faster"):
+    with pytest.raises(InputError, match="unknown backend"), sdconv.backend("faster"):
         pass
-    with pytest.raises(InputError, match="no such backend"):
+    with pytest.raises(InputError, match="unknown backend"):
         sdconv.load(state, family="sd1", backend="")
 
 
@@ -129,11 +131,11 @@ def test_what_looked_inside_and_left_is_forgotten(
     with sdconv.backend("fast"):
         add_hook_to_module(own.decoder.conv_out, ModelHook())
         own.decode(latents)
-        assert "last" not in convolved, "the control: a hook is respected"
+        assert "output" not in convolved, "the control: a hook is respected"
         remove_hook_from_module(own.decoder.conv_out)
         assert "forward" in vars(own.decoder.conv_out)
         own.decode(latents)
-    assert convolved.count("last") == 1
+    assert convolved.count("output") == 1
 
 
 def test_not_finite_comes_out_where_it_does_in_the_reference() -> None:
@@ -165,9 +167,9 @@ def test_compiled_as_one_graph(inference: bool) -> None:
     with sdconv.backend("fast"), torch.inference_mode(inference):
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
         assert error(compiled(x), expected) < WITHIN
-        held = prepared.memory
+        held = weight_cache.memory
         compiled(x)
-        assert prepared.memory == held
+        assert weight_cache.memory == held
     del compiled
     torch._dynamo.reset()
 
@@ -181,3 +183,34 @@ def test_exported() -> None:
     names = {str(node.target) for node in program.graph.nodes}
     assert "sdconv.doubled_convolution.default" in names
     assert error(program.module()(x), block(x)) < WITHIN
+
+
+@pytest.mark.parametrize("whole", [None, "hook", "forward", "compiled"])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_blocks_input_is_freed_unless_something_sees_the_whole_block(
+    half: str, whole: str | None
+) -> None:
+    network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=2))
+    block = network.encoder.down_blocks[0] if half == "encoder" else network.decoder.up_blocks[0]
+    seen: list[str] = []
+    forward = block.forward
+    match whole:
+        case "hook":
+            block.register_forward_hook(lambda *_: seen.append("block"))
+        case "forward":
+            block.forward = lambda x: seen.append("block") or forward(x)
+        case "compiled":
+            block._compiled_call_impl = lambda x: seen.append("block") or forward(x)
+    inputs: list[weakref.ref[Tensor]] = []
+    block.resnets[0].register_forward_pre_hook(lambda _, x: inputs.append(weakref.ref(x[0])))
+    block.resnets[1].register_forward_pre_hook(
+        lambda *_: seen.append("held" if inputs[0]() is not None else "freed")
+    )
+    call = getattr(network, half[:-1])
+    given = torch.randn(1, 3, 16, 16) if half == "encoder" else torch.randn(1, 4, 8, 8)
+    with torch.no_grad(), sdconv.backend("fast"):
+        call(given)
+    assert sorted(seen) == (["freed"] if whole is None else ["block", "held"])
+    with torch.enable_grad(), sdconv.backend("fast"):
+        call(given)
+    assert seen.count("block") == (0 if whole is None else 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,23 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sdconv
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.transformers import products
+from sdconv.fast.cpu.kernels import numba_kernels
+from sdconv.models.unet_blocks import run_transformer
 
 pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
 
 
-class Calls(nn.Module):
-    """A linear layer that has seen which kernel its product came from."""
+class Transformer(nn.Module):
+    """Calls a function as a U-Net's transformer calls its layers."""
 
-    def __init__(self, depth: int, columns: int, *, bias: bool = True) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layer = nn.Linear(depth, columns, bias=bias)
+        self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
-        with products(self, x[None] if x.ndim == 3 else x):
-            out: Tensor = self.layer(x)
-        return out
+    def forward(self, x: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.function(x),)
+
+
+def run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Runs a function on ``x`` inside a transformer of the backend in force."""
+    return run_transformer(Transformer(function), x, {})
 
 
 def random(*shape: int) -> Tensor:
@@ -45,7 +49,7 @@ def random(*shape: int) -> Tensor:
 def test_linear_layers(rows: int, depth: int, columns: int, bias: bool) -> None:
     x, weight = random(1, rows, depth), random(columns, depth)
     added = random(columns) if bias else None
-    out = engines.compiled()[0].linear(x, weight, added)
+    out = numba_kernels()[0].linear(x, weight, added)
     expected = functional.linear(
         x.double(), weight.double(), None if added is None else added.double()
     )
@@ -59,30 +63,30 @@ def test_only_fast_networks_without_gradients_are_taken_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = []
-    compiled = engines.compiled()[0]
+    compiled = numba_kernels()[0]
     plain = compiled.linear
     monkeypatch.setattr(compiled, "linear", lambda *given: taken.append(1) or plain(*given))
-    module, x = Calls(32, 64), random(1, 300, 32)
+    layer, x = nn.Linear(32, 64), random(1, 1, 300, 32)
     with torch.no_grad():
-        expected = module(x)
+        expected = run(layer, x)
         assert not taken
         with sdconv.backend("fast"):
-            assert torch.allclose(module(x), expected, atol=1e-5)
+            assert torch.allclose(run(layer, x), expected, atol=1e-5)
             assert len(taken) == 1
-            module(x.transpose(0, 1).expand(300, 2, 32).transpose(0, 1))  # not dense
+            run(layer, x.transpose(1, 2).expand(1, 300, 2, 32).transpose(1, 2))  # not dense
             assert len(taken) == 1
     with sdconv.backend("fast"):
-        module(x).sum().backward()
+        run(layer, x).sum().backward()
     assert len(taken) == 1
-    assert module.layer.weight.grad is not None
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
     x = random(2, 32, 20, 30).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(32, 48, kernel)
-    with torch.no_grad(), sdconv.backend("fast"), products(conv, x):
-        out = conv(x)
+    with torch.no_grad(), sdconv.backend("fast"):
+        out = run(conv, x)
     expected = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double())
     assert out.shape == expected.shape
     assert (out - expected).abs().max() < 1e-5
@@ -91,7 +95,7 @@ def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
 
 def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    compiled = engines.compiled()[0]
+    compiled = numba_kernels()[0]
     plain = compiled.attention
     monkeypatch.setattr(compiled, "attention", lambda *given: taken.append(1) or plain(*given))
     query, key, value = random(2, 3, 30, 8), random(2, 3, 40, 8), random(2, 3, 40, 8)
@@ -100,8 +104,8 @@ def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = random(30, 40) > 0
 
     def error(*args: Any, **options: Any) -> float:
-        with torch.no_grad(), sdconv.backend("fast"), products(nn.Identity(), random(1, 1, 1, 1)):
-            out = attend(query, key, value, *args, **options)
+        with torch.no_grad(), sdconv.backend("fast"):
+            out = run(lambda query: attend(query, key, value, *args, **options), query)
         return float((out - attend(*doubles, *args, **options)).abs().max())
 
     assert error() < 1e-5

@@ -55,7 +55,7 @@ def refusal(network: Autoencoder, method: str, x: Any) -> list[str]:
 def test_what_is_refused(kind: str, method: str) -> None:
     network = seeded.network(KINDS[kind])
     x = good(network.config, method)
-    what = "pictures" if method == "encode" else "latents"
+    what = "images" if method == "encode" else "latents"
     for value, got in ((None, "None"), ([[0.0]], "builtins.list"), (1.0, "builtins.float")):
         first, expected, came = refusal(network, method, value)
         assert first.endswith(f"{what} must be a tensor")
@@ -65,15 +65,15 @@ def test_what_is_refused(kind: str, method: str) -> None:
     assert (came, fix) == ("  got: numpy.ndarray", "  hint: torch.from_numpy(array)")
     for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
         first, expected, came, _ = refusal(network, method, x.to(dtype))
-        assert first.endswith(f"{what} must be of floating point")
+        assert first.endswith(f"{what} must be floating-point")
         assert (expected, came) == ("  expected: torch.float32", f"  got: {dtype}")
     for dtype in (torch.float16, torch.float64):
         first, expected, came, fix = refusal(network, method, x.to(dtype))
-        assert first.endswith(f"{what} of another dtype than the weights")
+        assert first.endswith(f"{what} must have the dtype of the weights")
         assert (expected, came) == ("  expected: torch.float32", f"  got: {dtype}")
         assert ".to(network.dtype)" in fix
     first, expected, came, fix = refusal(network, method, x.to("meta"))
-    assert first.endswith(f"{what} on another device than the weights")
+    assert first.endswith(f"{what} must be on the device of the weights")
     assert (expected, came) == ("  expected: cpu", "  got: meta")
     assert ".to(network.device)" in fix
     _, expected, came = refusal(network, method, x[:0])
@@ -100,9 +100,9 @@ def test_under_autocast_other_floats_are_taken(kind: str, method: str) -> None:
     x = good(ours.config, method)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(called(ours, method, x.half()), called(theirs, method, x.half()))
-        assert "another dtype" in refusal(ours, method, x.double())[0]
-        assert "floating point" in refusal(ours, method, x.long())[0]
-    assert "another dtype" in refusal(ours, method, x.half())[0]
+        assert "the dtype of the weights" in refusal(ours, method, x.double())[0]
+        assert "floating-point" in refusal(ours, method, x.long())[0]
+    assert "the dtype of the weights" in refusal(ours, method, x.half())[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,11 +123,11 @@ def test_hooks_may_bring_it_into_the_right_form() -> None:
     network = seeded.network(KL)
     x = good(KL, "encode")
     expected = called(network, "encode", x)
-    assert "another dtype" in refusal(network, "encode", x.double())[0]
+    assert "the dtype of the weights" in refusal(network, "encode", x.double())[0]
     network.encoder.conv_in.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     assert torch.equal(called(network, "encode", x.double()), expected)
     # those of the other half change nothing here
-    assert "another dtype" in refusal(network, "decode", good(KL, "decode").double())[0]
+    assert "the dtype of the weights" in refusal(network, "decode", good(KL, "decode").double())[0]
 
 
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
@@ -180,8 +180,11 @@ def test_fake_tensors(kind: str, method: str) -> None:
         right = torch.empty(x.shape, device="cuda", dtype=torch.float16)
         assert called(network, method, right).device.type == "cuda"
         lines = refusal(network, method, x.half())
-        assert "another device" in lines[0] and lines[1] == "  expected: cuda:0"
-        assert "another dtype" in refusal(network, method, torch.empty(x.shape, device="cuda"))[0]
+        assert "the device of the weights" in lines[0] and lines[1] == "  expected: cuda:0"
+        assert (
+            "the dtype of the weights"
+            in refusal(network, method, torch.empty(x.shape, device="cuda"))[0]
+        )
 
 
 # --- maps on which normalisation finds one value in a group

@@ -65,8 +65,8 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ("plain", {"sample": None}, "must be a tensor", "(B, 4, H, W)", "None"),
         ("plain", {"sample": [[0.0]]}, "must be a tensor", "torch.Tensor", "builtins.list"),
         ("plain", {"sample": ARRAY}, "must be a tensor", "torch.Tensor", "numpy.ndarray"),
-        ("plain", {"sample": WHOLE}, "latents must be of floating", "float32", "int64"),
-        ("plain", {"sample": WHOLE.double()}, "latents of another dtype", "float32", "float64"),
+        ("plain", {"sample": WHOLE}, "latents must be floating", "float32", "int64"),
+        ("plain", {"sample": WHOLE.double()}, "latents must have the dtype", "float32", "float64"),
         ("plain", {"timestep": None}, "timesteps", "a number", "None"),
         ("plain", {"timestep": "5"}, "timesteps", "a number", "a str"),
         ("plain", {"timestep": [5]}, "timesteps", "a number", "a list"),
@@ -89,8 +89,14 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ),
         ("plain", {"encoder_hidden_states": None}, "encoder_hidden_states", "tokens", "None"),
         ("plain", {"encoder_hidden_states": TEXT.numpy()}, "encoder_hidden", "tokens", "a ndarray"),
-        ("plain", {"encoder_hidden_states": TEXT.half()}, "another dtype", "float32", "float16"),
-        ("plain", {"encoder_hidden_states": TEXT.long()}, "floating point", "float32", "int64"),
+        (
+            "plain",
+            {"encoder_hidden_states": TEXT.half()},
+            "dtype of the weights",
+            "float32",
+            "float16",
+        ),
+        ("plain", {"encoder_hidden_states": TEXT.long()}, "floating-point", "float32", "int64"),
         ("plain", {"encoder_hidden_states": TEXT[:, :0]}, "encoder_hidden", "tokens", "(2, 0, 24)"),
         ("plain", {"attention_mask": [1]}, "attention_mask must", "(B, tokens)", "builtins.list"),
         ("plain", {"added_cond_kwargs": 1}, "must be a dictionary", "none", "a int"),
@@ -141,20 +147,20 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ("x4", {"class_labels": torch.zeros(2)}, "whole numbers", "int64", "float32"),
         ("x4", {"class_labels": torch.zeros(2, 1)}, "class_labels", "(2,)", "(2, 1)"),
         ("unCLIP", {"class_labels": torch.zeros(2, 3)}, "class_labels", "(2, 40)", "(2, 3)"),
-        ("unCLIP", {"class_labels": torch.zeros(2, 40).half()}, "another", "float32", "float16"),
-        ("LCM", {"timestep_cond": torch.zeros(2, 256).half()}, "another", "float32", "float16"),
+        ("unCLIP", {"class_labels": torch.zeros(2, 40).half()}, "the dtype", "float32", "float16"),
+        ("LCM", {"timestep_cond": torch.zeros(2, 256).half()}, "the dtype", "float32", "float16"),
         ("LCM", {"timestep_cond": torch.zeros(2, 8)}, "timestep_cond", "(2, 256)", "(2, 8)"),
         (
             "plain",
             {"down_block_additional_residuals": [torch.zeros(1)] * 3},
-            "come together",
+            "must be passed together",
             "mid_block_additional_residual",
             "one without the other",
         ),
         (
             "plain",
             {"mid_block_additional_residual": torch.zeros(1)},
-            "come together",
+            "must be passed together",
             "down_block_additional_residuals",
             "one without the other",
         ),
@@ -175,7 +181,7 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
                 + [torch.zeros(2, 32, 8, 12)],
                 "mid_block_additional_residual": torch.zeros(2, 64, 8, 12),
             },
-            "a ControlNet's residuals for another U-Net: number 2 has other channels",
+            "the ControlNet's residuals do not fit: number 2 has the wrong channels",
             "(B, 64, H, W)",
             "(2, 32, 8, 12)",
         ),
@@ -192,7 +198,7 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         (
             "plain",
             {"down_intrablock_additional_residuals": [torch.zeros(2, 320, 8, 12)]},
-            "a T2I-Adapter's residuals for another U-Net: number 0 has other channels",
+            "the T2I-Adapter's residuals do not fit: number 0 has the wrong channels",
             "(B, 64, H, W)",
             "(2, 320, 8, 12)",
         ),
@@ -261,7 +267,7 @@ def test_another_device(kind: str, name: str) -> None:
     network = NETWORKS[kind]
     inputs = given(network)
     inputs[name] = torch.zeros_like(inputs[name], device="cpu")
-    with pytest.raises(sdconv.InputError, match="on another device"):
+    with pytest.raises(sdconv.InputError, match="must be on the device"):
         network(**inputs)
 
 
@@ -270,7 +276,7 @@ def test_added_conditions_on_another_device() -> None:
     for name in SIZED:
         inputs = given(network)
         inputs["added_cond_kwargs"][name] = SIZED[name]
-        with pytest.raises(sdconv.InputError, match=f"{name} on another device"):
+        with pytest.raises(sdconv.InputError, match=f"{name} must be on the device"):
             network(**inputs)
 
 
@@ -278,7 +284,7 @@ def test_hooks_may_bring_it_into_the_right_form() -> None:
     network = unets.ours(unets.theirs(unets.small("one level")))
     sample, timestep, text, *_ = unets.inputs(network.config)
     wrong = {"sample": sample.half(), "timestep": timestep, "encoder_hidden_states": text}
-    with pytest.raises(sdconv.InputError, match="another dtype"):
+    with pytest.raises(sdconv.InputError, match="the dtype of the weights"):
         network(**wrong)
     network.conv_in.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     network.time_embedding.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
@@ -292,7 +298,7 @@ def test_under_autocast_other_floats_are_taken() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         arguments = sample.bfloat16(), timestep, text.half()
         assert torch.equal(ours(*arguments).sample, peer(*arguments).sample)
-        with pytest.raises(sdconv.InputError, match="another dtype"):
+        with pytest.raises(sdconv.InputError, match="the dtype of the weights"):
             ours(sample.double(), timestep, text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +57,7 @@ def test_latent_distribution() -> None:
     assert torch.equal(a.kl(), b.kl()) and a.kl().shape == (2,)
     assert torch.equal(a.kl(other_a), b.kl(other_b))
     assert torch.equal(a.nll(randn(2, 4, 9, 11)), b.nll(randn(2, 4, 9, 11)))
-    with pytest.raises(sdconv.InputError, match="as many generators as pictures"):
+    with pytest.raises(sdconv.InputError, match="expected one generator"):
         a.sample([generator(), generator(), generator()])
 
 
@@ -234,34 +233,3 @@ def test_gradients_equal_bit_for_bit(config: Config, result: str) -> None:
     assert len(runs) == 2  # once forward, and once more for the gradient
     ours.disable_gradient_checkpointing()
     assert not ours.is_gradient_checkpointing
-
-
-@pytest.mark.parametrize("whole", [None, "hook", "forward", "compiled"])
-@pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_a_levels_input_is_freed_unless_something_sees_the_whole_level(
-    half: str, whole: str | None
-) -> None:
-    network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=2))
-    level = network.encoder.down_blocks[0] if half == "encoder" else network.decoder.up_blocks[0]
-    seen: list[str] = []
-    forward = level.forward
-    match whole:
-        case "hook":
-            level.register_forward_hook(lambda *_: seen.append("level"))
-        case "forward":
-            level.forward = lambda x: seen.append("level") or forward(x)
-        case "compiled":
-            level._compiled_call_impl = lambda x: seen.append("level") or forward(x)
-    inputs: list[weakref.ref[Tensor]] = []
-    level.resnets[0].register_forward_pre_hook(lambda _, x: inputs.append(weakref.ref(x[0])))
-    level.resnets[1].register_forward_pre_hook(
-        lambda *_: seen.append("held" if inputs[0]() is not None else "freed")
-    )
-    call = getattr(network, half[:-1])
-    given = randn(1, 3, 16, 16) if half == "encoder" else randn(1, 4, 8, 8)
-    with torch.no_grad():
-        call(given)
-    assert sorted(seen) == (["freed"] if whole is None else ["held", "level"])
-    with torch.enable_grad():
-        call(given)
-    assert seen.count("level") == (0 if whole is None else 2)

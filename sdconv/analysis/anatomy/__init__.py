@@ -1,16 +1,16 @@
-"""The role of each convolution: its kernel, its share of the work, what it sees of the picture."""
+"""What each operation of an autoencoder does and costs, and how much of the input it sees."""
 
-from sdconv.analysis.anatomy.counts import ROLES, Anatomy, Block, Layer, Total
-from sdconv.analysis.anatomy.recording import LARGEST_SIDE, Recorder, View, dissect
+from sdconv.analysis.anatomy.counts import ROLES, Anatomy, Block, Operation, Total
+from sdconv.analysis.anatomy.recording import LARGEST_SIDE, Recorder, TensorGeometry, dissect
 
 __all__ = [
     "LARGEST_SIDE",
     "ROLES",
     "Anatomy",
     "Block",
-    "Layer",
+    "Operation",
     "Recorder",
+    "TensorGeometry",
     "Total",
-    "View",
     "dissect",
 ]

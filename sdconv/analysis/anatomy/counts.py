@@ -1,4 +1,4 @@
-"""What is known of a network's operations, one by one, in blocks and in all."""
+"""A network's operations, one by one, in blocks and in total."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from math import prod
 from typing import Any
 
 ROLES = ("convolution", "attention", "embedding", "normalisation", "activation", "upsampling")
-"""What an operation is there for."""
+"""The kinds of operations."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One operation. Pairs are (rows, columns).
+class Operation:
+    """One operation of a network. Pairs are (rows, columns).
 
-    ``name``: of its module, with diffusers' names. ``block``: of the block that it is a part of.
-    ``path``: ``"encode"`` or ``"decode"``. ``role``: one of ``ROLES``. ``kernel`` and ``stride``:
-    of a convolution, else None. ``padding``: zeros above, below, left and right. ``in_size``,
-    ``out_size``: of the map.
+    ``name``: its module's, by diffusers' names. ``block``: the name of the block it belongs to.
+    ``path``: ``"encode"`` or ``"decode"``. ``role``: one of ``ROLES``. ``kernel``, ``stride``: a
+    convolution's, else None. ``padding``: zeros above, below, left and right. ``in_size``,
+    ``out_size``: of the feature map.
 
-    ``receptive_field``: input pixels (latents, when decoding) that one output sees through the
-    convolutions. ``step``: input pixels from one output to the next, below 1 after upsampling.
-    ``sees_all``: an attention, here or before, lets every output see the whole map.
+    ``receptive_field``: the input pixels (latents, when decoding) that one output depends on
+    through convolutions. ``downscale``: input pixels from one output to the next, below 1 after
+    upsampling. ``global_receptive_field``: whether attention, here or before, makes every output
+    depend on the whole input.
     """
 
     name: str
@@ -40,77 +41,78 @@ class Layer:
     parameters: int
     multiplies: int
     receptive_field: tuple[int, int]
-    step: tuple[Fraction, Fraction]
-    sees_all: bool
+    downscale: tuple[Fraction, Fraction]
+    global_receptive_field: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON has them; a step is text such as ``"1/2"``."""
-        return {**vars(self), "step": [str(step) for step in self.step]}
+        """The fields as JSON has them; a downscale factor is text such as ``"1/2"``."""
+        return {**vars(self), "downscale": [str(factor) for factor in self.downscale]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Operations that belong together, such as a ResNet block's; ``layers`` in the order they
-    run."""
+    """Operations that belong together, such as a ResNet block's, in the order in which they run."""
 
     name: str
     class_name: str
     path: str
-    layers: tuple[Layer, ...]
+    operations: tuple[Operation, ...]
 
     @property
-    def convolutions(self) -> tuple[Layer, ...]:
+    def convolutions(self) -> tuple[Operation, ...]:
         """Its convolutions."""
-        return tuple(layer for layer in self.layers if layer.role == "convolution")
+        return tuple(one for one in self.operations if one.role == "convolution")
 
     @property
-    def main(self) -> Layer:
-        """Its first convolution, or else its first operation that is no normalisation."""
-        plain = [layer for layer in self.layers if layer.role != "normalisation"]
-        return (*self.convolutions, *plain, *self.layers)[0]
+    def main(self) -> Operation:
+        """Its first convolution, or else its first operation other than normalisation."""
+        others = [one for one in self.operations if one.role != "normalisation"]
+        return (*self.convolutions, *others, *self.operations)[0]
 
     @property
-    def last(self) -> Layer:
-        """The operation with the widest view among those that set its output's size."""
-        return max(self.layers, key=lambda layer: (layer.sees_all, layer.receptive_field))
+    def last(self) -> Operation:
+        """The operation with the largest receptive field."""
+        return max(
+            self.operations, key=lambda one: (one.global_receptive_field, one.receptive_field)
+        )
 
     @property
     def in_size(self) -> tuple[int, int]:
-        """Rows and columns of what goes in."""
-        return self.layers[0].in_size
+        """Rows and columns of the input."""
+        return self.operations[0].in_size
 
     @property
     def out_size(self) -> tuple[int, int]:
-        """Rows and columns of what comes out."""
-        return self.layers[-1].out_size
+        """Rows and columns of the output."""
+        return self.operations[-1].out_size
 
     @property
     def in_channels(self) -> int:
-        """Channels of what goes in."""
-        return self.layers[0].in_channels
+        """Channels of the input."""
+        return self.operations[0].in_channels
 
     @property
     def out_channels(self) -> int:
-        """Channels of what comes out."""
-        return self.layers[-1].out_channels
+        """Channels of the output."""
+        return self.operations[-1].out_channels
 
     @property
     def parameters(self) -> int:
-        """Of all its layers."""
-        return sum(layer.parameters for layer in self.layers)
+        """The number of its parameters."""
+        return sum(one.parameters for one in self.operations)
 
     @property
     def multiplies(self) -> int:
-        """Of all its layers, for one picture."""
-        return sum(layer.multiplies for layer in self.layers)
+        """Multiplies for one image."""
+        return sum(one.multiplies for one in self.operations)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Total:
-    """Counts of all operations of one role, and their shares of the network's."""
+    """All operations of one role, counted, and their shares of the network."""
 
     role: str
-    layers: int
+    operations: int
     parameters: int
     multiplies: int
     parameter_share: float
@@ -119,7 +121,7 @@ class Total:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A network's operations at one size of picture, ``(rows, columns)``."""
+    """A network's operations for an image of one size, ``(rows, columns)``."""
 
     class_name: str
     latent_channels: int
@@ -127,47 +129,46 @@ class Anatomy:
     blocks: tuple[Block, ...]
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
-        """Every operation, in the order they run."""
-        return tuple(layer for block in self.blocks for layer in block.layers)
+    def operations(self) -> tuple[Operation, ...]:
+        """Every operation, in the order in which they run."""
+        return tuple(one for block in self.blocks for one in block.operations)
 
     @property
     def parameters(self) -> int:
-        """Of the whole network."""
-        return sum(layer.parameters for layer in self.layers)
+        """The number of the network's parameters."""
+        return sum(one.parameters for one in self.operations)
 
     @property
     def multiplies(self) -> int:
-        """For one picture, through the latents and back."""
-        return sum(layer.multiplies for layer in self.layers)
+        """Multiplies for one image, through the latents and back."""
+        return sum(one.multiplies for one in self.operations)
 
     @property
-    def largest(self) -> int:
-        """Numbers in the maps before and after the operation that has most: both are held at
-        once."""
+    def peak_values(self) -> int:
+        """The most values that one operation's input and output hold together."""
         return max(
-            prod((layer.in_channels, *layer.in_size)) + prod((layer.out_channels, *layer.out_size))
-            for layer in self.layers
+            prod((one.in_channels, *one.in_size)) + prod((one.out_channels, *one.out_size))
+            for one in self.operations
         )
 
     def half(self, path: str) -> tuple[Block, ...]:
-        """The blocks of ``"encode"`` or ``"decode"``; none where the network lacks that half."""
+        """The blocks of ``"encode"`` or ``"decode"``; none if the network lacks that half."""
         return tuple(block for block in self.blocks if block.path == path)
 
     @property
     def totals(self) -> tuple[Total, ...]:
-        """One for each role that occurs, in the order of ``ROLES``."""
+        """A total for each role that occurs, in the order of ``ROLES``."""
         return tuple(
             Total(
                 role=role,
-                layers=len(layers),
-                parameters=(parameters := sum(layer.parameters for layer in layers)),
-                multiplies=(multiplies := sum(layer.multiplies for layer in layers)),
+                operations=len(own),
+                parameters=(parameters := sum(one.parameters for one in own)),
+                multiplies=(multiplies := sum(one.multiplies for one in own)),
                 parameter_share=parameters / self.parameters,
                 multiply_share=multiplies / self.multiplies,
             )
             for role in ROLES
-            if (layers := [layer for layer in self.layers if layer.role == role])
+            if (own := [one for one in self.operations if one.role == role])
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -190,7 +191,7 @@ class Anatomy:
                     "out_size": block.out_size,
                     "in_channels": block.in_channels,
                     "out_channels": block.out_channels,
-                    "layers": [layer.to_json() for layer in block.layers],
+                    "operations": [one.to_json() for one in block.operations],
                 }
                 for block in self.blocks
             ],

@@ -1,13 +1,14 @@
-"""A network taken apart: each operation as it passes, with its counts.
+"""Record each operation of a network, with its counts, during a run on the meta device.
 
-The network runs on torch's meta device, where tensors have shapes and no values, and each operation
-is recorded as it passes: padding, strides and shortcuts are those of a real run.
+Tensors on torch's meta device have shapes and no values, so that a run costs nothing; padding,
+strides and shortcuts are those of a real run.
 
-Multiplies are counted for one picture:
+Multiplies are counted for one image:
 
-- convolutions and linear layers: each weight once for each place where it is applied, zeros of the
-  padding included (multiply-accumulates, as torch's own counter has them);
-- attention: beside its linear layers its two matrix products, places * places * channels each;
+- convolutions and linear layers: each weight once for each position where it is applied, the zeros
+  of the padding included (multiply-accumulates, as torch's own counter has them);
+- attention: in addition to its linear layers two matrix products, positions * positions * channels
+  each;
 - GroupNorm, LayerNorm: two for each value (the square for the variance, and the scaling);
 - SiLU, GELU: one for each value. ReLU, additions and nearest upsampling: none.
 """
@@ -26,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sdconv.analysis.anatomy.counts import Anatomy, Block, Layer
+from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
-from sdconv.convolution.geometry import Window, conv_multiplies, pair
-from sdconv.errors import InputError
+from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
+from sdconv.errors import InputError, SdconvError
 from sdconv.loading import BUILD
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import (
@@ -42,32 +43,32 @@ from sdconv.models.blocks import (
 from sdconv.models.tiny import TinyBlock
 
 LARGEST_SIDE = 1 << 16
-"""Rows or columns of the largest picture that is looked at."""
+"""The largest image that `dissect` takes, in rows or columns."""
 
 _BLOCKS = (ResnetBlock2D, Attention, Downsample2D, AsymmetricDownsample2D, Upsample2D, TinyBlock)
 
 
 def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
-    """What each layer of an autoencoder does to a picture; no weights are needed or read.
+    """What each operation of an autoencoder does to an image. No weights are needed or read.
 
     Args:
-        config: as ``sdconv.infer`` reads it from shapes.
-        size: rows and columns of the picture, or one number for both; at most ``LARGEST_SIDE``.
+        config: as ``sdconv.infer`` derives it from shapes.
+        size: rows and columns of the image, or one number for both; at most ``LARGEST_SIDE``.
 
     Raises:
-        InputError: a size that no picture has, or less than one latent.
+        InputError: an invalid size, an image of less than one latent, or not an autoencoder.
     """
     rows, columns = pair("size", size, 1)
     if max(rows, columns) > LARGEST_SIDE:
         raise InputError(
-            "too large a picture",
+            "the image is too large",
             where="size",
             expected=f"at most {LARGEST_SIDE} rows and columns",
             got=f"{rows}x{columns}",
         )
     if not config.class_name.startswith("Autoencoder"):
         raise InputError(
-            "only autoencoders are looked into",
+            "only autoencoders can be dissected",
             where="component",
             expected="vae",
             got=config.class_name,
@@ -78,78 +79,89 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
     least = network.downscale
     if min(rows, columns) < least:
         raise InputError(
-            "too small a picture",
+            "the image is too small",
             where="size",
-            expected=f"at least {least} rows and columns, which make one latent",
+            expected=f"at least {least} rows and columns, the size of one latent",
             got=f"{rows}x{columns}",
         )
-    layers: list[Layer] = []
+    operations: list[Operation] = []
     with torch.no_grad():
         if network.encoder is not None:
-            layers += _record(network, "encode", config["in_channels"], (rows, columns))
+            operations += _record(network, "encode", config["in_channels"], (rows, columns))
         if network.decoder is not None:
             latent = rows // least, columns // least
-            layers += _record(network, "decode", config["latent_channels"], latent)
+            operations += _record(network, "decode", config["latent_channels"], latent)
     return Anatomy(
         class_name=config.class_name,
         latent_channels=config["latent_channels"],
         size=(rows, columns),
         blocks=tuple(
-            Block(name=name, class_name=class_name, path=path, layers=tuple(group))
+            Block(name=name, class_name=class_name, path=path, operations=tuple(group))
             for (path, name, class_name), group in groupby(
-                layers, key=lambda layer: (layer.path, layer.block, layer.block_class)
+                operations, key=lambda one: (one.path, one.block, one.block_class)
             )
         ),
     )
 
 
 @dataclass(frozen=True)
-class View:
-    """What a tensor is: a map of (rows, columns), what its places see of the input, zeros around
-    it. ``of_map``: False for what is no map and comes from none, as a text or a timestep."""
+class TensorGeometry:
+    """The size of a feature map, and its receptive field in the network's input.
+
+    ``rows``, ``columns``: the receptive field on each axis. ``is_global``: whether attention makes
+    every value depend on the whole input. ``padding``: zeros that ``F.pad`` has put around it,
+    above, below, left and right. ``spatial``: False for a tensor that does not come from a feature
+    map, such as a prompt embedding or a timestep.
+    """
 
     size: tuple[int, int]
-    rows: Window
-    columns: Window
-    sees_all: bool = False
+    rows: ReceptiveField
+    columns: ReceptiveField
+    is_global: bool = False
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    of_map: bool = True
+    spatial: bool = True
 
     @property
-    def reach(self) -> tuple[bool, bool, int, int]:
-        """What tells which of two views is the wider one."""
-        return self.of_map, self.sees_all, self.rows.size, self.columns.size
+    def extent(self) -> tuple[bool, bool, int, int]:
+        """A key that orders geometries by their receptive fields."""
+        return self.spatial, self.is_global, self.rows.size, self.columns.size
 
 
-def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int]) -> list[Layer]:
-    """The layers of ``network.encode`` or ``network.decode`` in the order they run."""
+def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int]) -> list[Operation]:
+    """The operations of ``network.encode`` or ``network.decode``, in the order in which they
+    run."""
     recorder = Recorder(path)
     x = torch.empty(1, channels, *size, device="meta")
-    recorder.see(x, View(size, Window(), Window()))
+    recorder.track(x, TensorGeometry(size, ReceptiveField(), ReceptiveField()))
     try:
-        with recorder.naming(network), recorder:
+        with recorder.following_modules(network), recorder:
             getattr(network, path)(x)
-    except ValueError as error:  # of torch's normalisation, where a group has a single value
+    except SdconvError:
+        raise  # some are ValueErrors too
+    except ValueError as error:  # torch's normalisation, if a group has a single value
         raise InputError(
-            "too small a picture for this network's normalisation", where="size", got=error
+            "the image is too small for this network's normalisation", where="size", got=error
         ) from error
-    return recorder.layers
+    return recorder.operations
 
 
 class Recorder(TorchFunctionMode):
-    """Follows every tensor through torch's functions; ``layers`` grows as they run."""
+    """Follow feature maps through torch's functions, and record each operation.
+
+    ``operations``: those that have run so far. ``path``: what they are recorded under.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        self.layers: list[Layer] = []
-        # the tensor is kept beside its view, so that no other gets its id
-        self.views: dict[int, tuple[Tensor, View]] = {}
+        self.operations: list[Operation] = []
+        # The tensor is kept with its geometry, so that its id is not used again.
+        self._geometries: dict[int, tuple[Tensor, TensorGeometry]] = {}
         self._modules: list[tuple[str, nn.Module]] = []
 
     @contextmanager
-    def naming(self, network: nn.Module) -> Iterator[None]:
-        """Knows, as long as it lasts, which of the network's modules is running."""
+    def following_modules(self, network: nn.Module) -> Iterator[None]:
+        """Within it, operations are recorded under the name of the module that is running."""
         handles = []
         for name, module in network.named_modules():
             here = (name, module)
@@ -171,39 +183,40 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (view := self._widest(args)) is None:
+        if (geometry := self._widest(args)) is None:
             return result
-        follow = _FOLLOW.get(func)
-        if follow is not None and isinstance(result, Tensor):
-            view = follow(self, view, result, *args, **(kwargs or {}))
+        record = _RECORD.get(func)
+        if record is not None and isinstance(result, Tensor):
+            geometry = record(self, geometry, result, *args, **(kwargs or {}))
         for one in result if isinstance(result, tuple | list) else (result,):
             if isinstance(one, Tensor):
-                self.see(one, view)
+                self.track(one, geometry)
         return result
 
-    def see(self, x: Tensor, view: View) -> None:
-        """Says what a tensor is."""
-        self.views[id(x)] = x, view
+    def track(self, x: Tensor, geometry: TensorGeometry) -> None:
+        """Follow a tensor from here on."""
+        self._geometries[id(x)] = x, geometry
 
-    def view(self, x: Tensor) -> View | None:
-        """What a tensor is, if it comes from one that is known."""
-        return self.views[id(x)][1] if id(x) in self.views else None
+    def geometry(self, x: Tensor) -> TensorGeometry | None:
+        """A tensor's geometry; None if it does not come from a tensor that is tracked."""
+        return self._geometries[id(x)][1] if id(x) in self._geometries else None
 
-    def _widest(self, args: Iterable[Any]) -> View | None:
-        """The view of the tensor among ``args`` that sees most: a bypass adds nothing to it."""
-        views = [
-            view
+    def _widest(self, args: Iterable[Any]) -> TensorGeometry | None:
+        """The geometry with the largest receptive field among ``args``: where a shortcut is added,
+        that of the other branch."""
+        geometries = [
+            geometry
             for arg in args
             for one in (arg if isinstance(arg, tuple | list) else (arg,))
-            if isinstance(one, Tensor) and (view := self.view(one)) is not None
+            if isinstance(one, Tensor) and (geometry := self.geometry(one)) is not None
         ]
-        return max(views, key=lambda view: view.reach, default=None)
+        return max(geometries, key=lambda geometry: geometry.extent, default=None)
 
     def add(
         self,
         role: str,
-        before: View,
-        after: View,
+        before: TensorGeometry,
+        after: TensorGeometry,
         *,
         channels: tuple[int, int],
         multiplies: int = 0,
@@ -211,13 +224,13 @@ class Recorder(TorchFunctionMode):
         kernel: tuple[int, int] | None = None,
         stride: tuple[int, int] | None = None,
         padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    ) -> View:
-        """Writes a layer down, under the name of the module that is running; gives ``after``."""
+    ) -> TensorGeometry:
+        """Record an operation of the module that is running, and return ``after``."""
         block, module = next(
             (here for here in self._modules if isinstance(here[1], _BLOCKS)), self._modules[-1]
         )
-        self.layers.append(
-            Layer(
+        self.operations.append(
+            Operation(
                 name=self._modules[-1][0],
                 block=block,
                 block_class=type(module).__name__,
@@ -233,21 +246,23 @@ class Recorder(TorchFunctionMode):
                 parameters=sum(weight.numel() for weight in weights if weight is not None),
                 multiplies=multiplies,
                 receptive_field=(after.rows.size, after.columns.size),
-                step=(after.rows.stride, after.columns.stride),
-                sees_all=after.sees_all,
+                downscale=(after.rows.downscale, after.columns.downscale),
+                global_receptive_field=after.is_global,
             )
         )
         return after
 
 
-def _pad(_: Recorder, view: View, y: Tensor, x: Tensor, pad: tuple[int, ...], **__: Any) -> View:
+def _pad(
+    _: Recorder, before: TensorGeometry, y: Tensor, x: Tensor, pad: tuple[int, ...], **__: Any
+) -> TensorGeometry:
     left, right, top, bottom = pad
-    return replace(view, padding=(top, bottom, left, right))
+    return replace(before, padding=(top, bottom, left, right))
 
 
 def _conv2d(
     recorder: Recorder,
-    view: View,
+    before: TensorGeometry,
     y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -255,20 +270,20 @@ def _conv2d(
     stride: tuple[int, int],
     padding: tuple[int, int],
     *_: object,
-) -> View:
-    top, bottom, left, right = view.padding
+) -> TensorGeometry:
+    top, bottom, left, right = before.padding
     zeros = (top + padding[0], bottom + padding[0], left + padding[1], right + padding[1])
     kernel = (weight.shape[2], weight.shape[3])
     after = replace(
-        view,
+        before,
         size=(y.shape[2], y.shape[3]),
-        rows=view.rows.through(kernel[0], stride[0], zeros[:2]),
-        columns=view.columns.through(kernel[1], stride[1], zeros[2:]),
+        rows=before.rows.through(kernel[0], stride[0], zeros[:2]),
+        columns=before.columns.through(kernel[1], stride[1], zeros[2:]),
         padding=(0, 0, 0, 0),
     )
     return recorder.add(
         "convolution",
-        view,
+        before,
         after,
         channels=(x.shape[1], y.shape[1]),
         multiplies=conv_multiplies(weight.shape[1], weight.shape[0], kernel, after.size),
@@ -280,14 +295,19 @@ def _conv2d(
 
 
 def _linear(
-    recorder: Recorder, view: View, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> View:
-    # tokens (B, places, C): a linear layer is applied at each place, as a 1x1 convolution is; a
-    # vector (B, C) is an embedding
+    recorder: Recorder,
+    before: TensorGeometry,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> TensorGeometry:
+    # Tokens (B, positions, C): a linear layer is applied at each position, as a 1x1 convolution is.
+    # A vector (B, C) is an embedding.
     return recorder.add(
         "attention" if x.ndim > 2 else "embedding",
-        view,
-        view,
+        before,
+        before,
         channels=(x.shape[-1], y.shape[-1]),
         multiplies=prod(x.shape[1:-1]) * weight.numel(),
         weights=(weight, bias),
@@ -295,71 +315,85 @@ def _linear(
 
 
 def _attention(
-    recorder: Recorder, view: View, y: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any
-) -> View:
-    # (B, heads, places, C): query with key, and the result with value
+    recorder: Recorder,
+    before: TensorGeometry,
+    y: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *_: Any,
+    **__: Any,
+) -> TensorGeometry:
+    # (B, heads, positions, C): query with key, and the result with value
     products = query.numel() * key.shape[-2] + y.numel() * key.shape[-2]
     channels = y.shape[1] * y.shape[-1]
-    # an attention to a text sees no more of the map
-    looked_at = recorder.view(key)
-    after = replace(view, sees_all=view.sees_all or (looked_at is not None and looked_at.of_map))
+    # cross-attention to a prompt embedding does not widen the receptive field
+    source = recorder.geometry(key)
+    is_global = before.is_global or (source is not None and source.spatial)
+    after = replace(before, is_global=is_global)
     return recorder.add(
-        "attention", view, after, channels=(channels, channels), multiplies=products
+        "attention", before, after, channels=(channels, channels), multiplies=products
     )
 
 
 def _norm(
     recorder: Recorder,
-    view: View,
+    before: TensorGeometry,
     y: Tensor,
     x: Tensor,
     groups_or_shape: object,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> View:
-    # tokens (B, places, C) are normalised by nn.LayerNorm
+) -> TensorGeometry:
+    # tokens (B, positions, C) are normalised by nn.LayerNorm
     channels = x.shape[1] if isinstance(groups_or_shape, int) else x.shape[-1]
     return recorder.add(
         "normalisation",
-        view,
-        view,
+        before,
+        before,
         channels=(channels, channels),
         multiplies=2 * x.numel(),
         weights=(weight, bias),
     )
 
 
-def _one_each(recorder: Recorder, view: View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> View:
+def _activation(
+    recorder: Recorder, before: TensorGeometry, y: Tensor, x: Tensor, *_: Any, **__: Any
+) -> TensorGeometry:
     channels = (x.shape[1], x.shape[1])
-    return recorder.add("activation", view, view, channels=channels, multiplies=x.numel())
+    return recorder.add("activation", before, before, channels=channels, multiplies=x.numel())
 
 
-def _relu(recorder: Recorder, view: View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> View:
-    return recorder.add("activation", view, view, channels=(x.shape[1], x.shape[1]))
+def _relu(
+    recorder: Recorder, before: TensorGeometry, y: Tensor, x: Tensor, *_: Any, **__: Any
+) -> TensorGeometry:
+    return recorder.add("activation", before, before, channels=(x.shape[1], x.shape[1]))
 
 
-def _upsample(recorder: Recorder, view: View, y: Tensor, x: Tensor, *_: Any, **__: Any) -> View:
+def _upsample(
+    recorder: Recorder, before: TensorGeometry, y: Tensor, x: Tensor, *_: Any, **__: Any
+) -> TensorGeometry:
     rows, columns = y.shape[2] // x.shape[2], y.shape[3] // x.shape[3]
     after = replace(
-        view,
+        before,
         size=(y.shape[2], y.shape[3]),
-        rows=view.rows.upsampled(rows),
-        columns=view.columns.upsampled(columns),
+        rows=before.rows.upsampled(rows),
+        columns=before.columns.upsampled(columns),
     )
-    return recorder.add("upsampling", view, after, channels=(x.shape[1], y.shape[1]))
+    return recorder.add("upsampling", before, after, channels=(x.shape[1], y.shape[1]))
 
 
-# torch's function -> what becomes of the view; any other function leaves it as it is
-_FOLLOW: Mapping[Callable[..., Any], Callable[..., View]] = {
+# torch's function -> what records it and gives its result's geometry. Any other function leaves the
+# geometry as it is.
+_RECORD: Mapping[Callable[..., Any], Callable[..., TensorGeometry]] = {
     F.pad: _pad,
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,
     F.group_norm: _norm,
     F.layer_norm: _norm,
-    F.silu: _one_each,
-    F.gelu: _one_each,
+    F.silu: _activation,
+    F.gelu: _activation,
     F.relu: _relu,
     F.interpolate: _upsample,
 }

@@ -1,21 +1,21 @@
-"""What weights hold: networks, whatever lies beside them, and on request the values themselves."""
+"""What weights contain: networks, all other tensors, and unusual values."""
 
 from sdconv.analysis.inspection.contents import (
     Amount,
+    InspectedNetwork,
+    InspectedSource,
     Inspection,
-    NetworkFound,
-    Part,
-    Unused,
+    OtherTensors,
     inspect,
 )
 from sdconv.analysis.inspection.values import ValueReport, check_values
 
 __all__ = [
     "Amount",
+    "InspectedNetwork",
+    "InspectedSource",
     "Inspection",
-    "NetworkFound",
-    "Part",
-    "Unused",
+    "OtherTensors",
     "ValueReport",
     "check_values",
     "inspect",

@@ -1,4 +1,4 @@
-"""What weights hold, from their headers alone: networks, and whatever lies beside them."""
+"""What weights contain, from their headers alone: networks, and all other tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from typing import Any
 
 import torch
 
-from sdconv.analysis.inspection.places import Paths, open_all
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified
+from sdconv.checkpoint.io.files import os_errors
+from sdconv.checkpoint.io.folder import is_pipeline
 from sdconv.checkpoint.io.header import TensorInfo
-from sdconv.checkpoint.io.source import Source
+from sdconv.checkpoint.io.source import Source, components_in, open_source
 from sdconv.config import Config
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError
-from sdconv.loading import BUILD, SourceView
+from sdconv.loading import BUILD, SourceView, pipeline_parts
 
-# what else a checkpoint holds, by how its names begin; the first that fits
-_BESIDE: Sequence[tuple[str, str]] = (
+Paths = str | Path | Sequence[str | Path]
+"""A file, a component's folder, a whole pipeline's folder, or several files of one network."""
+
+# what else a checkpoint holds, by the beginnings of names; the first match counts
+_OTHER_TENSORS: Sequence[tuple[str, str]] = (
     ("text encoder", r"cond_stage_model\.|conditioner\.|text_encoders?(_\d+)?\.|text_model\."),
     ("EMA copy", r"model_ema\.|(first_stage_model\.)?ema\.|ema_"),
     ("training loss", r"(first_stage_model\.|vae\.)?loss\."),
@@ -41,8 +45,11 @@ _BESIDE: Sequence[tuple[str, str]] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
-    """How much there is: tensors, numbers in them, bytes, and tensors of each dtype (safetensors'
-    names)."""
+    """The size of a group of tensors.
+
+    ``tensors``: their number. ``numbers``: of values in them. ``nbytes``: in the file. ``dtypes``:
+    safetensors' name of a dtype -> the number of tensors in it.
+    """
 
     tensors: int
     numbers: int
@@ -51,7 +58,7 @@ class Amount:
 
     @classmethod
     def of(cls, infos: Sequence[TensorInfo]) -> Amount:
-        """That of these tensors together."""
+        """The amount of these tensors together."""
         return cls(
             tensors=len(infos),
             numbers=sum(prod(info.shape) for info in infos),
@@ -61,15 +68,15 @@ class Amount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkFound:
+class InspectedNetwork:
     """A network that sdconv knows.
 
-    ``prefix``: what stands before its names in the file. ``open_to``: the families among which
-    nothing decided. ``parameters``: numbers that are learned (statistics are not).
+    ``prefix``: of its tensors' names in the file. ``evidence``: what decided the family.
+    ``open_to``: the families that remain possible if nothing did, and ``guess`` the choice made
+    among them, in words. ``parameters``: the number of learned values, without statistics.
     ``missing``, ``unexpected``, ``misshapen``, ``not_floating``: names of tensors that keep it from
-    being loaded (of a U-Net only the second and the last are known before it is built).
-    ``contradicted``: what a config that is written beside it says otherwise than its shapes.
-    ``guess``: what was taken where nothing decided, in words.
+    being loaded (a U-Net's are known before it is built only for the second and the last).
+    ``contradicted``: where its ``config.json`` contradicts its shapes.
     """
 
     component: str
@@ -91,14 +98,14 @@ class NetworkFound:
 
     @property
     def whole(self) -> bool:
-        """Whether every tensor is there in its shape, of floating-point numbers, and none too
-        many."""
+        """Whether it can be loaded: every tensor is there in its shape and in floating point, and
+        none is unexpected."""
         return not (self.missing or self.unexpected or self.misshapen or self.not_floating)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unused:
-    """Tensors of no network that sdconv knows, by how their names begin."""
+class OtherTensors:
+    """Tensors that do not belong to a network that sdconv knows, and that share a prefix."""
 
     what: str
     prefix: str
@@ -106,47 +113,46 @@ class Unused:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class InspectedSource:
     """One file, several files of one network, or one folder of a pipeline.
 
-    ``problem``: why no network was found in it, in sdconv's words; None where one was.
+    ``problem``: why no network was found in it; None if one was.
     """
 
     name: str
     files: tuple[str, ...]
     amount: Amount
     metadata: Mapping[str, str]
-    networks: tuple[NetworkFound, ...]
-    unused: tuple[Unused, ...]
+    networks: tuple[InspectedNetwork, ...]
+    unused: tuple[OtherTensors, ...]
     problem: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found under ``path``; a pipeline's folder has one part for each component."""
+    """What was found under ``path``. A pipeline's folder has one part for each component."""
 
     path: str
-    parts: tuple[Part, ...]
+    parts: tuple[InspectedSource, ...]
 
     @property
-    def networks(self) -> tuple[NetworkFound, ...]:
-        """Of all parts."""
+    def networks(self) -> tuple[InspectedNetwork, ...]:
+        """The networks of all parts."""
         return tuple(network for part in self.parts for network in part.networks)
 
     @property
     def complaint(self) -> str | None:
-        """Why something here cannot be loaded; None where all networks are whole, and there is
-        one."""
+        """Why something here cannot be loaded; None if there is a network and all are whole."""
         if not self.networks:
             return next(part.problem for part in self.parts if part.problem)
         broken = [one for one in self.networks if not one.whole]
-        return "; ".join(map(_lacks, broken)) or None
+        return "; ".join(map(_complaint, broken)) or None
 
-    def network(self, component: str | None) -> NetworkFound:
-        """The network of that component, or the only one there is.
+    def network(self, component: str | None) -> InspectedNetwork:
+        """The network of a component, or with None the only network.
 
         Raises:
-            UnknownNetworkError: there is none, or none was named and there are several.
+            UnknownNetworkError: there is no such network, or with None there are several.
         """
         known = {one.component: one for one in self.networks}
         wanted = next(iter(known)) if component is None and len(known) == 1 else component
@@ -155,11 +161,11 @@ class Inspection:
         if not known:
             raise UnknownNetworkError(self.complaint or "no network that sdconv knows")
         raise UnknownNetworkError(
-            "one component must be chosen" if component is None else "there is no such component",
+            "several components" if component is None else "no such component",
             where=self.path,
             expected="one of " + ", ".join(known),
             got=component,
-            hint=f"pass --component {next(iter(known))}",
+            hint=f"pass component={next(iter(known))!r}",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -172,26 +178,43 @@ class Inspection:
 
 
 def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
-    """What weights hold, from their headers alone.
+    """What weights contain, from their headers alone.
 
     Args:
         paths: a file, a component's folder, a whole pipeline's folder, or several files of one
             network.
-        family: the family, where the caller knows it.
+        family: the family, if the caller knows it.
 
     Raises:
         CheckpointError: something cannot be read as weights.
-        InputError: ``paths`` is no path, or there is no such family.
+        InputError: ``paths`` is not a path, or the family is unknown.
     """
     with ExitStack() as stack:
         sources = open_all(paths, stack)
         return Inspection(
             path=str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths)),
-            parts=tuple(_part(name, one, family) for name, one in sources),
+            parts=tuple(_inspect_source(name, one, family) for name, one in sources),
         )
 
 
-def _part(name: str, source: Source, family: str | None) -> Part:
+def open_all(paths: Paths, stack: ExitStack) -> list[tuple[str, Source]]:
+    """The sources under ``paths``, with their names: one, or one for each folder of a pipeline."""
+    if isinstance(paths, list | tuple) and len(paths) == 1:
+        (paths,) = paths
+    if isinstance(paths, str | Path) and (pipeline_parts(paths) or _says_pipeline(Path(paths))):
+        folders = components_in(paths)
+        return [(name, stack.enter_context(open_source(at))) for name, at in folders.items()]
+    source = stack.enter_context(open_source(paths))
+    return [(source.label, source)]
+
+
+def _says_pipeline(folder: Path) -> bool:
+    with os_errors(folder):
+        is_folder = folder.is_dir()
+    return is_folder and is_pipeline(folder) and bool(components_in(folder))
+
+
+def _inspect_source(name: str, source: Source, family: str | None) -> InspectedSource:
     problem: str | None = None
     identified: list[Identified] = []
     entries = {info.name: info for file in source.files for info in file.entries.values()}
@@ -201,10 +224,10 @@ def _part(name: str, source: Source, family: str | None) -> Part:
         entries = {name: _entry(view, name) for name in view.shapes}
     except (UnknownNetworkError, WeightsMismatchError) as error:
         problem = str(error)
-    places = {place for one in identified for place in one.found.names.values()}
-    places |= {place for one in identified for place in one.found.unexpected}
-    rest = [info for place, info in entries.items() if place not in places]
-    return Part(
+    taken = {name for one in identified for name in one.found.names.values()}
+    taken |= {name for one in identified for name in one.found.unexpected}
+    rest = [info for name, info in entries.items() if name not in taken]
+    return InspectedSource(
         name=name,
         files=tuple(file.label for file in source.files),
         amount=Amount.of([info for file in source.files for info in file.entries.values()]),
@@ -220,17 +243,19 @@ def _entry(view: SourceView, name: str) -> TensorInfo:
     return file.entries[own]
 
 
-def _network(one: Identified, view: SourceView, entries: Mapping[str, TensorInfo]) -> NetworkFound:
+def _network(
+    one: Identified, view: SourceView, entries: Mapping[str, TensorInfo]
+) -> InspectedNetwork:
     found = one.found
     wanted, learned = None, set(found.names)
-    # a U-Net takes its transformers from diffusers: too slow to import for a look at a header
+    # a U-Net takes its transformers from diffusers, which is slow to import
     if one.component == "vae":
         with torch.device("meta"):
             network = BUILD[found.kind](one.config)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         learned = {name for name, _ in network.named_parameters()}
     fits = fit(one, view.shapes, view.dtype, wanted)
-    return NetworkFound(
+    return InspectedNetwork(
         component=one.component,
         class_name=found.kind,
         family=one.family,
@@ -239,9 +264,9 @@ def _network(one: Identified, view: SourceView, entries: Mapping[str, TensorInfo
         layout=found.layout,
         prefix=found.prefix,
         config=one.config,
-        amount=Amount.of([entries[place] for place in found.names.values()]),
+        amount=Amount.of([entries[name] for name in found.names.values()]),
         parameters=sum(
-            prod(entries[place].shape) for name, place in found.names.items() if name in learned
+            prod(entries[own].shape) for name, own in found.names.items() if name in learned
         ),
         missing=fits.missing,
         unexpected=fits.unexpected,
@@ -252,39 +277,39 @@ def _network(one: Identified, view: SourceView, entries: Mapping[str, TensorInfo
     )
 
 
-def _unused(infos: Sequence[TensorInfo]) -> tuple[Unused, ...]:
+def _unused(infos: Sequence[TensorInfo]) -> tuple[OtherTensors, ...]:
     groups: dict[tuple[str, str], list[TensorInfo]] = defaultdict(list)
     for info in infos:
         groups[_group(info.name)].append(info)
     return tuple(
-        Unused(what=what, prefix=prefix, amount=Amount.of(group))
+        OtherTensors(what=what, prefix=prefix, amount=Amount.of(group))
         for (what, prefix), group in sorted(groups.items())
     )
 
 
 def _group(name: str) -> tuple[str, str]:
-    """What a tensor belongs to, and the prefix that says so."""
-    for what, pattern in _BESIDE:
+    """What a tensor belongs to, and the prefix that tells."""
+    for what, pattern in _OTHER_TENSORS:
         if match := re.match(pattern, name):
             return what, match[0] if match[0].endswith(".") else ""
-    # up to the first number: where a stack of layers begins
+    # up to the first number, which counts the layers of a stack
     return "unknown", re.split(r"\d", name, maxsplit=1)[0].rpartition(".")[0]
 
 
-def _lacks(one: NetworkFound) -> str:
+def _complaint(one: InspectedNetwork) -> str:
     parts = (
         ("missing", one.missing),
         ("unexpected", one.unexpected),
         ("of the wrong shape", one.misshapen),
-        ("of no floating-point numbers", one.not_floating),
+        ("not of floating point", one.not_floating),
     )
     counts = ", ".join(f"{len(names)} {what}" for what, names in parts if names)
-    config = "".join(f"; its config says {told}" for told in one.contradicted)
+    config = "".join(f"; its config says {words}" for words in one.contradicted)
     return f"the {one.component} cannot be loaded: tensors {counts}{config}"
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as JSON has them."""
+    """A value of dataclasses, tuples and mappings in JSON's types."""
     if isinstance(value, Config):
         return value.to_json()
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""The values of weights, read one tensor at a time: NaN, infinities, tensors of zeros."""
+"""NaN, infinities and all-zero tensors among the values of weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from sdconv.analysis.inspection.places import Paths, open_all
+from sdconv.analysis.inspection.contents import Paths, open_all
 from sdconv.checkpoint.io.header import DTYPE_BITS
 from sdconv.checkpoint.io.source import TORCH_DTYPES
 
 
 @dataclass(kw_only=True)
 class ValueReport:
-    """What the values are like: how many tensors were read, and the names of odd ones.
+    """How many tensors were read, and the names of those with unusual values.
 
-    ``nan``, ``infinite``: name -> how many. ``zero``: floating-point tensors of nothing but 0.
-    ``unread``: name -> dtype, where torch has no such dtype.
+    ``nan``, ``infinite``: name -> how many. ``zero``: floating-point tensors that are all 0.
+    ``unread``: name -> dtype, if torch lacks that dtype.
     """
 
     tensors: int = 0
@@ -37,15 +37,15 @@ class ValueReport:
         """What ``sdconv inspect --values --json`` adds."""
         return {**vars(self), "sound": self.sound}
 
-    def look(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds what there is to say of one tensor."""
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add one tensor to the report."""
         self.tensors += 1
         values = tensor.float() if tensor.element_size() == 1 else tensor  # fp8 is for storage only
         if not (tensor.is_floating_point() and tensor.numel()):
             return
         if not bool(torch.isfinite(values).all()):
-            for found, odd in ((self.nan, torch.isnan), (self.infinite, torch.isinf)):
-                if count := int(odd(values).sum()):
+            for found, test in ((self.nan, torch.isnan), (self.infinite, torch.isinf)):
+                if count := int(test(values).sum()):
                     found[name] = count
         elif not bool(values.any()):
             self.zero.append(name)
@@ -54,7 +54,7 @@ class ValueReport:
 def check_values(
     paths: Paths, *, on_tensor: Callable[[str, int, int], None] = lambda name, done, total: None
 ) -> ValueReport:
-    """Reads every tensor, one at a time, and looks for NaN, infinities and tensors of zeros.
+    """Read every tensor, one at a time, and look for NaN, infinities and all-zero tensors.
 
     Args:
         paths: as for ``inspect``.
@@ -67,19 +67,19 @@ def check_values(
     with ExitStack() as stack:
         sources = open_all(paths, stack)
         total = sum(source.nbytes for _, source in sources)
-        places = [
+        tensors = [
             (name if len(sources) == 1 else f"{part}: {name}", file, info)
             for part, source in sources
             for file in source.files
             for name, info in file.entries.items()
         ]
-        for label, file, info in places:
+        for label, file, info in tensors:
             on_tensor(label, done, total)
             done += info.nbytes
             if info.dtype in _NO_TORCH_DTYPE:
                 report.unread[label] = info.dtype
             else:
-                report.look(label, file.tensor(info.name))
+                report.add(label, file.tensor(info.name))
     return report
 
 

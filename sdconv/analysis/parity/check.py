@@ -1,5 +1,4 @@
-"""A file's network against another library's, built from the same file by that library's own
-means."""
+"""Check a file's network against the one that another library builds from the same file."""
 
 from __future__ import annotations
 
@@ -22,20 +21,20 @@ from sdconv.models.dummy_inputs import Noise, inputs_for
 
 _EXACT = (torch.float32, torch.float64)
 _EQUAL = "the same operations in the same order: equal bit for bit"
-_NEAR = (
-    "for each module twice the reference's own error in {dtype} against float64 with the same"
+_WITHIN = (
+    "for each module twice the reference's own error in {dtype} against float64, with the same"
     " {dtype} weights and input"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """What a comparison found.
+    """The result of a comparison.
 
-    ``label``: the file. ``against``: the reference and its version; ``conversion``: how the file's
-    names became the reference's. ``input_shapes``: of the picture or the latents, by the method
-    that was called. ``rows``: one for each call of each module, in the order in which they
-    finished. ``tolerance``: the largest of the rows', ``tolerance_source`` where it comes from.
+    ``label``: the file. ``against``: the reference and its version. ``conversion``: how the file's
+    names became the reference's. ``input_shapes``: method -> the shape of its image or latents.
+    ``rows``: one for each call of each module, in the order in which they finished.
+    ``tolerance_source``: where the tolerance comes from.
     """
 
     label: str
@@ -51,29 +50,27 @@ class ParityReport:
 
     @property
     def tolerance(self) -> float:
-        """The largest relative difference that passes anywhere; 0 where only equality does."""
+        """The largest tolerance of any row; 0 if only equality passes."""
         return max(row.tolerance for row in self.rows)
 
     @property
     def first_difference(self) -> str | None:
-        """The first module whose output is not the reference's bit for bit, within tolerance or
-        not; None where there is none."""
+        """The first module whose output differs from the reference's in any bit; None if none
+        does."""
         return next((row.name for row in self.rows if not row.equal or not row.passed), None)
 
     @property
     def worst(self) -> ModuleDifference:
-        """A row that did not pass if there is one, and among those the largest relative
-        difference."""
+        """The row with the largest relative difference, among those that failed if any did."""
         return max(self.rows, key=lambda row: (not row.passed, _size(row.relative)))
 
     @property
     def passed(self) -> bool:
-        """Whether every row did."""
+        """Whether every row passed."""
         return all(row.passed for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as what ``json.dumps(..., allow_nan=False)`` takes; infinite and undefined
-        numbers as text."""
+        """The report in JSON's types; infinite numbers and NaN become text."""
         summary = {
             "passed": self.passed,
             "first_difference": self.first_difference,
@@ -96,25 +93,26 @@ def check(
     seed: int = 0,
     batch: int = 1,
 ) -> ParityReport:
-    """Builds a file's network twice, by sdconv and by a reference, and compares every module.
+    """Build a file's network with sdconv and with a reference, and compare every module.
 
-    On the CPU float32 and float64 must agree bit for bit. Elsewhere rounding differs from kernel to
-    kernel, and the tolerance is derived from the reference's own error against float64
-    (``sdconv.analysis.parity.compare`` has the formula).
+    On the CPU, float32 and float64 must agree bit for bit. Elsewhere rounding depends on the
+    kernel, and the tolerance is derived from the reference's own error against float64; see
+    ``sdconv.analysis.parity.compare``.
 
     Args:
         path, component, family: as for ``sdconv.load``.
         against: ``"diffusers"``.
-        dtype: what both compute in; None for float32.
+        dtype: the dtype that both compute in; None for float32.
         device: ``"cpu"`` or ``"cuda"``.
-        size: rows and columns of an autoencoder's picture (None for 96 x 128), or of a U-Net's
+        size: rows and columns of an autoencoder's image (None for 96 x 128), or of a U-Net's
             latents (24 x 32).
-        seed: of the input, standard normal; timesteps and labels are drawn evenly.
-        batch: pictures or latents at once.
+        seed: of the random input. Images and latents are standard normal, timesteps and labels
+            uniform.
+        batch: how many images or latents at once.
 
     Raises:
-        InputError: an argument has no such value, or the device is not there.
-        SdconvError: the reference has no such network; or the file cannot be opened, as for
+        InputError: an argument is invalid, or there is no such device.
+        SdconvError: the reference has no such network, or the file cannot be opened, as for
             ``sdconv.load``.
     """
     dtype = dtype or torch.float32
@@ -122,14 +120,14 @@ def check(
     sides = tuple(size) if isinstance(size, tuple | list) else (1, 1) if size is None else (size,)
     if len(sides) != 2 or any(type(n) is not int or n < 1 for n in (batch, *sides)):
         raise InputError(
-            "no such batch of pictures",
+            "not a batch of images",
             where="batch, size",
-            expected="positive numbers: of pictures, of rows and columns",
+            expected="positive numbers of images, rows and columns",
             got=(batch, size),
         )
     if against != "diffusers":
         raise InputError(
-            "no such reference", where="against", expected="'diffusers'", got=repr(against)
+            "unknown reference", where="against", expected="'diffusers'", got=repr(against)
         )
     ours = load(path, component, dtype=dtype, device=device, family=family)
     other = _reference(path, component, family, dtype, ours)
@@ -146,12 +144,12 @@ def check(
         device=str(device),
         input_shapes={method: tuple(given[0].shape) for method, given in inputs.items()},
         rows=compare(ours, other.network.to(device), inputs, truth=truth),
-        tolerance_source=_EQUAL if exact else _NEAR.format(dtype=_short(dtype)),
+        tolerance_source=_EQUAL if exact else _WITHIN.format(dtype=_short(dtype)),
     )
 
 
 def components(path: Weights) -> tuple[str, ...]:
-    """The components that ``check`` can compare, such as ``("unet", "vae")``, by name.
+    """The names of the components that ``check`` can compare, such as ``("unet", "vae")``.
 
     Raises:
         SdconvError: the weights cannot be read, as for ``sdconv.load``.
@@ -164,8 +162,7 @@ def components(path: Weights) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Another library's network of a file, on the CPU; whose it is, how the file's names became its
-    names, and where it was found."""
+    """Another library's network, built from a file on the CPU, and where it comes from."""
 
     network: nn.Module
     version: str
@@ -179,7 +176,7 @@ def _reference(
 ) -> _Reference:
     from sdconv.integrations.peers import VERSION, peer
 
-    # sdconv.load has opened the same before: the component is there, and is the only one if unnamed
+    # sdconv.load has opened the same file, so the component exists, and is the only one if unnamed
     parts = {k: v for k, v in pipeline_parts(path).items() if component in (None, k)}
     with open_source(next(iter(parts.values()), path)) as source:
         view = SourceView(source)
@@ -188,15 +185,15 @@ def _reference(
         for canonical, name in one.found.names.items():
             tensor = view.tensor(name)
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            tensors[name.removeprefix(one.found.prefix)] = _shared(tensor, state[canonical])
+            tensors[name.removeprefix(one.found.prefix)] = _share(tensor, state[canonical])
         network, conversion = peer(one.config, source.config, tensors, one.found.layout)
     return _Reference(network, VERSION, conversion, source.label, one.component)
 
 
-def _shared(tensor: Tensor, twin: Tensor) -> Tensor:
-    """``twin`` where it holds the same, so that two networks take one's memory."""
-    near = tensor.device == twin.device and tensor.dtype == twin.dtype
-    return twin if near and torch.equal(tensor, twin) else tensor
+def _share(tensor: Tensor, twin: Tensor) -> Tensor:
+    """``twin`` if it holds the same values, so that two networks share their memory."""
+    comparable = tensor.device == twin.device and tensor.dtype == twin.dtype
+    return twin if comparable and torch.equal(tensor, twin) else tensor
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Two networks with the same weights, compared module by module as they run."""
+"""Compare two networks with the same weights, module by module, while they run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdconv.analysis.parity.stepwise import Inputs, Step, module_names, steps
+from sdconv.analysis.parity.stepwise import (
+    ModuleOutput,
+    module_names,
+    module_outputs,
+)
+from sdconv.models.dummy_inputs import Inputs
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALF = 2**62 - 1
@@ -19,16 +24,16 @@ _HALF = 2**62 - 1
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """How far a module's output lies from the reference's.
+    """How far a module's output is from the reference's.
 
-    ``name``, ``call``: the module, and which of its calls in this run (from 1); ``encode`` and
-    ``decode`` are what the whole network gives. ``max_abs``: max|a-b|. ``relative``:
-    max|a-b| / max|b|, b the reference's. ``ulps``: the largest distance in representable numbers
-    of the dtype. ``equal``: bit for bit. ``tolerance``: the largest ``relative`` that passes, 0
-    where nothing but equality does.
+    ``name``, ``call``: the module, and which of its calls in this run, from 1. ``encode`` and
+    ``decode`` stand for the whole network. ``max_abs``: max|a-b|. ``relative``: max|a-b| / max|b|,
+    where b is the reference's output. ``ulps``: the largest distance in representable numbers of
+    the dtype. ``equal``: whether they are equal bit for bit. ``tolerance``: the largest
+    ``relative`` that passes, 0 if only equality does.
 
-    Where a module ran on one side only or gave another shape or dtype, ``max_abs`` is infinite;
-    where values are not finite on both sides, it is no number.
+    ``max_abs`` is infinite if the module ran on one side only or gave another shape or dtype, and
+    NaN if both outputs contain values that are not finite.
     """
 
     name: str
@@ -42,7 +47,7 @@ class ModuleDifference:
 
     @property
     def verdict(self) -> str:
-        """What is wrong, or that nothing is."""
+        """The result in words."""
         if self.passed:
             return "equal" if self.equal else "within the tolerance"
         if isnan(self.max_abs):
@@ -52,82 +57,82 @@ class ModuleDifference:
     @property
     def passed(self) -> bool:
         """Whether it is finite, and equal or within the tolerance."""
-        near = self.equal or 0 < self.tolerance >= self.relative
-        return isfinite(self.max_abs) and near
+        within = self.equal or 0 < self.tolerance >= self.relative
+        return isfinite(self.max_abs) and within
 
 
 def compare(
     ours: nn.Module, theirs: nn.Module, inputs: Inputs, *, truth: nn.Module | None = None
 ) -> tuple[ModuleDifference, ...]:
-    """Runs both networks in step and compares what each pair of modules of the same name gives.
+    """Run both networks in lockstep and compare the outputs of modules of the same name.
 
     Args:
         ours, theirs: networks in eval mode, on one device and in one dtype.
         inputs: the methods to call on both, in this order, each with its arguments.
-        truth: ``theirs`` in float64 on the CPU. Without it nothing but equality passes; with it a
-            difference passes that is at most twice ``theirs``' own error, ``max|theirs - truth| /
-            max|truth|`` at that module, or twice the dtype's rounding unit where that is more:
-            two computations that err by no more than this from the truth lie no further apart.
+        truth: ``theirs`` in float64 on the CPU. Without it only equality passes. With it a
+            difference passes if it is at most twice ``theirs``' own error at that module,
+            ``max|theirs - truth| / max|truth|``, or twice the dtype's rounding unit if that is
+            more: two results that each err by no more than this are no further apart.
 
     Returns:
-        A row for each call of each module that both have, in the order in which they finish; what
-        the methods give among them, under the methods' names.
+        A row for each call of each module that both have, in the order in which they finish. The
+        methods' own results are among them, under the methods' names.
     """
     names = module_names(ours) & module_names(theirs)
     with ExitStack() as stack:
 
-        def walk(network: nn.Module, given: Inputs) -> Iterator[Step]:
-            return stack.enter_context(closing(steps(network, given, names)))
+        def run(network: nn.Module, given: Inputs) -> Iterator[ModuleOutput]:
+            return stack.enter_context(closing(module_outputs(network, given, names)))
 
-        reference = _Reference(walk(theirs, inputs))
-        exact = _Reference(walk(truth, _in_float64(inputs))) if truth is not None else None
+        reference = _ReferenceOutputs(run(theirs, inputs))
+        exact = _ReferenceOutputs(run(truth, _in_float64(inputs))) if truth is not None else None
         rows = []
-        for step in walk(ours, inputs):
-            output = reference.output(step)
+        for own in run(ours, inputs):
+            expected = reference.matching(own)
             tolerance = 0.0
-            if exact is not None and output is not None:
-                tolerance = _tolerance(output, exact.output(step))
-            rows.append(_row(step, output, tolerance))
-        rows += [_row(step, None, 0.0) for step in reference.rest()]
+            if exact is not None and expected is not None:
+                tolerance = _tolerance(expected, exact.matching(own))
+            rows.append(_row(own, expected, tolerance))
+        rows += [_row(one, None, 0.0) for one in reference.unmatched()]
     return tuple(rows)
 
 
-class _Reference:
-    """A reference's steps, taken in the order in which the other side asks for them."""
+class _ReferenceOutputs:
+    """A reference's outputs, in the order in which the other side asks for them."""
 
-    def __init__(self, walk: Iterator[Step]) -> None:
-        self._walk = walk
-        self._ahead: dict[tuple[str, int], Step] = {}
+    def __init__(self, outputs: Iterator[ModuleOutput]) -> None:
+        self._outputs = outputs
+        self._ahead: dict[tuple[str, int], ModuleOutput] = {}
 
-    def output(self, asked: Step) -> Tensor | None:
-        """The output of the same call of the same module; None if it never comes."""
-        wanted = asked.name, asked.call
+    def matching(self, own: ModuleOutput) -> Tensor | None:
+        """The output of the same call of the same module; None if there is none."""
+        wanted = own.name, own.call
         while wanted not in self._ahead:
-            step = next(self._walk, None)
-            if step is None:
+            one = next(self._outputs, None)
+            if one is None:
                 return None
-            self._ahead[step.name, step.call] = step
+            self._ahead[one.name, one.call] = one
         return self._ahead.pop(wanted).output
 
-    def rest(self) -> Iterator[Step]:
-        """What nobody asked for."""
+    def unmatched(self) -> Iterator[ModuleOutput]:
+        """The outputs that nobody asked for."""
         yield from self._ahead.values()
-        yield from self._walk
+        yield from self._outputs
 
 
-def _row(step: Step, theirs: Tensor | None, tolerance: float) -> ModuleDifference:
-    ours = step.output
+def _row(own: ModuleOutput, theirs: Tensor | None, tolerance: float) -> ModuleDifference:
+    name, call, ours = own.name, own.call, own.output
     shape = tuple(ours.shape)
     if theirs is None or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-        return ModuleDifference(step.name, step.call, shape, inf, inf, 2**63 - 1, False, tolerance)
+        return ModuleDifference(name, call, shape, inf, inf, 2**63 - 1, False, tolerance)
     a, b = _bits(ours), _bits(theirs)
     if torch.equal(a, b) and bool(torch.isfinite(ours).all()):
-        return ModuleDifference(step.name, step.call, shape, 0.0, 0.0, 0, True, tolerance)
+        return ModuleDifference(name, call, shape, 0.0, 0.0, 0, True, tolerance)
     x, y = ours.double(), theirs.double()
     max_abs = float((x - y).abs().max())
     return ModuleDifference(
-        name=step.name,
-        call=step.call,
+        name=name,
+        call=call,
         shape=shape,
         max_abs=max_abs,
         relative=_ratio(max_abs, float(y.abs().max())),
@@ -152,22 +157,22 @@ def _ratio(difference: float, size: float) -> float:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The bit patterns of floats, as integers of their size."""
+    """The bit patterns of floats as integers of the same size."""
     return x.detach().view(_INTEGERS[x.dtype.itemsize])
 
 
 def _ulps(a: Tensor, b: Tensor) -> int:
-    """The largest number of steps between neighbouring representable numbers that lie between two
-    tensors, from their bit patterns; at most 2^63 - 2."""
-    sign = torch.iinfo(a.dtype).max
-    # sign and magnitude; distances of float64 across zero would not fit, so halves are capped
-    (a, below), (b, other) = ((x.long() & sign, x < 0) for x in (a, b))
-    apart = torch.where(below == other, (a - b).abs(), a.clamp(max=_HALF) + b.clamp(max=_HALF))
-    return int(apart.max())
+    """The largest distance between two tensors' values in units in the last place, from their bit
+    patterns; at most 2^63 - 2."""
+    magnitude = torch.iinfo(a.dtype).max
+    (a, a_negative), (b, b_negative) = ((x.long() & magnitude, x < 0) for x in (a, b))
+    # a distance across zero in float64 would overflow, so each side's part is capped
+    across_zero = a.clamp(max=_HALF) + b.clamp(max=_HALF)
+    return int(torch.where(a_negative == b_negative, (a - b).abs(), across_zero).max())
 
 
 def _in_float64(given: Any) -> Any:
-    """The same arguments for a network in float64 on the CPU."""
+    """The arguments for a network in float64 on the CPU."""
     match given:
         case Tensor():
             return given.double().cpu() if given.is_floating_point() else given.cpu()

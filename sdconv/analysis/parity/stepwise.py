@@ -1,4 +1,4 @@
-"""A network's forward pass, one module's output at a time."""
+"""Pause a network's forward pass after each module."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sdconv.models.dummy_inputs import Inputs
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a module gave: its name, which of its calls it was (from 1), the output."""
+class ModuleOutput:
+    """A module's name, which of its calls this is (from 1), and its output."""
 
     name: str
     call: int
@@ -23,65 +23,68 @@ class Step:
 
 
 def module_names(network: nn.Module) -> set[str]:
-    """Names of all modules below the network; a module that stands in two places has both."""
+    """The names of all modules below the network; a module that is registered twice has both."""
     return {name for name, _ in network.named_modules(remove_duplicate=False) if name}
 
 
-def steps(network: nn.Module, inputs: Inputs, names: Collection[str]) -> Generator[Step]:
-    """Runs a network without gradients and pauses it after each module.
+def module_outputs(
+    network: nn.Module, inputs: Inputs, names: Collection[str]
+) -> Generator[ModuleOutput]:
+    """Run a network without gradients and pause it after each module.
 
-    Several networks can be walked side by side, so that no more than one output of each is held.
-    The forward pass runs in a thread of its own, which works only while the caller waits for the
-    next step; closing the iterator ends it.
+    Several networks can be run in lockstep, so that only one output of each is in memory. The
+    forward pass runs in its own thread, which works only while the caller waits for the next
+    output. Closing the generator ends it.
 
     Args:
         network: in eval mode.
         inputs: the methods to call, in this order, each with its arguments.
-        names: the modules to pause after. A module that stands in several places is called by its
-            names in turn.
+        names: the modules to pause after. The calls of a module with several names are counted to
+            its names in turn.
 
     Yields:
-        A step after each call of such a module, and one under the method's name after each method.
+        The output of each call of these modules, and of each method under the method's name.
 
     Raises:
-        Whatever the network raises.
+        Exception: as the network does.
     """
-    walk = _Walk(network, inputs)
-    places: dict[nn.Module, list[str]] = {}
+    run = _PausedRun(network, inputs)
+    names_of: dict[nn.Module, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if name in names:
-            places.setdefault(module, []).append(name)
-    hooks = [
-        module.register_forward_hook(walk.hook(own_names)) for module, own_names in places.items()
-    ]
-    walk.thread.start()
+            names_of.setdefault(module, []).append(name)
+    hooks = [module.register_forward_hook(run.hook(own)) for module, own in names_of.items()]
+    run.thread.start()
     try:
         while True:
-            walk.turn.release()
-            came = walk.handed.get()
-            if came is None:
+            run.turn.release()
+            result = run.results.get()
+            if result is None:
                 return
-            if isinstance(came, BaseException):
-                raise came
-            yield came
+            if isinstance(result, BaseException):
+                raise result
+            yield result
     finally:
-        walk.left = True
-        walk.turn.release()
-        walk.thread.join()
+        run.abandoned = True
+        run.turn.release()
+        run.thread.join()
         for hook in hooks:
             hook.remove()
 
 
-class _Left(BaseException):
-    """Ends a forward pass that nobody waits for any more."""
+class _Abandoned(BaseException):
+    """Ends a forward pass whose outputs are not wanted any more."""
 
 
-class _Walk:
+class _PausedRun:
+    """A forward pass in a thread. It waits for its ``turn`` before each module's output, and puts
+    outputs, an exception, or None at the end into ``results``."""
+
     def __init__(self, network: nn.Module, inputs: Inputs) -> None:
         self.thread = threading.Thread(target=self._run, args=(network, inputs), daemon=True)
         self.turn = threading.Semaphore(0)
-        self.handed: SimpleQueue[Step | BaseException | None] = SimpleQueue()
-        self.left = False
+        self.results: SimpleQueue[ModuleOutput | BaseException | None] = SimpleQueue()
+        self.abandoned = False
 
     def _run(self, network: nn.Module, inputs: Inputs) -> None:
         last: BaseException | None = None
@@ -90,13 +93,14 @@ class _Walk:
             with torch.no_grad():
                 for method, arguments in inputs.items():
                     (output,) = getattr(network, method)(*arguments, return_dict=False)
-                    # an encoder gives a distribution: its moments
-                    self._hand_over(Step(method, 1, getattr(output, "parameters", output)))
-        except _Left:
+                    # an encoder's posterior is compared by its moments
+                    output = getattr(output, "parameters", output)
+                    self._hand_over(ModuleOutput(method, 1, output))
+        except _Abandoned:
             return
         except BaseException as error:
             last = error
-        self.handed.put(last)
+        self.results.put(last)
 
     def hook(self, names: list[str]) -> Callable[..., None]:
         calls = 0
@@ -104,20 +108,20 @@ class _Walk:
         def pause(module: nn.Module, arguments: object, output: object) -> None:
             nonlocal calls
             if threading.current_thread() is not self.thread:
-                return  # another walk over the same module
+                return  # another run of the same module
             name, call = names[calls % len(names)], calls // len(names) + 1
             calls += 1
             first = output[0] if isinstance(output, tuple) and output else output
             if isinstance(first, Tensor):
-                self._hand_over(Step(name, call, first))
+                self._hand_over(ModuleOutput(name, call, first))
 
         return pause
 
-    def _hand_over(self, step: Step) -> None:
-        self.handed.put(step)
+    def _hand_over(self, output: ModuleOutput) -> None:
+        self.results.put(output)
         self._wait()
 
     def _wait(self) -> None:
         self.turn.acquire()
-        if self.left:
-            raise _Left
+        if self.abandoned:
+            raise _Abandoned

@@ -255,7 +255,10 @@ def test_of_several_networks_the_command_takes_the_vae(layout: str, tmp_path: Pa
     command = ["check", str(where), "--size=16", "--family=sd1"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == "note: unet and vae are there; --component chooses, the vae is taken\n"
+    assert (
+        result.stderr
+        == "note: the weights hold unet and vae; the vae is compared (see --component)\n"
+    )
     assert "vae: AutoencoderKL" in result.stdout
     chosen = CliRunner().invoke(app, [*command, "--component=unet"])
     assert chosen.exit_code == 0 and chosen.stderr == ""

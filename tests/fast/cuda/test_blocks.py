@@ -42,7 +42,7 @@ def drawn(dtype: torch.dtype = torch.float32, channels: int = 12) -> tuple[Tenso
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps on a CPU go through what those on CUDA do."""
-    monkeypatch.setitem(blocks._ON, "cpu", cuda)
+    monkeypatch.setitem(blocks.ARITHMETIC, "cpu", cuda)
 
 
 # of the largest value, against float64

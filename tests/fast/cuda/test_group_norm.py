@@ -140,7 +140,7 @@ def test_statistics_of_a_part_are_noticed(interpreted: Function) -> None:
 # --- the kernels as code for NVIDIA's GPUs
 
 MAP = {"x": "*{}", "added": "*{}", "weight": "*{}", "bias": "*{}", "out": "*{}"}
-SUMS = {"parts": "*fp32", "moments": "*fp32", "eps": "fp32"}
+SUMS = {"parts": "*fp32", "stats": "*fp32", "eps": "fp32"}
 BLOCK = {"HAS_ADDED": True, "PIXELS": 32, "CHANNELS": 128}
 
 
@@ -158,8 +158,8 @@ def test_kernels_compile(architecture: int, dtype: str, pixels: str) -> None:
     kernels: Any = importlib.import_module(KERNELS)
     types = {name: kind.format(dtype) for name, kind in MAP.items()} | SUMS
     for kernel, constants in (
-        (kernels.part_moments, BLOCK),
-        (kernels.group_moments, {"SIZE": 10, "WIDTH": 16, "TOGETHER": 32}),
+        (kernels.part_stats, BLOCK),
+        (kernels.group_stats, {"SIZE": 10, "WIDTH": 16, "MERGED": 32}),
         (kernels.normalise, BLOCK),
     ):
         # Triton makes a whole number that is 1 a constant

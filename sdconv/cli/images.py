@@ -1,27 +1,32 @@
-"""Commands that take or make pictures: encode, decode, reconstruct."""
+"""The commands that read or make images: encode, decode, reconstruct."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import (
-    FOR_PICTURES,
+    IMAGE_BACKEND,
     LARGEST_SEED,
     Component,
+    ComputeDtype,
     Device,
     Dtype,
     Family,
+    Force,
     Json,
     Model,
     Out,
+    Resize,
     With,
-    not_an_input,
+    check_output,
+    parse_resize,
     print_json,
 )
-from sdconv.cli.running import Means, check_patches, has_room, opened, prepared, running
+from sdconv.cli.running import RunOptions, open_autoencoder, prepared, running
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,20 +34,14 @@ if TYPE_CHECKING:
 
 ImageFile = Annotated[
     Path,
-    typer.Argument(metavar="IMAGE", help="A picture of any size: PNG, JPEG, WebP, TIFF, ..."),
+    typer.Argument(metavar="IMAGE", help="An image of any size: PNG, JPEG, WebP, TIFF, ..."),
 ]
-Size = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", help="Resize it: pixels of the longer side.", show_default=False
-    ),
-]
-In = Annotated[Dtype, typer.Option(help="What the network computes in.")]
 Memory = Annotated[
     str | None,
     typer.Option(
         metavar="BYTES",
-        help="Work in strips within this limit, weights apart: 2GiB, 1500MB; see `sdconv plan`.",
+        help="Work in strips within this limit, which does not include the weights: 2GiB, 1500MB; "
+        "see `sdconv plan`.",
         show_default=False,
     ),
 ]
@@ -50,7 +49,7 @@ Spill = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="With --memory: on a disk, where maps go that do not fit.",
+        help="With --memory: a folder on a disk for feature maps that do not fit.",
         show_default=False,
     ),
 ]
@@ -60,33 +59,34 @@ def encode(
     image: ImageFile,
     model: Model,
     out: Out = Path("latents.safetensors"),
+    force: Force = False,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw from the posterior instead of taking its mode.")
+        bool, typer.Option("--sample", help="Sample from the posterior instead of taking its mode.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of that draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sample.")] = 0,
     scaled: Annotated[
         bool,
         typer.Option(
             "--scaled",
-            help="Write them as a diffusion model sees them: (latents - shift) * scaling factor; "
-            "for FLUX.2 2x2 patches, normalised.",
+            help="Write them as a diffusion model reads them: (latents - shift) * scaling factor; "
+            "for FLUX.2 normalised 2x2 patches.",
         ),
     ] = False,
-    size: Size = None,
+    size: Resize = None,
     component: Component = None,
     family: Family = None,
-    dtype: In = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
-    backend: With = FOR_PICTURES,
+    backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a picture into latents.
+    """Turn an image into latents.
 
-    They are written to a safetensors file with one tensor, "latents". Sides are cut around the
-    centre to multiples of what one latent stands for (8 pixels for most). The file says whether
-    they are raw or scaled.
+    They are written to a safetensors file with one tensor, "latents". The image's sides are cut
+    around the centre to multiples of the downscale factor (8 for most autoencoders). The file says
+    whether the latents are raw or scaled.
 
     \b
     Examples:
@@ -96,6 +96,7 @@ def encode(
     """
     import torch
 
+    from sdconv.latents import encode as encode_image
     from sdconv.latents import scale, write_latents
 
     if out.suffix.lower() != ".safetensors":
@@ -104,29 +105,17 @@ def encode(
             where=out,
             expected="a name that ends in .safetensors",
         )
-    not_an_input(out, [image, *model])
-    means = Means(component, family, dtype, device, backend, memory, spill)
-    network, picture, x = prepared(image, model, size, means, patches=scaled)
+    check_output(out, force, [image, *model])
+    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    network, picture, x = prepared(image, model, parse_resize(size), options, scaled=scaled)
     with running("encoding", network):
-        result = network.encode(x)  # type: ignore[operator]
-        if not hasattr(result, "latent_dist"):
-            if sample:
-                raise InputError(
-                    "a tiny autoencoder has no posterior to draw from",
-                    where="--sample",
-                    hint="leave --sample out",
-                )
-            latents = result.latents
-        elif sample:
-            latents = result.latent_dist.sample(torch.Generator().manual_seed(seed))
-        else:
-            latents = result.latent_dist.mode()
-        latents = latents.float()
+        generator = torch.Generator().manual_seed(seed) if sample else None
+        latents = encode_image(network, x, generator).float()
         if scaled:
             latents = scale(network, latents)
     if not torch.isfinite(latents).all():
         raise InputError(
-            "the latents came out with NaN or infinity",
+            "the latents contain NaN or infinity",
             where=network.config.class_name,
             hint="compute in a wider dtype: --dtype float32",
         )
@@ -158,9 +147,10 @@ def decode(
             "--out",
             "-o",
             metavar="FILE",
-            help="The picture; a file that is there is replaced. Several get numbers: out-0.png.",
+            help="The image file to write. Several images get numbers: out-0.png.",
         ),
     ] = Path("picture.png"),
+    force: Force = False,
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="The tensor's name.", show_default=False)
     ] = None,
@@ -168,25 +158,25 @@ def decode(
         bool | None,
         typer.Option(
             "--scaled/--raw",
-            help="They carry the scaling factor (and shift) that a diffusion model sees; for "
-            "FLUX.2 they are 2x2 patches (B, 128, h, w) normalised with bn's statistics.  "
-            "Default: what the file says, else raw.",
+            help="Whether they are scaled and shifted as a diffusion model reads them; for FLUX.2 "
+            "2x2 patches (B, 128, h, w) normalised with bn's statistics.  Default: what the file "
+            "says, else raw.",
             show_default=False,
         ),
     ] = None,
     component: Component = None,
     family: Family = None,
-    dtype: In = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
-    backend: With = FOR_PICTURES,
+    backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
     as_json: Json = False,
 ) -> None:
-    """Turn latents into a picture.
+    """Turn latents into an image.
 
     With --scaled, latents / scaling factor + shift is decoded. For FLUX.2, which has no such
-    factor, patches * sqrt(running_var + eps) + running_mean, put back from 2x2 patches.
+    factor, patches * sqrt(running_var + eps) + running_mean, put back together from 2x2 patches.
 
     \b
     Examples:
@@ -195,61 +185,63 @@ def decode(
       sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
     """
     from sdconv.images import image_format, to_image, write_image
-    from sdconv.latents import read_latents, unscale
+    from sdconv.latents import check_scaled, read_latents, unscale
 
     image_format(out)
-    not_an_input(out, [latents, *model])
-    z, said = read_latents(latents, key)
-    if scaled is not None and said is not None and scaled != said:
+    z, stated = read_latents(latents, key)
+    outs = [out] if len(z) == 1 else _numbered(out, len(z))
+    for path in outs:
+        check_output(path, force, [latents, *model])
+    if scaled is not None and stated is not None and scaled != stated:
         raise InputError(
             "the file says otherwise",
             where=latents,
-            expected="--scaled" if said else "--raw",
+            expected="--scaled" if stated else "--raw",
             got="--scaled" if scaled else "--raw",
             hint="leave it to the file: give neither",
         )
-    carries = bool(said if scaled is None else scaled)
-    means = Means(component, family, dtype, device, backend, memory, spill)
-    network = opened(model, means)
-    check_patches(network, z, carries)
+    is_scaled = bool(stated if scaled is None else scaled)
+    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    network = open_autoencoder(model, options)
+    check_scaled(network, z, is_scaled)
     with running("decoding", network):
         z = z.to(network.device)
-        z = unscale(network, z) if carries else z
+        z = unscale(network, z) if is_scaled else z
         if memory is None:
             sides = tuple(network.downscale * side for side in z.shape[2:])
-            has_room(network, sides, pictures=len(z), options=("memory", "dtype"))
-        z = z.to(network.dtype)
-        pictures = [to_image(one) for one in network.decode(z).sample]  # type: ignore[operator]
-    outs = [out] if len(pictures) == 1 else _numbered(out, len(pictures))
-    for picture, path in zip(pictures, outs, strict=True):
-        write_image(picture, path)
+            check_memory(network, sides, images=len(z), options=("memory", "dtype"))
+        decoded = cast(Any, network).decode(z.to(network.dtype)).sample
+        images = [to_image(one) for one in decoded]
+    for image, path in zip(images, outs, strict=True):
+        write_image(image, path)
     if as_json:
         names = [str(path) for path in outs]
-        print_json({"files": names, "scaled": carries, **_sides(pictures[0])})
+        print_json({"files": names, "scaled": is_scaled, **_sides(images[0])})
         return
-    for picture, path in zip(pictures, outs, strict=True):
-        kind = "scaled" if carries else "raw"
-        typer.echo(f"{path}: {picture.width}x{picture.height} from {kind} latents")
+    for image, path in zip(images, outs, strict=True):
+        kind = "scaled" if is_scaled else "raw"
+        typer.echo(f"{path}: {image.width}x{image.height} from {kind} latents")
 
 
 def reconstruct(
     image: ImageFile,
     model: Model,
     out: Out = Path("reconstruction.png"),
-    size: Size = None,
+    force: Force = False,
+    size: Resize = None,
     component: Component = None,
     family: Family = None,
-    dtype: In = Dtype.float32,
+    dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
-    backend: With = FOR_PICTURES,
+    backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
     as_json: Json = False,
 ) -> None:
-    """Pass a picture through the latents and back.
+    """Pass an image through the latents and back.
 
-    Writes original, reconstruction and difference in a row. The difference is amplified, by how
-    much stands over it. PSNR, in dB, is printed: the higher the closer.
+    Writes the original, the reconstruction and their difference side by side. The difference is
+    amplified by the factor written above it. The PSNR in dB is printed: higher is closer.
 
     \b
     Examples:
@@ -258,15 +250,15 @@ def reconstruct(
       sdconv reconstruct photo.jpg --model vae.safetensors --size 512 --json
     """
     from sdconv.images import image_format, psnr, side_by_side, to_image, write_image
+    from sdconv.latents import encode as encode_image
 
     image_format(out)
-    not_an_input(out, [image, *model])
-    means = Means(component, family, dtype, device, backend, memory, spill)
-    network, picture, x = prepared(image, model, size, means)
+    check_output(out, force, [image, *model])
+    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    network, picture, x = prepared(image, model, parse_resize(size), options)
     with running("encoding and decoding", network):
-        result = network.encode(x)  # type: ignore[operator]
-        latents = result.latents if hasattr(result, "latents") else result.latent_dist.mode()
-        decoded = network.decode(latents).sample  # type: ignore[operator]
+        latents = encode_image(network, x)
+        decoded = cast(Any, network).decode(latents).sample
     back = to_image(decoded[0])
     decibels = psnr(decoded.cpu(), x.cpu())
     sheet, amplification = side_by_side(

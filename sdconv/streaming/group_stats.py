@@ -1,0 +1,80 @@
+"""GroupNorm's statistics over a whole feature map, accumulated strip by strip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sdconv.errors import InputError
+from sdconv.fast.cpu.group_stats import affine, combine
+
+# Values reduced at once: torch copies each chunk to float64.
+CHUNK = 1 << 18
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that normalisation computes in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RunningGroupStats:
+    """Count, mean and sum of squared deviations of each channel, in float64.
+
+    Strips are combined by Chan's formula (Chan, Golub, LeVeque 1979, "Updating formulae and a
+    pairwise algorithm for computing sample variances"), so the result is that of the whole feature
+    map however it was cut into strips.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.mean)
+
+    def update(self, rows: Tensor) -> None:
+        """Add ``rows``, ``(rows, W, C)``.
+
+        The sums are float64 from the first addition on: what float32 would lose depends on where a
+        strip begins, and every later layer would round differently.
+        """
+        for chunk in torch.split(rows.flatten(0, 1), max(1, CHUNK // rows.shape[2])):
+            mean = chunk.sum(0, dtype=torch.float64) / len(chunk)
+            squares = torch.linalg.vector_norm(chunk, dim=0, dtype=torch.float64).square()
+            self._combine(len(chunk), mean, squares - mean.square() * len(chunk))
+
+    def update_from_sums(self, sums: Tensor, counts: Tensor) -> None:
+        """Add rows of which only the sums are known.
+
+        Args:
+            sums: sum and sum of squares of each channel in each part, ``(parts, C, 2)``, float64.
+            counts: pixels in each part, ``(parts,)``, float64.
+        """
+        count = int(counts.sum())
+        mean, variance = combine(sums, counts).unbind(-1)
+        self._combine(count, mean, variance * count)
+
+    def _combine(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        distance = mean - self.mean
+        total = self.count + count
+        self.squares += squares + distance.square() * (self.count * count / total)
+        self.mean += distance * (count / total)
+        self.count = total
+
+    def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """``norm`` under these statistics as ``x * scale + shift``, each ``(C,)``.
+
+        Raises:
+            InputError: a group has a single value, which has no variance.
+        """
+        means = self.mean.view(norm.num_groups, -1)
+        size = self.count * means.shape[1]
+        if size == 1:
+            raise InputError(
+                "too small for this network",
+                where="image or latents",
+                expected="more than one value in each group of every normalisation",
+            )
+        mean = means.mean(1, keepdim=True)
+        squares = self.squares.view_as(means).sum(1, keepdim=True)
+        squares = squares + (means - mean).square().sum(1, keepdim=True) * self.count
+        stats = torch.cat([mean, squares / size], dim=1)
+        return affine(stats, norm.weight, norm.bias, norm.eps, norm_dtype(norm.weight.dtype))
