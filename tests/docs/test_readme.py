@@ -18,7 +18,7 @@ def block(language: str) -> str:
     return found[1]
 
 
-def test_the_example_prints_the_output_below_it() -> None:
+def test_the_example_prints_what_is_shown_below_it() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", block("python")], cwd=ROOT, capture_output=True, text=True
     )
