@@ -171,15 +171,17 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
     assert isinstance(conv, nn.Conv2d)
     batch, _, height, width = call.input
     channels, out_channels = conv.in_channels, conv.out_channels
-    method, costs, reason = "torch", (), _declined(module, parent, call)
-    if reason is None:
+    declined = _declined(module, parent, call)
+    if declined is not None:
+        method, costs, reason = "torch", {}, declined
+    else:
         sizes = packed_bytes(kind, channels, out_channels)
         available = tuple(method for method, size in sizes.items() if size <= room)
         # the fast backend takes a 3x3 convolution together with the normalisation before it
         normalised = kind == "conv3x3"
         shape = batch, channels, out_channels, height, width
         plan = plan_conv(kind, *shape, normalised, available)
-        method, costs, reason = plan.method, plan.costs, plan.reason
+        method, costs, reason = plan.method, dict(plan.costs), plan.reason
     return Explained(
         name=call.name,
         work=call.work,
@@ -188,7 +190,7 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
         out_channels=out_channels,
         size=(height, width),
         method=method,
-        costs=dict(costs),
+        costs=costs,
         reason=reason,
     )
 

@@ -167,7 +167,9 @@ def _facts(
     return PointFacts(
         channels=x.shape[channel_axis(x)],
         size=None if geometry is None else geometry.size,
-        downscale=None if geometry is None else (geometry.rows.stride, geometry.columns.stride),
+        downscale=None
+        if geometry is None
+        else (geometry.rows.downscale, geometry.columns.downscale),
         receptive_field=None if geometry is None else (geometry.rows.size, geometry.columns.size),
         global_receptive_field=None if geometry is None else geometry.is_global,
         multiplies=_multiplies(point, work),
