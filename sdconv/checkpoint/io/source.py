@@ -1,4 +1,4 @@
-"""A source of weights: named tensors from files, a folder or memory, described before they are read.
+"""A source of weights: named tensors from files, a folder or memory, listed before they are read.
 
 A source is one or more files (a state dict in memory counts as one). Each file keeps its own names,
 because both halves of a tiny autoencoder number their layers from 0. The entries of a whole source
@@ -165,8 +165,8 @@ class TensorsFile(SourceFile):
 class Source:
     """Named tensors from one or more files; a context manager that closes them.
 
-    ``label``: its name in messages. ``files``: its parts. ``config``: the content of ``config.json``
-    in the component's folder, or None.
+    ``label``: its name in messages. ``files``: its parts. ``config``: the content of the component
+    folder's ``config.json``, or None.
     """
 
     def __init__(
