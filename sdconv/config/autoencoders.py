@@ -173,8 +173,8 @@ class AutoencoderKLFlux2Config(Config):
 class AutoencoderTinyConfig(Config):
     """TAESD and its relatives: a plain stack of convolutions and three-convolution residual blocks.
 
-    ``num_encoder_blocks``, ``num_decoder_blocks``: residual blocks in each stage; ``()`` if that half
-    is absent. ``encoder_stem_channels``: channels of the strided convolutions before the first
+    ``num_encoder_blocks``, ``num_decoder_blocks``: residual blocks in each stage; ``()`` without
+    that half. ``encoder_stem_channels``: channels of the strided convolutions before the first
     stage (TAESANA's ``(32, 64)``); ``()`` for the plain 3x3 stem. ``use_midblock_gn``: the stage
     next to the latents adds a pooled GroupNorm branch to each block (TAEF2). diffusers does not
     have the last two.

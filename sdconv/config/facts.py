@@ -18,14 +18,14 @@ UNET_NORM_EPS = 1e-5
 # and the smallest number of them (the refiner's).
 ADDED_TIME_DIM = 256
 FEWEST_ADDED_TIMES = 5
-# Width of unCLIP's image embedding, by CLIP L or H, plus an equally wide embedding of its noise level
+# Width of unCLIP's image embedding, by CLIP L or H, plus an equally wide one of its noise level
 # (`projection_class_embeddings_input_dim` in diffusers/stable-diffusion-2-1-unclip-i2i-l and
 # stabilityai/stable-diffusion-2-1-unclip).
 UNCLIP_WIDTHS = frozenset({2 * 768, 2 * 1024})
 
-# The noise schedule of Stable Diffusion 1, 2 and XL: over these timesteps, sqrt(beta) rises linearly
-# between the square roots of these two (`linear_start`, `linear_end` in their configs;
-# `make_beta_schedule` in ldm's util.py).
+# The noise schedule of Stable Diffusion 1, 2 and XL: over these timesteps, the square root of beta
+# rises linearly between the square roots of these two (`linear_start` and `linear_end` in their
+# configs; `make_beta_schedule` in ldm's util.py).
 TRAIN_TIMESTEPS = 1000
 BETAS = (0.00085, 0.012)
 

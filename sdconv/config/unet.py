@@ -22,7 +22,7 @@ class UNet2DConditionConfig(Config):
     """The U-Net of Stable Diffusion 1, 2, XL, of the x4 upscaler, and of what was distilled from
     them.
 
-    Level 0 has the sample's own size, the last level the smallest feature map. A tuple has one entry
+    Level 0 has the sample's own size, the last level the smallest feature map. A tuple has an entry
     for each level; a single number applies to all levels. ``attention_head_dim``: the number of
     heads, despite diffusers' name. ``transformer_layers_per_block``: blocks in a transformer;
     ``reverse_transformer_layers_per_block``: the same for the up path, beginning with the smallest

@@ -1,5 +1,8 @@
-"""What lets a network stand in for diffusers' class of the same name: whose instance it says it is,
-and the methods of diffusers' models by which pipelines and scripts open, save and measure them."""
+"""The mixin that makes a network usable as diffusers' model of the same name.
+
+It has the methods by which pipelines and scripts open, save and measure a model of diffusers', and
+it lets pipelines recognise the network.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,13 @@ from torch import nn
 
 from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.io.files import as_path, os_errors, read_json
+from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.write import write_config, write_folder
 from sdconv.config import Config
 from sdconv.errors import CheckpointError, InputError, SdconvError
 
-WEIGHTS = "diffusion_pytorch_model"
-"""diffusers' name of a component's weights, before ``.fp16`` and ``.safetensors``."""
-
-# of the hub and of how diffusers fills a model: nothing depends on them where nothing is fetched
-_NEEDLESS = frozenset(
+# options for the hub and for how diffusers fills a model, which have no effect here
+_IGNORED = frozenset(
     "cache_dir force_download local_files_only low_cpu_mem_usage proxies revision token"
     " use_safetensors".split()
 )
@@ -121,7 +122,7 @@ class DiffusersModel(nn.Module):
             raise InputError(
                 "not a config of this network",
                 where=type(self).__name__,
-                expected=f"{self.config_class.__name__}, as sdconv.infer gives it",
+                expected=f"{self.config_class.__name__}, as sdconv.infer returns it",
                 got=type(config).__name__,
                 hint=f"{type(self).__name__}.from_config takes the content of a config.json",
             )
@@ -164,7 +165,8 @@ class DiffusersModel(nn.Module):
             config: sdconv's, or the content of a ``config.json``.
 
         Raises:
-            InputError: it is neither. CheckpointError: it describes no such network.
+            InputError: it is neither.
+            CheckpointError: it does not describe this kind of network.
         """
         if not isinstance(config, Mapping):
             raise InputError(
@@ -195,22 +197,22 @@ class DiffusersModel(nn.Module):
         family: str | None = None,
         **options: Any,
     ) -> Self:
-        """What ``sdconv.load`` opens, called as in diffusers; never through a network connection.
+        """Opens a network like ``sdconv.load``, with diffusers' arguments; nothing is downloaded.
 
         Args:
-            pretrained_model_name_or_path: a folder, or anything else that ``sdconv.load`` takes.
-            subfolder: one below it, such as ``"vae"``.
-            torch_dtype, dtype: as diffusers, float32 where neither is given.
-            variant: the word in the file's name, such as ``"fp16"``, where the folder holds weights
-                in that variant only.
+            pretrained_model_name_or_path: a folder, or anything else that ``sdconv.load`` opens.
+            subfolder: a folder in it, such as ``"vae"``.
+            torch_dtype, dtype: as in diffusers, float32 if neither is given.
+            variant: the word in the file's name, such as ``"fp16"``, if the folder has weights in
+                that variant only.
             family: as for ``sdconv.load``.
-            options: those of the hub are taken, and have no meaning here.
+            options: those for the hub are accepted, and have no effect.
 
         Raises:
-            InputError: an option that is not taken, or no such variant.
+            InputError: an option is not supported, or the variant does not exist.
             SdconvError: as ``sdconv.load``.
         """
-        _refuse(set(options) - _NEEDLESS, "from_pretrained")
+        _refuse(set(options) - _IGNORED, "from_pretrained")
         path: Any = pretrained_model_name_or_path
         if subfolder is not None:
             path = as_path(path) / subfolder
@@ -250,23 +252,24 @@ class DiffusersModel(nn.Module):
         """The content of a folder's ``config.json``.
 
         Raises:
-            CheckpointError: there is none that can be read.
+            CheckpointError: it cannot be read.
         """
         folder = as_path(pretrained_model_name_or_path)
         return read_json(folder / (subfolder or "") / "config.json")
 
     def register_to_config(self, **fields: Any) -> None:
-        """Changes fields of the config, as some pipelines do with the VAE's scaling factor, or
-        training scripts with all of them.
+        """Changes fields of the config.
+
+        Some pipelines change the VAE's scaling factor, and training scripts set all fields.
 
         Raises:
-            InputError: no such field, or a value that this network cannot have.
+            InputError: a field does not exist, or this network cannot have its value.
         """
         fields = {name: value for name, value in fields.items() if not name.startswith("_")}
         kind = type(self.config)
         if unknown := set(fields) - set(self.config) - kind.unused:
             raise InputError(
-                "no such field",
+                "unknown field",
                 where="register_to_config",
                 expected=f"fields of {kind.class_name}: {', '.join(self.config)}",
                 got=", ".join(sorted(unknown)),
@@ -274,14 +277,14 @@ class DiffusersModel(nn.Module):
         try:
             self.config = kind.from_json({**self.config.to_json(), **fields}, "register_to_config")
         except CheckpointError as error:
-            raise InputError("no such config", where="register_to_config", got=error) from error
+            raise InputError("invalid config", where="register_to_config", got=error) from error
 
     def to_json_string(self) -> str:
         """The config as the text of a ``config.json``."""
         return json.dumps(self.config.to_json(), indent=2) + "\n"
 
     def save_config(self, save_directory: str | Path) -> None:
-        """Writes ``config.json`` into a folder, made if absent.
+        """Writes ``config.json`` into a folder, which is created if it does not exist.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -303,15 +306,15 @@ class DiffusersModel(nn.Module):
         """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``.
 
         Args:
-            save_directory: the component's folder; made if absent.
-            is_main_process: False writes nothing: another process does.
-            variant: a word put into the file's name, such as ``"fp16"``.
-            max_shard_size: taken and passed over: the weights are one file, of any size.
-            safe_serialization: must be True; sdconv writes no pickles.
-            save_function, push_to_hub, use_flashpack: not offered.
+            save_directory: the component's folder; created if it does not exist.
+            is_main_process: False writes nothing, because another process does.
+            variant: a word for the file's name, such as ``"fp16"``.
+            max_shard_size: ignored: the weights are one file of any size.
+            safe_serialization: must be True; sdconv does not write pickles.
+            save_function, push_to_hub, use_flashpack: not supported.
 
         Raises:
-            InputError: an option that is not taken.
+            InputError: an option is not supported.
             CheckpointError: the folder cannot be written.
         """
         asked = {
@@ -327,11 +330,11 @@ class DiffusersModel(nn.Module):
             write_folder(self.state_dict(), self.config, as_path(save_directory), variant=variant)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers its parameters hold.
+        """The number of elements in its parameters.
 
         Args:
-            only_trainable: count those that require gradients.
-            exclude_embeddings: leave out tables of embeddings (``nn.Embedding``).
+            only_trainable: count only parameters that require gradients.
+            exclude_embeddings: leave out the weights of ``nn.Embedding``.
         """
         tables = {id(m.weight) for m in self.modules() if type(m) is nn.Embedding}
         return sum(
@@ -342,13 +345,16 @@ class DiffusersModel(nn.Module):
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of its parameters, and of its buffers unless they are left out."""
+        """The bytes of its parameters, and of its buffers if ``return_buffers``."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.nbytes for tensor in tensors)
 
     def enable_group_offload(self, onload_device: torch.device, **options: Any) -> None:
-        """diffusers' ``apply_group_offloading`` on it: parts of it are on ``onload_device`` only
-        while they compute. Imports diffusers, whose documentation has the options."""
+        """Keeps parts of the network on ``onload_device`` only while they compute.
+
+        This is diffusers' ``apply_group_offloading``, whose documentation explains the options; it
+        imports diffusers.
+        """
         integration().apply_group_offloading(self, onload_device, **options)
 
 
@@ -359,7 +365,7 @@ def _rebuild(cls: type[DiffusersModel]) -> DiffusersModel:
 def _refuse(options: set[str], method: str) -> None:
     if options:
         raise InputError(
-            "options that sdconv does not take",
+            "options that sdconv does not support",
             where=method,
             got=", ".join(sorted(options)),
             hint="leave them out",
@@ -367,23 +373,23 @@ def _refuse(options: set[str], method: str) -> None:
 
 
 def _check_variant(folder: Path, variant: str) -> None:
-    """Refuses a variant that a folder has not, or has beside weights that are read first."""
-    name = f"{WEIGHTS}.{variant}.safetensors"
+    """Refuses a variant that does not exist, or that is not what sdconv reads from the folder."""
+    name = f"{DIFFUSERS_NAME}.{variant}.safetensors"
     with os_errors(folder):
-        there = (folder / name).is_file()
-        beside = (folder / f"{WEIGHTS}.safetensors").exists()
-    if not there:
+        exists = (folder / name).is_file()
+        has_plain = (folder / f"{DIFFUSERS_NAME}.safetensors").exists()
+    if not exists:
         raise InputError(
-            "no such variant",
+            "unknown variant",
             where=folder,
             expected=name,
-            hint="leave variant out to see what is there",
+            hint="leave variant out: sdconv then reads the weights that the folder has",
         )
-    if beside:
+    if has_plain:
         raise InputError(
-            "weights without a variant are there too, and are what sdconv reads of a folder",
+            "the folder also has weights without a variant, which sdconv reads first",
             where=folder,
-            expected=f"{name} alone",
-            got=f"{WEIGHTS}.safetensors beside it",
-            hint="leave variant out: torch_dtype turns them into the dtype that is wanted",
+            expected=f"only {name}",
+            got=f"{DIFFUSERS_NAME}.safetensors too",
+            hint="leave variant out, and pass torch_dtype for another dtype",
         )

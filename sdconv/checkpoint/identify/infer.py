@@ -199,7 +199,7 @@ def _checked_metadata(metadata: object) -> Mapping[str, str]:
 
 
 def _config_in(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
-    """The component's config in the metadata of a file written by sdconv; empty if there is none."""
+    """The component's config that sdconv wrote into a file's metadata; empty if there is none."""
     if CONFIG_KEY not in metadata:
         return {}
     try:

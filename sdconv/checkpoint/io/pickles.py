@@ -81,7 +81,7 @@ _SAFER = (
 
 
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
-    """The named tensors of a torch checkpoint, on the CPU; memory-mapped if it is in the zip format.
+    """The named tensors of a torch checkpoint, on the CPU; memory-mapped in the zip format.
 
     The weights are under one of ``WRAPPERS``, or in the outermost dict. Everything else in the file
     is dropped.
@@ -152,7 +152,7 @@ def _let_in(file: Path, program: bytes) -> list[str]:
 
 
 def _may_stand_in(name: str) -> bool:
-    """Whether a name is in ``STAND_INS``, or a class in a package other than Python's and torch's."""
+    """Whether a name is in ``STAND_INS``, or a class outside of Python's and torch's packages."""
     package, *inner = name.split(".")
     is_class = bool(inner) and inner[-1].lstrip("_")[:1].isupper()
     foreign = package not in sys.stdlib_module_names and package not in ("torch", "__builtin__")

@@ -1,4 +1,4 @@
-"""A source of weights: named tensors from files, a folder or memory, described before they are read.
+"""A source of weights: named tensors from files, a folder or memory, listed before they are read.
 
 A source is one or more files (a state dict in memory counts as one). Each file keeps its own names,
 because both halves of a tiny autoencoder number their layers from 0. The entries of a whole source
@@ -25,8 +25,8 @@ from sdconv.checkpoint.io.folder import (
     Folder,
     FolderWeights,
     components_in,
-    config_beside,
     config_in,
+    config_next_to,
     folder_at,
     weights_of_index,
 )
@@ -165,8 +165,8 @@ class TensorsFile(SourceFile):
 class Source:
     """Named tensors from one or more files; a context manager that closes them.
 
-    ``label``: its name in messages. ``files``: its parts. ``config``: the content of ``config.json``
-    in the component's folder, or None.
+    ``label``: its name in messages. ``files``: its parts. ``config``: the content of the component
+    folder's ``config.json``, or None.
     """
 
     def __init__(
@@ -279,13 +279,13 @@ def open_files(
             path = as_path(path_or_paths)
             if (weights := weights_of_index(path)) is not None:
                 return _open_weights(path, weights, config_in(path.parent))
-            return Source(str(path), [_open_file(path)], config_beside([path]))
+            return Source(str(path), [_open_file(path)], config_next_to([path]))
         case Mapping():
             return Source("state dict in memory", [_in_memory(path_or_paths)])
         case Sequence() if path_or_paths and not isinstance(path_or_paths, bytes | bytearray):
             paths = [as_path(path) for path in path_or_paths]
             opened = [_open_file(path) for path in paths]
-            return Source(", ".join(map(str, paths)), opened, config_beside(paths))
+            return Source(", ".join(map(str, paths)), opened, config_next_to(paths))
     raise InputError(
         "not weights",
         expected="a path, a list of one or more paths, or a dict of tensors by name",

@@ -59,7 +59,7 @@ class OutputTensor:
             dtype: for floating-point tensors of a component.
 
         Raises:
-            CheckpointError: its pieces have different dtypes, or one that safetensors does not have.
+            CheckpointError: its pieces have different dtypes, or one that safetensors lacks.
         """
         stored = TORCH_DTYPES.get(self.dtype)
         if dtype is not None and self.component and stored is not None and stored.is_floating_point:

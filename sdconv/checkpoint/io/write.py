@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdconv.checkpoint.io.files import as_path
+from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.config import AutoencoderTinyConfig, Config
 from sdconv.errors import CheckpointError, InputError, SdconvError
 
@@ -62,7 +63,7 @@ def write_folder(
     """
     check_in_diffusers(config, folder)
     suffix = f".{variant}" if variant else ""
-    weights = folder / f"diffusion_pytorch_model{suffix}.safetensors"
+    weights = folder / f"{DIFFUSERS_NAME}{suffix}.safetensors"
     write_tensors(tensors, weights, {"format": "pt"})
     return [write_config(config, folder), weights]
 

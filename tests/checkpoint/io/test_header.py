@@ -97,11 +97,11 @@ LONG = 2**40
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "is empty"),
     "seven bytes": (b"1234567", "cut short before its header"),
-    "header longer than the file": (packed(b"{}", length=3), "longer than the file"),
-    "header over 100 MB": (packed(b"{}", length=100_000_001), "header length that is too large"),
+    "header longer than the file": (packed(b"{}", length=3), "larger than the file"),
+    "header over 100 MB": (packed(b"{}", length=100_000_001), "length that is too large"),
     "header of 2**64 - 1 bytes": (
         packed(b"{}", length=2**64 - 1),
-        "header length that is too large",
+        "length that is too large",
     ),
     "data cut short": (packed({"a": entry("U8", [4], 0, 4)}, b"123"), "is cut short"),
     "data too long": (packed({"a": U8}, b"12"), "is longer than its tensors"),
@@ -147,8 +147,8 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "product of 2**80": (packed({"a": entry("U8", [LONG, LONG], 0, 1)}, b"1"), "larger than any"),
     "product of 2**64": (packed({"a": entry("U8", [2**32, 2**32], 0, 0)}), "larger than any"),
     "nothing of 2**80": (packed({"a": entry("U8", [0, LONG, LONG], 0, 0)}), "larger than any"),
-    "one offset": (packed({"a": entry("U8", [1], 0)}, b"1"), "malformed data_offsets"),
-    "three offsets": (packed({"a": entry("U8", [1], 0, 1, 2)}, b"1"), "malformed data_offsets"),
+    "one offset": (packed({"a": entry("U8", [1], 0)}, b"1"), "malformed data_offset"),
+    "three offsets": (packed({"a": entry("U8", [1], 0, 1, 2)}, b"1"), "malformed data_offset"),
     "offset that is text": (
         packed({"a": entry("U8", [1], "0", 1)}, b"1"),
         "malformed data_offsets",
@@ -157,7 +157,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         packed({"a": entry("U8", [1], 0, True)}, b"1"),
         "malformed data_offsets",
     ),
-    "offset below zero": (packed({"a": entry("U8", [1], -1, 0)}, b"1"), "malformed data_offsets"),
+    "offset below zero": (packed({"a": entry("U8", [1], -1, 0)}, b"1"), "malformed data_offset"),
     "end before start": (packed({"a": entry("U8", [0], 1, 0)}, b"1"), "ends before it begins"),
     "too few bytes": (packed({"a": entry("F32", [2], 0, 4)}, bytes(4)), "does not fit its bytes"),
     "half a byte": (packed({"a": entry("F4", [3], 0, 2)}, bytes(2)), "does not fit its bytes"),
@@ -179,7 +179,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML answer"),
     "JSON answer of a server": (
         b'{"error":"Repository not found"}',
-        "header length that is too large",
+        "length that is too large",
     ),
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(64), "a GGUF file"),
     "pickle": (pickle.dumps({"a": 1}, protocol=2), "is a pickle"),
@@ -306,7 +306,7 @@ def test_nothing_is_allocated_for_a_header_that_is_not_there(tmp_path: Path) -> 
     file = written(tmp_path, packed(b"{}", length=99_999_999))
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match="longer than the file"):
+        with pytest.raises(CheckpointError, match="larger than the file"):
             read_header(file)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
