@@ -53,6 +53,7 @@ def test_equals_torch_in_float64(
 
 
 def test_sub_kernels_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Injects a fault: the rows and columns of the sub-kernels are swapped."""
     x, weight, bias = drawn(0, 1, 3, 2, 5, 6)
     exact = fused.direct_doubled(x, weight, bias)
     assert error(phases.doubled_convolution(x, weight, bias), exact) < 2e-6
