@@ -170,7 +170,7 @@ def _facts(
         downscale=None
         if geometry is None
         else (geometry.rows.downscale, geometry.columns.downscale),
-        receptive_field=None if geometry is None else (geometry.rows.size, geometry.columns.size),
+        receptive_field=None if axes is None else (axes[0].size, axes[1].size),
         global_receptive_field=None if geometry is None else geometry.is_global,
         multiplies=_multiplies(point, work),
     )

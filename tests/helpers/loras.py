@@ -29,7 +29,7 @@ def layers(model: nn.Module) -> dict[str, Tensor]:
 def matrices(
     model: nn.Module, seed: int = 0, only: str = "", alpha: float | None = None
 ) -> Matrices:
-    """A LoRA for every layer whose name contains ``only``, of ranks 2 to 4 and alphas 1 and 2, with
+    """A LoRA for every layer whose name matches ``only``, with ranks 2 to 4, alphas 1 and 2, and
     updates about as large as the weights."""
     random = torch.Generator().manual_seed(seed)
     lora: Matrices = {}
