@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sdconv.features import features
     from sdconv.features.capture import capture, run_until
     from sdconv.features.editing import edit
-    from sdconv.features.store import open_maps
+    from sdconv.features.maps import open_maps
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.loading import load
     from sdconv.lora.merge import merge_lora, unmerge_lora
@@ -56,7 +56,7 @@ _HOME = {
     "infer": "sdconv.checkpoint.identify.infer",
     "load": "sdconv.loading",
     "merge_lora": "sdconv.lora.merge",
-    "open_maps": "sdconv.features.store",
+    "open_maps": "sdconv.features.maps",
     "read_header": "sdconv.checkpoint.io.header",
     "remove_patch": "sdconv.integrations.patch",
     "run_until": "sdconv.features.capture",

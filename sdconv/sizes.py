@@ -1,4 +1,4 @@
-"""Numbers of bytes, as people write them and as they read them."""
+"""Numbers as people write and read them: sizes of memory, and large counts."""
 
 from __future__ import annotations
 
@@ -66,3 +66,16 @@ def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
     if max(map(len, parts)) > 9 or not all(int(part) for part in parts):
         raise InputError("not a size", where=name, expected="1 to 999999999", got=repr(text))
     return int(parts[0]), int(parts[-1])
+
+
+def count(number: int) -> str:
+    """``83653863`` as ``83.65 M``: up to four digits."""
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.4g} {letter}"
+    return str(number)
+
+
+def in_bytes(number: int) -> str:
+    """``334643268`` as ``334.6 MB``."""
+    return f"{count(number)}B" if number >= 1000 else f"{number} B"

@@ -25,7 +25,7 @@ from sdconv.loading import BUILD
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 from sdconv.models.dummy_inputs import Noise, inputs_for
-from sdconv.models.meta_copy import double
+from sdconv.models.meta_copy import meta_copy
 
 Shape = tuple[int, ...]
 
@@ -111,7 +111,7 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
     with torch.device("meta"):
         dry = BUILD[config.class_name](config).eval()
     # one value stands for all: shapes, dtype and device are those of weights that were loaded
-    network = double(dry)
+    network = meta_copy(dry)
     values = {name: torch.empty(()).expand(w.shape) for name, w in dry.state_dict().items()}
     network.load_state_dict(values, assign=True)
     limit = prepared.limit if limit is None else limit

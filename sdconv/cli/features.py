@@ -1,4 +1,4 @@
-"""The command that shows feature maps."""
+"""`sdconv features`: capture feature maps, and show them on a page."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from sdconv.cli.common import (
     Resize,
     check_output,
     errors_console,
+    one_or_all,
     parse_resize,
     print_json,
     say,
 )
 from sdconv.cli.running import running
 from sdconv.errors import InputError, SdconvError
-from sdconv.features.drivers import Given, Passage, passage
 
 if TYPE_CHECKING:
     from sdconv.features import Maps, Points
+    from sdconv.features.drivers import Run
     from sdconv.report.features.write import Page
 
 MAPS, PAGE = "maps.zarr", "report.html"
 IN_MEMORY = 1 << 30
-"""Bytes of maps that are held beside those on the disk, so that they need not be read again."""
+"""Bytes of feature maps that stay in memory, so that they need not be read from the disk again."""
 
 
 def features(
@@ -59,16 +60,16 @@ def features(
         Path | None,
         typer.Argument(
             metavar="[IMAGE|LATENT]",
-            help="A picture, or a file of latents (.safetensors, .pt).",
+            help="An image, or a file of latents (.safetensors, .pt).",
             show_default=False,
         ),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The latents' name in their file.", show_default=False),
+        typer.Option(metavar="NAME", help="Name of the latents in their file.", show_default=False),
     ] = None,
     noise: Annotated[
-        bool, typer.Option("--noise", help="Let a U-Net make a picture out of noise.")
+        bool, typer.Option("--noise", help="Let a U-Net denoise random latents.")
     ] = False,
     layers: Annotated[
         list[str] | None,
@@ -76,49 +77,47 @@ def features(
             "--layers",
             "-l",
             metavar="GLOB",
-            help="Names of layers; * also crosses dots. Give it again for more.  "
-            "Default: what comes out of each block.",
+            help="Names of layers; * also matches dots. Repeat it for more.  "
+            "Default: the output of each block.",
             show_default=False,
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Names to leave out.", show_default=False),
+        typer.Option(metavar="GLOB", help="Names to exclude.", show_default=False),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, max=1000, help="Timesteps of a U-Net's run, from noise on.")
+        int, typer.Option(min=1, max=1000, help="Number of a U-Net's timesteps.")
     ] = 10,
     keep: Annotated[
         str,
-        typer.Option(
-            metavar="CALLS", help="Of these the ones to keep: 0,4,9 or ::2, counted from 0."
-        ),
+        typer.Option(metavar="CALLS", help="The timesteps to keep, counted from 0: 0,4,9 or ::2."),
     ] = "::",
     size: Resize = None,
     vae: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="The autoencoder that makes a U-Net's latents of a picture.",
+            help="The autoencoder that encodes an image for a U-Net.",
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
     component: Component = None,
     family: Family = None,
     dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """See a network's feature maps: writes them, and a page that shows them.
+    """Capture a network's feature maps, and write a page that shows them.
 
-    DIR/report.html is one file that opens in a browser, from the disk and without a network
-    connection: the network drawn as the U that it is, and of each block its channels, principal
-    components, mean and deviation, histogram and timesteps. DIR/maps.zarr holds the maps in
-    float16, for sdconv.open_maps.
+    DIR/report.html is one file that opens in a browser without a network connection: a drawing of
+    the network, and for each block its channels, principal components, mean and standard
+    deviation, histogram and timesteps. DIR/maps.zarr holds the feature maps in float16, for
+    sdconv.open_maps.
 
-    An autoencoder is given a picture, or latents. A U-Net is given noise, which it denoises with
-    DDIM, or a picture (with --vae) or its latents, to which the noise of each timestep is added.
+    An autoencoder takes an image or latents. A U-Net takes noise, which it denoises with DDIM, or
+    an image (with --vae) or its latents, to which the noise of each timestep is added.
 
     \b
     Examples:
@@ -129,31 +128,36 @@ def features(
     """
     if (source is None) != noise:
         raise InputError(
-            "give a picture, latents or noise, one of them",
+            "give either a file or --noise",
             where="IMAGE|LATENT and --noise",
             got="both" if noise else "neither",
-            hint="name a file, or say --noise",
+            hint="name an image or a file of latents, or pass --noise",
         )
-    chosen = _calls(keep, steps)
+    kept = _calls(keep, steps)
     _check_folder(out, force)
-    given = Given(
+    from sdconv.features.drivers import Request, prepare_run
+
+    request = Request(
         source=source,
         key=key,
-        model=model,
-        vae=vae or (),
+        model=one_or_all(model),
+        vae=one_or_all(vae) if vae else None,
         component=component,
         family=family,
-        dtype=dtype,
+        dtype=dtype.in_torch(),
         device=device,
         size=parse_resize(size),
         steps=steps,
         seed=seed,
     )
-    passing = passage(given)
-    for note in passing.notes:
+    run = prepare_run(request)
+    for note in run.notes:
         say(note, "note")
-    with _made_whole(out) as part:
-        page, names = _written(passing, given, layers, exclude or (), chosen, part)
+    weights = ", ".join(one.name or str(one) for one in model)
+    with _atomic_folder(out) as part:
+        points, maps = _capture(run, layers, exclude or (), kept, part / MAPS)
+        page = _write_page(run, points, maps, part / PAGE, weights, dtype)
+        names = list(maps)
     if as_json:
         print_json(
             {
@@ -161,81 +165,80 @@ def features(
                 "bytes": page.bytes,
                 "maps": str(out / MAPS),
                 "layers": names,
-                "shown": page.shots,
+                "shown": page.snapshots,
                 "thumbnail": page.thumbnail,
-                "notes": passing.notes,
+                "notes": run.notes,
             }
         )
         return
     if page.thumbnail is not None:
-        say(f"thumbnails go down to {page.thumbnail} pixels, to keep the page small", "note")
-    count = f"{page.shots} maps of {page.maps} layers"
-    typer.echo(f"{out / PAGE}: {count}, {page.bytes / 1e6:.1f} MB; the values are in {out / MAPS}")
+        say(f"thumbnails are as small as {page.thumbnail} pixels, to limit the page's size", "note")
+    count = f"{page.snapshots} feature maps of {page.maps} layers"
+    typer.echo(
+        f"{out / PAGE}: {count}, {page.bytes / 1e6:.1f} MB; their values are in {out / MAPS}"
+    )
 
 
-def _written(
-    passing: Passage,
-    given: Given,
+def _capture(
+    run: Run,
     layers: list[str] | None,
     exclude: list[str] | tuple[()],
-    chosen: list[int],
-    folder: Path,
-) -> tuple[Page, list[str]]:
-    """Runs the network, and writes maps and page into a folder; the layers' names too."""
+    kept: list[int],
+    store: Path,
+) -> tuple[Points, Maps]:
+    """Run the network under capture, up to the last call that is kept."""
     import torch
 
     from sdconv.features import capture
     from sdconv.features import features as points_of
-    from sdconv.report.features.connect import block_outputs
+    from sdconv.report.features.drawing import block_outputs
 
-    points = points_of(passing.network, passing.size)
-    patterns = layers or _passed(block_outputs(points), passing.halves)
-    store = folder / MAPS
-    single = len(passing.calls) == 1
-    steps = None if single else chosen
+    points = points_of(run.network, run.size)
+    single = len(run.calls) == 1
+    calls = run.calls if single else run.calls[: max(kept) + 1]
     with (
         _counting("computing") as progress,
         capture(
-            passing.network,
-            patterns,
+            run.network,
+            layers or _of_halves(block_outputs(points), run.halves),
             exclude=exclude,
-            steps=steps,
+            steps=None if single else kept,
             dtype=torch.float16,
             store=store,
             max_memory=IN_MEMORY,
         ) as maps,
         running(""),
     ):
-        # what comes after the last call that is kept is not needed
-        calls = passing.calls if single else passing.calls[: max(chosen) + 1]
         for at, call in enumerate(calls):
             progress("", at, len(calls))
             call()
         progress("", len(calls), len(calls))
-    return _paged(passing, given, points, maps, folder / PAGE), list(maps)
+    return points, maps
 
 
-def _paged(passing: Passage, given: Given, points: Points, maps: Maps, path: Path) -> Page:
-    from sdconv.report.features.connect import drawing_of, feature_maps, sizes_of
+def _write_page(
+    run: Run, points: Points, maps: Maps, path: Path, weights: str, dtype: Dtype
+) -> Page:
+    from sdconv.report.features.drawing import drawing_of
+    from sdconv.report.features.feature_maps import feature_maps
     from sdconv.report.features.write import write_page
 
     drawing = drawing_of(points, maps)
-    weights = ", ".join(one.name or str(one) for one in given.model)
     with _counting("drawing") as progress:
         return write_page(
             path,
             feature_maps(maps, points, drawing),
             drawing,
-            title=f"{passing.network.config.class_name} \u00b7 {weights}",
-            facts={**passing.facts, "computed in": given.dtype.value},
-            sizes=sizes_of(points),
-            picture=passing.picture,
+            title=f"{run.network.config.class_name} \u00b7 {weights}",
+            facts={**run.facts, "computed in": dtype.value},
+            sizes={point.name: point.size for point in points if point.size is not None},
+            image=run.image,
             progress=progress,
         )
 
 
-def _passed(names: list[str], halves: tuple[str, ...]) -> list[str]:
-    """Of a network's blocks those that are run."""
+def _of_halves(names: list[str], halves: tuple[str, ...]) -> list[str]:
+    """The blocks of an autoencoder's halves that are run; all blocks of other networks."""
     inside = {"encode": ("encoder.", "quant_conv"), "decode": ("decoder.", "post_quant_conv")}
     if not halves:
         return names
@@ -244,7 +247,7 @@ def _passed(names: list[str], halves: tuple[str, ...]) -> list[str]:
 
 
 def _calls(text: str, count: int) -> list[int]:
-    """``0,4,9`` or ``1:8:2`` as numbers of calls.
+    """``0,4,9`` or ``1:8:2`` as numbers of calls, of ``count`` calls in all.
 
     Raises:
         InputError: neither, or a number beyond the last call.
@@ -279,13 +282,13 @@ def _check_folder(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def _made_whole(out: Path) -> Iterator[Path]:
-    """A folder that gets its name once it is complete, and is gone if it never is.
+def _atomic_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to ``out`` at the end, and removed after an error.
 
     Raises:
-        SdconvError: what went wrong in it, by the name that it was to get.
+        SdconvError: an error about a file in the folder, under the name ``out``.
     """
-    from sdconv.features.writing import remove
+    from sdconv.features.zarr_store import remove_folder
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"))
@@ -302,10 +305,10 @@ def _made_whole(out: Path) -> Iterator[Path]:
             "cannot be written, and nothing is left of it",
             where=out,
             got=error.__cause__ or error,
-            hint="make room, or give --out a place on another disk",
+            hint="make room, or choose an --out on another disk",
         ) from error
     finally:
-        remove(part)
+        remove_folder(part)
 
 
 def _put_in_place(part: Path, out: Path) -> None:
@@ -322,7 +325,7 @@ def _put_in_place(part: Path, out: Path) -> None:
 
 @contextmanager
 def _counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, if that is a terminal; gives what to call with (name, done, all)."""
+    """A progress bar on standard error, if that is a terminal; call it with (name, done, total)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = errors_console()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdconv.analysis.memory import check_free_memory, check_memory
+from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
 from sdconv.errors import InputError, SdconvError
 
@@ -142,14 +142,3 @@ def prepared(
     if options.memory is None:
         check_memory(network, image.image.size[::-1], options=("memory", "size", "dtype"))
     return network, image, to_tensor(image.image).to(network.device, network.dtype)
-
-
-# Names under which features/drivers.py imports what now has other names.
-Means, opened, fits, has_room = RunOptions, open_autoencoder, check_free_memory, check_memory
-
-
-def check_patches(network: Autoencoder, z: Tensor, scaled: bool) -> None:
-    """See ``sdconv.latents.check_scaled``."""
-    from sdconv.latents import check_scaled
-
-    check_scaled(network, z, scaled)

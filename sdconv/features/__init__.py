@@ -1,6 +1,6 @@
 """Feature maps by name: ``sdconv.features(network)`` lists the points, ``sdconv.capture`` reads
-them, ``sdconv.edit`` changes them; ``sdconv.features.recipes`` are published methods made of
-these."""
+feature maps there, ``sdconv.edit`` changes them; ``sdconv.features.recipes`` are published methods
+built from these."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from sdconv.features import recipes
 from sdconv.features.calls import Call
 from sdconv.features.capture import capture, run_until
 from sdconv.features.editing import Context, edit
-from sdconv.features.maps import Entry, Maps, MissingMapError, Series
+from sdconv.features.maps import CapturedMap, Maps, MissingMapError, Series, open_maps
 from sdconv.features.points import Point, Points, points_of
 from sdconv.features.reduction import pca, pool
 from sdconv.features.reuse import reuse
-from sdconv.features.store import open_maps
 
 __all__ = [
     "Call",
+    "CapturedMap",
     "Context",
-    "Entry",
     "Maps",
     "MissingMapError",
     "Point",
@@ -40,12 +39,12 @@ __all__ = [
 
 
 class _Features(ModuleType):
-    """A module that can be called: its name says what comes back."""
+    """A module that can be called, as ``sdconv.features(network)``."""
 
     def __call__(self, target: Any, size: int | tuple[int, int] | None = None) -> Points:
         return points_of(target, size)
 
 
 sys.modules[__name__].__class__ = _Features
-# what `sdconv.features` is: a call and a module at once
+# `sdconv.features` is both a function and a module
 features = cast(_Features, sys.modules[__name__])

@@ -1,4 +1,4 @@
-"""Feature maps kept as they pass: ``with sdconv.capture(network, "decoder.*.conv2") as maps``."""
+"""Capture feature maps: ``with sdconv.capture(network, "decoder.*.conv2") as maps``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
-from sdconv.features.calls import Counter, Steps, selection
-from sdconv.features.forecast import Forecast
 from sdconv.features.hooks import attach, recomputing, uncompiled, untraced
-from sdconv.features.keeping import Sink
-from sdconv.features.maps import Entry, Maps
-from sdconv.features.patterns import Patterns, chosen
+from sdconv.features.maps import CapturedMap, Maps
+from sdconv.features.memory import MemoryForecast, Sink
 from sdconv.features.reduction import Keep, Reduction, Region, copies_later, reduction
+from sdconv.features.selection import Patterns, Steps, match_patterns, select_calls
 from sdconv.features.targets import Target, target_of
 from sdconv.loading import usable_device
 
@@ -40,48 +38,51 @@ def capture(
     max_memory: int | str | None = None,
     store: str | Path | None = None,
 ) -> Iterator[Maps]:
-    """Keeps what a network computes at the places whose names match, as long as the block lasts.
+    """Capture the feature maps at the hook points whose names match, while the block lasts.
 
-    Each map is copied at once, so that nothing that is done to it later shows, and nothing that is
-    done to the copy changes the network's results. Captures and edits act in the order in which
-    their blocks were entered: a capture sees what the edits around it made of a map, not what those
-    inside it will make. They belong to the network: calls from any thread count. What gradient
-    checkpointing computes a second time is not kept again; what ``torch.compile`` made runs
-    uncompiled inside the block, because compiled code calls no hooks; and the fast backend leaves
-    a layer with a hook to the reference, from which it differs by rounding.
+    Each feature map is copied at once: later in-place operations do not show in the copy, and
+    writing to the copy does not change the network's results. Captures and edits run in the order
+    in which their blocks were entered: a capture sees the changes of the edits around it, not of
+    those inside it. They belong to the network, so calls from any thread count. What gradient
+    checkpointing recomputes is not captured twice; networks compiled by ``torch.compile`` run
+    uncompiled inside the block, because compiled code calls no hooks; and the fast backend leaves a
+    layer with a hook to the reference, from which it differs by rounding.
 
     Args:
-        target: a network, any module, or a diffusers pipeline, whose names begin with the
+        target: a network, any module, or a diffusers pipeline, in which names begin with the
             component's, such as ``unet.`` and ``vae.``.
-        patterns, exclude: names or globs, in which ``*`` crosses dots; ``sdconv.features(target)``
-            lists the names.
-        steps: which calls: numbers from 0, a slice of them, or a function of the ``Call``. Of a
-            pipeline's components only those that are told a timestep are meant.
-        region: ``(top, left, bottom, right)``, parts of the map's height and width, 0 to 1.
-        channels: numbers of the channels to keep, or a slice.
-        reduce: ``"mean"``, ``"std"``, ``"max"`` over places, ``"pool:8"`` to means over a grid of
-            8x8, ``"channel_mean"`` and so on over channels, ``"pca:3"``, or a function of the map.
-        dtype, device: of what is kept; the map's own where None.
-        stop_early: the network ends when everything has come, for the last of ``steps`` (the first
-            call, where none are given): the rest of the block is skipped.
-        max_memory: bytes that maps may take in memory, or words such as ``"2GiB"``. A run that
-            needs more and has no store is refused, before its first operation if that can be known.
-        store: a folder to be made, into which each map is written at once, as zarr arrays; what is
-            complete stays readable if the run is killed. With it nothing is kept in memory beyond
-            ``max_memory`` (0 if not given).
+        patterns, exclude: names or globs, in which ``*`` also matches dots;
+            ``sdconv.features(target)`` lists the names.
+        steps: the calls to capture: numbers from 0, a slice of them, or a predicate of the
+            ``Call``. In a pipeline this selects calls of the networks that take a timestep.
+        region: ``(top, left, bottom, right)`` as fractions of the feature map's height and width, 0
+            to 1.
+        channels: indices of the channels to keep, or a slice.
+        reduce: ``"mean"``, ``"std"``, ``"max"`` over space, ``"pool:8"`` for means over an 8x8
+            grid, ``"channel_mean"`` and so on over channels, ``"pca:3"``, or a function of the
+            feature map.
+        dtype, device: of the copies; None for the feature map's own.
+        stop_early: end the network, and with it the block, as soon as the last of ``steps`` is
+            captured (the first call if ``steps`` is None).
+        max_memory: bytes that captured maps may take in memory, or text such as ``"2GiB"``. A run
+            that needs more and has no store is refused, before its first operation where that can
+            be known.
+        store: a folder to create, to which each feature map is written at once as a zarr array;
+            what is complete stays readable if the process is killed. With a store, only
+            ``max_memory`` bytes (0 if not given) are kept in memory.
 
     Yields:
-        The maps, readable inside the block and after it.
+        The captured maps, readable inside the block and after it.
 
     Raises:
-        InputError: a pattern matches no name, an option is no such option, or there is no such
-            device here.
-        SdconvError: a pattern's layers were never reached; the maps need more than ``max_memory``;
-            the store exists or cannot be written.
+        InputError: a pattern matches no name, an option has an invalid value, or the device does
+            not exist.
+        SdconvError: no layer of a pattern was reached; the maps need more than ``max_memory``; the
+            store exists or cannot be written.
     """
     found = target_of(target)
-    places = found.places()
-    by_pattern = chosen(tuple(places), patterns, exclude)
+    points = found.hook_points()
+    by_pattern = match_patterns(tuple(points), patterns, exclude)
     wanted = {name for names in by_pattern.values() for name in names}
     keep = Keep(
         region=region,
@@ -97,16 +98,16 @@ def capture(
         stack.enter_context(uncompiled())
         for counter in recorder.counters.values():
             stack.callback(counter.attach().remove)
-        # a function of the caller's is not run on maps without values
+        # the caller's own function is not run on tensors without values
         if sink.limit is not None and store is None and not callable(reduce):
-            forecast = Forecast(found, wanted, keep, recorder.selected, sink.limit)
+            forecast = MemoryForecast(found, wanted, keep, recorder.selected, sink.limit)
             for handle in forecast.attach():
                 stack.callback(handle.remove)
-        # in the places' order, which is that of hooks on one module
-        for name, place in places.items():
+        # in the order of the hook points: several of them may be hooks on one module
+        for name, point in points.items():
             if name in wanted:
-                visit = recorder.visit(name, found.network_of(place))
-                stack.callback(attach(place, visit).remove)
+                visit = recorder.visit(name, found.prefix_of(point))
+                stack.callback(attach(point, visit).remove)
         try:
             yield recorder.maps
         except _Stop as stop:
@@ -116,10 +117,11 @@ def capture(
 
 
 def run_until(model: Any, patterns: Patterns, *args: Any, **kwargs: Any) -> Maps:
-    """Calls ``model(*args, **kwargs)`` without gradients as far as the last layer that matches.
+    """Call ``model(*args, **kwargs)`` without gradients, no further than the last layer that
+    matches.
 
     Returns:
-        The maps, as ``sdconv.capture`` gives them.
+        The captured maps, as from ``sdconv.capture``.
 
     Raises:
         InputError, SdconvError: as ``sdconv.capture``.
@@ -130,10 +132,10 @@ def run_until(model: Any, patterns: Patterns, *args: Any, **kwargs: Any) -> Maps
 
 
 class _Stop(BaseException):
-    """Leaves a network whose rest nobody asked for; no handler of ordinary errors sees it."""
+    """Ends a network early; not an ``Exception``, so that the network's own handlers miss it."""
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__("everything that a capture asked for has come")
+        super().__init__("everything that a capture asked for has been computed")
         self.recorder = recorder
 
 
@@ -148,25 +150,22 @@ class _Recorder:
         sink: Sink,
     ) -> None:
         self._keep, self._sink = keep, sink
-        self.selected, last = selection(steps)
+        self.selected, last = select_calls(steps)
         if stop_early and steps is not None and last is None:
             raise InputError(
-                "it is not known which call is the last one to keep",
+                "the last one of these calls is not known",
                 where="stop_early",
-                expected="steps as numbers or as a slice that ends",
+                expected="steps as numbers, or as a slice that ends",
                 got=steps,
             )
         self._last = (last or 0) if stop_early else None
         self._missing = set(names)
         self._thread = threading.get_ident()
         self._lock = threading.RLock()
-        self._entries: dict[str, list[Entry]] = {}
+        self._found: dict[str, list[CapturedMap]] = {}
         self._pipeline = target.pipeline is not None
-        self.maps = Maps(self._entries, pipeline=self._pipeline)
-        self.counters = {
-            prefix: Counter(network, target.pipeline, denoiser=prefix == "unet.")
-            for prefix, network in target.networks.items()
-        }
+        self.maps = Maps(self._found, pipeline=self._pipeline)
+        self.counters = target.counters()
 
     def visit(self, name: str, prefix: str) -> Callable[[Tensor], None]:
         counter = self.counters[prefix]
@@ -176,13 +175,13 @@ class _Recorder:
             if recomputing():
                 return
             with self._lock:
-                call = counter.at(name)
+                call = counter.current(name)
                 if every or self.selected(call):
                     kept = self._keep(x)
-                    if kept.shape[:1] != x.shape[:1]:  # what a function made of it
+                    if kept.shape[:1] != x.shape[:1]:  # a function has reduced the batch
                         call = call.without_halves()
-                    load = self._sink.put(name, call, kept, _ready(x, kept))
-                    self._entries.setdefault(name, []).append(Entry(name, call, load))
+                    load = self._sink.put(name, call, kept, _wait_for(x, kept))
+                    self._found.setdefault(name, []).append(CapturedMap(name, call, load))
                 if self._last is not None and (every or call.index >= self._last):
                     self._missing.discard(name)
                     if not self._missing and threading.get_ident() == self._thread:
@@ -191,8 +190,8 @@ class _Recorder:
         return record
 
 
-def _ready(x: Tensor, kept: Tensor) -> Callable[[], object]:
-    """What waits until a map is copied."""
+def _wait_for(x: Tensor, kept: Tensor) -> Callable[[], object]:
+    """A function that returns once the copy ``kept`` of ``x`` is complete."""
     if not copies_later(x, kept.device):
         return lambda: None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -204,8 +203,8 @@ def _check_reached(by_pattern: Mapping[str, Sequence[str]], maps: Mapping[str, o
     for pattern, names in by_pattern.items():
         if not any(name in maps for name in names):
             raise SdconvError(
-                "no layer that this matches was reached, in a call that was to be kept",
+                "no layer that this matches was reached in a selected call",
                 where=repr(pattern),
                 expected=f"a call of the network that passes {names[0]}",
-                hint="call the network inside the block; look at steps=",
+                hint="call the network inside the block, and check steps=",
             )

@@ -1,47 +1,56 @@
-"""What passes through a network when its feature maps are asked for."""
+"""Drive a network so that its feature maps can be captured: an image or latents through an
+autoencoder, noise or noised latents through a U-Net."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from sdconv.cli.common import Dtype, one_or_all
-from sdconv.cli.running import check_patches, fits, has_room
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdconv.analysis.memory import check_free_memory, check_memory
 from sdconv.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from sdconv.images import Picture
-    from sdconv.models.base import Autoencoder, Network
-    from sdconv.models.unet import UNet2DConditionModel
+from sdconv.images import Picture, read_image, to_tensor
+from sdconv.latents import check_scaled, encode, read_latents, scale, unscale
+from sdconv.loading import load
+from sdconv.models.base import Autoencoder, Network
+from sdconv.models.dummy_inputs import Noise, inputs_for
+from sdconv.models.unet import UNet2DConditionModel
 
 LATENT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_UNITS = (
-    16  # a text of no more channels is no text encoder's: the tiny U-Net's tokens are unit vectors
-)
-_PIXELS = 8  # of a picture to one latent, in every family whose U-Net is known
+# prompt embeddings of at most this width come from no text encoder: the tiny U-Net's are unit
+# vectors
+_UNIT_VECTORS = 16
+_PIXELS = 8  # per latent, in every family of the U-Nets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """What the caller gave.
+class Request:
+    """The input and the network of a run.
 
-    ``source``: a picture or a file of latents, None for noise. ``key``: the latents' name in their
-    file, None for the only tensor there. ``vae``: files of the autoencoder that turns a picture
-    into a U-Net's latents. ``size``: pixels of the longer side, or (rows, columns).
+    Attributes:
+        source: an image or a file of latents; None for noise.
+        key: name of the latents in their file; None for the only tensor there.
+        model: files of the network, as ``sdconv.load`` takes them.
+        vae: files of the autoencoder that encodes an image for a U-Net, or None.
+        component, family, dtype, device: as ``sdconv.load`` takes them.
+        size: pixels of the image's longer side, or (rows, columns); None for the image's own.
+        steps: number of a U-Net's timesteps.
+        seed: of the noise.
     """
 
     source: Path | None
     key: str | None
-    model: Sequence[Path]
-    vae: Sequence[Path]
+    model: Path | list[Path]
+    vae: Path | list[Path] | None
     component: str | None
     family: str | None
-    dtype: Dtype
+    dtype: torch.dtype
     device: str
     size: int | tuple[int, int] | None
     steps: int
@@ -49,11 +58,17 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passage:
-    """A network and what will pass through it.
+class Run:
+    """A network and the calls that run it.
 
-    ``size``: rows and columns of its input. ``halves``: those of an autoencoder that are run.
-    ``calls``: each runs the network once. ``facts``: label -> words. ``notes``: choices made.
+    Attributes:
+        network: the network.
+        size: rows and columns of its input.
+        halves: the methods of an autoencoder that are called, ``"encode"`` and ``"decode"``.
+        calls: functions that each run the network once, in order.
+        facts: label -> text about the input.
+        notes: choices that were made.
+        image: the image that the input comes from, if any.
     """
 
     network: Network
@@ -62,182 +77,176 @@ class Passage:
     calls: Sequence[Callable[[], object]]
     facts: dict[str, str]
     notes: tuple[str, ...]
-    picture: Image.Image | None
+    image: Image.Image | None
 
 
-def passage(given: Given) -> Passage:
-    """What is to be run, with every complaint about the input made.
+def prepare_run(request: Request) -> Run:
+    """Load the network, and check and prepare its input.
 
     Raises:
         SdconvError: as ``sdconv.load``, ``read_image`` and ``read_latents``; or the input is not
-            one for this network.
+            one for this network, or too large for the free memory.
     """
-    from sdconv.images import read_image
-    from sdconv.loading import load
-    from sdconv.models.base import Autoencoder
-
-    pictured = given.source is not None and given.source.suffix.lower() not in LATENT_SUFFIXES
-    # before the weights, which take longer
-    picture = read_image(given.source) if given.source is not None and pictured else None
+    source = request.source
+    # the image before the weights, which take longer
+    is_image = source is not None and source.suffix.lower() not in LATENT_SUFFIXES
+    picture = read_image(source) if source is not None and is_image else None
     network = load(
-        one_or_all(given.model),
-        given.component,
-        dtype=given.dtype.in_torch(),
-        device=given.device,
-        family=given.family,
+        request.model,
+        request.component,
+        dtype=request.dtype,
+        device=request.device,
+        family=request.family,
     )
-    if isinstance(network, Autoencoder):
-        return _through_autoencoder(network, given, picture)
-    return _through_unet(cast("UNet2DConditionModel", network), given, picture)
-
-
-def _through_autoencoder(network: Autoencoder, given: Given, picture: Picture | None) -> Passage:
-    from sdconv.images import to_tensor
-
-    if given.source is None:
+    if isinstance(network, UNet2DConditionModel):
+        return _unet_run(network, request, picture)
+    network = cast(Autoencoder, network)
+    if source is None:
         raise InputError(
-            "an autoencoder makes nothing of noise",
+            "an autoencoder does not take noise",
             where="--noise",
-            expected="a picture or a file of latents",
+            expected="an image or a file of latents",
             hint="leave --noise out, or give a U-Net with --model",
         )
     if picture is None:
-        z = _latents(network, given.source, given.key)
-        return Passage(
-            network=network,
-            size=_times(z, network.downscale),
-            halves=("decode",),
-            calls=[lambda: network.decode(z)],  # type: ignore[operator]
-            facts={"input": f"{given.source.name}, latents {_shape(z)}"},
-            notes=(),
-            picture=None,
-        )
-    picture = picture.fitted(network.downscale, given.size)
-    has_room(network, picture.image.size[::-1], options=("size", "dtype"))
-    x = to_tensor(picture.image).to(network.device, network.dtype)
-    there = [half for half in ("encode", "decode") if getattr(network, f"{half}r", None)]
+        return _decoder_run(network, source, request.key)
+    return _autoencoder_run(network, source, picture.fitted(network.downscale, request.size))
 
-    def run() -> None:
-        result = network.encode(x)  # type: ignore[operator]
-        if "decode" in there:
-            z = result.latents if hasattr(result, "latents") else result.latent_dist.mode()
-            network.decode(z)  # type: ignore[operator]
 
-    return Passage(
+def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
+    z, scaled = read_latents(source, key)
+    check_scaled(network, z, bool(scaled))
+    z = z[:1].to(network.device)
+    z = (unscale(network, z) if scaled else z).to(network.dtype)
+    return Run(
         network=network,
-        size=(x.shape[2], x.shape[3]),
-        halves=tuple(there),
-        calls=[run],
-        facts={"input": f"{given.source.name}, {x.shape[2]} \u00d7 {x.shape[3]}"},
-        notes=picture.notes,
-        picture=picture.image,
+        size=(z.shape[2] * network.downscale, z.shape[3] * network.downscale),
+        halves=("decode",),
+        calls=[lambda: cast(Any, network).decode(z)],
+        facts={"input": f"{source.name}, latents {_shape(z)}"},
+        notes=(),
+        image=None,
     )
 
 
-def _through_unet(unet: UNet2DConditionModel, given: Given, picture: Picture | None) -> Passage:
-    import torch
+def _autoencoder_run(network: Autoencoder, source: Path, picture: Picture) -> Run:
+    check_memory(network, picture.image.size[::-1], options=("size", "dtype"))
+    x = to_tensor(picture.image).to(network.device, network.dtype)
+    halves = [half for half in ("encode", "decode") if getattr(network, f"{half}r", None)]
 
-    from sdconv.integrations.schedule import Schedule
+    def run() -> None:
+        z = encode(network, x)
+        if "decode" in halves:
+            cast(Any, network).decode(z)
 
-    config = _scheduler_file(given.model)
-    schedule = Schedule(given.steps, config)
-    random = torch.Generator().manual_seed(given.seed)
-    z, shown, notes = _to_noise(unet, given, picture)
+    return Run(
+        network=network,
+        size=(x.shape[2], x.shape[3]),
+        halves=tuple(halves),
+        calls=[run],
+        facts={"input": f"{source.name}, {x.shape[2]} \u00d7 {x.shape[3]}"},
+        notes=picture.notes,
+        image=picture.image,
+    )
+
+
+def _unet_run(unet: UNet2DConditionModel, request: Request, picture: Picture | None) -> Run:
+    from sdconv.integrations.schedule import Schedule  # imports diffusers
+
+    config = _scheduler_file(request.model)
+    schedule = Schedule(request.steps, config)
+    generator = torch.Generator().manual_seed(request.seed)
+    z, image, notes = _latents_of(unet, request, picture)
     channels = unet.config.out_channels
-    if z is None:
-        shape = (1, channels, *_sides(unet, given.size))
-    else:
-        shape = (1, channels, z.shape[2], z.shape[3])
+    rows, columns = _sides(unet, request.size) if z is None else (z.shape[2], z.shape[3])
     if unet.device.type == "cpu":
-        places = shape[2] * shape[3]
-        least = unet.config.block_out_channels[0] * places * unet.dtype.itemsize
-        sized = given.source is None or picture is not None
-        fits(least, f"latents {shape[2]}x{shape[3]}", ("size", "dtype") if sized else ("dtype",))
-    noise = torch.randn(shape, generator=random).to(unet.device, unet.dtype)
-    arguments, words = _conditions(unet, shape[2:], given.seed)
+        least = unet.config.block_out_channels[0] * rows * columns * unet.dtype.itemsize
+        resizable = request.source is None or picture is not None
+        options = ("size", "dtype") if resizable else ("dtype",)
+        check_free_memory(least, f"latents {rows}x{columns}", options)
+    shape = (1, channels, rows, columns)
+    noise = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
+    arguments, words = _conditions(unet, (rows, columns), request.seed)
     latents = noise  # of the run from noise, step by step
 
     def call(timestep: int) -> None:
         nonlocal latents
-        sample = latents if z is None else schedule.noisy(z, noise, timestep)
-        given_ = torch.cat([sample, arguments[0][:, channels:]], 1)
-        predicted = unet(given_, timestep, *arguments[2:]).sample
+        noisy = latents if z is None else schedule.noisy(z, noise, timestep)
+        sample = torch.cat([noisy, arguments[0][:, channels:]], 1)
+        predicted = unet(sample, timestep, *arguments[2:]).sample
         if z is None:
             latents = schedule.next(predicted, timestep, latents)
 
-    source = "noise" if given.source is None else given.source.name
-    how = "denoised" if z is None else "with noise, each timestep by itself"
+    source = "noise" if request.source is None else request.source.name
+    how = "denoised" if z is None else "with noise added at each timestep"
     trained = "the pipeline's" if config else "Stable Diffusion's"
     notes += (words, f"the noise schedule is {trained}, the prediction {schedule.predicts}")
-    return Passage(
+    return Run(
         network=unet,
-        size=(shape[2], shape[3]),
+        size=(rows, columns),
         halves=(),
-        calls=[lambda timestep=t: call(timestep) for t in schedule.timesteps],  # type: ignore[misc]
+        calls=[partial(call, timestep) for timestep in schedule.timesteps],
         facts={
             "input": f"{source}, latents {_shape(noise)}, {how}",
-            "timesteps": f"{given.steps}, seed {given.seed}",
+            "timesteps": f"{request.steps}, seed {request.seed}",
         },
         notes=notes,
-        picture=shown,
+        image=image,
     )
 
 
 def _sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of the latents for a picture of so many pixels, or of the usual one."""
+    """Rows and columns of the latents of an image of this size; None for the U-Net's default
+    size."""
     if size is not None:
         rows, columns = size if isinstance(size, tuple) else (size, size)
         return max(rows // _PIXELS, 1), max(columns // _PIXELS, 1)
-    usual = unet.config.sample_size or 64
-    return (usual, usual) if isinstance(usual, int) else usual
+    default = unet.config.sample_size or 64
+    return (default, default) if isinstance(default, int) else default
 
 
-def _to_noise(
-    unet: UNet2DConditionModel, given: Given, picture: Picture | None
+def _latents_of(
+    unet: UNet2DConditionModel, request: Request, picture: Picture | None
 ) -> tuple[Tensor | None, Image.Image | None, tuple[str, ...]]:
-    """The latents to which noise is added, None for none; the picture that they are of; notes."""
-    import torch
-
-    from sdconv.images import to_tensor
-    from sdconv.latents import read_latents, scale
-
+    """The latents that noise is added to (None for a run from noise), the image that they are of,
+    and notes."""
     channels = unet.config.out_channels
-    if given.source is None:
+    if request.source is None:
         return None, None, ()
     if picture is None:
-        z, scaled = read_latents(given.source, given.key)
+        z, scaled = read_latents(request.source, request.key)
         if z.shape[1] != channels:
             raise InputError(
-                "latents of another number of channels than this U-Net's",
-                where=given.source,
+                "these latents have another number of channels than this U-Net's",
+                where=request.source,
                 expected=f"(B, {channels}, h, w)",
                 got=tuple(z.shape),
             )
         if scaled is False:
             raise InputError(
-                "these latents are raw, and a U-Net reads scaled ones",
-                where=given.source,
+                "these latents are raw, and a U-Net takes scaled ones",
+                where=request.source,
                 hint="write them with `sdconv encode --scaled`",
             )
         return z[:1].to(unet.device, unet.dtype), None, ()
-    if not given.vae:
+    if not request.vae:
         raise InputError(
-            "a U-Net reads latents, not pictures",
-            where=given.source,
-            hint="name the autoencoder that makes them: --vae PATH; or give --noise",
+            "a U-Net takes latents, not images",
+            where=request.source,
+            hint="name the autoencoder that encodes the image: --vae PATH; or give --noise",
         )
-    from sdconv.cli.running import Means, opened
-
-    vae = opened(given.vae, Means(None, given.family, given.dtype, given.device))
-    picture = picture.fitted(vae.downscale, given.size)
-    has_room(vae, picture.image.size[::-1], options=("size", "dtype"))
+    vae = load(
+        request.vae, "vae", dtype=request.dtype, device=request.device, family=request.family
+    )
+    if not isinstance(vae, Autoencoder):
+        raise InputError("this is not an autoencoder", where="--vae", got=vae.config.class_name)
+    picture = picture.fitted(vae.downscale, request.size)
+    check_memory(vae, picture.image.size[::-1], options=("size", "dtype"))
     with torch.inference_mode():
-        result = vae.encode(to_tensor(picture.image).to(vae.device, vae.dtype))  # type: ignore[operator]
-        raw = result.latents if hasattr(result, "latents") else result.latent_dist.mode()
-        z = scale(vae, raw)
+        z = scale(vae, encode(vae, to_tensor(picture.image).to(vae.device, vae.dtype)))
     if z.shape[1] != channels:
         raise InputError(
-            "this autoencoder's latents are not those of the U-Net",
+            "this autoencoder's latents do not fit the U-Net",
             where="--vae",
             expected=f"{channels} channels",
             got=z.shape[1],
@@ -248,23 +257,19 @@ def _to_noise(
 def _conditions(
     unet: UNet2DConditionModel, size: tuple[int, int], seed: int
 ) -> tuple[list[Any], str]:
-    """What a U-Net is told beside latents and timestep, by position after these; and in words."""
-    import torch
-
-    from sdconv.models.dummy_inputs import Noise, inputs_for
-
+    """A U-Net's arguments by position, with a neutral prompt embedding, and a note about them."""
     noise = Noise(1, seed, unet.dtype, unet.device)
     arguments = list(cast(Iterable[Any], inputs_for(unet, size, noise)["forward"]))
-    text = arguments[2]
-    width = text.shape[2]
-    words = "in place of a text there are zeros"
+    prompt_embeds = arguments[2]
+    width = prompt_embeds.shape[2]
+    words = "the prompt embedding is zeros"
     if not unet.reads_text:
-        arguments[2], words = None, "it reads no text"
-    elif width <= _UNITS:
-        arguments[2] = torch.eye(width, dtype=text.dtype, device=text.device)[None]
-        words = f"in place of a text there are {width} unit vectors"
+        arguments[2], words = None, "the network takes no prompt embedding"
+    elif width <= _UNIT_VECTORS:
+        arguments[2] = torch.eye(width, dtype=prompt_embeds.dtype, device=unet.device)[None]
+        words = f"the prompt embedding is {width} unit vectors"
     else:
-        arguments[2] = torch.zeros_like(text)
+        arguments[2] = torch.zeros_like(prompt_embeds)
     if added := arguments[7] if len(arguments) > 7 else None:
         added["text_embeds"].zero_()
         rows, columns = (side * _PIXELS for side in size)
@@ -274,24 +279,11 @@ def _conditions(
     return arguments, words + (f", and {more} further channels are noise" if more > 0 else "")
 
 
-def _latents(network: Autoencoder, path: Path, key: str | None) -> Tensor:
-    """A file's first latents as ``decode`` takes them."""
-    from sdconv.latents import read_latents, unscale
-
-    z, scaled = read_latents(path, key)
-    check_patches(network, z, bool(scaled))
-    z = z[:1].to(network.device)
-    return (unscale(network, z) if scaled else z).to(network.dtype)
-
-
-def _scheduler_file(model: Sequence[Path]) -> Path | None:
-    """Where a pipeline's folder says how it was trained."""
-    found = model[0] / "scheduler" / "scheduler_config.json"
+def _scheduler_file(model: Path | list[Path]) -> Path | None:
+    """The scheduler's config in a pipeline's folder."""
+    folder = model if isinstance(model, Path) else model[0]
+    found = folder / "scheduler" / "scheduler_config.json"
     return found if found.is_file() else None
-
-
-def _times(z: Tensor, factor: int) -> tuple[int, int]:
-    return z.shape[2] * factor, z.shape[3] * factor
 
 
 def _shape(x: Tensor) -> str:

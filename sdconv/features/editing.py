@@ -1,4 +1,4 @@
-"""Feature maps changed as they pass: ``with sdconv.edit(network, {"mid_block": function})``."""
+"""Edit feature maps: ``with sdconv.edit(network, {"mid_block": function})``."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ from typing import Any
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
-from sdconv.features.calls import Call, Counter
+from sdconv.features.calls import Call, CallCounter
 from sdconv.features.hooks import attach, uncompiled, untraced
-from sdconv.features.patterns import chosen
+from sdconv.features.selection import match_patterns
 from sdconv.features.targets import target_of
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where an edited map is from. ``name``: of its place."""
+    """Where and when an edited feature map was computed.
+
+    Attributes:
+        name: of its hook point.
+        network_call: the call of the network.
+    """
 
     name: str
-    of: Call
+    network_call: Call
 
     @property
     def step(self) -> int:
-        """Which call of the network it is, from 0, since the block was entered."""
-        return self.of.index
+        """The number of the network's call, from 0, since the block was entered."""
+        return self.network_call.index
 
     @property
     def timestep(self) -> float | tuple[float, ...] | None:
-        """What a denoiser was told, one number for each picture if they differ; else None."""
-        return self.of.timestep
+        """The timestep of a denoiser's call; a tuple if the samples of the batch have different
+        ones; None for other networks."""
+        return self.network_call.timestep
 
     def conditional(self, batch: int) -> slice:
-        """The rows of a batch that follow the prompt; raises SdconvError if that is not known."""
-        return self.of.rows("conditional", batch)
+        """The rows of a batch that follow the prompt; raises SdconvError if they are not known."""
+        return self.network_call.rows("conditional", batch)
 
     def unconditional(self, batch: int) -> slice:
-        """The rows that follow the negative prompt; raises SdconvError if there are none or it is
-        not known which."""
-        return self.of.rows("unconditional", batch)
+        """The rows of a batch that follow the negative prompt; raises SdconvError if there are none
+        or they are not known."""
+        return self.network_call.rows("unconditional", batch)
 
 
 Change = Callable[[Tensor, Context], Tensor]
@@ -49,43 +55,41 @@ Change = Callable[[Tensor, Context], Tensor]
 @untraced
 @contextmanager
 def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
-    """Puts what functions make of a network's maps in their place, as long as the block lasts.
+    """Replace feature maps by what functions make of them, while the block lasts.
 
-    A function gets a map and its context and gives the new map, of the same shape, dtype and
-    device. It may write into the one that it is given, a copy of its own, and give a tensor that it
-    keeps: that is copied too, as networks write into their maps. Where several patterns match a
-    place their functions follow one another in the mapping's order; blocks act in the order in
-    which they were entered.
+    A function takes a feature map and its context and returns the new feature map, with the same
+    shape, dtype and device. Its argument is a copy that it may write to. The tensor that it returns
+    is copied too, because networks write into their feature maps. If several patterns match a hook
+    point, their functions run in the order of the mapping; blocks act in the order in which they
+    were entered.
 
     Args:
         target: a network, any module, or a diffusers pipeline, as for ``sdconv.capture``.
-        changes: functions by names or globs, in which ``*`` crosses dots.
+        changes: functions by names or globs, in which ``*`` also matches dots.
 
     Raises:
-        InputError: a pattern matches no name, or there are none.
-        SdconvError: a function gave something else than such a map; a pattern's layers were never
-            reached.
+        InputError: a pattern matches no name, or there are no patterns.
+        SdconvError: a function returned something else; no layer of a pattern was reached.
     """
     found = target_of(target)
-    places = found.places()
+    points = found.hook_points()
     if not isinstance(changes, Mapping) or not all(map(callable, changes.values())):
         raise InputError(
-            "these are no edits",
+            "not a mapping of edits",
             where="changes",
-            expected="functions of a map and its context, by the names of layers",
+            expected="functions of a feature map and its context, by the names of layers",
             got=repr(changes),
         )
-    by_pattern = chosen(tuple(places), tuple(changes))
-    counters = {
-        prefix: Counter(network, found.pipeline, denoiser=prefix == "unet.")
-        for prefix, network in found.networks.items()
-    }
+    by_pattern = match_patterns(tuple(points), tuple(changes))
+    counters = found.counters()
     reached: set[str] = set()
 
-    def visit(name: str, counter: Counter, functions: list[Change]) -> Callable[[Tensor], Tensor]:
+    def visit(
+        name: str, counter: CallCounter, functions: list[Change]
+    ) -> Callable[[Tensor], Tensor]:
         def changed(x: Tensor) -> Tensor:
             reached.add(name)
-            context = Context(name, counter.at(name))
+            context = Context(name, counter.current(name))
             for function in functions:
                 own = x.clone()
                 new = _checked(x, function(own, context), name)
@@ -100,8 +104,8 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
             stack.callback(counter.attach().remove)
         for name in dict.fromkeys(name for names in by_pattern.values() for name in names):
             functions = [changes[pattern] for pattern, names in by_pattern.items() if name in names]
-            counter = counters[found.network_of(places[name])]
-            stack.callback(attach(places[name], visit(name, counter, functions)).remove)
+            counter = counters[found.prefix_of(points[name])]
+            stack.callback(attach(points[name], visit(name, counter, functions)).remove)
         yield
     for pattern, names in by_pattern.items():
         if not reached.intersection(names):
@@ -119,7 +123,7 @@ def _checked(old: Tensor, new: object, name: str) -> Tensor:
         if same:
             return new
     raise SdconvError(
-        "an edit gave something else than a map like the one it was given",
+        "an edit must return a feature map like the one that it was given",
         where=name,
         expected=_described(old),
         got=_described(new) if isinstance(new, Tensor) else type(new).__name__,

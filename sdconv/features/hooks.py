@@ -1,4 +1,4 @@
-"""A function called with each map that passes a place."""
+"""Hooks at hook points: a function that is called with each feature map, and may replace it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sdconv.errors import SdconvError
-from sdconv.features.places import Place
+from sdconv.features.hook_points import HookPoint
 
 Visit = Callable[[Tensor], Tensor | None]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def attach(place: Place, visit: Visit) -> RemovableHandle:
-    """Calls ``visit`` with the map whenever a call passes a place; what it gives, if not None,
-    takes the map's place."""
-    if place.before:
+def attach(point: HookPoint, visit: Visit) -> RemovableHandle:
+    """Call ``visit`` with the feature map whenever a call passes a hook point; if it returns a
+    tensor, that replaces the feature map."""
+    if point.before:
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return _visited((args, kwargs), place.channels, visit)
+            return _visited((args, kwargs), point.channels, visit)
 
-        return place.module.register_forward_pre_hook(before, with_kwargs=True)
+        return point.module.register_forward_pre_hook(before, with_kwargs=True)
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        return _visited(output, place.channels, visit)
+        return _visited(output, point.channels, visit)
 
-    return place.module.register_forward_hook(after)
+    return point.module.register_forward_hook(after)
 
 
 def _visited(value: Any, channels: slice | None, visit: Visit) -> Any:
-    """``value`` with its first tensor changed by ``visit``; None where it stays as it is."""
+    """``value`` with its first tensor replaced by ``visit``; None if it stays the same."""
     whole = first_tensor(value)
     if whole is None:
         return None
@@ -59,7 +59,8 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with what a function makes of each tensor in such structures in its place."""
+    """``value`` with ``function`` applied to each tensor in tuples, lists, dictionaries and
+    dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
     items = [map_tensors(item, function) for item in _items(value)]
@@ -67,7 +68,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _with_first(value: Any, new: Tensor) -> tuple[Any, bool]:
-    """``value`` with ``new`` in the place of its first tensor, and whether it has one."""
+    """``value`` with its first tensor replaced by ``new``, and whether it has one."""
     if isinstance(value, Tensor):
         return new, True
     items: list[Any] = []
@@ -80,7 +81,7 @@ def _with_first(value: Any, new: Tensor) -> tuple[Any, bool]:
 
 
 def _items(value: Any) -> Iterator[Any]:
-    # results of diffusers and transformers are dataclasses and dictionaries both
+    # outputs of diffusers and transformers are both dataclasses and dictionaries
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (getattr(value, field.name) for field in dataclasses.fields(value))
     elif isinstance(value, Mapping):
@@ -99,19 +100,18 @@ def _rebuilt(value: Any, items: list[Any]) -> Any:
 
 
 def recomputing() -> bool:
-    """Whether gradient checkpointing is running a part of the network a second time, for the
-    gradient."""
+    """Whether gradient checkpointing is recomputing a part of the network in the backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 OUTSIDE = "put its block around the call of the compiled function"
-"""What to do about a block in code that is compiled."""
+"""The hint for a capture or an edit inside compiled code."""
 
 
 def untraced(function: Function) -> Function:
-    """Lets ``torch.compile`` leave a function out, or say ``OUTSIDE`` where it may leave out none.
+    """Exclude a function from ``torch.compile``, with the message ``OUTSIDE`` under ``fullgraph``.
 
-    As ``torch.compiler.disable`` does, which would import the compiler.
+    The same as ``torch.compiler.disable``, which would import the compiler.
     """
     vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=OUTSIDE)
     return function
@@ -119,10 +119,10 @@ def untraced(function: Function) -> Function:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Lets what ``torch.compile`` made run as it was written: compiled code calls no hooks.
+    """Run compiled functions as plain Python inside the block: compiled code calls no hooks.
 
     Raises:
-        SdconvError: it is to begin in code that is being compiled.
+        SdconvError: the block is entered in code that is being compiled.
     """
     if "torch._dynamo" not in sys.modules:  # nothing was compiled
         yield
@@ -131,9 +131,9 @@ def uncompiled() -> Iterator[None]:
         if _EAGER.users == 0:
             try:
                 _EAGER.stance = torch.compiler.set_stance("force_eager")
-            except RuntimeError as error:  # what torch says of a stance in compiled code
+            except RuntimeError as error:  # set_stance is not allowed in compiled code
                 raise SdconvError(
-                    "a capture or an edit cannot begin inside of what torch.compile compiles",
+                    "a capture or an edit cannot begin in code that torch.compile compiles",
                     hint=OUTSIDE,
                 ) from error
         _EAGER.users += 1
@@ -147,7 +147,7 @@ def uncompiled() -> Iterator[None]:
 
 
 class _Eager:
-    """How many blocks are open that need the stance: they may close in any order."""
+    """The number of open blocks that need the stance; they may close in any order."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

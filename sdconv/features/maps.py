@@ -1,9 +1,10 @@
-"""Captured feature maps, by the names of the places they passed."""
+"""Captured feature maps, by the names of their hook points."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,107 +13,110 @@ from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Call
-from sdconv.features.patterns import Patterns
-from sdconv.features.writing import save
+from sdconv.features.selection import Patterns, match_patterns
+from sdconv.features.zarr_store import read_store, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One map, and which call of its network it is of.
+class CapturedMap:
+    """One captured feature map.
 
-    ``name``: of the place. ``call``: the call's number, from 0. ``timestep``: what a denoiser was
-    told, else None.
+    Attributes:
+        name: of its hook point.
+        network_call: the call of the network that computed it.
+        load: returns the tensor.
     """
 
     name: str
-    of: Call
+    network_call: Call
     load: Callable[[], Tensor]
 
     @property
     def call(self) -> int:
-        """The number of the call, from 0."""
-        return self.of.index
+        """The number of the network's call, from 0."""
+        return self.network_call.index
 
     @property
     def timestep(self) -> float | tuple[float, ...] | None:
-        """What a denoiser was told, one number for each picture if they differ; else None."""
-        return self.of.timestep
+        """The timestep of a denoiser's call; a tuple if the samples of the batch have different
+        ones; None for other networks."""
+        return self.network_call.timestep
 
     @property
     def tensor(self) -> Tensor:
-        """The map, as it was captured; read from the disk at each access if it is there."""
+        """The feature map as it was captured; if it is on the disk, each access reads it."""
         return self.load()
 
     @property
     def conditional(self) -> Tensor:
-        """The half of the batch that followed the prompt; all of it without guidance.
+        """The half of the batch that follows the prompt; without guidance the whole batch.
 
         Raises:
             SdconvError: it is not known which half that is.
         """
         tensor = self.tensor
-        return tensor[self.of.rows("conditional", len(tensor))]
+        return tensor[self.network_call.rows("conditional", len(tensor))]
 
     @property
     def unconditional(self) -> Tensor:
-        """The half of the batch that followed the negative prompt.
+        """The half of the batch that follows the negative prompt.
 
         Raises:
             SdconvError: there is none, or it is not known which half that is.
         """
         tensor = self.tensor
-        return tensor[self.of.rows("unconditional", len(tensor))]
+        return tensor[self.network_call.rows("unconditional", len(tensor))]
 
 
-class Series(Sequence[Entry]):
-    """The maps that passed one place, in order."""
+class Series(Sequence[CapturedMap]):
+    """The feature maps captured at one hook point, in order."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self._entries = tuple(entries)
+    def __init__(self, captured: Sequence[CapturedMap]) -> None:
+        self._captured = tuple(captured)
 
     @overload
-    def __getitem__(self, index: int) -> Entry: ...
+    def __getitem__(self, index: int) -> CapturedMap: ...
     @overload
     def __getitem__(self, index: slice) -> Series: ...
-    def __getitem__(self, index: int | slice) -> Entry | Series:
-        found = self._entries[index]
-        return found if isinstance(found, Entry) else Series(found)
+    def __getitem__(self, index: int | slice) -> CapturedMap | Series:
+        found = self._captured[index]
+        return found if isinstance(found, CapturedMap) else Series(found)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._captured)
 
     def __repr__(self) -> str:
-        name = self._entries[0].name if self._entries else "empty"
+        name = self._captured[0].name if self._captured else "empty"
         return f"<{len(self)} maps of {name}>"
 
     @property
     def timesteps(self) -> tuple[float | tuple[float, ...] | None, ...]:
-        """One for each map."""
-        return tuple(entry.timestep for entry in self)
+        """The timestep of each feature map."""
+        return tuple(one.timestep for one in self)
 
     @property
     def calls(self) -> tuple[int, ...]:
-        """Numbers of the calls, one for each map."""
-        return tuple(entry.call for entry in self)
+        """The call number of each feature map."""
+        return tuple(one.call for one in self)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The maps themselves."""
-        return [entry.tensor for entry in self]
+        """The feature maps as tensors."""
+        return [one.tensor for one in self]
 
     def stack(self) -> Tensor:
-        """All maps in one tensor with a new first axis.
+        """All feature maps in one tensor with a new first axis.
 
         Raises:
-            InputError: they differ in shape.
+            InputError: their shapes differ.
         """
         tensors = self.tensors
         if len({tensor.shape for tensor in tensors}) > 1:
             raise InputError(
-                "maps of several shapes make no one tensor",
+                "feature maps of different shapes cannot be stacked",
                 where=self[0].name,
                 got=", ".join(str(tuple(tensor.shape)) for tensor in tensors),
             )
@@ -120,17 +124,17 @@ class Series(Sequence[Entry]):
 
 
 class Maps(Mapping[str, "Tensor | Series"]):
-    """What a capture brought back, by name, in the order in which the places were first passed.
+    """Captured feature maps by name, in the order in which the network first computed them.
 
-    ``maps[name]`` is a tensor where a bare network passed the place once, else a ``Series``.
+    ``maps[name]`` is a tensor if a bare network passed the hook point once, otherwise a ``Series``.
 
     Args:
-        entries: by name.
-        pipeline: they are a pipeline's, so that each is a ``Series``.
+        captured: the feature maps by name.
+        pipeline: they are a pipeline's, so that every value is a ``Series``.
     """
 
-    def __init__(self, entries: dict[str, list[Entry]], *, pipeline: bool) -> None:
-        self._entries = entries
+    def __init__(self, captured: dict[str, list[CapturedMap]], *, pipeline: bool) -> None:
+        self._captured = captured
         self.pipeline = pipeline
 
     def __getitem__(self, name: str) -> Tensor | Series:
@@ -138,81 +142,118 @@ class Maps(Mapping[str, "Tensor | Series"]):
         return series if self.pipeline or len(series) > 1 else series[0].tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._entries))
+        return iter(tuple(self._captured))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._captured)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._captured
 
     def __repr__(self) -> str:
-        return f"<maps of {len(self)} places>"
+        return f"<maps of {len(self)} layers>"
 
     def series(self, name: str) -> Series:
-        """The maps of a place as a sequence, also where there is only one.
+        """The feature maps of one hook point as a sequence, even if there is only one.
 
         Raises:
-            MissingMapError: nothing was captured there.
+            MissingMapError: nothing was captured under this name.
         """
-        if name not in self._entries:
-            raise MissingMapError(name, tuple(self._entries))
-        return Series(self._entries[name])
+        if name not in self._captured:
+            raise MissingMapError(name, tuple(self._captured))
+        return Series(self._captured[name])
 
     def to_dict(self) -> dict[str, Tensor | list[Tensor]]:
-        """Plain tensors by name; a list of them where ``maps[name]`` is a ``Series``."""
+        """Plain tensors by name; a list of tensors where ``maps[name]`` is a ``Series``."""
         found: dict[str, Tensor | list[Tensor]] = {}
         for name, value in self.items():
             found[name] = value.tensors if isinstance(value, Series) else value
         return found
 
     def plot(self, patterns: Patterns = "*", *, call: int = -1, channels: int = 4) -> Figure:
-        """A figure with a row for each map: three principal components as colour, mean and standard
-        deviation over channels, the channels with the largest variance, a histogram.
+        """A figure with one row for each feature map: three principal components as RGB, mean and
+        standard deviation over channels, the channels with the largest variance, and a histogram.
 
-        Of a batch the first example is drawn; needs matplotlib.
+        It shows the first sample of a batch, and needs matplotlib.
 
         Args:
-            patterns: names or globs of the maps to draw.
-            call: which one of a place's maps, by its place in ``series(name)``.
-            channels: how many.
+            patterns: names or globs of the feature maps to draw.
+            call: index into ``series(name)``.
+            channels: the number of channels to show.
 
         Raises:
-            InputError: a pattern matches nothing, there is no such call, or a value is no map.
+            InputError: a pattern matches nothing, the call does not exist, or a value is not a
+                feature map.
             SdconvError: matplotlib is not installed.
         """
-        from sdconv.report.features.figures import figure_of
+        from sdconv.features.figures import figure_of
 
-        return figure_of(self, patterns, call=call, channels=channels)
+        names = {name for some in match_patterns(tuple(self), patterns).values() for name in some}
+        drawn = {name: self._of_call(name, call) for name in self if name in names}
+        return figure_of(drawn, channels)
+
+    def _of_call(self, name: str, call: int) -> Tensor:
+        series = self.series(name)
+        if not -len(series) <= call < len(series):
+            raise InputError(
+                "this call was not captured",
+                where=name,
+                expected=f"{-len(series)} to {len(series) - 1}",
+                got=call,
+            )
+        return series[call].tensor
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        from sdconv.report.features.figures import table_of
+        """The table that a notebook shows."""
+        from sdconv.features.figures import SHOWN, table_of
 
-        return table_of(self)
+        rows = []
+        for name in list(self)[:SHOWN]:
+            series = self.series(name)
+            rows.append((name, len(series), series[-1].tensor))
+        return table_of(rows, more=len(self) - len(rows))
 
     def save(self, path: str | Path) -> None:
-        """Writes all maps as a zarr folder, which ``sdconv.open_maps`` opens; needs the ``zarr``
-        package.
+        """Write all feature maps to a zarr folder, which ``sdconv.open_maps`` opens; needs the
+        ``zarr`` package.
 
         Raises:
-            SdconvError: the path exists, cannot be written, or zarr is missing; nothing is left.
+            SdconvError: the path exists, cannot be written, or zarr is missing; nothing is left
+                behind.
         """
-        entries = ((name, entry.of, entry.tensor) for name in self for entry in self.series(name))
-        save(entries, Path(path), pipeline=self.pipeline)
+        tensors = (
+            (name, one.network_call, one.tensor) for name in self for one in self.series(name)
+        )
+        save(tensors, Path(path), pipeline=self.pipeline)
+
+
+def open_maps(path: str | Path) -> Maps:
+    """Open a folder that ``maps.save`` or ``sdconv.capture(..., store=...)`` wrote.
+
+    Each feature map is read when it is used. If the writing process was killed, every map that was
+    complete is there.
+
+    Raises:
+        SdconvError: the folder does not exist or holds something else, or the zarr package is
+            missing.
+    """
+    stored, pipeline = read_store(Path(path))
+    captured = {
+        name: [CapturedMap(name, call, load) for call, load in calls]
+        for name, calls in stored.items()
+    }
+    return Maps(captured, pipeline=pipeline)
 
 
 class MissingMapError(SdconvError, KeyError):
     """A name under which nothing was captured."""
 
     def __init__(self, name: str, names: Sequence[str]) -> None:
-        from difflib import get_close_matches
-
         near = get_close_matches(name, names, n=3, cutoff=0.4)
         super().__init__(
-            "nothing was captured there",
+            "nothing was captured under this name",
             where=repr(name),
             expected=f"a name such as {', '.join(near or names[:3])}" if names else None,
         )
 
-    __str__: Any = Exception.__str__  # KeyError's shows the text with its escapes
+    __str__: Any = Exception.__str__  # KeyError's shows the text with escapes

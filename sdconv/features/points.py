@@ -1,15 +1,16 @@
-"""The named points of a network at which feature maps can be read and edited, and their facts."""
+"""The points of a network at which feature maps can be read and edited, with their facts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from sdconv.features.facts import Facts, facts_of
-from sdconv.features.places import Place, places
+from sdconv.features.dry_run import PointFacts, dry_run
+from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.targets import target_of
+from sdconv.sizes import count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,18 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A place where maps pass.
+    """A hook point and its facts.
 
-    ``name``: as ``sdconv.capture`` takes it. ``kind``: what it is of, one of
-    ``sdconv.features.places.KINDS``. ``of``: the enclosing block's name. ``skip``: the other end of
-    a skip connection that begins or ends here.
+    The facts from ``channels`` on, except ``parameters``, are None if the network's inputs are not
+    known or a run does not pass the point.
 
-    None where the network's inputs are not known or it was not passed: ``channels``; ``size``, the
-    map's (rows, columns); ``stride``, input places from one value to the next (rows, columns),
-    below 1 after upsampling; ``receptive_field``, input places that one value sees through
-    convolutions (rows, columns); ``sees_all``, an attention before it lets it see everything;
-    ``multiplies`` of its operation (a block's: of all its operations) for one picture.
-    ``parameters``: likewise.
+    Attributes:
+        name: as ``sdconv.capture`` takes it.
+        kind: one of ``sdconv.features.hook_points.KINDS``.
+        of: name of the enclosing block.
+        skip: the other end of a skip connection that begins or ends here.
+        channels: of the feature map.
+        size: rows and columns of the feature map.
+        downscale: input pixels per pixel of the feature map (rows, columns); below 1 after
+            upsampling beyond the input's size.
+        receptive_field: input pixels that one pixel of the feature map depends on through
+            convolutions (rows, columns).
+        global_receptive_field: attention makes it depend on the whole input.
+        parameters: of the module.
+        multiplies: of the module, a block's operations all together, for one sample.
     """
 
     name: str
@@ -37,16 +45,16 @@ class Point:
     skip: str | None = None
     channels: int | None = None
     size: tuple[int, int] | None = None
-    stride: tuple[Fraction, Fraction] | None = None
+    downscale: tuple[Fraction, Fraction] | None = None
     receptive_field: tuple[int, int] | None = None
-    sees_all: bool | None = None
+    global_receptive_field: bool | None = None
     parameters: int = 0
     multiplies: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON has them; a stride is text such as ``"1/2"``."""
-        stride = None if self.stride is None else [str(step) for step in self.stride]
-        return {**vars(self), "stride": stride}
+        """The fields as JSON values; ``downscale`` as text such as ``"1/2"``."""
+        downscale = None if self.downscale is None else [str(factor) for factor in self.downscale]
+        return {**vars(self), "downscale": downscale}
 
 
 class Points(Sequence[Point]):
@@ -74,30 +82,30 @@ class Points(Sequence[Point]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all points."""
+        """The names of all points."""
         return tuple(point.name for point in self)
 
     def table(self) -> Table:
-        """For a terminal: ``rich.print(points.table())``."""
-        from sdconv.report.pieces import count, plain, table_of
+        """A table for a terminal: ``rich.print(points.table())``."""
+        from rich.table import Table
+        from rich.text import Text
 
-        table = table_of(
-            "name", "kind", ">channels", ">map", ">stride", ">sees", ">parameters", ">multiplies"
-        )
-        if any(point.sees_all for point in self):
-            table.caption = "* and, through an attention, everything"
-        # long names are folded, so that short facts need not be
-        for column in table.columns[1:]:
-            column.no_wrap = True
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        # long names are folded, so that the short columns need not be
+        table.add_column("name", overflow="fold")
+        for words, justify in _COLUMNS:
+            table.add_column(words, justify=justify, no_wrap=True)
+        if any(point.global_receptive_field for point in self):
+            table.caption = "* the whole input, through attention"
         for point in self:
-            sees = "" if point.receptive_field is None else _sides(point.receptive_field)
+            field = "" if point.receptive_field is None else _sides(point.receptive_field)
             table.add_row(
-                plain(point.name),
+                Text(point.name),
                 point.kind,
                 "" if point.channels is None else str(point.channels),
                 "" if point.size is None else "x".join(map(str, point.size)),
-                "" if point.stride is None else _sides(point.stride),
-                f"{sees}*" if point.sees_all else sees,
+                "" if point.downscale is None else _sides(point.downscale),
+                f"{field}*" if point.global_receptive_field else field,
                 count(point.parameters) if point.parameters else "",
                 count(point.multiplies) if point.multiplies else "",
             )
@@ -108,39 +116,51 @@ class Points(Sequence[Point]):
         return [point.to_json() for point in self]
 
 
+_COLUMNS: Sequence[tuple[str, Literal["left", "right"]]] = (
+    ("kind", "left"),
+    ("channels", "right"),
+    ("size", "right"),
+    ("downscale", "right"),
+    ("receptive\nfield", "right"),
+    ("parameters", "right"),
+    ("multiplies", "right"),
+)
+
+
 def points_of(target: Any, size: int | tuple[int, int] | None = None) -> Points:
-    """Every point at which maps of a network can be read; ``sdconv.features(target)``.
+    """Every point of a network at which feature maps can be read; called as
+    ``sdconv.features(target)``.
 
     Args:
         target: a network, any module, or a diffusers pipeline, of which every component is listed.
-        size: rows and columns of the picture or, for a U-Net, of the latents, which the sizes and
-            multiplies are for; None for 512 pixels or 64 latents. Channels and receptive fields
-            are known for autoencoders and U-Nets, sdconv's or diffusers'.
+        size: rows and columns of the image or, for a U-Net, of the latents that sizes and
+            multiplies are computed for; None for 512 pixels or 64 latents. Facts are known for
+            autoencoders and U-Nets, sdconv's or diffusers'.
 
     Raises:
-        InputError: neither a module nor a pipeline; a size that the network cannot take.
+        InputError: ``target`` is neither a module nor a pipeline, or the network cannot take
+            ``size``.
     """
     found = target_of(target)
     points: list[Point] = []
     for prefix, network in found.networks.items():
-        unseen = places(network, prefix)
-        facts = facts_of(network, size)
-        # as a run passes them; those that it did not pass last
-        passed = [unseen.pop(name) for one in facts if (name := prefix + one) in unseen]
-        for place in (*passed, *unseen.values()):
-            known = facts.get(place.name.removeprefix(prefix))
-            points.append(_point(place, known))
+        rest = hook_points(network, prefix)
+        facts = dry_run(network, size)
+        # in the order of the run, then the points that it did not pass
+        passed = [rest.pop(name) for one in facts if (name := prefix + one) in rest]
+        for point in (*passed, *rest.values()):
+            points.append(_point(point, facts.get(point.name.removeprefix(prefix))))
     return Points(points)
 
 
-def _point(place: Place, facts: Facts | None) -> Point:
-    # what is read before a module has none of its own
-    weights = () if place.before else place.module.parameters()
+def _point(point: HookPoint, facts: PointFacts | None) -> Point:
+    # the input of a module has no parameters
+    weights = () if point.before else point.module.parameters()
     return Point(
-        name=place.name,
-        kind=place.kind,
-        of=place.of,
-        skip=place.skip,
+        name=point.name,
+        kind=point.kind,
+        of=point.of,
+        skip=point.skip,
         parameters=sum(weight.numel() for weight in weights),
         **({} if facts is None else vars(facts)),
     )

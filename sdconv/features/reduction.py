@@ -1,4 +1,4 @@
-"""What is kept of a map: channels, a region, a summary, a dtype, a device."""
+"""What is kept of a feature map: channels, a region, a summary, in a dtype and on a device."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
-from sdconv.features.numbers import wholes
+from sdconv.features.selection import integers
 
 Reduction = Callable[[Tensor], Tensor]
 Region = tuple[float, float, float, float]
 
 
-def _places(x: Tensor) -> tuple[int, ...]:
-    """The axes along which a map's places lie: rows and columns, or tokens."""
+def _space(x: Tensor) -> tuple[int, ...]:
+    """The spatial axes of a feature map: rows and columns, or tokens."""
     return (2, 3) if x.ndim == 4 else tuple(range(1, x.ndim - 1))
 
 
 def channel_axis(x: Tensor) -> int:
-    """Where a map's channels are: second of ``(B, C, H, W)``, else last."""
+    """The channel axis of a feature map: the second of ``(B, C, H, W)``, otherwise the last."""
     return 1 if x.ndim == 4 else x.ndim - 1
 
 
-def _over_places(pool: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Reduction:
-    # a vector has no places: it is its own mean, its spread is 0
-    return lambda x: pool(_real(x) if _places(x) else _real(x)[:, None], _places(x) or (1,))
+def _over_space(pool: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Reduction:
+    # a vector has no spatial axes: it is its own mean, and its deviation is 0
+    return lambda x: pool(_real(x) if _space(x) else _real(x)[:, None], _space(x) or (1,))
 
 
 def _over_channels(pool: Callable[[Tensor, int], Tensor]) -> Reduction:
@@ -39,32 +39,35 @@ def _over_channels(pool: Callable[[Tensor, int], Tensor]) -> Reduction:
 
 
 def _real(x: Tensor) -> Tensor:
-    # numbers of tokens have no mean
+    # integers, such as token ids, have no mean
     return x if x.is_floating_point() else x.float()
 
 
 REDUCTIONS: Mapping[str, Reduction] = {
-    "mean": _over_places(lambda x, axes: x.mean(axes)),
-    "std": _over_places(lambda x, axes: x.std(axes, correction=0)),
-    "max": _over_places(lambda x, axes: x.amax(axes)),
+    "mean": _over_space(lambda x, axes: x.mean(axes)),
+    "std": _over_space(lambda x, axes: x.std(axes, correction=0)),
+    "max": _over_space(lambda x, axes: x.amax(axes)),
     "channel_mean": _over_channels(lambda x, axis: x.mean(axis, keepdim=True)),
     "channel_std": _over_channels(lambda x, axis: x.std(axis, correction=0, keepdim=True)),
     "channel_max": _over_channels(lambda x, axis: x.amax(axis, keepdim=True)),
 }
-"""Over a map's places, ``(B, C, H, W)`` to ``(B, C)``; over its channels, to ``(B, 1, H, W)``."""
+"""Over space, ``(B, C, H, W)`` to ``(B, C)``; over channels, to ``(B, 1, H, W)``."""
 
 
 def pool(cells: int) -> Reduction:
-    """Means over a grid of ``cells`` rows and columns, of as many places each as there are.
+    """Average pooling to a grid of ``cells`` rows and columns.
 
-    ``(B, C, H, W)`` to ``(B, C, cells, cells)``, so that maps of several levels get one size; a map
-    with fewer rows or columns keeps those that it has.
+    ``(B, C, H, W)`` to ``(B, C, cells, cells)``, so that feature maps of several levels get one
+    size; one with fewer rows or columns keeps the number that it has.
 
     Raises:
-        InputError: fewer than one cell; later, of a map without rows and columns.
+        InputError: ``cells`` is below 1. The returned function raises it for a feature map without
+            rows and columns.
     """
     if cells < 1:
-        raise InputError("pooling gives at least one cell", where="reduce", got=cells)
+        raise InputError(
+            "a grid needs at least one cell", where="reduce", expected="1 or more", got=cells
+        )
 
     def reduce(x: Tensor) -> Tensor:
         rows, columns = _sides(x, "reduce")
@@ -75,16 +78,18 @@ def pool(cells: int) -> Reduction:
 
 
 def pca(components: int) -> Reduction:
-    """Principal components of a map's channels, over all its places and the whole batch.
+    """Principal components over the channels, of all pixels of the whole batch.
 
-    ``(B, C, H, W)`` to ``(B, components, H, W)``, the one of largest variance first; in each the
-    weight of largest size is positive. Where there are fewer channels, the rest is 0.
+    ``(B, C, H, W)`` to ``(B, components, H, W)``, the largest variance first; the sign makes each
+    component's largest weight positive. Components beyond the number of channels are 0.
 
     Raises:
-        InputError: fewer than one component.
+        InputError: ``components`` is below 1.
     """
     if components < 1:
-        raise InputError("PCA gives at least one component", where="reduce", got=components)
+        raise InputError(
+            "PCA needs at least one component", where="reduce", expected="1 or more", got=components
+        )
 
     def reduce(x: Tensor) -> Tensor:
         axis = channel_axis(x)
@@ -104,10 +109,10 @@ def pca(components: int) -> Reduction:
 
 
 def reduction(reduce: str | Reduction | None) -> Reduction | None:
-    """The function that a name stands for: one of ``REDUCTIONS``, ``"pool:8"`` or ``"pca:3"``.
+    """The function behind a name: one of ``REDUCTIONS``, ``"pool:8"`` or ``"pca:3"``.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: an unknown name.
     """
     if reduce is None or callable(reduce):
         return reduce
@@ -117,23 +122,26 @@ def reduction(reduce: str | Reduction | None) -> Reduction | None:
         if found := re.fullmatch(r"(pca|pool):(\d{1,4})", reduce):
             return {"pca": pca, "pool": pool}[found[1]](int(found[2]))
     raise InputError(
-        "no such reduction",
+        "unknown reduction",
         where="reduce",
-        expected=f"{', '.join(REDUCTIONS)}, pool:8, pca:3 or a function of a map",
+        expected=f"{', '.join(REDUCTIONS)}, pool:8, pca:3 or a function of a feature map",
         got=repr(reduce),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """What of each map is kept, in this order.
+    """What is kept of each feature map, applied in this order.
 
-    ``region``: top, left, bottom, right as parts of the map's height and width, from 0 to 1; every
-    cell that it touches is kept. ``channels``: numbers of channels, or a slice. ``reduce``: see
-    ``reduction``. ``dtype``, ``device``: of what is kept, None for the map's.
+    Args:
+        region: top, left, bottom, right as fractions of the height and width, from 0 to 1; every
+            pixel that it touches is kept.
+        channels: indices of channels, or a slice.
+        reduce: see ``reduction``.
+        dtype, device: of the copy; None for the feature map's own.
 
     Raises:
-        InputError: a value that is none of these.
+        InputError: an invalid value.
     """
 
     region: Region | None = None
@@ -144,38 +152,38 @@ class Keep:
 
     def __post_init__(self) -> None:
         _check("region", self.region, _is_region, "(top, left, bottom, right) from 0 to 1")
-        _check("channels", self.channels, _is_choice, "a slice or numbers of channels")
+        _check("channels", self.channels, _is_choice, "a slice or indices of channels")
         _check("dtype", self.dtype, lambda one: isinstance(one, torch.dtype), "a torch.dtype")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A tensor of its own, which shares no memory with ``x`` and knows no gradient.
+        """A copy, which shares no memory with ``x`` and has no gradient.
 
         Raises:
-            InputError: the map has no such channels, or no rows and columns. SdconvError: the
-            caller's reduction gave no tensor.
+            InputError: the feature map has no such channels, or no rows and columns.
+            SdconvError: the caller's reduction returned something else than a tensor.
         """
-        # outside of inference mode, so that what is kept can be used anywhere
+        # outside inference mode, so that the copy can be used anywhere
         with torch.inference_mode(False), torch.no_grad():
             kept = x.detach()
             if self.region is not None:
-                kept = _cut(kept, self.region)
+                kept = _crop(kept, self.region)
             if self.channels is not None:
-                kept = _picked(kept, self.channels)
+                kept = _pick_channels(kept, self.channels)
             if self.reduce is not None:
-                with _exactly(x.device.type):
+                with _without_autocast(x.device.type):
                     kept = _tensor(self.reduce(kept))
             device = self.device or kept.device
             return kept.to(device, self.dtype, non_blocking=copies_later(kept, device), copy=True)
 
 
 def copies_later(x: Tensor, device: torch.device) -> bool:
-    """Whether a copy to a device goes on while the network computes, and has to be waited for."""
+    """Whether copying to a device is asynchronous, so that the copy must be waited for."""
     return x.is_cuda and device.type == "cpu"
 
 
 def _check(where: str, value: Any, fits: Callable[[Any], bool], expected: str) -> None:
     if value is not None and not fits(value):
-        raise InputError(f"no such {where}", where=where, expected=expected, got=repr(value))
+        raise InputError(f"not a valid {where}", where=where, expected=expected, got=repr(value))
 
 
 def _is_region(value: Any) -> bool:
@@ -187,11 +195,10 @@ def _is_region(value: Any) -> bool:
 
 
 def _is_choice(value: Any) -> bool:
-    return isinstance(value, slice) or (isinstance(value, Sized) and bool(wholes(value)))
+    return isinstance(value, slice) or (isinstance(value, Sized) and bool(integers(value)))
 
 
-def _exactly(device: str) -> AbstractContextManager[object]:
-    """Without autocast, where a device has it."""
+def _without_autocast(device: str) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
@@ -199,14 +206,16 @@ def _exactly(device: str) -> AbstractContextManager[object]:
 
 def _tensor(reduced: object) -> Tensor:
     if not isinstance(reduced, Tensor):
-        raise SdconvError("a reduction gave no tensor", where="reduce", got=type(reduced).__name__)
+        raise SdconvError(
+            "a reduction must return a tensor", where="reduce", got=type(reduced).__name__
+        )
     return reduced
 
 
 def _sides(x: Tensor, where: str) -> tuple[int, int]:
     if x.ndim != 4:
         raise InputError(
-            "this is a map without rows and columns",
+            "this feature map has no rows and columns",
             where=where,
             expected="(B, C, H, W)",
             got=tuple(x.shape),
@@ -214,10 +223,10 @@ def _sides(x: Tensor, where: str) -> tuple[int, int]:
     return x.shape[2], x.shape[3]
 
 
-def _cut(x: Tensor, region: Region) -> Tensor:
+def _crop(x: Tensor, region: Region) -> Tensor:
     rows, columns = _sides(x, "region")
     top, left, bottom, right = region
-    # a hair inwards: 0.7 of 10 rows are 7, however it is rounded
+    # slightly inwards: 0.7 of 10 rows are 7, even if the product is rounded up
     return x[
         :,
         :,
@@ -226,13 +235,13 @@ def _cut(x: Tensor, region: Region) -> Tensor:
     ]
 
 
-def _picked(x: Tensor, channels: slice | Sequence[int]) -> Tensor:
+def _pick_channels(x: Tensor, channels: slice | Sequence[int]) -> Tensor:
     axis = channel_axis(x)
     count = x.shape[axis]
-    numbers = list(range(count)[channels]) if isinstance(channels, slice) else wholes(channels)
+    numbers = list(range(count)[channels]) if isinstance(channels, slice) else integers(channels)
     if not numbers or not all(0 <= number < count for number in numbers):
         raise InputError(
-            "the map has no such channels",
+            "the feature map has no such channels",
             where="channels",
             expected=f"numbers from 0 to {count - 1}",
             got=channels,

@@ -1,4 +1,4 @@
-"""What a capture or an edit is put around: a module, or a pipeline of several."""
+"""The target of a capture or an edit: a module, or a pipeline with several networks."""
 
 from __future__ import annotations
 
@@ -10,42 +10,52 @@ import torch
 from torch import nn
 
 from sdconv.errors import InputError
-from sdconv.features.places import Place, places
+from sdconv.features.calls import CallCounter
+from sdconv.features.hook_points import HookPoint, hook_points
 
 
 @dataclass(frozen=True)
 class Target:
-    """The networks whose maps are meant, by what their points' names begin with.
+    """The networks of a target, by the prefix of their hook points' names.
 
-    ``networks``: ``{"": network}`` of a bare one; ``{"unet.": ..., "vae.": ...}`` of a pipeline.
-    ``pipeline``: None for a bare network.
+    Attributes:
+        networks: ``{"": network}`` for a bare network, ``{"unet.": ..., "vae.": ...}`` for a
+            pipeline.
+        pipeline: None for a bare network.
     """
 
     networks: Mapping[str, nn.Module]
     pipeline: Any = None
 
-    def places(self) -> dict[str, Place]:
-        """Every place in it by name."""
-        found: dict[str, Place] = {}
+    def hook_points(self) -> dict[str, HookPoint]:
+        """The hook points of all networks by name."""
+        found: dict[str, HookPoint] = {}
         for prefix, network in self.networks.items():
-            found |= places(network, prefix)
+            found |= hook_points(network, prefix)
         return found
 
-    def network_of(self, place: Place) -> str:
-        """The prefix of the network that a place is in."""
-        prefix = place.name.partition(".")[0] + "."
+    def counters(self) -> dict[str, CallCounter]:
+        """A new call counter for each network, by prefix."""
+        return {
+            prefix: CallCounter(network, self.pipeline, denoiser=prefix == "unet.")
+            for prefix, network in self.networks.items()
+        }
+
+    def prefix_of(self, point: HookPoint) -> str:
+        """The prefix of the network that a hook point belongs to."""
+        prefix = point.name.partition(".")[0] + "."
         return prefix if prefix in self.networks else ""
 
 
 def target_of(target: Any) -> Target:
-    """A module or a pipeline, looked into.
+    """The networks of a module or a pipeline.
 
     Raises:
-        InputError: neither, or of TorchScript.
+        InputError: it is neither, or a TorchScript module.
     """
     if isinstance(target, torch.jit.ScriptModule):
         raise InputError(
-            "TorchScript calls no hooks, by which maps are read",
+            "TorchScript modules call no hooks, through which feature maps are read",
             where="target",
             expected="the module that was scripted or traced",
             got=type(target).__name__,
@@ -63,6 +73,26 @@ def target_of(target: Any) -> Target:
     return Target(dict(_modules(components)), target)
 
 
+def unet_of(target: Any) -> tuple[str, nn.Module]:
+    """The prefix of the U-Net's hook points and the U-Net: ``target`` itself, or a pipeline's.
+
+    Raises:
+        InputError: there is no U-Net.
+    """
+    found = target_of(target)
+    prefix = "" if found.pipeline is None else "unet."
+    network = found.networks.get(prefix)
+    levels = [getattr(network, f"{path}_blocks", None) for path in ("down", "up")]
+    if network is None or not all(isinstance(level, nn.ModuleList) for level in levels):
+        raise InputError(
+            "this recipe needs a U-Net",
+            where="target",
+            expected="a U-Net, or a pipeline that has one",
+            got=type(target).__name__,
+        )
+    return prefix, network
+
+
 def _modules(components: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     for name, component in components.items():
         if isinstance(component, nn.Module):
@@ -70,6 +100,6 @@ def _modules(components: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _uncompiled(network: nn.Module) -> nn.Module:
-    """The network that ``torch.compile`` was given, whose modules have the names that are known."""
+    """The network inside the wrapper of ``torch.compile``: its modules have the usual names."""
     inner = getattr(network, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else network

@@ -1,4 +1,4 @@
-"""A network's double without values: it says how large everything becomes, and costs nothing."""
+"""A copy of a network on the meta device: its runs compute shapes and dtypes, and cost nothing."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdconv.features.reuse import Remembering
+
+class NotCopied:
+    """Base class of objects that replace a module's ``forward`` and are left out of
+    ``meta_copy``."""
 
 
-def double(network: nn.Module) -> nn.Module:
-    """A copy of a network on torch's meta device, without the hooks that are on it.
+def meta_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network on torch's meta device, without its hooks.
 
-    No tensor is copied. What accelerate puts in front of modules to move their weights is left out,
-    and so is what ``reuse`` puts there.
+    No tensor is copied. Hooks and ``forward`` replacements of accelerate, which move weights
+    between devices, are left out, and so are replacements that are ``NotCopied``.
     """
-    known: dict[int, Any] = {}
+    memo: dict[int, Any] = {}
     for module in network.modules():
         for name, value in vars(module).items():
             # hooks may hold anything, even other copies of the weights
-            if name == "_hf_hook" or isinstance(value, Remembering):
-                known[id(value)] = None
+            if name == "_hf_hook" or isinstance(value, NotCopied):
+                memo[id(value)] = None
             elif "hooks" in name and isinstance(value, dict):
-                known[id(value)] = OrderedDict()
+                memo[id(value)] = OrderedDict()
             elif isinstance(value, Tensor):
-                known[id(value)] = value.to("meta")
+                memo[id(value)] = value.to("meta")
     for parameter in network.parameters():
-        known[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in network.buffers():
-        known[id(buffer)] = buffer.to("meta")
-    copy = deepcopy(network, known)
+        memo[id(buffer)] = buffer.to("meta")
+    copy = deepcopy(network, memo)
     for module in copy.modules():
         if "_old_forward" in vars(module):
             vars(module).pop("forward", None)
@@ -42,6 +45,6 @@ def double(network: nn.Module) -> nn.Module:
     return copy
 
 
-def without_values(given: Any) -> Any:
-    """Arguments with their tensors on the meta device."""
-    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().to("meta"), given)
+def to_meta(arguments: Any) -> Any:
+    """Arguments with their tensors moved to the meta device."""
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().to("meta"), arguments)

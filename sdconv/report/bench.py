@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 
 from sdconv.analysis.explain import Explanation
 from sdconv.analysis.timings import Timings
-from sdconv.report.pieces import count, facts_of, in_bytes, plain, table_of
+from sdconv.report.pieces import facts_of, plain, table_of
+from sdconv.sizes import count, in_bytes
 
 
 def timings_report(found: Timings) -> RenderableType:

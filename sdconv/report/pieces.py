@@ -1,9 +1,10 @@
-"""What every table is made of: safe text, short numbers, columns."""
+"""Parts that every table is made of: safe text, columns, lists of names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -12,36 +13,23 @@ SHOWN = 8
 
 
 def plain(value: object, style: str = "") -> Text:
-    """Text as it is, whatever a file's names hold: no markup, nothing a terminal acts upon."""
+    """Text without markup, in which control characters are escaped: file names may hold any."""
     words = str(value)
     printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
     return Text(printable.encode("utf-8", "backslashreplace").decode("utf-8"), style=style)
 
 
-def count(number: int) -> str:
-    """``83653863`` as ``83.65 M``: up to four digits."""
-    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if number >= 10**power:
-            return f"{number / 10**power:.4g} {letter}"
-    return str(number)
-
-
-def in_bytes(number: int) -> str:
-    """``334643268`` as ``334.6 MB``."""
-    return f"{count(number)}B" if number >= 1000 else f"{number} B"
-
-
 def table_of(*headings: str) -> Table:
-    """A table without frame; headings that begin with ``>`` are of right-aligned columns."""
+    """A table without a frame; columns whose heading begins with ``>`` are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in headings:
-        align, words = ("right", heading[1:]) if heading.startswith(">") else ("left", heading)
-        table.add_column(words, justify=align, overflow="fold")  # type: ignore[arg-type]
+        justify: JustifyMethod = "right" if heading.startswith(">") else "left"
+        table.add_column(heading.removeprefix(">"), justify=justify, overflow="fold")
     return table
 
 
 def facts_of(facts: Mapping[str, object]) -> Table:
-    """Names and what is said of them, side by side."""
+    """A table of two columns: labels and facts."""
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError, SdconvError
-from sdconv.report.pieces import count
+from sdconv.sizes import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

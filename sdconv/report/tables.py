@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from sdconv.report.pieces import SHOWN, count, facts_of, in_bytes, plain, some, table_of
+from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
+from sdconv.sizes import count, in_bytes
 
 if TYPE_CHECKING:
     from sdconv.analysis.anatomy import Anatomy, Block, Operation

@@ -1,4 +1,5 @@
-"""A captured map is what the network computed there, and the network computes what it did."""
+"""Captured feature maps are what the network computes, and a capture does not change the
+network."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import unets
-from helpers.capturing import UNET, at, hooks_on, one, picture, run, unet, vae
+from helpers.capturing import UNET, at, hooks_on, image, one, run, unet, vae
 from helpers.paths import TINY_VAE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 import sdconv
 from sdconv.features import Series
-from sdconv.features.patterns import chosen
+from sdconv.features.selection import match_patterns
 
 
-def test_maps_are_what_the_modules_give_when_called_on_them() -> None:
+def test_captured_maps_are_the_modules_outputs() -> None:
     maps = run(vae(), ["*.resnets.*", "decoder.conv_*"])
     for name in ("encoder.down_blocks.1.resnets.0", "decoder.mid_block.resnets.1"):
         block = vae().get_submodule(name)
@@ -31,7 +32,7 @@ def test_maps_are_what_the_modules_give_when_called_on_them() -> None:
             assert torch.equal(block(x), one(maps, name))
 
 
-def test_places_of_a_unet_that_are_no_modules_output() -> None:
+def test_hook_points_between_modules_of_a_unet() -> None:
     inputs = unets.inputs(unet().config)
     with torch.no_grad(), sdconv.capture(unet(), ["*", "time_embedding"], exclude="*attn*") as maps:
         unet()(*inputs)
@@ -49,7 +50,7 @@ def test_places_of_a_unet_that_are_no_modules_output() -> None:
     assert hooks_on(unet()) == 0
 
 
-def test_maps_come_in_the_order_of_the_points() -> None:
+def test_maps_are_in_the_order_of_the_points() -> None:
     with torch.no_grad(), sdconv.capture(unet(), "*") as maps:
         unet()(*unets.inputs(unet().config))
     names = sdconv.features(unet(), 8).names
@@ -57,7 +58,7 @@ def test_maps_come_in_the_order_of_the_points() -> None:
     assert names != tuple(sorted(names))
 
 
-def test_the_same_maps_on_sdconvs_network_and_under_the_patch() -> None:
+def test_sdconvs_network_and_a_patched_one_give_the_same_maps() -> None:
     inputs = unets.inputs(unet().config)
     patched = unets.theirs(UNET)
     assert sdconv.apply_patch(patched).replaced
@@ -75,14 +76,14 @@ def test_the_same_maps_on_sdconvs_network_and_under_the_patch() -> None:
             assert torch.equal(value, other[name]), name  # type: ignore[arg-type]
 
 
-def test_the_fast_backend_gives_blocks_as_it_computes_them() -> None:
+def test_blocks_of_the_fast_backend_are_captured_without_changing_it() -> None:
     network = sdconv.load(TINY_VAE, dtype=torch.float32, backend="fast")
-    x = picture(1).repeat(1, 1, 4, 4)
+    x = image(1).repeat(1, 1, 4, 4)
     with torch.no_grad():
         plain = network(x).sample  # type: ignore[operator]
         with sdconv.capture(network, ["*.resnets.?", "*samplers.?", "*:input"]) as maps:
             assert torch.equal(network(x).sample, plain)  # type: ignore[operator]
-        # a place inside a block is not there when the block is computed at once
+        # a fused block has no hook points inside, so it falls back to the reference
         with sdconv.capture(network, "*:silu2") as inside:
             found = network(x).sample  # type: ignore[operator]
     assert len(maps) > 40 and len(inside) > 15
@@ -91,7 +92,7 @@ def test_the_fast_backend_gives_blocks_as_it_computes_them() -> None:
 
 
 class InPlace(nn.Module):
-    """Edits a map in place after it passed, as FreeU and adapters do."""
+    """Changes a feature map in place after the hook, as FreeU and adapters do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,34 +106,34 @@ class InPlace(nn.Module):
         return x + y
 
 
-def test_later_edits_in_place_do_not_reach_a_map() -> None:
+def test_later_in_place_changes_do_not_reach_a_captured_map() -> None:
     network = InPlace().requires_grad_(False)
     naive: list[Tensor] = []
     handle = network.first.register_forward_hook(lambda _, __, y: naive.append(y))
     with sdconv.capture(network, "first") as maps:
-        network(picture())
+        network(image())
     handle.remove()
-    expected = network.first(picture())
+    expected = network.first(image())
     assert torch.equal(one(maps, "first"), expected)
-    assert torch.equal(naive[0], 2 * expected)  # what a hook that keeps the tensor shows
+    assert torch.equal(naive[0], 2 * expected)  # a hook that keeps the tensor itself
 
 
-def test_changing_a_map_changes_nothing_else() -> None:
+def test_writing_to_a_captured_map_does_not_change_the_network() -> None:
     def spoil(*_: object) -> None:
         one(maps, "decoder.conv_in").zero_()
 
     with torch.no_grad():
-        plain = vae()(picture()).sample
+        plain = vae()(image()).sample
         with sdconv.capture(vae(), "decoder.conv_in") as maps:
             handle = vae().decoder.mid_block.register_forward_pre_hook(spoil)
             try:
-                assert torch.equal(vae()(picture()).sample, plain)
+                assert torch.equal(vae()(image()).sample, plain)
             finally:
                 handle.remove()
     assert not one(maps, "decoder.conv_in").any()
 
 
-def test_a_sequence_where_a_network_is_called_again() -> None:
+def test_several_calls_give_a_series() -> None:
     with torch.no_grad(), sdconv.capture(unet(), "mid_block") as maps:
         for step in (900.0, 20.0):
             unet()(*at(step))
@@ -141,7 +142,7 @@ def test_a_sequence_where_a_network_is_called_again() -> None:
     assert (series.timesteps, series.calls) == ((900.0, 20.0), (0, 1))
     assert not torch.equal(series[0].tensor, series[1].tensor)
     assert torch.equal(series.stack()[1], series[-1].tensor)
-    assert [entry.call for entry in series[1:]] == [1]
+    assert [captured.call for captured in series[1:]] == [1]
     assert isinstance(maps.to_dict()["mid_block"], list)
 
 
@@ -159,7 +160,7 @@ def test_timesteps_that_differ_in_a_batch() -> None:
         ("unet.mid_block", "mid_block"),
     ],
 )
-def test_unknown_names_say_the_nearest(pattern: str, nearest: str) -> None:
+def test_an_unknown_name_suggests_the_closest(pattern: str, nearest: str) -> None:
     with pytest.raises(sdconv.InputError) as caught, sdconv.capture(vae(), ["encoder", pattern]):
         pass
     assert pattern in str(caught.value)
@@ -171,13 +172,13 @@ def test_unknown_names_say_the_nearest(pattern: str, nearest: str) -> None:
 def test_any_pattern_matches_or_is_refused(pattern: str) -> None:
     names = ("encoder.conv_in", "encoder.mid_block:input")
     try:
-        found = chosen(names, pattern)
+        found = match_patterns(names, pattern)
     except sdconv.InputError:
         return
     assert set(found[pattern]) <= set(names)
 
 
-def test_stars_cross_dots_and_excludes_hold() -> None:
+def test_stars_match_dots_and_excluded_names_are_left_out() -> None:
     maps = run(vae(), ["decoder*conv1", "encoder.*.conv2"], exclude=["*mid*"])
     assert set(maps) == {
         "encoder.down_blocks.0.resnets.0.conv2",
@@ -196,7 +197,7 @@ def test_a_name_that_was_not_captured() -> None:
     assert maps.get("encoder") is None
 
 
-def test_layers_that_are_never_reached() -> None:
+def test_layers_that_are_never_reached_are_an_error() -> None:
     with (
         pytest.raises(sdconv.SdconvError, match=r"'encoder\.\*'.*reached"),
         torch.no_grad(),
@@ -211,13 +212,13 @@ def test_layers_that_are_never_reached() -> None:
         torch.no_grad(),
         sdconv.capture(vae(), "encoder", steps=1),
     ):
-        vae()(picture())
+        vae()(image())
     assert hooks_on(vae()) == 0
 
 
-def test_encode_and_decode_are_seen_though_they_are_no_forward() -> None:
+def test_encode_and_decode_are_captured_without_a_forward() -> None:
     with torch.no_grad(), sdconv.capture(vae(), ["encoder", "quant_conv", "decoder"]) as maps:
-        vae().encode(picture())
+        vae().encode(image())
         vae().decode(torch.zeros(1, 4, 4, 4))
         vae().decode(torch.ones(1, 4, 4, 4))
     assert one(maps, "encoder").shape == (2, 8, 8, 12)
@@ -228,14 +229,14 @@ def test_stopping_early() -> None:
     ran: list[str] = []
     handle = vae().decoder.conv_out.register_forward_hook(lambda *_: ran.append("conv_out"))
     with torch.no_grad():
-        plain = vae()(picture())
+        plain = vae()(image())
         with sdconv.capture(vae(), "decoder.mid_block*", stop_early=True) as maps:
-            vae()(picture())
+            vae()(image())
             ran.append("the block went on")
-        found = sdconv.run_until(vae(), "decoder.mid_block*", picture())
+        found = sdconv.run_until(vae(), "decoder.mid_block*", image())
     handle.remove()
     assert plain.sample.shape[0] == 2
-    assert ran == ["conv_out"]  # of the plain run only
+    assert ran == ["conv_out"]  # from the plain run only
     assert list(found) == list(maps)
     assert torch.equal(one(found, "decoder.mid_block"), one(maps, "decoder.mid_block"))
     assert hooks_on(vae()) == 0
@@ -258,10 +259,10 @@ def test_stopping_at_the_last_of_some_steps() -> None:
 
 def test_run_until_an_unknown_layer() -> None:
     with pytest.raises(sdconv.InputError, match="no layer"):
-        sdconv.run_until(vae(), "decoder.mid_blok", picture())
+        sdconv.run_until(vae(), "decoder.mid_blok", image())
 
 
-def test_of_outputs_the_first_tensor() -> None:
+def test_the_first_tensor_of_an_output_is_captured() -> None:
     class Several(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Any]:
             return {"no": None, "yes": [x + 1, x + 2]}

@@ -1,4 +1,4 @@
-"""No hook stays behind, however a block is left, and whatever runs the network."""
+"""No hook stays behind, however a block is left and however the network is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = seeded.kl((32, 32), 4, True, layers_per_block=1, mid_block_add_attentio
 
 @pytest.fixture
 def network() -> Iterator[Any]:
-    """A VAE that a test gives back without hooks."""
+    """A VAE that must have no hooks after the test."""
     network = seeded.network(CONFIG)
     network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
     yield network
@@ -33,7 +33,7 @@ def network() -> Iterator[Any]:
             assert not vars(module)[f"{kind}_with_kwargs"]
 
 
-def picture() -> Tensor:
+def image() -> Tensor:
     return torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -45,7 +45,7 @@ def one(maps: Maps, name: str = NAME) -> Tensor:
 
 def test_an_exception_in_the_block(network: Any) -> None:
     with pytest.raises(ZeroDivisionError), sdconv.capture(network, "*") as maps:
-        network(picture())
+        network(image())
         raise ZeroDivisionError
     assert one(maps).shape == (1, 32, 4, 4)
 
@@ -59,16 +59,16 @@ def test_an_exception_in_the_network(network: Any) -> None:
 
     handle = network.decoder.register_forward_pre_hook(fails)
     with pytest.raises(ZeroDivisionError), sdconv.capture(network, "*") as maps:
-        network(picture())
+        network(image())
     handle.remove()
     assert "encoder" in maps
     assert "decoder" not in maps
 
 
-def test_a_generator_that_is_closed_or_forgotten(network: Any) -> None:
+def test_a_generator_that_is_closed_or_garbage_collected(network: Any) -> None:
     def features() -> Iterator[Maps]:
         with sdconv.capture(network, NAME) as maps, sdconv.edit(network, {NAME: lambda x, _: x}):
-            network(picture())
+            network(image())
             yield maps
 
     closed = features()
@@ -88,9 +88,9 @@ def test_generators_that_end_in_another_order(network: Any) -> None:
 
     first, second = features(), features()
     maps = [next(first), next(second)]
-    network(picture())
+    network(image())
     first.close()
-    network(picture())
+    network(image())
     second.close()
     assert [len(each.series(NAME)) for each in maps] == [1, 2]
 
@@ -98,8 +98,8 @@ def test_generators_that_end_in_another_order(network: Any) -> None:
 def test_nested_captures(network: Any) -> None:
     with sdconv.capture(network, "decoder.*") as outer:
         with sdconv.capture(network, [NAME, "encoder"]) as inner:
-            network(picture())
-        network(picture())
+            network(image())
+        network(image())
     assert len(inner.series(NAME)) == 1
     assert torch.equal(one(inner), outer.series(NAME)[0].tensor)
     assert len(outer.series(NAME)) == 2
@@ -109,15 +109,15 @@ def test_nested_captures(network: Any) -> None:
 def test_stopping_the_inner_of_two_leaves_the_outer_open(network: Any) -> None:
     with sdconv.capture(network, "decoder.conv_in") as outer:
         with sdconv.capture(network, "encoder.conv_in", stop_early=True):
-            network(picture())
-        network(picture())
+            network(image())
+        network(image())
     assert len(outer.series("decoder.conv_in")) == 1
 
 
 def test_stopping_the_outer_of_two_leaves_both(network: Any) -> None:
     with sdconv.capture(network, "encoder.conv_in", stop_early=True) as outer:
         with sdconv.capture(network, "encoder.conv_out"):
-            network(picture())
+            network(image())
         raise AssertionError("everything had come")
     assert list(outer) == ["encoder.conv_in"]
 
@@ -128,7 +128,7 @@ def test_a_capture_is_of_the_network_whoever_calls_it(network: Any) -> None:
     def call() -> None:
         try:
             with torch.no_grad():
-                network(picture())
+                network(image())
         except BaseException as error:
             failed.append(error)
 
@@ -190,7 +190,7 @@ def test_captures_in_threads_of_their_own(network: Any) -> None:
     def work(number: int) -> None:
         own = seeded.network(CONFIG)
         with torch.no_grad(), sdconv.capture(own, NAME) as maps:
-            own(picture() + number)
+            own(image() + number)
         found[number] = one(maps)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
@@ -200,22 +200,22 @@ def test_captures_in_threads_of_their_own(network: Any) -> None:
         thread.join()
     for number, value in found.items():
         with torch.no_grad(), sdconv.capture(network, NAME) as maps:
-            network(picture() + number)
+            network(image() + number)
         assert torch.equal(one(maps), value)
 
 
 def test_a_network_can_be_copied_inside(network: Any) -> None:
     with sdconv.capture(network, NAME), sdconv.edit(network, {NAME: lambda x, _: x}):
         copied = copy.deepcopy(network)
-        network(picture())
+        network(image())
     with torch.no_grad():
-        assert torch.equal(copied(picture()).sample, network(picture()).sample)
+        assert torch.equal(copied(image()).sample, network(image()).sample)
 
 
 def test_a_network_can_be_forgotten() -> None:
     network = seeded.network(CONFIG)
     with sdconv.capture(network, NAME) as maps:
-        network(picture())
+        network(image())
     gone = weakref.ref(network.decoder)
     del network
     assert gone() is None
@@ -224,7 +224,7 @@ def test_a_network_can_be_forgotten() -> None:
 
 def test_inference_mode_gives_tensors_that_can_be_trained_on(network: Any) -> None:
     with torch.inference_mode(), sdconv.capture(network, NAME) as maps:
-        network(picture())
+        network(image())
     x = one(maps)
     assert not x.is_inference()
     weight = torch.ones(1, requires_grad=True)
@@ -234,7 +234,7 @@ def test_inference_mode_gives_tensors_that_can_be_trained_on(network: Any) -> No
 
 def test_maps_know_no_gradient(network: Any) -> None:
     with sdconv.capture(network, NAME) as maps:
-        loss = network(picture()).sample.sum()
+        loss = network(image()).sample.sum()
     loss.backward()
     assert not one(maps).requires_grad
     assert network.encoder.conv_in.weight.grad is not None
@@ -242,21 +242,21 @@ def test_maps_know_no_gradient(network: Any) -> None:
 
 def test_autocast(network: Any) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        plain = network(picture()).sample
+        plain = network(image()).sample
         with sdconv.capture(network, [NAME, f"{NAME}.conv1"], max_memory=10**6) as maps:
-            assert torch.equal(network(picture()).sample, plain)
+            assert torch.equal(network(image()).sample, plain)
         with sdconv.capture(network, NAME, reduce="pca:2") as reduced:
-            network(picture())
+            network(image())
     assert one(maps, f"{NAME}.conv1").dtype == torch.bfloat16
-    # PCA is no part of the network: it is exact
+    # a reduction is not part of the network, and ignores autocast
     with sdconv.capture(network, NAME, reduce="pca:2") as outside, torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
-            network(picture())
+            network(image())
     assert torch.equal(one(reduced), one(outside))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_what_checkpointing_computes_again_is_not_kept_again(reentrant: bool) -> None:
+def test_recomputation_by_checkpointing_is_not_captured(reentrant: bool) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -269,7 +269,7 @@ def test_what_checkpointing_computes_again_is_not_kept_again(reentrant: bool) ->
 
         def count(self, x: Tensor) -> Tensor:
             self.calls += 1
-            # needs what the part gave for its gradient, and so the part again
+            # its gradient needs the output of the part, so the part is recomputed
             return torch.sin(self.part(x))
 
     network = Net()
@@ -286,9 +286,9 @@ def test_what_checkpointing_computes_again_is_not_kept_again(reentrant: bool) ->
         for _ in range(2):
             network(x).sum().backward()
     handle.remove()
-    assert len(naive) == network.calls == 4  # each time once more, for the gradient
+    assert len(naive) == network.calls == 4  # each once more for the gradient
     assert maps.series("part").calls == (0, 1)
-    # but the edit is made again, or the gradient would be another function's
+    # the edit is applied again, or the gradient would be of another function
     assert steps == [0, 0, 1, 1]
     (expected,) = torch.autograd.grad(2 * torch.sin(2 * network.part(x)).sum(), x)
     assert x.grad is not None
@@ -310,27 +310,27 @@ def test_compiled_networks_run_uncompiled_inside() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     compiled = torch.compile(network, backend="eager")
     with torch.no_grad():
-        plain = compiled(picture())
+        plain = compiled(image())
         ran: list[int] = []
         handle = network[0].register_forward_hook(lambda *_: ran.append(1))
-        compiled(picture())
-        assert ran == []  # compiled code calls no hooks that came later
+        compiled(image())
+        assert ran == []  # compiled code does not call hooks that were added later
         handle.remove()
         for target in (compiled, network):
             with sdconv.capture(target, "0") as maps:
-                torch.testing.assert_close(compiled(picture()), plain)
-            assert torch.equal(one(maps, "0"), network[0](picture()))
+                torch.testing.assert_close(compiled(image()), plain)
+            assert torch.equal(one(maps, "0"), network[0](image()))
         with sdconv.edit(compiled, {"0": lambda x, _: x * 0}):
-            assert not compiled(picture()).any()
+            assert not compiled(image()).any()
         # and compiled again after it
         handle = network[0].register_forward_hook(lambda *_: ran.append(1))
-        compiled(picture())
+        compiled(image())
         assert ran == []
         handle.remove()
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_block_in_what_is_compiled_says_where_it_belongs(fullgraph: bool) -> None:
+def test_a_block_inside_compiled_code_is_refused_with_a_hint(fullgraph: bool) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
 
     def captured(x: Tensor) -> Tensor:
@@ -344,28 +344,28 @@ def test_a_block_in_what_is_compiled_says_where_it_belongs(fullgraph: bool) -> N
 
     from torch._dynamo.exc import Unsupported
 
-    torch._dynamo.reset()  # what it left out once it leaves out without a word
+    torch._dynamo.reset()  # dynamo reports a skipped function only once
     for inside in (captured, edited):
         compiled = torch.compile(inside, backend="eager", fullgraph=fullgraph)
         with (
             torch.no_grad(),
-            # where it may leave nothing out torch itself says it
+            # with fullgraph the error is torch's own
             pytest.raises(Unsupported if fullgraph else sdconv.SdconvError, match="around the"),
         ):
-            compiled(picture())
+            compiled(image())
         assert not network[0]._forward_hooks
         with torch.no_grad():  # and uncompiled it works
-            assert torch.equal(inside(picture()), network[0](picture()))
+            assert torch.equal(inside(image()), network[0](image()))
 
 
-def test_networks_that_are_compiled_inside_of_the_block() -> None:
+def test_networks_that_are_compiled_inside_the_block() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     with torch.no_grad():
         with sdconv.capture(network, "0") as maps:
             compiled = torch.compile(network, backend="eager")
-            compiled(picture())
-        assert torch.equal(one(maps, "0"), network[0](picture()))
-        compiled(picture())
+            compiled(image())
+        assert torch.equal(one(maps, "0"), network[0](image()))
+        compiled(image())
     assert len(maps.series("0")) == 1
 
 
@@ -373,7 +373,7 @@ def test_compiled_in_place() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     network.compile(backend="eager")
     with torch.no_grad():
-        network(picture())
+        network(image())
         with sdconv.capture(network, "0") as maps:
-            network(picture())
-        assert torch.equal(one(maps, "0"), network[0](picture()))
+            network(image())
+        assert torch.equal(one(maps, "0"), network[0](image()))

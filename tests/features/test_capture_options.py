@@ -1,4 +1,4 @@
-"""Which calls, and what of each map, in how much memory."""
+"""Options of a capture: which calls, what is kept of each feature map, in how much memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import unets
-from helpers.capturing import UNET, at, hooks_on, one, picture, run, unet, vae
+from helpers.capturing import UNET, at, hooks_on, image, one, run, unet, vae
 from torch import Tensor, nn
 
 import sdconv
@@ -40,7 +40,7 @@ def test_steps(steps: Any, kept: tuple[int, ...]) -> None:
     "steps",
     [-1, [], ["a"], 1.5, slice(-2, None), slice(0, 4, -1), "all", [True], torch.tensor([True])],
 )
-def test_steps_that_are_none(steps: Any) -> None:
+def test_invalid_steps_are_refused(steps: Any) -> None:
     with (
         pytest.raises(sdconv.InputError, match="steps"),
         sdconv.capture(vae(), "encoder", steps=steps),
@@ -87,7 +87,7 @@ def test_principal_components() -> None:
     torch.testing.assert_close(
         flat.abs(), ((rows - rows.mean(0)) @ axes[:3].mT).abs(), rtol=1e-2, atol=1e-2
     )
-    # more than there are channels: zeros
+    # components beyond the number of channels are zero
     few = one(run(vae(), name, channels=[0, 1], reduce=sdconv.features.pca(3)), name)
     assert few.shape[1] == 3
     assert not few[:, 2].any()
@@ -101,7 +101,7 @@ def test_pooling_over_a_grid() -> None:
         b, c, rows, columns = x.shape
         blocks = x.view(b, c, 4, rows // 4, 4, columns // 4)
         torch.testing.assert_close(one(pooled, name), blocks.mean((3, 5)))
-    # no more rows than there are
+    # no more rows than the feature map has
     assert one(run(vae(), names[0], reduce="pool:10"), names[0]).shape == (2, 64, 8, 10)
     small = one(run(vae(), names[0], reduce=sdconv.features.pool(1)), names[0])
     torch.testing.assert_close(small[..., 0, 0], one(maps, names[0]).mean((2, 3)))
@@ -113,7 +113,7 @@ def test_pooling_over_a_grid() -> None:
         unet()(*at(5))
 
 
-def test_numbers_and_vectors_are_reduced_too() -> None:
+def test_vectors_are_reduced_too() -> None:
     with torch.no_grad(), sdconv.capture(unet(), ["time_embedding"], reduce="std") as maps:
         unet()(*at(5))
     assert not one(maps, "time_embedding").any()
@@ -148,14 +148,14 @@ def test_numbers_and_vectors_are_reduced_too() -> None:
         ("exclude", "decoder*"),
     ],
 )
-def test_options_that_are_none(option: str, value: Any) -> None:
+def test_invalid_options_are_refused(option: str, value: Any) -> None:
     options = {"patterns": "decoder.up_blocks.0.resnets.0", option: value}
     with pytest.raises(sdconv.InputError), torch.no_grad(), sdconv.capture(vae(), **options):
-        vae()(picture())
+        vae()(image())
     assert hooks_on(vae()) == 0
 
 
-def test_a_region_of_what_has_no_rows() -> None:
+def test_a_region_of_a_vector_is_refused() -> None:
     with (
         pytest.raises(sdconv.InputError, match="rows and columns"),
         torch.no_grad(),
@@ -165,17 +165,17 @@ def test_a_region_of_what_has_no_rows() -> None:
     assert hooks_on(unet()) == 0
 
 
-def test_a_reduction_that_gives_no_tensor() -> None:
+def test_a_reduction_must_return_a_tensor() -> None:
     with (
-        pytest.raises(sdconv.SdconvError, match="no tensor"),
+        pytest.raises(sdconv.SdconvError, match="must return a tensor"),
         torch.no_grad(),
         sdconv.capture(vae(), "encoder", reduce=lambda x: None),  # type: ignore[arg-type,return-value]
     ):
-        vae()(picture())
+        vae()(image())
     assert hooks_on(vae()) == 0
 
 
-def test_memory_is_asked_for_before_anything_runs() -> None:
+def test_too_much_memory_is_refused_before_the_first_operation() -> None:
     maps = run(vae(), "*.resnets.*")
     needed = sum(one(maps, name).nbytes for name in maps)
     ran: list[int] = []
@@ -186,33 +186,33 @@ def test_memory_is_asked_for_before_anything_runs() -> None:
             torch.no_grad(),
             sdconv.capture(vae(), "*.resnets.*", max_memory=needed - 1),
         ):
-            vae()(picture())
+            vae()(image())
         assert "store=" in str(caught.value)
         assert ran == []
-        # and as much as there is to be
+        # exactly enough
         assert len(run(vae(), "*.resnets.*", max_memory=needed)) == len(maps)
         assert len(ran) == 2
     finally:
         handle.remove()
 
 
-def test_memory_in_words() -> None:
+def test_max_memory_as_text() -> None:
     assert len(run(vae(), "encoder", max_memory="1 MiB")) == 1
     with (
         pytest.raises(sdconv.SdconvError, match="at most 1,024 bytes"),
         torch.no_grad(),
         sdconv.capture(vae(), "decoder.conv_in", max_memory="1 KiB"),
     ):
-        vae()(picture())
+        vae()(image())
 
 
-def test_memory_of_what_is_kept_not_of_what_passes() -> None:
+def test_memory_is_that_of_the_reduced_maps() -> None:
     sizes = {"reduce": "mean", "dtype": torch.float16, "channels": [0]}
     maps = run(vae(), "*.resnets.0", max_memory=100, **sizes)
     assert all(value.nbytes == 4 for value in maps.values() if isinstance(value, Tensor))
 
 
-def test_memory_where_a_dry_run_is_not_possible() -> None:
+def test_the_limit_holds_without_a_dry_run() -> None:
     class AsksForValues(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if float(x.sum()) > 0 else x + 1
@@ -223,12 +223,12 @@ def test_memory_where_a_dry_run_is_not_possible() -> None:
         torch.no_grad(),
         sdconv.capture(network, "*", max_memory=100) as maps,
     ):
-        network(picture())
+        network(image())
     assert len(maps) == 0
     assert hooks_on(network) == 0
 
 
-def test_weights_that_are_elsewhere_until_they_are_needed() -> None:
+def test_offloaded_weights() -> None:
     accelerate = pytest.importorskip("accelerate", reason="offloading is accelerate's")
     network = unets.theirs(UNET)
     inputs = unets.inputs(network.config)
@@ -248,7 +248,7 @@ def test_weights_that_are_elsewhere_until_they_are_needed() -> None:
 
 
 @pytest.mark.gpu
-def test_off_the_gpu_while_it_computes() -> None:
+def test_asynchronous_copies_from_the_gpu() -> None:
     network = unets.theirs(UNET).cuda()
     inputs = [x.cuda() if isinstance(x, Tensor) else x for x in unets.inputs(network.config)]
     names = ["*.resnets.0", "*:skip"]

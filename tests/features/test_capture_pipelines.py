@@ -163,7 +163,7 @@ def test_controlnet_and_image_pipelines() -> None:
     image = pipelines.pipeline("image")
     with sdconv.capture(image, ["vae.encoder.conv_out", "unet.conv_in"]) as maps:
         pipelines.run(image, "image")
-    # pictures with generators of their own are encoded one by one
+    # images with generators of their own are encoded one by one
     assert maps.series("vae.encoder.conv_out").calls == (0, 1)
     assert maps.series("unet.conv_in").calls == (0, 1)
 

@@ -1,4 +1,4 @@
-"""An edit takes the map's place, and nothing else changes."""
+"""An edit replaces a feature map, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def vae() -> Any:
     return seeded.network(CONFIG)
 
 
-def picture() -> Tensor:
+def image() -> Tensor:
     return torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -40,7 +40,7 @@ def same(x: Tensor, context: Context) -> Tensor:
 def edited(changes: Any, network: Any = None) -> Tensor:
     network = network or vae()
     with sdconv.edit(network, changes):
-        result: Tensor = network(picture()).sample
+        result: Tensor = network(image()).sample
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     return result
 
@@ -52,12 +52,12 @@ def by_hand(module: nn.Module, change: Any, *, before: bool = False) -> Tensor:
     else:
         handle = module.register_forward_hook(lambda _, __, y: change(y))
     with torch.no_grad():
-        result: Tensor = vae()(picture()).sample
+        result: Tensor = vae()(image()).sample
     handle.remove()
     return result
 
 
-def test_each_kind_of_place() -> None:
+def test_each_kind_of_hook_point() -> None:
     block = vae().get_submodule(NAME)
     add = lambda x: x + 1  # noqa: E731
     for name, module, before in (
@@ -69,7 +69,7 @@ def test_each_kind_of_place() -> None:
     ):
         assert torch.equal(edited({name: plus(1)}), by_hand(module, add, before=before)), name
     with torch.no_grad():
-        plain = vae()(picture()).sample
+        plain = vae()(image()).sample
     assert not torch.equal(edited({NAME: plus(1)}), plain)
     assert torch.equal(edited({"*": same}), plain)
     assert torch.equal(edited({"*": lambda x, _: x.clone()}), plain)
@@ -114,12 +114,12 @@ def test_functions_follow_one_another_in_order() -> None:
     assert not torch.equal(edited({"decoder.mid*resnets.0": lambda x, _: x * 2, NAME: plus(1)}), x)
     with torch.no_grad():
         with sdconv.edit(vae(), {NAME: plus(1)}), sdconv.edit(vae(), {NAME: lambda x, _: x * 2}):
-            nested = vae()(picture()).sample
+            nested = vae()(image()).sample
         # and the outer one alone, once the inner one is left
         with sdconv.edit(vae(), {NAME: plus(1)}):
             with sdconv.edit(vae(), {NAME: lambda x, _: x * 2}):
-                vae()(picture())
-            alone = vae()(picture()).sample
+                vae()(image())
+            alone = vae()(image()).sample
     assert torch.equal(nested, x)
     assert torch.equal(alone, edited({NAME: plus(1)}))
 
@@ -127,11 +127,11 @@ def test_functions_follow_one_another_in_order() -> None:
 def test_a_capture_sees_the_edits_around_it_and_not_those_inside() -> None:
     with torch.no_grad():
         with sdconv.capture(vae(), NAME) as plain:
-            vae()(picture())
+            vae()(image())
         with sdconv.edit(vae(), {NAME: plus(1)}), sdconv.capture(vae(), NAME) as within:
-            vae()(picture())
+            vae()(image())
         with sdconv.capture(vae(), NAME) as around, sdconv.edit(vae(), {NAME: plus(1)}):
-            vae()(picture())
+            vae()(image())
     one, two, three = (maps[NAME] for maps in (plain, within, around))
     assert isinstance(one, Tensor) and isinstance(two, Tensor) and isinstance(three, Tensor)
     assert torch.equal(two, one + 1)

@@ -1,4 +1,4 @@
-"""What is said of each point is what a run has there, on sdconv's networks and on diffusers'."""
+"""The facts of each point match a run, on sdconv's networks and on diffusers'."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def vae_peer() -> Any:
         )
 
 
-def test_a_call_and_a_module() -> None:
+def test_features_is_a_function_and_a_module() -> None:
     assert sdconv.features.Points is Points
     assert isinstance(sdconv.features(seeded.network(SMALL)), Points)
 
@@ -55,7 +55,7 @@ def test_names_and_facts_are_the_same_on_diffusers_modules() -> None:
 
 
 def test_tiny_autoencoders_whose_activations_are_one_module() -> None:
-    """diffusers' blocks call one ReLU in two places, and each has its name."""
+    """diffusers' blocks call one ReLU module twice; each call has its own hook point."""
     theirs = diffusers.AutoencoderTiny(
         encoder_block_out_channels=(32, 32),
         decoder_block_out_channels=(32, 32),
@@ -89,14 +89,14 @@ def test_the_patch_changes_nothing() -> None:
     assert list(sdconv.features(peer, 64)) == before
 
 
-def test_channels_sizes_and_order_are_those_of_a_run() -> None:
+def test_channels_sizes_and_order_match_a_run() -> None:
     network = seeded.network(SMALL)
     points = sdconv.features(network, (32, 48))
     with torch.no_grad(), sdconv.capture(network, "*") as maps:
         network(torch.zeros(1, 3, 32, 48))
     assert list(maps) == [name for name in points.names if name in maps]
     for name, point in by_name(points).items():
-        if "attentions.0." in name:  # tokens, (B, places, C)
+        if "attentions.0." in name:  # tokens, (B, N, C)
             continue
         value = maps[name]
         assert isinstance(value, torch.Tensor)
@@ -124,7 +124,7 @@ def test_points_of_a_resnet_block_in_order() -> None:
     ]
 
 
-def test_skips_begin_and_end() -> None:
+def test_both_ends_of_skip_connections_are_linked() -> None:
     found = by_name(listed(16))
     ends = {name: point for name, point in found.items() if point.kind == "skip"}
     assert len(ends) == 8
@@ -132,28 +132,28 @@ def test_skips_begin_and_end() -> None:
         assert point.skip is not None
         source = found[point.skip]
         assert source.skip == name
-        same = ("channels", "size", "stride", "receptive_field", "sees_all")
+        same = ("channels", "size", "downscale", "receptive_field", "global_receptive_field")
         assert [getattr(point, fact) for fact in same] == [getattr(source, fact) for fact in same]
     assert ends["up_blocks.3.resnets.1:skip"].skip == "conv_in"
     assert ends["up_blocks.0.resnets.0:skip"].skip == "down_blocks.3.resnets.0"
     assert ends["up_blocks.2.resnets.0:skip"].skip == "down_blocks.1.attentions.0"
 
 
-def test_strides_and_what_is_seen() -> None:
+def test_downscale_and_receptive_field() -> None:
     found = by_name(listed(16))
-    middle = found["mid_block.resnets.0"]
-    assert (middle.size, middle.stride, middle.channels) == ((2, 2), (8, 8), 96)
+    mid = found["mid_block.resnets.0"]
+    assert (mid.size, mid.downscale, mid.channels) == ((2, 2), (8, 8), 96)
     assert found["conv_in"].receptive_field == (3, 3)
-    assert not found["down_blocks.0.resnets.0"].sees_all
-    assert found["down_blocks.0.attentions.0"].sees_all
-    # what the text becomes is no map
-    text = found["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
-    assert (text.size, text.stride, text.channels) == (None, None, 32)
-    picture = by_name(sdconv.features(seeded.network(SMALL)))
-    assert picture["decoder.conv_out"].stride == (Fraction(1, 2), Fraction(1, 2))
+    assert not found["down_blocks.0.resnets.0"].global_receptive_field
+    assert found["down_blocks.0.attentions.0"].global_receptive_field
+    # a projected prompt embedding is not a feature map
+    key = found["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
+    assert (key.size, key.downscale, key.channels) == (None, None, 32)
+    vae = by_name(sdconv.features(seeded.network(SMALL)))
+    assert vae["decoder.conv_out"].downscale == (Fraction(1, 2), Fraction(1, 2))
 
 
-def test_multiplies_are_those_that_torch_counts() -> None:
+def test_multiplies_match_torchs_count() -> None:
     network = unets.theirs(UNET).to("meta")
     given = [
         torch.empty(1, 4, 16, 16, device="meta"),
@@ -180,7 +180,7 @@ def test_parameters_are_the_modules_own() -> None:
     assert found["encoder:input"].parameters == 0
 
 
-def test_networks_that_are_not_known_have_names_but_no_facts() -> None:
+def test_unknown_networks_have_names_but_no_facts() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ModuleList([nn.ReLU()])[0], nn.Dropout())
     points = sdconv.features(network)
     assert [(p.name, p.kind, p.channels) for p in points] == [
@@ -203,20 +203,20 @@ def test_table_and_json() -> None:
         Console(file=written, width=120).print(points.table())
         text = written.getvalue()
         assert "decoder.up_blocks.0.upsamplers.0.conv " in text
-        assert "* and, through an attention, everything" in text
-    with io.StringIO() as written:  # where it is narrow only names are broken
+        assert "* the whole input, through attention" in text
+    with io.StringIO() as written:  # in a narrow terminal only names are folded
         Console(file=written, width=90).print(points.table())
         assert all(word in written.getvalue() for word in ("activation ", "parameters ", "177.6 M"))
     read = json.loads(json.dumps(points.to_json()))
     assert [one["name"] for one in read] == list(points.names)
-    assert read[-1]["stride"] == ["1/2", "1/2"]
+    assert read[-1]["downscale"] == ["1/2", "1/2"]
 
 
-def test_hooks_of_others_are_not_run_and_stay() -> None:
+def test_other_hooks_stay_and_are_not_called() -> None:
     network = seeded.network(SMALL)
 
     def fails(*_: object) -> None:
-        raise AssertionError("a dry run is no run")
+        raise AssertionError("a dry run must not call this")
 
     handle = network.encoder.conv_in.register_forward_hook(fails)
     assert sdconv.features(network, 32)[1].channels == 32
@@ -225,19 +225,19 @@ def test_hooks_of_others_are_not_run_and_stay() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_has_no_maps() -> None:
+def test_torchscript_is_refused() -> None:
     traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 2, 2))
     with pytest.raises(sdconv.InputError, match="TorchScript"):
         sdconv.features(traced)
 
 
 @pytest.mark.parametrize("target", [object(), "vae", None])
-def test_things_without_maps(target: object) -> None:
+def test_targets_without_feature_maps_are_refused(target: object) -> None:
     with pytest.raises(sdconv.InputError, match="no feature maps"):
         sdconv.features(target)
 
 
 @pytest.mark.parametrize("size", [0, "8", (1, 2, 3)])
-def test_sizes_that_no_picture_has(size: Any) -> None:
+def test_invalid_sizes_are_refused(size: Any) -> None:
     with pytest.raises(sdconv.InputError, match="size"):
         sdconv.features(seeded.network(SMALL), size)

@@ -191,7 +191,7 @@ def test_a_forward_of_its_own_comes_back() -> None:
 def test_compiled_networks_run_uncompiled_inside() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     compiled = torch.compile(network, backend="eager")
-    x = capturing.picture()
+    x = capturing.image()
     plain = compiled(x)
     with reuse(compiled, "0", steps=[1]):
         first, second = compiled(x), compiled(-x)

@@ -1,4 +1,4 @@
-"""A VAE and a U-Net to capture from, and a pass that must show no trace of it."""
+"""A VAE and a U-Net to capture from, and a run that a capture must not change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unet() -> Any:
     return unets.theirs(UNET)
 
 
-def picture(batch: int = 2) -> Tensor:
+def image(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 16, 24, generator=torch.Generator().manual_seed(1))
 
 
@@ -40,10 +40,10 @@ def hooks_on(network: nn.Module) -> int:
 
 @torch.no_grad()
 def run(target: Any, patterns: Any, **options: Any) -> Maps:
-    """One pass of the VAE under capture; it must change no bit and leave no hook."""
-    plain, before = vae()(picture()).sample, hooks_on(target)
+    """Run the VAE under capture, which must change no bit and leave no hook."""
+    plain, before = vae()(image()).sample, hooks_on(target)
     with sdconv.capture(target, patterns, **options) as maps:
-        assert torch.equal(vae()(picture()).sample, plain)
+        assert torch.equal(vae()(image()).sample, plain)
     assert hooks_on(target) == before
     return maps
 
@@ -55,6 +55,6 @@ def one(maps: Maps, name: str) -> Tensor:
 
 
 def at(step: float) -> tuple[Any, ...]:
-    """What the U-Net is given at a timestep."""
+    """The U-Net's arguments at a timestep."""
     sample, _, *rest = unets.inputs(unet().config)
     return sample, step, *rest

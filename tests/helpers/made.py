@@ -1,4 +1,4 @@
-"""Maps made up for the page's tests: no network is run."""
+"""Synthetic feature maps for the page's tests: no network is run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdconv.report.features.drawing import Arm, Block, Drawing, drawn
-from sdconv.report.features.views import FeatureMap, Shot, Values
+from sdconv.features.rendering import Values
+from sdconv.report.features.drawing import Box, Branch, Drawing, lay_out
+from sdconv.report.features.feature_maps import FeatureMap, Snapshot
 from sdconv.report.features.write import Page, write_page
 
-DRAWING = drawn(
+DRAWING = lay_out(
     [
-        Block(name="conv_in", kind="conv", arm=Arm.down, level=0),
-        Block(name="down.0", kind="resnet", arm=Arm.down, level=0),
-        Block(name="down.1", kind="downsample", arm=Arm.down, level=1),
-        Block(name="mid", kind="attention", arm=Arm.base, level=1),
-        Block(name="up.0", kind="upsample", arm=Arm.up, level=0),
-        Block(name="up.1", kind="resnet", arm=Arm.up, level=0),
-        Block(name="conv_out", kind="conv", arm=Arm.up, level=0),
+        Box(name="conv_in", kind="conv", branch=Branch.down, level=0),
+        Box(name="down.0", kind="resnet", branch=Branch.down, level=0),
+        Box(name="down.1", kind="downsample", branch=Branch.down, level=1),
+        Box(name="mid", kind="attention", branch=Branch.mid, level=1),
+        Box(name="up.0", kind="upsample", branch=Branch.up, level=0),
+        Box(name="up.1", kind="resnet", branch=Branch.up, level=0),
+        Box(name="conv_out", kind="conv", branch=Branch.up, level=0),
     ],
     [("down.0", "up.1")],
 )
@@ -30,7 +31,7 @@ HALVES = ("conditional", "unconditional")
 
 
 def values(name: str, step: int, half: str | None) -> Values:
-    """Channel ``c`` varies the more the smaller ``c`` is from the last one."""
+    """Noise whose standard deviation grows with the channel, from 1 to 5."""
     channels, side = CHANNELS[name], 8 if name == "mid" else 16
     random = np.random.default_rng([len(name), step, half == "unconditional"])
     maps = (
@@ -40,15 +41,16 @@ def values(name: str, step: int, half: str | None) -> Values:
 
 
 def maps_of(steps: bool = True) -> list[FeatureMap]:
-    """Of all blocks but ``up.0`` and ``conv_out``; with ``steps``, four timesteps in two halves."""
+    """Feature maps of all boxes but ``up.0`` and ``conv_out``; with ``steps``, at four timesteps in
+    two halves."""
     calls: list[tuple[int, float | None, str | None]] = [(0, None, None)]
     if steps:
         calls = [(at, t, half) for at, t in enumerate(TIMESTEPS) for half in HALVES]
     found = []
     for name, channels in CHANNELS.items():
         side = 8 if name == "mid" else 16
-        shots = [
-            Shot(
+        snapshots = [
+            Snapshot(
                 read=lambda name=name, step=step, half=half: values(name, step, half),  # type: ignore[misc]
                 shape=(channels, side, side),
                 step=step,
@@ -57,15 +59,16 @@ def maps_of(steps: bool = True) -> list[FeatureMap]:
             )
             for step, timestep, half in calls
         ]
-        block = name.partition(":")[0]
-        found.append(FeatureMap(name=name, block=block, shots=shots, facts={"stride": "1/2"}))
+        box = name.partition(":")[0]
+        facts = {"upscale": "2"}
+        found.append(FeatureMap(name=name, box=box, snapshots=snapshots, facts=facts))
     return found
 
 
 def page(path: Path, maps: list[FeatureMap], drawing: Drawing = DRAWING, **more: Any) -> Page:
-    """A page of these."""
-    given = {"title": "A network", "facts": {"input": "noise"}, **more}
-    return write_page(path, maps, drawing, **given)
+    """Write a page that shows them."""
+    texts = {"title": "A network", "facts": {"input": "noise"}}
+    return write_page(path, maps, drawing, **texts | more)
 
 
-PICTURE = Image.new("RGB", (40, 30), "teal")
+IMAGE = Image.new("RGB", (40, 30), "teal")

@@ -1,5 +1,6 @@
-"""Published methods as edits of feature maps, each a few lines over ``sdconv.capture``, ``edit``,
-``run_until`` and ``reuse``; all for U-Nets, sdconv's or diffusers', bare or in a pipeline."""
+"""Published methods as edits of feature maps, each a few lines on top of ``sdconv.capture``,
+``edit``, ``run_until`` and ``reuse``; all for U-Nets, sdconv's or diffusers', bare or in a
+pipeline."""
 
 from __future__ import annotations
 

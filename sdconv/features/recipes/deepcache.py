@@ -1,5 +1,5 @@
 """DeepCache (Ma et al. 2024, https://arxiv.org/abs/2312.00858): the deep levels of a U-Net, which
-change little from step to step, are computed in some steps only."""
+change little from step to step, are computed only in some steps."""
 
 from __future__ import annotations
 
@@ -11,80 +11,83 @@ from torch import nn
 
 from sdconv.errors import InputError
 from sdconv.features.calls import Call
-from sdconv.features.places import places
-from sdconv.features.recipes.unets import unet_of
+from sdconv.features.hook_points import hook_points
 from sdconv.features.reuse import reuse
+from sdconv.features.targets import unet_of
 
 
 def deepcache(target: Any, interval: int, *, branch: int = 0) -> AbstractContextManager[None]:
-    """Computes all of a U-Net in every ``interval``-th call, and only its shallow part in those
-    between, which take the deep part's map from the last full call.
+    """Compute the whole U-Net in every ``interval``-th call, and only its shallow part in between,
+    with the deep part's output of the last full call.
 
-    The shallow part is what lies outside of one skip connection: up to the place where it begins,
-    and from the place where it ends. A call begins a new run, and is a full one, unless its
-    timestep is below that of the call before; so a scheduler that calls twice at one timestep gains
-    less, and one that goes up gains nothing. Guidance has to be in one batch, as in diffusers'
-    pipelines, not in calls of its own.
+    The shallow part is everything outside one skip connection: the layers up to its beginning and
+    from its end. A call whose timestep is not below that of the previous call starts a new run and
+    is a full one; so a scheduler that calls twice at one timestep gains less, and one with
+    increasing timesteps gains nothing. Both guidance halves must be in one batch, as in diffusers'
+    pipelines.
 
     Args:
         target: a U-Net, or a pipeline that has one.
-        interval: 1 is the plain run.
-        branch: which skip connection, from the outermost, 0, whose shallow part is no more than the
+        interval: 1 computes everything.
+        branch: number of the skip connection, from the outermost, 0, whose shallow part is only the
             first convolution and the last layer.
 
     Raises:
-        InputError: the target has no U-Net with skips; an ``interval`` below 1; no such ``branch``.
+        InputError: the target has no U-Net with skips, ``interval`` is below 1, or ``branch`` does
+            not exist.
     """
     prefix, network = unet_of(target)
     if not isinstance(interval, int) or interval < 1:
-        raise InputError("no interval", where="interval", expected="1 or more", got=interval)
+        raise InputError(
+            "not an interval", where="interval", expected="an integer, 1 or more", got=interval
+        )
     return reuse(
         target,
-        [prefix + name for name in _inside(network, branch)],
+        [prefix + name for name in _deep_part(network, branch)],
         steps=_between_full_calls(interval),
     )
 
 
 def _between_full_calls(interval: int) -> Callable[[Call], bool]:
     full: Call | None = None
-    before: Call | None = None
+    previous: Call | None = None
 
     def between(call: Call) -> bool:
-        nonlocal full, before
-        goes_on = before is not None and _noise(call) < _noise(before)
-        if full is None or not goes_on or call.index - full.index >= interval:
+        nonlocal full, previous
+        same_run = previous is not None and _timestep(call) < _timestep(previous)
+        if full is None or not same_run or call.index - full.index >= interval:
             full = call
-        before = call
+        previous = call
         return call is not full
 
     return between
 
 
-def _noise(call: Call) -> float:
-    """A call's timestep, the largest one of a batch that has several."""
+def _timestep(call: Call) -> float:
+    """A call's timestep, the largest one if the batch has several."""
     timestep = call.timestep
     return max(timestep) if isinstance(timestep, tuple) else timestep or 0
 
 
-def _inside(network: nn.Module, branch: int) -> list[str]:
-    """The names of the parts of a U-Net that lie between the two ends of a skip connection."""
-    ends = [place for place in places(network).values() if place.kind == "skip"]
+def _deep_part(network: nn.Module, branch: int) -> list[str]:
+    """The names of the modules between the two ends of a skip connection."""
+    ends = [point for point in hook_points(network).values() if point.kind == "skip"]
     if not ends:
         raise InputError("this U-Net has no skips", where="target", got=type(network).__name__)
     if not isinstance(branch, int) or not 0 <= branch < len(ends):
         raise InputError(
-            "there is no such skip connection",
+            "this skip connection does not exist",
             where="branch",
             expected=f"0 to {len(ends) - 1}",
             got=branch,
         )
-    # the last to end is the outermost
+    # the outermost ends last
     end = ends[-1 - branch]
     first, last = _position(end.skip or ""), _position(end.of)
     inside = []
-    for way, level, block in _levels(network):
+    for path, level, block in _levels(network):
         parts = [
-            f"{way}_blocks.{level}.{name}.{number}"
+            f"{path}_blocks.{level}.{name}.{number}"
             for name, group in block.named_children()
             if isinstance(group, nn.ModuleList)
             for number in range(len(group))
@@ -92,26 +95,26 @@ def _inside(network: nn.Module, branch: int) -> list[str]:
         deep = [
             name
             for name in parts
-            if (_position(name) > first if way == "down" else _position(name) < last)
+            if (_position(name) > first if path == "down" else _position(name) < last)
         ]
-        inside += [f"{way}_blocks.{level}"] if deep == parts else deep
+        inside += [f"{path}_blocks.{level}"] if deep == parts else deep
     if getattr(network, "mid_block", None) is not None:
         inside.append("mid_block")
     if not inside:
-        raise InputError("nothing lies inside this skip connection", where="branch", got=branch)
+        raise InputError("there is nothing inside this skip connection", where="branch", got=branch)
     return inside
 
 
 def _levels(network: nn.Module) -> list[tuple[str, int, nn.Module]]:
     return [
-        (way, level, block)
-        for way in ("down", "up")
-        for level, block in enumerate(getattr(network, f"{way}_blocks"))
+        (path, level, block)
+        for path in ("down", "up")
+        for level, block in enumerate(getattr(network, f"{path}_blocks"))
     ]
 
 
 def _position(name: str) -> tuple[int, bool, int]:
-    """Where a part stands on its way: level, whether behind the layers, layer."""
+    """The position of a module on the down or up path: level, whether it is a sampler, layer."""
     if "." not in name:
         return -1, False, 0  # the first convolution
     _, level, part, layer = name.split(".")

@@ -1,5 +1,5 @@
-"""Diffusion features (DIFT; Tang et al. 2023, https://arxiv.org/abs/2306.03881): what a U-Net sees
-in a picture to which noise was added, and which places of two pictures are alike in it."""
+"""Diffusion features (DIFT; Tang et al. 2023, https://arxiv.org/abs/2306.03881): a U-Net's feature
+maps of a noised image, and the correspondences between two images that they give."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from sdconv.config.facts import BETAS, TRAIN_TIMESTEPS
 from sdconv.errors import InputError
 from sdconv.features.capture import run_until
-from sdconv.features.recipes.unets import unet_of
+from sdconv.features.targets import unet_of
 
 
 @torch.no_grad()
 def dift(
     vae: nn.Module,
     unet: nn.Module,
-    pictures: Tensor,
-    text: Tensor,
+    images: Tensor,
+    prompt_embeds: Tensor,
     *,
     timestep: int = 261,
     up_block: int = 1,
@@ -28,66 +28,70 @@ def dift(
     alphas_cumprod: Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
-    """What a U-Net's level on the way up gives for pictures, the mean over several draws of noise.
-    The U-Net runs no further than that level.
+    """The output of one of a U-Net's up blocks for images with noise, averaged over several draws
+    of noise. The U-Net runs no further than that block.
 
     Args:
         vae: sdconv's or diffusers', whose latents the U-Net takes.
         unet: sdconv's or diffusers'.
-        pictures: ``(B, 3, H, W)``, from -1 to 1.
-        text: ``encoder_hidden_states``, ``(B or 1, tokens, width)``; the paper's is of a sentence
-            that says what is seen.
-        timestep: how much noise: the paper's 261 is for what things are, 0 for their details.
-        up_block: which level on the way up.
-        noises, seed: how many draws, and of which series. It is drawn on the CPU in float32, the
-            same one for each picture.
+        images: ``(B, 3, H, W)``, from -1 to 1.
+        prompt_embeds: ``encoder_hidden_states``, ``(B or 1, tokens, width)``; the paper embeds a
+            sentence that describes the image.
+        timestep: the amount of noise: the paper's 261 is for semantics, 0 for details.
+        up_block: number of the up block.
+        noises, seed: number of draws, and seed of the generator. Noise is drawn on the CPU in
+            float32, the same for each image.
         alphas_cumprod: the scheduler's; None for that of Stable Diffusion 1, 2 and XL.
-        conditions: what else the U-Net takes, such as ``added_cond_kwargs``.
+        conditions: other arguments of the U-Net, such as ``added_cond_kwargs``.
 
     Returns:
         ``(B, C, h, w)`` in float32.
 
     Raises:
-        InputError: no U-Net or no such level; a timestep that the schedule does not have; no noise.
+        InputError: not a U-Net; an up block or a timestep that does not exist; ``noises`` below 1.
     """
     _, network = unet_of(unet)
-    shares = _signal_shares() if alphas_cumprod is None else alphas_cumprod
-    if not 0 <= timestep < len(shares):
+    alphas = _alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
+    if not 0 <= timestep < len(alphas):
         raise InputError(
-            "no such timestep", where="timestep", expected=f"0 to {len(shares) - 1}", got=timestep
+            "not a timestep of the schedule",
+            where="timestep",
+            expected=f"0 to {len(alphas) - 1}",
+            got=timestep,
         )
     if noises < 1:
-        raise InputError("no noise to draw", where="noises", expected="1 or more", got=noises)
-    latents = _encoded(vae, pictures)
-    text = text.expand(len(latents), -1, -1)
-    random = torch.Generator().manual_seed(seed)
-    share = shares[timestep].item()
+        raise InputError("too few draws of noise", where="noises", expected="1 or more", got=noises)
+    latents = _encode(vae, images)
+    prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
+    generator = torch.Generator().manual_seed(seed)
+    alpha = alphas[timestep].item()
     name = f"up_blocks.{up_block}"
     features: list[Tensor] = []
     for _ in range(noises):
-        noise = torch.randn(latents.shape[1:], generator=random).to(latents)
-        noisy = share**0.5 * latents + (1 - share) ** 0.5 * noise
-        maps = run_until(network, name, noisy, timestep, text, **conditions)
+        noise = torch.randn(latents.shape[1:], generator=generator).to(latents)
+        noisy = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise
+        maps = run_until(network, name, noisy, timestep, prompt_embeds, **conditions)
         features.append(maps.series(name)[0].tensor.float())
     return torch.stack(features).mean(0)
 
 
 def nearest_cells(features: Tensor, others: Tensor) -> Tensor:
-    """For each place of a picture the place of another one whose features are the most alike, by
-    the cosine between them.
+    """For each cell of an image's feature map the most similar cell of another image's, by cosine
+    similarity.
 
     Args:
-        features: ``(B, C, H, W)``, such as ``dift`` gives. others: ``(B, C, h, w)``.
+        features: ``(B, C, H, W)``, as from ``dift``.
+        others: ``(B, C, h, w)``.
 
     Returns:
-        ``(B, H, W, 2)``, whole numbers: rows and columns in ``others``.
+        ``(B, H, W, 2)``, integers: row and column in ``others``.
 
     Raises:
-        InputError: they differ in batch or channels, or are no maps.
+        InputError: batch or channels differ, or a tensor is not a feature map.
     """
     if features.ndim != 4 or others.ndim != 4 or features.shape[:2] != others.shape[:2]:
         raise InputError(
-            "features of two pictures that cannot be compared",
+            "these feature maps cannot be compared",
             where="others",
             expected=f"({', '.join(map(str, features.shape[:2]))}, h, w)",
             got=tuple(others.shape),
@@ -98,15 +102,16 @@ def nearest_cells(features: Tensor, others: Tensor) -> Tensor:
     return torch.stack([best // width, best % width], dim=-1)
 
 
-def _encoded(vae: Any, pictures: Tensor) -> Tensor:
-    """Latents as a U-Net takes them: the posteriors' modes, or a tiny autoencoder's latents."""
-    given = vae.encode(pictures)
-    latents = given.latents if hasattr(given, "latents") else given.latent_dist.mode()
+def _encode(vae: Any, images: Tensor) -> Tensor:
+    """Scaled latents: the mode of the posterior, or a tiny autoencoder's latents."""
+    output = vae.encode(images)
+    latents = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
     scaled: Tensor = latents * vae.config.scaling_factor
     return scaled
 
 
-def _signal_shares() -> Tensor:
-    """The latents' share of the noisy latents' variance at each timestep."""
+def _alphas_cumprod() -> Tensor:
+    """Stable Diffusion's cumulative product of alphas, in float64: diffusers' scheduler has it in
+    float32."""
     roots = torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, TRAIN_TIMESTEPS, dtype=torch.float64)
     return (1 - roots.square()).cumprod(0)

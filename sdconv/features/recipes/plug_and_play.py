@@ -1,4 +1,5 @@
-"""Features of one run in another (Tumanyan et al. 2023, https://arxiv.org/abs/2211.12572)."""
+"""Plug-and-play (Tumanyan et al. 2023, https://arxiv.org/abs/2211.12572): feature maps of one run
+injected into another."""
 
 from __future__ import annotations
 
@@ -9,16 +10,17 @@ from torch import Tensor
 
 from sdconv.errors import SdconvError
 from sdconv.features.editing import Context, edit
-from sdconv.features.maps import Entry, Maps
-from sdconv.features.recipes.unets import unet_of
+from sdconv.features.maps import CapturedMap, Maps
+from sdconv.features.targets import unet_of
 
-# the block and layer on the way up of Stable Diffusion 1 at which the paper begins
+# block and layer of Stable Diffusion 1's up path at which the paper begins
 _FIRST = (1, 1)
 
 
 def plug_and_play_places(target: Any) -> list[str]:
-    """The paper's places, to be captured from the source run: what the second ResNet block of the
-    second level on the way up gives, and queries and keys of the self-attentions from there on.
+    """The hook points of the paper, to be captured from the source run: the output of the second
+    ResNet block of the second level of the up path, and queries and keys of the self-attentions
+    from there on.
 
     Args:
         target: a U-Net, or a pipeline that has one.
@@ -38,40 +40,40 @@ def plug_and_play_places(target: Any) -> list[str]:
 
 
 def plug_and_play(target: Any, source: Maps) -> AbstractContextManager[None]:
-    """Puts the maps of a run that was captured in the place of another run's: everything that was
-    captured, in the calls in which it was. Injecting a run into itself changes nothing.
+    """Replace feature maps by those captured from a source run: everything that was captured, in
+    the same calls. Injecting a run into itself changes nothing.
 
-    The source has to be captured from the same kind of target, so that names and calls are the
-    same. Where its batch is half as large, as that of a run without guidance, both halves get it.
+    The source must be captured from the same kind of target, so that names and calls agree. If its
+    batch is half as large, as in a run without guidance, both halves get it.
 
     Args:
         target: a network or a pipeline.
-        source: what ``sdconv.capture`` brought back, of ``plug_and_play_places(target)`` or any
-            others; ``steps=`` there says in which calls they will be injected.
+        source: captured by ``sdconv.capture`` at ``plug_and_play_places(target)`` or any other hook
+            points; its ``steps=`` are the calls that are injected.
 
     Raises:
-        InputError: the target has no such places.
-        SdconvError: within the block, a call has another timestep than the source's, or a map
-            another shape.
+        InputError: the target does not have these hook points.
+        SdconvError: inside the block, a call has another timestep than the source's, or a feature
+            map has another shape.
     """
-    entries = {name: {entry.call: entry for entry in source.series(name)} for name in source}
+    captured = {name: {one.call: one for one in source.series(name)} for name in source}
 
     def inject(x: Tensor, context: Context) -> Tensor:
-        entry = entries[context.name].get(context.step)
-        return x if entry is None else _in_place_of(x, entry, context)
+        one = captured[context.name].get(context.step)
+        return x if one is None else _replacement(x, one, context)
 
-    return edit(target, dict.fromkeys(entries, inject))
+    return edit(target, dict.fromkeys(captured, inject))
 
 
-def _in_place_of(x: Tensor, entry: Entry, context: Context) -> Tensor:
-    if entry.timestep != context.timestep:
+def _replacement(x: Tensor, captured: CapturedMap, context: Context) -> Tensor:
+    if captured.timestep != context.timestep:
         raise SdconvError(
             "the source run was at another timestep in this call",
-            where=f"{entry.name}, call {entry.call}",
-            expected=f"timestep {entry.timestep}",
+            where=f"{captured.name}, call {captured.call}",
+            expected=f"timestep {captured.timestep}",
             got=context.timestep,
             hint="run both with the same scheduler and number of steps",
         )
-    kept = entry.tensor.to(x.device, x.dtype)
-    halves = 2 if context.of.guided and 2 * len(kept) == len(x) else 1
+    kept = captured.tensor.to(x.device, x.dtype)
+    halves = 2 if context.network_call.guided and 2 * len(kept) == len(x) else 1
     return kept.repeat(halves, *(1,) * (x.ndim - 1))

@@ -1,1 +1,1 @@
-"""Feature maps as a page and as figures: pictures, sprite sheets, the drawing of the network."""
+"""The page that shows feature maps: the drawing of the network, sprite sheets, statistics."""

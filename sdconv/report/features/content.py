@@ -1,4 +1,5 @@
-"""What the page holds of each map: statistics, thumbnails and pictures, within so many bytes."""
+"""The page's data about each feature map: statistics, thumbnails and images, within a byte
+budget."""
 
 from __future__ import annotations
 
@@ -11,123 +12,130 @@ import numpy as np
 from PIL import Image
 
 from sdconv.errors import InputError
-from sdconv.report.features.pictures import (
+from sdconv.features.rendering import (
     Pixels,
-    in_colour,
-    in_grey,
-    principal,
-    shrunk,
+    Values,
+    downscaled,
+    principal_components,
     statistics,
+    to_grey,
+    to_rgb,
 )
+from sdconv.report.features.feature_maps import FeatureMap, Snapshot
 from sdconv.report.features.sprites import Sheet, sheet_of
-from sdconv.report.features.views import FeatureMap, Shot, Values
 
 SIDES = (64, 48, 32, 24, 16, 8)
-"""Of thumbnails, in pixels: the first that fits."""
+"""Sides of thumbnails in pixels; the first that fits is used."""
 
 LARGE_SIDES = (256, 128, 64, 32)
-"""Of the pictures of a whole map."""
+"""Sides of the images of a whole feature map, likewise."""
 
 SMALL = 40
-"""Of the pictures in the drawing."""
+"""Side of the images in the drawing."""
 
 _LARGE_SHARE, _SMALL_SHARE = 0.1, 0.05  # of the bytes
-_PER_SHOT, _PER_CHANNEL, _FIXED = 1200, 22, 120_000  # bytes beside the pictures, at most
-_LEAST = 300  # bytes for the pictures of one map
+_PER_SNAPSHOT, _PER_CHANNEL, _FIXED = 1200, 22, 120_000  # bytes in addition to images, at most
+_LEAST = 300  # bytes for the images of one feature map
 _IN_BASE64 = 4 / 3
 
 Progress = Callable[[str, int, int], object]
 
 
 class Content:
-    """The pages' data blocks, made one by one, so that one map is in memory at a time.
+    """The page's data blocks, made one by one, so that only one feature map is in memory at a time.
 
-    Of the bytes that are left, each map may use its part by its number of pixels.
+    Each feature map gets a share of the remaining bytes in proportion to its pixels.
 
     Args:
         maps: in the page's order.
         limit: bytes of the whole page.
-        progress: called with a map's name, how many calls' maps are done, and how many there are.
+        progress: called with the name of a feature map, the number of snapshots done, and the
+            number in all.
 
     Raises:
-        InputError: so many that there is no room for pictures.
+        InputError: so many feature maps that there is no room for images.
     """
 
     def __init__(self, maps: Sequence[FeatureMap], limit: int, progress: Progress) -> None:
         self._maps, self._progress = maps, progress
-        shots = [shot for one in maps for shot in one.shots]
-        self.total = len(shots)
+        snapshots = [snapshot for one in maps for snapshot in one.snapshots]
+        self.total = len(snapshots)
         self.thumbnail: int | None = None
         self.facts: list[list[dict[str, Any]]] = [[] for _ in maps]
         self._small: list[list[Pixels]] = [[] for _ in maps]
-        self._weight = sum(map(_weight, shots))
-        numbers = sum(shot.shape[0] for shot in shots) * _PER_CHANNEL
-        room = (limit - _FIXED - self.total * _PER_SHOT - numbers) / _IN_BASE64
+        self._weight = sum(map(_weight, snapshots))
+        numbers = sum(snapshot.shape[0] for snapshot in snapshots) * _PER_CHANNEL
+        room = (limit - _FIXED - self.total * _PER_SNAPSHOT - numbers) / _IN_BASE64
         self._for_frames = room * _SMALL_SHARE
         self._left = room - self._for_frames
         if self._left < self.total * _LEAST:
             raise InputError(
-                "too many maps for one page",
-                where=f"{self.total} maps of {len(maps)} layers",
+                "too many feature maps for one page",
+                where=f"{self.total} feature maps of {len(maps)} layers",
                 expected=f"what fits into {limit / 1e6:.1f} MB",
                 hint="choose fewer layers (--layers) or calls (--keep)",
             )
 
-    def shots(self) -> Iterator[tuple[str, str]]:
-        """Names and texts of the blocks of single maps."""
+    def snapshots(self) -> Iterator[tuple[str, str]]:
+        """Names and texts of the data blocks of single snapshots."""
         done = 0
         for one, facts, small in zip(self._maps, self.facts, self._small, strict=True):
             directions: Values | None = None
-            for shot in one.shots:
+            for snapshot in one.snapshots:
                 self._progress(one.name, done, self.total)
-                name = f"shot-{done}"
-                text, told, picture, directions = self._shot(shot, directions)
-                facts.append({"id": name, **told})
-                small.append(picture)
+                name = f"snapshot-{done}"
+                text, known, image, directions = self._snapshot(snapshot, directions)
+                facts.append({"id": name, **known})
+                small.append(image)
                 yield name, text
                 done += 1
         self._progress("", done, self.total)
 
     def frames(self, shown: Sequence[int]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Names, texts and facts of the blocks of the drawing's pictures, one for each call.
+        """Names, texts and facts of the data blocks of the drawing's images, one for each call.
 
         Args:
-            shown: numbers of the maps, in the order of their pictures.
+            shown: numbers of the feature maps, in the order of their images.
         """
-        calls = list(dict.fromkeys((shot.step, shot.half) for m in self._maps for shot in m.shots))
+        calls = list(
+            dict.fromkeys((one.step, one.half) for maps in self._maps for one in maps.snapshots)
+        )
         for number, (step, half) in enumerate(calls):
             tiles = np.stack([self._small[at][self._nearest(at, step, half)] for at in shown])
             smaller = (tiles, tiles[:, ::2, ::2], tiles[:, ::4, ::4])
             sheet = sheet_of(smaller, int(self._for_frames / len(calls)))
             name = f"frame-{number}"
-            told = {"id": name, "step": step, "half": half, "columns": sheet.columns}
-            yield name, _base64(sheet.data), told
+            facts = {"id": name, "step": step, "half": half, "columns": sheet.columns}
+            yield name, _base64(sheet.data), facts
 
     def _nearest(self, at: int, step: int, half: str | None) -> int:
-        shots = self._maps[at].shots
-        apart = [(shot.half != half, abs(shot.step - step)) for shot in shots]
-        return apart.index(min(apart))
+        snapshots = self._maps[at].snapshots
+        distances = [(one.half != half, abs(one.step - step)) for one in snapshots]
+        return distances.index(min(distances))
 
-    def _shot(self, shot: Shot, like: Values | None) -> tuple[str, dict[str, Any], Pixels, Values]:
-        """Text of its block, what the index says of it, its small picture, its directions."""
-        maps = shot.read()
-        told = statistics(maps)
-        large = shrunk(maps, LARGE_SIDES[0])
-        components, directions, share = principal(large, like)
+    def _snapshot(
+        self, snapshot: Snapshot, like: Values | None
+    ) -> tuple[str, dict[str, Any], Pixels, Values]:
+        """The text of its data block, its entry in the index, its image in the drawing, and its
+        principal directions."""
+        maps = snapshot.read()
+        found = statistics(maps)
+        large = downscaled(maps, LARGE_SIDES[0])
+        components, directions, share = principal_components(large, like)
         planes = np.stack([large.mean(0), large.std(0)])
 
-        allowed = self._left * _weight(shot) / self._weight
-        colours = sheet_of(_in_colour(components), int(allowed * _LARGE_SHARE))
-        greys, bounds = _in_grey(planes, LARGE_SIDES, int(allowed * _LARGE_SHARE))
+        allowed = self._left * _weight(snapshot) / self._weight
+        colours = sheet_of(_rgb_sheets(components), int(allowed * _LARGE_SHARE))
+        greys, bounds = _grey_sheet(planes, LARGE_SIDES, int(allowed * _LARGE_SHARE))
         rest = int(allowed) - len(colours.data) - len(greys.data)
-        sheet, ranges = _in_grey(maps, SIDES, rest)
-        self._weight -= _weight(shot)
+        sheet, ranges = _grey_sheet(maps, SIDES, rest)
+        self._weight -= _weight(snapshot)
         self._left -= len(colours.data) + len(greys.data) + len(sheet.data)
         side = max(sheet.width, sheet.height)
-        if side < min(SIDES[0], max(shot.shape[1:])):
+        if side < min(SIDES[0], max(snapshot.shape[1:])):
             self.thumbnail = min(side, self.thumbnail or side)
 
-        numbers = np.stack([told.mean, told.variance, *ranges.T]).astype("<f4")
+        numbers = np.stack([found.mean, found.variance, *ranges.T]).astype("<f4")
         block = {
             "columns": sheet.columns,
             "width": sheet.width,
@@ -141,51 +149,51 @@ class Content:
             "numbers": _base64(numbers.tobytes()),
         }
         facts = {
-            "step": shot.step,
-            "timestep": shot.timestep,
-            "half": shot.half,
+            "step": snapshot.step,
+            "timestep": snapshot.timestep,
+            "half": snapshot.half,
             "channels": len(maps),
             "size": maps.shape[1:],
-            "low": _short(told.low),
-            "high": _short(told.high),
-            "counts": told.counts.tolist(),
-            "bad": told.not_finite,
+            "low": _short(found.low),
+            "high": _short(found.high),
+            "counts": found.counts.tolist(),
+            "notFinite": found.not_finite,
             "pca": _short(share),
             "planes": [[_short(value) for value in pair] for pair in bounds.tolist()],
         }
-        return json.dumps(block), facts, _square(in_colour(components)), directions
+        return json.dumps(block), facts, _square(to_rgb(components)), directions
 
 
-def _weight(shot: Shot) -> float:
-    """For how many bytes a shot's pictures count, beside the others'."""
-    channels, height, width = shot.shape
+def _weight(snapshot: Snapshot) -> float:
+    """The share of a snapshot's images in the budget, relative to the others'."""
+    channels, height, width = snapshot.shape
     factor = min(1.0, SIDES[0] / max(height, width))
     return channels * height * width * factor**2 + 2000
 
 
-def _in_colour(components: Values) -> Iterator[Pixels]:
+def _rgb_sheets(components: Values) -> Iterator[Pixels]:
     for side in dict.fromkeys(min(side, max(components.shape[1:])) for side in LARGE_SIDES):
-        yield in_colour(shrunk(components, side))[None]
+        yield to_rgb(downscaled(components, side))[None]
 
 
-def _in_grey(maps: Values, sides: Sequence[int], allowed: int) -> tuple[Sheet, Values]:
-    """A sheet of the maps, and what its black and white stand for in each."""
+def _grey_sheet(maps: Values, sides: Sequence[int], allowed: int) -> tuple[Sheet, Values]:
+    """A sheet of the channels, and the values of black and white in each."""
     taken: list[Values] = []
 
     def versions() -> Iterator[Pixels]:
         smaller = maps
         for side in dict.fromkeys(min(side, max(maps.shape[1:])) for side in sides):
-            smaller = shrunk(smaller, side)
-            tiles, ranges = in_grey(smaller)
+            smaller = downscaled(smaller, side)
+            tiles, ranges = to_grey(smaller)
             taken.append(ranges)
             yield tiles
 
     return sheet_of(versions(), allowed), taken[-1]
 
 
-def _square(picture: Pixels) -> Pixels:
-    """The middle of a picture ``(H, W, 3)`` at the size that it has in the drawing."""
-    image = Image.fromarray(picture)
+def _square(pixels: Pixels) -> Pixels:
+    """The centre of an image ``(H, W, 3)``, resized for the drawing."""
+    image = Image.fromarray(pixels)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

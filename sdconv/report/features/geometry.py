@@ -1,18 +1,18 @@
-"""The drawing in numbers: where boxes, lines and words stand on the page."""
+"""Coordinates of the drawing: boxes, lines and labels on the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from sdconv.report.features.drawing import Arm, Drawing
+from sdconv.report.features.drawing import Branch, Drawing
 
 SIDE = 0.8
-"""Of a box; its cell is 1 by 1."""
+"""Side of a box; its cell is 1 by 1."""
 
 GAP_BETWEEN_ROWS = 0.42
 PER_LINE = 0.13
-"""Of height for each line that passes over a row."""
+"""Height for each line that passes over a row."""
 
 KIND_WORDS: Mapping[str, str] = {
     "conv": "convolution",
@@ -23,41 +23,41 @@ KIND_WORDS: Mapping[str, str] = {
     "norm": "normalisation",
     "activation": "activation",
 }
-"""What the legend calls the kinds that it explains."""
+"""The legend's words for the kinds that it explains."""
 
 
 def geometry(drawing: Drawing, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """What the page draws, in units of a cell.
+    """The coordinates that the page draws, in units of a cell.
 
     Args:
-        drawing: which box is where.
-        sizes: rows and columns of what comes out of a block, as far as they are known.
+        drawing: the boxes on their grid.
+        sizes: rows and columns of the outputs of boxes, as far as they are known.
     """
     # lines that pass over a row need room above it
     over = [0] * drawing.rows
     for _, target, depth in drawing.skips:
-        row = drawing.places[target][1]
+        row = drawing.positions[target][1]
         over[row] = max(over[row], depth)
     tops, height = [], 0.0
     for row in range(drawing.rows):
         height += over[row] * PER_LINE + (GAP_BETWEEN_ROWS if row else 0.05)
         tops.append(height)
         height += SIDE
-    corners = {name: (column, tops[row]) for name, (column, row) in drawing.places.items()}
+    corners = {name: (column, tops[row]) for name, (column, row) in drawing.positions.items()}
     return {
         "columns": round(drawing.columns, 3),
         "height": round(height + 0.12, 3),
         "side": SIDE,
         "corners": corners,
-        "lines": [*_steps(drawing, corners), *_skips(drawing, corners)],
+        "lines": [*_edges(drawing, corners), *_skips(drawing, corners)],
         "levels": _levels(drawing, tops, sizes),
     }
 
 
-def _steps(drawing: Drawing, corners: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
-    """From each block to the next one."""
+def _edges(drawing: Drawing, corners: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Lines from each box to the next one."""
     lines = []
-    for source, target in drawing.steps:
+    for source, target in drawing.edges:
         (x1, y1), (x2, y2) = corners[source], corners[target]
         middle = y1 + SIDE / 2
         if y1 == y2:
@@ -75,7 +75,7 @@ def _steps(drawing: Drawing, corners: Mapping[str, tuple[float, float]]) -> list
 
 
 def _skips(drawing: Drawing, corners: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
-    """Across, over the row; outer ones higher, so that no two of them cross."""
+    """Lines above the row; outer ones are higher, so that no two cross."""
     lines = []
     for source, target, depth in drawing.skips:
         (x1, y1), (x2, y2) = corners[source], corners[target]
@@ -88,15 +88,15 @@ def _skips(drawing: Drawing, corners: Mapping[str, tuple[float, float]]) -> list
 def _levels(
     drawing: Drawing, tops: list[float], sizes: Mapping[str, tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """Rows and columns of each level's maps, where the drawing leaves most room."""
+    """Labels with the rows and columns of each level, where the row has most room."""
     found = []
     for row, top in enumerate(tops):
-        blocks = [block for block in drawing.path if drawing.places[block.name][1] == row]
-        # the last: a level's first block may still be of another size
-        known = [sizes[block.name] for block in blocks if block.name in sizes]
-        if not known or blocks[-1].arm in (Arm.base, Arm.aside):
+        boxes = [box for box in drawing.boxes if drawing.positions[box.name][1] == row]
+        # the last one decides: the first box of a level may still have another size
+        known = [sizes[box.name] for box in boxes if box.name in sizes]
+        if not known or boxes[-1].branch in (Branch.mid, Branch.detached):
             continue
-        columns = sorted(drawing.places[block.name][0] for block in blocks)
+        columns = sorted(drawing.positions[box.name][0] for box in boxes)
         edges = [-0.2, *(edge for c in columns for edge in (c, c + SIDE)), drawing.columns]
         rooms = list(zip(edges[::2], edges[1::2], strict=True))
         left, right = max(rooms, key=lambda room: room[1] - room[0])

@@ -1,4 +1,4 @@
-"""Many small pictures in one: sheets in WebP that keep within so many bytes."""
+"""Sprite sheets: many small images in one WebP, within a number of bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sdconv.report.features.pictures import Pixels
+from sdconv.features.rendering import Pixels
 
 LARGEST = 16383
-"""Pixels of either side of a WebP."""
+"""The largest side of a WebP in pixels."""
 
 EXACT = 32
-"""Tiles with no longer side than this are kept exactly: in so few pixels, losses show."""
+"""Tiles with sides up to this are encoded losslessly if they fit: in few pixels, losses show."""
 
 QUALITIES = (80, 60, 40, 25)
 
@@ -32,9 +32,9 @@ class Sheet:
     height: int
 
 
-def arranged(tiles: Pixels) -> tuple[Pixels, int]:
-    """``(N, h, w)`` or ``(N, h, w, 3)`` as one picture, about as high as wide, and its number of
-    columns; what is left over is black."""
+def tile_grid(tiles: Pixels) -> tuple[Pixels, int]:
+    """Tiles ``(N, h, w)`` or ``(N, h, w, 3)`` in one image that is about square, and its number of
+    columns; unused cells are black."""
     count, height, width = tiles.shape[:3]
     columns = max(1, min(count, round(math.sqrt(count * height / width)), LARGEST // width))
     rows = -(-count // columns)
@@ -45,20 +45,20 @@ def arranged(tiles: Pixels) -> tuple[Pixels, int]:
 
 
 def sheet_of(versions: Iterable[Pixels], allowed: int) -> Sheet:
-    """The first version of the tiles, in the best quality, that takes no more than ``allowed``
-    bytes; the last and coarsest if none does.
+    """The first version of the tiles, in the best quality, that fits into ``allowed`` bytes; the
+    last and coarsest if none does.
 
     Args:
-        versions: the same tiles, from large to small; made as they are asked for.
+        versions: the same tiles, from large to small; iterated only as far as needed.
         allowed: bytes.
     """
     found: Sheet | None = None
     for tiles in versions:
-        picture, columns = arranged(tiles)
+        image, columns = tile_grid(tiles)
         exact = max(tiles.shape[1:3]) <= EXACT
         for quality in (None, *QUALITIES) if exact else QUALITIES:
             found = Sheet(
-                data=webp(picture, quality),
+                data=webp(image, quality),
                 count=len(tiles),
                 columns=columns,
                 width=tiles.shape[2],
@@ -70,9 +70,9 @@ def sheet_of(versions: Iterable[Pixels], allowed: int) -> Sheet:
     return found
 
 
-def webp(picture: Pixels, quality: int | None) -> bytes:
-    """A picture ``(H, W)`` or ``(H, W, 3)`` in WebP, exactly if ``quality`` is None."""
+def webp(image: Pixels, quality: int | None) -> bytes:
+    """An image ``(H, W)`` or ``(H, W, 3)`` as WebP, lossless if ``quality`` is None."""
     file = io.BytesIO()
     options = {"lossless": True, "quality": 30} if quality is None else {"quality": quality}
-    Image.fromarray(picture).convert("RGB").save(file, "WEBP", method=2, **options)
+    Image.fromarray(image).convert("RGB").save(file, "WEBP", method=2, **options)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""The page itself: one file with the maps' pictures, its style and its script."""
+"""Write the page: one file with its images, its style and its script."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError
 from sdconv.report.features.content import Content, Progress
 from sdconv.report.features.drawing import Drawing
+from sdconv.report.features.feature_maps import FeatureMap
 from sdconv.report.features.geometry import KIND_WORDS, geometry
-from sdconv.report.features.views import FeatureMap
 
 LIMIT = 30_000_000
-"""Bytes of a page, which it keeps within by making thumbnails coarser."""
+"""Bytes of a page; thumbnails are made coarser to stay below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What was written: ``maps`` places in ``shots`` calls all in all. ``thumbnail``: the longer
-    side of the smallest thumbnails that had to be made coarser, None if none had."""
+    """The page that was written.
+
+    Attributes:
+        path, bytes: the file and its size.
+        maps: number of hook points.
+        snapshots: number of feature maps, counting each call.
+        thumbnail: the longer side in pixels of the coarsest thumbnails; None if all are in full
+            size.
+    """
 
     path: Path
     bytes: int
     maps: int
-    shots: int
+    snapshots: int
     thumbnail: int | None
 
 
@@ -44,47 +51,48 @@ def write_page(
     title: str,
     facts: Mapping[str, str],
     sizes: Mapping[str, tuple[int, int]] | None = None,
-    picture: Image.Image | None = None,
+    image: Image.Image | None = None,
     limit: int = LIMIT,
     progress: Progress = lambda name, done, total: None,
 ) -> Page:
-    """Writes the page, whole or not at all. Maps are read one by one.
+    """Write the page, completely or not at all. Feature maps are read one by one.
 
     Args:
         path: the file.
-        maps: of which each belongs to a block of ``drawing``.
-        drawing: the whole network's, also what was not captured.
-        title: the network, and what passed through it.
-        facts: shown under the title, label -> words.
-        sizes: rows and columns of what comes out of a block.
-        picture: what went in.
-        limit: bytes that it may have.
-        progress: called with a map's name, how many calls' maps are done, and how many there are.
+        maps: each belongs to a box of ``drawing``.
+        drawing: of the whole network, also of what was not captured.
+        title: the network, and its weights.
+        facts: shown under the title, label -> text.
+        sizes: rows and columns of the outputs of boxes.
+        image: the network's input.
+        limit: the largest size in bytes.
+        progress: called with the name of a feature map, the number of snapshots done, and the
+            number in all.
 
     Raises:
-        InputError: no map, or too many for one page.
+        InputError: no feature maps, or too many for one page.
         CheckpointError: the file cannot be written.
     """
     if not maps:
-        raise InputError("no map to show", where=path, hint="capture some")
+        raise InputError("there is no feature map to show", where=path, hint="capture some")
     content = Content(maps, limit, progress)
     head, rest = _template().split("<!--data-->")
 
     def write(part: Path) -> None:
         with part.open("w", encoding="utf-8") as file:
             file.write(head)
-            for name, text in content.shots():
+            for name, text in content.snapshots():
                 file.write(_block(name, text))
             index = _drawn(drawing, maps, sizes or {})
             frames = []
-            for name, text, told in content.frames(index.pop("shown")):
+            for name, text, facts_ in content.frames(index.pop("shown")):
                 file.write(_block(name, text))
-                frames.append(told)
-            for listed, shots in zip(index["maps"], content.facts, strict=True):
-                listed["shots"] = shots
-            shown = None if picture is None else _picture(picture)
+                frames.append(facts_)
+            for listed, snapshots in zip(index["maps"], content.facts, strict=True):
+                listed["snapshots"] = snapshots
+            small = None if image is None else _data_url(image)
             index |= {"title": title, "facts": list(facts.items()), "frames": frames}
-            file.write(_block("index", json.dumps({**index, "picture": shown})))
+            file.write(_block("index", json.dumps({**index, "image": small})))
             file.write(rest)
 
     write_whole(path, write)
@@ -92,13 +100,13 @@ def write_page(
         path=path,
         bytes=path.stat().st_size,
         maps=len(maps),
-        shots=content.total,
+        snapshots=content.total,
         thumbnail=content.thumbnail,
     )
 
 
 def _template() -> str:
-    """The page with its style and script in it."""
+    """The page with its style and script inserted."""
     folder = files("sdconv.report.features") / "page"
     page, style, decode, script = (
         (folder / name).read_text(encoding="utf-8")
@@ -108,8 +116,8 @@ def _template() -> str:
 
 
 def _block(name: str, text: str) -> str:
-    """Data that the page reads when it needs it; JSON or base64."""
-    # no name in a checkpoint may end the block
+    """A data block, which the page decodes when it needs it; JSON or base64."""
+    # no name in a checkpoint may close the script element
     text = text.replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>\n'
 
@@ -117,25 +125,25 @@ def _block(name: str, text: str) -> str:
 def _drawn(
     drawing: Drawing, maps: Sequence[FeatureMap], sizes: Mapping[str, tuple[int, int]]
 ) -> dict[str, Any]:
-    """Blocks, maps and lines as the page's index has them."""
+    """Boxes, feature maps and lines for the page's index."""
     placed = geometry(drawing, sizes)
     corners = placed.pop("corners")
-    numbers = {block.name: at for at, block in enumerate(drawing.path)}
+    numbers = {box.name: at for at, box in enumerate(drawing.boxes)}
     inside: dict[str, list[int]] = {name: [] for name in numbers}
     for at, one in enumerate(maps):
-        inside[one.block].append(at)
-    blocks, shown = [], list[int]()
-    for block in drawing.path:
-        own = inside[block.name]
-        whole = [at for at in own if maps[at].name == block.name]
+        inside[one.box].append(at)
+    boxes, shown = [], list[int]()
+    for box in drawing.boxes:
+        own = inside[box.name]
+        whole = [at for at in own if maps[at].name == box.name]
         main = next(iter(whole or own[-1:]), None)
-        blocks.append(
+        boxes.append(
             {
-                "name": block.name,
-                "kind": block.kind,
-                "words": KIND_WORDS.get(block.kind, block.kind),
-                "x": round(corners[block.name][0], 3),
-                "y": round(corners[block.name][1], 3),
+                "name": box.name,
+                "kind": box.kind,
+                "words": KIND_WORDS.get(box.kind, box.kind),
+                "x": round(corners[box.name][0], 3),
+                "y": round(corners[box.name][1], 3),
                 "maps": own,
                 "main": main,
                 "tile": None if main is None else len(shown),
@@ -145,16 +153,16 @@ def _drawn(
             shown.append(main)
     for line in placed["lines"]:
         line["ends"] = [numbers[name] for name in line["ends"]]
-    kinds = dict.fromkeys(block.kind for block in drawing.path if block.kind in KIND_WORDS)
+    kinds = dict.fromkeys(box.kind for box in drawing.boxes if box.kind in KIND_WORDS)
     return {
         "drawing": {**placed, "kinds": [[kind, KIND_WORDS[kind]] for kind in kinds]},
-        "blocks": blocks,
+        "blocks": boxes,
         "tiles": len(shown),
         "shown": shown,
         "maps": [
             {
                 "name": one.name,
-                "block": numbers[one.block],
+                "block": numbers[one.box],
                 "label": one.label,
                 "facts": list(one.facts.items()),
             }
@@ -163,8 +171,8 @@ def _drawn(
     }
 
 
-def _picture(image: Image.Image) -> str:
-    """A small copy as a page has pictures in it."""
+def _data_url(image: Image.Image) -> str:
+    """A small copy of an image as a data URL."""
     small = image.convert("RGB")
     small.thumbnail((192, 192))
     file = BytesIO()

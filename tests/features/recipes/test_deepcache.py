@@ -1,4 +1,4 @@
-"""Deep features between full steps: the same as put in by hand, and not computed."""
+"""The deep part between full steps: as if replaced by hand, and not computed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 import sdconv
 from sdconv.features import Maps, recipes
-from sdconv.features.places import places
+from sdconv.features.hook_points import hook_points
 
 FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
 @pytest.mark.parametrize("name", ["text", "xl", "controlnet"])
-def test_every_step_is_the_plain_run(kind: str, name: str) -> None:
+def test_interval_1_is_the_plain_run(kind: str, name: str) -> None:
     pipe = kinds.pipeline(kind, name)
     plain = pipelines.run(pipe, name)
     with recipes.deepcache(pipe, 1):
         assert pipelines.run(pipe, name) == plain
     with recipes.deepcache(pipe, 3):
         first = pipelines.run(pipe, name)
-        assert pipelines.run(pipe, name) == first  # nothing comes from the run before
+        assert pipelines.run(pipe, name) == first  # nothing is left from the previous run
     assert torch.equal(first.latents[0], plain.latents[0])
     assert not torch.equal(first.latents[1], plain.latents[1])
     assert kinds.untouched(pipe.unet)
@@ -39,11 +39,11 @@ def test_every_step_is_the_plain_run(kind: str, name: str) -> None:
         *product(("SD1", "SDXL"), kinds.KINDS),
         ("uneven layers", "diffusers"),
         ("uneven layers", "sdconv"),
-        ("KOALA 700M", "diffusers"),  # without a middle
+        ("KOALA 700M", "diffusers"),  # without a mid block
     ],
 )
 @torch.no_grad()
-def test_between_full_steps_it_is_as_with_the_deep_map_put_in_by_hand(
+def test_between_full_steps_it_equals_replacing_the_deep_feature_map_by_hand(
     family: str, kind: str
 ) -> None:
     config = unets.small(family) if "uneven" in family else unets.smallest(family)
@@ -51,7 +51,7 @@ def test_between_full_steps_it_is_as_with_the_deep_map_put_in_by_hand(
     sample, _, *rest = unets.inputs(network.config, size=(8, 8))
     calls = [(sample / (1 + number), 900 - number, *rest) for number in range(4)]
     plain = [network(*given)[0] for given in calls]
-    readers = [place for place in places(network) if place.endswith(":hidden")]
+    readers = [name for name in hook_points(network) if name.endswith(":hidden")]
     innermost = len(readers) - 1 - (network.mid_block is None)
     for branch in (0, innermost):
         with recipes.deepcache(network, 3, branch=branch):
@@ -64,7 +64,8 @@ def test_between_full_steps_it_is_as_with_the_deep_map_put_in_by_hand(
 
 
 def by_hand(network: Any, calls: list[Any], reader: str) -> list[Tensor]:
-    """Everything is computed; two calls out of three read the deep map of the first one."""
+    """Compute everything, and replace the deep feature map by the first call's in two calls of
+    three."""
     results, kept = [], Maps({}, pipeline=False)
     for number, given in enumerate(calls):
         with ExitStack() as stack:
@@ -93,8 +94,8 @@ def test_the_deep_part_is_not_computed() -> None:
         counts[branch] = len(computed)
     assert computed.count("mid_block.resnets.0.conv1") == 0
     network(*capturing.at(1))
-    # convolutions of the first layer and the last: 2 of conv_in and conv_out, then 3 of a
-    # ResNet block on the way up and 2 of its transformer
+    # conv_in and conv_out, and the last layer of the up path: 3 convolutions of its ResNet block
+    # and 2 of its transformer
     assert counts[0] == 2 + 3 + 2
     assert all(a < b for a, b in pairwise([*counts.values(), len(computed)]))
 
@@ -158,10 +159,10 @@ def test_together_with_other_edits() -> None:
         ("SD1", {"interval": 0}, "interval: .*(.|\n)*got: 0"),
         ("SD1", {"interval": 2.5}, "interval: "),
         ("SD1", {"interval": 2, "branch": 8}, "branch: .*(.|\n)*0 to 7(.|\n)*got: 8"),
-        ("KOALA 700M", {"interval": 2, "branch": 5}, "nothing lies inside"),
+        ("KOALA 700M", {"interval": 2, "branch": 5}, "nothing inside"),
     ],
 )
-def test_what_is_refused(family: str, given: dict[str, Any], words: str) -> None:
+def test_invalid_arguments_are_refused(family: str, given: dict[str, Any], words: str) -> None:
     network = unets.theirs(unets.smallest(family))
     with pytest.raises(sdconv.InputError, match=words), recipes.deepcache(network, **given):
         pass

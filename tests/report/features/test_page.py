@@ -1,4 +1,4 @@
-"""The page as a file: whole, by itself, within its size."""
+"""The page as a file: complete, self-contained, within its size limit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.made import CHANNELS, DRAWING, PICTURE, maps_of, page, values
+from helpers.made import CHANNELS, DRAWING, IMAGE, maps_of, page, values
 from PIL import Image
 
 from sdconv.errors import CheckpointError, InputError
-from sdconv.report.features.drawing import Arm, Block, drawn
-from sdconv.report.features.views import FeatureMap, Shot
+from sdconv.report.features.drawing import Box, Branch, lay_out
+from sdconv.report.features.feature_maps import FeatureMap, Snapshot
 
 
 def block(text: str, name: str) -> Any:
-    """What a data block holds."""
+    """The content of a data block."""
     found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text)
     assert found, name
     return json.loads(found[1])
@@ -33,18 +33,19 @@ def decoded(text: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    page(path, maps_of(), picture=PICTURE)
+    page(path, maps_of(), image=IMAGE)
     return path
 
 
-def test_it_says_what_it_wrote(tmp_path: Path) -> None:
-    told = page(tmp_path / "a.html", maps_of())
-    assert (told.maps, told.shots, told.thumbnail) == (len(CHANNELS), 8 * len(CHANNELS), None)
-    assert told.bytes == (tmp_path / "a.html").stat().st_size
+def test_the_result_describes_the_page(tmp_path: Path) -> None:
+    written = page(tmp_path / "a.html", maps_of())
+    assert (written.maps, written.snapshots) == (len(CHANNELS), 8 * len(CHANNELS))
+    assert written.thumbnail is None
+    assert written.bytes == (tmp_path / "a.html").stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
 
 
-def test_it_names_nothing_outside_itself(written: Path) -> None:
+def test_it_refers_to_nothing_outside_itself(written: Path) -> None:
     text = written.read_text("utf-8")
     addresses = set(re.findall(r"\w+://[^\s\"'`<>)]+", text))
     assert addresses <= {"http://www.w3.org/2000/svg"}
@@ -52,13 +53,13 @@ def test_it_names_nothing_outside_itself(written: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_its_thumbnails_are_the_maps(written: Path) -> None:
+def test_thumbnails_and_numbers_match_the_feature_maps(written: Path) -> None:
     text = written.read_text("utf-8")
     index = block(text, "index")
     at = [listed["name"] for listed in index["maps"]].index("down.0")
-    shot = index["maps"][at]["shots"][5]
-    assert (shot["step"], shot["timestep"], shot["half"]) == (2, 301, "unconditional")
-    data = block(text, shot["id"])
+    snapshot = index["maps"][at]["snapshots"][5]
+    assert (snapshot["step"], snapshot["timestep"], snapshot["half"]) == (2, 301, "unconditional")
+    data = block(text, snapshot["id"])
     mean, variance, low, high = np.frombuffer(b64decode(data["numbers"]), "<f4").reshape(4, -1)
     maps = values("down.0", 2, "unconditional")
     assert mean == pytest.approx(maps.mean((1, 2)), rel=1e-4)
@@ -69,27 +70,27 @@ def test_its_thumbnails_are_the_maps(written: Path) -> None:
     assert np.abs(back - maps[7].clip(low[7], high[7])).max() <= (high[7] - low[7]) / 250
 
 
-def test_names_cannot_end_its_script(tmp_path: Path) -> None:
+def test_names_cannot_close_the_script_element(tmp_path: Path) -> None:
     name = "x</script><script>alert(1)</script>"
     one = FeatureMap(
         name=name,
-        block=name,
-        shots=[Shot(read=lambda: np.ones((2, 4, 4), np.float32), shape=(2, 4, 4))],
+        box=name,
+        snapshots=[Snapshot(read=lambda: np.ones((2, 4, 4), np.float32), shape=(2, 4, 4))],
         facts={"<b>": "<i>"},
     )
-    drawing = drawn([Block(name=name, kind="conv", arm=Arm.base, level=0)])
+    drawing = lay_out([Box(name=name, kind="conv", branch=Branch.mid, level=0)])
     page(tmp_path / "a.html", [one], drawing, title="<!--")
     text = (tmp_path / "a.html").read_text("utf-8")
     assert "alert(1)</script>" not in text
     assert block(text, "index")["maps"][0]["name"] == name
 
 
-def test_it_keeps_within_its_size(tmp_path: Path) -> None:
+def test_it_stays_within_the_size_limit(tmp_path: Path) -> None:
     def noise() -> np.ndarray:
         return np.random.default_rng(0).standard_normal((300, 64, 64)).astype(np.float32)
 
     maps = [
-        FeatureMap(name=name, block=name, shots=[Shot(read=noise, shape=(300, 64, 64))])
+        FeatureMap(name=name, box=name, snapshots=[Snapshot(read=noise, shape=(300, 64, 64))])
         for name in ("conv_in", "down.0", "mid")
     ]
     free = page(tmp_path / "free.html", maps)
@@ -97,28 +98,29 @@ def test_it_keeps_within_its_size(tmp_path: Path) -> None:
     tight = page(tmp_path / "tight.html", maps, limit=700_000)
     assert tight.bytes <= 700_000 < free.bytes
     assert tight.thumbnail is not None and tight.thumbnail < 64
-    with pytest.raises(InputError, match="too many maps for one page"):
+    with pytest.raises(InputError, match="too many feature maps for one page"):
         page(tmp_path / "none.html", maps, limit=130_000)
     assert not (tmp_path / "none.html").exists()
 
 
-def test_not_finite_values_are_told(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     def broken() -> np.ndarray:
         maps = np.ones((3, 4, 4), np.float32)
         maps[1, 0, :2] = np.nan, np.inf
         return maps
 
-    maps = [FeatureMap(name="mid", block="mid", shots=[Shot(read=broken, shape=(3, 4, 4))])]
-    page(tmp_path / "a.html", maps)
-    assert block((tmp_path / "a.html").read_text(), "index")["maps"][0]["shots"][0]["bad"] == 2
+    snapshot = Snapshot(read=broken, shape=(3, 4, 4))
+    page(tmp_path / "a.html", [FeatureMap(name="mid", box="mid", snapshots=[snapshot])])
+    (listed,) = block((tmp_path / "a.html").read_text(), "index")["maps"]
+    assert listed["snapshots"][0]["notFinite"] == 2
 
 
-def test_no_map_makes_no_page(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no map"):
+def test_a_page_without_feature_maps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no feature map"):
         page(tmp_path / "a.html", [])
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
         page(tmp_path / "file" / "a.html", maps_of(steps=False))
@@ -126,15 +128,15 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     def failing() -> np.ndarray:
         raise OSError(28, "No space left on device")
 
-    shot = Shot(read=failing, shape=(1, 2, 2))
+    maps = [FeatureMap(name="mid", box="mid", snapshots=[Snapshot(read=failing, shape=(1, 2, 2))])]
     with pytest.raises(CheckpointError, match="No space left"):
-        page(tmp_path / "b.html", [FeatureMap(name="mid", block="mid", shots=[shot])], DRAWING)
+        page(tmp_path / "b.html", maps, DRAWING)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+def test_progress_is_reported(tmp_path: Path) -> None:
+    reported: list[tuple[str, int, int]] = []
     maps = maps_of(steps=False)
-    page(tmp_path / "a.html", maps, progress=lambda *now: told.append(now))
-    assert [name for name, _, _ in told[:-1]] == [one.name for one in maps]
-    assert told[-1][1:] == (len(maps), len(maps))
+    page(tmp_path / "a.html", maps, progress=lambda *now: reported.append(now))
+    assert [name for name, _, _ in reported[:-1]] == [one.name for one in maps]
+    assert reported[-1][1:] == (len(maps), len(maps))

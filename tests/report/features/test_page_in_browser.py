@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.made import CHANNELS, PICTURE, TIMESTEPS, maps_of, page
+from helpers.made import CHANNELS, IMAGE, TIMESTEPS, maps_of, page
 
 pytestmark = pytest.mark.browser
 
@@ -33,43 +33,43 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    page(path, maps_of(), picture=PICTURE)
+    page(path, maps_of(), image=IMAGE)
     return path
 
 
 class Tab:
-    """The page in a tab; whatever it complained of or asked the network for."""
+    """The page in a tab, with its console messages and its requests."""
 
     def __init__(self, browser: Any, path: Path, fragment: str = "", **options: Any) -> None:
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
+        self.messages: list[str] = []
+        self.requests: list[str] = []
         self.context = browser.new_context(
             **{"viewport": {"width": 1400, "height": 900}, **options}
         )
         self.context.set_default_timeout(60_000)
         self.page = self.context.new_page()
-        self.page.on("console", lambda said: self.complaints.append(said.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda said: self.messages.append(said.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri() + fragment)
         self.wait("document.documentElement.dataset.shown")
 
     def wait(self, condition: str) -> None:
-        """Until this holds; asked from outside, as the page itself forbids ``eval``."""
+        """Wait until a condition holds; it is polled, because the page forbids ``eval``."""
         end = time.monotonic() + 60
         while not self.page.evaluate(condition):
             assert time.monotonic() < end, condition
             self.page.wait_for_timeout(20)
 
     def shows(self, name: str, step: int = 0, sort: str = "number") -> None:
-        """Waits until this is in view."""
+        """Wait until this feature map is in view."""
         self.wait(f"document.documentElement.dataset.shown === '{name} {step} {sort}'")
 
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
 
     def address(self, part: str) -> None:
-        """Waits until the address holds this."""
+        """Wait until the address contains ``part``."""
         self.wait(f"location.hash.includes({part!r})")
 
     def channels(self) -> list[int]:
@@ -85,26 +85,26 @@ class Tab:
 def tab(browser: Any, report: Path) -> Iterator[Tab]:
     opened = Tab(browser, report)
     yield opened
-    assert opened.complaints == []
-    assert {re.match(r"\w+:", url)[0] for url in opened.asked} <= {"file:", "blob:", "data:"}  # type: ignore[index]
+    assert opened.messages == []
+    assert {re.match(r"\w+:", url)[0] for url in opened.requests} <= {"file:", "blob:", "data:"}  # type: ignore[index]
     opened.context.close()
 
 
-def test_it_opens_on_the_first_map(tab: Tab) -> None:
+def test_it_opens_on_the_first_feature_map(tab: Tab) -> None:
     tab.shows("conv_in")
     assert tab.text("#name") == "conv_in"
     assert tab.page.title() == "conv_in \u00b7 A network"
     assert "4 \u00d7 16 \u00d7 16" in tab.text("#about-map")
     assert tab.page.locator(".tile").count() == 4
-    assert tab.page.locator("#picture").is_visible()
+    assert tab.page.locator("#image").is_visible()
     for name in ("pca", "mean", "std", "one"):
         assert tab.page.evaluate(f"document.getElementById('{name}').width") == 16
     assert tab.page.locator("#histogram rect").count() == 64
 
 
-def test_the_drawing_stays_in_view_down_to_the_end(browser: Any, report: Path) -> None:
+def test_the_drawing_stays_in_view_while_scrolling(browser: Any, report: Path) -> None:
     opened = Tab(browser, report, viewport={"width": 1400, "height": 800})
-    for part in ("#grid", ".list"):  # as of many channels and many maps
+    for part in ("#grid", ".list"):  # as with many channels and many feature maps
         opened.page.evaluate(f"document.querySelector('{part}').style.minHeight = '3000px'")
     opened.page.evaluate("window.scrollTo(0, 9999)")
     bar, about = (
@@ -115,17 +115,17 @@ def test_the_drawing_stays_in_view_down_to_the_end(browser: Any, report: Path) -
     opened.context.close()
 
 
-def test_a_complaint_of_the_page_is_noticed(browser: Any, tmp_path: Path) -> None:
+def test_errors_and_requests_of_a_page_are_noticed(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.html").write_text(
         "<html data-shown=1><script>nothing()</script><img src='http://localhost:9/x.png'>"
     )
     opened = Tab(browser, tmp_path / "bad.html")
-    assert any("nothing is not defined" in words for words in opened.complaints)
-    assert any(url.startswith("http:") for url in opened.asked)
+    assert any("nothing is not defined" in words for words in opened.messages)
+    assert any(url.startswith("http:") for url in opened.requests)
     opened.context.close()
 
 
-def test_a_click_on_a_block_shows_its_maps(tab: Tab) -> None:
+def test_a_click_on_a_block_shows_its_feature_maps(tab: Tab) -> None:
     tab.page.click('[data-block="down.1"]')
     tab.shows("down.1")
     assert tab.page.locator(".tile").count() == 48
@@ -186,7 +186,7 @@ def test_channels_sort_by_variance(tab: Tab) -> None:
 def test_search_finds_and_opens(tab: Tab) -> None:
     tab.page.keyboard.press("/")
     tab.page.keyboard.type("resnet up")
-    tab.wait("document.getElementById('found').innerText === '1 of 6 maps'")
+    tab.wait("document.getElementById('found').innerText === '1 of 6 feature maps'")
     assert tab.page.locator("#list a:visible").all_inner_texts()[0].startswith("up.1")
     assert "dim" in tab.page.get_attribute('[data-block="mid"]', "class")
     tab.page.keyboard.press("Enter")
@@ -195,7 +195,7 @@ def test_search_finds_and_opens(tab: Tab) -> None:
     tab.wait("document.getElementById('found').innerText === '6 maps'")
     tab.page.keyboard.press("/")
     tab.page.keyboard.type("d*0:sil")
-    tab.wait("document.getElementById('found').innerText === '1 of 6 maps'")
+    tab.wait("document.getElementById('found').innerText === '1 of 6 feature maps'")
     tab.page.keyboard.type("((")
     tab.wait("document.getElementById('found').innerText === '0 of 6 maps'")
 
@@ -233,7 +233,7 @@ def test_it_is_used_by_keys(tab: Tab) -> None:
     press("t")
     assert tab.page.get_attribute("html", "data-theme") == "dark"
     press("c")
-    tab.address("shades=grey")
+    tab.address("colormap=grey")
     press("p")
     tab.wait("document.getElementById('play').ariaPressed === 'true'")
     tab.shows(NAMES[0], 1, "variance")
@@ -267,18 +267,18 @@ def test_an_address_is_a_view(browser: Any, report: Path) -> None:
     assert opened.page.get_attribute("[data-choice=unconditional]", "aria-pressed") == "true"
     opened.page.goto(report.as_uri() + "#map=nothing&step=x&sort=odd&channel=99999")
     opened.shows("conv_in")
-    assert opened.complaints == []
+    assert opened.messages == []
     opened.context.close()
 
 
-def test_thousands_of_channels_are_there_at_once(tab: Tab) -> None:
+def test_thousands_of_channels_are_shown_at_once(tab: Tab) -> None:
     tab.page.click('[data-block="mid"]')
     tab.shows("mid")
     assert tab.page.locator(".tile").count() == 2560
     assert tab.page.evaluate(
         "getComputedStyle(document.querySelector('.tile')).backgroundImage"
     ).startswith('url("blob:')
-    # two orders and back: what a person would wait for
+    # three sorts: what a person would wait for
     took = tab.page.evaluate(
         """async () => {
             const start = performance.now();
@@ -305,11 +305,11 @@ def test_it_fits_and_can_be_read(browser: Any, report: Path, scheme: str, width:
             one.offsetWidth, one.offsetHeight]).filter(([, w, h]) => Math.min(w, h) < 24)""",
     )
     assert small == []
-    assert opened.complaints == []
+    assert opened.messages == []
     opened.context.close()
 
 
-def test_everything_that_can_be_used_has_a_name(tab: Tab) -> None:
+def test_every_control_has_an_accessible_name(tab: Tab) -> None:
     nameless = tab.page.eval_on_selector_all(
         "button, input, a, canvas, img",
         """all => all.filter(one => one.offsetParent && !(one.ariaLabel || one.innerText || one.alt
@@ -325,5 +325,5 @@ def test_a_single_call_has_no_slider(browser: Any, tmp_path: Path) -> None:
     opened.page.keyboard.press("]")
     opened.page.keyboard.press("h")
     opened.shows("conv_in")
-    assert opened.complaints == []
+    assert opened.messages == []
     opened.context.close()

@@ -1,11 +1,11 @@
-// What lies in the page's data blocks, decoded when it is asked for.
+// Decodes the page's data blocks when they are needed.
 "use strict";
 
 const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const webpOf = (text) => new Blob([bytesOf(text)], { type: "image/webp" });
 const floatsOf = (text) => new Float32Array(bytesOf(text).buffer);
 
-/** Grey values of a picture, row by row. */
+/** Grey values of an image, row by row. */
 async function greyOf(text) {
   const bitmap = await createImageBitmap(webpOf(text), { colorSpaceConversion: "none" });
   const canvas = document.createElement("canvas");
@@ -27,14 +27,14 @@ const VIRIDIS = [
 ];
 const table = (colour) => Array.from({ length: 256 }, (_, grey) => colour(grey / 255));
 const polynomial = (factors, x) => factors.reduceRight((sum, factor) => sum * x + factor, 0);
-const SHADES = {
+const COLORMAPS = {
   grey: table((x) => [x, x, x].map((part) => Math.round(255 * part))),
   viridis: table((x) =>
     VIRIDIS.map((part) => Math.round(255 * Math.min(1, Math.max(0, polynomial(part, x)))))),
 };
 
-/** A picture with 256 shades as a file that a style can name: only its head knows the shades. */
-function bitmapUrl({ values, width, height }, shades) {
+/** An 8-bit bitmap as a URL for a stylesheet: the colormap is the palette in its header. */
+function bitmapUrl({ values, width, height }, colormap) {
   const row = (width + 3) & ~3;
   const head = new DataView(new ArrayBuffer(54 + 1024));
   head.setUint16(0, 0x424d);
@@ -47,7 +47,7 @@ function bitmapUrl({ values, width, height }, shades) {
   head.setUint16(28, 8, true);
   head.setUint32(34, row * height, true);
   head.setUint32(46, 256, true);
-  shades.forEach(([red, green, blue], at) =>
+  colormap.forEach(([red, green, blue], at) =>
     [blue, green, red].forEach((part, i) => head.setUint8(54 + 4 * at + i, part)));
   let pixels = values;
   if (row !== width) {
@@ -60,9 +60,9 @@ function bitmapUrl({ values, width, height }, shades) {
 }
 
 /** One tile of a sheet of grey tiles. */
-function tileOf(sheet, columns, width, height, place) {
-  const left = (place % columns) * width;
-  const top = Math.floor(place / columns) * height;
+function tileOf(sheet, columns, width, height, at) {
+  const left = (at % columns) * width;
+  const top = Math.floor(at / columns) * height;
   const values = new Uint8Array(width * height);
   for (let y = 0; y < height; y++) {
     const start = (top + y) * sheet.width + left;
@@ -71,17 +71,17 @@ function tileOf(sheet, columns, width, height, place) {
   return { values, width, height };
 }
 
-/** A tile in its shades, on a canvas. */
-function paint(canvas, tile, shades) {
+/** Draws a tile with a colormap on a canvas. */
+function paint(canvas, tile, colormap) {
   canvas.width = tile.width;
   canvas.height = tile.height;
-  const picture = new ImageData(tile.width, tile.height);
-  tile.values.forEach((grey, i) => picture.data.set([...shades[grey], 255], 4 * i));
-  canvas.getContext("2d").putImageData(picture, 0, 0);
+  const image = new ImageData(tile.width, tile.height);
+  tile.values.forEach((grey, i) => image.data.set([...colormap[grey], 255], 4 * i));
+  canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-/** Keeps the last few of what `make` makes, and lets the others go. */
-function remembering(size, make, release = () => {}) {
+/** Caches the last few results of `make`, and releases the others. */
+function cached(size, make, release = () => {}) {
   const kept = new Map();
   return (key) => {
     const value = kept.get(key) ?? make(key);
@@ -98,8 +98,8 @@ function remembering(size, make, release = () => {}) {
 
 const stored = (id) => document.getElementById(id).textContent;
 
-/** The data of one shot: sheets decoded, and each channel's numbers. */
-const shotData = remembering(16, async (id) => {
+/** The data of one snapshot: sheets decoded, and each channel's numbers. */
+const snapshotData = cached(16, async (id) => {
   const raw = JSON.parse(stored(id));
   const [sheet, planes, pca] = await Promise.all([
     greyOf(raw.sheet), greyOf(raw.planes), createImageBitmap(webpOf(raw.pca)),

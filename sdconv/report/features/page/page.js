@@ -1,4 +1,4 @@
-// The page: what is shown is in `state`, and `state` is in the address.
+// The page: everything shown follows from `state`, which is kept in the address.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -14,11 +14,11 @@ const ICONS = {
 };
 const START = {
   map: 0, step: null, half: null, sort: "number",
-  size: "medium", shades: "viridis", channel: null, search: "",
+  size: "medium", colormap: "viridis", channel: null, search: "",
 };
 const state = { ...START };
-let order = []; // the channels, as sorted
-let shown = null; // the data of the shot in view
+let order = []; // the sorted channels
+let shown = null; // the data of the snapshot in view
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -48,7 +48,7 @@ function address() {
     if (name === "map") parts.set("map", maps[value].name);
     else if (value !== START[name] && value !== null) parts.set(name, value);
   }
-  // readable: slashes, colons and dots may stand in a fragment
+  // readable: a fragment may contain colons
   return "#" + parts.toString().replaceAll("%3A", ":");
 }
 
@@ -63,14 +63,14 @@ function fromAddress() {
     half: parts.get("half"),
     sort: among("sort", Object.keys(SORTS)),
     size: among("size", Object.keys(SIZES)),
-    shades: among("shades", Object.keys(SHADES)),
+    colormap: among("colormap", Object.keys(COLORMAPS)),
     channel: whole("channel"),
     search: parts.get("search") ?? "",
   });
 }
 
 let later = 0;
-let written = ""; // the address as this page left it
+let written = ""; // the address that this page wrote last
 function write(put) {
   put(address());
   written = location.hash;
@@ -80,36 +80,36 @@ function change(changes) {
   const opens = "map" in changes && changes.map !== state.map;
   Object.assign(state, changes);
   clearTimeout(later);
-  // a browser refuses too many new addresses in a row, as a slider would make them
+  // browsers limit how often the address may change, and a slider changes it often
   if (opens) write((to) => { location.hash = to; });
   else later = setTimeout(() => write((to) => location.replace(to)), 200);
   return render();
 }
 
-// ---- which shot
+// ---- the snapshot in view
 
-function shotsNow() {
-  const every = maps[state.map].shots;
-  const halves = [...new Set(every.map((shot) => shot.half))];
+function snapshotsNow() {
+  const every = maps[state.map].snapshots;
+  const halves = [...new Set(every.map((snapshot) => snapshot.half))];
   const half = halves.includes(state.half) ? state.half : halves[0];
-  return { halves, half, shots: every.filter((shot) => shot.half === half) };
+  return { halves, half, snapshots: every.filter((snapshot) => snapshot.half === half) };
 }
 
-function shotNow() {
-  const { shots } = shotsNow();
-  const away = (shot) => Math.abs(shot.step - (state.step ?? shots[0].step));
-  return shots.reduce((best, shot) => (away(shot) < away(best) ? shot : best));
+function snapshotNow() {
+  const { snapshots } = snapshotsNow();
+  const away = (snapshot) => Math.abs(snapshot.step - (state.step ?? snapshots[0].step));
+  return snapshots.reduce((best, snapshot) => (away(snapshot) < away(best) ? snapshot : best));
 }
 
 function stepBy(count) {
-  const { shots } = shotsNow();
-  const place = (shots.indexOf(shotNow()) + count + shots.length) % shots.length;
-  return change({ step: shots[place].step });
+  const { snapshots } = snapshotsNow();
+  const at = (snapshots.indexOf(snapshotNow()) + count + snapshots.length) % snapshots.length;
+  return change({ step: snapshots[at].step });
 }
 
 // ---- the network
 
-const frameUrl = remembering(8, (id) => URL.createObjectURL(webpOf(stored(id))), URL.revokeObjectURL);
+const frameUrl = cached(8, (id) => URL.createObjectURL(webpOf(stored(id))), URL.revokeObjectURL);
 const boxes = [];
 
 function drawNetwork() {
@@ -172,8 +172,8 @@ function moveAmongBlocks(event, at) {
 
 function showNetwork() {
   const now = maps[state.map].block;
-  const shot = shotNow();
-  const frame = frames.find(({ step, half }) => step === shot.step && half === shot.half) ?? frames[0];
+  const snapshot = snapshotNow();
+  const frame = frames.find(({ step, half }) => step === snapshot.step && half === snapshot.half) ?? frames[0];
   const url = frameUrl(frame.id);
   const { columns } = frame;
   const rows = Math.ceil(index.tiles / columns);
@@ -205,7 +205,7 @@ function bringIntoView() {
   if (item) list.scrollTop = item.offsetTop - list.offsetTop - list.clientHeight / 2;
 }
 
-// ---- search and the list of maps
+// ---- search and the list of feature maps
 
 function matching() {
   const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
@@ -218,7 +218,7 @@ function matching() {
 }
 
 const items = maps.map((map) => {
-  const { channels, size } = map.shots[0];
+  const { channels, size } = map.snapshots[0];
   return make("li", {}, make("a", { href: "#map=" + encodeURIComponent(map.name).replaceAll("%3A", ":") },
     map.name, make("span", {}, `${channels} × ${size.join(" × ")}`)));
 });
@@ -232,14 +232,14 @@ function showList() {
     if (at === state.map) link.setAttribute("aria-current", "true");
     else link.removeAttribute("aria-current");
   });
-  $("found").textContent = state.search ? `${found.length} of ${maps.length} maps` : `${maps.length} maps`;
+  $("found").textContent = state.search ? `${found.length} of ${maps.length} feature maps` : `${maps.length} feature maps`;
   $("list").hidden = !found.length;
   if ($("search").value !== state.search) $("search").value = state.search;
 }
 
-// ---- one map
+// ---- one feature map
 
-function showFacts(shot) {
+function showFacts(snapshot) {
   const map = maps[state.map];
   const block = blocks[map.block];
   document.title = `${map.name} · ${index.title}`;
@@ -249,24 +249,24 @@ function showFacts(shot) {
     make("button", { type: "button", "aria-pressed": at === state.map, onclick: () => change({ map: at }) },
       maps[at].label))));
   terms($("about-map"), [
-    ["shape", `${shot.channels} × ${shot.size.join(" × ")}`],
+    ["shape", `${snapshot.channels} × ${snapshot.size.join(" × ")}`],
     ...map.facts,
-    ["values", `${number(shot.low)} to ${number(shot.high)}`],
+    ["values", `${number(snapshot.low)} to ${number(snapshot.high)}`],
   ]);
-  $("bad").hidden = !shot.bad;
-  $("bad").textContent = shot.bad ? `${shot.bad} values are NaN or infinite; they are left out here.` : "";
+  $("not-finite").hidden = !snapshot.notFinite;
+  $("not-finite").textContent = snapshot.notFinite ? `${snapshot.notFinite} values are NaN or infinite, and are left out here.` : "";
   $("previous").disabled = state.map === 0;
   $("next").disabled = state.map === maps.length - 1;
 }
 
-function showTime(shot) {
-  const { halves, half, shots } = shotsNow();
-  $("time").hidden = shots.length < 2 && halves.length < 2;
+function showTime(snapshot) {
+  const { halves, half, snapshots } = snapshotsNow();
+  $("time").hidden = snapshots.length < 2 && halves.length < 2;
   const slider = $("step");
-  slider.max = shots.length - 1;
-  slider.value = shots.indexOf(shot);
-  const told = shot.timestep === null ? "" : `, t = ${number(shot.timestep)}`;
-  const words = `call ${shot.step}${told}`;
+  slider.max = snapshots.length - 1;
+  slider.value = snapshots.indexOf(snapshot);
+  const timestep = snapshot.timestep === null ? "" : `, t = ${number(snapshot.timestep)}`;
+  const words = `call ${snapshot.step}${timestep}`;
   $("step-words").textContent = words;
   slider.setAttribute("aria-valuetext", words);
   $("halves").hidden = halves.length < 2;
@@ -288,24 +288,24 @@ function scaleOf(element, low, high) {
   element.replaceChildren(number(low), make("i"), number(high));
 }
 
-function showPictures(shot) {
-  const shades = SHADES[state.shades];
+function showImages(snapshot) {
+  const colormap = COLORMAPS[state.colormap];
   const canvas = $("pca");
   canvas.width = shown.pca.width;
   canvas.height = shown.pca.height;
   canvas.getContext("2d").drawImage(shown.pca, 0, 0);
-  $("pca-note").textContent = `${Math.round(100 * shot.pca)} % of the variance`;
+  $("pca-note").textContent = `${Math.round(100 * snapshot.pca)} % of variance`;
   canvas.setAttribute("aria-label", "Three principal components as red, green and blue");
   ["mean", "std"].forEach((name, at) => {
-    const [low, high] = shot.planes[at];
+    const [low, high] = snapshot.planes[at];
     const tile = tileOf(shown.planes, shown.planesColumns, shown.planesWidth, shown.planesHeight, at);
-    picture($(name), tile, shades, low, high, name === "mean" ? "Mean over channels" : "Standard deviation over channels");
+    showImage($(name), tile, colormap, low, high, name === "mean" ? "Mean over channels" : "Standard deviation over channels");
     scaleOf($(`${name}-scale`), low, high);
   });
 }
 
-function picture(canvas, tile, shades, low, high, words) {
-  paint(canvas, tile, shades);
+function showImage(canvas, tile, colormap, low, high, words) {
+  paint(canvas, tile, colormap);
   canvas.setAttribute("aria-label", `${words}, ${number(low)} to ${number(high)}`);
   canvas.onpointermove = (event) => {
     const area = canvas.getBoundingClientRect();
@@ -313,9 +313,9 @@ function picture(canvas, tile, shades, low, high, words) {
     const x = at((event.clientX - area.left) / area.width, tile.width);
     const y = at((event.clientY - area.top) / area.height, tile.height);
     const value = low + ((high - low) * tile.values[y * tile.width + x]) / 255;
-    const { size } = shotNow();
-    const place = [Math.round(((y + 0.5) * size[0]) / tile.height - 0.5), Math.round(((x + 0.5) * size[1]) / tile.width - 0.5)];
-    canvas.title = `row ${place[0]}, column ${place[1]}: about ${number(value)}`;
+    const { size } = snapshotNow();
+    const pixel = [Math.round(((y + 0.5) * size[0]) / tile.height - 0.5), Math.round(((x + 0.5) * size[1]) / tile.width - 0.5)];
+    canvas.title = `row ${pixel[0]}, column ${pixel[1]}: about ${number(value)}`;
   };
 }
 
@@ -326,7 +326,7 @@ function showChannel() {
   const channel = Math.max(0, channelNow());
   const { low, high, mean, variance } = shown;
   const tile = tileOf(shown.sheet, shown.columns, shown.width, shown.height, channel);
-  picture($("one"), tile, SHADES[state.shades], low[channel], high[channel], `Channel ${channel}`);
+  showImage($("one"), tile, COLORMAPS[state.colormap], low[channel], high[channel], `Channel ${channel}`);
   scaleOf($("one-scale"), low[channel], high[channel]);
   $("one-title").textContent = `Channel ${channel}`;
   $("one-note").textContent = `${number(mean[channel])} ± ${number(Math.sqrt(variance[channel]))}`;
@@ -362,7 +362,7 @@ function drawStrip(channel) {
   const y = (value) => 8 + (height - 16) * (high > low ? (high - value) / (high - low) : 0.5);
   const each = (width - 16) / order.length;
   const [accent, ink, line] = ["--accent", "--ink", "--line"].map((name) => {
-    canvas.style.color = `var(${name})`; // light-dark() is resolved for colours only
+    canvas.style.color = `var(${name})`; // light-dark() is resolved only in colour properties
     return getComputedStyle(canvas).color;
   });
   pen.fillStyle = line;
@@ -402,7 +402,7 @@ function showGrid() {
   const wide = Math.max(8, Math.round((SIZES[state.size] * width) / long));
   const high = Math.max(8, Math.round((SIZES[state.size] * height) / long));
   URL.revokeObjectURL(sheetUrl);
-  sheetUrl = bitmapUrl(shown.sheet, SHADES[state.shades]);
+  sheetUrl = bitmapUrl(shown.sheet, COLORMAPS[state.colormap]);
   grid.style.setProperty("--sheet", `url(${sheetUrl})`);
   grid.style.setProperty("--tile", `${wide}px`);
   const rows = shown.sheet.height / height;
@@ -454,26 +454,26 @@ let turn = 0;
 let lastMap = null;
 async function render() {
   const mine = ++turn;
-  const shot = shotNow();
+  const snapshot = snapshotNow();
   showNetwork();
   showList();
-  showFacts(shot);
-  showTime(shot);
+  showFacts(snapshot);
+  showTime(snapshot);
   segments($("sort"), SORTS, state.sort, (sort) => change({ sort }));
   segments($("size"), { small: "S", medium: "M", large: "L" }, state.size, (size) => change({ size }));
-  segments($("shade"), { grey: "grey", viridis: "viridis" }, state.shades, (shades) => change({ shades }));
-  const ramp = [0, 64, 128, 191, 255].map((grey) => `rgb(${SHADES[state.shades][grey]})`);
+  segments($("colormap"), { grey: "grey", viridis: "viridis" }, state.colormap, (colormap) => change({ colormap }));
+  const ramp = [0, 64, 128, 191, 255].map((grey) => `rgb(${COLORMAPS[state.colormap][grey]})`);
   document.documentElement.style.setProperty("--ramp", `linear-gradient(90deg, ${ramp})`);
   if (lastMap !== state.map) bringIntoView();
   lastMap = state.map;
-  const data = await shotData(shot.id);
-  if (mine !== turn) return; // something newer is on its way
+  const data = await snapshotData(snapshot.id);
+  if (mine !== turn) return; // a newer render has started
   shown = data;
-  showPictures(shot);
-  showHistogram(shot);
+  showImages(snapshot);
+  showHistogram(snapshot);
   showGrid();
   showChannel();
-  document.documentElement.dataset.shown = `${maps[state.map].name} ${shot.step} ${state.sort}`;
+  document.documentElement.dataset.shown = `${maps[state.map].name} ${snapshot.step} ${state.sort}`;
 }
 
 let playing = 0;
@@ -489,10 +489,10 @@ function theme(name) {
   if (name === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
   $("theme").innerHTML = `<svg viewBox="0 0 16 16" aria-hidden="true">${ICONS[name]}</svg>`;
-  $("theme").setAttribute("aria-label", `Theme: ${name === "auto" ? "as the system has it" : name}`);
+  $("theme").setAttribute("aria-label", `Theme: ${name === "auto" ? "system" : name}`);
   $("theme").title = $("theme").getAttribute("aria-label");
   $("theme").dataset.name = name;
-  try { localStorage.setItem("sdconv-theme", name); } catch { /* none for files in some browsers */ }
+  try { localStorage.setItem("sdconv-theme", name); } catch { /* some browsers have no storage for local files */ }
   if (shown) showChannel();
 }
 
@@ -502,10 +502,10 @@ const KEYS = {
   k: () => state.map > 0 && change({ map: state.map - 1 }),
   "[": () => stepBy(-1),
   "]": () => stepBy(1),
-  p: () => shotsNow().shots.length > 1 && play(),
-  h: () => change({ half: turned(shotsNow().halves, shotsNow().half) }),
+  p: () => snapshotsNow().snapshots.length > 1 && play(),
+  h: () => change({ half: turned(snapshotsNow().halves, snapshotsNow().half) }),
   s: () => change({ sort: turned(Object.keys(SORTS), state.sort) }),
-  c: () => change({ shades: turned(Object.keys(SHADES), state.shades) }),
+  c: () => change({ colormap: turned(Object.keys(COLORMAPS), state.colormap) }),
   t: () => theme(turned(THEMES, $("theme").dataset.name)),
   "/": () => $("search").select(),
   "?": () => $("keys").showModal(),
@@ -533,7 +533,7 @@ $("search").addEventListener("input", (event) => {
 });
 $("step").addEventListener("input", (event) => {
   play(false);
-  change({ step: shotsNow().shots[Number(event.target.value)].step });
+  change({ step: snapshotsNow().snapshots[Number(event.target.value)].step });
 });
 $("skip").addEventListener("click", (event) => {
   event.preventDefault();
@@ -551,7 +551,7 @@ $("grid").addEventListener("click", (event) => {
 });
 $("grid").addEventListener("keydown", moveAmongChannels);
 window.addEventListener("hashchange", () => {
-  // told late, when the state may have gone on from what this page wrote
+  // this event comes late: the state may have changed since this page wrote the address
   if (location.hash === written) return;
   clearTimeout(later);
   written = location.hash;
@@ -563,9 +563,9 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show
 
 $("title").textContent = index.title;
 terms($("facts"), index.facts);
-if (index.picture) {
-  $("picture").src = index.picture;
-  $("picture").hidden = false;
+if (index.image) {
+  $("image").src = index.image;
+  $("image").hidden = false;
 }
 $("list").append(...items);
 drawNetwork();

@@ -1,20 +1,20 @@
-"""Where a network's feature maps can be read and edited: modules' outputs, and the places between
-them.
+"""The hook points of a network: where its feature maps can be read and edited.
 
-Names are those of the modules, which sdconv's and diffusers' networks have in common. A ``:``
-stands before the name of a place that is no module's output:
+Every module's output is a hook point, under the module's name, which sdconv's and diffusers'
+networks share. Hook points that are not a module's output have a ``:`` in their name:
 
-- ``X:input``: what a block is given;
-- ``X:hidden``, ``X:skip``: its two halves where a skip connection comes in, on a U-Net's way up;
-- ``X:silu1``, ``X:silu2``: what a ResNet block's two convolutions read;
-- ``X:temb``: what its time projection gives, ``(B, C)``.
+- ``X:input``: the input of a block;
+- ``X:hidden``, ``X:skip``: the two halves of that input where a skip connection is concatenated, on
+  a U-Net's up path;
+- ``X:silu1``, ``X:silu2``: the inputs of a ResNet block's two convolutions;
+- ``X:temb``: the output of its time projection, ``(B, C)``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -23,10 +23,10 @@ KINDS = (
     "input hidden skip norm activation conv shortcut time resnet attention downsample upsample"
     " linear block"
 ).split()
-"""What a place is of."""
+"""The kinds of hook points."""
 
-# by the name of the class, so that diffusers' and patched ones need not be imported
-_OF_CLASS = {
+# by class name, so that diffusers' and patched classes need not be imported
+_KIND_OF_CLASS = {
     **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), "conv"),
     **dict.fromkeys(("GroupNorm", "LayerNorm", "RMSNorm", "BatchNorm2d"), "norm"),
     **dict.fromkeys(("SiLU", "ReLU", "GELU", "GEGLU", "Mish", "QuickGELU", "SiLUActivation"),
@@ -40,23 +40,29 @@ _OF_CLASS = {
     **dict.fromkeys(("Timesteps", "TimestepEmbedding"), "time"),
     **dict.fromkeys(("Linear", "Embedding", "LoRACompatibleLinear"), "linear"),
 }  # fmt: skip
-_OF_NAME = {"conv_shortcut": "shortcut", "time_emb_proj": "time"}
-# kinds whose modules are blocks, of which the input is a place too
+_KIND_OF_NAME = {"conv_shortcut": "shortcut", "time_emb_proj": "time"}
+# kinds of modules whose input is a hook point too
 _BLOCKS = ("resnet", "attention", "downsample", "upsample", "block")
-# never called, or giving back what they were given
-_SILENT = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "Dropout", "Identity")
-# what a level on the way down runs last in each layer, and so keeps for the way up
+# never called, or returning their input
+_WITHOUT_OUTPUT = (
+    "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "Dropout", "Identity"
+)  # fmt: skip
+# the last part of a down block's layer, whose output is kept as a skip
 _LAST_PARTS = ("motion_modules", "attentions", "resnets")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where in a network a map passes.
+class HookPoint:
+    """A place in a network where a feature map can be read and replaced.
 
-    ``name``: as in the module's docstring. ``kind``: one of ``KINDS``. ``of``: the enclosing
-    module's name. ``module``: the one whose call it is found at. ``before``: it is the call's first
-    tensor argument, not what comes out. ``channels``: which of that tensor's, None for all.
-    ``skip``: the other end of the skip connection that begins or ends here.
+    Attributes:
+        name: as in the module's docstring.
+        kind: one of ``KINDS``.
+        of: name of the enclosing module.
+        module: the module that carries the hook.
+        before: the feature map is the first tensor argument of the module's call, not its output.
+        channels: the part of that tensor's channels that is meant; None for all.
+        skip: the other end of the skip connection that begins or ends here.
     """
 
     name: str
@@ -68,20 +74,20 @@ class Place:
     skip: str | None = None
 
 
-def places(network: nn.Module, prefix: str = "") -> dict[str, Place]:
-    """Every place in a network by its name, in the order in which the modules were made.
+def hook_points(network: nn.Module, prefix: str = "") -> dict[str, HookPoint]:
+    """Every hook point of a network by name, in the order in which the modules were registered.
 
     Args:
-        network: any module; ResNet blocks and U-Nets are known by their parts.
+        network: any module; ResNet blocks and U-Nets are recognised by their submodules.
         prefix: put before each name, such as ``"unet."``.
     """
     skips = {
         prefix + name: (prefix + source, width) for name, (source, width) in _skips(network).items()
     }
     sources = {source: f"{name}:skip" for name, (source, _) in skips.items()}
-    found: dict[str, Place] = {}
+    found: dict[str, HookPoint] = {}
     readers = _readers(network)
-    # a ResNet block's one activation is called two or three times: silu1 and silu2 stand for it
+    # a ResNet block calls its one activation two or three times: silu1 and silu2 stand for it
     known: set[int] = set()
     for name, module in network.named_modules(remove_duplicate=False):
         if _is_resnet(module):
@@ -92,19 +98,22 @@ def places(network: nn.Module, prefix: str = "") -> dict[str, Place]:
         reader, name = readers.get(name), prefix + name
         if reader is not None:
             of = name.rpartition(".")[0]
-            found[name] = Place(name=name, kind=kind, of=of, module=reader, before=True)
+            found[name] = HookPoint(name=name, kind=kind, of=of, module=reader, before=True)
         elif id(module) not in known:
             known.add(id(module))
-            for place in _at(name, kind, module, skips.get(name)):
-                found[place.name] = place
+            for point in _around(name, kind, module, skips.get(name)):
+                found[point.name] = point
             if name in sources:
-                found[name] = Place(**{**vars(found[name]), "skip": sources[name]})
+                found[name] = replace(found[name], skip=sources[name])
     return found
 
 
 def _readers(network: nn.Module) -> Mapping[str, nn.Module]:
-    """For each name of an activation that has several of them, as diffusers' tiny autoencoders have
-    one in all places of a block: the module behind it, which reads what comes out there."""
+    """For each name of an activation module that is used more than once, the module that follows it
+    and reads its output.
+
+    Each block of diffusers' tiny autoencoders uses one ReLU module several times.
+    """
     uses = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
     found = {}
     for name, module in network.named_modules():
@@ -117,32 +126,34 @@ def _readers(network: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _kind(name: str, module: nn.Module) -> str | None:
-    own = type(module).__name__
-    if own in _SILENT:
+    class_name = type(module).__name__
+    if class_name in _WITHOUT_OUTPUT:
         return None
-    return _OF_NAME.get(name.rpartition(".")[2]) or _OF_CLASS.get(own, "block")
+    return _KIND_OF_NAME.get(name.rpartition(".")[2]) or _KIND_OF_CLASS.get(class_name, "block")
 
 
-def _at(name: str, kind: str, module: nn.Module, skip: tuple[str, int] | None) -> Iterator[Place]:
-    """The places in and around one module, in the order in which a call passes them."""
+def _around(
+    name: str, kind: str, module: nn.Module, skip: tuple[str, int] | None
+) -> Iterator[HookPoint]:
+    """The hook points in and around one module, in the order in which a call passes them."""
     if kind in _BLOCKS:
-        yield Place(name=f"{name}:input", kind="input", of=name, module=module, before=True)
+        yield HookPoint(name=f"{name}:input", kind="input", of=name, module=module, before=True)
     if skip is not None:
         source, width = skip
         parts = (("hidden", slice(None, -width), None), ("skip", slice(-width, None), source))
-        for part, channels, other in parts:
-            yield Place(
+        for part, channels, other_end in parts:
+            yield HookPoint(
                 name=f"{name}:{part}",
                 kind=part,
                 of=name,
                 module=module,
                 before=True,
                 channels=channels,
-                skip=other,
+                skip=other_end,
             )
     if _is_resnet(module):
         for number in (1, 2):
-            yield Place(
+            yield HookPoint(
                 name=f"{name}:silu{number}",
                 kind="activation",
                 of=name,
@@ -150,8 +161,8 @@ def _at(name: str, kind: str, module: nn.Module, skip: tuple[str, int] | None) -
                 before=True,
             )
         if isinstance(time := getattr(module, "time_emb_proj", None), nn.Module):
-            yield Place(name=f"{name}:temb", kind="time", of=name, module=time)
-    yield Place(name=name, kind=kind, of=name.rpartition(".")[0], module=module)
+            yield HookPoint(name=f"{name}:temb", kind="time", of=name, module=time)
+    yield HookPoint(name=name, kind=kind, of=name.rpartition(".")[0], module=module)
 
 
 def _is_resnet(module: nn.Module) -> bool:
@@ -160,9 +171,9 @@ def _is_resnet(module: nn.Module) -> bool:
 
 
 def _skips(network: nn.Module) -> Mapping[str, tuple[str, int]]:
-    """For each ResNet block on a U-Net's way up: the module whose map joins its input, and the
-    channels of that map."""
-    down, up = (getattr(network, f"{way}_blocks", None) for way in ("down", "up"))
+    """For each ResNet block on a U-Net's up path: the module whose output is concatenated to its
+    input, and the number of channels of that output."""
+    down, up = (getattr(network, f"{path}_blocks", None) for path in ("down", "up"))
     first = getattr(network, "conv_in", None)
     if not isinstance(down, nn.ModuleList) or not isinstance(up, nn.ModuleList) or first is None:
         return {}
@@ -178,16 +189,16 @@ def _skips(network: nn.Module) -> Mapping[str, tuple[str, int]]:
         for level, block in enumerate(up)
         for layer in range(len(getattr(block, "resnets", ())))
     ]
-    widths = [_width(module) for _, module in sources]
-    # every map that was kept is read once, the last one first; else it is no such network
+    widths = [_out_channels(module) for _, module in sources]
+    # a U-Net reads each skip once, the last one first; anything else is not a U-Net
     if len(readers) != len(sources) or 0 in widths:
         return {}
     named = [(name, width) for (name, _), width in zip(sources, widths, strict=True)]
     return dict(zip(readers, reversed(named), strict=True))
 
 
-def _width(module: nn.Module) -> int:
-    """Channels of what a convolution, a ResNet block or a downsampler gives; 0 of anything else."""
+def _out_channels(module: nn.Module) -> int:
+    """Output channels of a convolution, a ResNet block or a downsampler; 0 for other modules."""
     last = getattr(module, "conv2", None) or getattr(module, "conv", None) or module
     weight = getattr(last, "weight", None)
     return weight.shape[0] if isinstance(weight, Tensor) else 0

@@ -1,4 +1,4 @@
-"""The same pictures from Python: a figure, and what a notebook shows."""
+"""Captured feature maps as a matplotlib figure, and as a notebook's table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 import sdconv
 from sdconv.errors import InputError
-from sdconv.features import Entry, Maps
+from sdconv.features import CapturedMap, Maps
 
 
 class Block(nn.Module):
-    """Two layers, passed twice."""
+    """Two layers, each called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def maps() -> Maps:
     return found
 
 
-def test_a_figure_has_a_row_for_each_map(maps: Maps) -> None:
+def test_a_figure_has_a_row_for_each_feature_map(maps: Maps) -> None:
     figure = maps.plot(channels=2)
     assert len(figure.axes) == 2 * 6
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -59,9 +59,9 @@ def test_a_figure_can_be_written(maps: Maps, tmp_path: Any) -> None:
     ("arguments", "words"),
     [
         ({"patterns": "convx"}, "conv"),
-        ({"call": 2}, "no such call"),
-        ({"call": -3}, "no such call"),
-        ({"channels": -1}, "no number of channels"),
+        ({"call": 2}, "not captured"),
+        ({"call": -3}, "not captured"),
+        ({"channels": -1}, "not a number of channels"),
     ],
 )
 def test_what_cannot_be_drawn(maps: Maps, arguments: Any, words: str) -> None:
@@ -70,7 +70,7 @@ def test_what_cannot_be_drawn(maps: Maps, arguments: Any, words: str) -> None:
 
 
 class Cells(HTMLParser):
-    """Tags and words of a page."""
+    """Tags and text of an HTML page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -92,18 +92,18 @@ def test_a_notebook_shows_a_table(maps: Maps) -> None:
     assert "2 calls of 2 \u00d7 6 \u00d7 16 \u00d7 24" in shown.words
 
 
-def test_a_notebook_shows_names_as_they_are_and_not_too_many(maps: Maps) -> None:
-    entries = list(maps.series("conv"))
-    many = {"<script>": entries, **{f"layer {at}": entries for at in range(20)}}
+def test_a_notebook_escapes_names_and_shows_only_the_first(maps: Maps) -> None:
+    series = list(maps.series("conv"))
+    many = {"<script>": series, **{f"layer {at}": series for at in range(20)}}
     shown = Cells(Maps(many, pipeline=False)._repr_html_())
     assert "script" not in shown.tags
     assert "<script>" in shown.words
     assert "and 9 more" in shown.words
 
 
-def test_a_notebook_shows_no_pictures_of_vectors(maps: Maps) -> None:
-    (entry, *_) = maps.series("conv")
-    vector = Entry("conv:temb", entry.of, lambda: entry.tensor.mean((2, 3)))
-    shown = Cells(Maps({"conv:temb": [vector], "conv": [entry]}, pipeline=False)._repr_html_())
+def test_a_notebook_shows_no_images_of_vectors(maps: Maps) -> None:
+    (one, *_) = maps.series("conv")
+    vector = CapturedMap("conv:temb", one.network_call, lambda: one.tensor.mean((2, 3)))
+    shown = Cells(Maps({"conv:temb": [vector], "conv": [one]}, pipeline=False)._repr_html_())
     assert shown.tags.count("img") == 3
     assert "2 \u00d7 6" in shown.words

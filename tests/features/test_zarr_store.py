@@ -35,14 +35,14 @@ def vae() -> Any:
     return seeded.network(CONFIG)
 
 
-def picture(rows: int = 8, seed: int = 1) -> Tensor:
+def image(rows: int = 8, seed: int = 1) -> Tensor:
     return torch.randn(2, 3, rows, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def entries(maps: Maps) -> Iterator[tuple[object, ...]]:
     for name in maps:
         for entry in maps.series(name):
-            yield name, entry.call, entry.timestep, entry.of.guided, entry.tensor
+            yield name, entry.call, entry.timestep, entry.network_call.guided, entry.tensor
 
 
 def assert_same(found: Maps, expected: Maps) -> None:
@@ -62,7 +62,7 @@ def assert_same(found: Maps, expected: Maps) -> None:
 )
 def test_what_is_saved_is_what_is_opened(dtype: torch.dtype | None, tmp_path: Path) -> None:
     with torch.no_grad(), sdconv.capture(vae(), "*", dtype=dtype) as maps:
-        vae()(picture())
+        vae()(image())
     path = tmp_path / "new folder" / "maps.zarr"
     maps.save(path)
     assert_same(sdconv.open_maps(path), maps)
@@ -74,7 +74,7 @@ def test_the_zarr_package_alone_reads_it(tmp_path: Path) -> None:
     import zarr
 
     with torch.no_grad(), sdconv.capture(vae(), [NAME, "encoder"], store=tmp_path / "maps") as maps:
-        vae()(picture())
+        vae()(image())
     group = zarr.open_group(tmp_path / "maps", mode="r")
     assert {name for name, _ in group.groups()} == set(maps)
     assert (group[NAME]["0"][0] == maps[NAME].numpy()).all()
@@ -88,7 +88,7 @@ def test_the_zarr_package_alone_reads_it(tmp_path: Path) -> None:
 def test_a_dtype_that_cannot_be_written(tmp_path: Path) -> None:
     half = torch.complex32
     with torch.no_grad(), sdconv.capture(vae(), NAME, dtype=half) as maps:
-        vae()(picture())
+        vae()(image())
     with pytest.raises(sdconv.SdconvError, match="maps: cannot be written"):
         maps.save(tmp_path / "maps")
     assert list(tmp_path.iterdir()) == []
@@ -97,7 +97,7 @@ def test_a_dtype_that_cannot_be_written(tmp_path: Path) -> None:
 def test_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with torch.no_grad(), sdconv.capture(vae(), NAME, store="maps") as maps:
-        vae()(picture())
+        vae()(image())
     opened = sdconv.open_maps("maps")
     monkeypatch.chdir("/")
     assert_same(opened, maps)
@@ -121,7 +121,7 @@ def test_maps_of_several_shapes_and_numbers(tmp_path: Path) -> None:
     def run(**options: Any) -> Maps:
         with torch.no_grad(), sdconv.capture(vae(), ["encoder", NAME], **options) as maps:
             for rows in (8, 8, 16, 8):
-                vae()(picture(rows))
+                vae()(image(rows))
         return maps
 
     plain = run()
@@ -139,7 +139,7 @@ def test_room_in_memory_is_used_and_no_more(tmp_path: Path) -> None:
         torch.no_grad(),
         sdconv.capture(vae(), ["encoder", NAME], store=tmp_path / "a", max_memory=1024) as maps,
     ):
-        vae()(picture())
+        vae()(image())
     shutil.rmtree(tmp_path / "a")
     first = maps["encoder"]
     assert isinstance(first, Tensor) and first.nbytes == 1024  # (2, 8, 4, 4)
@@ -152,7 +152,7 @@ def test_reduced_maps_and_numbers_of_few_axes(tmp_path: Path) -> None:
     for number, reduce in enumerate(reductions):
         path = tmp_path / str(number)
         with torch.no_grad(), sdconv.capture(vae(), NAME, reduce=reduce) as maps:
-            vae()(picture())
+            vae()(image())
         maps.save(path)
         assert_same(sdconv.open_maps(path), maps)
 
@@ -160,7 +160,7 @@ def test_reduced_maps_and_numbers_of_few_axes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["file", "folder", "maps"])
 def test_what_is_there_is_not_touched(what: str, tmp_path: Path) -> None:
     with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:
-        vae()(picture())
+        vae()(image())
     path = tmp_path / "taken"
     if what == "file":
         path.write_text("mine")
@@ -200,7 +200,7 @@ torch.set_num_threads({torch.get_num_threads()})  # whose number decides how sum
 torch.set_grad_enabled(False)
 network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
 NAME, folder = {NAME!r}, sys.argv[1]
-def picture(rows=8, seed=1):
+def image(rows=8, seed=1):
     return torch.randn(2, 3, rows, 8, generator=torch.Generator().manual_seed(seed))
 """
 
@@ -220,7 +220,7 @@ def test_a_killed_run_leaves_what_was_complete(tmp_path: Path) -> None:
         network.decoder.mid_block.resnets[1].register_forward_hook(kill)
         with sdconv.capture(network, [NAME, "decoder.conv_out"], store=folder + "/maps"):
             for seed in range(9):
-                network(picture(seed=seed))
+                network(image(seed=seed))
         """
     ran = subprocess.run(command(code, tmp_path), capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr
@@ -229,7 +229,7 @@ def test_a_killed_run_leaves_what_was_complete(tmp_path: Path) -> None:
     assert found.series("decoder.conv_out").calls == (0, 1)
     with torch.no_grad(), sdconv.capture(vae(), [NAME, "decoder.conv_out"]) as maps:
         for seed in range(3):
-            vae()(picture(seed=seed))
+            vae()(image(seed=seed))
     for name, count in ((NAME, 3), ("decoder.conv_out", 2)):
         pairs = zip(found.series(name), maps.series(name)[:count], strict=True)
         assert all(torch.equal(one.tensor, other.tensor) for one, other in pairs)
@@ -241,7 +241,7 @@ def test_a_run_that_is_killed_anywhere(tmp_path: Path) -> None:
         with sdconv.capture(network, [NAME, "encoder"], store=folder + "/maps"):
             print("begun", flush=True)
             while True:
-                network(picture())
+                network(image())
         """
     with subprocess.Popen(command(code, tmp_path), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -250,7 +250,7 @@ def test_a_run_that_is_killed_anywhere(tmp_path: Path) -> None:
             assert process.poll() is None
         process.kill()
     with torch.no_grad(), sdconv.capture(vae(), [NAME, "encoder"]) as maps:
-        vae()(picture())
+        vae()(image())
     found = sdconv.open_maps(tmp_path / "maps")
     assert len(found.series(NAME)) >= 3
     for name in ("encoder", NAME):
@@ -264,14 +264,14 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
         try:
             with sdconv.capture(network, NAME, store=folder + "/maps") as maps:
-                network(picture(8))
-                network(picture(64))
+                network(image(8))
+                network(image(64))
         except sdconv.SdconvError as error:
             print(error)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
         print(len(maps.series(NAME)), maps[NAME].shape[2])
         with sdconv.capture(network, NAME) as maps:
-            network(picture(64))
+            network(image(64))
         try:
             maps.save(folder + "/saved")
         except sdconv.SdconvError as error:
@@ -286,7 +286,7 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
     # what was finished is intact, and of what was not saved nothing is left
     assert [one.name for one in tmp_path.iterdir()] == ["maps"]
     with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:
-        vae()(picture(8))
+        vae()(image(8))
     assert torch.equal(sdconv.open_maps(tmp_path / "maps")[NAME], maps[NAME])  # type: ignore[arg-type]
 
 
@@ -299,7 +299,7 @@ def test_an_array_that_was_only_begun(tmp_path: Path) -> None:
 
 def saved(path: Path) -> Path:
     with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:
-        vae()(picture())
+        vae()(image())
     maps.save(path)
     return path
 
@@ -318,7 +318,7 @@ def test_folders_that_hold_no_maps(what: str, tmp_path: Path) -> None:
     elif what == "torn":
         text = (saved(path) / "zarr.json").read_text()
         (path / "zarr.json").write_text(text[:-20])
-    with pytest.raises(sdconv.SdconvError, match="no folder of maps"):
+    with pytest.raises(sdconv.SdconvError, match="not a folder of feature maps"):
         sdconv.open_maps(path)
 
 
@@ -362,5 +362,5 @@ def test_without_zarr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(sdconv.SdconvError, match=r"sdconv\[maps\]"):
         sdconv.open_maps(tmp_path)
     with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:  # in memory all is as it was
-        vae()(picture())
+        vae()(image())
     assert NAME in maps

@@ -1,0 +1,122 @@
+"""Captured feature maps as a matplotlib figure, and as the table that a notebook shows."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from sdconv.errors import InputError, SdconvError
+from sdconv.features.rendering import (
+    Pixels,
+    Values,
+    as_maps,
+    downscaled,
+    principal_components,
+    statistics,
+    to_grey,
+    to_rgb,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN = 12
+"""Rows of a notebook's table before "and n more"."""
+
+_SIDE = 256  # rows and columns of an image in a figure, at most
+_ROW = 1.9  # inches
+
+
+def figure_of(tensors: Mapping[str, Tensor], channels: int) -> Figure:
+    """The figure of ``Maps.plot``.
+
+    Args:
+        tensors: feature maps by name.
+        channels: the number of channels to show of each.
+
+    Raises:
+        InputError: a negative number of channels, or a value that is not a feature map.
+        SdconvError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SdconvError(
+            "drawing needs matplotlib, which is not installed",
+            where="maps.plot",
+            hint="pip install 'sdconv[plot]'",
+        ) from error
+    if channels < 0:
+        raise InputError("not a number of channels", where="channels", expected="0 or more")
+    values = {name: as_maps(tensor) for name, tensor in tensors.items()}
+    columns = 4 + min(channels, max(map(len, values.values())))
+    figure = Figure(figsize=(_ROW * columns, (_ROW + 0.35) * len(values)), layout="constrained")
+    grid = figure.subplots(len(values), columns, squeeze=False)
+    for axes, (name, maps) in zip(grid, values.items(), strict=True):
+        _draw_row(list(axes), name, maps)
+    return figure
+
+
+def table_of(rows: Sequence[tuple[str, int, Tensor]], more: int) -> str:
+    """The HTML table that a notebook shows of ``Maps``.
+
+    Args:
+        rows: name, number of calls and last feature map.
+        more: the number of names that are not shown.
+    """
+    head = "".join(
+        f"<th style='text-align:left'>{words}</th>"
+        for words in ("layer", "shape", "principal components", "mean", "standard deviation")
+    )
+    lines = [f"<tr>{head}</tr>"]
+    for name, count, tensor in rows:
+        shape = " \u00d7 ".join(map(str, tensor.shape))
+        calls = f"{count} calls of " if count > 1 else ""
+        cells = [f"<code>{escape(name)}</code>", f"{calls}{shape}"]
+        if tensor.ndim in (3, 4) and tensor.numel():
+            small = downscaled(as_maps(tensor), 64)
+            planes = to_grey(np.stack([small.mean(0), small.std(0)]))[0]
+            cells += map(_inline, (to_rgb(principal_components(small)[0]), *planes))
+        lines.append("<tr>{}</tr>".format("".join(f"<td>{cell}</td>" for cell in cells)))
+    rest = f"<p>and {more} more</p>" if more > 0 else ""
+    return f"<table>{''.join(lines)}</table>{rest}"
+
+
+def _draw_row(axes: list[Axes], name: str, maps: Values) -> None:
+    """Components, mean, standard deviation, the channels with the largest variance, histogram."""
+    found = statistics(maps)
+    maps = downscaled(maps, _SIDE)
+    components, _, share = principal_components(maps)
+    axes[0].imshow(to_rgb(components), interpolation="nearest")
+    title = f"{name}\nprincipal components, {share:.0%} of variance"
+    axes[0].set_title(title, fontsize=7, loc="left")
+    images = [(maps.mean(0), "\nmean"), (maps.std(0), "\nstandard deviation")]
+    largest = np.argsort(-found.variance, kind="stable")[: len(axes) - 4]
+    images += [(maps[channel], f"\nchannel {channel}") for channel in largest]
+    for one, (image, words) in zip(axes[1:], images, strict=False):
+        one.imshow(image, interpolation="nearest")
+        one.set_title(words, fontsize=7, loc="left")
+    for one in axes[:-1]:
+        one.set_axis_off()
+    high = found.high if found.high > found.low else found.low + 1
+    edges = np.linspace(found.low, high, len(found.counts) + 1)
+    axes[-1].stairs(np.log10(1 + found.counts), edges, fill=True)
+    axes[-1].set_title("\nhistogram, log counts", fontsize=7, loc="left")
+    axes[-1].set_yticks([])
+    axes[-1].tick_params(labelsize=6)
+
+
+def _inline(pixels: Pixels) -> str:
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    data = b64encode(file.getvalue()).decode("ascii")
+    style = "width:64px;image-rendering:pixelated"
+    return f"<img alt='' style='{style}' src='data:image/png;base64,{data}'>"

@@ -1,0 +1,190 @@
+"""Feature maps rendered as images: channels in grey, three principal components as RGB, and
+their statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import adaptive_avg_pool2d
+
+from sdconv.errors import InputError
+
+Values = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+BINS = 64
+"""Bins of a feature map's histogram."""
+
+PCA_SIDE = 64
+"""Rows and columns, at most, of the feature map that principal components are computed on."""
+
+CLIPPED = 0.5
+"""Percent of an image's values that are clipped at either end, so that a few outliers do not leave
+the rest in one shade."""
+
+
+def as_maps(values: Any, aspect: float = 1.0) -> Values:
+    """The first sample of a feature map as ``(C, H, W)`` in float32.
+
+    Args:
+        values: a tensor ``(B, C, H, W)``; or tokens ``(B, N, C)``, which are laid out as the rows
+            and columns that ``N`` and ``aspect`` allow, or else as one row; or a vector ``(B, C)``,
+            which becomes feature maps of a single pixel.
+        aspect: columns divided by rows of the network's input.
+
+    Raises:
+        InputError: another number of axes, or an empty tensor.
+    """
+    shape = tuple(values.shape)
+    if len(shape) not in (2, 3, 4) or 0 in shape:
+        raise InputError(
+            "not a feature map", expected="(B, C, H, W), (B, N, C) or (B, C)", got=shape
+        )
+    first = values[0]
+    if hasattr(first, "detach"):
+        first = first.detach().float().cpu().numpy()
+    one: Values = np.ascontiguousarray(first, dtype=np.float32)
+    if one.ndim == 1:
+        return one[:, None, None]
+    if one.ndim == 2:
+        rows = round(math.sqrt(len(one) / aspect))
+        rows = rows if rows and len(one) % rows == 0 else 1
+        return np.ascontiguousarray(one.T.reshape(one.shape[1], rows, -1))
+    return one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Statistics of one feature map, without its NaN and infinite values.
+
+    Attributes:
+        mean, variance: of each channel over space, ``(C,)``.
+        low, high: the smallest and the largest value.
+        counts: the histogram between ``low`` and ``high``, ``(BINS,)``.
+        not_finite: the number of NaN and infinite values.
+    """
+
+    mean: Values
+    variance: Values
+    low: float
+    high: float
+    counts: NDArray[np.int64]
+    not_finite: int
+
+
+def statistics(maps: Values) -> Statistics:
+    """The statistics of ``maps``, ``(C, H, W)``."""
+    flat = torch.from_numpy(maps).flatten(1)
+    low, high = map(float, flat.aminmax())  # NaN if any value is NaN
+    if math.isfinite(low) and math.isfinite(high):
+        not_finite, every, mean = 0, flat, flat.mean(1)
+        variance = (flat - mean[:, None]).square_().mean(1)
+    else:
+        finite = flat.isfinite()
+        number = finite.sum(1).clamp(min=1)
+        not_finite, every = flat.numel() - int(finite.sum()), flat[finite]
+        low, high = map(float, every.aminmax()) if every.numel() else (0.0, 0.0)
+        mean = flat.where(finite, 0).double().sum(1) / number
+        spread = (flat.double() - mean[:, None]).where(finite, 0)
+        variance = spread.square().sum(1) / number
+    top = high if high > low else low + max(abs(low), 1.0) * 1e-6
+    counts = torch.histc(every, BINS, low, top)
+    return Statistics(
+        mean=mean.float().numpy(),
+        variance=variance.float().nan_to_num().numpy(),
+        low=low,
+        high=high,
+        counts=counts.long().numpy(),
+        not_finite=not_finite,
+    )
+
+
+def downscaled(maps: Values, side: int) -> Values:
+    """Average-pool ``(C, h, w)`` to sides no longer than ``side``; NaN and infinity count as 0."""
+    height, width = maps.shape[1:]
+    if not np.isfinite(maps.sum()):
+        maps = np.nan_to_num(maps, nan=0.0, posinf=0.0, neginf=0.0)
+    if max(height, width) <= side:
+        return maps
+    factor = side / max(height, width)
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    pooled: Values = adaptive_avg_pool2d(torch.from_numpy(maps), size).numpy()
+    return pooled
+
+
+def to_grey(maps: Values) -> tuple[Pixels, Values]:
+    """Each channel as a grey image, scaled by its own range of values.
+
+    Channels of a single pixel share one range, because each alone would show nothing.
+
+    Returns:
+        ``(C, H, W)`` in bytes, and the ranges ``(C, 2)``: the values of black and of white.
+    """
+    flat = maps.reshape(1 if maps[0].size == 1 else len(maps), -1)
+    ranges = np.percentile(flat, (CLIPPED, 100 - CLIPPED), axis=1).astype(np.float32).T
+    ranges = np.ascontiguousarray(np.broadcast_to(ranges, (len(maps), 2)))
+    return _scaled(maps, ranges[:, 0, None, None], ranges[:, 1, None, None]), ranges
+
+
+def principal_components(maps: Values, like: Values | None = None) -> tuple[Values, Values, float]:
+    """The first three principal components over the channels.
+
+    They are computed by subspace iteration from a fixed start, so that the same feature maps get
+    the same colours.
+
+    Args:
+        maps: ``(C, H, W)``.
+        like: directions ``(C, 3)`` of, say, the previous timestep; the signs follow them.
+
+    Returns:
+        The projections ``(3, H, W)``, all divided by one number (zero where there are fewer than
+        three components); the directions ``(C, 3)``; and their share of the variance, 0 to 1.
+    """
+    channels = len(maps)
+    pixels = downscaled(maps, PCA_SIDE).reshape(channels, -1).astype(np.float64)
+    centre = pixels.mean(1, keepdims=True)
+    pixels = pixels - centre
+    scale = np.abs(pixels).max() or 1.0  # so that squares of large values stay finite
+    pixels /= scale
+    covariance = pixels @ pixels.T / pixels.shape[1]
+    values, vectors = np.linalg.eigh(covariance) if channels <= 16 else _leading(covariance)
+    order = np.argsort(values)[::-1][:3]
+    directions = np.zeros((channels, 3))
+    directions[:, : len(order)] = vectors[:, order]
+    signs = directions[np.abs(directions).argmax(0), np.arange(3)]
+    if like is not None and like.shape == directions.shape:
+        signs = (like * directions).sum(0)
+    directions *= np.where(signs < 0, -1, 1)
+    total = float(np.trace(covariance))
+    share = float(np.clip(values[order], 0, None).sum() / total) if total > 0 else 1.0
+    flat = (maps.reshape(channels, -1) - centre.astype(np.float32)) / np.float32(scale)
+    along = (directions.T.astype(np.float32) @ flat).reshape(3, *maps.shape[1:])
+    return along, directions.astype(np.float32), min(share, 1.0)
+
+
+def to_rgb(components: Values) -> Pixels:
+    """Three components ``(3, H, W)`` as red, green and blue, ``(H, W, 3)``, each scaled by its own
+    range."""
+    return np.ascontiguousarray(to_grey(components)[0].transpose(1, 2, 0))
+
+
+def _leading(covariance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The largest few eigenvalues and their eigenvectors, by subspace iteration."""
+    start = np.random.default_rng(0).standard_normal((len(covariance), 8))
+    basis, _ = np.linalg.qr(start)
+    for _ in range(24):
+        basis, _ = np.linalg.qr(covariance @ basis)
+    values, turned = np.linalg.eigh(basis.T @ covariance @ basis)
+    return values, basis @ turned
+
+
+def _scaled(maps: Values, low: Values, high: Values) -> Pixels:
+    span = np.where(high > low, high - low, 1)
+    with np.errstate(over="ignore"):
+        share = np.where(high > low, (maps - low) / span, 0.5)
+    return np.round(share.clip(0, 1) * 255).astype(np.uint8)

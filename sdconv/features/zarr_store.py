@@ -1,0 +1,287 @@
+"""Captured feature maps in a zarr folder, written one by one and read one by one.
+
+Each hook point has a group, named by its percent-encoded name, with arrays ``0``, ``1``...: a new
+array begins where the shape or the dtype changes. The first axis of an array is the call; its
+attributes are the hook point's name, torch's dtype and the calls. A call is added to the attributes
+after its feature map is written, so every call that they list is complete, even if the process was
+killed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from sdconv.errors import SdconvError
+from sdconv.features.calls import Call
+
+if TYPE_CHECKING:
+    from zarr import Array
+
+Load = Callable[[], Tensor]
+
+FORMAT = "sdconv_maps"
+VERSION = 1
+# bytes of a chunk before compression: the most that one read takes from the disk
+_CHUNK = 4 << 20
+# dtypes that numpy lacks -> integers of the same size
+_AS_INTEGERS = {torch.bfloat16: torch.int16} | {
+    getattr(torch, f"float8_{kind}"): torch.int8
+    for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+}
+
+
+class ZarrStore:
+    """Writes feature maps to a folder one by one; the first one creates the folder.
+
+    Args:
+        path: of the folder.
+        pipeline: the feature maps are a pipeline's.
+
+    Raises:
+        SdconvError: the path exists, or the zarr package is missing.
+    """
+
+    def __init__(self, path: Path, *, pipeline: bool) -> None:
+        _zarr(path)
+        if path.exists():
+            raise SdconvError(
+                "this path exists, and feature maps overwrite nothing",
+                where=path,
+                expected="a path that does not exist",
+                hint="choose another path, or remove this one",
+            )
+        # the working directory may change before the feature maps are read
+        self.path = path.absolute()
+        self._pipeline = pipeline
+        self._begun = False
+        # by hook point: the array that is written to, and its number
+        self._open: dict[str, tuple[Array[Any], int]] = {}
+
+    def append(self, name: str, call: Call, x: Tensor) -> Callable[[], Tensor]:
+        """Write a feature map, and return a function that reads it.
+
+        If writing fails, the error is zarr's or the operating system's, and what was written before
+        stays as it is.
+        """
+        values = _as_numpy(x)
+        array, number = self._array(name, x, values)
+        calls: Any = array.attrs["calls"]
+        row = len(calls)
+        array.resize((row + 1, *values.shape))
+        array[row] = values
+        # only now is it complete
+        array.attrs["calls"] = [*calls, _written(call)]
+        folder = self._folder(name, number)
+        return lambda: _read(folder, row)
+
+    def begin(self) -> None:
+        """Create the folder if it does not exist yet."""
+        if not self._begun:
+            zarr = _zarr(self.path)
+            self.path.mkdir(parents=True)
+            about = {FORMAT: VERSION, "pipeline": self._pipeline}
+            zarr.create_group(self.path, zarr_format=3, attributes=about)
+            self._begun = True
+
+    def _array(self, name: str, x: Tensor, values: Any) -> tuple[Array[Any], int]:
+        """The array for feature maps of this shape and dtype, and its number."""
+        array, number = self._open.get(name, (None, -1))
+        if array is None or array.shape[1:] != values.shape or array.dtype != values.dtype:
+            array, number = self._new(name, number + 1, x, values), number + 1
+            self._open[name] = array, number
+        return array, number
+
+    def _new(self, name: str, number: int, x: Tensor, values: Any) -> Array[Any]:
+        zarr = _zarr(self.path)
+        self.begin()
+        if number == 0:
+            zarr.create_group(self._folder(name, number).parent, zarr_format=3)
+        made: Array[Any] = zarr.create_array(
+            self._folder(name, number),
+            shape=(0, *values.shape),
+            chunks=(1, *_chunk(values.shape, values.itemsize)),
+            dtype=values.dtype,
+            # all-zero chunks too, so that a missing chunk is one that was not written
+            config={"write_empty_chunks": True},
+            compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+            attributes={
+                "name": name,
+                "order": list(self._open).index(name) if number else len(self._open),
+                "dtype": str(x.dtype).removeprefix("torch."),
+                "calls": [],
+            },
+        )
+        return made
+
+    def _folder(self, name: str, number: int) -> Path:
+        return self.path / quote(name, safe="") / str(number)
+
+
+def save(tensors: Iterable[tuple[str, Call, Tensor]], path: Path, *, pipeline: bool) -> None:
+    """Write feature maps to a folder that gets its name only once it is complete.
+
+    Args:
+        tensors: hook point, call and feature map, in order.
+        path: of the folder.
+        pipeline: the feature maps are a pipeline's.
+
+    Raises:
+        SdconvError: the path exists or cannot be written, or zarr is missing.
+    """
+    ZarrStore(path, pipeline=pipeline)  # checks path and zarr
+    with errors_about(path, "cannot be written", hint="make room, or choose another disk"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        try:
+            store = ZarrStore(part / "maps", pipeline=pipeline)
+            store.begin()
+            for name, call, x in tensors:
+                store.append(name, call, x)
+            store.path.rename(path)
+        finally:
+            remove_folder(part)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that was being written to, until it stays removed: after an interruption
+    zarr's threads run on for a moment, and create it again."""
+    if not folder.exists():
+        return
+    start = time.monotonic()
+    gone = start
+    while time.monotonic() < min(gone + 0.5, start + 10):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            gone = time.monotonic()
+        time.sleep(0.02)
+
+
+def read_store(path: Path) -> tuple[dict[str, list[tuple[Call, Load]]], bool]:
+    """The feature maps of a folder, and whether they are a pipeline's.
+
+    Returns:
+        For each hook point, in the order in which they were first written, the calls with a
+        function that reads the feature map.
+
+    Raises:
+        SdconvError: the folder does not exist or holds something else, or the zarr package is
+            missing.
+    """
+    path = path.absolute()
+    zarr = _zarr(path)
+    with errors_about(path, "not a folder of feature maps", hint="open what maps.save(path) wrote"):
+        about = dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
+        if about.get(FORMAT) != VERSION:
+            raise ValueError(f"its attributes do not say {FORMAT} {VERSION}")
+        found: list[tuple[int, str, list[tuple[Call, Load]]]] = []
+        for folder in sorted(one for one in path.iterdir() if one.is_dir()):
+            calls: list[tuple[Call, Load]] = []
+            order, name = 0, ""
+            # a killed process may have created a folder without the array's metadata
+            begun = (one.parent.name for one in folder.glob("*/zarr.json"))
+            for number in sorted(int(name) for name in begun if name.isdecimal()):
+                order, name, more = _read_array(folder / str(number))
+                calls += more
+            if calls:
+                found.append((order, name, calls))
+    found.sort(key=lambda one: one[0])
+    return {name: calls for _, name, calls in found}, bool(about["pipeline"])
+
+
+def _read_array(folder: Path) -> tuple[int, str, list[tuple[Call, Load]]]:
+    """An array's rank among the hook points, the hook point's name, and the calls in the array."""
+    attributes = _zarr(folder).open_array(folder, mode="r", zarr_format=3).attrs
+    name, order = attributes["name"], attributes["order"]
+    calls = [_call(*written) for written in attributes["calls"]]
+    if not isinstance(name, str) or not isinstance(order, int):
+        raise ValueError("attributes of other types")
+    return order, name, [(call, partial(_read, folder, row)) for row, call in enumerate(calls)]
+
+
+def _read(folder: Path, row: int) -> Tensor:
+    """The feature map of one call in an array's folder.
+
+    Raises:
+        SdconvError: it cannot be read, or is incomplete.
+    """
+    import numpy
+
+    zarr = _zarr(folder)
+    with errors_about(folder, "cannot be read"):
+        array = zarr.open_array(folder, mode="r", zarr_format=3)
+        # zarr would fill in missing chunks, for any size that the metadata claims
+        pairs = zip(array.shape[1:], array.chunks[1:], strict=True)
+        chunks = prod(-(-side // part) for side, part in pairs)
+        there = sum(one.is_file() for one in (folder / "c" / str(row)).rglob("*"))
+        if (folder / "c" / str(row)).is_file():  # a tensor without axes
+            there = 1
+        if there != chunks:
+            raise ValueError(f"{there} of {chunks} chunks are there")
+        dtype = getattr(torch, str(array.attrs["dtype"]))
+        x = torch.from_numpy(numpy.asarray(array[row]))
+        return x.view(dtype) if dtype in _AS_INTEGERS else x.to(dtype)
+
+
+def _call(index: int, timestep: float | list[float] | None, guided: bool | None) -> Call:
+    return Call(index, tuple(timestep) if isinstance(timestep, list) else timestep, guided)
+
+
+def _written(call: Call) -> list[Any]:
+    return [call.index, call.timestep, call.guided]
+
+
+def _as_numpy(x: Tensor) -> Any:
+    x = x.detach().cpu().contiguous()
+    return x.view(_AS_INTEGERS.get(x.dtype, x.dtype)).numpy()
+
+
+def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of a chunk: as many channels as fit into about ``_CHUNK`` bytes."""
+    if len(shape) < 2:
+        return tuple(max(side, 1) for side in shape)
+    each = prod(shape[2:]) * max(shape[0], 1) * itemsize
+    channels = min(max(_CHUNK // max(each, 1), 1), max(shape[1], 1))
+    return (max(shape[0], 1), channels, *(max(side, 1) for side in shape[2:]))
+
+
+def _zarr(path: Path) -> Any:
+    """The zarr package.
+
+    Raises:
+        SdconvError: it is not installed.
+    """
+    try:
+        import zarr
+        import zarr.codecs
+    except ImportError as error:
+        raise SdconvError(
+            "feature maps on the disk need the zarr package",
+            where=path,
+            hint="pip install 'sdconv[maps]'",
+        ) from error
+    return zarr
+
+
+@contextmanager
+def errors_about(path: Path, what: str, hint: str | None = None) -> Iterator[None]:
+    """Translate any exception into an SdconvError about ``path``."""
+    try:
+        yield
+    except SdconvError:
+        raise
+    # zarr raises anything on a damaged file: wrong types, lengths, sizes, codecs
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise SdconvError(f"{what} ({first})", where=path, hint=hint) from error
