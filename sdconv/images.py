@@ -1,4 +1,4 @@
-"""Pictures: from files to tensors in [-1, 1] and back, and how much two of them differ."""
+"""Images: from files to tensors in [-1, 1] and back, and how much two of them differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
-"""Pillow's names of the formats that are read: pictures only, nothing that runs another program."""
+"""The formats that are read, by Pillow's names: none of them runs another program."""
 
 WRITE_FORMATS: Mapping[str, str] = {
     ".png": "PNG",
@@ -29,26 +29,32 @@ WRITE_FORMATS: Mapping[str, str] = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
 }
-"""Suffix -> Pillow's name of the formats that are written."""
+"""The formats that are written: suffix -> Pillow's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture in RGB, and in ``notes`` what had to be done to it, in words."""
+class LoadedImage:
+    """An RGB image.
+
+    Attributes:
+        image: the pixels.
+        notes: changes that were made to the original, in words.
+    """
 
     image: Image.Image
     notes: tuple[str, ...] = ()
 
-    def fitted(self, multiple: int, size: int | tuple[int, int] | None = None) -> Picture:
-        """The same picture with sides in multiples of ``multiple`` pixels, cut around the centre.
+    def fitted(self, multiple: int, size: int | tuple[int, int] | None = None) -> LoadedImage:
+        """The image cropped around its centre, so that its sides are multiples of ``multiple``.
 
         Args:
-            multiple: how many pixels one latent stands for.
-            size: pixels of the longer side, to which it is resized before; or (rows, columns),
-                to which it is resized and cut around the centre; None for as it is.
+            multiple: pixels that one latent stands for, along each side.
+            size: pixels of the longer side, to which it is resized first; or (rows, columns), to
+                which it is resized and cropped; None for no resizing.
 
         Raises:
-            InputError: a side shorter than ``multiple``, or more pixels than a file may have.
+            InputError: a side is shorter than ``multiple``, or it would have more pixels than a
+                file may have.
         """
         image, notes = self.image, list(self.notes)
         resized = _resized(image.size, size)
@@ -56,13 +62,13 @@ class Picture:
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and resized[0] * resized[1] > most:
                 raise InputError(
-                    "too large a picture",
+                    "the image is too large",
                     where="size",
-                    expected=f"at most {most} pixels, as of pictures that are read",
+                    expected=f"at most {most} pixels, as in a file",
                     got=_sides(resized),
-                    hint="ask for a smaller one",
+                    hint="ask for a smaller size",
                 )
-            how = "resized and cut around the centre" if isinstance(size, tuple) else "resized"
+            how = "resized and cropped around the centre" if isinstance(size, tuple) else "resized"
             notes.append(f"{how} from {_sides(image.size)} to {_sides(resized)}")
             if isinstance(size, tuple):
                 image = ImageOps.fit(image, resized, Image.Resampling.LANCZOS)
@@ -71,7 +77,7 @@ class Picture:
         width, height = (side // multiple * multiple for side in image.size)
         if not (width and height):
             raise InputError(
-                "too small a picture",
+                "the image is too small",
                 where="image",
                 expected=f"at least {multiple} pixels on each side",
                 got=_sides(image.size),
@@ -80,46 +86,46 @@ class Picture:
         if (width, height) != image.size:
             left, top = (image.width - width) // 2, (image.height - height) // 2
             notes.append(
-                f"cut around the centre from {_sides(image.size)} to {_sides((width, height))}: "
-                f"sides are multiples of {multiple}"
+                f"cropped around the centre from {_sides(image.size)} to "
+                f"{_sides((width, height))}: sides are multiples of {multiple}"
             )
             image = image.crop((left, top, left + width, top + height))
-        return Picture(image=image, notes=tuple(notes))
+        return LoadedImage(image=image, notes=tuple(notes))
 
 
-def read_image(path: str | Path) -> Picture:
-    """A picture from a file, upright and in RGB, 8 bits for each channel.
+def read_image(path: str | Path) -> LoadedImage:
+    """Read an image file as upright RGB with 8 bits per channel.
 
-    The camera's orientation is honoured, transparency is laid over white, 16 bits are scaled to 8,
-    of an animation the first frame is taken. Colour profiles are not applied.
+    The camera's orientation is applied, transparency is blended with white, 16 bits are scaled to
+    8, and of an animation the first frame is read. Colour profiles are not applied.
 
     Raises:
-        InputError: the file is absent or out of reach, no picture of ``READ_FORMATS``, damaged,
-            larger than Pillow's bound against decompression bombs, or of a mode without colours; or
-            ``path`` is no path.
+        InputError: the file does not exist, cannot be opened, is damaged, has none of the
+            ``READ_FORMATS``, exceeds Pillow's limit against decompression bombs, or has values out
+            of range; or ``path`` is not a path.
     """
     path = as_path(path)
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")  # odd metadata is not the caller's concern
+            warnings.simplefilter("ignore")  # about metadata that is not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
             formats = [name for name in READ_FORMATS if name in Image.OPEN]
             with Image.open(file, formats=formats) as image:
-                return _upright(image, path)
+                return _as_displayed(image, path)
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
-            "is too large a picture",
+            "the image is too large",
             where=path,
             expected=f"at most {Image.MAX_IMAGE_PIXELS} pixels",
-            got=str(error).partition(" exceeds")[0],  # and not of which of PIL's two limits
-            hint="make it smaller with another program",
+            got=str(error).partition(" exceeds")[0],  # without which of Pillow's two limits
+            hint="resize it with another program",
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(
-            "is no picture that can be read",
+            "not an image that can be read",
             where=path,
             expected=", ".join(READ_FORMATS),
             hint="convert it to PNG or JPEG",
@@ -128,51 +134,49 @@ def read_image(path: str | Path) -> Picture:
         raise InputError("does not exist", where=path, hint="check the path") from error
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(
-            "cannot be opened", where=path, expected="a picture", got=error.strerror
+            "cannot be opened", where=path, expected="an image", got=error.strerror
         ) from error
-    except Exception as error:  # Pillow's decoders raise whatever they meet in a damaged file
+    except Exception as error:  # on damaged files Pillow's decoders raise exceptions of all types
         raise InputError(
-            "is damaged, or of a kind that cannot be read",
+            "a damaged image, or of an unsupported kind",
             where=repr(str(path)) if isinstance(error, ValueError) else path,
-            expected="a whole picture",
+            expected="a complete image",
             got=error,
-            hint="convert it to PNG or JPEG, or get it again",
+            hint="convert it to PNG or JPEG, or download it again",
         ) from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """``(1, 3, H, W)`` in [-1, 1], float32, from a picture in RGB."""
+    """An RGB image as ``(1, 3, H, W)`` in [-1, 1], float32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture in RGB from ``(3, H, W)``, nominally in [-1, 1]; what lies outside is clamped.
+def to_image(x: Tensor) -> Image.Image:
+    """The RGB image of ``x``, ``(3, H, W)``, nominally in [-1, 1]; values outside are clamped.
 
     Raises:
-        InputError: not three channels, or NaN or infinity among the values.
+        InputError: it has not three channels, or holds NaN or infinity.
     """
-    if picture.ndim != 3 or picture.shape[0] != 3:
-        raise InputError("no picture", expected="(3, H, W)", got=tuple(picture.shape))
-    picture = picture.float().cpu()
-    if not torch.isfinite(picture).all():
+    if x.ndim != 3 or x.shape[0] != 3:
+        raise InputError("not an image", expected="(3, H, W)", got=tuple(x.shape))
+    x = x.float().cpu()
+    if not torch.isfinite(x).all():
         raise InputError(
-            "the picture came out with NaN or infinity",
+            "the image has NaN or infinity",
             where="image",
             expected="finite numbers",
             hint="compute in a wider dtype (SDXL's VAE overflows in float16: --dtype float32), "
             "and look at the weights with `sdconv inspect --values`",
         )
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def psnr(picture: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, both clamped to [-1, 1]: ``10 log10(2^2 / mean square)``.
-
-    Infinite where they are equal.
-    """
-    a, b = (one.detach().double().clamp(-1, 1) for one in (picture, reference))
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two images clamped to [-1, 1]: ``10 log10(2^2 / mean
+    squared error)``; infinite if they are equal."""
+    a, b = (x.detach().double().clamp(-1, 1) for x in (image, reference))
     error = float((a - b).square().mean())
     return 10 * math.log10(4 / error) if error else math.inf
 
@@ -180,17 +184,18 @@ def psnr(picture: Tensor, reference: Tensor) -> float:
 def side_by_side(
     original: Image.Image, reconstruction: Image.Image, caption: str = "reconstruction"
 ) -> tuple[Image.Image, int]:
-    """Both pictures and their difference in a row, and by how much the difference is amplified.
+    """Both images and their difference in a row, and the factor that amplifies the difference.
 
-    The difference is that of each channel, without its sign, black where they are equal.
+    The difference is the absolute one of each channel: black means equal.
 
     Args:
-        original, reconstruction: of one size.
-        caption: what stands over the second.
+        original: the first image.
+        reconstruction: the second, of the same size.
+        caption: text above the second.
     """
     a, b = (np.asarray(image, dtype=np.float32) for image in (original, reconstruction))
     difference = np.abs(a - b)
-    # as far as 99 of 100 values stay below white
+    # amplified as far as 99 of 100 values stay below white
     visible = max(float(np.quantile(difference, 0.99)), 1.0)
     amplification = 2 ** max(0, math.floor(math.log2(255 / visible)))
     shown = np.minimum(difference * amplification, 255).round().astype(np.uint8)
@@ -199,7 +204,7 @@ def side_by_side(
         (caption, reconstruction),
         (f"difference x{amplification}", Image.fromarray(shown)),
     )
-    # small pictures are enlarged, so that the captions fit
+    # small images are enlarged, so that the captions fit
     zoom = max(1, math.ceil(256 / original.width))
     width, height = original.width * zoom, original.height * zoom
     text, gap = max(16, width // 32), max(4, width // 64)
@@ -207,35 +212,35 @@ def side_by_side(
     sheet = Image.new("RGB", (3 * width + 4 * gap, height + strip + gap), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(text)
-    for place, (words, image) in enumerate(panels):
-        left = gap + place * (width + gap)
+    for column, (words, image) in enumerate(panels):
+        left = gap + column * (width + gap)
         draw.text((left, strip / 2), words, fill="black", font=font, anchor="lm")
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, strip))
     return sheet, amplification
 
 
 def image_format(path: Path) -> str:
-    """Pillow's name of the format that a path's suffix asks for.
+    """Pillow's name for the format of a path's suffix.
 
     Raises:
-        InputError: it is none of ``WRITE_FORMATS``.
+        InputError: the suffix is not in ``WRITE_FORMATS``.
     """
     if path.suffix.lower() not in WRITE_FORMATS:
         raise InputError(
-            "not a picture's name",
+            "not the name of an image file",
             where=path,
-            expected="a name that ends in " + ", ".join(WRITE_FORMATS),
+            expected="a name ending in " + ", ".join(WRITE_FORMATS),
             got=path.suffix or "no suffix",
         )
     return WRITE_FORMATS[path.suffix.lower()]
 
 
 def write_image(image: Image.Image, path: str | Path) -> None:
-    """Writes a picture in the format of its suffix, whole or not at all.
+    """Write an image, completely or not at all, in the format of the path's suffix.
 
     Raises:
-        InputError: no path, or a suffix of no format that is written. CheckpointError: it cannot be
-            written.
+        InputError: ``path`` is not a path, or its suffix is not in ``WRITE_FORMATS``.
+        CheckpointError: the file cannot be written.
     """
     path = as_path(path)
     form = image_format(path)
@@ -243,8 +248,8 @@ def write_image(image: Image.Image, path: str | Path) -> None:
     write_whole(path, lambda part: image.save(part, format=form, **options))
 
 
-def _upright(image: Image.Image, path: Path) -> Picture:
-    """The picture as a viewer shows it."""
+def _as_displayed(image: Image.Image, path: Path) -> LoadedImage:
+    """The image as a viewer shows it: upright, opaque, RGB."""
     notes = []
     if getattr(image, "is_animated", False):
         notes.append("the first of several frames was taken")
@@ -255,7 +260,7 @@ def _upright(image: Image.Image, path: Path) -> Picture:
             raise InputError(
                 "grey values out of range",
                 where=path,
-                expected=f"0 to {top:g} in a picture of Pillow's mode {image.mode!r}",
+                expected=f"0 to {top:g} in an image of Pillow's mode {image.mode!r}",
                 got=f"{deep.min():g} to {deep.max():g}",
                 hint="scale it to 8 bits with another program",
             )
@@ -266,13 +271,13 @@ def _upright(image: Image.Image, path: Path) -> Picture:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image.getchannel("A")).min() < 255:
-            notes.append("transparency was laid over white")
+            notes.append("transparency was blended with white")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return Picture(image=image.convert("RGB"), notes=tuple(notes))
+    return LoadedImage(image=image.convert("RGB"), notes=tuple(notes))
 
 
 def _resized(sides: tuple[int, int], size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Width and height after resizing, as ``Picture.fitted`` takes ``size``."""
+    """Width and height after resizing, as ``LoadedImage.fitted`` takes ``size``."""
     if size is None:
         return sides
     if isinstance(size, tuple):

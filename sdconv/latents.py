@@ -1,4 +1,4 @@
-"""Raw latents, and latents as a diffusion model sees them: scaled, or normalised in patches."""
+"""Raw latents, and latents as diffusion models use them: scaled, or normalised in patches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sdconv.models.inputs import check_tensor
 from sdconv.models.vae import AutoencoderKLFlux2
 
 KEY = "latents"
-"""The name of the tensor in a file of latents that is written here."""
+"""The tensor's name in files that `write_latents` writes."""
 
 SCALED_KEY = "sdconv.latents"
-"""Where such a file says whether they are ``scaled`` or ``raw``."""
+"""The metadata key in such files whose value is ``scaled`` or ``raw``."""
 
 _TO_PATCHES = "b c (h p) (w q) -> b (c p q) h w"
 
@@ -91,24 +91,24 @@ def _has_patches(network: Autoencoder) -> bool:
 
 
 def scale(network: Autoencoder, latents: Tensor) -> Tensor:
-    """Raw latents as the diffusion model sees them.
+    """Convert raw latents to the form that the diffusion model uses.
 
-    For most families ``(latents - shift_factor) * scaling_factor``, or with ``latents_mean`` and
-    ``latents_std`` ``(latents - mean) * scaling_factor / std``; a tiny autoencoder's are theirs
-    already. FLUX.2: patches of 2x2 latents stacked along the channels, normalised with ``bn``'s
-    statistics: ``(patches - running_mean) / sqrt(running_var + eps)``, without an affine part
-    (``Flux2Pipeline`` in diffusers).
+    For most families this is ``(latents - shift_factor) * scaling_factor``, or with
+    ``latents_mean`` and ``latents_std`` ``(latents - mean) * scaling_factor / std``. A tiny
+    autoencoder's latents already have this form. For FLUX.2, patches of 2x2 latents are stacked
+    along the channels and normalised with ``bn``'s statistics, without an affine part:
+    ``(patches - running_mean) / sqrt(running_var + eps)`` (``Flux2Pipeline`` in diffusers).
 
     Args:
-        network: whose latents they are.
-        latents: ``(B, C, h, w)``.
+        network: the autoencoder that the latents come from.
+        latents: ``(B, C, h, w)``, raw.
 
     Returns:
         ``(B, C, h, w)``; for FLUX.2 ``(B, 4C, h/2, w/2)``.
 
     Raises:
-        InputError: no tensor of floating point, or another number of axes or channels; for FLUX.2
-            an odd number of rows or columns.
+        InputError: not a floating-point tensor, or not of this shape; for FLUX.2 also an odd number
+            of rows or columns.
     """
     _check(network, latents, network.config["latent_channels"])
     if not isinstance(network, AutoencoderKLFlux2):
@@ -121,7 +121,7 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
             where=network.config.class_name,
             expected=f"rows and columns in multiples of {p} and {q}",
             got=tuple(latents.shape),
-            hint="take a picture whose sides are multiples of "
+            hint="use an image whose sides are multiples of "
             f"{p * network.downscale} and {q * network.downscale} pixels",
         )
     mean, std = _statistics(network, latents)
@@ -129,14 +129,17 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents as the diffusion model sees them back to raw ones: what ``scale`` does, undone.
+    """Convert latents of the diffusion model to raw ones: the inverse of ``scale``.
 
     Args:
-        network: whose latents they are.
+        network: the autoencoder that the latents belong to.
         latents: ``(B, C, h, w)``; for FLUX.2 patches, ``(B, 4C, h/2, w/2)``.
 
+    Returns:
+        ``(B, C, h, w)``, raw.
+
     Raises:
-        InputError: no tensor of floating point, or another number of axes or channels.
+        InputError: not a floating-point tensor, or not of this shape.
     """
     if not isinstance(network, AutoencoderKLFlux2):
         _check(network, latents, network.config["latent_channels"])
@@ -150,18 +153,21 @@ def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool | None]:
-    """Latents from a file, and whether they are scaled if the file says so (None if it does not).
+    """Read latents, and whether they are scaled, from a file.
 
     Args:
-        path: a safetensors file (or a pickle of tensors) with one tensor, or with ``key``.
-        key: the tensor's name; None for the only one there is, or else the one named ``KEY``.
+        path: a safetensors file, or a pickle of tensors.
+        key: the tensor's name; None for the only tensor, or the one named ``KEY`` if there are
+            several.
 
     Returns:
-        ``(B, C, h, w)``; a single ``(C, h, w)`` gets its first axis.
+        The latents, ``(B, C, h, w)`` (a single ``(C, h, w)`` gets a batch axis), and True if they
+        are scaled, False if they are raw, None if the file does not say.
 
     Raises:
         CheckpointError: the file cannot be read.
-        InputError: no such tensor, several and none chosen, not of floating point, or not finite.
+        InputError: there is no such tensor, or it is not clear which one; or it is not of floating
+            point, not of this shape or not finite.
     """
     with open_source(path) as source:
         names = list(source.entries)
@@ -177,11 +183,11 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
                 hint="name it: --key NAME",
             )
         latents = source.tensor(key)
-        said = source.metadata.get(SCALED_KEY)
+        form = source.metadata.get(SCALED_KEY)
     latents = latents[None] if latents.ndim == 3 else latents
     if latents.ndim != 4 or not latents.is_floating_point() or not latents.numel():
         raise InputError(
-            "these are no latents",
+            "not latents",
             where=f"{path}: {key}",
             expected="floating-point numbers of shape (B, C, h, w) or (C, h, w)",
             got=f"{str(latents.dtype).removeprefix('torch.')} {tuple(latents.shape)}",
@@ -190,17 +196,18 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
     latents = latents.float()
     if not torch.isfinite(latents).all():
         raise InputError("the latents hold NaN or infinity", where=f"{path}: {key}")
-    return latents, None if said is None else said == "scaled"
+    return latents, None if form is None else form == "scaled"
 
 
 def write_latents(latents: Tensor, path: str | Path, *, scaled: bool) -> None:
-    """Writes a safetensors file with one tensor, ``KEY``, whole or not at all.
+    """Write a safetensors file with one tensor, ``KEY``, completely or not at all.
 
     Raises:
-        InputError: ``path`` is no path. CheckpointError: the file cannot be written.
+        InputError: ``path`` is not a path.
+        CheckpointError: the file cannot be written.
     """
-    said = {"format": "pt", SCALED_KEY: "scaled" if scaled else "raw"}
-    write_tensors({KEY: latents.cpu()}, as_path(path), said)
+    metadata = {"format": "pt", SCALED_KEY: "scaled" if scaled else "raw"}
+    write_tensors({KEY: latents.cpu()}, as_path(path), metadata)
 
 
 def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:
@@ -212,7 +219,7 @@ def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:
         )
     if not latents.is_floating_point():
         raise InputError(
-            "latents must be of floating point",
+            "latents must be floating-point numbers",
             where=where,
             expected="float32, or another floating-point dtype",
             got=latents.dtype,
@@ -220,12 +227,13 @@ def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:
 
 
 def _affine(network: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and factor of ``(latents - shift) * factor``."""
+    """``shift`` and ``factor`` in ``(latents - shift) * factor``, the scaled latents."""
     config = network.config
     factor, shift = like.new_tensor(config["scaling_factor"]), config.get("shift_factor") or 0.0
     if (mean := config.get("latents_mean")) and (std := config.get("latents_std")):
-        each = (1, -1, 1, 1)
-        return like.new_tensor(mean).view(each), factor / like.new_tensor(std).view(each)
+        per_channel = (1, -1, 1, 1)
+        shift_tensor = like.new_tensor(mean).view(per_channel)
+        return shift_tensor, factor / like.new_tensor(std).view(per_channel)
     return like.new_tensor(shift), factor
 
 

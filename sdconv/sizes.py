@@ -1,4 +1,5 @@
-"""Numbers as people write and read them: sizes of memory, and large counts."""
+"""Sizes as people write and read them: amounts of memory, rows by columns of an image, and large
+counts."""
 
 from __future__ import annotations
 
@@ -11,36 +12,37 @@ _UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", 1)
     for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
 }
-_WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_bytes(size: int | str, name: str = "memory_limit") -> int:
-    """``"2GiB"``, ``"1.5 GB"``, ``"512M"`` (of 1024) or a number of bytes, as a number of bytes.
+    """The number of bytes in ``"2GiB"``, ``"1.5 GB"`` or ``"512M"`` (which means MiB).
 
     Args:
-        size: what was written. name: of the argument, for the message.
+        size: an amount with its unit, or a number of bytes.
+        name: the argument's name, for the error message.
 
     Raises:
-        InputError: it is none of these, or not above 0.
+        InputError: it is neither, or not above 0.
     """
     if isinstance(size, int) and not isinstance(size, bool):
-        found = size
+        count = size
     else:
-        match = _WRITTEN.fullmatch(size) if isinstance(size, str) else None
+        match = _BYTES.fullmatch(size) if isinstance(size, str) else None
         unit = _UNITS.get(match[2].lower()) if match else None
-        found = int(float(match[1]) * unit) if match and unit else 0
-    if not 0 < found < 2**62:
+        count = int(float(match[1]) * unit) if match and unit else 0
+    if not 0 < count < 2**62:
         raise InputError(
-            "not a size of memory",
+            "not a memory size",
             where=name,
-            expected='such as "2GiB", "1500MB" or a number of bytes above 0',
+            expected='such as "2GiB" or "1500MB", or a number of bytes above 0',
             got=repr(size),
         )
-    return found
+    return count
 
 
-def in_words(size: int) -> str:
-    """``2.5 GiB``, ``311.3 MiB``: rounded up, so that a limit set to what is printed suffices."""
+def format_bytes(size: int) -> str:
+    """Bytes as ``2.5 GiB`` or ``311.3 MiB``, rounded up: a limit set to the text is enough."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if size >= 1024**power:
             tenths = -(-size * 10 // 1024**power)

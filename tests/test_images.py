@@ -1,4 +1,4 @@
-"""Pictures of every kind become RGB in [-1, 1], and damaged ones an error."""
+"""Images of every kind become RGB in [-1, 1]; damaged ones raise an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 import sdconv
 from sdconv.images import (
-    Picture,
+    LoadedImage,
     psnr,
     read_image,
     side_by_side,
@@ -29,7 +29,7 @@ RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
 def colours(width: int = 16, height: int = 16) -> Image.Image:
-    """A picture whose pixels all differ from their neighbours."""
+    """An image in which every pixel differs from its neighbours."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(
         np.stack([x * 15 % 256, y * 15 % 256, (x + y) * 7 % 256], -1).astype("uint8")
@@ -41,9 +41,9 @@ def saved(image: Image.Image, path: Path, **options: object) -> Path:
     return path
 
 
-def pixels(picture: Picture) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    assert picture.image.mode == "RGB"
-    return np.asarray(picture.image)
+def pixels(loaded: LoadedImage) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    assert loaded.image.mode == "RGB"
+    return np.asarray(loaded.image)
 
 
 def test_tensors_and_back_are_exact() -> None:
@@ -55,12 +55,12 @@ def test_tensors_and_back_are_exact() -> None:
     assert to_tensor(Image.new("RGB", (1, 1), "white")).flatten().tolist() == [1, 1, 1]
 
 
-def test_what_lies_outside_is_clamped_and_nan_refused() -> None:
+def test_values_outside_are_clamped_and_nan_is_an_error() -> None:
     x = torch.tensor([-7.0, 0.0, 7.0]).view(3, 1, 1)
     assert to_image(x).getpixel((0, 0)) == (0, 128, 255)
     with pytest.raises(sdconv.InputError, match="NaN"):
         to_image(x * math.nan)
-    with pytest.raises(sdconv.InputError, match="no picture"):
+    with pytest.raises(sdconv.InputError, match="not an image"):
         to_image(x[:2])
 
 
@@ -95,7 +95,7 @@ def test_palette_cmyk_and_jpeg(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparency_is_laid_over_white(mode: str, tmp_path: Path) -> None:
+def test_transparency_is_blended_with_white(mode: str, tmp_path: Path) -> None:
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 4, 8))
     image = image.quantize(4) if mode == "PA" else image.convert(mode)
@@ -105,14 +105,14 @@ def test_transparency_is_laid_over_white(mode: str, tmp_path: Path) -> None:
     assert any("white" in note for note in read.notes)
 
 
-def test_opaque_alpha_says_nothing(tmp_path: Path) -> None:
+def test_opaque_alpha_leaves_no_note(tmp_path: Path) -> None:
     path = saved(colours().convert("RGBA"), tmp_path / "a.png")
     assert read_image(path).notes == ()
     assert np.array_equal(pixels(read_image(path)), np.asarray(colours()))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_cameras_orientation_is_honoured(orientation: int, tmp_path: Path) -> None:
+def test_the_cameras_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(colours(16, 24), tmp_path / "o.png", exif=exif)
@@ -137,7 +137,7 @@ def test_orientation_of_16_bit_grey(tmp_path: Path) -> None:
     assert np.array_equal(pixels(read_image(path))[..., 0], np.rot90(RAMP, -1))
 
 
-def test_the_first_frame_is_taken(tmp_path: Path) -> None:
+def test_the_first_frame_is_read(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), name) for name in ("red", "blue")]
     path = tmp_path / "a.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -148,34 +148,34 @@ def test_the_first_frame_is_taken(tmp_path: Path) -> None:
 
 @settings(max_examples=40)
 @given(width=st.integers(1, 70), height=st.integers(1, 70), multiple=st.sampled_from([1, 4, 8, 16]))
-def test_cut_around_the_centre(width: int, height: int, multiple: int) -> None:
-    picture = Picture(image=colours(width, height))
+def test_cropped_around_the_centre(width: int, height: int, multiple: int) -> None:
+    loaded = LoadedImage(image=colours(width, height))
     if min(width, height) < multiple:
         with pytest.raises(sdconv.InputError, match="too small"):
-            picture.fitted(multiple)
+            loaded.fitted(multiple)
         return
-    fitted = picture.fitted(multiple)
+    fitted = loaded.fitted(multiple)
     w, h = fitted.image.size
     assert w % multiple == h % multiple == 0
     assert 0 <= width - w < multiple
     assert 0 <= height - h < multiple
     left, top = (width - w) // 2, (height - h) // 2
     assert np.array_equal(
-        np.asarray(fitted.image), np.asarray(picture.image)[top : top + h, left : left + w]
+        np.asarray(fitted.image), np.asarray(loaded.image)[top : top + h, left : left + w]
     )
     assert bool(fitted.notes) == ((w, h) != (width, height))
 
 
 @pytest.mark.parametrize(("size", "sides"), [(32, (32, 16)), (16, (16, 8)), (64, (64, 32))])
 def test_resized_to_the_longer_side(size: int, sides: tuple[int, int]) -> None:
-    assert Picture(image=colours(32, 16)).fitted(8, size).image.size == sides
+    assert LoadedImage(image=colours(32, 16)).fitted(8, size).image.size == sides
 
 
-def test_no_larger_than_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_larger_than_files_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 24)
-    assert Picture(image=colours(32, 16)).fitted(8, 48).image.size == (48, 24)
+    assert LoadedImage(image=colours(32, 16)).fitted(8, 48).image.size == (48, 24)
     with pytest.raises(sdconv.InputError, match=r"too large(.|\n)*64x32"):
-        Picture(image=colours(32, 16)).fitted(8, 64)
+        LoadedImage(image=colours(32, 16)).fitted(8, 64)
 
 
 def test_psnr() -> None:
@@ -191,7 +191,7 @@ def test_side_by_side() -> None:
     sheet, amplification = side_by_side(original, near)
     assert sheet.width > 900
     assert sheet.height > 200
-    assert amplification == 128  # differences of 1 at the most, as far as white
+    assert amplification == 128  # differences of at most 1, amplified as far as white
     _, equal = side_by_side(original, original)
     assert equal == 128
     far, once = side_by_side(original, Image.eval(original, lambda value: 255 - value))
@@ -209,8 +209,8 @@ def test_written_and_read_again(suffix: str, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_suffix_of_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(sdconv.InputError, match="not a picture's name"):
+def test_a_suffix_of_no_image_format(tmp_path: Path) -> None:
+    with pytest.raises(sdconv.InputError, match="not the name of an image file"):
         write_image(colours(), tmp_path / "a.txt")
 
 
@@ -223,33 +223,33 @@ def encoded(form: str) -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "no picture"),
-        (b"hello", "no picture"),
+        (b"", "not an image"),
+        (b"hello", "not an image"),
         (encoded("PNG")[:60], "damaged"),
         (encoded("JPEG")[:300], "damaged"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     ],
 )
-def test_no_picture(content: bytes, words: str, tmp_path: Path) -> None:
+def test_not_an_image(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(sdconv.InputError, match=words):
         read_image(path)
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])  # what Pillow warns of, and what it refuses
+@pytest.mark.parametrize("side", [10_000, 20_000])  # where Pillow warns, and where it raises
 def test_decompression_bombs(side: int, tmp_path: Path) -> None:
     start = b"IHDR" + side.to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
     path = tmp_path / "bomb.png"
     content = encoded("PNG")
     path.write_bytes(content[:12] + start + zlib.crc32(start).to_bytes(4) + content[33:])
-    with pytest.raises(sdconv.InputError, match="too large a picture") as told:
+    with pytest.raises(sdconv.InputError, match="the image is too large") as raised:
         read_image(path)
-    assert f"got: Image size ({side * side} pixels)\n" in str(told.value)
+    assert f"got: Image size ({side * side} pixels)\n" in str(raised.value)
 
 
-def test_paths_without_a_picture(tmp_path: Path) -> None:
+def test_paths_without_an_image(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.png", tmp_path, tmp_path / "a\0b", tmp_path / ("x" * 300)):
         with pytest.raises(sdconv.InputError):
             read_image(path)
@@ -268,7 +268,7 @@ def test_grey_values_out_of_range(tmp_path: Path) -> None:
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), form=st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM"]))
-def test_damaged_files_give_one_kind_of_error(
+def test_damaged_files_raise_one_type_of_error(
     data: st.DataObject, form: str, tmp_path: Path
 ) -> None:
     content = bytearray(encoded(form))

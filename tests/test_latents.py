@@ -1,4 +1,4 @@
-"""Raw and scaled latents: the formula of each family, undone exactly, and files that say which."""
+"""Raw and scaled latents: each family's formula, its inverse, and files that record which."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_mean_and_standard_deviation_of_each_channel() -> None:
     assert scale(seeded.network(SPREAD), z).flatten().tolist() == [0.0, -0.0625]
 
 
-def test_a_tiny_autoencoders_latents_are_scaled_already() -> None:
+def test_a_tiny_autoencoders_latents_are_already_scaled() -> None:
     z = latents(4)
     assert torch.equal(scale(seeded.network(seeded.tiny()), z), z)
 
@@ -72,32 +72,32 @@ def test_other_channels(config: sdconv.AutoencoderKLConfig, direction: object) -
 @pytest.mark.parametrize("config", [SD3, FLUX2])
 @pytest.mark.parametrize("direction", [scale, unscale])
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("value", "words"),
     [
         (None, "latents must be a tensor"),
         (latents(16).numpy(), "latents must be a tensor"),
-        (torch.zeros(1, 16, 4, 4, dtype=torch.int64), "latents must be of floating point"),
+        (torch.zeros(1, 16, 4, 4, dtype=torch.int64), "latents must be floating-point numbers"),
     ],
 )
-def test_no_tensor_of_floating_point(
-    config: sdconv.AutoencoderKLConfig, direction: object, given: object, words: str
+def test_not_a_floating_point_tensor(
+    config: sdconv.AutoencoderKLConfig, direction: object, value: object, words: str
 ) -> None:
     network = seeded.network(config)
-    if isinstance(given, Tensor):
+    if isinstance(value, Tensor):
         channels = config.latent_channels
         wanted = 4 * channels if config is FLUX2 and direction is unscale else channels
-        given = given[:, :1].expand(1, wanted, 4, 4)
+        value = value[:, :1].expand(1, wanted, 4, 4)
     with pytest.raises(sdconv.InputError, match=words):
-        direction(network, given)  # type: ignore[operator]
+        direction(network, value)  # type: ignore[operator]
 
 
-def test_odd_latents_make_no_patches() -> None:
+def test_odd_sizes_cannot_be_cut_into_patches() -> None:
     with pytest.raises(sdconv.InputError, match="cannot be cut into patches"):
         scale(seeded.network(FLUX2), latents(32, 3, 4))
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_a_file_says_whether_they_are_scaled(scaled: bool, tmp_path: Path) -> None:
+def test_a_file_records_whether_they_are_scaled(scaled: bool, tmp_path: Path) -> None:
     path = tmp_path / "z.safetensors"
     for named in (path, str(path)):
         write_latents(latents(4), named, scaled=scaled)
@@ -106,7 +106,7 @@ def test_a_file_says_whether_they_are_scaled(scaled: bool, tmp_path: Path) -> No
     assert said is scaled
 
 
-def test_files_of_others(tmp_path: Path) -> None:
+def test_files_of_other_programs(tmp_path: Path) -> None:
     path = tmp_path / "z.safetensors"
     save_file({"samples": latents(4)[0].half()}, path)
     read, said = read_latents(path)
@@ -120,13 +120,13 @@ def test_files_of_others(tmp_path: Path) -> None:
     [
         ({"a": torch.zeros(1, 4, 2, 2), "b": torch.zeros(1)}, None, "which tensor"),
         ({"a": torch.zeros(1, 4, 2, 2)}, "b", "which tensor"),
-        ({"a": torch.zeros(4)}, None, "no latents"),
-        ({"a": torch.zeros(1, 4, 0, 2)}, None, "no latents"),
-        ({"a": torch.zeros(1, 4, 2, 2, dtype=torch.int32)}, None, "no latents"),
+        ({"a": torch.zeros(4)}, None, "not latents"),
+        ({"a": torch.zeros(1, 4, 0, 2)}, None, "not latents"),
+        ({"a": torch.zeros(1, 4, 2, 2, dtype=torch.int32)}, None, "not latents"),
         ({"a": torch.full((1, 4, 2, 2), torch.nan)}, None, "NaN"),
     ],
 )
-def test_no_latents(
+def test_not_latents(
     tensors: dict[str, Tensor], key: str | None, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "z.safetensors"

@@ -29,10 +29,10 @@ from sdconv.backends import BACKENDS, backend
 from sdconv.config import AutoencoderKLConfig
 from sdconv.fast.cpu import kernels as engines
 from sdconv.models.vae import AutoencoderKL
-from sdconv.streaming import Streaming, calibration
+from sdconv.streaming import Streaming, check_disk_space
+from sdconv.streaming.calibration import predict_seconds
 from sdconv.streaming.executor import run
-from sdconv.streaming.folder import check_room
-from sdconv.streaming.steps import Attend, Step
+from sdconv.streaming.steps import AttentionStep, StreamStep
 
 
 def anonymous() -> int:
@@ -111,22 +111,22 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
     streaming = Streaming.of(options.memory, options.spill, False)
     plan = streaming.plan(network, options.work, x)
     if plan.spilled:
-        check_room(options.spill, plan.spilled)
+        check_disk_space(options.spill, plan.spilled)
     network_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
     times = {"layers": 0.0, "attention": 0.0}
     last = 0.0
 
-    def tick(step: Step, done: int) -> None:
+    def on_strip(step: StreamStep, done: int) -> None:
         nonlocal last
         now = time.perf_counter()
-        times["attention" if isinstance(step, Attend) else "layers"] += now - last
+        times["attention" if isinstance(step, AttentionStep) else "layers"] += now - last
         last = now
 
     with Peak() as peak:
         out = torch.empty(plan.shape)
         last = time.perf_counter()
         # in a process that has computed nothing before: what kernels keep is counted
-        run(plan, x[0], out[0], folder=options.spill, tick=tick)
+        run(plan, x, out, folder=options.spill, on_strip=on_strip)
     per_pixel = times["layers"] / (options.size[0] * options.size[1])
     result = {
         "work": options.work,
@@ -144,7 +144,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
         "ns_per_pixel": 1e9 * per_pixel,
         "finite": bool(out.isfinite().all()),
     }
-    planned = calibration.seconds(plan, device=x.device)
+    planned = predict_seconds(plan, device=x.device)
     result["planned_seconds"] = planned
     result["seconds_over_planned"] = sum(times.values()) / planned
     if options.rounds:

@@ -22,7 +22,7 @@ from scripts.docs.drawing import (
     span,
     words,
 )
-from sdconv.convolution.geometry import Window, output_size
+from sdconv.convolution.geometry import ReceptiveField, output_size
 from sdconv.convolution.reference import conv2d_reference, convolve, same_padding
 
 KERNELS = {
@@ -189,10 +189,10 @@ def padding() -> Figure:
 def receptive_chain() -> Figure:
     """Three convolutions over one row: what a single number at the end has seen."""
     layers = ((3, 1, "3 wide, stride 1"), (3, 2, "3 wide, stride 2"), (3, 1, "3 wide, stride 1"))
-    windows, widths = [Window()], [17]
+    fields, widths = [ReceptiveField()], [17]
     for kernel, step, _ in layers:
         before = (kernel - 1) // 2
-        windows.append(windows[-1].through(kernel, step, (before, before)))
+        fields.append(fields[-1].through(kernel, step, (before, before)))
         widths.append(output_size(widths[-1], kernel, step, (before, before)))
     sheet = figure(9, 3.6)
     axes = panel(sheet, 1.7, 0.1, 5.9, 3.4)
@@ -201,13 +201,13 @@ def receptive_chain() -> Figure:
     axes.set_ylim(-0.4, len(layers) + 0.4)
     seen = {widths[-1] // 2}
     for level in range(len(layers), -1, -1):
-        step = windows[level].step
+        step = fields[level].period
         for place in range(widths[level]):
             colour = KERNEL if place in seen else "#c9d8e8"
             axes.plot(place * step, level, "o", color=colour, markersize=11)
         text = "input" if level == 0 else layers[level - 1][2]
         axes.text(-1.0, level, text, ha="right", va="center")
-        span_text = f"sees {windows[level].size}" if level else ""
+        span_text = f"sees {fields[level].size}" if level else ""
         axes.text(widths[0], level, span_text, ha="left", va="center")
         if level:
             kernel, by, _ = layers[level - 1]
@@ -215,7 +215,7 @@ def receptive_chain() -> Figure:
             for place in seen:
                 start = place * by - (kernel - 1) // 2
                 for one in range(start, start + kernel):
-                    ends = [one * windows[level - 1].step, place * step]
+                    ends = [one * fields[level - 1].period, place * step]
                     axes.plot(ends, [level - 1, level], color=KERNEL, linewidth=1, zorder=0)
                     below.add(one)
             seen = below

@@ -1,4 +1,4 @@
-"""The command that says what a streamed picture will take."""
+"""The command that predicts the memory and the time of a streamed VAE."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdconv.cli.common import (
     working,
 )
 from sdconv.errors import InputError
-from sdconv.sizes import parse_size
+from sdconv.sizes import format_bytes, parse_bytes, parse_size
 
 if TYPE_CHECKING:
     from sdconv.models.vae import AutoencoderKL
@@ -32,38 +32,39 @@ def plan(
         list[Path] | None,
         typer.Argument(
             metavar="[PATH]",
-            help="Weights, of which only names and shapes are read; the VAE of SD1, SD2 and SDXL "
-            "if left out.",
+            help="Weights, of which only names and shapes are read. Without them: the VAE of SD1, "
+            "SD2 and SDXL.",
             show_default=False,
         ),
     ] = None,
     size: ImageSize = "2048x2048",
     memory: Annotated[
-        str, typer.Option(metavar="BYTES", help="The limit, weights apart: 4GiB, 1500MB.")
+        str, typer.Option(metavar="BYTES", help="The limit, without weights: 4GiB, 1500MB.")
     ] = "2GiB",
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="How many pictures.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")] = 1,
     spill: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Check that what is spilled has room there.",
+            help="Check that there is enough disk space for what is spilled.",
             show_default=False,
         ),
     ] = None,
     timed: Annotated[
         bool,
-        typer.Option("--time/--no-time", help="Time one strip of each kind of layer, here."),
+        typer.Option("--time/--no-time", help="Time one strip of each kind of layer on this CPU."),
     ] = True,
     family: Family = None,
     dtype: ComputeDtype = Dtype.float32,
     backend: With = IMAGE_BACKEND,
     as_json: Json = False,
 ) -> None:
-    """Say what streaming a picture through a VAE will take.
+    """Predict the memory and the time of streaming an image through a VAE.
 
-    Memory beside the weights, room on the disk for maps beyond the limit, the least limits that can
-    be met, and seconds on this machine's CPU. No weights are read: strips are timed with random
-    ones. `sdconv encode` and `decode` keep to it with the same --memory and --backend, and so does
+    Shows the peak memory without the weights, the disk space for feature maps beyond the limit,
+    the lowest limits that can be met, and the seconds on this machine's CPU. No weights are read:
+    strips are timed with random ones. `sdconv encode` and `decode` follow the same plan with the
+    same --memory and --backend, and so does
     vae.enable_streaming(memory_limit="4GiB", spill="/a/folder") in Python.
 
     \b
@@ -75,72 +76,67 @@ def plan(
     import torch
 
     from sdconv.backends import set_backend
-    from sdconv.streaming import (
-        calibration,
-        check_room,
-        checked_folder,
-        least_memory,
-        make_plan,
-        parse_bytes,
-        steps_of,
-    )
+    from sdconv.streaming import check_disk_space, least_memory, make_plan, spill_folder, steps_of
+    from sdconv.streaming.calibration import predict_seconds
 
     rows, columns = parse_size(size)
     limit = parse_bytes(memory, "--memory")
-    folder = None if spill is None else checked_folder(spill)
-    network = _blank(paths, family).to(dtype.in_torch())
+    folder = None if spill is None else spill_folder(spill)
+    network = _without_weights(paths, family).to(dtype.in_torch())
     set_backend(network, backend.value)
     scale = network.downscale
     if min(rows, columns) < scale:
-        raise InputError("too small a picture", where="--size", expected=f"at least {scale}")
+        raise InputError("the image is too small", where="--size", expected=f"at least {scale}")
     steps = {
         "encode": steps_of(network, "encode", rows, columns),
         "decode": steps_of(network, "decode", rows // scale, columns // scale),
     }
     least = {
-        work: {
-            spilling: least_memory(own, pictures=batch, spill=spilling)
-            for spilling in (True, False)
+        direction: {
+            spilling: least_memory(own, batch=batch, spill=spilling) for spilling in (True, False)
         }
-        for work, own in steps.items()
+        for direction, own in steps.items()
     }
     answers: dict[str, dict[str, Any]] = {}
-    # the one that needs more first: what it says of a limit that is too small holds for both
-    for work in sorted(steps, key=lambda work: -least[work][True]):
-        found = make_plan(steps[work], pictures=batch, limit=limit, can_spill=True)
+    # The one that needs more comes first: the limit that its error asks for is enough for both.
+    for direction in sorted(steps, key=lambda direction: -least[direction][True]):
+        found = make_plan(steps[direction], batch=batch, limit=limit, can_spill=True)
         if folder is not None:
-            check_room(folder, found.spilled)
-        answers[work] = {
+            check_disk_space(folder, found.spilled)
+        answers[direction] = {
             "peak": found.peak,
             "spilled": found.spilled,
-            "least": least[work][True],
-            "least_without_spill": least[work][False],
-            "strips": sum(-(-s.units // n) for s, n in zip(found.steps, found.units, strict=True)),
+            "least": least[direction][True],
+            "least_without_spill": least[direction][False],
+            "strips": found.strips,
             "multiplies": found.multiplies,
             "seconds": None,
         }
         if timed:
-            with working(f"timing strips: {work}"):
-                seconds = calibration.seconds(found, device=torch.device("cpu"))
-            answers[work]["seconds"] = seconds
+            with working(f"timing strips: {direction}"):
+                seconds = predict_seconds(found, device=torch.device("cpu"))
+            answers[direction]["seconds"] = seconds
     if as_json:
-        head: dict[str, Any] = {
-            "height": rows,
-            "width": columns,
-            "batch": batch,
-            "dtype": dtype.value,
-        }
-        head["backend"] = backend.value
-        print_json({**head, "memory_limit": limit, **answers})
+        print_json(
+            {
+                "height": rows,
+                "width": columns,
+                "batch": batch,
+                "dtype": dtype.value,
+                "backend": backend.value,
+                "memory_limit": limit,
+                **answers,
+            }
+        )
     else:
-        show(_report(answers))
+        show(_table(answers))
 
 
-def _blank(paths: list[Path] | None, family: str | None) -> AutoencoderKL:
-    """The network without weights.
+def _without_weights(paths: list[Path] | None, family: str | None) -> AutoencoderKL:
+    """The network on the meta device.
 
     Raises:
-        InputError: it is no VAE that can be streamed.
+        InputError: it is not a VAE that can be streamed.
     """
     import torch
 
@@ -156,7 +152,7 @@ def _blank(paths: list[Path] | None, family: str | None) -> AutoencoderKL:
         config = AutoencoderKLConfig(**{**AutoencoderKLConfig.assumed, **usual})
     if not isinstance(config, AutoencoderKLConfig | AutoencoderKLFlux2Config):
         raise InputError(
-            "only a VAE is streamed",
+            "only a VAE can be streamed",
             where="PATH",
             expected="AutoencoderKL or AutoencoderKLFlux2",
             got=config.class_name,
@@ -165,22 +161,20 @@ def _blank(paths: list[Path] | None, family: str | None) -> AutoencoderKL:
         return AutoencoderKL(config)
 
 
-def _report(answers: dict[str, dict[str, Any]]) -> Any:
+def _table(answers: dict[str, dict[str, Any]]) -> Any:
     from sdconv.report.pieces import table_of
-    from sdconv.streaming import in_words
 
     heads = ("", ">memory", ">on disk", ">strips", ">seconds", ">least", ">without spilling")
     table = table_of(*heads)
-    for work, found in answers.items():
+    for direction, found in answers.items():
         seconds = "" if found["seconds"] is None else f"{found['seconds']:.3g}"
-        sizes = {key: in_words(value) for key, value in found.items() if isinstance(value, int)}
         table.add_row(
-            work,
-            sizes["peak"],
-            sizes["spilled"],
+            direction,
+            format_bytes(found["peak"]),
+            format_bytes(found["spilled"]),
             str(found["strips"]),
             seconds,
-            sizes["least"],
-            sizes["least_without_spill"],
+            format_bytes(found["least"]),
+            format_bytes(found["least_without_spill"]),
         )
     return table

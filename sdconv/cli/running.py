@@ -15,7 +15,7 @@ from sdconv.errors import InputError, SdconvError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdconv.images import Picture
+    from sdconv.images import LoadedImage
     from sdconv.models.base import Autoencoder
 
 
@@ -115,12 +115,12 @@ def prepared(
     options: RunOptions,
     *,
     scaled: bool = False,
-) -> tuple[Autoencoder, Picture, Tensor]:
+) -> tuple[Autoencoder, LoadedImage, Tensor]:
     """The network, the image cut to sides that it can take, and that image as its input.
 
     Args:
         path: the image. model: the network's files.
-        size: as ``Picture.fitted`` takes it.
+        size: as ``LoadedImage.fitted`` takes it.
         options: which network, and how it computes.
         scaled: whether the latents will be scaled, which FLUX.2 does in patches.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdconv.analysis.memory import check_free_memory, check_memory
 from sdconv.errors import InputError
-from sdconv.images import Picture, read_image, to_tensor
+from sdconv.images import LoadedImage, read_image, to_tensor
 from sdconv.latents import check_scaled, encode, read_latents, scale, unscale
 from sdconv.loading import load
 from sdconv.models.base import Autoencoder, Network
@@ -129,7 +129,7 @@ def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
     )
 
 
-def _autoencoder_run(network: Autoencoder, source: Path, picture: Picture) -> Run:
+def _autoencoder_run(network: Autoencoder, source: Path, picture: LoadedImage) -> Run:
     check_memory(network, picture.image.size[::-1], options=("size", "dtype"))
     x = to_tensor(picture.image).to(network.device, network.dtype)
     halves = [half for half in ("encode", "decode") if getattr(network, f"{half}r", None)]
@@ -150,7 +150,7 @@ def _autoencoder_run(network: Autoencoder, source: Path, picture: Picture) -> Ru
     )
 
 
-def _unet_run(unet: UNet2DConditionModel, request: Request, picture: Picture | None) -> Run:
+def _unet_run(unet: UNet2DConditionModel, request: Request, picture: LoadedImage | None) -> Run:
     from sdconv.integrations.schedule import Schedule  # imports diffusers
 
     config = _scheduler_file(request.model)
@@ -206,7 +206,7 @@ def _sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tu
 
 
 def _latents_of(
-    unet: UNet2DConditionModel, request: Request, picture: Picture | None
+    unet: UNet2DConditionModel, request: Request, picture: LoadedImage | None
 ) -> tuple[Tensor | None, Image.Image | None, tuple[str, ...]]:
     """The latents that noise is added to (None for a run from noise), the image that they are of,
     and notes."""

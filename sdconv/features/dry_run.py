@@ -19,7 +19,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.convolution.geometry import Window, pair
+from sdconv.convolution.geometry import pair
 from sdconv.errors import SdconvError
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.hooks import attach
@@ -102,9 +102,12 @@ def _skeleton(network: nn.Module) -> Network | None:
 def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, PointFacts]:
     recorder = Recorder(method)
     sample, *conditions = inputs
-    recorder.track(sample, TensorGeometry((sample.shape[2], sample.shape[3]), Window(), Window()))
+    recorder.track(
+        sample,
+        TensorGeometry.of_input((sample.shape[2], sample.shape[3])),
+    )
     for condition in _tensors(conditions):
-        recorder.track(condition, TensorGeometry((1, 1), Window(), Window(), spatial=False))
+        recorder.track(condition, TensorGeometry.of_input((1, 1), spatial=False))
     visits = _Visits(recorder)
     handles = []
     try:
@@ -162,7 +165,9 @@ def _facts(
     return PointFacts(
         channels=x.shape[channel_axis(x)],
         size=None if geometry is None else geometry.size,
-        downscale=None if geometry is None else (geometry.rows.stride, geometry.columns.stride),
+        downscale=None
+        if geometry is None
+        else (geometry.rows.downscale, geometry.columns.downscale),
         receptive_field=None if geometry is None else (geometry.rows.size, geometry.columns.size),
         global_receptive_field=None if geometry is None else geometry.is_global,
         multiplies=_multiplies(point, work),

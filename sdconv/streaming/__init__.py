@@ -1,7 +1,7 @@
-"""A VAE in strips of rows: memory that follows a limit, and the numbers of the whole picture.
+"""The exact VAE within a memory limit: it computes strips of rows, layer by layer.
 
-GroupNorm's statistics and attention are those of the whole map, so that there are no seams; only
-rounding differs from an ordinary run.
+GroupNorm's statistics and attention are those of the whole feature map, so there are no seams; the
+result differs from an ordinary run by rounding only.
 """
 
 from __future__ import annotations
@@ -15,23 +15,20 @@ from torch import Tensor, nn
 from sdconv.backends import backend
 from sdconv.errors import InputError
 from sdconv.fast.cpu.conv import NotFiniteError
-from sdconv.sizes import in_words, parse_bytes
-from sdconv.streaming.arena import is_parted
-from sdconv.streaming.executor import run
-from sdconv.streaming.folder import check_room, checked_folder
-from sdconv.streaming.planner import Plan, enough_memory, least_memory, make_plan
-from sdconv.streaming.progress import bar
-from sdconv.streaming.steps import Work, steps_of
+from sdconv.sizes import parse_bytes
+from sdconv.streaming.arena import has_separate_spill
+from sdconv.streaming.executor import progress_bar, run
+from sdconv.streaming.planner import StreamPlan, least_memory, make_plan, sufficient_limits
+from sdconv.streaming.spill import check_disk_space, spill_folder
+from sdconv.streaming.steps import Direction, steps_of
 
 __all__ = [
-    "Plan",
+    "StreamPlan",
     "Streaming",
-    "check_room",
-    "checked_folder",
-    "in_words",
+    "check_disk_space",
     "least_memory",
     "make_plan",
-    "parse_bytes",
+    "spill_folder",
     "steps_of",
 ]
 
@@ -41,8 +38,10 @@ class Streaming:
     """How a network streams.
 
     Attributes:
-        limit: bytes of memory beside weights and input (on CUDA, of the device's), None for none.
-        spill: folder for maps beyond the limit. progress: show a bar on a terminal.
+        limit: bytes of memory without weights and input (on CUDA, of the device's memory); None for
+            no limit.
+        spill: folder for feature maps beyond the limit.
+        progress: show a progress bar on a terminal.
     """
 
     limit: int | None
@@ -53,80 +52,83 @@ class Streaming:
     def of(
         cls, memory_limit: int | str | None, spill: str | Path | None, progress: bool
     ) -> Streaming:
-        """The settings, checked.
+        """Check the arguments of ``enable_streaming``.
 
         Raises:
-            InputError: the limit is no size, or the folder cannot be written to.
+            InputError: the limit is not an amount of memory, or the folder is not writable.
         """
         limit = None if memory_limit is None else parse_bytes(memory_limit)
-        return cls(limit, None if spill is None else checked_folder(spill), progress)
+        return cls(limit, None if spill is None else spill_folder(spill), progress)
 
-    def plan(self, network: nn.Module, work: Work, x: Tensor) -> Plan:
-        """What a call with ``x`` will do.
+    def plan(self, network: nn.Module, direction: Direction, x: Tensor) -> StreamPlan:
+        """The plan that a call with ``x`` follows.
 
         Raises:
             InputError: the limit cannot be met; or as ``steps_of``.
         """
-        steps = steps_of(network, work, *x.shape[2:])
+        steps = steps_of(network, direction, *x.shape[2:])
         return make_plan(
             steps,
-            pictures=len(x),
+            batch=len(x),
             limit=self.limit,
             can_spill=self._can_spill(x),
-            parted=is_parted(x.device),
+            separate_spill=has_separate_spill(x.device),
         )
 
-    def __call__(self, network: nn.Module, work: Work, x: Tensor) -> Tensor:
-        """Moments of latents for pictures, or pictures for latents, ``(B, C, H, W)``; under
-        autocast too in the network's own dtype.
+    def __call__(self, network: nn.Module, direction: Direction, x: Tensor) -> Tensor:
+        """Encode images to the moments of their latents, or decode latents to images, ``(B, C, H,
+        W)``. Autocast changes nothing: the network computes in its own dtype.
 
         Raises:
-            InputError: the input wants gradients; another dtype or device than the network's; the
-                limit cannot be met, or not with NaN or infinity; too little room for what is
-                spilled.
+            InputError: the input requires gradients, or has another dtype or device than the
+                network; the limit cannot be met, or not for an input with NaN or infinity; the disk
+                is too full for what is spilled.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(next(network.parameters()).dtype)
         _check(network, x)
         with torch.autocast(x.device.type, enabled=False):
             try:
-                return self._run(self.plan(network, work, x), work, x)
+                return self._run(self.plan(network, direction, x), direction, x)
             except NotFiniteError as error:
                 layer = str(error)
-            # not in the handler, where the first run's maps are still alive
-            return self._run(self._plan_again(network, work, x, layer), work, x)
+            # outside the handler, in which the first run's buffers are still alive
+            plan = self._plan_with_reference(network, direction, x, layer)
+            return self._run(plan, direction, x)
 
     def _can_spill(self, x: Tensor) -> bool:
         return self.spill is not None or x.device.type != "cpu"
 
-    def _plan_again(self, network: nn.Module, work: Work, x: Tensor, layer: str) -> Plan:
-        """By the reference, the only one that puts NaN and infinity where they belong.
+    def _plan_with_reference(
+        self, network: nn.Module, direction: Direction, x: Tensor, layer: str
+    ) -> StreamPlan:
+        """A plan for the reference backend, the only one that gives NaN and infinity exactly where
+        they belong.
 
         Raises:
-            InputError: it takes more memory than the limit.
+            InputError: the reference takes more memory than the limit.
         """
         with backend("reference"):
             try:
-                return self.plan(network, work, x)
+                return self.plan(network, direction, x)
             except InputError as error:
-                steps = steps_of(network, work, *x.shape[2:])
-                enough = enough_memory(steps, pictures=len(x), can_spill=self._can_spill(x))
+                steps = steps_of(network, direction, *x.shape[2:])
+                enough = sufficient_limits(steps, batch=len(x), can_spill=self._can_spill(x))
                 raise InputError(
-                    "NaN or infinity, for which the memory limit is too low",
+                    "NaN or infinity, which take more memory than the limit to compute exactly",
                     where=layer if x.isfinite().all() else "the input",
                     expected="finite numbers",
                     hint="look for them in the input and in the weights (sdconv inspect --values); "
-                    f"to see where they come out, raise the limit: {enough}",
+                    f"to see which outputs they reach, raise the limit: {enough}",
                 ) from error
 
-    def _run(self, plan: Plan, work: Work, x: Tensor) -> Tensor:
+    def _run(self, plan: StreamPlan, direction: Direction, x: Tensor) -> Tensor:
         if plan.spilled and self.spill is not None:
-            check_room(self.spill, plan.spilled)
+            check_disk_space(self.spill, plan.spilled)
         out = x.new_empty(plan.shape)
-        words = {"encode": "encoding", "decode": "decoding"}[work]
-        with torch.no_grad(), bar(words, plan.multiplies, shown=self.progress) as tick:
-            for one, made in zip(x, out, strict=True):
-                run(plan, one, made, folder=self.spill, tick=lambda step, done: tick(done))
+        label = {"encode": "encoding", "decode": "decoding"}[direction]
+        with torch.no_grad(), progress_bar(label, plan.multiplies, shown=self.progress) as advance:
+            run(plan, x, out, folder=self.spill, on_strip=lambda step, done: advance(done))
         return out
 
 
@@ -134,7 +136,7 @@ def _check(network: nn.Module, x: Tensor) -> None:
     weight = next(network.parameters())
     if (x.dtype, x.device) != (weight.dtype, weight.device):
         raise InputError(
-            "the input is not of the network's kind",
+            "the input has another dtype or device than the network",
             where="streaming",
             expected=f"{weight.dtype} on {weight.device}",
             got=f"{x.dtype} on {x.device}",

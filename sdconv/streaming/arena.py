@@ -1,4 +1,4 @@
-"""Memory for feature maps, which may go on in a file."""
+"""Memory for feature maps, which may continue in a file."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import SdconvError
-from sdconv.sizes import in_words
+from sdconv.sizes import format_bytes
 
 _POSIX = os.name == "posix"
-# the same number on Linux, macOS and the BSDs
+# the same value on Linux, macOS and the BSDs
 _MAP_FIXED = 0x10
 
 
-def is_parted(device: torch.device) -> bool:
-    """Whether a block must lie either in memory or outside: it can lie in both where one range of
-    addresses holds both, in a process's own memory on POSIX."""
+def has_separate_spill(device: torch.device) -> bool:
+    """Whether memory and spilled bytes are separate address ranges, so that a block must lie in
+    one of them. On POSIX, a process's own memory and a file can form a single range."""
     return device.type != "cpu" or not _POSIX
 
 
-def paged(size: int) -> int:
-    """The bytes of as many whole pages as hold ``size``."""
+def round_up_to_pages(size: int) -> int:
+    """``size`` bytes, rounded up to whole pages."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Arena:
-    """Bytes that are numbered from 0: the first of them in memory, those after them outside it.
+    """Bytes numbered from 0, of which the first ``memory`` are in memory and the rest are spilled.
 
-    It is made once for a run and handed from map to map, for what costs time is the first touch of
-    a page. A file has no name from the start (``O_TMPFILE``, or unlinked at once), so that it does
-    not outlive the process, however that ends; its space is reserved when it is made, and given
-    back with the last tensor over it.
+    An arena is created once per run and reused from one feature map to the next, because the first
+    touch of a page is what costs time. Its file never has a name (``O_TMPFILE``, or unlinked at
+    once), so it cannot outlive the process, however that ends. The file's space is reserved on
+    creation and freed with the last tensor that uses it.
 
     Args:
-        memory: bytes on ``device``, whole pages. spilled: bytes outside. folder: for these, None
-            for the host's memory.
+        memory: bytes on ``device``, in whole pages.
+        spilled: bytes outside it.
+        folder: for the spilled bytes; None for the host's memory.
 
     Raises:
-        SdconvError: no file of that size can be made there.
+        SdconvError: no file of that size can be created there.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class Arena:
     ) -> None:
         self._memory = memory
         self._file: mmap.mmap | None = None
-        ahead = 0  # bytes of memory that the file's mapping begins with
+        ahead = 0  # bytes of memory at the start of the file's mapping
         if spilled and folder is not None:
-            ahead = 0 if is_parted(device) else memory
-            self._file = _mapped(ahead, spilled, folder)
+            ahead = 0 if has_separate_spill(device) else memory
+            self._file = _mapped_file(ahead, spilled, folder)
         self._before = memory - ahead
         self._blocks: list[Tensor] = []
         if self._before:
@@ -67,33 +68,34 @@ class Arena:
             self._blocks.append(_anonymous(spilled, torch.device("cpu")))
 
     def block(self, start: int, size: int) -> Tensor:
-        """Bytes ``start`` up to ``start + size``, uint8."""
+        """Bytes ``start`` up to ``start + size``, as uint8."""
         for block in self._blocks:
             if start < len(block):
                 return block[start : start + size]
             start -= len(block)
         raise IndexError(start)
 
-    def rest(self, first: int, last: int) -> None:
-        """Those of bytes ``first`` up to ``last`` that are in the file leave the process."""
+    def release_pages(self, first: int, last: int) -> None:
+        """Drop the file's pages among bytes ``first`` up to ``last`` from the process's memory."""
         if self._file is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        start = paged(max(first, self._memory)) - self._before
+        start = round_up_to_pages(max(first, self._memory)) - self._before
         length = last // mmap.PAGESIZE * mmap.PAGESIZE - self._before - start
         if length > 0:
             self._file.madvise(mmap.MADV_DONTNEED, start, length)
 
 
-def zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that goes back to the system as a whole when the tensor does: large blocks of many
-    sizes, made and freed in turn, leave an allocator's heap full of holes."""
+def mmap_zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros in a memory mapping of their own, which the system gets back as soon as the tensor is
+    freed. Large blocks of many sizes would fragment an allocator's heap."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return _anonymous(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
 
 
 def trim_heap() -> None:
-    """Gives back what glibc's allocator keeps of freed strips, up to 64 MiB; nothing elsewhere."""
+    """Return freed memory that glibc's allocator keeps, up to 64 MiB, to the system; do nothing
+    where there is no glibc."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -101,48 +103,49 @@ def trim_heap() -> None:
 
 
 def _anonymous(size: int, device: torch.device) -> Tensor:
-    """Bytes of memory, on a CPU zeros in a block of their own."""
+    """``size`` bytes of memory; on a CPU zeros, in a mapping of their own."""
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8, device=device)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if _POSIX else {}
     return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
 
 
-def _mapped(memory: int, spilled: int, folder: Path) -> mmap.mmap:
-    """A file of ``spilled`` bytes, with so many bytes of memory before it.
+def _mapped_file(memory: int, spilled: int, folder: Path) -> mmap.mmap:
+    """Map ``memory`` bytes of memory, followed by a file of ``spilled`` bytes, as one range.
 
-    The mapping is of a file with a hole in front, which the memory is laid over: a system refuses
-    to promise more memory than it has, but a file it maps at any length.
+    The file begins with a hole of ``memory`` bytes, and memory is mapped over it. One anonymous
+    mapping of the whole length would fail: a system refuses to promise more memory than it has, but
+    maps a file of any length.
     """
     size = memory + spilled
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.truncate(file.fileno(), size)
             if hasattr(os, "posix_fallocate"):
-                # a hole that cannot be filled later would end the process with a signal
+                # if a hole could not be filled later, the process would end with SIGBUS
                 os.posix_fallocate(file.fileno(), memory, spilled)
             mapped = mmap.mmap(file.fileno(), size)
         if memory:
-            _lay_memory(ctypes.addressof(ctypes.c_char.from_buffer(mapped)), memory)
+            _map_memory_over(ctypes.addressof(ctypes.c_char.from_buffer(mapped)), memory)
     except OSError as error:
         raise SdconvError(
-            "no file for feature maps can be made",
+            "cannot create a file for feature maps",
             where=folder,
-            expected=f"room for {in_words(spilled)} more",
+            expected=f"{format_bytes(spilled)} of free space",
             got=error.strerror or error,
         ) from error
     return mapped
 
 
-def _lay_memory(address: int, size: int) -> None:
-    """Memory of the process's own in place of what is mapped there."""
+def _map_memory_over(address: int, size: int) -> None:
+    """Replace the mapping at ``address`` by private memory of the process."""
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     library.mmap.argtypes = (
         *(ctypes.c_void_p, ctypes.c_size_t),
         *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
     )
-    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-    got = library.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, kind, -1, 0)
-    if got != address:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    mapped = library.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if mapped != address:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

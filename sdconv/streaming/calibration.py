@@ -1,4 +1,4 @@
-"""How long a plan will take: one strip of each kind of step, timed here and now."""
+"""Predicts how long a plan will take, by timing one strip of each kind of step on this machine."""
 
 from __future__ import annotations
 
@@ -10,84 +10,88 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sdconv.streaming.executor import begin
-from sdconv.streaming.maps import Store, lay_out
-from sdconv.streaming.moments import Moments
-from sdconv.streaming.planner import Plan, lifetimes
-from sdconv.streaming.steps import Attend, Step
+from sdconv.streaming.buffers import AllocatedBuffers, lay_out
+from sdconv.streaming.executor import make_runner
+from sdconv.streaming.group_stats import RunningGroupStats
+from sdconv.streaming.planner import StreamPlan, lifetimes
+from sdconv.streaming.steps import AttentionStep, StreamStep
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# tokens that a timed strip's queries look at; the whole is reckoned from these
-TOKENS = 8192
+# Keys that a timed strip of attention sees; the time for all of them is extrapolated.
+TIMED_TOKENS = 8192
 
 
 @torch.no_grad()
-def seconds(plan: Plan, *, device: torch.device) -> float:
-    """Predicted seconds of a plan's run.
+def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
+    """Predict the seconds that a plan's run takes.
 
-    Steps of one kind (layer, channels, width, strip) are timed once, on a map one strip high, and
-    counted by their multiplications. All of it in memory: a disk that writes slower than the
-    network computes is not seen.
+    Steps of one kind (layer, channels, width, height of a strip) are timed once, on a feature map
+    one strip high, and scaled by their multiply-accumulates. Everything is timed in memory: a disk
+    that writes more slowly than the network computes is not accounted for.
 
     Args:
-        plan: of a network with weights or on the meta device. device: to run on.
+        plan: for a network with weights or on the meta device.
+        device: to run on.
     """
     costs: dict[object, tuple[float, float]] = {}
     total = 0.0
     for step, units in zip(plan.steps, plan.units, strict=True):
         kind = _kind(step, units)
         if kind not in costs:
-            costs[kind] = _costs(step, units, device)
-        once, rate = costs[kind]
-        total += once + rate * step.multiplies
-    return plan.pictures * total
+            costs[kind] = _time_step(step, units, device)
+        setup, per_multiply = costs[kind]
+        total += setup + per_multiply * step.multiplies
+    return plan.batch * total
 
 
-def _kind(step: Step, units: int) -> object:
+def _kind(step: StreamStep, units: int) -> object:
+    """What a step's cost depends on, apart from its height."""
     layer = step.layer
     shortcut = None if layer.shortcut is None else layer.shortcut.weight.shape
-    facts = (layer.norm is None, layer.activated, step.measured, step.residual is None, shortcut)
+    facts = (layer.norm is None, layer.silu, step.collects_stats, step.residual is None, shortcut)
     return type(layer), layer.module.weight.shape, step.source.width, units, facts
 
 
-def _costs(step: Step, units: int, device: torch.device) -> tuple[float, float]:
-    """Seconds before the first strip, and for each multiplication."""
+def _time_step(step: StreamStep, units: int, device: torch.device) -> tuple[float, float]:
+    """Seconds before the first strip, and for each multiply-accumulate."""
     small = _one_strip(step, units, device)
-    maps = lifetimes([small])
-    layout = lay_out(maps, None, parted=False)
-    store = Store(layout, device, None)
-    for key in maps:
-        store.tensor(key).normal_()
-    moments = Moments(small.source.channels, device)
-    moments.add(torch.randn(4, 8, small.source.channels, dtype=small.source.dtype, device=device))
-    # the first time kernels are made for this shape
-    times = [_timed(small, store, moments, device) for _ in range(2)]
-    once, strip = times[-1]
-    return once, strip / small.multiplies
+    spans = lifetimes([small])
+    buffers = AllocatedBuffers(lay_out(spans, None, separate_spill=False), device, None)
+    for buffer in spans:
+        buffers.tensor(buffer).normal_()
+    channels = small.source.channels
+    stats = RunningGroupStats(channels, device)
+    stats.update(torch.randn(4, 8, channels, dtype=small.source.dtype, device=device))
+    # the first run generates the kernels for this shape
+    times = [_time_strip(small, buffers, stats, device) for _ in range(2)]
+    setup, strip = times[-1]
+    return setup, strip / small.multiplies
 
 
-def _timed(step: Step, store: Store, moments: Moments, device: torch.device) -> tuple[float, float]:
-    """Seconds before the first strip, and of a strip as high as the map."""
-    measured = Moments(step.target.channels, device) if step.measured else None
+def _time_strip(
+    step: StreamStep, buffers: AllocatedBuffers, stats: RunningGroupStats, device: torch.device
+) -> tuple[float, float]:
+    """Seconds before the first strip, and of one strip over the step's whole height."""
+    target_stats = RunningGroupStats(step.target.channels, device) if step.collects_stats else None
     start = time.perf_counter()
-    under_way = begin(step, step.units, store, moments, measured, device)
-    begun = time.perf_counter()
-    under_way.strip(0, step.units)
+    runner = make_runner(step, step.units, buffers, stats, target_stats, device)
+    ready = time.perf_counter()
+    runner.run_strip(0, step.units)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return begun - start, time.perf_counter() - begun
+    return ready - start, time.perf_counter() - ready
 
 
-def _one_strip(step: Step, units: int, device: torch.device) -> Step:
-    """The same step over maps that are one strip high, with weights."""
+def _one_strip(step: StreamStep, units: int, device: torch.device) -> StreamStep:
+    """The same step over feature maps that are one strip high, with weights."""
     full = step.source.height
-    height = max(2, full * units // step.units)  # a halving makes nothing of one row
+    height = max(2, full * units // step.units)  # strided downsampling needs two rows
     source = replace(step.source, height=height)
     rows, width = step.layer.output_size(height, step.source.width)
     in_place = step.target is step.source
     modules: dict[str, Any] = {
-        field.name: _real(module, device)
+        field.name: _with_weights(module, device)
         for field in fields(step.layer)
         if isinstance(module := getattr(step.layer, field.name), nn.Module)
     }
@@ -98,15 +102,15 @@ def _one_strip(step: Step, units: int, device: torch.device) -> Step:
         layer=replace(step.layer, **modules),
         residual=None if step.residual is None else replace(step.residual, height=rows),
     )
-    if isinstance(small, Attend):
-        few = max(1, min(full, TOKENS // source.width))
+    if isinstance(small, AttentionStep):
+        few = max(1, min(full, TIMED_TOKENS // source.width))
         keys, values = replace(small.keys, height=few), replace(small.values, height=few)
         small = replace(small, keys=keys, values=values)
     return small
 
 
-def _real(module: Module, device: torch.device) -> Module:
-    """The module, or a copy with random weights where it has none."""
+def _with_weights(module: Module, device: torch.device) -> Module:
+    """The module, or a copy with random weights if it is on the meta device."""
     if next(module.parameters()).device.type != "meta":
         return module
     made = copy.deepcopy(module).to_empty(device=device)

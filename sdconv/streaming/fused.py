@@ -1,7 +1,8 @@
-"""The fast backend's convolutions over strips of rows: second to :mod:`sdconv.streaming.layers`.
+"""Layers that run on strips of rows with the fast backend's convolutions for CPUs.
 
-The arithmetic is :mod:`sdconv.fast.cpu.conv`'s. It reads rows where they lie, normalises them as it
-does, and writes them with bias and residual, so that there is no window and no strip apart.
+The arithmetic is that of :mod:`sdconv.fast.cpu.conv`. It reads the source's rows in place,
+normalises them as it reads, and writes bias and residual with the output, so these layers need
+neither a window nor a copy of the strip.
 """
 
 from __future__ import annotations
@@ -23,44 +24,50 @@ from sdconv.fast.cpu.cost_model import choose
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
 from sdconv.fast.cpu.weight_cache import prepared
 from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
-from sdconv.streaming.layers import Doubled, Halved, Layer, Same
-from sdconv.streaming.moments import Moments
-from sdconv.streaming.passes import Ground, Pass
+from sdconv.streaming.group_stats import RunningGroupStats
+from sdconv.streaming.layers import (
+    Conv3x3,
+    DownsampleConv,
+    StepContext,
+    StepRunner,
+    StreamLayer,
+    UpsampleConv,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# what the arithmetic is in, whatever the maps are in
-_COMPUTED = torch.float32
+# the arithmetic's dtype for every dtype of the feature maps
+_COMPUTE_DTYPE = torch.float32
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether layers with such weights can compute fast: on a CPU (or on the meta device, to be
-    counted for one), in a dtype that the fast arithmetic knows."""
+    """Whether a layer with this weight can use the fast backend: on a CPU (or on the meta device,
+    to plan for one), in a dtype that the backend supports."""
     return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta")
 
 
-def same(conv: nn.Conv2d, height: int, width: int, *, normalised: bool) -> type[Same]:
-    """What a 3x3 convolution of a map of this size is best computed by."""
+def conv3x3(conv: nn.Conv2d, height: int, width: int, *, normalised: bool) -> type[Conv3x3]:
+    """The class of layer that is fastest for a 3x3 convolution of a feature map of this size."""
     sizes = conv.in_channels, conv.out_channels, height, width
     choice = choose(1, *sizes, ("winograd",), normalised)
-    return Winograd if choice.method == "winograd" else Same
+    return WinogradConv3x3 if choice.method == "winograd" else Conv3x3
 
 
-class _Tiled(Layer):
-    """By F(4x4,3x3); a unit is a row of tiles, four rows of the output."""
+class _WinogradLayer(StreamLayer):
+    """A convolution by Winograd's F(4x4,3x3); a unit is a row of tiles, four rows of the output."""
 
     scheme: ClassVar[Scheme]
 
     def units(self, height: int) -> int:
         return -(-height // self.scheme.step)
 
-    def window(self, first: int, last: int) -> tuple[int, int]:
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
         return self.scheme.step * first - 1, self.scheme.step * last + 1
 
-    def outputs(self, first: int, last: int) -> tuple[int, int]:
+    def output_rows(self, first: int, last: int) -> tuple[int, int]:
         return OUTPUTS * first, OUTPUTS * last
 
-    def comfort(self, width: int) -> int:
-        return self.workspace(0, width) + strip_bytes(self._transformed * _COMPUTED.itemsize)
+    def ample_workspace(self, width: int) -> int:
+        return self.workspace(0, width) + strip_bytes(self._transformed * _COMPUTE_DTYPE.itemsize)
 
     def workspace(self, units: int, width: int) -> int:
         out_channels, channels = self.module.weight.shape[:2]
@@ -69,99 +76,103 @@ class _Tiled(Layer):
         pixels = OUTPUTS**2 * tiles
         if self.shortcut is not None:
             strip += pixels * out_channels
-        if self.module.weight.dtype != _COMPUTED:  # rows of each map are copied
-            added = out_channels if self.shortcut is None else self.shortcut.in_channels
-            strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + added)
-        # transformed, and the same before it is packed
-        return (2 * self._transformed + strip) * _COMPUTED.itemsize
+        if self.module.weight.dtype != _COMPUTE_DTYPE:  # each feature map's rows are copied
+            residual = out_channels if self.shortcut is None else self.shortcut.in_channels
+            strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + residual)
+        # the transformed weight, and a second copy until it is packed
+        return (2 * self._transformed + strip) * _COMPUTE_DTYPE.itemsize
 
-    def remains(self, units: int, width: int) -> int:
-        return self.workspace(units, width) - self._transformed * _COMPUTED.itemsize
+    def steady_workspace(self, units: int, width: int) -> int:
+        return self.workspace(units, width) - self._transformed * _COMPUTE_DTYPE.itemsize
 
     @property
     def _transformed(self) -> int:
-        """Numbers of the weight as it is read."""
+        """Values in the transformed weight."""
         return self.scheme.places * self.module.weight[:, :, 0, 0].numel()
 
-    def begin(self, ground: Ground, units: int) -> Pass:
-        return _Tiles(self, ground)
+    def make_runner(self, context: StepContext, units: int) -> StepRunner:
+        return _WinogradRunner(self, context)
 
 
-class Winograd(_Tiled, Same):
-    """36 products for 16 outputs."""
+class WinogradConv3x3(_WinogradLayer, Conv3x3):
+    """A 3x3 convolution at stride 1: 36 products for 16 outputs."""
 
     scheme = PLAIN
 
 
-class DoubledWinograd(_Tiled, Doubled):
-    """25 products for 16 outputs of the doubled map, which is never made."""
+class WinogradUpsampleConv(_WinogradLayer, UpsampleConv):
+    """Nearest x2 upsampling and a 3x3 convolution in one: 25 products for 16 outputs. The upsampled
+    feature map never exists."""
 
     scheme = DOUBLED
 
 
-class HalvedBetweenZeros(Halved):
-    """With two columns of zeros on either side, as :func:`sdconv.fast.blocks.halving` has it."""
+class SidePaddedDownsampleConv(DownsampleConv):
+    """A strided downsampling convolution that pads two columns on the left and on the right, as
+    :func:`sdconv.fast.blocks.halving` does, and crops the output."""
 
-    right = 0
-    turned = False
+    right_padding = 0
+    channels_first = False
 
-    def apply(self, strip: Tensor) -> Tensor:
-        height, width = self.output_size(*strip.shape[:2])
-        if height == 1:  # for which torch has another kernel, that rounds otherwise
-            strip = functional.pad(strip, (0, 0, 0, 0, 0, 2))
-        made = self.convolve(strip, stride=2, sides=2)
-        return made[:height, 1 : 1 + width].contiguous()
+    def apply(self, window: Tensor) -> Tensor:
+        height, width = self.output_size(*window.shape[:2])
+        if height == 1:  # torch has another kernel for a single row, which rounds differently
+            window = functional.pad(window, (0, 0, 0, 0, 0, 2))
+        out = self.convolve(window, stride=2, side_padding=2)
+        return out[:height, 1 : 1 + width].contiguous()
 
-    def scratch(self, rows: int, width: int) -> int:
-        # what is made and its part without the zeros; and a strip of one row made longer
-        return 2 * super().scratch(rows + 2, width + 2) + self.convolved(5, width)
+    def scratch_numel(self, rows: int, width: int) -> int:
+        # the output, its cropped copy, and the padded window of a single row
+        return 2 * super().scratch_numel(rows + 2, width + 2) + self.conv_input_numel(5, width)
 
 
-class _Tiles:
-    def __init__(self, layer: _Tiled, ground: Ground) -> None:
+class _WinogradRunner:
+    """Runs a layer with the fast backend's convolution, which reads and writes in place."""
+
+    def __init__(self, layer: _WinogradLayer, context: StepContext) -> None:
         weight, shortcut, affine = layer.module.weight, layer.shortcut, None
         after = After(
             layer.module.bias,
             shortcut=None if shortcut is None else (shortcut.weight, shortcut.bias),
         )
-        if layer.norm is not None and ground.moments is not None:
-            affine = ground.moments.scale_and_shift(layer.norm)
-        self._height, self._width = ground.target.shape[:2]
-        self._measured = ground.measured
+        if layer.norm is not None and context.source_stats is not None:
+            affine = context.source_stats.scale_and_shift(layer.norm)
+        self._height, self._width = context.target.shape[:2]
+        self._target_stats = context.target_stats
         self._run = WinogradPass(
             scheme=layer.scheme,
-            x=_channels_first(ground.source),
-            out=_channels_first(ground.target),
-            kernel=prepared.borrow(weight, transformed(layer.scheme, _COMPUTED)),
+            x=_channels_first(context.source),
+            out=_channels_first(context.target),
+            kernel=prepared.borrow(weight, transformed(layer.scheme, _COMPUTE_DTYPE)),
             affine=affine,
-            silu=layer.activated,
-            offsets=after.offsets(1, len(weight), _COMPUTED)[0],
-            residual=None if ground.residual is None else _channels_first(ground.residual),
+            silu=layer.silu,
+            offsets=after.offsets(1, len(weight), _COMPUTE_DTYPE)[0],
+            residual=None if context.residual is None else _channels_first(context.residual),
             shortcut=None if shortcut is None else prepared.borrow(shortcut.weight, POINTWISE),
-            groups=_groups(ground.measured, len(weight)),
-            in_place=ground.source is ground.target,
+            groups=_groups(context.target_stats, len(weight)),
+            in_place=context.source is context.target,
         )
 
-    def strip(self, first: int, last: int) -> None:
+    def run_strip(self, first: int, last: int) -> None:
         strip = Strip(self._height, self._width, first, last - first)
-        _measure(self._measured, *self._run.strip(strip))
+        _update(self._target_stats, *self._run.strip(strip))
 
 
-def _channels_first(map_: Tensor) -> Tensor:
-    return map_.permute(2, 0, 1)
+def _channels_first(rows: Tensor) -> Tensor:
+    return rows.permute(2, 0, 1)
 
 
-def _groups(measured: Moments | None, channels: int) -> int:
-    return 1 if measured is None else channels
+def _groups(stats: RunningGroupStats | None, channels: int) -> int:
+    return 1 if stats is None else channels
 
 
-def _measure(measured: Moments | None, sums: Tensor, counts: Tensor) -> None:
-    """Takes in a strip's sums, which are finite if and only if the strip is.
+def _update(stats: RunningGroupStats | None, sums: Tensor, counts: Tensor) -> None:
+    """Add a strip's sums, which are finite if and only if the strip is.
 
     Raises:
         NotFiniteError: they are not.
     """
     if not sums.isfinite().all():
         raise NotFiniteError
-    if measured is not None:
-        measured.take(sums, counts)
+    if stats is not None:
+        stats.update_from_sums(sums, counts)

@@ -1,60 +1,134 @@
-"""Convolutions over strips of rows: which rows a strip needs, and what it makes of them.
+"""Layers that run on strips of rows: which input rows a strip needs, and what it computes.
 
-Everything here is channels-last: a map is ``(H, W, C)``, so that a strip of rows is one contiguous
-piece of memory or of a file. :meth:`Layer.convolve` is the one place where a strip is convolved.
+Everything here is channels-last: a feature map is ``(H, W, C)``, so that a strip of rows is one
+contiguous piece of memory or of a file. All convolutions by torch's own kernels go through
+:meth:`StreamLayer.convolve`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdconv.streaming.arena import trim_heap
-from sdconv.streaming.moments import Moments, computing
-from sdconv.streaming.passes import Ground, Pass
-from sdconv.streaming.window import Window
+from sdconv.streaming.arena import mmap_zeros, trim_heap
+from sdconv.streaming.group_stats import RunningGroupStats, norm_dtype
 
-# Strips that take more are not faster: measured on 2 cores, where the kernels are at their full
-# rate from a few million numbers on.
-COMFORT = 64 << 20
+# A larger workspace makes no strip faster: measured on 2 cores, where the kernels reach their full
+# rate from a few million values on.
+AMPLE_WORKSPACE = 64 << 20
 
 
-def is_wide(weight: Tensor) -> bool:
-    """Whether a convolution on a CPU is for the kernel that takes channels first.
+def prefers_channels_first(weight: Tensor) -> bool:
+    """Whether a convolution on a CPU should use torch's channels-first kernel.
 
-    The one that takes them last adds all products up in one row: with many channels, its error is
-    three times as large. With few it is faster.
+    With few channels the channels-last kernel is faster. It adds up all products in sequence; with
+    many channels this triples its rounding error on processors with AVX-512.
     """
     return weight.shape[1] > 128
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer that takes rows of a map to rows of another one: normalise, activate, convolve, add.
+class StepContext:
+    """The tensors that a step works on; each feature map is ``(H, W, C)``, on any device.
 
-    A strip is counted in units: rows of the output, or of the input where each makes two.
+    Attributes:
+        source, target, residual: see ``StreamStep``.
+        resident: feature maps that are read in full for every strip.
+        source_stats: statistics of the source, if the layer normalises it.
+        target_stats: collects those of the target, if the next layer normalises it.
+        device: where strips are computed.
+    """
+
+    source: Tensor
+    target: Tensor
+    residual: Tensor | None
+    resident: tuple[Tensor, ...]
+    source_stats: RunningGroupStats | None
+    target_stats: RunningGroupStats | None
+    device: torch.device
+
+
+class StepRunner(Protocol):
+    """One step in progress, from the top strip to the bottom one."""
+
+    def run_strip(self, first: int, last: int) -> None:
+        """Compute units ``first`` up to ``last`` and write them into the target."""
+
+
+class SlidingWindow:
+    """Prepared rows of a feature map, with rows of zeros above and below it.
+
+    Each row is prepared once: rows that two strips share are carried over from one to the next,
+    which also lets a step overwrite the feature map that it reads.
+
+    Args:
+        source: the feature map, ``(H, W, C)``.
+        rows: most rows of one window.
+        right_padding: columns of zeros on the right.
+        prepare: called with source rows and the slice of the window to write them to.
+        device: of the window.
+    """
+
+    def __init__(
+        self,
+        source: Tensor,
+        rows: int,
+        right_padding: int,
+        prepare: Callable[[Tensor, Tensor], None],
+        device: torch.device,
+    ) -> None:
+        self._source, self._prepare = source, prepare
+        self._height, self._width, channels = source.shape
+        shape = rows, self._width + right_padding, channels
+        self._buffer = mmap_zeros(shape, source.dtype, device)
+        self._first = self._last = -rows
+
+    def slide(self, first: int, last: int) -> Tensor:
+        """Rows ``first`` up to ``last``; neither may be less than in the call before."""
+        kept = max(0, self._last - first)
+        if kept:
+            start = first - self._first
+            self._buffer[:kept] = self._buffer[start : start + kept].clone()
+        window = self._buffer[: last - first]
+        top, bottom = max(first + kept, 0), min(last, self._height)
+        if top < bottom:
+            window[kept : top - first] = 0
+            rows = self._source[top:bottom].to(self._buffer.device)
+            self._prepare(rows, window[top - first : bottom - first, : self._width])
+        window[max(bottom - first, kept) :] = 0
+        self._first, self._last = first, last
+        return window
+
+
+@dataclass(frozen=True)
+class StreamLayer:
+    """Normalise, activate, convolve and add a residual: rows of one feature map to rows of another.
+
+    Strips are counted in units. A unit is one row of the output; of the input, where each of its
+    rows gives two.
 
     Attributes:
         module: the convolution, or a linear layer over channels.
-        norm: applied to the input first. activated: SiLU after it.
-        shortcut: what the residual goes through, if there is one, before it is added.
+        norm: applied to the input first.
+        silu: whether SiLU follows the normalisation.
+        shortcut: convolution applied to the residual before it is added.
     """
 
     module: nn.Conv2d | nn.Linear
     norm: nn.GroupNorm | None = None
-    activated: bool = False
+    silu: bool = False
     shortcut: nn.Conv2d | None = None
 
-    # columns of zeros that the input gets at the right before it comes here
-    right = 0
+    # columns of zeros on the right that the window adds to the input
+    right_padding = 0
 
     @property
-    def channels(self) -> int:
-        """Of the output."""
+    def out_channels(self) -> int:
         return self.module.weight.shape[0]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -62,195 +136,208 @@ class Layer:
         return height, width
 
     def units(self, height: int) -> int:
-        """In how many units a map with ``height`` rows can be cut."""
+        """Units in an input of ``height`` rows."""
         return self.output_size(height, 1)[0]
 
-    def window(self, first: int, last: int) -> tuple[int, int]:
-        """The input's rows, from and up to, that units ``first`` up to ``last`` need; those
-        outside the map are zeros."""
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
+        """First row, and last row plus one, that units ``first`` up to ``last`` need; rows outside
+        the input are zeros."""
         return first, last
 
-    def outputs(self, first: int, last: int) -> tuple[int, int]:
-        """The output's rows that these units make."""
+    def output_rows(self, first: int, last: int) -> tuple[int, int]:
+        """First row, and last row plus one, that units ``first`` up to ``last`` produce."""
         return first, last
 
-    def apply(self, strip: Tensor) -> Tensor:
-        """The window's rows to the output's rows."""
+    def apply(self, window: Tensor) -> Tensor:
+        """The module's output for a window of prepared input rows."""
         raise NotImplementedError
 
     @property
-    def turned(self) -> bool:
-        """Whether a strip is turned to channels first and back, for the kernel of a CPU."""
-        return is_wide(self.module.weight)
+    def channels_first(self) -> bool:
+        """Whether strips on a CPU are converted to channels-first order for the kernel."""
+        return prefers_channels_first(self.module.weight)
 
-    def convolve(self, strip: Tensor, stride: int = 1, sides: int = 1) -> Tensor:
-        """The module's convolution of ``strip``, ``(rows, W, C)``, to the same form.
+    def convolve(self, window: Tensor, stride: int = 1, side_padding: int = 1) -> Tensor:
+        """The module's convolution of a window, ``(rows, W, C)``, in the same order.
 
-        No row is added above or below (the strip brings its own), ``sides`` columns of zeros are at
-        either side.
+        No rows are padded (the window has them); ``side_padding`` columns of zeros are added on
+        the left and on the right.
         """
-        x = strip[None].permute(0, 3, 1, 2)
-        if self.turned and x.device.type == "cpu":
+        x = window[None].permute(0, 3, 1, 2)
+        if self.channels_first and x.device.type == "cpu":
             x = x.contiguous()
-        y = F.conv2d(x, self.module.weight, self.module.bias, stride, (0, sides))
+        y = F.conv2d(x, self.module.weight, self.module.bias, stride, (0, side_padding))
         del x  # before its output is copied
         return y.permute(0, 2, 3, 1)[0].contiguous()
 
-    def scratch(self, rows: int, width: int) -> int:
-        """Numbers held at once beside the window of ``rows`` rows: the output and what leads to
-        it, without weights."""
-        height, columns = self.output_size(rows, width)
-        return height * columns * self.channels
+    def scratch_numel(self, rows: int, width: int) -> int:
+        """Values held at once while a window of ``rows`` rows is computed: the output and its
+        intermediate results, without the window and the weights."""
+        out_rows, columns = self.output_size(rows, width)
+        return out_rows * columns * self.out_channels
 
-    def convolved(self, rows: int, width: int) -> int:
-        """Numbers that the module itself reads of a window of ``rows`` rows."""
-        return rows * (width + self.right) * self.module.weight.shape[1]
+    def conv_input_numel(self, rows: int, width: int) -> int:
+        """Values that the module itself reads for a window of ``rows`` rows."""
+        return rows * (width + self.right_padding) * self.module.weight.shape[1]
 
     def multiplies(self, height: int, width: int) -> int:
-        """Multiplications that a map of this size takes."""
+        """Multiply-accumulates for an input of this size."""
         rows, columns = self.output_size(height, width)
         shortcut = 0 if self.shortcut is None else self.shortcut.weight.numel()
         return rows * columns * (self.module.weight.numel() + shortcut)
 
-    def begin(self, ground: Ground, units: int) -> Pass:
-        """A step with this layer, under way in strips of at most ``units``."""
-        return _Plain(self, ground, units)
+    def make_runner(self, context: StepContext, units: int) -> StepRunner:
+        """A runner of this layer, in strips of at most ``units``."""
+        return _TorchRunner(self, context, units)
 
-    def comfort(self, width: int) -> int:
-        """Bytes beside the maps of which more would not make it faster."""
-        return COMFORT
+    def ample_workspace(self, width: int) -> int:
+        """The workspace in bytes beyond which strips get no faster."""
+        return AMPLE_WORKSPACE
 
     def workspace(self, units: int, width: int) -> int:
-        """Bytes that a strip of this many units takes beside the maps, the input's ``width``
-        given."""
-        first, last = self.window(0, units)
+        """Bytes that a strip of ``units`` needs in addition to the feature maps, for an input
+        ``width`` columns wide."""
+        first, last = self.input_rows(0, units)
         rows, weight = last - first, self.module.weight
-        window = rows * (width + self.right) * weight.shape[1]
-        made = self.scratch(rows, width)
-        if self.turned:  # both with channels first, and the input in the kernel's own order
-            height, columns = self.output_size(rows, width)
-            made += 2 * self.convolved(rows, width) + height * columns * weight.shape[0]
-        weights = 2 * weight.numel()  # reordered by the kernel at each call
-        # in a narrow dtype, copies to normalise in float32
-        wide = 0 if computing(weight.dtype) == weight.dtype else 2 * window
-        own = (window + made + weights) * weight.dtype.itemsize
-        return own + wide * computing(weight.dtype).itemsize
+        window = rows * (width + self.right_padding) * weight.shape[1]
+        scratch = self.scratch_numel(rows, width)
+        if self.channels_first:  # input and output in both orders, the input in the kernel's too
+            out_rows, columns = self.output_size(rows, width)
+            scratch += 2 * self.conv_input_numel(rows, width)
+            scratch += out_rows * columns * weight.shape[0]
+        weights = 2 * weight.numel()  # the kernel reorders them at each call
+        # copies for normalising 16-bit rows in float32
+        wide = 0 if norm_dtype(weight.dtype) == weight.dtype else 2 * window
+        own = (window + scratch + weights) * weight.dtype.itemsize
+        return own + wide * norm_dtype(weight.dtype).itemsize
 
-    def remains(self, units: int, width: int) -> int:
-        """The same after the first strip, when weights have been made ready."""
+    def steady_workspace(self, units: int, width: int) -> int:
+        """The workspace after the first strip, when the weights are prepared."""
         return self.workspace(units, width)
 
-    def prepare(self, rows: Tensor, out: Tensor, moments: Moments | None) -> None:
-        """The input's ``rows`` as the module takes them, into ``out``."""
-        if self.norm is None or moments is None:
+    def prepare(self, rows: Tensor, out: Tensor, stats: RunningGroupStats | None) -> None:
+        """Write the input's ``rows`` into ``out``, normalised and activated for the module."""
+        if self.norm is None or stats is None:
             out.copy_(rows)
             return
-        scale, shift = moments.scale_and_shift(self.norm)
+        scale, shift = stats.scale_and_shift(self.norm)
         if out.dtype == scale.dtype:
             torch.addcmul(shift, rows, scale, out=out)
             ready = out
         else:
             ready = torch.addcmul(shift, rows.to(scale.dtype), scale)
-        if self.activated:
+        if self.silu:
             F.silu(ready, inplace=True)
         if ready is not out:
             out.copy_(ready)
 
-    def compute(self, strip: Tensor, residual: Tensor | None, whole: Sequence[Tensor]) -> Tensor:
-        """The output's rows, a tensor of their own.
+    def compute(
+        self, window: Tensor, residual: Tensor | None, resident: Sequence[Tensor]
+    ) -> Tensor:
+        """The output's rows, as a new tensor.
 
         Args:
-            strip: the window's rows, prepared. residual: the residual map's rows.
-            whole: the maps that are read as a whole.
+            window: prepared input rows.
+            residual: the residual's rows.
+            resident: feature maps that are read in full.
         """
-        made = self.apply(strip)
+        out = self.apply(window)
         if residual is None:
-            return made
+            return out
         if self.shortcut is None:
-            return made.add_(residual)
+            return out.add_(residual)
         weight, bias = self.shortcut.weight.flatten(1), self.shortcut.bias
-        made.view(-1, made.shape[-1]).addmm_(residual.flatten(0, 1), weight.T)
-        return made if bias is None else made.add_(bias)
+        out.view(-1, out.shape[-1]).addmm_(residual.flatten(0, 1), weight.T)
+        return out if bias is None else out.add_(bias)
 
 
-class _Plain:
-    """By torch's own operations: a window slides over the source."""
+class _TorchRunner:
+    """Runs a layer with torch's own operations, on a window that slides over the source."""
 
-    def __init__(self, layer: Layer, ground: Ground, units: int) -> None:
-        first, last = layer.window(0, units)
-        self._layer, self._ground = layer, ground
-        self._window = Window(
-            ground.source,
+    def __init__(self, layer: StreamLayer, context: StepContext, units: int) -> None:
+        first, last = layer.input_rows(0, units)
+        self._layer, self._context = layer, context
+        self._window = SlidingWindow(
+            context.source,
             last - first,
-            layer.right,
-            lambda rows, out: layer.prepare(rows, out, ground.moments),
-            ground.device,
+            layer.right_padding,
+            lambda rows, out: layer.prepare(rows, out, context.source_stats),
+            context.device,
         )
 
-    def strip(self, first: int, last: int) -> None:
-        layer, ground = self._layer, self._ground
-        top, bottom = layer.outputs(first, last)
-        strip = self._window.slide(*layer.window(first, last))
-        added = None if ground.residual is None else ground.residual[top:bottom].to(ground.device)
-        made = layer.compute(strip, added, ground.whole)
-        ground.target[top:bottom] = made
-        if ground.measured is not None:
-            ground.measured.add(made)
-        del made
-        # else an allocator keeps of every size of strip what was freed
+    def run_strip(self, first: int, last: int) -> None:
+        layer, context = self._layer, self._context
+        top, bottom = layer.output_rows(first, last)
+        window = self._window.slide(*layer.input_rows(first, last))
+        residual = context.residual
+        if residual is not None:
+            residual = residual[top:bottom].to(context.device)
+        out = layer.compute(window, residual, context.resident)
+        context.target[top:bottom] = out
+        if context.target_stats is not None:
+            context.target_stats.update(out)
+        del out
+        # the allocator would keep freed blocks of every strip size
         trim_heap()
 
 
-class Point(Layer):
-    """A 1x1 convolution of few channels, by the kernel that the network itself has for it."""
+class Conv1x1(StreamLayer):
+    """A 1x1 convolution between few channels, by the kernel that the unstreamed network uses."""
 
-    turned = True
+    channels_first = True
 
-    def apply(self, strip: Tensor) -> Tensor:
-        return self.convolve(strip, sides=0)
+    def apply(self, window: Tensor) -> Tensor:
+        return self.convolve(window, side_padding=0)
 
 
-class Linear(Layer):
+class Projection(StreamLayer):
     """A linear layer over the channels of each pixel."""
 
-    turned = False
+    channels_first = False
 
-    def apply(self, strip: Tensor) -> Tensor:
-        return F.linear(strip, self.module.weight, self.module.bias)
+    def apply(self, window: Tensor) -> Tensor:
+        return F.linear(window, self.module.weight, self.module.bias)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attended(Linear):
-    """Queries by the module, mixed from the whole maps' keys and values, then projected by
-    ``out``."""
+class AttentionLayer(Projection):
+    """Attention of a strip's queries to all keys and values, which are resident.
+
+    Attributes:
+        module: projects the queries.
+        out: projects the result.
+    """
 
     out: nn.Linear
 
-    def compute(self, strip: Tensor, residual: Tensor | None, whole: Sequence[Tensor]) -> Tensor:
-        query, key, value = (x.reshape(1, 1, -1, x.shape[-1]) for x in (self.apply(strip), *whole))
+    def compute(
+        self, window: Tensor, residual: Tensor | None, resident: Sequence[Tensor]
+    ) -> Tensor:
+        query, key, value = (
+            x.reshape(1, 1, -1, x.shape[-1]) for x in (self.apply(window), *resident)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value)
-        made: Tensor = self.out(mixed.view_as(strip))
-        return made if residual is None else made.add_(residual)
+        out: Tensor = self.out(mixed.view_as(window))
+        return out if residual is None else out.add_(residual)
 
     def workspace(self, units: int, width: int) -> int:
-        # the query, what is mixed and what is projected
-        more = 2 * units * width * self.channels * self.module.weight.dtype.itemsize
+        # the attention's result and its projection
+        more = 2 * units * width * self.out_channels * self.module.weight.dtype.itemsize
         return super().workspace(units, width) + more
 
 
-class Same(Layer):
-    """A 3x3 convolution with one row or column of zeros on every side."""
+class Conv3x3(StreamLayer):
+    """A 3x3 convolution at stride 1, padded with one row or column of zeros on every side."""
 
-    def window(self, first: int, last: int) -> tuple[int, int]:
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
         return first - 1, last + 1
 
-    def apply(self, strip: Tensor) -> Tensor:
-        return self.convolve(strip)
+    def apply(self, window: Tensor) -> Tensor:
+        return self.convolve(window)
 
 
-class Doubled(Layer):
-    """Each pixel repeated as a 2x2 square, then a 3x3 convolution; one strip is doubled at a
-    time."""
+class UpsampleConv(StreamLayer):
+    """Nearest-neighbour x2 upsampling, one strip at a time, then a 3x3 convolution."""
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         return 2 * height, 2 * width
@@ -258,36 +345,36 @@ class Doubled(Layer):
     def units(self, height: int) -> int:
         return height
 
-    def window(self, first: int, last: int) -> tuple[int, int]:
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
         return first - 1, last + 1
 
-    def outputs(self, first: int, last: int) -> tuple[int, int]:
+    def output_rows(self, first: int, last: int) -> tuple[int, int]:
         return 2 * first, 2 * last
 
-    def apply(self, strip: Tensor) -> Tensor:
-        rows, width, channels = strip.shape
-        squares = strip[:, None, :, None].expand(rows, 2, width, 2, channels)
-        doubled = squares.reshape(2 * rows, 2 * width, channels)
-        # of the rows above and below, the nearer half
-        return self.convolve(doubled[1:-1])
+    def apply(self, window: Tensor) -> Tensor:
+        rows, width, channels = window.shape
+        squares = window[:, None, :, None].expand(rows, 2, width, 2, channels)
+        upsampled = squares.reshape(2 * rows, 2 * width, channels)
+        # of the rows above and below the strip, the convolution needs the nearer copy only
+        return self.convolve(upsampled[1:-1])
 
-    def scratch(self, rows: int, width: int) -> int:
-        return self.convolved(rows, width) + super().scratch(rows, width)
+    def scratch_numel(self, rows: int, width: int) -> int:
+        return self.conv_input_numel(rows, width) + super().scratch_numel(rows, width)
 
-    def convolved(self, rows: int, width: int) -> int:
-        return 4 * super().convolved(rows, width)
+    def conv_input_numel(self, rows: int, width: int) -> int:
+        return 4 * super().conv_input_numel(rows, width)
 
 
-class Halved(Layer):
-    """A 3x3 convolution at stride 2 with zeros at the right and at the bottom only."""
+class DownsampleConv(StreamLayer):
+    """A 3x3 convolution at stride 2, padded with zeros on the right and at the bottom only."""
 
-    right = 1
+    right_padding = 1
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         return height // 2, width // 2
 
-    def window(self, first: int, last: int) -> tuple[int, int]:
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
         return 2 * first, 2 * last + 1
 
-    def apply(self, strip: Tensor) -> Tensor:
-        return self.convolve(strip, stride=2, sides=0)
+    def apply(self, window: Tensor) -> Tensor:
+        return self.convolve(window, stride=2, side_padding=0)

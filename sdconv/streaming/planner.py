@@ -1,5 +1,4 @@
-"""What stays in memory, what is spilled, and how many rows a strip has: from the steps and a
-limit."""
+"""Decides what stays in memory, what is spilled, and how many rows a strip has."""
 
 from __future__ import annotations
 
@@ -7,39 +6,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdconv.errors import InputError
-from sdconv.sizes import in_words
-from sdconv.streaming.maps import Layout, Map, lay_out
-from sdconv.streaming.steps import Step
+from sdconv.sizes import format_bytes
+from sdconv.streaming.buffers import FeatureBuffer, MemoryLayout, lay_out
+from sdconv.streaming.steps import StreamStep
 
-# what torch's kernels keep beside the tensors (generated code, thread stacks, buffers)
-KERNELS = 24 << 20
+# What torch's kernels allocate apart from tensors: generated code, thread stacks, buffers.
+KERNEL_OVERHEAD = 24 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """How one picture will go through a network.
+class StreamPlan:
+    """How a batch goes through a network, one image after the other.
 
     Attributes:
-        steps: in order. units: of a strip, for each step.
-        layout: of the maps between what comes in and the result.
-        pictures: that go through, one after the other.
+        steps: in running order.
+        units: of a strip, for each step.
+        layout: of the buffers between input and result.
+        batch: number of images.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[StreamStep, ...]
     units: tuple[int, ...]
-    layout: Layout
-    pictures: int
+    layout: MemoryLayout
+    batch: int
 
     @property
     def peak(self) -> int:
-        """Bytes of memory at most, weights and input apart, the result with it."""
-        written: list[Map] = []
+        """Most bytes of memory in use at once, with the result, without weights and input."""
+        written: list[FeatureBuffer] = []
         most = 0
         for step, units in zip(self.steps, self.units, strict=True):
-            most = max(most, self.layout.taken(written) + step.workspace(units))
+            most = max(most, self.layout.memory_in_use(written) + step.workspace(units))
             written.append(step.target)
-            most = max(most, self.layout.taken(written) + step.remains(units))
-        return most + KERNELS + self.pictures * self.steps[-1].target.bytes
+            most = max(most, self.layout.memory_in_use(written) + step.steady_workspace(units))
+        return most + KERNEL_OVERHEAD + self.batch * self.steps[-1].target.bytes
 
     @property
     def spilled(self) -> int:
@@ -47,104 +47,117 @@ class Plan:
         return self.layout.spilled
 
     @property
+    def strips(self) -> int:
+        """Strips of all steps, for one image."""
+        pairs = zip(self.steps, self.units, strict=True)
+        return sum(-(-step.units // units) for step, units in pairs)
+
+    @property
     def multiplies(self) -> int:
-        """Multiplications of all pictures."""
-        return self.pictures * sum(step.multiplies for step in self.steps)
+        """Multiply-accumulates for all images."""
+        return self.batch * sum(step.multiplies for step in self.steps)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the result, ``(B, C, H, W)``."""
+        """The result's shape, ``(B, C, H, W)``."""
         last = self.steps[-1].target
-        return self.pictures, last.channels, last.height, last.width
+        return self.batch, last.channels, last.height, last.width
 
 
 def make_plan(
-    steps: Sequence[Step],
+    steps: Sequence[StreamStep],
     *,
-    pictures: int,
+    batch: int,
     limit: int | None,
     can_spill: bool,
-    parted: bool = False,
-) -> Plan:
-    """Puts as much of the maps into memory as the limit allows, and cuts strips to what is left.
+    separate_spill: bool = False,
+) -> StreamPlan:
+    """Keep as much in memory as the limit allows, and make strips as high as the rest allows.
 
     Args:
-        steps: for one picture. pictures: that go through, one after the other.
-        limit: bytes of memory, weights and input apart; None for no limit.
-        can_spill: whether maps may go outside it. parted: see `sdconv.streaming.arena.is_parted`.
+        steps: for one image.
+        batch: number of images, which run one after the other.
+        limit: bytes of memory, without weights and input; None for no limit.
+        can_spill: whether buffers may lie outside memory.
+        separate_spill: see `sdconv.streaming.arena.has_separate_spill`.
 
     Raises:
-        InputError: the limit cannot be met; it says what the least is, with and without spilling.
+        InputError: the limit cannot be met; it states the lowest limits, with and without spilling.
     """
     steps = tuple(steps)
-    result = pictures * steps[-1].target.bytes
-    comfortable = [_fitting(step, step.comfort) for step in steps]
-    for units in (comfortable, [1] * len(steps)):
-        room = None if limit is None else limit - result - _most(steps, units)
-        layout = lay_out(_inner(steps), room, parted=parted)
-        fits = layout.keeps_whole if can_spill else not layout.spilled
+    result = batch * steps[-1].target.bytes
+    ample = [_units_within(step, step.ample_workspace) for step in steps]
+    for units in (ample, [1] * len(steps)):
+        room = None if limit is None else limit - result - _largest_workspace(steps, units)
+        layout = lay_out(_intermediates(steps), room, separate_spill=separate_spill)
+        fits = layout.keeps_resident if can_spill else not layout.spilled
         if fits and (room is None or room >= 0):
             break
     else:
         raise InputError(
             "the memory limit cannot be met",
             where="memory_limit",
-            expected=enough_memory(steps, pictures=pictures, can_spill=can_spill),
-            got=in_words(limit or 0),
+            expected=sufficient_limits(steps, batch=batch, can_spill=can_spill),
+            got=format_bytes(limit or 0),
         )
     if limit is not None:
-        room = limit - result - KERNELS - layout.memory
-        pairs = zip(steps, comfortable, strict=True)
-        units = [min(most, _fitting(step, room)) for step, most in pairs]
-    units = [_even(step.units, n) for step, n in zip(steps, units, strict=True)]
-    return Plan(steps, tuple(units), layout, pictures)
+        room = limit - result - KERNEL_OVERHEAD - layout.memory
+        pairs = zip(steps, ample, strict=True)
+        units = [min(most, _units_within(step, room)) for step, most in pairs]
+    units = [_even_units(step.units, most) for step, most in zip(steps, units, strict=True)]
+    return StreamPlan(steps, tuple(units), layout, batch)
 
 
-def lifetimes(steps: Sequence[Step]) -> dict[Map, range]:
-    """For every map the steps, by number, during which it is alive; in the order of birth."""
-    spans: dict[Map, range] = {}
+def lifetimes(steps: Sequence[StreamStep]) -> dict[FeatureBuffer, range]:
+    """The step numbers during which each buffer is alive, in the order of first use."""
+    spans: dict[FeatureBuffer, range] = {}
     for number, step in enumerate(steps):
-        for key in (*step.reads, step.target):
-            spans[key] = range(spans[key].start if key in spans else number, number + 1)
+        for buffer in (*step.inputs, step.target):
+            first = spans[buffer].start if buffer in spans else number
+            spans[buffer] = range(first, number + 1)
     return spans
 
 
-def _inner(steps: Sequence[Step]) -> dict[Map, range]:
-    """The lifetimes of the maps that no caller brings."""
+def _intermediates(steps: Sequence[StreamStep]) -> dict[FeatureBuffer, range]:
+    """The lifetimes of all buffers except the input and the result, which the caller brings."""
     ends = (steps[0].source, steps[-1].target)
-    return {key: span for key, span in lifetimes(steps).items() if key not in ends}
+    return {buffer: span for buffer, span in lifetimes(steps).items() if buffer not in ends}
 
 
-def _most(steps: Sequence[Step], units: Sequence[int]) -> int:
-    """The most bytes that a step's strips take, and what kernels keep."""
-    return KERNELS + max(step.workspace(n) for step, n in zip(steps, units, strict=True))
+def _largest_workspace(steps: Sequence[StreamStep], units: Sequence[int]) -> int:
+    """The largest workspace of any step, with the kernels' overhead."""
+    return KERNEL_OVERHEAD + max(step.workspace(n) for step, n in zip(steps, units, strict=True))
 
 
-def _fitting(step: Step, room: int) -> int:
-    """The most units, at least one, of which a strip takes no more than ``room`` bytes."""
+def _units_within(step: StreamStep, room: int) -> int:
+    """The most units, at least one, whose workspace is at most ``room`` bytes."""
     one = step.workspace(1)
     return max(1, min(step.units, 1 + (room - one) // (step.workspace(2) - one)))
 
 
-def _even(whole: int, most: int) -> int:
-    """Units of strips of nearly the same size: kernels are made for each size."""
-    strips = -(-whole // most)
-    return -(-whole // strips)
+def _even_units(units: int, most: int) -> int:
+    """Units of a strip if ``units`` are cut evenly into strips of at most ``most``: kernels are
+    generated for each size."""
+    strips = -(-units // most)
+    return -(-units // strips)
 
 
-def least_memory(steps: Sequence[Step], *, pictures: int, spill: bool) -> int:
-    """The smallest limit that can be met."""
-    inner = {key: span for key, span in _inner(steps).items() if key.whole or not spill}
-    maps = lay_out(inner, None, parted=False).size
-    return maps + _most(steps, [1] * len(steps)) + pictures * steps[-1].target.bytes
-
-
-def enough_memory(steps: Sequence[Step], *, pictures: int, can_spill: bool) -> str:
-    """In words, which limits can be met."""
-    least = {
-        spill: in_words(least_memory(steps, pictures=pictures, spill=spill))
-        for spill in (True, False)
+def least_memory(steps: Sequence[StreamStep], *, batch: int, spill: bool) -> int:
+    """The lowest limit that can be met, in bytes."""
+    kept = {
+        buffer: span
+        for buffer, span in _intermediates(steps).items()
+        if buffer.resident or not spill
     }
+    buffers = lay_out(kept, None, separate_spill=False).size
+    result = batch * steps[-1].target.bytes
+    return buffers + _largest_workspace(steps, [1] * len(steps)) + result
+
+
+def sufficient_limits(steps: Sequence[StreamStep], *, batch: int, can_spill: bool) -> str:
+    """The limits that can be met, in words."""
+    with_spill = format_bytes(least_memory(steps, batch=batch, spill=True))
     if can_spill:
-        return f"at least {least[True]}"
-    return f"at least {least[False]}, or {least[True]} with spill=folder"
+        return f"at least {with_spill}"
+    without = format_bytes(least_memory(steps, batch=batch, spill=False))
+    return f"at least {without}, or {with_spill} with spill=folder"

@@ -1,9 +1,10 @@
-"""A VAE as a list of steps over full-size maps: what the planner counts and the executor runs.
+"""A VAE as a list of steps over full-size feature maps, which the planner counts and the executor
+runs.
 
-Each step reads strips of one map, once, from top to bottom, and writes strips of a map. A
-GroupNorm's statistics are those of the whole map, so they must be complete before the next step
-begins: they are gathered while the map is written. A step may write over the map that it reads,
-for the rows that its next strip needs are carried along.
+Each step reads strips of one feature map from top to bottom, once, and writes strips of another.
+GroupNorm needs the statistics of the whole feature map, so they must be complete before the next
+step begins: they are collected while the feature map is written. A step may overwrite the feature
+map that it reads, because it keeps the rows that the next strip needs.
 """
 
 from __future__ import annotations
@@ -19,68 +20,79 @@ from sdconv.errors import InputError
 from sdconv.fast.modules import is_bare
 from sdconv.models.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
 from sdconv.streaming import fused
-from sdconv.streaming.layers import Attended, Doubled, Halved, Layer, Linear, Point, Same
-from sdconv.streaming.maps import Map
+from sdconv.streaming.buffers import FeatureBuffer
+from sdconv.streaming.layers import (
+    AttentionLayer,
+    Conv1x1,
+    Conv3x3,
+    DownsampleConv,
+    Projection,
+    StreamLayer,
+    UpsampleConv,
+)
 
-Work = Literal["encode", "decode"]
+Direction = Literal["encode", "decode"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Step:
-    """One pass over a map.
+class StreamStep:
+    """One layer over a whole feature map.
 
     Attributes:
         name: of the layer in the network.
-        source: read. target: written, with or without statistics (``measured``).
-        residual: a map that the layer adds.
+        source: the buffer that is read.
+        target: the buffer that is written.
+        layer: what is computed.
+        residual: a buffer that is added to the output.
+        collects_stats: whether the target's statistics are collected for the next normalisation.
     """
 
     name: str
-    source: Map
-    target: Map
-    layer: Layer
-    residual: Map | None = None
-    measured: bool = False
+    source: FeatureBuffer
+    target: FeatureBuffer
+    layer: StreamLayer
+    residual: FeatureBuffer | None = None
+    collects_stats: bool = False
 
     @property
-    def reads(self) -> tuple[Map, ...]:
-        """The maps that must be alive beside the target."""
+    def inputs(self) -> tuple[FeatureBuffer, ...]:
+        """The buffers that must be alive together with the target."""
         return (self.source,) if self.residual is None else (self.source, self.residual)
 
     @property
     def units(self) -> int:
-        """In how many units the whole can be cut."""
+        """Units (see ``StreamLayer``) in the whole step."""
         return self.layer.units(self.source.height)
 
     @property
-    def comfort(self) -> int:
-        """Bytes beside the maps of which more would not make it faster."""
-        return self.layer.comfort(self.source.width)
+    def ample_workspace(self) -> int:
+        """The workspace in bytes beyond which strips get no faster."""
+        return self.layer.ample_workspace(self.source.width)
 
     def workspace(self, units: int) -> int:
-        """Bytes that a strip of this many units takes beside the maps."""
+        """Bytes that a strip of ``units`` needs in addition to the feature maps."""
         return self.layer.workspace(units, self.source.width)
 
-    def remains(self, units: int) -> int:
-        """The same after the first strip."""
-        return self.layer.remains(units, self.source.width)
+    def steady_workspace(self, units: int) -> int:
+        """The workspace after the first strip."""
+        return self.layer.steady_workspace(units, self.source.width)
 
     @property
     def multiplies(self) -> int:
-        """Multiplications of the whole step."""
+        """Multiply-accumulates of the whole step."""
         return self.layer.multiplies(self.source.height, self.source.width)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Attend(Step):
-    """Attention from strips of a map to the keys and values of the whole map."""
+class AttentionStep(StreamStep):
+    """Attention of each strip to the keys and values of the whole feature map."""
 
-    keys: Map
-    values: Map
+    keys: FeatureBuffer
+    values: FeatureBuffer
 
     @property
-    def reads(self) -> tuple[Map, ...]:
-        return (*super().reads, self.keys, self.values)
+    def inputs(self) -> tuple[FeatureBuffer, ...]:
+        return (*super().inputs, self.keys, self.values)
 
     @property
     def multiplies(self) -> int:
@@ -89,145 +101,164 @@ class Attend(Step):
         return 2 * super().multiplies + 2 * queries * tokens * self.source.channels
 
 
-class _Builder:
-    """Follows a network's modules and writes down the steps."""
+class _StepBuilder:
+    """Turns modules into steps, in the order they are added; ``current`` holds the latest output.
 
-    def __init__(self, start: Map) -> None:
-        self.at = start
-        self.steps: list[Step] = []
+    Each convolution is computed by the backend in force for it.
+    """
 
-    def layer(self, name: str, layer: Layer) -> None:
-        """A layer to a new map."""
-        height, width = layer.output_size(self.at.height, self.at.width)
-        self._step(name, layer, Map(height, width, layer.channels, self.at.dtype))
+    def __init__(self, start: FeatureBuffer) -> None:
+        self.current = start
+        self.steps: list[StreamStep] = []
 
-    def same(self, conv: nn.Conv2d, norm: nn.GroupNorm | None, **more: Any) -> Layer:
-        """A 3x3 convolution of what there is now, after a norm and SiLU if given, by the backend
-        that is in force for it."""
-        kind = Same
+    def add_layer(self, name: str, layer: StreamLayer) -> None:
+        """A layer that writes to a new buffer."""
+        height, width = layer.output_size(self.current.height, self.current.width)
+        target = FeatureBuffer(height, width, layer.out_channels, self.current.dtype)
+        self._add_step(name, layer, target)
+
+    def conv3x3(self, conv: nn.Conv2d, norm: nn.GroupNorm | None, **options: Any) -> StreamLayer:
+        """The layer for a 3x3 convolution of the current feature map, after ``norm`` and SiLU if
+        there is a norm."""
+        kind = Conv3x3
         if is_fast(conv) and fused.takes(conv.weight):
-            kind = fused.same(conv, self.at.height, self.at.width, normalised=norm is not None)
-        return kind(conv, norm, activated=norm is not None, **more)
+            height, width = self.current.height, self.current.width
+            kind = fused.conv3x3(conv, height, width, normalised=norm is not None)
+        return kind(conv, norm, silu=norm is not None, **options)
 
-    def doubled(self, conv: nn.Conv2d) -> Layer:
-        """A 3x3 convolution after a doubling, by the backend that is in force for it."""
+    def add_upsample(self, name: str, conv: nn.Conv2d) -> None:
+        """Nearest upsampling and its convolution."""
         fast = is_fast(conv) and fused.takes(conv.weight)
-        return fused.DoubledWinograd(conv) if fast else Doubled(conv)
+        self.add_layer(name, fused.WinogradUpsampleConv(conv) if fast else UpsampleConv(conv))
 
-    def halved(self, conv: nn.Conv2d) -> Layer:
-        """A 3x3 convolution at stride 2, by the backend that is in force for it."""
+    def add_downsample(self, name: str, conv: nn.Conv2d) -> None:
+        """A convolution at stride 2."""
         fast = is_fast(conv) and fused.takes(conv.weight)
-        return fused.HalvedBetweenZeros(conv) if fast else Halved(conv)
+        self.add_layer(name, fused.SidePaddedDownsampleConv(conv) if fast else DownsampleConv(conv))
 
-    def resnet(self, name: str, block: ResnetBlock2D) -> None:
-        before = self.at
-        self.layer(f"{name}.conv1", self.same(block.conv1, block.norm1))
-        second = self.same(block.conv2, block.norm2, shortcut=block.conv_shortcut)
-        # over what conv1 wrote
-        self._step(f"{name}.conv2", second, self.at, residual=before)
+    def add_resnet(self, name: str, block: ResnetBlock2D) -> None:
+        """A ResNet block; its second convolution overwrites the output of the first."""
+        x = self.current
+        self.add_layer(f"{name}.conv1", self.conv3x3(block.conv1, block.norm1))
+        conv2 = self.conv3x3(block.conv2, block.norm2, shortcut=block.conv_shortcut)
+        self._add_step(f"{name}.conv2", conv2, self.current, residual=x)
 
-    def attention(self, name: str, block: Attention) -> None:
-        x = self.at
-        keys, values = replace(x, whole=True), replace(x, whole=True)
-        for layer, target in ((block.to_k, keys), (block.to_v, values)):
-            self.at = x
-            self._step(f"{name}.projection", Linear(layer, block.group_norm), target)
-        self.at = x
+    def add_attention(self, name: str, block: Attention) -> None:
+        """An attention block, which overwrites its input."""
+        x = self.current
+        keys, values = replace(x, resident=True), replace(x, resident=True)
+        for linear, target in ((block.to_k, keys), (block.to_v, values)):
+            self.current = x
+            self._add_step(f"{name}.projection", Projection(linear, block.group_norm), target)
+        self.current = x
         out = cast(nn.Linear, block.to_out[0])
-        attend = Attend(
+        step = AttentionStep(
             name=name,
             source=x,
             target=x,
-            layer=Attended(block.to_q, block.group_norm, out=out),
+            layer=AttentionLayer(block.to_q, block.group_norm, out=out),
             residual=x,
             keys=keys,
             values=values,
         )
-        self.steps.append(attend)
-
-    def _step(self, name: str, layer: Layer, target: Map, residual: Map | None = None) -> None:
-        step = Step(name=name, source=self.at, target=target, layer=layer, residual=residual)
         self.steps.append(step)
-        self.at = target
 
-    def finished(self) -> tuple[Step, ...]:
-        """The steps, with those marked whose target is normalised next."""
-        wanted: set[Map] = set()
-        finished: list[Step] = []
+    def _add_step(
+        self,
+        name: str,
+        layer: StreamLayer,
+        target: FeatureBuffer,
+        residual: FeatureBuffer | None = None,
+    ) -> None:
+        step = StreamStep(
+            name=name, source=self.current, target=target, layer=layer, residual=residual
+        )
+        self.steps.append(step)
+        self.current = target
+
+    def finish(self) -> tuple[StreamStep, ...]:
+        """The steps, with ``collects_stats`` set where a later step normalises the target."""
+        wanted: set[FeatureBuffer] = set()
+        finished: list[StreamStep] = []
         for step in reversed(self.steps):
-            finished.append(replace(step, measured=step.target in wanted))
+            finished.append(replace(step, collects_stats=step.target in wanted))
             wanted.discard(step.target)
             if step.layer.norm is not None:
                 wanted.add(step.source)
         return tuple(reversed(finished))
 
 
-def steps_of(network: nn.Module, work: Work, height: int, width: int) -> tuple[Step, ...]:
-    """The steps for one picture; the first step's source is what comes in, the last one's target is
-    the result.
+def steps_of(
+    network: nn.Module, direction: Direction, height: int, width: int
+) -> tuple[StreamStep, ...]:
+    """The steps for one image. The first step's source is the input, the last one's target the
+    result.
 
     Args:
-        network: an ``AutoencoderKL``; on the meta device it can be counted, not run.
-        work: which half. height, width: of what comes in (a picture, or latents).
+        network: an ``AutoencoderKL``; one on the meta device can be planned, but not run.
+        direction: which half of the network.
+        height: rows of the input (an image, or latents).
+        width: columns of the input.
 
     Raises:
-        InputError: modules that are not the VAE's own (an adapter's), or with hooks on them
-            (a capture's, an offloading's), which would not be called.
+        InputError: a module is not one of the VAE's own (but an adapter, for instance), or has a
+            hook (for capturing, for offloading) that streaming would not call.
     """
-    parts = dict(_parts(network, work))
-    _check(parts)
-    first = next(iter(parts.values()))
-    build = _Builder(Map(height, width, first.in_channels, first.weight.dtype))
-    for name, module in parts.items():
+    modules = dict(_modules_in_order(network, direction))
+    _check(modules)
+    first = next(iter(modules.values()))
+    builder = _StepBuilder(FeatureBuffer(height, width, first.in_channels, first.weight.dtype))
+    for name, module in modules.items():
         if isinstance(module, ResnetBlock2D):
-            build.resnet(name, module)
+            builder.add_resnet(name, module)
         elif isinstance(module, Attention):
-            build.attention(name, module)
+            builder.add_attention(name, module)
         elif isinstance(module, Upsample2D):
-            build.layer(f"{name}.conv", build.doubled(module.conv))
+            builder.add_upsample(f"{name}.conv", module.conv)
         elif isinstance(module, AsymmetricDownsample2D):
-            build.layer(f"{name}.conv", build.halved(module.conv))
+            builder.add_downsample(f"{name}.conv", module.conv)
         elif name.endswith("quant_conv"):
-            build.layer(name, Point(module))
+            builder.add_layer(name, Conv1x1(module))
         else:
             norm = network.get_submodule(name.replace("conv_out", "conv_norm_out"))
-            build.layer(name, build.same(module, norm if isinstance(norm, nn.GroupNorm) else None))
-    return build.finished()
+            group_norm = norm if isinstance(norm, nn.GroupNorm) else None
+            builder.add_layer(name, builder.conv3x3(module, group_norm))
+    return builder.finish()
 
 
-def _parts(network: nn.Module, work: Work) -> Iterator[tuple[str, Any]]:
-    """Blocks and lone convolutions by their names in the network, in the order they run."""
-    half = "encoder" if work == "encode" else "decoder"
-    middle = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
-    levels = tuple(
-        f"{kind}.{level}.{part}.{index}"
+def _modules_in_order(network: nn.Module, direction: Direction) -> Iterator[tuple[str, Any]]:
+    """Blocks and convolutions outside blocks, by their names in the network, in running order."""
+    half = "encoder" if direction == "encode" else "decoder"
+    mid_block = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
+    stages = tuple(
+        f"{kind}.{stage}.{part}.{index}"
         for kind in ("down_blocks", "up_blocks")
-        for level, block in enumerate(getattr(network.get_submodule(half), kind, ()))
+        for stage, block in enumerate(getattr(network.get_submodule(half), kind, ()))
         for part in ("resnets", "downsamplers", "upsamplers")
         for index, _ in enumerate(getattr(block, part, None) or ())
     )
-    own = (*levels, *middle) if work == "encode" else (*middle, *levels)
-    names = [f"{half}.{name}" for name in ("conv_in", *own, "conv_out")]
-    names = [*names, "quant_conv"] if work == "encode" else ["post_quant_conv", *names]
+    blocks = (*stages, *mid_block) if direction == "encode" else (*mid_block, *stages)
+    names = [f"{half}.{name}" for name in ("conv_in", *blocks, "conv_out")]
+    names = [*names, "quant_conv"] if direction == "encode" else ["post_quant_conv", *names]
     modules = dict(network.named_modules())
     yield from ((name, modules[name]) for name in names if name in modules)
 
 
-def _check(parts: Mapping[str, nn.Module]) -> None:
+def _check(modules: Mapping[str, nn.Module]) -> None:
     plain = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.ModuleList)
     blocks = (ResnetBlock2D, Attention, Upsample2D, AsymmetricDownsample2D)
-    for prefix, part in parts.items():
-        for suffix, module in part.named_modules(prefix=prefix):
+    for prefix, part in modules.items():
+        for name, module in part.named_modules(prefix=prefix):
             if type(module) not in (*plain, *blocks):
                 raise InputError(
-                    "streaming knows the VAE's own layers only",
-                    where=suffix,
+                    "streaming supports the VAE's own layers only",
+                    where=name,
                     got=type(module).__name__,
                     hint="merge adapters into the weights, or call disable_streaming()",
                 )
             if not is_bare(module, type(module)):
                 raise InputError(
-                    "a hook waits for the module's call, and streaming does not call it",
-                    where=suffix,
-                    hint="remove it, or call disable_streaming()",
+                    "the module has a hook, which streaming would not call",
+                    where=name,
+                    hint="remove the hook, or call disable_streaming()",
                 )

@@ -69,7 +69,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = np.stack([x * 5, y * 6, (x * y) % 256], -1).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     Image.fromarray(pixels[:4, :4]).save(folder / "speck.png")
-    (folder / "text.png").write_text("no picture", encoding="utf-8")
+    (folder / "text.png").write_text("not an image", encoding="utf-8")
     (folder / "damaged.jpg").write_bytes((folder / "photo.png").read_bytes()[:200])
     (folder / "empty").mkdir()
     (folder / "text.safetensors").write_text("no weights", encoding="utf-8")
@@ -117,7 +117,7 @@ convert vae.safetensors OUT.safetensors --layout mine               | mine
 convert llm.safetensors OUT.safetensors --layout diffusers          | no network
 convert vae.safetensors photo.png/OUT.safetensors --layout original | cannot be written
 encode absent.png -m vae.safetensors -o OUT.safetensors             | does not exist
-encode text.png -m vae.safetensors -o OUT.safetensors               | no picture
+encode text.png -m vae.safetensors -o OUT.safetensors               | not an image
 encode damaged.jpg -m vae.safetensors -o OUT.safetensors            | damaged
 encode empty -m vae.safetensors -o OUT.safetensors                  | cannot be opened
 encode speck.png -m vae.safetensors -o OUT.safetensors              | too small
@@ -131,25 +131,25 @@ encode photo.png -m tiny.safetensors -o OUT.safetensors --sample    | leave --sa
 encode photo.png -o OUT.safetensors                                 | Missing option '--model'
 decode absent.safetensors -m vae.safetensors -o OUT.png             | does not exist
 decode photo.png -m vae.safetensors -o OUT.png                      | header
-decode z.safetensors -m vae.safetensors -o OUT.txt                  | not a picture's name
+decode z.safetensors -m vae.safetensors -o OUT.txt                  | not the name of an image file
 decode z.safetensors -m vae.safetensors -o OUT.png --key y          | which tensor
 decode z7.safetensors -m vae.safetensors -o OUT.png                 | wrong shape
-decode z1.safetensors -m vae.safetensors -o OUT.png                 | no latents
+decode z1.safetensors -m vae.safetensors -o OUT.png                 | not latents
 decode z2.safetensors -m vae.safetensors -o OUT.png                 | which tensor
 decode patches.safetensors -m flux2.safetensors -o OUT.png          | normalised patches
 decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
-decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a size of memory
+decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a memory size
 decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
 decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | feature maps are not spilled
 encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole feature maps only
 encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
-plan --size 2x2                                                     | too small a picture
-plan --memory plenty                                                | not a size of memory
+plan --size 2x2                                                     | the image is too small
+plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
-plan tiny.safetensors                                               | only a VAE is streamed
+plan tiny.safetensors                                               | only a VAE can be streamed
 plan --spill absent                                                 | no folder
-reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not a picture's name
+reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the name of an image file
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
 reconstruct photo.png -m absent.safetensors -o OUT.png              | does not exist
 reconstruct photo.png -m vae.safetensors -o OUT.png --component unet | no component
@@ -282,7 +282,7 @@ def test_convert_narrows_and_replaces(here: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float16}
 
 
-def picture(path: Path, sides: tuple[int, int, int, int]) -> torch.Tensor:
+def cropped(path: Path, sides: tuple[int, int, int, int]) -> torch.Tensor:
     with Image.open(path) as image:
         return to_tensor(image.convert("RGB").crop(sides))
 
@@ -294,7 +294,7 @@ def test_encode(here: Path, tmp_path: Path) -> None:
     said = answer("encode", here / "photo.png", *means, "-o", out)
     assert (said["width"], said["height"], said["shape"]) == (48, 32, [1, 4, 4, 6])
     assert "48x32" in said["notes"][0]
-    posterior = seeded.network(KL).encode(picture(here / "photo.png", (1, 2, 49, 34))).latent_dist
+    posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist
     assert torch.equal(load_file(out)["latents"], posterior.mode())
     drawn = run("encode", here / "photo.png", *means, "-fo", out, "--sample", "--seed", 5)
     assert drawn.exit_code == 0
@@ -323,7 +323,7 @@ def test_encode_and_decode(
     assert torch.equal(load_file(z)["latents"], scale(network, latents) if scaled else latents)
     decoded = network.decode(latents).sample.clamp(-1, 1)
     # one step of 8 bits: rounding, and what scaling there and back leaves
-    assert float((picture(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
+    assert float((cropped(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
 
 
 @pytest.mark.parametrize("means", [
@@ -334,7 +334,7 @@ def test_backends_and_streaming_agree(means: tuple[str, ...], here: Path, tmp_pa
     words = [str(tmp_path) if word == "FOLDER" else word for word in means]
     model = ["-m", here / "vae.safetensors"]
     answer("encode", here / "photo.png", *model, "-o", z, *words)
-    posterior = seeded.network(KL).encode(picture(here / "photo.png", (1, 2, 49, 34))).latent_dist
+    posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist
     found, expected = load_file(z)["latents"], posterior.mode()
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
     assert not torch.equal(found, expected), "the options were not passed on"
@@ -378,7 +378,7 @@ def test_a_file_that_says_otherwise(here: Path, tmp_path: Path) -> None:
 def test_reconstruct(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "deeper" / "r.png"
     said = answer("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
-    network, x = seeded.network(KL), picture(here / "photo.png", (1, 2, 49, 34))
+    network, x = seeded.network(KL), cropped(here / "photo.png", (1, 2, 49, 34))
     back = network.decode(network.encode(x).latent_dist.mode()).sample
     assert said["psnr"] == pytest.approx(psnr(back, x))
     assert math.log2(said["amplification"]) % 1 == 0
@@ -386,7 +386,7 @@ def test_reconstruct(here: Path, tmp_path: Path) -> None:
         assert sheet.width > 3 * 48
     shown = run("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-fo", out)
     assert f"PSNR {said['psnr']:.2f} dB" in shown.stdout
-    assert "note: cut around the centre" in shown.stderr
+    assert "note: cropped around the centre" in shown.stderr
 
 
 def test_a_failure_leaves_the_old_output(here: Path, tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_interrupted(here: Path, tmp_path: Path) -> None:
         str(here / "vae.safetensors"),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    with pipe.open("wb"):  # opens once the command does, which then waits for a picture
+    with pipe.open("wb"):  # opens once the command does, which then waits for an image
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -63,7 +63,7 @@ def out(tmp_path: Path) -> Path:
 def test_a_photo_through_an_autoencoder(here: Path, out: Path) -> None:
     result = run(here / "photo.png", "--model", here / "vae.safetensors", "--out", out)
     assert result.exit_code == 0, result.stderr
-    assert "cut around the centre" in result.stderr
+    assert "cropped around the centre" in result.stderr
     assert sorted(path.name for path in out.iterdir()) == ["maps.zarr", "report.html"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     maps = sdconv.open_maps(out / "maps.zarr")
@@ -183,14 +183,14 @@ def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
         (("--noise",), "nothing of noise"),
         (("absent.png",), "does not exist"),
         (("vae.safetensors",), "which tensor holds the latents"),
-        (("broken.png",), "no picture that can be read"),
-        (("bomb.png",), "too large a picture"),
+        (("broken.png",), "not an image that can be read"),
+        (("bomb.png",), "the image is too large"),
         (("photo.png", "--layers", "decoder.upblocks.*"), "decoder.up_blocks"),
         (("raw.safetensors", "--layers", "encoder.*"), "reached"),
         (("photo.png", "--keep", "99"), "--keep"),
         (("photo.png", "--keep", "5:2"), "keeps no call"),
-        (("photo.png", "--size", "2"), "too small a picture"),
-        (("photo.png", "--size", "200000"), "too large a picture"),
+        (("photo.png", "--size", "2"), "the image is too small"),
+        (("photo.png", "--size", "200000"), "the image is too large"),
         (("--noise", "--model", str(UNET), "--size", "4000000"), "for the free memory"),
         (("photo.png", "--model", "absent.safetensors"), "absent.safetensors"),
     ],

@@ -1,4 +1,4 @@
-"""Sizes, counts and receptive fields, against torch's own layers, counters and gradients."""
+"""Sizes, counts and receptive fields, compared with torch's layers, counters and gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdconv.convolution.geometry import (
-    Window,
+    ReceptiveField,
     conv_multiplies,
     conv_parameters,
     dense_multiplies,
@@ -46,13 +46,13 @@ def test_output_size_is_torchs(
 
 
 def test_a_convolution_against_a_dense_layer_on_a_100x100_image() -> None:
-    """From 3 to 64 channels at 100x100, either by 3x3 kernels or by joining all to all."""
+    """From 3 to 64 channels at 100x100, with 3x3 kernels or with a dense layer."""
     inputs, outputs = 3 * 100 * 100, 64 * 100 * 100
     assert conv_parameters(3, 64, 3) == 1_792
     assert dense_parameters(inputs, outputs) == 19_200_640_000
     assert conv_multiplies(3, 64, 3, 100) == 17_280_000
     assert dense_multiplies(inputs, outputs) == 19_200_000_000
-    # An image twice as wide takes twice the work, and not one weight more.
+    # An image twice as wide needs twice the multiplies, and not one weight more.
     assert conv_multiplies(3, 64, 3, (100, 200)) == 34_560_000
 
 
@@ -93,15 +93,15 @@ VAE_DOWN: Conv = (3, 2, (0, 1))
 UNET_DOWN: Conv = (3, 2, (1, 1))
 
 
-def window_of(chain: list[Layer]) -> Window:
-    window = Window()
+def field_of(chain: list[Layer]) -> ReceptiveField:
+    field = ReceptiveField()
     for layer in chain:
-        window = window.upsampled(layer) if isinstance(layer, int) else window.through(*layer)
-    return window
+        field = field.upsampled(layer) if isinstance(layer, int) else field.through(*layer)
+    return field
 
 
 def run(chain: list[Layer], x: torch.Tensor) -> torch.Tensor:
-    """The chain in torch on (rows, columns); kernels of ones, so that no path cancels another."""
+    """The chain in torch on (rows, columns); kernels of ones, so that no paths cancel out."""
     x = x[None, None]
     for layer in chain:
         if isinstance(layer, int):
@@ -114,7 +114,7 @@ def run(chain: list[Layer], x: torch.Tensor) -> torch.Tensor:
 
 
 def seen(chain: list[Layer], size: int) -> Callable[[int, int], tuple[list[int], list[int]]]:
-    """For an output (row, column), the input rows and columns that its gradient reaches."""
+    """A function from an output's (row, column) to the input rows and columns of its gradient."""
     x = torch.ones(size, size, dtype=torch.float64, requires_grad=True)
     out = run(chain, x)
 
@@ -128,25 +128,25 @@ def seen(chain: list[Layer], size: int) -> Callable[[int, int], tuple[list[int],
     return at
 
 
-def assert_window_is_what_the_gradient_sees(chain: list[Layer], size: int) -> None:
-    """At every output on the diagonal, and one column further, whose window is inside the image."""
-    window, at = window_of(chain), seen(chain, size)
+def assert_field_is_what_the_gradient_reaches(chain: list[Layer], size: int) -> None:
+    """At outputs on the diagonal, and one column further, whose spans are inside the image."""
+    field, at = field_of(chain), seen(chain, size)
     count = run(chain, torch.zeros(size, size)).shape[0]
-    spans = [window.span(index) for index in range(count)]
+    spans = [field.span(index) for index in range(count)]
     inside = [i for i, (first, last) in enumerate(spans) if first >= 0 and last < size]
-    places = [(i, j) for i in inside for j in (i, i + 1) if j in inside]
-    assert len(places) > 2 * len(window.firsts)  # each place of a period is met
+    positions = [(i, j) for i in inside for j in (i, i + 1) if j in inside]
+    assert len(positions) > 2 * len(field.firsts)  # every output of a period is covered
     sizes = set()
-    for row, column in places:
+    for row, column in positions:
         for index, pixels in zip((row, column), at(row, column), strict=True):
             first, last = spans[index]
             assert pixels == list(range(first, last + 1))
             sizes.add(len(pixels))
-    assert window.size == max(sizes)
+    assert field.size == max(sizes)
 
 
 @pytest.mark.parametrize(
-    ("chain", "size", "stride", "offset"),
+    ("chain", "size", "downscale", "offset"),
     [
         ([CONV3], 3, 1, -1),
         ([CONV3, CONV3, CONV3], 7, 1, -3),
@@ -162,22 +162,22 @@ def assert_window_is_what_the_gradient_sees(chain: list[Layer], size: int) -> No
         ([3, CONV3, UNET_DOWN, CONV3], 4, Fraction(2, 3), -2),
     ],
 )
-def test_known_windows_and_the_gradient(
-    chain: list[Layer], size: int, stride: Fraction | int, offset: int
+def test_known_receptive_fields(
+    chain: list[Layer], size: int, downscale: Fraction | int, offset: int
 ) -> None:
-    window = window_of(chain)
-    assert (window.size, window.stride, window.offset) == (size, stride, offset)
-    assert_window_is_what_the_gradient_sees(chain, 40)
+    field = field_of(chain)
+    assert (field.size, field.downscale, field.offset) == (size, downscale, offset)
+    assert_field_is_what_the_gradient_reaches(chain, 40)
 
 
-def test_after_upsampling_neighbours_see_unequal_windows() -> None:
-    """Four or five pixels by turns; 4.5, the mean, is what the closed form's sum would say."""
+def test_after_upsampling_neighbours_have_unequal_fields() -> None:
+    """Four and five pixels in turn; 4.5, the mean, is what the closed form would give."""
     chain: list[Layer] = [CONV3, 2, CONV3, 2, CONV3]
-    window = window_of(chain)
-    sizes = [last - first + 1 for first, last in map(window.span, range(4))]
+    field = field_of(chain)
+    sizes = [last - first + 1 for first, last in map(field.span, range(4))]
     assert set(sizes) == {4, 5}
     assert Fraction(sum(sizes), 4) == 1 + 2 + 2 * Fraction(1, 2) + 2 * Fraction(1, 4)
-    assert_window_is_what_the_gradient_sees(chain, 20)
+    assert_field_is_what_the_gradient_reaches(chain, 20)
 
 
 convs = st.builds(
@@ -190,36 +190,36 @@ convs = st.builds(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.one_of(convs, st.integers(1, 3)), min_size=1, max_size=5))
-def test_any_chain_sees_what_its_gradient_reaches(chain: list[Layer]) -> None:
-    window = window_of(chain)
+def test_any_chain_reaches_what_its_gradient_reaches(chain: list[Layer]) -> None:
+    field = field_of(chain)
     factor = math.prod(layer for layer in chain if isinstance(layer, int))
-    assume(window.size + 6 * window.step <= 160 and factor <= 9)
-    size = window.size + 6 * window.step + max(0, -window.offset)
+    assume(field.size + 6 * field.period <= 160 and factor <= 9)
+    size = field.size + 6 * field.period + max(0, -field.offset)
     at = seen(chain, size)
-    period = len(window.firsts)
-    start = next(i for i in range(10**6) if window.span(i)[0] >= 0)
+    period = len(field.firsts)
+    start = next(i for i in range(10**6) if field.span(i)[0] >= 0)
     for index in range(start, start + 2 * period):
-        first, last = window.span(index)
+        first, last = field.span(index)
         assert at(index, start) == (
             list(range(first, last + 1)),
-            list(range(window.span(start)[0], window.span(start)[1] + 1)),
+            list(range(field.span(start)[0], field.span(start)[1] + 1)),
         )
 
 
 @quick
 @given(st.lists(convs, max_size=6))
 def test_without_upsampling_it_is_the_closed_form(chain: list[Conv]) -> None:
-    """The sums that Araujo et al. solve the recurrence to, written from the paper."""
+    """The sums to which Araujo et al. solve the recurrence, written from the paper."""
     strides = [stride for _, stride, _ in chain]
     steps = [math.prod(strides[:layer]) for layer in range(len(chain))]
-    window = window_of(list(chain))
-    assert window.size == 1 + sum((k - 1) * s for (k, _, _), s in zip(chain, steps, strict=True))
-    assert window.stride == math.prod(strides)
-    assert window.offset == -sum(p[0] * s for (_, _, p), s in zip(chain, steps, strict=True))
+    field = field_of(list(chain))
+    assert field.size == 1 + sum((k - 1) * s for (k, _, _), s in zip(chain, steps, strict=True))
+    assert field.downscale == math.prod(strides)
+    assert field.offset == -sum(p[0] * s for (_, _, p), s in zip(chain, steps, strict=True))
 
 
 def test_the_papers_networks() -> None:
-    """AlexNet v2 and VGG-16 up to their last pooling: size, stride and padding of its table."""
+    """AlexNet v2 and VGG-16 up to their last pooling; numbers from the paper's table."""
     pool3: Conv = (3, 2, (0, 0))
     alexnet: list[Layer] = [(11, 4, (0, 0)), pool3, (5, 1, (2, 2)), pool3, *[CONV3] * 3, pool3]
     pool2: Conv = (2, 2, (0, 0))
@@ -227,53 +227,51 @@ def test_the_papers_networks() -> None:
     for count in (2, 2, 3, 3, 3):
         vgg += [*[CONV3] * count, pool2]
     for chain, expected in ((alexnet, (195, 32, -64)), (vgg, (212, 32, -90))):
-        window = window_of(chain)
-        assert (window.size, window.stride, window.offset) == expected
+        field = field_of(chain)
+        assert (field.size, field.downscale, field.offset) == expected
 
 
-# --- what they refuse
+# --- errors
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: output_size(0, 3), "size: not a number that can be used here"),
-        (lambda: output_size(8, 0), "kernel: not a number that can be used here"),
-        (lambda: output_size(8, 3, 0), "stride: not a number that can be used here"),
-        (lambda: output_size(8, 3, 1, (0, -1)), "padding: not a number that can be used here"),
-        (lambda: output_size(8, 3, 1, (0, 1, 2)), "padding: not a number or pair that can"),
-        (lambda: output_size(8, "3"), "kernel: not a number that can be used here"),
-        (lambda: Window().through(0), "kernel: not a number that can be used here"),
-        (lambda: Window().through(3, 0), "stride: not a number that can be used here"),
-        (lambda: Window().through(3, 1, (-1, 0)), "padding: not a number that can be used here"),
-        (lambda: Window().upsampled(0), "factor: not a number that can be used here"),
-        (lambda: Window().upsampled(0.5), "factor: not a number that can be used here"),
-        (lambda: conv_parameters(0, 1, 1), "in_channels: not a number that can be used here"),
-        (lambda: conv_parameters(1, 0, 1), "out_channels: not a number that can be used here"),
-        (lambda: conv_parameters(1, 1, (1, 0)), "kernel: not a number that can be used here"),
-        (lambda: conv_multiplies(1, 1, 1, (0, 1)), "output: not a number that can be used here"),
-        (lambda: dense_parameters(0, 1), "inputs: not a number that can be used here"),
-        (lambda: dense_multiplies(1, 0), "outputs: not a number that can be used here"),
+        (lambda: output_size(0, 3), "size: not a valid number"),
+        (lambda: output_size(8, 0), "kernel: not a valid number"),
+        (lambda: output_size(8, 3, 0), "stride: not a valid number"),
+        (lambda: output_size(8, 3, 1, (0, -1)), "padding: not a valid number"),
+        (lambda: output_size(8, 3, 1, (0, 1, 2)), "padding: not a valid number or pair"),
+        (lambda: output_size(8, "3"), "kernel: not a valid number"),
+        (lambda: ReceptiveField().through(0), "kernel: not a valid number"),
+        (lambda: ReceptiveField().through(3, 0), "stride: not a valid number"),
+        (lambda: ReceptiveField().through(3, 1, (-1, 0)), "padding: not a valid number"),
+        (lambda: ReceptiveField().upsampled(0), "factor: not a valid number"),
+        (lambda: ReceptiveField().upsampled(0.5), "factor: not a valid number"),
+        (lambda: conv_parameters(0, 1, 1), "in_channels: not a valid number"),
+        (lambda: conv_parameters(1, 0, 1), "out_channels: not a valid number"),
+        (lambda: conv_parameters(1, 1, (1, 0)), "kernel: not a valid number"),
+        (lambda: conv_multiplies(1, 1, 1, (0, 1)), "output: not a valid number"),
+        (lambda: dense_parameters(0, 1), "inputs: not a valid number"),
+        (lambda: dense_multiplies(1, 0), "outputs: not a valid number"),
     ],
 )
-def test_refusals_name_the_argument(call: Callable[[], Any], text: str) -> None:
+def test_errors_name_the_argument(call: Callable[[], Any], text: str) -> None:
     with pytest.raises(InputError) as error:
         call()
     assert str(error.value).startswith(text)
 
 
-def test_refusals_say_what_was_expected_and_what_came() -> None:
+def test_errors_say_what_was_expected_and_what_was_given() -> None:
     with pytest.raises(InputError) as error:
         output_size(8, 3, -2)
     assert str(error.value) == (
-        "stride: not a number that can be used here\n"
-        "  expected: a whole number, 1 or more\n"
-        "  got: -2"
+        "stride: not a valid number\n  expected: a whole number, 1 or more\n  got: -2"
     )
     with pytest.raises(InputError) as error:
         conv_parameters(1, 1, (3, 3, 3))
     assert str(error.value) == (
-        "kernel: not a number or pair that can be used here\n"
+        "kernel: not a valid number or pair\n"
         "  expected: one whole number, or two for (rows, columns)\n"
         "  got: (3, 3, 3)"
     )
@@ -283,7 +281,7 @@ def test_refusals_say_what_was_expected_and_what_came() -> None:
         "kernel: the kernel is larger than the padded input\n"
         "  expected: at most 6 (4 of the input, 1 before, 1 after)\n"
         "  got: 7\n"
-        "  hint: pad more, or give a larger input"
+        "  hint: pad more, or use a larger input"
     )
     assert output_size(4, 6, 1, (1, 1)) == 1
 

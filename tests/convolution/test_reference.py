@@ -1,4 +1,4 @@
-"""The reference says what torch computes, and what a convolution is and is not."""
+"""The reference agrees with torch, and shows what a convolution is and is not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def randn(seed: int, *shape: int) -> torch.Tensor:
 
 
 def integers(seed: int, *shape: int) -> torch.Tensor:
-    """Whole numbers in float64: every sum below is exact, so that equal means equal."""
+    """Whole numbers in float64, whose sums are exact, so results can be compared for equality."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-9, 10, shape, generator=generator).double()
 
@@ -57,11 +57,11 @@ def torch_conv2d(layer: dict[str, Any]) -> torch.Tensor:
 
 
 def rounding_bound(layer: dict[str, Any]) -> torch.Tensor:
-    """How far two float64 sums of the same products may lie apart, whatever their order.
+    """The most by which two float64 sums of the same products can differ, in any order.
 
     Adding n products and a bias in any order errs by at most gamma = (n+1)u / (1 - (n+1)u) times
     the sum of the absolute values, u = 2^-53 (Higham, Accuracy and Stability, section 3.1). Both
-    sides may err by that, hence twice; the last factor covers the rounding of the bound itself.
+    sides may err by that, hence the factor 2; the last factor covers the bound's own rounding.
     """
     absolute = {name: layer[name] for name in ("stride", "padding")}
     for name in ("x", "weight", "bias"):
@@ -90,7 +90,7 @@ def test_convolve_multiplies_polynomials() -> None:
     assert convolve([0.5], [4.0, 2.0]) == [2.0, 1.0]
 
 
-def test_a_layer_is_the_convolution_with_its_kernel_turned_round() -> None:
+def test_a_layer_is_the_convolution_with_its_kernel_flipped() -> None:
     a, b = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1]
     row = torch.tensor(a).double().reshape(1, 1, 1, 8)
     kernel = torch.tensor(b).double().reshape(1, 1, 1, 3)
@@ -100,12 +100,12 @@ def test_a_layer_is_the_convolution_with_its_kernel_turned_round() -> None:
 
 
 @pytest.mark.parametrize("bad", [[], ["1"], [None], [1, 2j], 5, None])
-def test_convolve_refuses_what_is_not_numbers(bad: Any) -> None:
+def test_convolve_rejects_anything_but_numbers(bad: Any) -> None:
     for arguments, name in (((bad, [1]), "a"), (([1], bad), "b")):
         with pytest.raises(InputError) as error:
             convolve(*arguments)
         assert str(error.value) == (
-            f"{name}: not a sequence that can be convolved\n"
+            f"{name}: not a sequence of numbers\n"
             "  expected: one real number or more\n"
             f"  got: {bad!r}"
         )
@@ -115,7 +115,7 @@ def test_convolve_refuses_what_is_not_numbers(bad: Any) -> None:
 
 
 def test_the_equation_by_hand() -> None:
-    """One output number, summed up in plain Python from the equation's indices."""
+    """One output, summed in plain Python with the equation's indices."""
     x, w, b = integers(1, 1, 7, 9, 2), integers(2, 3, 2, 2, 4), integers(3, 4)
     z = conv2d_reference(x, w, b, stride=(2, 3), channels_last=True)
     assert z.shape == (1, 3, 3, 4)
@@ -137,7 +137,7 @@ def test_reference_is_torchs_conv2d(layer: dict[str, Any]) -> None:
 
 
 def test_the_rounding_bound_can_be_exceeded() -> None:
-    """Negative control: a weight off by one part in 10^12 stands out."""
+    """Negative control: an error of 1e-12 in the weight exceeds the bound."""
     layer = {"x": randn(1, 1, 3, 8, 8), "weight": randn(2, 4, 3, 3, 3), "bias": randn(3, 4)}
     layer |= {"stride": (1, 1), "padding": (1, 1, 1, 1)}
     off = conv2d_reference(**(layer | {"weight": layer["weight"] * (1 + 1e-12)}))
@@ -165,7 +165,7 @@ def test_same_at_stride_1_is_torchs(layer: dict[str, Any]) -> None:
 
 
 def tensorflow_same(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """SAME in the words of TensorFlow's own guide, by remainder and not by output size."""
+    """SAME as TensorFlow's own guide defines it, by the remainder instead of the output size."""
     if size % stride == 0:
         total = max(kernel - stride, 0)
     else:
@@ -196,7 +196,7 @@ def test_same_at_any_stride_pads_as_tensorflow_does(layer: dict[str, Any]) -> No
 @pytest.mark.parametrize("rows", [6, 7, 16])
 @pytest.mark.parametrize("columns", [8, 9])
 def test_the_vaes_padding_is_same_on_even_sizes_only(rows: int, columns: int) -> None:
-    """The VAE halves its maps with F.pad(x, (0, 1, 0, 1)) and a 3x3 convolution of stride 2."""
+    """The VAE downsamples with F.pad(x, (0, 1, 0, 1)) and a 3x3 convolution at stride 2."""
     x, weight = integers(4, 1, 2, rows, columns), integers(5, 3, 2, 3, 3)
     vae = functional.conv2d(functional.pad(x, (0, 1, 0, 1)), weight, stride=2)
     ours = conv2d_reference(x, weight, stride=2, padding=(0, 1, 0, 1))
@@ -205,18 +205,18 @@ def test_the_vaes_padding_is_same_on_even_sizes_only(rows: int, columns: int) ->
     assert torch.equal(same, vae) == (rows % 2 == 0 and columns % 2 == 0)
 
 
-# --- what sharing the weights buys
+# --- what sharing weights gives
 
 
 @quick
 @given(st.integers(-3, 3), st.integers(-3, 3), st.integers(0, 2**31))
 def test_translation_equivariance(down: int, right: int, seed: int) -> None:
-    """Shift, then convolve = convolve, then shift; away from the border that padding touches."""
+    """Shift, then convolve = convolve, then shift, except near the padded border."""
     x, weight = integers(seed, 1, 2, 14, 15), integers(seed + 1, 3, 2, 3, 3)
     shift = {"shifts": (down, right), "dims": (2, 3)}
     first = conv2d_reference(x.roll(**shift), weight, padding="same")
     then = conv2d_reference(x, weight, padding="same").roll(**shift)
-    inside = (..., slice(4, -4), slice(4, -4))  # 3 of the shift, 1 of the kernel
+    inside = (..., slice(4, -4), slice(4, -4))  # 3 for the shift, 1 for the kernel
     assert torch.equal(first[inside], then[inside])
 
 
@@ -238,7 +238,7 @@ def test_equivariance_ends_at_the_border_and_with_a_dense_layer() -> None:
     assert not torch.equal(dense(x.roll(**shift))[inside], dense(x).roll(**shift)[inside])
 
 
-def test_at_stride_2_only_even_shifts_are_kept() -> None:
+def test_at_stride_2_only_even_shifts_commute() -> None:
     x, weight = integers(11, 1, 1, 16, 16), integers(12, 1, 1, 3, 3)
 
     def half(image: torch.Tensor) -> torch.Tensor:
@@ -248,11 +248,11 @@ def test_at_stride_2_only_even_shifts_are_kept() -> None:
     by_two = half(x.roll((2, 2), (2, 3)))[inside]
     assert torch.equal(by_two, half(x).roll((1, 1), (2, 3))[inside])
     by_one = half(x.roll((1, 1), (2, 3)))[inside]
-    for steps in (0, 1):
-        assert not torch.equal(by_one, half(x).roll((steps, steps), (2, 3))[inside])
+    for shift in (0, 1):
+        assert not torch.equal(by_one, half(x).roll((shift, shift), (2, 3))[inside])
 
 
-# --- what it refuses
+# --- errors
 
 IMAGE, WEIGHT = torch.zeros(1, 2, 5, 6), torch.zeros(4, 2, 3, 3)
 BCHW = "batch channels rows columns"
@@ -271,7 +271,7 @@ WORDS = '"valid", "same" or four whole numbers (top, bottom, left, right)'
         ),
         (
             {"x": IMAGE.int()},
-            ["x: not a floating-point", f"expected: {FLOATS}", "got: torch.int32"],
+            ["x: unsupported dtype", f"expected: {FLOATS}", "got: torch.int32"],
         ),
         (
             {"weight": WEIGHT[0, 0]},
@@ -290,7 +290,10 @@ WORDS = '"valid", "same" or four whole numbers (top, bottom, left, right)'
             {"channels_last": True},
             ["x: the image and the weight", "expected: 3 channels", "got: 6", "channels_last=True"],
         ),
-        ({"bias": torch.zeros(3)}, ["bias: not one number for each", "expected: 4", "got: 3"]),
+        (
+            {"bias": torch.zeros(3)},
+            ["bias: a bias needs one number", "expected: 4", "got: 3"],
+        ),
         ({"bias": torch.zeros(1, 4)}, ["bias: wrong number", "expected: 1: out_channels"]),
         ({"bias": torch.zeros(4).half()}, ["bias: differs", "got: torch.float16 on cpu"]),
         (
@@ -304,22 +307,25 @@ WORDS = '"valid", "same" or four whole numbers (top, bottom, left, right)'
         ),
         (
             {"weight": torch.zeros(4, 2, 0, 3)},
-            ["kernel: not a number", "expected: a whole number, 1 or more", "got: 0"],
+            ["kernel: not a valid number", "expected: a whole number, 1 or more", "got: 0"],
         ),
-        ({"x": torch.zeros(1, 2, 0, 6), "padding": "same"}, ["size: not a number", "got: 0"]),
-        ({"stride": 0}, ["stride: not a number", "expected: a whole number, 1 or more", "got: 0"]),
-        ({"stride": 1.5}, ["stride: not a number", "got: 1.5"]),
-        ({"stride": (1, 2, 3)}, ["stride: not a number or pair", "got: (1, 2, 3)"]),
+        ({"x": torch.zeros(1, 2, 0, 6), "padding": "same"}, ["size: not a valid number", "got: 0"]),
+        (
+            {"stride": 0},
+            ["stride: not a valid number", "a whole number, 1 or more", "got: 0"],
+        ),
+        ({"stride": 1.5}, ["stride: not a valid number", "got: 1.5"]),
+        ({"stride": (1, 2, 3)}, ["stride: not a valid number or pair", "got: (1, 2, 3)"]),
         (
             {"padding": (0, -1, 0, 0)},
-            ["padding: not a number", "expected: a whole number, 0 or more", "got: -1"],
+            ["padding: not a valid number", "expected: a whole number, 0 or more", "got: -1"],
         ),
         ({"padding": "reflect"}, ["padding: unknown padding", f"expected: {WORDS}", "'reflect'"]),
         ({"padding": (1, 1)}, ["padding: unknown padding", f"expected: {WORDS}", "got: (1, 1)"]),
         ({"padding": 1}, ["padding: unknown padding", "got: 1"]),
     ],
 )
-def test_refusals_say_what_was_expected_and_what_came(
+def test_errors_say_what_was_expected_and_what_was_given(
     change: dict[str, Any], lines: list[str]
 ) -> None:
     arguments: dict[str, Any] = {"x": IMAGE, "weight": WEIGHT} | change
@@ -332,13 +338,13 @@ def test_refusals_say_what_was_expected_and_what_came(
 @pytest.mark.parametrize(
     ("arguments", "name"), [((0, 3, 1), "size"), ((8, 0, 1), "kernel"), ((8, 3, 0), "stride")]
 )
-def test_same_padding_refuses_numbers_below_1(arguments: tuple[int, int, int], name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name}: not a number that can be used here"):
+def test_same_padding_rejects_numbers_below_1(arguments: tuple[int, int, int], name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: not a valid number"):
         same_padding(*arguments)
 
 
 def test_the_unchanged_arguments_are_accepted() -> None:
-    """Control for the refusals above, in every dtype that is promised, with an empty batch too."""
+    """Control for the errors above: every supported dtype, an empty batch, the meta device."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         z = conv2d_reference(IMAGE.to(dtype), WEIGHT.to(dtype), torch.ones(4, dtype=dtype))
         assert z.dtype == dtype

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdconv.fast.cpu import kernels as engines
 from sdconv.fast.cpu.tiling import Scratch, Strip
 from sdconv.fast.cpu.winograd import Scheme
-from sdconv.streaming.window import Window
+from sdconv.streaming.layers import SlidingWindow
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 
@@ -80,15 +80,15 @@ def _reads(
 
 
 def window_without_its_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window's last row, which is also the next one's first, is not there yet."""
-    right = Window.slide
+    """The last row of a window, which the next window shares, is missing."""
+    slide_right = SlidingWindow.slide
 
-    def slide(self: Window, first: int, last: int) -> Tensor:
-        rows = right(self, first, last).clone()
+    def slide(self: SlidingWindow, first: int, last: int) -> Tensor:
+        rows = slide_right(self, first, last).clone()
         rows[-1] = 0
         return rows
 
-    monkeypatch.setattr(Window, "slide", slide)
+    monkeypatch.setattr(SlidingWindow, "slide", slide)
 
 
 # of rows read where they lie; of rows that are copied first

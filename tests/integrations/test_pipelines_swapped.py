@@ -19,7 +19,7 @@ from torch import nn
 import sdconv
 from sdconv.checkpoint.convert import convert
 from sdconv.models import unet, vae
-from sdconv.streaming.layers import Layer
+from sdconv.streaming.layers import StreamLayer
 
 
 def swapped(kind: str = "text", **parts: Any) -> Any:
@@ -58,7 +58,7 @@ def test_tiling_streams_and_keeps_the_picture(kind: str) -> None:
     pipe.vae.enable_tiling()
     assert pipe.vae.streaming is not None
     ran = code_run_by(lambda: run(pipe, kind))
-    assert Layer.compute.__code__ in ran and vae.Decoder.forward.__code__ not in ran
+    assert StreamLayer.compute.__code__ in ran and vae.Decoder.forward.__code__ not in ran
     assert (run(pipe, kind).images - whole).abs().max() < 1e-5
     pipe.vae.disable_tiling()
     assert torch.equal(run(pipe, kind).images, whole)

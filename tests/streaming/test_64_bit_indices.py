@@ -1,6 +1,6 @@
-"""Maps of more than 2^31 numbers: every index into them is one of 64 bits.
+"""Feature maps of more than 2^31 values, which need 64-bit indices.
 
-The maps are files full of holes, of which only the last rows are read and written.
+They are sparse files, of which only the last rows are read and written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import mmap
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdconv.streaming.fused import DoubledWinograd, Winograd
-from sdconv.streaming.layers import Doubled, Halved, Layer, Same
-from sdconv.streaming.maps import Layout, Map, Store
-from sdconv.streaming.moments import Moments
-from sdconv.streaming.passes import Ground
+from sdconv.streaming.buffers import AllocatedBuffers, FeatureBuffer, MemoryLayout
+from sdconv.streaming.fused import WinogradConv3x3, WinogradUpsampleConv
+from sdconv.streaming.group_stats import RunningGroupStats
+from sdconv.streaming.layers import Conv3x3, DownsampleConv, StepContext, StreamLayer, UpsampleConv
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs files with holes")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
 WIDTH, CHANNELS = 64, 128
 HEIGHT = 2**31 // (WIDTH * CHANNELS) + 24
-KINDS: list[Callable[[nn.Conv2d], Layer]] = [Same, Doubled, Halved, Winograd, DoubledWinograd]
+UPSAMPLING: tuple[type[StreamLayer], ...] = (UpsampleConv, WinogradUpsampleConv)
+KINDS: tuple[type[StreamLayer], ...] = (Conv3x3, DownsampleConv, WinogradConv3x3, *UPSAMPLING)
 
 
 def sparse(height: int, width: int, channels: int) -> Tensor:
-    """Zeros, in a file that takes no room until it is written to."""
+    """Zeros, in a file that takes no disk space until it is written to."""
     size = 4 * height * width * channels
     with tempfile.TemporaryFile() as file:
         file.truncate(size)
@@ -39,43 +38,44 @@ def sparse(height: int, width: int, channels: int) -> Tensor:
 
 
 @torch.no_grad()
-def last_rows(layer: Layer, source: Tensor, target: Tensor, strips: int = 2) -> Tensor:
-    """What the last strips of two units each make."""
-    moments = Moments(source.shape[2], torch.device("cpu"))
-    moments.add(torch.randn(8, 8, source.shape[2], generator=torch.Generator().manual_seed(1)))
-    ground = Ground(source, target, None, (), moments, None, torch.device("cpu"))
+def last_rows(layer: StreamLayer, source: Tensor, target: Tensor, strips: int = 2) -> Tensor:
+    """The last strip's output, after ``strips`` strips of two units each."""
+    stats = RunningGroupStats(source.shape[2], torch.device("cpu"))
+    stats.update(torch.randn(8, 8, source.shape[2], generator=torch.Generator().manual_seed(1)))
+    context = StepContext(source, target, None, (), stats, None, torch.device("cpu"))
     units = layer.units(source.shape[0])
-    under_way = layer.begin(ground, 2)
+    runner = layer.make_runner(context, 2)
     for first in range(units - 2 * strips, units, 2):
-        under_way.strip(first, first + 2)
-    top, bottom = layer.outputs(units - 2 * strips + 2, units)
+        runner.run_strip(first, first + 2)
+    top, bottom = layer.output_rows(units - 2 * strips + 2, units)
     return target[top:bottom].clone()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_last_rows_of_a_wide_map(kind: Any) -> None:
+def test_the_last_rows_of_a_large_feature_map(kind: Any) -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(CHANNELS, CHANNELS, 3).requires_grad_(False)
     norm = nn.GroupNorm(32, CHANNELS).requires_grad_(False)
-    layer = kind(module) if kind in (Doubled, DoubledWinograd, Halved) else kind(module, norm, True)
+    has_norm = kind in (Conv3x3, WinogradConv3x3)
+    layer = kind(module, norm, True) if has_norm else kind(module)
     rows = torch.randn(24, WIDTH, CHANNELS)
     small = last_rows(layer, rows, torch.empty(*layer.output_size(24, WIDTH), CHANNELS))
-    # where the output is the wider one, it alone is as wide as that
-    height = HEIGHT // 4 if kind in (Doubled, DoubledWinograd) else HEIGHT
+    # an upsampled output is the larger of the two
+    height = HEIGHT // 4 if kind in UPSAMPLING else HEIGHT
     source = sparse(height, WIDTH, CHANNELS)
     target = sparse(*layer.output_size(height, WIDTH), CHANNELS)
     assert max(source.numel(), target.numel()) > 2**31
     source[-24:] = rows
     assert torch.equal(last_rows(layer, source, target), small)
-    assert small.abs().max() > 0.1, "the control: holes would give less"
+    assert small.abs().max() > 0.1, "the control: zeros would give less"
     assert not target[: -2 * len(rows)][:: height // 64].any(), "nothing is written elsewhere"
 
 
-def test_over_the_map_itself() -> None:
+def test_in_place() -> None:
     torch.manual_seed(0)
     module = nn.Conv2d(CHANNELS, CHANNELS, 3).requires_grad_(False)
     rows = torch.randn(24, WIDTH, CHANNELS)
-    for layer in (Same(module), Winograd(module)):
+    for layer in (Conv3x3(module), WinogradConv3x3(module)):
         small = rows.clone()
         small = last_rows(layer, small, small)
         source = sparse(HEIGHT, WIDTH, CHANNELS)
@@ -83,30 +83,31 @@ def test_over_the_map_itself() -> None:
         assert torch.equal(last_rows(layer, source, source), small)
 
 
-def test_statistics_of_as_many_values() -> None:
-    """Counts go beyond 2^31 and what is added last still counts for what it is."""
-    moments = Moments(2, torch.device("cpu"))
+def test_statistics_of_more_than_2_to_the_31_values() -> None:
+    """Counts beyond 2^31 are exact, and the last values are weighted correctly."""
+    stats = RunningGroupStats(2, torch.device("cpu"))
     rows = torch.zeros(1, 1, 2)
-    moments.add(rows)
-    moments.count = 2**33
-    moments.take(
+    stats.update(rows)
+    stats.count = 2**33
+    stats.update_from_sums(
         torch.tensor([[[2.0**33, 2.0**33], [0.0, 0.0]]], dtype=torch.float64),
         torch.tensor([2.0**33], dtype=torch.float64),
     )
-    assert moments.count == 2**34
-    assert moments.mean.tolist() == [0.5, 0]
-    assert moments.squares.tolist() == [2**32, 0]
+    assert stats.count == 2**34
+    assert stats.mean.tolist() == [0.5, 0]
+    assert stats.squares.tolist() == [2**32, 0]
 
 
 @pytest.mark.slow
-def test_the_last_rows_of_a_spilled_map_rest(tmp_path: Path) -> None:
-    """In a file of its full size, whose last pages leave the process when they rest."""
-    key = Map(HEIGHT, WIDTH, CHANNELS, torch.float32)
-    if shutil.disk_usage(tmp_path).free < 2 * key.bytes:
-        pytest.skip(f"needs {2 * key.bytes >> 30} GiB of free disk: set TMPDIR to a larger one")
-    store = Store(Layout({key: 0}, 0, key.bytes), torch.device("cpu"), tmp_path)
-    map_ = store.tensor(key)
-    map_[-24:] = 1
+def test_the_last_rows_of_a_spilled_feature_map_are_released(tmp_path: Path) -> None:
+    """The file has its full size, and its last pages leave the process's memory."""
+    buffer = FeatureBuffer(HEIGHT, WIDTH, CHANNELS, torch.float32)
+    if shutil.disk_usage(tmp_path).free < 2 * buffer.bytes:
+        pytest.skip(f"needs {2 * buffer.bytes >> 30} GiB of free disk: set TMPDIR to a larger one")
+    layout = MemoryLayout({buffer: 0}, 0, buffer.bytes)
+    buffers = AllocatedBuffers(layout, torch.device("cpu"), tmp_path)
+    feature_map = buffers.tensor(buffer)
+    feature_map[-24:] = 1
 
     def resident() -> int:
         pages = Path("/proc/self/smaps").read_text().split(str(tmp_path))[1].splitlines()
@@ -114,6 +115,6 @@ def test_the_last_rows_of_a_spilled_map_rest(tmp_path: Path) -> None:
 
     before = resident()
     assert before >= 24 * WIDTH * CHANNELS * 4 // 1024
-    store.rest(key, HEIGHT - 24, HEIGHT)
+    buffers.release_rows(buffer, HEIGHT - 24, HEIGHT)
     assert resident() < before / 8
-    assert map_[-24:].eq(1).all() and not map_[-25].any()
+    assert feature_map[-24:].eq(1).all() and not feature_map[-25].any()

@@ -1,4 +1,4 @@
-"""Streaming of the VAE at its full size, where the kernels are those that its users get."""
+"""Streaming of the full-size VAE, which uses the same kernels as in practice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from helpers import seeded
 from helpers.numbers import error
 from helpers.paths import ROOT
-from helpers.streamed import both, executed, planned, randn
+from helpers.streamed import call, executed, planned, randn
 
 from sdconv.fast import blocks
 from sdconv.models.vae import AutoencoderKL
@@ -28,31 +28,31 @@ def network() -> AutoencoderKL:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("work", "shape"), SHAPES)
-def test_the_fast_backend_rounds_as_it_does_unstreamed(
-    network: AutoencoderKL, work: str, shape: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("direction", "shape"), SHAPES)
+def test_the_fast_backend_rounds_as_unstreamed(
+    network: AutoencoderKL, direction: str, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = randn(*shape)
-    streamed = executed(planned(network, work, x, rows=3, spill=False), x)
-    assert error(executed(planned(network, work, x, rows=2, spill=False), x), streamed) < 1e-6
-    assert error(both(network, work, x), streamed) < 1e-6
+    streamed = executed(planned(network, direction, x, rows=3, spill=False), x)
+    assert error(executed(planned(network, direction, x, rows=2, spill=False), x), streamed) < 1e-6
+    assert error(call(network, direction, x), streamed) < 1e-6
     monkeypatch.setattr(blocks, "runs_norm", lambda *_: False)
     monkeypatch.setattr(blocks, "runs_halving", lambda *_: False)
-    otherwise = error(both(network, work, x), streamed)
-    assert 2e-6 < otherwise < 1e-4, "the control: other kernels, whose rounding is seen"
+    other_kernels = error(call(network, direction, x), streamed)
+    assert 2e-6 < other_kernels < 1e-4, "the control: other kernels round visibly differently"
     assert torch.isfinite(streamed).all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("work", "shape"), SHAPES)
-def test_streamed_is_unstreamed_by_the_reference(
-    network: AutoencoderKL, work: str, shape: Any
+@pytest.mark.parametrize(("direction", "shape"), SHAPES)
+def test_the_reference_backend_gives_the_unstreamed_numbers(
+    network: AutoencoderKL, direction: str, shape: Any
 ) -> None:
     x = randn(*shape)
     with torch.no_grad():
-        whole = both(network, work, x, "reference")
+        whole = call(network, direction, x, "reference")
         network.enable_streaming("3GiB")
-        streamed = both(network, work, x, "reference")
+        streamed = call(network, direction, x, "reference")
         network.disable_streaming()
     assert error(streamed, whole) < 1e-5
 
@@ -60,12 +60,12 @@ def test_streamed_is_unstreamed_by_the_reference(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 @pytest.mark.parametrize(
-    ("work", "backend"), [("decode", "fast"), ("encode", "fast"), ("decode", "reference")]
+    ("direction", "backend"), [("decode", "fast"), ("encode", "fast"), ("decode", "reference")]
 )
-def test_the_peak_is_what_was_planned(work: str, backend: str, tmp_path: Path) -> None:
-    """In a process that has computed nothing before, above its weights."""
+def test_the_peak_is_what_was_planned(direction: str, backend: str, tmp_path: Path) -> None:
+    """Measured without the weights, in a process that has computed nothing before."""
     script = ROOT / "scripts" / "bench" / "streaming.py"
-    options = f"--work {work} --size 768x768 --memory 1GiB --backend {backend} --rounds 0"
+    options = f"--work {direction} --size 768x768 --memory 1GiB --backend {backend} --rounds 0"
     command = [sys.executable, str(script), *options.split(), "--spill", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -1,6 +1,6 @@
-"""Streaming on CUDA: strips are computed there, and maps beyond the limit are in the host's memory.
+"""Streaming on CUDA: strips are computed there; spilled feature maps are in the host's memory.
 
-Everywhere else with stand-ins for CUDA's tensors, which carry no values (see ``test_gpu``).
+Without a GPU, stand-ins for CUDA tensors are used, which have no values (see ``test_gpu``).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from sdconv.streaming import least_memory, steps_of
 
 aten = torch.ops.aten
 CONFIG = seeded.kl((32, 64), 4, True, layers_per_block=1)
-# what may be done with a map that waits in the host's memory
+# operations allowed on spilled feature maps, in the host's memory
 WAITING = {"zeros", "narrow", "select", "permute", "view", "alias", "detach", "unbind"}
 MOVING = {"copy_", "_to_copy"}
 
 
 class Unguarded(TorchFunctionMode):
-    """Slices and copies past the guards of Python's bindings, which a torch without CUDA fails."""
+    """Slices and copies without the device guards of Python's bindings, which need a torch built
+    with CUDA."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:
@@ -64,7 +65,7 @@ def _taken(x: Tensor, index: Any) -> Tensor:
 
 
 class Watch(TorchDispatchMode):
-    """Refuses arithmetic on the host's tensors, and counts what goes each way."""
+    """Forbids arithmetic on the host's tensors, and counts copies in each direction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,21 +85,21 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def dry_run(work: Any, dtype: torch.dtype, *, tight: bool, break_it: bool = False) -> Watch:
-    """Streams on stand-ins, in as little memory as can be if ``tight``."""
+def dry_run(direction: Any, dtype: torch.dtype, *, tight: bool, break_it: bool = False) -> Watch:
+    """Stream on stand-ins; with the lowest limit if ``tight``."""
     network: Any = seeded.network(CONFIG)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         to_stand_ins(network, dtype)
         if break_it:
             norm = network.decoder.conv_norm_out
             norm._parameters["bias"] = torch.nn.Parameter(torch.zeros(32, dtype=dtype))
-        x = torch.empty((2, 4, 12, 8) if work == "decode" else (2, 3, 24, 16), device="cuda")
+        x = torch.empty((2, 4, 12, 8) if direction == "decode" else (2, 3, 24, 16), device="cuda")
         x = x.to(dtype)
-        steps = steps_of(network, work, *x.shape[2:])
-        limit = least_memory(steps, pictures=2, spill=True) if tight else None
+        steps = steps_of(network, direction, *x.shape[2:])
+        limit = least_memory(steps, batch=2, spill=True) if tight else None
         network.enable_streaming(limit, progress=False)
         with Unguarded(), Watch() as watch:
-            if work == "decode":
+            if direction == "decode":
                 out = network.decode(x).sample
             else:
                 out = network.encode(x).latent_dist.parameters
@@ -106,12 +107,14 @@ def dry_run(work: Any, dtype: torch.dtype, *, tight: bool, break_it: bool = Fals
     return watch
 
 
-@pytest.mark.parametrize("work", ["encode", "decode"])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dry_run(work: str, dtype: torch.dtype) -> None:
-    moved = dry_run(work, dtype, tight=True).moved
-    assert moved["in"] > 10 and moved["out"] > 10, "maps go to the host and come back"
-    assert dry_run(work, dtype, tight=False).moved == {"in": 0, "out": 0}, "the control: all fits"
+def test_dry_run(direction: str, dtype: torch.dtype) -> None:
+    moved = dry_run(direction, dtype, tight=True).moved
+    assert moved["in"] > 10 and moved["out"] > 10, "feature maps go to the host and come back"
+    assert dry_run(direction, dtype, tight=False).moved == {"in": 0, "out": 0}, (
+        "the control: all fits"
+    )
 
 
 def test_a_tensor_left_behind_fails_the_dry_run() -> None:
@@ -121,22 +124,22 @@ def test_a_tensor_left_behind_fails_the_dry_run() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("work", ["encode", "decode"])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
 @torch.no_grad()
-def test_on_cuda(work: str) -> None:
+def test_on_cuda(direction: str) -> None:
     network: Any = seeded.network(seeded.kl((64, 128), 4, True)).cuda()
     exact = copy.deepcopy(network).double()
-    x = torch.randn((1, 4, 256, 256) if work == "decode" else (1, 3, 512, 512), device="cuda")
+    x = torch.randn((1, 4, 256, 256) if direction == "decode" else (1, 3, 512, 512), device="cuda")
 
     def made(network: Any, x: Tensor) -> Tensor:
-        if work == "decode":
+        if direction == "decode":
             return network.decode(x).sample
         return network.encode(x).latent_dist.parameters
 
     whole, truth = made(network, x), made(exact, x.double())
     del exact
     network.enable_streaming("160MiB")
-    plan = network.streaming.plan(network, work, x)
+    plan = network.streaming.plan(network, direction, x)
     assert plan.spilled > 0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Mean and variance of a whole map, gathered strip by strip."""
+"""GroupNorm's statistics over a whole feature map, accumulated strip by strip."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor, nn
 from sdconv.errors import InputError
 from sdconv.fast.cpu.group_stats import combined
 
-# numbers of a map that its moments are taken of in one go
-AT_ONCE = 1 << 18
+# Values reduced at once: torch copies each chunk to float64.
+CHUNK = 1 << 18
 
 
-def computing(dtype: torch.dtype) -> torch.dtype:
-    """What normalisation computes in: at least float32."""
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that normalisation computes in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-class Moments:
+class RunningGroupStats:
     """Count, mean and sum of squared deviations of each channel, in float64.
 
     Strips are combined by Chan's formula (Chan, Golub, LeVeque 1979, "Updating formulae and a
-    pairwise algorithm for computing sample variances"): the result is that of the whole map, in
-    whatever strips it came.
+    pairwise algorithm for computing sample variances"), so the result is that of the whole feature
+    map however it was cut into strips.
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
@@ -30,24 +30,23 @@ class Moments:
         self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
         self.squares = torch.zeros_like(self.mean)
 
-    def add(self, rows: Tensor) -> None:
-        """Takes in ``rows``, ``(rows, W, C)``.
+    def update(self, rows: Tensor) -> None:
+        """Add ``rows``, ``(rows, W, C)``.
 
-        In float64 from the first addition on: what float32 would lose differs from strip to strip,
-        and all layers after it would round otherwise.
+        The sums are float64 from the first addition on: what float32 would lose depends on where a
+        strip begins, and every later layer would round differently.
         """
-        # few at a time: torch makes a copy of them in float64
-        for some in torch.split(rows.flatten(0, 1), max(1, AT_ONCE // rows.shape[2])):
-            mean = some.sum(0, dtype=torch.float64) / len(some)
-            squares = torch.linalg.vector_norm(some, dim=0, dtype=torch.float64).square()
-            self._combine(len(some), mean, squares - mean.square() * len(some))
+        for chunk in torch.split(rows.flatten(0, 1), max(1, CHUNK // rows.shape[2])):
+            mean = chunk.sum(0, dtype=torch.float64) / len(chunk)
+            squares = torch.linalg.vector_norm(chunk, dim=0, dtype=torch.float64).square()
+            self._combine(len(chunk), mean, squares - mean.square() * len(chunk))
 
-    def take(self, sums: Tensor, counts: Tensor) -> None:
-        """Takes in rows of which only sums are known.
+    def update_from_sums(self, sums: Tensor, counts: Tensor) -> None:
+        """Add rows of which only the sums are known.
 
         Args:
-            sums: and sums of squares of each channel in each part, ``(parts, C, 2)`` in float64.
-            counts: of pixels in each part, ``(parts,)`` in float64.
+            sums: sum and sum of squares of each channel in each part, ``(parts, C, 2)``, float64.
+            counts: pixels in each part, ``(parts,)``, float64.
         """
         count = int(counts.sum())
         mean, variance = combined(sums, counts).unbind(-1)
@@ -61,23 +60,23 @@ class Moments:
         self.count = total
 
     def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-        """What ``norm`` does to a map with these moments: ``x * scale + shift``, each ``(C,)``.
+        """``norm`` under these statistics as ``x * scale + shift``, each ``(C,)``.
 
         Raises:
-            InputError: a group has a single value, whose variance says nothing.
+            InputError: a group has a single value, which has no variance.
         """
         means = self.mean.view(norm.num_groups, -1)
         size = self.count * means.shape[1]
         if size == 1:
             raise InputError(
                 "too small for this network",
-                where="picture or latents",
-                expected="a map on which its normalisation has more than one value",
+                where="image or latents",
+                expected="more than one value in each group of every normalisation",
             )
         mean = means.mean(1, keepdim=True)
         squares = self.squares.view_as(means).sum(1, keepdim=True)
         squares = squares + (means - mean).square().sum(1, keepdim=True) * self.count
         scale = (squares / size + norm.eps).rsqrt() * norm.weight.to(torch.float64).view_as(means)
         shift = norm.bias.to(torch.float64).view_as(means) - mean * scale
-        dtype = computing(norm.weight.dtype)
+        dtype = norm_dtype(norm.weight.dtype)
         return scale.flatten().to(dtype), shift.flatten().to(dtype)
