@@ -19,7 +19,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.convolution.geometry import ReceptiveField, pair
+from sdconv.convolution.geometry import pair
 from sdconv.errors import SdconvError
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.hooks import attach
@@ -104,12 +104,10 @@ def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, 
     sample, *conditions = inputs
     recorder.track(
         sample,
-        TensorGeometry((sample.shape[2], sample.shape[3]), ReceptiveField(), ReceptiveField()),
+        TensorGeometry.of_input((sample.shape[2], sample.shape[3])),
     )
     for condition in _tensors(conditions):
-        recorder.track(
-            condition, TensorGeometry((1, 1), ReceptiveField(), ReceptiveField(), spatial=False)
-        )
+        recorder.track(condition, TensorGeometry.of_input((1, 1), spatial=False))
     visits = _Visits(recorder)
     handles = []
     try:
@@ -170,7 +168,7 @@ def _facts(
         downscale=None
         if geometry is None
         else (geometry.rows.downscale, geometry.columns.downscale),
-        receptive_field=None if axes is None else (axes[0].size, axes[1].size),
+        receptive_field=None if geometry is None else (geometry.rows.size, geometry.columns.size),
         global_receptive_field=None if geometry is None else geometry.is_global,
         multiplies=_multiplies(point, work),
     )

@@ -326,16 +326,16 @@ def test_no_peer(kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"against": "comfyui"}, "against: no such reference"),
+        ({"against": "comfyui"}, "against: unknown reference"),
         ({"device": "tpu"}, "device: no such device"),
         ({"device": "meta"}, "device: no such device"),
         ({"dtype": torch.int32}, "dtype"),
         ({"device": None}, "device: no such device"),
-        ({"size": 8}, "no such batch of pictures"),
-        ({"size": (8.0, 8)}, "no such batch of pictures"),
-        ({"size": (0, 8)}, "no such batch of pictures"),
-        ({"size": (8, 8, 8)}, "no such batch of pictures"),
-        ({"batch": 0}, "no such batch of pictures"),
+        ({"size": 8}, "not a batch of images"),
+        ({"size": (8.0, 8)}, "not a batch of images"),
+        ({"size": (0, 8)}, "not a batch of images"),
+        ({"size": (8, 8, 8)}, "not a batch of images"),
+        ({"batch": 0}, "not a batch of images"),
         ({"size": (3, 8)}, "pictures of the wrong shape"),
     ],
 )
