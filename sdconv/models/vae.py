@@ -299,7 +299,7 @@ class AutoencoderKL(Autoencoder):
     def _sample(self, z: Tensor) -> Tensor:
         first = self.decoder if self.post_quant_conv is None else self.post_quant_conv
         z = self._checked(z, "latents", self.config.latent_channels, 1, first)
-        self._check_room(z, z.shape[2] * z.shape[3], self.config.decoder_channels[-1:])
+        self._check_room(z, z.shape[2] * z.shape[3], (self.decoder.conv_in.out_channels,))
         if self.streaming is not None:
             return self.streaming(self, "decode", z)
         return self._over_batch(self._decoded, z)
