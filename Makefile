@@ -32,13 +32,13 @@ $(SETUP): pyproject.toml constraints.txt
 
 demo: $(SETUP)
 	@mkdir -p out
-	$(BIN)/sdconv reconstruct weights/photo.jpg --model weights/tiny-vae.safetensors --out out/reconstruct.png
+	$(BIN)/sdconv reconstruct weights/photo.jpg --model weights/tiny-vae.safetensors \
+		--out out/reconstruct.png --force
 	$(BIN)/sdconv check weights/tiny-vae.safetensors
-	$(BIN)/sdconv anatomy weights/tiny-vae.safetensors --plot out/anatomy.png
-	@rm -rf out/vae-maps out/unet-maps
-	$(BIN)/sdconv features weights/photo.jpg --model weights/tiny-vae.safetensors --out out/vae-maps
+	$(BIN)/sdconv anatomy weights/tiny-vae.safetensors --plot out/anatomy.png --force
+	$(BIN)/sdconv features weights/photo.jpg --model weights/tiny-vae.safetensors --out out/vae-maps --force
 	$(BIN)/sdconv features weights/photo.jpg --model weights/tiny-unet.safetensors \
-		--vae weights/tiny-vae.safetensors --out out/unet-maps
+		--vae weights/tiny-vae.safetensors --out out/unet-maps --force
 	@echo "made: out/reconstruct.png out/anatomy.png out/vae-maps/report.html out/unet-maps/report.html"
 
 # mkdocs-material prints a notice about a successor, which is no warning of ours

@@ -68,7 +68,7 @@ class LoadedImage:
                     got=_sides(resized),
                     hint="ask for a smaller size",
                 )
-            how = "resized and cropped" if isinstance(size, tuple) else "resized"
+            how = "resized and cropped around the centre" if isinstance(size, tuple) else "resized"
             notes.append(f"{how} from {_sides(image.size)} to {_sides(resized)}")
             if isinstance(size, tuple):
                 image = ImageOps.fit(image, resized, Image.Resampling.LANCZOS)

@@ -1,7 +1,7 @@
-"""``sdconv.fetch`` against a local server that speaks the hub's protocol.
+"""``sdconv.fetch`` with a local server that speaks the hub's protocol.
 
-The calls run in another process: the hub's client reads ``HF_ENDPOINT`` and ``HF_HOME`` once, when
-it is imported. One such process serves all calls but those that need other variables.
+The calls run in another process, because the hub's client reads ``HF_ENDPOINT`` and ``HF_HOME``
+only when it is imported. One process serves all calls except those that need other variables.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdconv.fetch import fetch, load_manifest
 
 NAME = "taesd"
 GATED = "flux1-vae"
-# the client writes what it has received in pieces of this size: only whole ones outlive a cut
+# The client writes to the disk in pieces of this size; only whole ones survive a cut connection.
 PIECE = 10 * 1024 * 1024
 
 CALLS = """
@@ -34,13 +34,14 @@ from pathlib import Path
 from sdconv.errors import SdconvError
 from sdconv.fetch import fetch
 for line in sys.stdin:
-    name, directory = json.loads(line)
+    name, directory, overwrite = json.loads(line)
     directory = None if directory is None else Path(directory)
     answer = {}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            answer["path"] = str(fetch(name, directory=directory, progress=False))
+            path = fetch(name, directory=directory, overwrite=overwrite, progress=False)
+            answer["path"] = str(path)
         except SdconvError as error:
             answer["error"] = f"{type(error).__name__}: {error}"
     answer["warnings"] = [str(warning.message) for warning in warned]
@@ -50,7 +51,7 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one call of ``fetch`` gave: a path or an error, and warnings."""
+    """The result of one call of ``fetch``: a path or an error, and warnings."""
 
     path: str = ""
     error: str = ""
@@ -59,7 +60,7 @@ class Answer:
 
 @dataclass
 class Client:
-    """Calls ``fetch`` with ``hub`` for its hub and a cache below ``home``."""
+    """Calls ``fetch`` against ``hub``, with a cache in ``home``."""
 
     hub: Hub
     home: Path
@@ -71,8 +72,10 @@ class Client:
         command = [sys.executable, "-c", CALLS]
         return subprocess.Popen(command, env={**ours, **env}, stdin=pipe, stdout=pipe, text=True)
 
-    def call(self, name: str, directory: Path | None = None, **env: str) -> Answer:
-        question = json.dumps([name, None if directory is None else str(directory)])
+    def call(
+        self, name: str, directory: Path | None = None, overwrite: bool = False, **env: str
+    ) -> Answer:
+        question = json.dumps([name, None if directory is None else str(directory), overwrite])
         if env:
             with self.start(**env) as process:
                 line, _ = process.communicate(question, timeout=30)
@@ -102,7 +105,7 @@ class Client:
         return answer.error
 
     def weights(self) -> list[Path]:
-        """Whatever the cache holds of the bytes, under whatever name, finished or not."""
+        """Every file in the cache that holds downloaded bytes, complete or not."""
         held = [p for p in self.home.glob("hub/models--*/*/**/*") if p.is_file() or p.is_symlink()]
         return [p for p in held if p.parent.name != "refs"]
 
@@ -125,7 +128,7 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 @pytest.fixture
 def client(shared_client: Client) -> Client:
-    """A hub with one file and without a past, and an empty cache."""
+    """A hub with one file and no recorded requests, and an empty cache."""
     shutil.rmtree(shared_client.home / "hub", ignore_errors=True)
     shared_client.hub.clear()
     shared_client.hub.files[repository()] = HubFile(noise(100_000))
@@ -152,14 +155,23 @@ def test_a_directory_gets_the_file_below_its_name(client: Client, tmp_path: Path
     assert client.hub.ranges == [None]
 
 
-def test_another_file_in_its_place_is_left_alone(client: Client, tmp_path: Path) -> None:
+def test_another_file_in_its_place_is_overwritten_only_if_asked(
+    client: Client, tmp_path: Path
+) -> None:
     mine = tmp_path / NAME / repository()[1]
     mine.parent.mkdir()
     mine.write_bytes(b"my own training")
     text = client.error(NAME, tmp_path)
     assert f"{mine}: exists already and is not the file on the hub" in text
+    assert "replace it with overwrite= or choose another directory" in text
     assert mine.read_bytes() == b"my own training"
     assert client.hub.ranges == []
+    assert client.call(NAME, tmp_path, overwrite=True).path == str(mine)
+    assert mine.read_bytes() == noise(100_000)
+    assert client.hub.ranges == [None]
+    # the right file is kept
+    assert client.call(NAME, tmp_path, overwrite=True).path == str(mine)
+    assert client.hub.ranges == [None]
 
 
 def test_a_cut_connection_is_resumed_where_it_broke(client: Client) -> None:
@@ -213,7 +225,7 @@ def test_a_file_without_a_stated_hash_is_not_downloaded(client: Client) -> None:
     assert client.hub.ranges == []
 
 
-def test_a_file_that_moved(client: Client) -> None:
+def test_a_file_that_the_hub_does_not_have(client: Client) -> None:
     client.hub.files.clear()
     text = client.error(NAME)
     assert "the hub has no such file" in text
@@ -229,19 +241,19 @@ def test_a_gated_file_names_the_page_and_the_login(client: Client, status: int) 
     assert "`hf auth login`" in text
 
 
-def test_an_open_repository_that_refuses_is_no_gated_one(client: Client) -> None:
+def test_an_open_repository_that_refuses_is_not_called_gated(client: Client) -> None:
     client.hub.refused[repository()[0]] = (401, "")
     text = client.error(NAME)
     assert "the repository is private or gone, or the token invalid" in text
     assert "accepted" not in text
 
 
-def test_a_hub_in_trouble(client: Client) -> None:
+def test_a_server_error_is_reported(client: Client) -> None:
     client.hub.refused[repository()[0]] = (503, "")
     assert "HTTP status 503" in client.error(NAME)
 
 
-def test_a_file_larger_than_the_disk_is_not_begun(client: Client) -> None:
+def test_a_file_larger_than_the_disk_is_not_downloaded(client: Client) -> None:
     client.hub.files[repository()] = HubFile(noise(100_000), size=10**18)
     assert "the disk is full" in client.error(NAME)
     assert client.hub.ranges == []
@@ -267,7 +279,7 @@ def test_offline_mode(client: Client, tmp_path: Path) -> None:
     assert f"{path} cannot be checked" in answer.warnings[0]
 
 
-def test_a_cached_file_that_rotted_is_not_given_offline(client: Client) -> None:
+def test_a_damaged_file_in_the_cache_is_not_used_offline(client: Client) -> None:
     client.path(NAME).write_bytes(noise(99_000))
     assert "has another sha256" in client.error(NAME, HF_HUB_OFFLINE="1")
     assert client.weights() == []
@@ -279,7 +291,7 @@ def test_a_hub_out_of_reach(client: Client) -> None:
     assert client.path(NAME, HF_ENDPOINT="http://127.0.0.1:9") == path
 
 
-def test_an_unknown_name_is_told_the_nearest() -> None:
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean sdxl-vae-fp16-fix") as caught:
         fetch("sdxl-vae-fp16fix")
     assert all(name in str(caught.value) for name in load_manifest())

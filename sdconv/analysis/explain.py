@@ -18,7 +18,7 @@ from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
 from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
 from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.loading import BUILD
+from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
 from sdconv.models.dummy_inputs import Inputs, Noise, inputs_for
@@ -108,7 +108,7 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
         InputError: the network does not take this size.
     """
     with torch.device("meta"):
-        dry = BUILD[config.class_name](config).eval()
+        dry = build(config).eval()
     # weights of one repeated value have the shapes, dtype and device of loaded ones
     network = meta_copy(dry)
     values = {name: torch.empty(()).expand(w.shape) for name, w in dry.state_dict().items()}
@@ -171,15 +171,17 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
     assert isinstance(conv, nn.Conv2d)
     batch, _, height, width = call.input
     channels, out_channels = conv.in_channels, conv.out_channels
-    method, costs, reason = "torch", (), _declined(module, parent, call)
-    if reason is None:
+    declined = _declined(module, parent, call)
+    if declined is not None:
+        method, costs, reason = "torch", {}, declined
+    else:
         sizes = packed_bytes(kind, channels, out_channels)
         available = tuple(method for method, size in sizes.items() if size <= room)
         # the fast backend takes a 3x3 convolution together with the normalisation before it
         normalised = kind == "conv3x3"
         shape = batch, channels, out_channels, height, width
         plan = plan_conv(kind, *shape, normalised, available)
-        method, costs, reason = plan.method, plan.costs, plan.reason
+        method, costs, reason = plan.method, dict(plan.costs), plan.reason
     return Explained(
         name=call.name,
         work=call.work,
@@ -188,7 +190,7 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
         out_channels=out_channels,
         size=(height, width),
         method=method,
-        costs=dict(costs),
+        costs=costs,
         reason=reason,
     )
 

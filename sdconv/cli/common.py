@@ -141,7 +141,7 @@ Resize = Annotated[
     typer.Option(
         "--size",
         metavar="N|HxW",
-        help="Resize the image: 512 for the longer side, or 512x768 for rows and columns, cut "
+        help="Resize the image: 512 for the longer side, or 512x768 for rows and columns, cropped "
         "around the centre.",
         show_default=False,
     ),

@@ -84,8 +84,8 @@ def encode(
 ) -> None:
     """Turn an image into latents.
 
-    They are written to a safetensors file with one tensor, "latents". The image's sides are cut
-    around the centre to multiples of the downscale factor (8 for most autoencoders). The file says
+    They are written to a safetensors file with one tensor, "latents". The image is cropped
+    around its centre to multiples of the downscale factor (8 for most autoencoders). The file says
     whether the latents are raw or scaled.
 
     \b
@@ -107,7 +107,7 @@ def encode(
         )
     check_output(out, force, [image, *model])
     options = RunOptions(component, family, dtype, device, backend, memory, spill)
-    network, picture, x = prepared(image, model, parse_resize(size), options, scaled=scaled)
+    network, loaded, x = prepared(image, model, parse_resize(size), options, scaled=scaled)
     with running("encoding", network):
         generator = torch.Generator().manual_seed(seed) if sample else None
         latents = encode_image(network, x, generator).float()
@@ -127,8 +127,8 @@ def encode(
                 "file": str(out),
                 "shape": shape,
                 "scaled": scaled,
-                **_sides(picture.image),
-                "notes": picture.notes,
+                **_sides(loaded.image),
+                "notes": loaded.notes,
             }
         )
     else:
@@ -255,14 +255,14 @@ def reconstruct(
     image_format(out)
     check_output(out, force, [image, *model])
     options = RunOptions(component, family, dtype, device, backend, memory, spill)
-    network, picture, x = prepared(image, model, parse_resize(size), options)
+    network, loaded, x = prepared(image, model, parse_resize(size), options)
     with running("encoding and decoding", network):
         latents = encode_image(network, x)
         decoded = cast(Any, network).decode(latents).sample
     back = to_image(decoded[0])
     decibels = psnr(decoded.cpu(), x.cpu())
     sheet, amplification = side_by_side(
-        picture.image, back, f"reconstruction, PSNR {decibels:.2f} dB"
+        loaded.image, back, f"reconstruction, PSNR {decibels:.2f} dB"
     )
     write_image(sheet, out)
     if as_json:
@@ -270,15 +270,15 @@ def reconstruct(
             {
                 "file": str(out),
                 "psnr": decibels,
-                **_sides(picture.image),
+                **_sides(loaded.image),
                 "latents": tuple(latents.shape),
                 "amplification": amplification,
-                "notes": picture.notes,
+                "notes": loaded.notes,
             }
         )
         return
     shape = " x ".join(map(str, latents.shape[1:]))
-    sides = "{width}x{height}".format(**_sides(picture.image))
+    sides = "{width}x{height}".format(**_sides(loaded.image))
     typer.echo(f"{out}: {sides} through latents of {shape}, PSNR {decibels:.2f} dB")
 
 

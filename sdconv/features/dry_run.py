@@ -19,12 +19,12 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.convolution.geometry import ReceptiveField, pair
+from sdconv.convolution.geometry import pair
 from sdconv.errors import SdconvError
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.hooks import attach
 from sdconv.features.reduction import channel_axis
-from sdconv.loading import BUILD
+from sdconv.loading import build
 from sdconv.models.base import Network
 from sdconv.models.dummy_inputs import Noise, inputs_for
 from sdconv.models.meta_copy import meta_copy
@@ -96,7 +96,7 @@ def _skeleton(network: nn.Module) -> Network | None:
     with torch.device("meta"):
         if isinstance(config, UNet2DConditionConfig):
             return UNet2DConditionModel(config, None)
-        return BUILD[config.class_name](config)
+        return build(config)
 
 
 def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, PointFacts]:
@@ -104,12 +104,10 @@ def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, 
     sample, *conditions = inputs
     recorder.track(
         sample,
-        TensorGeometry((sample.shape[2], sample.shape[3]), ReceptiveField(), ReceptiveField()),
+        TensorGeometry.of_input((sample.shape[2], sample.shape[3])),
     )
     for condition in _tensors(conditions):
-        recorder.track(
-            condition, TensorGeometry((1, 1), ReceptiveField(), ReceptiveField(), spatial=False)
-        )
+        recorder.track(condition, TensorGeometry.of_input((1, 1), spatial=False))
     visits = _Visits(recorder)
     handles = []
     try:
@@ -167,7 +165,9 @@ def _facts(
     return PointFacts(
         channels=x.shape[channel_axis(x)],
         size=None if geometry is None else geometry.size,
-        downscale=None if geometry is None else (geometry.rows.stride, geometry.columns.stride),
+        downscale=None
+        if geometry is None
+        else (geometry.rows.downscale, geometry.columns.downscale),
         receptive_field=None if geometry is None else (geometry.rows.size, geometry.columns.size),
         global_receptive_field=None if geometry is None else geometry.is_global,
         multiplies=_multiplies(point, work),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sdconv.errors import InputError, SdconvError
 from sdconv.models.blocks import Checkpointed
-from sdconv.models.diffusers_api import StandIn
+from sdconv.models.diffusers_api import DiffusersModel
 from sdconv.models.inputs import check_like, check_tensor
 
 # diffusers' attention processors that differ only in memory and rounding
@@ -35,13 +35,18 @@ def apply_forward_hook(method: Method) -> Method:
     return cast(Method, wrapper)
 
 
-class Network(StandIn):
+class Network(DiffusersModel):
     """A network built from a config, which diffusers pipelines accept in place of their own.
 
     ``Pipeline.from_pipe(pipe)`` keeps it where it would keep diffusers' class of the same name. A
     tiny autoencoder in a VAE's place has to be passed on, as in diffusers: ``from_pipe(pipe,
     vae=pipe.vae)``.
     """
+
+    if TYPE_CHECKING:
+        # `load(path)` may return any network: what not all of them have is not checked statically.
+        # torch's own annotation says that an unknown attribute is a tensor or a module.
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch import nn
 
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
+from sdconv.fast.cpu.cost_model import Kind
 from sdconv.fast.preconditions import is_bare
 from sdconv.models.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
 from sdconv.streaming import fused
@@ -134,7 +135,7 @@ class _StepBuilder:
         self.add_layer(name, layer(conv))
 
     def _fast_layer(
-        self, kind: fused.Kind, conv: nn.Conv2d, *, normalised: bool = False
+        self, kind: Kind, conv: nn.Conv2d, *, normalised: bool = False
     ) -> type[StreamLayer] | None:
         """The fast backend's class of layer, None where that backend is not in force."""
         if not (is_fast(conv) and fused.takes(conv.weight)):

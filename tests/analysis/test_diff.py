@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers import pipelines, seeded, unets
 from helpers.commands import run
+from helpers.weight_files import convert
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdconv.analysis.diff import block_of, compare
-from sdconv.checkpoint.convert import convert
 from sdconv.errors import CheckpointError, SdconvError
 
 VAE = seeded.kl((32, 64), 4, True, layers_per_block=1)

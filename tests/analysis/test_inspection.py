@@ -76,7 +76,7 @@ def test_an_open_choice_is_said_and_decided_by_the_caller(tmp_path: Path) -> Non
     decided = inspect(path, family="sdxl").network(None)
     assert (decided.family, decided.open_to, decided.guess) == ("sdxl", (), None)
     assert decided.config["scaling_factor"] == 0.13025
-    with pytest.raises(sdconv.InputError, match="no such family"):
+    with pytest.raises(sdconv.InputError, match="unknown family"):
         inspect(path, family="sd99")
 
 
@@ -101,7 +101,7 @@ def test_weights_that_are_integers(tmp_path: Path) -> None:
     found = inspect(names_of(tmp_path / "vae.safetensors", tensors))
     assert found.network("vae").not_floating == ("quant_conv.weight",)
     assert not found.network("vae").whole
-    assert found.complaint == ("the vae cannot be loaded: tensors 1 not of floating point")
+    assert found.complaint == ("the vae cannot be loaded: tensors 1 not floating-point")
 
 
 def test_a_config_that_contradicts_the_weights(tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from helpers import pipelines
-from helpers.weight_files import raw
+from helpers.weight_files import convert, raw
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import sdconv
-from sdconv.checkpoint.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = pipelines.text_encoder(CLIPTextModelWithProjection).config
     wide.hidden_size = 48
     encoder = pipelines.seeded(lambda: CLIPTextModelWithProjection(wide), 12)
-    unet = pipelines.xl_unet(6, pipelines.WIDE + 48)
+    unet = pipelines.xl_unet(6, pipelines.TEXT_WIDTH + 48)
     pipelines.pipeline("xl", text_encoder_2=encoder, unet=unet).save_pretrained(folder / "xl")
     return folder
 

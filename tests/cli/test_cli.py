@@ -1,4 +1,4 @@
-"""The commands: what they print, write and answer, and how they end on anything else."""
+"""The commands: what they print and write, and how they end on bad input."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ COMMANDS = (
 )
 
 
-def apart(*arguments: object, code: str | None = None, **variables: str) -> Any:
-    """A command in its own process, as a shell runs it."""
+def in_its_own_process(*arguments: object, code: str | None = None, **variables: str) -> Any:
+    """A command run as a shell runs it."""
     start = ["-m", "sdconv"] if code is None else ["-c", code]
     return subprocess.run(
         [sys.executable, *start, *map(str, arguments)],
@@ -61,7 +61,7 @@ def apart(*arguments: object, code: str | None = None, **variables: str) -> Any:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a photo, small networks and things that are neither."""
+    """A folder with a photo, small networks, and files that are neither."""
     folder = tmp_path_factory.mktemp("cli")
     for name, config in (("vae", KL), ("flux2", FLUX2), ("tiny", TINY)):
         sdconv.save(seeded.network(config), folder / f"{name}.safetensors")
@@ -69,7 +69,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = np.stack([x * 5, y * 6, (x * y) % 256], -1).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     Image.fromarray(pixels[:4, :4]).save(folder / "speck.png")
-    (folder / "text.png").write_text("no picture", encoding="utf-8")
+    (folder / "text.png").write_text("not an image", encoding="utf-8")
     (folder / "damaged.jpg").write_bytes((folder / "photo.png").read_bytes()[:200])
     (folder / "empty").mkdir()
     (folder / "text.safetensors").write_text("no weights", encoding="utf-8")
@@ -96,8 +96,8 @@ inspect absent.safetensors                                          | does not e
 inspect empty                                                       | holds no weights
 inspect text.safetensors                                            | header
 inspect cut.safetensors                                             | is cut short
-inspect vae.safetensors --family sd99                               | --family: no such family
-inspect vae.safetensors vae.safetensors                             | stands in two files
+inspect vae.safetensors --family sd99                               | --family: unknown family
+inspect vae.safetensors vae.safetensors                             | is in two files
 inspect                                                             | Missing argument
 check lacks.safetensors                                             | 1 missing
 check llm.safetensors                                               | no network
@@ -140,9 +140,9 @@ decode patches.safetensors -m flux2.safetensors -o OUT.png          | normalised
 decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
 decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a memory size
 decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
-decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | whole feature maps are not
-spilled encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole feature maps
-only encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
+decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | feature maps are not spilled
+encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole feature maps only
+encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
 plan --size 2x2                                                     | the image is too small
 plan --memory plenty                                                | not a memory size
@@ -153,9 +153,9 @@ reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the na
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
 reconstruct photo.png -m absent.safetensors -o OUT.png              | does not exist
 reconstruct photo.png -m vae.safetensors -o OUT.png --component unet | no component
-fetch                                                               | what is to be fetched
+fetch                                                               | nothing to fetch, or too much
 fetch nonesuch                                                      | unknown checkpoint
-fetch sd15 --list                                                   | what is to be fetched
+fetch sd15 --list                                                   | nothing to fetch, or too much
 anatomy llm.safetensors                                             | no network
 anatomy vae.safetensors --size 4x4                                  | --size: the image is too small
 anatomy vae.safetensors --size 99999x9                              | --size: the image is too large
@@ -197,7 +197,7 @@ def test_inspect_says_no(here: Path) -> None:
     assert answer("inspect", here / "llm.safetensors", status=1)["parts"][0]["networks"] == []
     integers = run("inspect", here / "int.safetensors")
     assert integers.exit_code == 1
-    assert "not of floating point" in integers.stderr
+    assert "not floating-point" in integers.stderr
     lacks = answer("inspect", here / "lacks.safetensors", status=1)
     assert len(lacks["parts"][0]["networks"][0]["missing"]) == 1
     assert answer("inspect", here / "nan.safetensors")["values"] is None
@@ -210,7 +210,7 @@ def test_inspect_says_no(here: Path) -> None:
     assert answer("inspect", here / "vae.safetensors", "--values")["values"]["sound"]
 
 
-def test_names_that_a_terminal_would_act_upon(tmp_path: Path) -> None:
+def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     save_file({"[red]\x1b[31m\x07": torch.full((1,), torch.nan), "[/]": torch.zeros(1)}, path)
     result = run("inspect", path, "--values")
@@ -220,13 +220,14 @@ def test_names_that_a_terminal_would_act_upon(tmp_path: Path) -> None:
     assert r"[red]\x1b[31m\x07" in result.stdout
 
 
-def test_an_open_choice_is_one_line(tmp_path: Path) -> None:
+def test_a_warning_is_one_line_and_names_the_option(tmp_path: Path) -> None:
     path = tmp_path / "vae.safetensors"
     save_file(seeded.tensors(KL), path)
     result = run("convert", path, tmp_path / "out.safetensors", "--layout", "original")
     assert result.exit_code == 0
     (line,) = result.stderr.splitlines()
     assert line.startswith("warning: ")
+    assert line.endswith("pass --family to decide")
     decided = run("convert", path, tmp_path / "b.safetensors", "--layout=original", "--family=sd1")
     assert (decided.exit_code, decided.stderr) == (0, "")
 
@@ -275,13 +276,13 @@ def test_convert_there_and_back(layout: str, here: Path, tmp_path: Path) -> None
 
 def test_convert_narrows_and_replaces(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
-    out.write_text("what stood here before", encoding="utf-8")
+    out.write_text("an older output", encoding="utf-8")
     arguments = ("convert", here / "vae.safetensors", out, "--layout=diffusers", "--dtype=float16")
-    assert answer(*arguments)["dtype"] == "float16"
+    assert answer(*arguments, "--force")["dtype"] == "float16"
     assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float16}
 
 
-def picture(path: Path, sides: tuple[int, int, int, int]) -> torch.Tensor:
+def cropped(path: Path, sides: tuple[int, int, int, int]) -> torch.Tensor:
     with Image.open(path) as image:
         return to_tensor(image.convert("RGB").crop(sides))
 
@@ -293,9 +294,9 @@ def test_encode(here: Path, tmp_path: Path) -> None:
     said = answer("encode", here / "photo.png", *means, "-o", out)
     assert (said["width"], said["height"], said["shape"]) == (48, 32, [1, 4, 4, 6])
     assert "48x32" in said["notes"][0]
-    posterior = seeded.network(KL).encode(picture(here / "photo.png", (1, 2, 49, 34))).latent_dist
+    posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist
     assert torch.equal(load_file(out)["latents"], posterior.mode())
-    drawn = run("encode", here / "photo.png", *means, "-o", out, "--sample", "--seed", 5)
+    drawn = run("encode", here / "photo.png", *means, "-fo", out, "--sample", "--seed", 5)
     assert drawn.exit_code == 0
     assert "1 x 4 x 4 x 6, raw" in drawn.stdout
     expected = posterior.sample(torch.Generator().manual_seed(5))
@@ -322,30 +323,30 @@ def test_encode_and_decode(
     assert torch.equal(load_file(z)["latents"], scale(network, latents) if scaled else latents)
     decoded = network.decode(latents).sample.clamp(-1, 1)
     # one step of 8 bits: rounding, and what scaling there and back leaves
-    assert float((picture(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
+    assert float((cropped(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
 
 
 @pytest.mark.parametrize("means", [
     (), ("--memory", "1GiB"), ("--memory", "1GiB", "--spill", "FOLDER", "--backend", "reference"),
 ])  # fmt: skip
-def test_by_other_means(means: tuple[str, ...], here: Path, tmp_path: Path) -> None:
+def test_backends_and_streaming_agree(means: tuple[str, ...], here: Path, tmp_path: Path) -> None:
     z, out, own = tmp_path / "z.safetensors", tmp_path / "a.png", tmp_path / "own.png"
     words = [str(tmp_path) if word == "FOLDER" else word for word in means]
     model = ["-m", here / "vae.safetensors"]
     answer("encode", here / "photo.png", *model, "-o", z, *words)
-    posterior = seeded.network(KL).encode(picture(here / "photo.png", (1, 2, 49, 34))).latent_dist
+    posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist
     found, expected = load_file(z)["latents"], posterior.mode()
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
-    assert not torch.equal(found, expected), "the means were not passed on"
+    assert not torch.equal(found, expected), "the options were not passed on"
     answer("decode", z, *model, "-o", own, "--backend", "reference")
     answer("decode", z, *model, "-o", out, *words)
     with Image.open(own) as one, Image.open(out) as other:
         assert psnr(to_tensor(one), to_tensor(other)) > 60
-    answer("reconstruct", here / "photo.png", *model, "-o", out, *words)
+    answer("reconstruct", here / "photo.png", *model, "-o", out, *words, "--force")
     assert sorted(tmp_path.iterdir()) == [out, own, z]
 
 
-def test_decode_what_others_wrote(
+def test_decode_latents_of_other_programs(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -377,22 +378,24 @@ def test_a_file_that_says_otherwise(here: Path, tmp_path: Path) -> None:
 def test_reconstruct(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "deeper" / "r.png"
     said = answer("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
-    network, x = seeded.network(KL), picture(here / "photo.png", (1, 2, 49, 34))
+    network, x = seeded.network(KL), cropped(here / "photo.png", (1, 2, 49, 34))
     back = network.decode(network.encode(x).latent_dist.mode()).sample
     assert said["psnr"] == pytest.approx(psnr(back, x))
     assert math.log2(said["amplification"]) % 1 == 0
     with Image.open(out) as sheet:
         assert sheet.width > 3 * 48
-    shown = run("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
+    shown = run("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-fo", out)
     assert f"PSNR {said['psnr']:.2f} dB" in shown.stdout
     assert "note: cropped around the centre" in shown.stderr
 
 
-def test_a_failure_leaves_what_stood_there(here: Path, tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_output(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.png"
     out.write_text("before", encoding="utf-8")
     model = here / "nan.safetensors"
-    assert run("reconstruct", here / "photo.png", "-m", model, "-o", out).exit_code == 2
+    failed = run("reconstruct", here / "photo.png", "-m", model, "-o", out, "--force")
+    assert failed.exit_code == 2
+    assert "NaN" in failed.stderr
     assert out.read_text(encoding="utf-8") == "before"
     assert list(tmp_path.iterdir()) == [out]
 
@@ -408,7 +411,8 @@ def test_fetch_list() -> None:
 def test_anatomy(here: Path, tmp_path: Path) -> None:
     found = answer("anatomy", here / "vae.safetensors", "--size", "64x96")
     assert found["size"] == [64, 96]
-    assert found["blocks"][0]["layers"][0]["kernel"] == [3, 3]
+    first = found["blocks"][0]["operations"][0]
+    assert (first["kernel"], first["stride"], first["downscale"]) == ([3, 3], [1, 1], ["1", "1"])
     assert {total["role"] for total in found["totals"]} >= {"convolution", "attention"}
     plot = tmp_path / "a.png"
     shown = run("anatomy", here / "vae.safetensors", "--size", "64", "--plot", plot)
@@ -447,7 +451,7 @@ try:
 finally:
     print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
 """
-    result = apart("--help", code=code)
+    result = in_its_own_process("--help", code=code)
     assert (result.returncode, result.stderr.split()) == (0, [])
     assert all(command in result.stdout for command in COMMANDS)
 
@@ -455,18 +459,18 @@ finally:
 def test_drawing_without_matplotlib(here: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['matplotlib'] = None; from sdconv.cli import main; main()"
     model = here / "vae.safetensors"
-    result = apart("anatomy", model, "--plot", tmp_path / "a.png", code=code)
+    result = in_its_own_process("anatomy", model, "--plot", tmp_path / "a.png", code=code)
     assert result.returncode == 2
     assert "pip install 'sdconv[plot]'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_no_traceback_and_a_status(here: Path, tmp_path: Path) -> None:
-    bad = apart("reconstruct", here / "text.png", "-m", here / "vae.safetensors")
+def test_errors_have_a_status_and_no_traceback(here: Path, tmp_path: Path) -> None:
+    bad = in_its_own_process("reconstruct", here / "text.png", "-m", here / "vae.safetensors")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: ")
     assert "Traceback" not in bad.stderr
-    offline = apart("fetch", "taesd", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    offline = in_its_own_process("fetch", "taesd", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert offline.returncode == 2
     assert "Traceback" not in offline.stderr
 
@@ -484,7 +488,7 @@ def test_interrupted(here: Path, tmp_path: Path) -> None:
         str(here / "vae.safetensors"),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    with pipe.open("wb"):  # opens once the command does, which then waits for a picture
+    with pipe.open("wb"):  # opens once the command does, which then waits for an image
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

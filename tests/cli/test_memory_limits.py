@@ -1,4 +1,4 @@
-"""The commands where memory is short: what they say, and the plan that they keep to."""
+"""The commands when memory is short: what they say, and the plan that they follow."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import sdconv
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it reads /proc/meminfo")
-def test_too_little_memory_is_said_with_what_helps(tmp_path: Path) -> None:
+def test_too_little_memory_is_refused_with_a_hint(tmp_path: Path) -> None:
     wide = seeded.kl((128, 32, 32, 32), 4, True, layers_per_block=1)
     sdconv.save(seeded.network(wide), tmp_path / "vae.safetensors")
-    # of a square picture of which one layer's maps, in and out, take more than there is
+    # the side of a square image for which one layer's input and output exceed the memory
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     side = math.isqrt(memory // (2 * 128 * 8)) // 16 * 16 + 32
     Image.new("1", (side, side)).save(tmp_path / "large.png")
-    # the same in two halves
+    # two latents, each of half that size
     save_file({"z": torch.zeros(2, 4, side // 8, side // 16)}, tmp_path / "z.safetensors")
     means = ("--dtype", "float64", "-m", tmp_path / "vae.safetensors")
     found = {
@@ -44,12 +44,12 @@ def test_too_little_memory_is_said_with_what_helps(tmp_path: Path) -> None:
         assert "the image is too large for the free memory" in result.stderr
         assert ("--memory 2GiB, and --spill FOLDER" in result.stderr) == (command != "features")
         assert ("--size" in result.stderr) == (command != "decode")
-    # the control: in strips it is not refused for this
+    # control: in strips it is not refused for this reason
     strips = run("decode", tmp_path / "z.safetensors", *means, "--memory", "1MiB")
     assert "the memory limit cannot be met" in strips.stderr
 
 
-def test_memory_that_is_refused_by_the_system() -> None:
+def test_an_allocation_that_the_system_refuses() -> None:
     result = run("check", VAE, "--size", "99999999x99999999")
     assert result.exit_code == 2
     assert "not enough memory" in result.stderr
@@ -57,7 +57,7 @@ def test_memory_that_is_refused_by_the_system() -> None:
     assert "--memory" not in result.stderr, "an option that it lacks"
 
 
-def test_a_picture_keeps_to_the_plan_for_it(tmp_path: Path) -> None:
+def test_decoding_follows_the_plan(tmp_path: Path) -> None:
     def planned(*words: str) -> Any:
         size = ("--size", "32x40", "--no-time")
         return answer("plan", VAE, *size, *words)
@@ -69,5 +69,5 @@ def test_a_picture_keeps_to_the_plan_for_it(tmp_path: Path) -> None:
     assert run(*command, least).exit_code == 0
     of_another = planned("--backend", "reference")["decode"]["least_without_spill"]
     for too_little in (least - 1, of_another):
-        short = run(*command, too_little)
+        short = run(*command, too_little, "--force")
         assert short.exit_code == 2 and "the memory limit cannot be met" in short.stderr

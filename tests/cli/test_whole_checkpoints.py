@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers import pipelines, seeded
 from helpers.commands import run
+from helpers.weight_files import convert
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdconv
 from sdconv.analysis.diff import compare
-from sdconv.checkpoint.convert import convert
 from sdconv.report.difference import draw_difference
 
 
@@ -92,7 +92,7 @@ BAD: Mapping[str, tuple[list[str], str]] = {
     "an empty folder": (["A", "empty"], "holds no weights"),
     "one alone": (["A"], "Missing argument"),
     "another format": (["A", "A", "--plot", "d.jpeg"], "not a name for a drawing"),
-    "numbered layers": (["A", "numbers.safetensors"], "no half of a tiny autoencoder"),
+    "numbered layers": (["A", "numbers.safetensors"], "not half of a tiny autoencoder"),
 }
 
 

@@ -63,17 +63,17 @@ def test_a_wrong_output_is_noticed(
 def test_pictures_are_shown_and_small_and_drawn_from_the_weights_that_ship(
     scripts: dict[str, ModuleType],
 ) -> None:
-    there = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.webp")}
+    sizes = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.webp")}
     text = "".join(page.read_text() for page in PAGES)
-    assert set(re.findall(r"\(pictures/([^)]+)\)", text)) == set(there)
-    assert {name for name, size in there.items() if size > LARGEST} == set()
+    assert set(re.findall(r"\(pictures/([^)]+)\)", text)) == set(sizes)
+    assert {name for name, size in sizes.items() if size > LARGEST} == set()
     pictures = scripts["pictures"]
     assert pictures.SOURCES.read_text() == pictures.sources(), (
         "weights or photo have changed: run `python -m scripts.docs.pictures`"
     )
 
 
-def test_the_pages_screenshot_is_shown_and_small() -> None:
+def test_the_screenshot_is_shown_and_small() -> None:
     (shown,) = (DOCS / "screens").iterdir()
     assert f"(screens/{shown.name})" in (DOCS / "features.md").read_text()
     assert shown.stat().st_size <= LARGEST
@@ -81,18 +81,18 @@ def test_the_pages_screenshot_is_shown_and_small() -> None:
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_script_makes_the_screenshot(tmp_path: Path) -> None:
+def test_the_script_takes_the_screenshot(tmp_path: Path) -> None:
     pytest.importorskip("playwright", reason="the browser is driven by playwright")
     command = [sys.executable, "-m", "scripts.docs.screenshot", "--out", tmp_path / "page.webp"]
     subprocess.run(command, check=True, cwd=ROOT)
     with Image.open(tmp_path / "page.webp") as made:
         with Image.open(DOCS / "screens" / "page.webp") as shown:
             assert made.size == shown.size
-        assert sum(map(bool, made.convert("L").histogram())) > 200  # not an empty page
+        assert sum(map(bool, made.convert("L").histogram())) > 200  # an empty page has few greys
 
 
 @pytest.mark.slow
-def test_the_script_makes_these_pictures(tmp_path: Path) -> None:
+def test_the_script_draws_these_pictures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.docs.pictures", "--out", tmp_path]
     subprocess.run(command, check=True, cwd=ROOT)
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -1,4 +1,4 @@
-"""The README's Python prints what the README says it prints."""
+"""The README's Python prints the output that the README shows."""
 
 from __future__ import annotations
 

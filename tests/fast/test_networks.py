@@ -1,4 +1,4 @@
-"""Networks on the fast backend: the same pictures as on the reference, whatever hangs on them."""
+"""Networks on the fast backend give the reference's results, also with hooks and when compiled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WITHIN = 2e-5
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    """Wide enough that convolutions pay."""
+    """A VAE with enough channels that Winograd convolutions are faster."""
     torch.manual_seed(0)
     config = sdconv.AutoencoderKLConfig(
         in_channels=3,
@@ -55,7 +55,7 @@ def latents() -> Tensor:
 
 @pytest.fixture
 def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the fast backend was asked for, in order."""
+    """Spies on the fast implementations: the names of those called, in order."""
     calls: list[str] = []
     for name in ("resnet", "upsample", "output"):
         inner = getattr(fast.cpu, name)
@@ -69,7 +69,7 @@ def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_these_shapes_are_convolved_by_winograd() -> None:
-    # else the tests below would hold the direct kernel to itself
+    # otherwise the tests below would compare the direct convolution with itself
     for batch, channels, height, width in ((1, 128, 33, 28), (1, 128, 28, 28), (2, 128, 25, 30)):
         x, weight = torch.empty(batch, channels, height, width), torch.empty(96, channels, 3, 3)
         assert plan_for("conv3x3", x, weight, False).method == "winograd"
@@ -89,7 +89,7 @@ def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[
         assert error(vae.encode(expected).latent_dist.parameters, moments) < WITHIN
 
 
-def test_the_switch(vae: AutoencoderKL) -> None:
+def test_the_backend_can_be_switched(vae: AutoencoderKL) -> None:
     state = vae.state_dict()
     assert not is_fast(vae)
     with sdconv.backend("fast"):
@@ -109,7 +109,7 @@ def test_the_switch(vae: AutoencoderKL) -> None:
         sdconv.load(state, family="sd1", backend="")
 
 
-def test_what_looks_inside_sees_the_reference(vae: AutoencoderKL, latents: Tensor) -> None:
+def test_hooks_get_the_references_activations(vae: AutoencoderKL, latents: Tensor) -> None:
     block = vae.decoder.up_blocks[0].resnets[0]
     seen: list[Tensor] = []
     hook = block.conv1.register_forward_hook(lambda m, given, out: seen.append(out))
@@ -119,33 +119,33 @@ def test_what_looks_inside_sees_the_reference(vae: AutoencoderKL, latents: Tenso
             vae.decode(latents)
     finally:
         hook.remove()
-    reference, fused = seen
-    assert error(fused, reference) < WITHIN
+    reference, fast_output = seen
+    assert error(fast_output, reference) < WITHIN
 
 
-def test_what_looked_inside_and_left_is_forgotten(
+def test_after_a_hook_is_removed_the_block_is_fast_again(
     vae: AutoencoderKL, latents: Tensor, convolved: list[str]
 ) -> None:
-    """Offloading's hooks put a module's own ``forward`` among its attributes when they go."""
+    """accelerate's hooks leave a bound ``forward`` among the module's attributes."""
     own = copy.deepcopy(vae)
     with sdconv.backend("fast"):
         add_hook_to_module(own.decoder.conv_out, ModelHook())
         own.decode(latents)
-        assert "output" not in convolved, "the control: a hook is respected"
+        assert "output" not in convolved, "control: with a hook, the block is not fast"
         remove_hook_from_module(own.decoder.conv_out)
         assert "forward" in vars(own.decoder.conv_out)
         own.decode(latents)
     assert convolved.count("output") == 1
 
 
-def test_not_finite_comes_out_where_it_does_in_the_reference() -> None:
+def test_nan_and_infinity_spread_as_in_the_reference() -> None:
     torch.manual_seed(3)
     block = ResnetBlock2D(128, 128, temb_channels=None, groups=8, eps=1e-6).requires_grad_(False)
-    doubling = Upsample2D(128).requires_grad_(False)
+    upsample = Upsample2D(128).requires_grad_(False)
     x = torch.randn(1, 128, 33, 28)
     for value in (float("nan"), float("inf")):
         x[0, 3, 5, 6] = value
-        for module in (block, doubling):
+        for module in (block, upsample):
             expected = module(x)
             with sdconv.backend("fast"):
                 out = module(x)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -31,7 +32,7 @@ from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
 from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
 from sdconv.errors import InputError, SdconvError
-from sdconv.loading import BUILD
+from sdconv.loading import build
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import (
     AsymmetricDownsample2D,
@@ -74,7 +75,7 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
             got=config.class_name,
         )
     with torch.device("meta"):
-        network = BUILD[config.class_name](config)
+        network = build(config)
     assert isinstance(network, Autoencoder)
     least = network.downscale
     if min(rows, columns) < least:
@@ -121,10 +122,25 @@ class TensorGeometry:
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     spatial: bool = True
 
+    @classmethod
+    def of_input(cls, size: tuple[int, int], *, spatial: bool = True) -> TensorGeometry:
+        """That of an input of the network, where each value sees itself."""
+        return cls(size, ReceptiveField(), ReceptiveField(), spatial=spatial)
+
+    @property
+    def receptive_field(self) -> tuple[int, int]:
+        """Input pixels that one value depends on through convolutions, in rows and columns."""
+        return self.rows.size, self.columns.size
+
+    @property
+    def downscale(self) -> tuple[Fraction, Fraction]:
+        """Input pixels from one value to the next, in rows and columns."""
+        return self.rows.downscale, self.columns.downscale
+
     @property
     def extent(self) -> tuple[bool, bool, int, int]:
         """A key that orders geometries by their receptive fields."""
-        return self.spatial, self.is_global, self.rows.size, self.columns.size
+        return self.spatial, self.is_global, *self.receptive_field
 
 
 def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int]) -> list[Operation]:
@@ -132,7 +148,7 @@ def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int])
     run."""
     recorder = Recorder(path)
     x = torch.empty(1, channels, *size, device="meta")
-    recorder.track(x, TensorGeometry(size, ReceptiveField(), ReceptiveField()))
+    recorder.track(x, TensorGeometry.of_input(size))
     try:
         with recorder.following_modules(network), recorder:
             getattr(network, path)(x)
@@ -245,8 +261,8 @@ class Recorder(TorchFunctionMode):
                 out_size=after.size,
                 parameters=sum(weight.numel() for weight in weights if weight is not None),
                 multiplies=multiplies,
-                receptive_field=(after.rows.size, after.columns.size),
-                downscale=(after.rows.downscale, after.columns.downscale),
+                receptive_field=after.receptive_field,
+                downscale=after.downscale,
                 global_receptive_field=after.is_global,
             )
         )

@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdconv.analysis.parity.stepwise import (
-    ModuleOutput,
-    module_names,
-    module_outputs,
-)
+from sdconv.analysis.parity.stepwise import ModuleOutput, module_names, module_outputs
 from sdconv.models.dummy_inputs import Inputs
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -46,18 +46,9 @@ def conv3x3(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """See `sdconv.fast.cpu.conv.conv3x3`."""
-    prologue, epilogue = _fused(
-        bias,
-        stats,
-        norm_weight,
-        norm_bias,
-        eps,
-        silu,
-        temb,
-        residual,
-        shortcut_weight,
-        shortcut_bias,
-    )
+    norm = (stats, norm_weight, norm_bias, eps, silu)
+    shortcut = (shortcut_weight, shortcut_bias)
+    prologue, epilogue = _fused(bias, *norm, temb, residual, *shortcut)
     return conv.conv3x3(x, weight, prologue, epilogue, groups=groups)
 
 
@@ -85,24 +76,13 @@ def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fused(
-    bias: Tensor | None,
-    stats: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    temb: Tensor | None,
-    residual: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-) -> tuple[Prologue | None, Epilogue]:
-    """A convolution's prologue and epilogue from an operator's arguments."""
-    prologue = None
-    if stats is not None and norm_weight is not None and norm_bias is not None:
-        prologue = Prologue(stats, norm_weight, norm_bias, eps, silu)
-    shortcut = None if shortcut_weight is None else (shortcut_weight, shortcut_bias)
-    return prologue, Epilogue(bias, temb, residual, shortcut)
+def _fused(*args: Any) -> tuple[Prologue | None, Epilogue]:
+    """A convolution's prologue and epilogue from the operator's arguments, ``bias`` to
+    ``shortcut_bias``."""
+    bias, stats, norm_weight, norm_bias, eps, silu, temb, residual, *shortcut = args
+    prologue = None if stats is None else Prologue(stats, norm_weight, norm_bias, eps, silu)
+    by = None if shortcut[0] is None else (shortcut[0], shortcut[1])
+    return prologue, Epilogue(bias, temb, residual, by)
 
 
 def _direct(x: Tensor, weight: Tensor, *fused_and_groups: Any) -> Tensor:

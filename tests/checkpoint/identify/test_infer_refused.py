@@ -47,16 +47,16 @@ def meta(named: Shapes) -> dict[str, torch.Tensor]:
         ([1], "a mapping of tensor names"),
         ("vae.safetensors", r"sdconv\.infer\(sdconv\.read_header\(path\)\)"),
         ({"x": 3}, r"got: 'x': 3"),
-        ({"x": None}, "no shape by a name"),
-        ({"x": "12"}, "no shape by a name"),
-        ({"x": (1.0,)}, "no shape by a name"),
-        ({"x": (True,)}, "no shape by a name"),
-        ({"x": (-1,)}, "no shape by a name"),
-        ({1: (1,)}, "no shape by a name"),
+        ({"x": None}, "not a tensor.s name and shape"),
+        ({"x": "12"}, "not a tensor.s name and shape"),
+        ({"x": (1.0,)}, "not a tensor.s name and shape"),
+        ({"x": (True,)}, "not a tensor.s name and shape"),
+        ({"x": (-1,)}, "not a tensor.s name and shape"),
+        ({1: (1,)}, "not a tensor.s name and shape"),
         ({"x": torch.ones(2)}, "tensor.shape for name"),
     ],
 )
-def test_what_are_no_shapes(argument: Any, words: str) -> None:
+def test_shapes_that_are_refused(argument: Any, words: str) -> None:
     with pytest.raises(sdconv.InputError, match=words):
         sdconv.infer(argument)
 
@@ -92,8 +92,11 @@ def of_two(named: Shapes) -> Shapes:
     [
         (half(shapes()), "the VAE is incomplete"),
         (of_two(shapes(seeded.tiny(), "diffusers")), "different autoencoders"),
-        (half(shapes(seeded.POOLED)) | {"decoder.1.weight": (64, 32)}, "is none of its kind"),
-        ({"0.weight": (7, 9, 3, 3), "0.bias": (7,)}, "no half of a tiny autoencoder"),
+        (
+            half(shapes(seeded.POOLED)) | {"decoder.1.weight": (64, 32)},
+            "a shape that it cannot have",
+        ),
+        ({"0.weight": (7, 9, 3, 3), "0.bias": (7,)}, "not half of a tiny autoencoder"),
         ({"a.weight": (1,)}, "no network that sdconv knows"),
     ],
 )
@@ -188,8 +191,8 @@ OTHERS = {
     "decoder.mid_block.resnets.0.temporal_res_block.conv1.weight": r"for videos",
     "decoder.up.0.block.0.time_stack.in_layers.0.weight": r"for videos",
     "decoder.condition_encoder.layers.0.weight": r"AsymmetricAutoencoderKL",
-    "encoder.norm_out.gamma": r"not normalise by groups",
-    "decoder.mid.block_1.norm1.conv_y.weight": r"not normalise by groups",
+    "encoder.norm_out.gamma": r"does not use group normalisation",
+    "decoder.mid.block_1.norm1.conv_y.weight": r"does not use group normalisation",
 }
 
 
@@ -212,7 +215,7 @@ def test_other_kinds_are_not_taken_for_the_nearest(layout: str) -> None:
 @pytest.mark.parametrize(
     ("named", "words"),
     [
-        (wide_first_level(), r"ch_mult\[0\] is not 1(?s:.*)gives 32 channels, the first level 64"),
+        (wide_first_level(), r"ch_mult\[0\] is not 1(?s:.*)32 channels out of encoder.conv_in, 64"),
         (narrow_latents(False), r"embed_dim is not z_channels(?s:.*)\(4, 3, 1, 1\)"),
         (narrow_latents(True), r"is a VQ model(?s:.*)quantize\.embedding\.weight"),
         (attention_in_a_level(), r"attn_resolutions(?s:.*)down\.1\.attn\.0\.q\.weight"),
@@ -240,10 +243,10 @@ def test_a_damaged_width_is_still_a_wrong_shape() -> None:
 
 
 @pytest.mark.parametrize(("patch", "count"), [((1, 2), 64), ((2, 1), 64), ((3, 2), 192)])
-def test_patches_of_flux2_that_are_no_squares(patch: tuple[int, int], count: int) -> None:
+def test_flux2_patches_that_are_not_square(patch: tuple[int, int], count: int) -> None:
     config = seeded.flux2((32, 32), patch_size=patch)
     named = shapes(config, "diffusers")
-    with pytest.raises(sdconv.WeightsMismatchError, match="not of square patches") as caught:
+    with pytest.raises(sdconv.WeightsMismatchError, match="not for square patches") as caught:
         sdconv.infer(named)
     assert "32 latent channels" in str(caught.value) and f"({count},)" in str(caught.value)
     assert "config.json" in str(caught.value)
@@ -260,7 +263,7 @@ def test_patches_of_flux2_that_are_squares(side: int, count: int) -> None:
 
 def test_a_number_of_latent_channels_that_no_family_has() -> None:
     named = shapes(seeded.kl((32, 64), 8, True))
-    words = r"the vae has 8 latent channels, as in no family known here: scaling_factor 1\.0, "
+    words = r"the vae has 8 latent channels, unlike any known family: scaling_factor 1\.0, "
     with pytest.warns(sdconv.SdconvWarning, match=words) as caught:
         assert sdconv.infer(named)["vae"]["scaling_factor"] == 1.0
     assert "family=" not in str(caught[0].message)  # none would fit

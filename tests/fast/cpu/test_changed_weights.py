@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers import kinds, pipelines
+from helpers import implementations, pipelines
 from helpers.loras import kohya, matrices
 from helpers.numbers import error
 from torch import Tensor, nn
@@ -138,10 +138,10 @@ def test_weights_of_inference_mode(x: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["sdconv", "patched"])
 def test_fused_and_unfused_in_a_pipeline(kind: str) -> None:
-    pipe = kinds.pipeline(kind, "text")
+    pipe = implementations.pipeline(kind, "text")
     unet = pipe.unet
     set_backend(unet, "fast")
-    sample, text = torch.randn(1, 4, 12, 16), torch.randn(1, 7, pipelines.WIDE)
+    sample, text = torch.randn(1, 4, 12, 16), torch.randn(1, 7, pipelines.TEXT_WIDTH)
 
     def run() -> Tensor:
         with torch.no_grad():

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import seeded, unets
-from helpers.fake_cuda import placed
+from helpers.fake_cuda import map_tensors
 from torch import Tensor, nn
 
 import sdconv
@@ -47,8 +47,8 @@ def test_networks_are_no_further_from_float64_than_the_reference(dtype: torch.dt
     vae = seeded.network(seeded.kl((64, 128), 4, True, layers_per_block=1)).to(dtype)
     latents = torch.randn(1, 4, 21, 18, generator=torch.Generator().manual_seed(1)).to(dtype)
     unet = unets.ours(unets.theirs(unets.smallest("SD1"))).to(dtype)
-    given = [placed(one, dtype, lambda t, own: t.to(own)) for one in unets.inputs(unet.config)]
-    wide = [placed(one, torch.float64, lambda t, own: t.to(own)) for one in given]
+    given = [map_tensors(one, dtype, lambda t, own: t.to(own)) for one in unets.inputs(unet.config)]
+    wide = [map_tensors(one, torch.float64, lambda t, own: t.to(own)) for one in given]
     with torch.no_grad():
         for network, run, exact in (
             (vae, lambda: vae.decode(latents).sample, in_float64(vae).decode(latents.double())),

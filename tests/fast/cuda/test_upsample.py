@@ -1,4 +1,4 @@
-"""Doubling as four phases against torch's own operations in float64."""
+"""Upsampling convolutions by sub-pixel decomposition, against torch's operations in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sdconv.fast.cpu.conv import direct_upsample_conv
 from sdconv.fast.cuda import upsample
 
-# of the largest value; the added taps are rounded to the weight's dtype once more
+# relative to the largest value; the summed taps are rounded to the weight's dtype once more
 WITHIN = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 
@@ -40,7 +40,7 @@ def drawn(
     stride=st.sampled_from([1, 2]),
 )
 @settings(max_examples=60)
-def test_is_torchs_in_float64(
+def test_equals_torch_in_float64(
     given_: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, with_bias: bool, stride: int
 ) -> None:
     x, weight, bias = (tensor.to(dtype) for tensor in given_)

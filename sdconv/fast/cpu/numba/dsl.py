@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -54,15 +54,15 @@ f32 = np.float32
 
 def inner(function: Function) -> Function:
     """Compiles a function that kernels call, to be inlined into them."""
-    compile_it: Any = njit(fastmath=_MATH, error_model="numpy")
-    return compile_it(function)  # type: ignore[no-any-return]
+    compiled = njit(fastmath=_MATH, error_model="numpy")(function)
+    return cast(Function, compiled)
 
 
 def kernel(job: np.dtype[Any]) -> Callable[[Callable[[Any], None]], Any]:
     """Compiles a function that takes the address of a job with these fields."""
     signature = types.void(_CPointer(from_dtype(job)))
-    compile_it: Any = cfunc(signature, cache=True, fastmath=_MATH, error_model="numpy")
-    return compile_it  # type: ignore[no-any-return]
+    compiler: Any = cfunc(signature, cache=True, fastmath=_MATH, error_model="numpy")
+    return cast(Callable[[Callable[[Any], None]], Any], compiler)
 
 
 def llvm(function: Callable[..., Any]) -> Any:
