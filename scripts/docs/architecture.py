@@ -40,7 +40,7 @@ FLOORS = (
         ("config", ("configs and facts", "of the field")),
         ("backends", ("the switch and", "the registry")),
         ("devices", ("usable", "devices")),
-        ("sizes", ("bytes in", "words")),
+        ("sizes", ("numbers", "as text")),
         ("fetch", ("the only", "download")),
     ),
     (("errors", ("what is wrong, where, expected, got, hint",)),),
