@@ -91,7 +91,7 @@ def test_safetensors_knows_no_dtype_that_is_missing_here(tmp_path: Path) -> None
     assert {name.strip(" `") for name in listed.split(",")} == set(DTYPE_BITS)
 
 
-STRICTER = ("twice", "not an object", "too large for a tensor")
+STRICTER = ("twice", "not an object", "too large for")
 """Where safetensors is laxer, and may take the file."""
 LONG = 2**40
 BROKEN: dict[str, tuple[bytes, str]] = {
@@ -140,24 +140,24 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         packed(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
         "a malformed shape",
     ),
-    "shape with 2**63": (packed({"a": entry("U8", [0, HUGE], 0, 0)}), "too large for a tensor"),
+    "shape with 2**63": (packed({"a": entry("U8", [0, HUGE], 0, 0)}), "too large for"),
     "shape with 2**64 - 1": (
         packed({"a": entry("F4", [2**64 - 1, 0], 0, 0)}),
-        "too large for a tensor",
+        "too large for",
     ),
     "offset of 2**64 - 1": (packed({"a": entry("U8", [0], 2**64 - 1, 2**64 - 1)}), "outside"),
     "shape with 2**70": (packed({"a": entry("U8", [2**70], 0, 1)}, b"1"), "a malformed shape"),
     "product of 2**80": (
         packed({"a": entry("U8", [LONG, LONG], 0, 1)}, b"1"),
-        "too large for a tensor",
+        "too large for",
     ),
     "product of 2**64": (
         packed({"a": entry("U8", [2**32, 2**32], 0, 0)}),
-        "too large for a tensor",
+        "too large for",
     ),
     "nothing of 2**80": (
         packed({"a": entry("U8", [0, LONG, LONG], 0, 0)}),
-        "too large for a tensor",
+        "too large for",
     ),
     "one offset": (packed({"a": entry("U8", [1], 0)}, b"1"), "malformed data_offset"),
     "three offsets": (packed({"a": entry("U8", [1], 0, 1, 2)}, b"1"), "malformed data_offset"),
@@ -180,10 +180,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         packed({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, b"123"),
         "overlaps 'a'",
     ),
-    "metadata that is a list": (packed({"__metadata__": []}), "__metadata__ that is not a mapping"),
+    "metadata that is a list": (packed({"__metadata__": []}), "that is not a mapping"),
     "metadata with a number": (
         packed({"__metadata__": {"a": 1}}),
-        "__metadata__ that is not a mapping",
+        "that is not a mapping",
     ),
     "git-lfs pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 334643276\n",
@@ -337,7 +337,7 @@ def test_only_the_header_is_read(tmp_path: Path) -> None:
 
 def test_a_shape_of_very_many_dimensions_takes_no_quadratic_time(tmp_path: Path) -> None:
     file = written(tmp_path, packed({"a": entry("U8", [2] * 1_000_000, 0, 1)}, b"1"))
-    with pytest.raises(CheckpointError, match="too large for a tensor") as error:
+    with pytest.raises(CheckpointError, match="too large for") as error:
         read_header(file)
     assert len(str(error.value)) < 1000
 
