@@ -300,7 +300,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         originals() | {"unet.conv_in.weight": torch.ones(5)},
         {},
         CheckpointError,
-        "would get one name",
+        "would get the same name",
     ),
     "another layout": (originals(), {"layout": "theirs"}, InputError, "unknown layout"),
     "a folder of originals": (
@@ -310,7 +310,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "single file",
     ),
     "no such component": (originals(), {"component": "text"}, UnknownNetworkError, "'text'"),
-    "unknown family": (originals(), {"family": "sd9"}, InputError, "no such family"),
+    "unknown family": (originals(), {"family": "sd9"}, InputError, "unknown family"),
     "a dtype of torch's alone": (
         originals() | {"x": torch.ones(2, dtype=torch.complex128)},
         {},

@@ -91,7 +91,7 @@ def test_safetensors_knows_no_dtype_that_is_missing_here(tmp_path: Path) -> None
     assert {name.strip(" `") for name in listed.split(",")} == set(DTYPE_BITS)
 
 
-STRICTER = ("twice", "not an object", "larger than any")
+STRICTER = ("twice", "not an object", "too large for")
 """Where safetensors is laxer, and may take the file."""
 LONG = 2**40
 BROKEN: dict[str, tuple[bytes, str]] = {
@@ -140,13 +140,25 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         packed(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
         "a malformed shape",
     ),
-    "shape with 2**63": (packed({"a": entry("U8", [0, HUGE], 0, 0)}), "larger than any"),
-    "shape with 2**64 - 1": (packed({"a": entry("F4", [2**64 - 1, 0], 0, 0)}), "larger than any"),
+    "shape with 2**63": (packed({"a": entry("U8", [0, HUGE], 0, 0)}), "too large for"),
+    "shape with 2**64 - 1": (
+        packed({"a": entry("F4", [2**64 - 1, 0], 0, 0)}),
+        "too large for",
+    ),
     "offset of 2**64 - 1": (packed({"a": entry("U8", [0], 2**64 - 1, 2**64 - 1)}), "outside"),
     "shape with 2**70": (packed({"a": entry("U8", [2**70], 0, 1)}, b"1"), "a malformed shape"),
-    "product of 2**80": (packed({"a": entry("U8", [LONG, LONG], 0, 1)}, b"1"), "larger than any"),
-    "product of 2**64": (packed({"a": entry("U8", [2**32, 2**32], 0, 0)}), "larger than any"),
-    "nothing of 2**80": (packed({"a": entry("U8", [0, LONG, LONG], 0, 0)}), "larger than any"),
+    "product of 2**80": (
+        packed({"a": entry("U8", [LONG, LONG], 0, 1)}, b"1"),
+        "too large for",
+    ),
+    "product of 2**64": (
+        packed({"a": entry("U8", [2**32, 2**32], 0, 0)}),
+        "too large for",
+    ),
+    "nothing of 2**80": (
+        packed({"a": entry("U8", [0, LONG, LONG], 0, 0)}),
+        "too large for",
+    ),
     "one offset": (packed({"a": entry("U8", [1], 0)}, b"1"), "malformed data_offset"),
     "three offsets": (packed({"a": entry("U8", [1], 0, 1, 2)}, b"1"), "malformed data_offset"),
     "offset that is text": (
@@ -162,14 +174,17 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "too few bytes": (packed({"a": entry("F32", [2], 0, 4)}, bytes(4)), "does not fit its bytes"),
     "half a byte": (packed({"a": entry("F4", [3], 0, 2)}, bytes(2)), "does not fit its bytes"),
     "out of range": (packed({"a": entry("U8", [1], 9, 10)}, b"1"), "lies outside the file"),
-    "hole": (packed({"a": U8, "b": entry("U8", [1], 2, 3)}, b"123"), "hole behind 'a'"),
-    "hole at the start": (packed({"b": entry("U8", [1], 1, 2)}, b"12"), "hole behind the header"),
+    "hole": (packed({"a": U8, "b": entry("U8", [1], 2, 3)}, b"123"), "gap after 'a'"),
+    "hole at the start": (packed({"b": entry("U8", [1], 1, 2)}, b"12"), "gap after the header"),
     "overlap": (
         packed({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, b"123"),
         "overlaps 'a'",
     ),
-    "metadata that is a list": (packed({"__metadata__": []}), "__metadata__ that is not text"),
-    "metadata with a number": (packed({"__metadata__": {"a": 1}}), "__metadata__ that is not text"),
+    "metadata that is a list": (packed({"__metadata__": []}), "that is not a mapping"),
+    "metadata with a number": (
+        packed({"__metadata__": {"a": 1}}),
+        "that is not a mapping",
+    ),
     "git-lfs pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 334643276\n",
         "git-lfs pointer",
@@ -259,7 +274,7 @@ def test_absent_folder_and_special_files(tmp_path: Path) -> None:
         read_header("/dev/zero")
     circle = tmp_path / "circle.safetensors"
     circle.symlink_to(circle)
-    with pytest.raises(CheckpointError, match="in a circle"):
+    with pytest.raises(CheckpointError, match="form a loop"):
         read_header(circle)
     dangling = tmp_path / "dangling.safetensors"
     dangling.symlink_to(tmp_path / "gone")
@@ -322,7 +337,7 @@ def test_only_the_header_is_read(tmp_path: Path) -> None:
 
 def test_a_shape_of_very_many_dimensions_takes_no_quadratic_time(tmp_path: Path) -> None:
     file = written(tmp_path, packed({"a": entry("U8", [2] * 1_000_000, 0, 1)}, b"1"))
-    with pytest.raises(CheckpointError, match="too large for a tensor") as error:
+    with pytest.raises(CheckpointError, match="too large for") as error:
         read_header(file)
     assert len(str(error.value)) < 1000
 
