@@ -181,7 +181,7 @@ def test_exported() -> None:
     with sdconv.backend("fast"):
         program = torch.export.export(block, (x,))
     names = {str(node.target) for node in program.graph.nodes}
-    assert "sdconv.doubled_convolution.default" in names
+    assert "sdconv.upsample_conv.default" in names
     assert error(program.module()(x), block(x)) < WITHIN
 
 
