@@ -148,7 +148,7 @@ plan --size 2x2                                                     | the image 
 plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
 plan tiny.safetensors                                               | only a VAE can be streamed
-plan --spill absent                                                 | no folder
+plan --spill absent                                                 | not a writable folder
 reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the name of an image file
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
 reconstruct photo.png -m absent.safetensors -o OUT.png              | does not exist

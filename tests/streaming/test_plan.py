@@ -209,36 +209,3 @@ def test_the_command_times_strips_of_small_vaes(tmp_path: Path) -> None:
     assert printed["decode"]["seconds"] > 0 and printed["encode"]["seconds"] > 0
     table = run(*command, "--no-time").stdout
     assert "decode" in table and format_bytes(printed["decode"]["peak"]) in table
-
-
-@pytest.mark.parametrize(
-    ("written", "size"),
-    [
-        ("2GiB", 2 * GIB),
-        ("2 gib", 2 * GIB),
-        ("1.5G", 3 * GIB // 2),
-        ("1GB", 10**9),
-        ("512MiB", 512 * MIB),
-        ("7", 7),
-        ("7 B", 7),
-        (12345, 12345),
-    ],
-)
-def test_memory_sizes_as_people_write_them(written: str | int, size: int) -> None:
-    assert parse_bytes(written) == size
-
-
-@pytest.mark.parametrize(
-    "written", ["", "GiB", "-1GiB", "2 GiB of it", "2QiB", "0", 0, -5, 2.5, True, None, "1e9", "٣"]
-)
-def test_not_a_memory_size(written: Any) -> None:
-    with pytest.raises(sdconv.InputError, match="not a memory size"):
-        parse_bytes(written)
-
-
-@given(st.integers(0, 1 << 45))
-def test_formatted_sizes_are_rounded_up(size: int) -> None:
-    text = format_bytes(size)
-    if size:
-        read = parse_bytes(text.replace("bytes", "B"))
-        assert size <= read <= 1.1 * size + 1

@@ -104,12 +104,12 @@ with torch.no_grad():
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
 def test_nothing_is_left_by_a_process_that_was_stopped(how: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    places = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
+    import_path = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": places},
+        env={**os.environ, "PYTHONPATH": import_path},
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"begun\n"
         mapped = Path(f"/proc/{process.pid}/maps")
