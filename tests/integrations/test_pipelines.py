@@ -23,7 +23,8 @@ CONFIGS = {"kl": seeded.SMALL_KL, "tiny": seeded.SMALL_TINY}
 
 
 def network(kind: str) -> Any:
-    return seeded.network(CONFIGS[kind])
+    """sdconv's network with weights of its own, which a test may change."""
+    return copy.deepcopy(seeded.network(CONFIGS[kind]))
 
 
 def diffusers_twin(ours: Any) -> Any:
