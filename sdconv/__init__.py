@@ -38,16 +38,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# where each name is defined: looked up on first use, so that `import sdconv` costs nothing
+# Where each name is found on first use, so that `import sdconv` costs nothing. The networks are
+# taken from sdconv.loading, which connects them with diffusers.
 _HOME = {
-    "AutoencoderKL": "sdconv.models.vae",
+    "AutoencoderKL": "sdconv.loading",
     "AutoencoderKLConfig": "sdconv.config",
-    "AutoencoderKLFlux2": "sdconv.models.vae",
+    "AutoencoderKLFlux2": "sdconv.loading",
     "AutoencoderKLFlux2Config": "sdconv.config",
-    "AutoencoderTiny": "sdconv.models.tiny",
+    "AutoencoderTiny": "sdconv.loading",
     "AutoencoderTinyConfig": "sdconv.config",
     "UNet2DConditionConfig": "sdconv.config",
-    "UNet2DConditionModel": "sdconv.models.unet",
+    "UNet2DConditionModel": "sdconv.loading",
     "apply_patch": "sdconv.integrations.patch",
     "backend": "sdconv.backends",
     "capture": "sdconv.features.capture",

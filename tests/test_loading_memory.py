@@ -17,7 +17,7 @@ import sdconv
 from sdconv.checkpoint.save import original_tensors
 from sdconv.config import AutoencoderKLConfig, UNet2DConditionConfig
 from sdconv.config.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
-from sdconv.models.unet import with_diffusers_transformers
+from sdconv.loading import build
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/smaps").exists(), reason="needs Linux: it reads /proc/self/smaps"
@@ -58,7 +58,7 @@ def sdxl_unet(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
     }
     config = UNet2DConditionConfig(**{**UNet2DConditionConfig.assumed, **own})
     with torch.device("meta"):
-        blank = with_diffusers_transformers(config).state_dict()
+        blank = build(config).state_dict()
     tensors = original_tensors(blank, config)
     return {
         f"model.diffusion_model.{name}": torch.ones(tensor.shape, dtype=torch.float16)
@@ -104,7 +104,7 @@ path, dtype, component, family = sys.argv[1:]
 dtype = getattr(torch, dtype, None)
 config = sdconv.infer(sdconv.read_header(path).shapes, family=family)[component]
 with torch.device("meta"):
-    sdconv.loading.BUILD[config.class_name](config)
+    sdconv.loading.build(config)
 
 def anonymous():
     text = Path("/proc/self/status").read_text()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sdconv
 from sdconv.config import UNet2DConditionConfig
-from sdconv.models.unet import with_diffusers_transformers
+from sdconv.loading import build
 
 PATTERN = "*.resnets.[0-9]"
 
@@ -36,7 +36,7 @@ def sd15(width: int) -> torch.nn.Module:
     }
     config = UNet2DConditionConfig.from_json({**UNet2DConditionConfig.assumed, **fields}, "SD1.5")
     with torch.device("meta"):
-        network = with_diffusers_transformers(config)
+        network = build(config)
     network.to_empty(device="cpu").eval()
     random = torch.Generator().manual_seed(0)
     for parameter in network.parameters():

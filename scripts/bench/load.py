@@ -44,11 +44,11 @@ def anonymous():
 
 if side == "sdconv":
     import sdconv
-    from sdconv.loading import BUILD, load
+    from sdconv.loading import build, load
     config = getattr(sdconv, name.removesuffix("Model") + "Config").from_json(
         json.loads((Path(folder) / "config.json").read_text()), folder)
     with torch.device("meta"):
-        BUILD[name](config).state_dict()
+        build(config).state_dict()
     run = lambda: load(source, component=component, dtype=dtype)
 else:
     import diffusers
@@ -127,10 +127,10 @@ def made_unet(folder: Path) -> dict[str, Path]:
 
     from scripts.bench.parity_table import SDXL
     from sdconv.checkpoint.save import original_tensors
-    from sdconv.models.unet import with_diffusers_transformers
+    from sdconv.loading import build
 
     with torch.device("meta"):
-        blank = with_diffusers_transformers(SDXL).state_dict()
+        blank = build(SDXL).state_dict()
     own = {name: tuple(tensor.shape) for name, tensor in blank.items()}
     (folder / "unet").mkdir()
     content = {**SDXL.to_json(), "_class_name": SDXL.class_name}

@@ -25,7 +25,7 @@ from sdconv.checkpoint.save import original_tensors
 from sdconv.config import Config
 from sdconv.config.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
 from sdconv.integrations.peers import VERSION
-from sdconv.models.unet import with_diffusers_transformers
+from sdconv.loading import build
 
 Size = tuple[int, int]
 
@@ -74,8 +74,8 @@ VAES: Mapping[str, Case] = {
     "TAESD": Case(sdconv.AutoencoderTiny, TAESD),
 }
 UNETS: Mapping[str, Case] = {
-    "SD1.5 U-Net": Case(with_diffusers_transformers, unet(sample_size=64, cross_attention_dim=768)),
-    "SDXL base U-Net": Case(with_diffusers_transformers, SDXL),
+    "SD1.5 U-Net": Case(build, unet(sample_size=64, cross_attention_dim=768)),
+    "SDXL base U-Net": Case(build, SDXL),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sdconv
-from sdconv.models.unet import with_diffusers_transformers
+from sdconv.loading import build
 
 Size = tuple[int, int]
 Run = Callable[[], object]
@@ -48,9 +48,7 @@ def ours(work: str) -> Any:
         own: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280)}
         own |= {"cross_attention_dim": 768, "attention_head_dim": 8}
         with torch.device("meta"):
-            return filled(
-                with_diffusers_transformers(kind.from_json({**kind.assumed, **own}, "SD1.5"))
-            )
+            return filled(build(kind.from_json({**kind.assumed, **own}, "SD1.5")))
     own = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     assumed = sdconv.AutoencoderKLConfig.assumed
     with torch.device("meta"):

@@ -40,8 +40,9 @@ from scripts.train.measure_tiny_unet import (
 from scripts.train.train_tiny_vae import ROOT, STAGES
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.unet import CROSS_DOWN, CROSS_MID, CROSS_UP, DOWN, UP
+from sdconv.loading import build
 from sdconv.models.blocks import ResnetBlock2D
-from sdconv.models.unet import UNet2DConditionModel, with_diffusers_transformers
+from sdconv.models.unet import UNet2DConditionModel
 from sdconv.models.vae import AutoencoderKL
 
 TOKENS = 4
@@ -111,7 +112,7 @@ def gradients(unet: UNet2DConditionModel, draws: Noised) -> tuple[tuple[Tensor, 
 
 
 def fresh_network() -> UNet2DConditionModel:
-    network = with_diffusers_transformers(CONFIG).to(memory_format=torch.channels_last)
+    network = build(CONFIG).to(memory_format=torch.channels_last)
     nn.init.zeros_(network.conv_out.weight)
     for name, module in network.named_modules():
         if isinstance(module, ResnetBlock2D):  # at first each block passes its input on

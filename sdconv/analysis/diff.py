@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.identify.find import Found
+from sdconv.checkpoint.identify.find import DetectedNetwork
 from sdconv.checkpoint.io.source import TORCH_DTYPES
-from sdconv.checkpoint.io.stream import Entry, OnTensor
-from sdconv.checkpoint.whole import Checkpoint, Names, entries, opened
+from sdconv.checkpoint.io.stream import OnTensor, OutputTensor
+from sdconv.checkpoint.open import SourceView, Weights
+from sdconv.checkpoint.whole import Checkpoint, Renamed, entries, opened
 from sdconv.errors import CheckpointError
-from sdconv.loading import SourceView, Weights
 
 _CHUNK = 1 << 22  # values that are in memory at a time, in float64
 
@@ -227,13 +227,13 @@ def _order(block: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def _named(checkpoint: Checkpoint) -> dict[str, Entry]:
+def _named(checkpoint: Checkpoint) -> dict[str, OutputTensor]:
     """The tensors by the names under which they are compared."""
     networks = list(checkpoint.networks())
     kinds = [found.component for _, found in networks]
     # two networks of one kind are ambiguous: their tensors keep their own names
     single = [(part, found) for part, found in networks if kinds.count(found.component) == 1]
-    named: dict[str, Entry] = {}
+    named: dict[str, OutputTensor] = {}
     for entry in entries(checkpoint, single, _by_component, placed=True):
         if entry.name in named:
             raise CheckpointError(
@@ -245,24 +245,24 @@ def _named(checkpoint: Checkpoint) -> dict[str, Entry]:
     return named
 
 
-def _by_component(found: Found, view: SourceView) -> Names:
+def _by_component(found: DetectedNetwork, view: SourceView) -> Renamed:
     shapes = found.shapes(view.shapes)
     return {name: (f"{found.component}.{name}", shape) for name, shape in shapes.items()}
 
 
-def _fit(ours: Mapping[str, Entry], theirs: Mapping[str, Entry], name: str) -> bool:
+def _fit(ours: Mapping[str, OutputTensor], theirs: Mapping[str, OutputTensor], name: str) -> bool:
     return ours[name].shape == theirs[name].shape
 
 
-def _bytes(entry: Entry) -> int:
+def _bytes(entry: OutputTensor) -> int:
     return sum(info.nbytes for info in entry.infos)
 
 
-def _without(ours: Iterable[str], theirs: Mapping[str, Entry]) -> tuple[str, ...]:
+def _without(ours: Iterable[str], theirs: Mapping[str, OutputTensor]) -> tuple[str, ...]:
     return tuple(sorted((name for name in ours if name not in theirs), key=_order))
 
 
-def _difference(name: str, ours: Entry, theirs: Entry) -> TensorDifference:
+def _difference(name: str, ours: OutputTensor, theirs: OutputTensor) -> TensorDifference:
     squares, distances, largest, changed = 0.0, 0.0, [0.0], False
     flat = (torch.split(_flat(entry.tensor()), _CHUNK) for entry in (ours, theirs))
     for chunks in zip(*flat, strict=True):

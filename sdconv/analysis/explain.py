@@ -21,7 +21,7 @@ from sdconv.fast.cpu.chosen import sizes
 from sdconv.fast.cpu.cost_model import choose
 from sdconv.fast.cpu.weight_cache import prepared
 from sdconv.fast.cpu.winograd import DOUBLED
-from sdconv.loading import BUILD
+from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 from sdconv.models.dummy_inputs import Noise, inputs_for
@@ -109,7 +109,7 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
         InputError: no size for this network.
     """
     with torch.device("meta"):
-        dry = BUILD[config.class_name](config).eval()
+        dry = build(config).eval()
     # one value stands for all: shapes, dtype and device are those of weights that were loaded
     network = meta_copy(dry)
     values = {name: torch.empty(()).expand(w.shape) for name, w in dry.state_dict().items()}

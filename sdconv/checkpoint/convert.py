@@ -1,10 +1,10 @@
-"""Whole checkpoints from one layout to the other, without holding them in memory."""
+"""Converts whole checkpoints from one layout to the other, without holding them in memory."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,47 +13,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from sdconv.checkpoint.identify.find import Found
+from sdconv.checkpoint.assemble import shapes_in
+from sdconv.checkpoint.identify.find import DetectedNetwork
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.source import TORCH_DTYPES
-from sdconv.checkpoint.io.stream import Entry, OnTensor, stream
+from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
+from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights
 from sdconv.checkpoint.save import LAYOUTS, original_tensors
 from sdconv.checkpoint.whole import (
-    COMPONENTS,
     Checkpoint,
-    Names,
-    Naming,
     Part,
+    Renamed,
+    Renaming,
     entries,
     left_over,
     opened,
 )
+from sdconv.config import Config
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError
-from sdconv.loading import BUILD, SourceView, Weights
 
 ORIGIN_KEY = "sdconv.original"
-"""Where a file in diffusers' layout keeps how its original differed from the usual one."""
+"""The metadata key for how the original of a file in diffusers' layout differed from the usual."""
 
 PREFIXES: Mapping[str, Mapping[str, str]] = {
     "original": {"unet": "model.diffusion_model.", "vae": "first_stage_model."},
     "diffusers": {"unet": "unet.", "vae": "vae."},
 }
-"""What stands before a component's names in a file of several."""
+"""The prefix of a component's names in a file of several components."""
+
+
+Build = Callable[[Config], nn.Module]
+"""Makes the network for a config, as ``sdconv.loading.build`` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
     """What was written.
 
-    ``moved``: tensors of each component that got the layout. ``dtypes``: torch's names of theirs.
-    ``carried``: tensors of anything else that are in the file as they were, by the first word of
-    their names (empty for those of one word). ``left_out``: likewise, those that a folder has no
-    place for.
+    ``moved``: the number of tensors of each component that are now in the layout. ``dtypes``:
+    torch's names of their dtypes. ``carried``: the number of other tensors that are in the file
+    unchanged, by the first word of their names (empty for names of one word). ``left_out``: the
+    same for those that are not part of any folder.
     """
 
     files: tuple[Path, ...]
@@ -70,40 +76,43 @@ def convert(
     layout: str,
     component: str | None = None,
     *,
+    build: Build,
     family: str | None = None,
     dtype: torch.dtype | None = None,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Converted:
-    """Writes a checkpoint in another layout; tensors pass through one after another.
+    """Writes a checkpoint in another layout, one tensor after another.
 
     VAE and U-Net get the layout's names and prefixes (``model.diffusion_model.`` and
-    ``first_stage_model.``, or ``unet.`` and ``vae.``; a network without a prefix keeps none, and
-    one that is alone in its file has none in diffusers' layout). What else a file holds keeps its
-    names and its bytes. From original to diffusers' layout and back is the same file again: names,
-    shapes, dtypes and values.
+    ``first_stage_model.``, or ``unet.`` and ``vae.``; a network without a prefix remains without,
+    and one that is alone in its file has none in diffusers' layout). All other tensors keep their
+    names and bytes. A file converted from the original to diffusers' layout and back is the same:
+    names, shapes, dtypes and values.
 
-    A pipeline's folder becomes one file. In the original layout CLIP text encoders stand where
-    original files of the U-Net's family have them, in OpenCLIP's layout where those have it;
-    any other component is carried over with its name before its tensors' names.
+    A pipeline's folder becomes one file. In the original layout, CLIP text encoders get the names
+    that original files of the U-Net's family use, and OpenCLIP's layout if those use it. Tensors of
+    any other component are carried over with the component's name as a prefix.
 
     Args:
         path: as for ``sdconv.load``, or the folder of a pipeline.
-        out: a name ending in ``.safetensors`` for one file. Any other is a folder, for diffusers'
-            layout only: ``vae/`` and ``unet/`` in it, each with its ``config.json``; what is
-            nothing but one network becomes one component's folder.
+        out: one file if the name ends in ``.safetensors``. Any other name is a folder, for
+            diffusers' layout only: it gets ``vae/`` and ``unet/``, each with its ``config.json``; a
+            checkpoint of nothing but one network becomes that component's folder.
         layout: ``"original"`` or ``"diffusers"``.
-        component: ``"vae"`` or ``"unet"`` for that one alone, without a prefix; None for all there
-            is.
-        family: the family, where shapes leave it open; it decides the configs that are written.
-        dtype: what the floating-point tensors of the components that move are stored in (a
-            folder's text encoders among them); None, and the rest always: as they are.
+        component: ``"vae"`` or ``"unet"`` for that one alone, without a prefix; None for
+            everything.
+        build: makes the network for a config, whose tensors are compared with the checkpoint's;
+            it is called on the meta device.
+        family: the family, if shapes leave it open; it decides the configs that are written.
+        dtype: for the floating-point tensors of the converted components, which include a folder's
+            text encoders; None keeps theirs. All other tensors always keep theirs.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
-        CheckpointError: something cannot be read as weights or written.
-        UnknownNetworkError: no network that sdconv knows, or two of one component.
-        WeightsMismatchError: a network lacks tensors, or has them in a wrong shape.
-        InputError: an argument has no such value.
+        CheckpointError: something cannot be read as weights, or not be written.
+        UnknownNetworkError: there is no network that sdconv knows, or two of one component.
+        WeightsMismatchError: tensors of a network are missing or of the wrong shape.
+        InputError: an argument has a value that is not allowed.
 
     Warns:
         SdconvWarning: the family is open, and a config was written for one.
@@ -111,7 +120,7 @@ def convert(
     out, is_file = output_path(out)
     if layout not in LAYOUTS:
         raise InputError(
-            "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
+            "unknown layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
         )
     if layout == "original" and not is_file:
         raise InputError(
@@ -124,7 +133,7 @@ def convert(
         checkpoint = opened(path, stack, component)
         known = _identified(checkpoint, component, family)
         for network in known:
-            _check(network)
+            _check(network, build)
         job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor)
         return job.to_file(out) if is_file else job.to_folders(out)
 
@@ -137,8 +146,8 @@ class _Known:
     one: Identified
 
     @property
-    def is_told(self) -> bool:
-        """Whether its config was written beside it, not read from shapes."""
+    def has_given_config(self) -> bool:
+        """Whether the checkpoint contains its config, which is then not inferred from shapes."""
         source = self.part.view.source
         return source.config is not None or CONFIG_KEY in source.metadata
 
@@ -157,25 +166,25 @@ def _identified(checkpoint: Checkpoint, component: str | None, family: str | Non
         raise UnknownNetworkError(
             "no network that sdconv knows",
             where=checkpoint.label,
-            expected="a folder with vae/ or unet/ in it",
+            expected="a folder that contains vae/ or unet/",
             got=", ".join(part.name for part in checkpoint.parts) or "no folder with weights",
         )
     return known
 
 
-def _check(known: _Known) -> None:
-    """Refuses a network that lacks tensors, or has them in another shape or as integers; what is
-    unexpected is carried over."""
+def _check(known: _Known, build: Build) -> None:
+    """Refuses a network with tensors that are missing, of the wrong shape or integers; unexpected
+    tensors are carried over."""
     with torch.device("meta"):
-        blank = BUILD[known.one.found.kind](known.one.config).state_dict()
-    view, wanted = known.part.view, {name: tuple(one.shape) for name, one in blank.items()}
+        wanted = shapes_in(build(known.one.config))
+    view = known.part.view
     found = fit(known.one, view.shapes, view.dtype, wanted)
     replace(found, unexpected=()).check(known.one, view.source.label)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be written, of what."""
+    """A checkpoint, and how it is to be written."""
 
     checkpoint: Checkpoint
     known: Sequence[_Known]
@@ -195,17 +204,19 @@ class _Job:
             metadata = self.checkpoint.parts[0].view.source.metadata
             if self.layout == "original":
                 metadata.pop(ORIGIN_KEY, None)
-        # as in what sdconv.save writes, where there is one network; else as far as it was told
-        told = [n.one for n in self.known if n.is_told or self.family or self.is_alone]
+        # A single network gets its config, as in what sdconv.save writes. Of several networks,
+        # those whose config or family was given get one.
+        complete = self.family is not None or self.is_alone
+        described = [known.one for known in self.known if complete or known.has_given_config]
         # by name, so that a file converted there and back has the same bytes
-        told.sort(key=lambda one: one.component)
-        configs = {one.component: one.config.to_json() for one in told}
+        described.sort(key=lambda one: one.component)
+        configs = {one.component: one.config.to_json() for one in described}
         if configs:
             alone = len(self.known) == 1
             metadata[CONFIG_KEY] = json.dumps(next(iter(configs.values())) if alone else configs)
         if names.origins:
             metadata[ORIGIN_KEY] = json.dumps(names.origins)
-        for one in told:
+        for one in described:
             warn_if_open(one)
         stream(written, out, metadata, dtype=self.dtype, on_tensor=self.on_tensor)
         return self._summary([out], written)
@@ -241,12 +252,15 @@ class _Job:
             for name in part.view.shapes
         )
 
-    def _entries(self, naming: Naming, *, placed: bool) -> list[Entry]:
+    def _entries(self, renaming: Renaming, *, placed: bool) -> list[OutputTensor]:
         networks = [(network.part, network.one.found) for network in self.known]
-        return entries(self.checkpoint, networks, naming, placed=placed)
+        return entries(self.checkpoint, networks, renaming, placed=placed)
 
     def _summary(
-        self, files: list[Path], written: Sequence[Entry], left_out: Mapping[str, int] | None = None
+        self,
+        files: list[Path],
+        written: Sequence[OutputTensor],
+        left_out: Mapping[str, int] | None = None,
     ) -> Converted:
         moved = [(entry, entry.component) for entry in written if entry.component is not None]
         return Converted(
@@ -264,21 +278,23 @@ def _torch_name(dtype: str) -> str:
     return str(TORCH_DTYPES.get(dtype, dtype)).removeprefix("torch.")
 
 
-def _canonical(found: Found, view: SourceView) -> Names:
+def _canonical(found: DetectedNetwork, view: SourceView) -> Renamed:
     return {name: (name, shape) for name, shape in found.shapes(view.shapes).items()}
 
 
 class _FileNames:
-    """The names in a single file of one layout. ``origins``: what was unusual about the originals,
-    by component."""
+    """The names in a single file of one layout.
+
+    ``origins``: by component, how the original's names and shapes differed from the usual ones.
+    """
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._configs = {network.one.component: network.one.config for network in job.known}
         self.origins: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, found: Found, view: SourceView) -> Names:
-        """As ``whole.Naming``."""
+    def __call__(self, found: DetectedNetwork, view: SourceView) -> Renamed:
+        """The new names and shapes, as ``whole.Renaming`` asks for them."""
         prefix = self._prefix(found)
         if found.layout == self._job.layout and not self._job.checkpoint.is_pipeline:
             kept = found.prefix if self._job.component is None else ""
@@ -293,7 +309,7 @@ class _FileNames:
             self._remember(found, view, usual)
         return {name: (prefix + name, shape) for name, shape in found.shapes(view.shapes).items()}
 
-    def _prefix(self, found: Found) -> str:
+    def _prefix(self, found: DetectedNetwork) -> str:
         if self._job.component is not None or (
             not self._job.checkpoint.is_pipeline
             and (not found.prefix or (self._job.is_alone and self._job.layout == "diffusers"))
@@ -301,7 +317,7 @@ class _FileNames:
             return ""
         return PREFIXES[self._job.layout][found.component]
 
-    def _original(self, found: Found, view: SourceView) -> Names:
+    def _original(self, found: DetectedNetwork, view: SourceView) -> Renamed:
         """diffusers' name -> name and shape in the usual original layout, without prefix."""
         shapes = found.shapes(view.shapes)
         blank = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -309,7 +325,7 @@ class _FileNames:
         pairs = zip(blank, made.items(), strict=True)
         return {name: (original, tuple(one.shape)) for name, (original, one) in pairs}
 
-    def _remember(self, found: Found, view: SourceView, usual: Names) -> None:
+    def _remember(self, found: DetectedNetwork, view: SourceView, usual: Renamed) -> None:
         own = {k: (v.removeprefix(found.prefix), view.shapes[v]) for k, v in found.names.items()}
         self.origins[found.component] = {
             "prefix": found.prefix if self._job.component is None else "",
@@ -323,7 +339,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return prod(shape)
 
 
-def _remembered(component: str, view: SourceView, usual: Names, prefix: str) -> Names:
+def _remembered(component: str, view: SourceView, usual: Renamed, prefix: str) -> Renamed:
     """Names and shapes in the original layout: the usual ones, or those that the file once had."""
     text = view.source.metadata.get(ORIGIN_KEY, "{}")
     try:

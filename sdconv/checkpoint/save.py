@@ -1,16 +1,18 @@
-"""A network to files, in either layout."""
+"""Writes a network to files, in either layout."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdconv.checkpoint.identify.find import is_vae_projection
 from sdconv.checkpoint.io.write import CONFIG_KEY, output_path, write_folder, write_tensors
-from sdconv.checkpoint.keys.unet import UNetKeys, keys_of_canonical
-from sdconv.checkpoint.keys.vae import FLUX2_RULES, VAE_RULES, KeyMap, tiny_original
+from sdconv.checkpoint.keys.keymap import KeyMap
+from sdconv.checkpoint.keys.unet import keys_of_canonical
+from sdconv.checkpoint.keys.vae import FLUX2_RULES, TINY_KEYS, VAE_RULES, vae_keys
 from sdconv.config import (
     AutoencoderKLFlux2Config,
     AutoencoderTinyConfig,
@@ -18,38 +20,39 @@ from sdconv.config import (
     UNet2DConditionConfig,
 )
 from sdconv.errors import InputError
-from sdconv.models.base import Network
 
 LAYOUTS = ("diffusers", "original")
 
 
-def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Path]:
-    """Writes a network's weights; opening them again gives the same tensors and the same config.
+def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[Path]:
+    """Writes a network's weights; loading them again gives the same tensors and the same config.
 
     Args:
         model: one of sdconv's networks.
-        path: a name that ends in ``.safetensors`` for a single file, which then carries the config
-            in its metadata; any other is a folder, written as diffusers keeps a component
-            (``layout="diffusers"`` only). No other kind of file is written.
+        path: a single file if the name ends in ``.safetensors``; its metadata then holds the
+            config. Any other name is a folder in diffusers' form (``layout="diffusers"`` only). No
+            other kind of file is written.
         layout: ``"diffusers"``, or ``"original"`` for the names of the original implementation,
-            without a prefix. A tiny autoencoder's original layout is one file with ``encoder.`` and
-            ``decoder.`` before its layers.
+            without a prefix. A tiny autoencoder's original layout is one file with the prefixes
+            ``encoder.`` and ``decoder.``.
 
     Returns:
-        The files written. A file stands under its name only once it is complete.
+        The files written. A file gets its name only once it is complete.
 
     Raises:
-        InputError: not a network of sdconv's, or one without values (on the meta device), an
-            unknown layout, no path or one for another kind of file, or a folder in the original
-            layout.
+        InputError: the model is not a network of sdconv's or has no values (on the meta device),
+            the layout is unknown, the path is for another kind of file, or it is a folder and the
+            layout is the original one.
         CheckpointError: the path cannot be written.
     """
     out, is_file = output_path(path)
     if layout not in LAYOUTS:
         raise InputError(
-            "no such layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
+            "unknown layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
         )
-    if not issubclass(type(model), Network):
+    # not getattr: torch.compile's wrapper has its network's attributes, but other tensor names
+    config = vars(model).get("config") if isinstance(model, nn.Module) else None
+    if not isinstance(config, Config):
         raise InputError(
             "not a network of sdconv's",
             where="model",
@@ -65,38 +68,30 @@ def save(model: Network, path: str | Path, layout: str = "diffusers") -> list[Pa
                 expected="a name that ends in .safetensors",
                 got=out.name,
             )
-        return write_folder(tensors, model.config, out)
+        return write_folder(tensors, config, out)
     if layout == "original":
-        tensors = original_tensors(tensors, model.config)
-    # one entry only: safetensors writes several in any order, and the same network should
-    # give the same bytes
-    write_tensors(tensors, out, {CONFIG_KEY: json.dumps(model.config.to_json())})
+        tensors = original_tensors(tensors, config)
+    # A single entry: safetensors writes several in any order, and the same network should give the
+    # same bytes.
+    write_tensors(tensors, out, {CONFIG_KEY: json.dumps(config.to_json())})
     return [out]
 
 
 def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """A network's tensors by the original layout's names, attention projections as 1x1
+    """A network's tensors by the original layout's names, with attention projections as 1x1
     convolutions.
 
     Args:
-        tensors: by diffusers' names, every one of which is known.
+        tensors: by diffusers' names.
         config: the network's.
 
     Raises:
-        InputError: the layout has no name for one.
+        InputError: the layout has no name for one of them.
     """
-    if isinstance(config, AutoencoderTinyConfig):
-        halves = {tiny_original(name): tensor for name, tensor in tensors.items()}
-        return {".".join(name): tensor for name, tensor in halves.items() if name}
-    keymap: KeyMap | UNetKeys
-    if isinstance(config, UNet2DConditionConfig):
-        keymap = keys_of_canonical(tensors)
-    else:
-        rules = FLUX2_RULES if isinstance(config, AutoencoderKLFlux2Config) else VAE_RULES
-        keymap = KeyMap(rules, len(config["block_out_channels"]))
+    keys = _keys(tensors, config)
     result = {}
     for name, tensor in tensors.items():
-        original = keymap.original(name)
+        original = keys.original(name)
         if original is None or original in result:
             raise InputError(
                 "the original layout has no name for a tensor of this network",
@@ -106,3 +101,12 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
             )
         result[original] = tensor[:, :, None, None] if is_vae_projection(name) else tensor
     return result
+
+
+def _keys(names: Collection[str], config: Config) -> KeyMap:
+    if isinstance(config, AutoencoderTinyConfig):
+        return TINY_KEYS
+    if isinstance(config, UNet2DConditionConfig):
+        return keys_of_canonical(names)
+    rules = FLUX2_RULES if isinstance(config, AutoencoderKLFlux2Config) else VAE_RULES
+    return vae_keys(len(config["block_out_channels"]), rules)

@@ -1,6 +1,6 @@
-"""Everything that a checkpoint holds, as one list of tensors under the names that are asked for.
+"""Everything in a checkpoint, as one list of tensors with the names that are asked for.
 
-A checkpoint is a file of one network or of a whole model, or the folder of a pipeline, whose
+A checkpoint is a file with one network or with a whole model, or the folder of a pipeline, whose
 subfolders are its parts.
 """
 
@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from sdconv.checkpoint.identify.find import Found, find_networks
-from sdconv.checkpoint.io.files import os_errors, read_json
-from sdconv.checkpoint.io.folder import components_in, is_pipeline
-from sdconv.checkpoint.io.source import open_source
-from sdconv.checkpoint.io.stream import Entry
+from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.io.files import read_json
+from sdconv.checkpoint.io.folder import Folder, folder_at
+from sdconv.checkpoint.io.source import open_files, open_folder
+from sdconv.checkpoint.io.stream import OutputTensor
 from sdconv.checkpoint.keys.clip import TRANSPOSED, long_name, open_clip_names
-from sdconv.loading import SourceView, Weights, pipeline_parts
-
-COMPONENTS = ("unet", "vae")
-"""What has names of its own in both layouts."""
+from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights, network_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +32,9 @@ class Part:
         pieces: Sequence[str],
         shape: tuple[int, ...] | None = None,
         component: str | None = None,
-    ) -> Entry:
-        """A tensor made of this part's tensors, in the first one's shape where none is given."""
-        return Entry(
+    ) -> OutputTensor:
+        """A tensor made of this part's tensors; its shape is the first one's if none is given."""
+        return OutputTensor(
             name=name,
             shape=self.view.shapes[pieces[0]] if shape is None else shape,
             pieces=tuple(self.view.home(piece) for piece in pieces),
@@ -58,20 +54,20 @@ class Checkpoint:
         """Whether its parts are the components of a pipeline."""
         return any(part.name for part in self.parts)
 
-    def networks(self) -> Iterator[tuple[Part, Found]]:
-        """What sdconv knows in it, with where it is; of a pipeline, in the folders that are named
-        for it."""
+    def networks(self) -> Iterator[tuple[Part, DetectedNetwork]]:
+        """The networks that sdconv knows, with the part that holds each; in a pipeline, only those
+        in the folder of their component."""
         for part in self.parts:
             if part.name in ("", *COMPONENTS):
-                for found in find_networks(part.view.shapes, part.view.source.label):
+                for found in part.view.networks:
                     if part.name in ("", found.component):
                         yield part, found
 
 
-Names = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Of a network, diffusers' name of each tensor -> the name and the shape that it is to have."""
+Renamed = Mapping[str, tuple[str, tuple[int, ...]]]
+"""diffusers' name of each tensor of a network -> its new name and shape."""
 
-Naming = Callable[[Found, SourceView], Names]
+Renaming = Callable[[DetectedNetwork, SourceView], Renamed]
 
 
 def opened(path: Weights, stack: ExitStack, component: str | None = None) -> Checkpoint:
@@ -79,64 +75,60 @@ def opened(path: Weights, stack: ExitStack, component: str | None = None) -> Che
 
     Args:
         path: as for ``sdconv.load``, or the folder of a pipeline.
-        component: the only one of a pipeline's that is opened; None for all.
+        component: the only component of a pipeline to open; None for all.
 
     Raises:
-        CheckpointError: something cannot be read as weights. InputError: ``path`` is no path.
+        CheckpointError: something cannot be read as weights.
+        InputError: ``path`` is not a path.
     """
-    if isinstance(path, str | Path) and _is_pipeline(Path(path)):
+    folder = folder_at(path)
+    if folder is None:
+        source = stack.enter_context(open_files(path))
+    elif folder.is_pipeline or network_folders(folder):
         parts = tuple(
-            Part(name=name, view=SourceView(stack.enter_context(open_source(folder))))
-            for name, folder in _components(Path(path)).items()
+            Part(name=name, view=SourceView(stack.enter_context(open_folder(one))))
+            for name, one in _listed_components(folder).items()
             if component in (None, name)
         )
-        return Checkpoint(label=str(path), parts=parts)
-    source = stack.enter_context(open_source(path))
+        return Checkpoint(label=str(folder.path), parts=parts)
+    else:
+        source = stack.enter_context(open_folder(folder))
     return Checkpoint(label=source.label, parts=(Part(name="", view=SourceView(source)),))
 
 
-def _is_pipeline(path: Path) -> bool:
-    with os_errors(path):
-        is_folder = path.is_dir()
-    return is_folder and (is_pipeline(path) or bool(pipeline_parts(path)))
-
-
-def _components(folder: Path) -> dict[str, Path]:
-    """The folders with weights, as far as the pipeline's index, if there is one, lists them."""
-    found = components_in(folder)
-    index = folder / "model_index.json"
-    with os_errors(index):
-        there = index.exists()
-    listed = read_json(index) if there else found
-    return {name: path for name, path in found.items() if name in listed}
+def _listed_components(folder: Folder) -> dict[str, Folder]:
+    """The folders with weights, except those that the pipeline's index leaves out."""
+    if not folder.is_pipeline:
+        return folder.components
+    listed = read_json(folder.path / "model_index.json")
+    return {name: one for name, one in folder.components.items() if name in listed}
 
 
 def entries(
     checkpoint: Checkpoint,
-    networks: Iterable[tuple[Part, Found]],
-    naming: Naming,
+    networks: Iterable[tuple[Part, DetectedNetwork]],
+    renaming: Renaming,
     *,
     placed: bool,
-) -> list[Entry]:
-    """Every tensor of a checkpoint once: those of ``networks`` renamed, the rest as they are.
+) -> list[OutputTensor]:
+    """Every tensor of a checkpoint once: those of ``networks`` renamed, the others unchanged.
 
-    Of a pipeline, the rest has its component's name before it (``safety_checker.``); text encoders
-    get the names and the layout that they have in original files, if ``placed``.
+    The other tensors of a pipeline have their component's name as a prefix (``safety_checker.``).
 
     Args:
         checkpoint: open.
         networks: those to rename.
-        naming: gives their names and shapes.
-        placed: whether text encoders are put where original files have them.
+        renaming: gives their names and shapes.
+        placed: whether text encoders get the names and the layout that original files use.
     """
     networks = list(networks)
     places = _text_places(networks, checkpoint.parts) if placed else {}
-    result: list[Entry] = []
+    result: list[OutputTensor] = []
     for part in checkpoint.parts:
         taken: set[str] = set()
         for found in (found for home, found in networks if home is part):
             taken |= set(found.names.values())
-            for canonical, (name, shape) in naming(found, part.view).items():
+            for canonical, (name, shape) in renaming(found, part.view).items():
                 place = found.names[canonical]
                 result.append(part.entry(name, [place], shape, found.component))
         text = _text(part, places[part.name]) if part.name in places else []
@@ -146,9 +138,9 @@ def entries(
     return result
 
 
-def left_over(found: Iterable[Entry]) -> dict[str, int]:
-    """How many tensors are of no known component, by the first word of their names; those with one
-    word stand together under an empty one."""
+def left_over(found: Iterable[OutputTensor]) -> dict[str, int]:
+    """The number of tensors that belong to no known component, by the first word of their names;
+    names of a single word are counted under the empty string."""
     counts: dict[str, int] = {}
     for entry in found:
         if entry.component is None:
@@ -159,7 +151,7 @@ def left_over(found: Iterable[Entry]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _TextPlace:
-    """Where an original file has a text encoder, and whether in OpenCLIP's layout."""
+    """The prefix of a text encoder in an original file, and whether it has OpenCLIP's layout."""
 
     prefix: str
     is_open_clip: bool
@@ -177,9 +169,9 @@ _TEXT_PLACES: Mapping[str, Mapping[str, _TextPlace]] = {
 
 
 def _text_places(
-    networks: Sequence[tuple[Part, Found]], parts: Sequence[Part]
+    networks: Sequence[tuple[Part, DetectedNetwork]], parts: Sequence[Part]
 ) -> Mapping[str, _TextPlace]:
-    """By component, where text encoders go, which the U-Net beside them decides."""
+    """Where each text encoder goes, by component; the pipeline's U-Net decides that."""
     for part, found in networks:
         if found.component == "unet" and part.name:
             if "add_embedding.linear_1.weight" in found.names:
@@ -191,8 +183,8 @@ def _text_places(
     return {}
 
 
-def _text(part: Part, place: _TextPlace) -> list[Entry]:
-    """A CLIP text encoder's tensors in the place of an original file; none where it is no such
+def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
+    """A CLIP text encoder's tensors as an original file has them; empty if it is not such an
     encoder."""
     made = open_clip_names(part.view.shapes)
     if made is None:
@@ -214,7 +206,7 @@ def _text(part: Part, place: _TextPlace) -> list[Entry]:
 
 
 def _joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape of tensors whose rows follow each other; None where they do not fit."""
+    """The shape of tensors concatenated along their rows; None if they do not fit."""
     if not all(shapes) or len({shape[1:] for shape in shapes}) > 1:
         return None
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])

@@ -61,6 +61,7 @@ def convert(
       sdconv convert v1-5-pruned-emaonly.safetensors vae/ --layout diffusers --component vae
     """
     from sdconv.checkpoint.convert import convert as write
+    from sdconv.loading import build
 
     check_output(out, force, paths)
     with reading("writing") as progress:
@@ -69,6 +70,7 @@ def convert(
             out,
             layout.value,
             component,
+            build=build,
             family=family,
             dtype=None if dtype is None else dtype.in_torch(),
             on_tensor=progress,

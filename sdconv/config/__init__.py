@@ -1,5 +1,4 @@
-"""What a checkpoint decides, as frozen dataclasses, and the facts of the field that no checkpoint
-carries."""
+"""The networks' configs as frozen dataclasses, and the facts that no checkpoint contains."""
 
 from sdconv.config.autoencoders import (
     AutoencoderKLConfig,

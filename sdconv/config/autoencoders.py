@@ -1,4 +1,4 @@
-"""Configurations of the autoencoders."""
+"""The autoencoders' configs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sdconv.config.facts import NORM_NUM_GROUPS
 class AutoencoderKLConfig(Config):
     """The VAE of Stable Diffusion 1, 2, XL, 3, of FLUX.1 and of the x4 upscaler.
 
-    ``scaling_factor``, ``shift_factor``: a diffusion model sees ``(latents - shift_factor) *
-    scaling_factor``. ``sample_size``: side in pixels of the pictures it was trained for.
-    ``force_upcast``: it overflows in float16.
+    ``scaling_factor``, ``shift_factor``: a diffusion model's input is ``(latents - shift_factor) *
+    scaling_factor``. ``sample_size``: side of the training images, in pixels. ``force_upcast``: it
+    overflows in float16.
     """
 
     class_name: ClassVar[str] = "AutoencoderKL"
-    # defaults of diffusers.AutoencoderKL.__init__, where older files were silent
+    # defaults of diffusers.AutoencoderKL.__init__, for fields that older files do not have
     assumed: ClassVar[Mapping[str, Any]] = {
         "in_channels": 3,
         "out_channels": 3,
@@ -88,16 +88,16 @@ class AutoencoderKLConfig(Config):
 
     @property
     def decoder_channels(self) -> tuple[int, ...]:
-        """The decoder's channels, level 0 (the picture's size) first."""
+        """The decoder's channels, beginning with level 0 (the image's size)."""
         return self.block_out_channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLFlux2Config(Config):
-    """The VAE of FLUX.2: 32 channels, and batch-norm statistics in place of a scaling factor.
+    """The VAE of FLUX.2: 32 channels, and batch-norm statistics instead of a scaling factor.
 
-    A diffusion model sees 2x2 patches of latents, normalised by ``bn`` (``batch_norm_eps``, no
-    affine part).
+    A diffusion model's input is 2x2 patches of latents, normalised by ``bn`` (``batch_norm_eps``,
+    no affine part).
     """
 
     class_name: ClassVar[str] = "AutoencoderKLFlux2"
@@ -165,7 +165,7 @@ class AutoencoderKLFlux2Config(Config):
 
     @property
     def decoder_channels(self) -> tuple[int, ...]:
-        """The decoder's channels, level 0 (the picture's size) first."""
+        """The decoder's channels, beginning with level 0 (the image's size)."""
         return self.decoder_block_out_channels or self.block_out_channels
 
 
@@ -173,11 +173,11 @@ class AutoencoderKLFlux2Config(Config):
 class AutoencoderTinyConfig(Config):
     """TAESD and its relatives: a plain stack of convolutions and three-convolution residual blocks.
 
-    ``num_encoder_blocks`` and ``num_decoder_blocks`` count the residual blocks of each stage,
-    ``()`` where that half is absent. ``encoder_stem_channels``: channels of strided convolutions
-    before the first stage (TAESANA's ``(32, 64)``), ``()`` for the plain 3x3 stem.
-    ``use_midblock_gn``: the stage next to the latents adds a pooled GroupNorm branch to each block
-    (TAEF2). The last two have no counterpart in diffusers.
+    ``num_encoder_blocks``, ``num_decoder_blocks``: residual blocks in each stage; ``()`` without
+    that half. ``encoder_stem_channels``: channels of the strided convolutions before the first
+    stage (TAESANA's ``(32, 64)``); ``()`` for the plain 3x3 stem. ``use_midblock_gn``: the stage
+    next to the latents adds a pooled GroupNorm branch to each block (TAEF2). diffusers does not
+    have the last two.
     """
 
     class_name: ClassVar[str] = "AutoencoderTiny"
@@ -245,7 +245,7 @@ class AutoencoderTinyConfig(Config):
 
     @property
     def block_out_channels(self) -> tuple[int, ...]:
-        # diffusers' pipelines read the downscaling from this field's length
+        # diffusers' pipelines derive the downscaling from this field's length
         return self.decoder_block_out_channels or self.encoder_block_out_channels
 
     @property

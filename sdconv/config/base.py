@@ -1,9 +1,7 @@
-"""What every configuration has in common: fields by attribute and by key, and ``config.json`` both
-ways.
+"""The base of every config: fields by attribute and by key, read from and written to JSON.
 
-Field names are diffusers', so that a config reads the same on both sides. A field has no default
-when weights
-decide it: leaving one out is a ``TypeError``, not a guess.
+Field names are diffusers', so that a config reads the same in both libraries. A field that depends
+on the weights has no default: leaving it out is a ``TypeError``, not a guess.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from sdconv.errors import CheckpointError, SdconvWarning
 
@@ -30,17 +28,17 @@ class Config(Mapping[str, Any]):
     """
 
     class_name: ClassVar[str]
-    # what diffusers assumes where an old config.json says nothing
+    # diffusers' defaults for fields that an old config.json does not have
     assumed: ClassVar[Mapping[str, Any]] = {}
-    # keys of a config.json that have one value in the networks built here; another value is refused
+    # keys of a config.json with only one value that sdconv can build; any other is refused
     constant: ClassVar[Mapping[str, Any]] = {}
-    # keys of a config.json that follow from other fields
+    # keys of a config.json that are determined by other fields
     derived: ClassVar[frozenset[str]] = frozenset()
-    # keys of a config.json that this network has no use for, whatever they say
+    # keys of a config.json that this network does not use, with any value
     unused: ClassVar[frozenset[str]] = frozenset()
-    # fields that no tensor's shape tells
+    # fields that cannot be inferred from shapes
     beyond_shapes: ClassVar[frozenset[str]] = frozenset()
-    # fields unknown to diffusers, which are written only where they say something
+    # fields that diffusers does not have; they are written only if they differ from the default
     extensions: ClassVar[frozenset[str]] = frozenset()
 
     def __getitem__(self, key: str) -> Any:
@@ -55,8 +53,13 @@ class Config(Mapping[str, Any]):
         return len(self._keys())
 
     def _keys(self) -> list[str]:
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return names + sorted(self.derived | set(self.constant))
+        return self.field_names() + sorted(self.derived | set(self.constant))
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The names of the dataclass's fields."""
+        # the subclasses are dataclasses, which the type checker cannot know here
+        return [field.name for field in dataclasses.fields(cast(Any, cls))]
 
     def __getattr__(self, name: str) -> Any:
         if name in type(self).constant:
@@ -79,8 +82,11 @@ class Config(Mapping[str, Any]):
             where: the file's name, for messages.
 
         Raises:
-            CheckpointError: a field is missing, of the wrong type, or asks for something this
-            network has not.
+            CheckpointError: a field is missing, of the wrong type, or has a value that sdconv does
+                not build.
+
+        Warns:
+            SdconvWarning: there are unknown fields, which are ignored.
         """
         given = {k: v for k, v in content.items() if not k.startswith("_")}
         for key, value in cls.constant.items():
@@ -90,13 +96,13 @@ class Config(Mapping[str, Any]):
                     where=where,
                     expected=f"{key} = {value!r}",
                     got=repr(given[key]),
-                    hint="sdconv does not build this variant; use diffusers for it",
+                    hint="sdconv does not build this variant; use diffusers",
                 )
-        fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        fields = set(cls.field_names())
         unknown = set(given) - fields - set(cls.constant) - cls.derived - cls.unused
         if unknown:
             warnings.warn(
-                f"{where}: unknown fields are passed over: {', '.join(sorted(unknown))}",
+                f"{where}: unknown fields are ignored: {', '.join(sorted(unknown))}",
                 SdconvWarning,
                 stacklevel=2,
             )
@@ -109,7 +115,7 @@ class Config(Mapping[str, Any]):
                     where=where,
                     expected=str(hints[key]).removeprefix("<class '").removesuffix("'>"),
                     got=repr(given[key])[:80],
-                    hint="remove config.json: the config is then read from the weights' shapes",
+                    hint="remove config.json: the config is then inferred from the weights' shapes",
                 )
         missing = fields - set(values)
         if missing:
@@ -118,7 +124,7 @@ class Config(Mapping[str, Any]):
                 where=where,
                 expected=f"the fields of {cls.class_name}",
                 got=", ".join(sorted(given)) or "none",
-                hint="remove config.json: the config is then read from the weights' shapes",
+                hint="remove config.json: the config is then inferred from the weights' shapes",
             )
         try:
             config = cls(**{k: _frozen(v) for k, v in values.items()})
@@ -126,17 +132,17 @@ class Config(Mapping[str, Any]):
             raise CheckpointError(
                 f"config.json does not describe a {cls.class_name}: {error}",
                 where=where,
-                hint="remove config.json: the config is then read from the weights' shapes",
+                hint="remove config.json: the config is then inferred from the weights' shapes",
             ) from error
         for key in sorted((cls.derived - cls.unused) & set(given)):
             if _frozen(given[key]) != config[key]:
                 raise CheckpointError(
                     f"config.json contradicts itself in {key}",
                     where=where,
-                    expected=f"{config[key]!r}, which follows from its other fields",
+                    expected=f"{config[key]!r}, according to its other fields",
                     got=repr(given[key])[:80],
-                    hint=f"if the weights are of this network, remove {key} from config.json; "
-                    "otherwise use diffusers for it",
+                    hint=f"if the weights belong to this network, remove {key} from config.json; "
+                    "otherwise use diffusers",
                 )
         return config
 
@@ -146,7 +152,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotation's type; a whole number is a float too, NaN is none."""
+    """Whether a value has an annotation's type; an int is a float too, NaN and infinity are not."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -161,18 +167,26 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def check_positive(**named: Any) -> None:
-    """Refuses what is not a positive int or a non-empty tuple of them; ``bool`` is no int here."""
+    """Checks that each value is a positive int or a non-empty tuple of them; a bool is not an int.
+
+    Raises:
+        ValueError: one is not.
+    """
     for name, value in named.items():
         items = value if isinstance(value, tuple) else (value,)
         if not items or any(type(item) is not int or item < 1 for item in items):
             raise ValueError(f"{name} = {value!r} is not made of positive integers")
-        # far beyond any network, and far below what would take for ever to build
+        # far more than any network has, and far less than what would take forever to build
         if len(items) > MOST_LEVELS or max(items) > WIDEST:
             raise ValueError(f"{name} has a number or a length that no network has")
 
 
 def check_layers(**named: Any) -> None:
-    """Refuses what is no count of layers: an int from 0 to 64, or a tuple of them."""
+    """Checks that each value is a number of layers, from 0 to 64, or a tuple of them.
+
+    Raises:
+        ValueError: one is not.
+    """
     for name, value in named.items():
         items = value if isinstance(value, tuple) else (value,)
         if any(type(item) is not int or not 0 <= item <= MOST_LAYERS for item in items):
@@ -180,6 +194,11 @@ def check_layers(**named: Any) -> None:
 
 
 def check_divisible(channels: tuple[int, ...], groups: int) -> None:
+    """Checks that each number of channels can be split into groups.
+
+    Raises:
+        ValueError: one cannot.
+    """
     for count in channels:
         if count % groups:
             raise ValueError(f"{count} channels cannot be split into {groups} normalisation groups")

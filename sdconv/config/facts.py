@@ -1,4 +1,4 @@
-"""Facts of the field that no checkpoint carries, each once, with its source."""
+"""Facts that no checkpoint contains, each with its source."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from dataclasses import dataclass
 # GroupNorm, in every network of the family: 32 groups (ldm/modules/diffusionmodules/model.py,
 # `Normalize`).
 NORM_NUM_GROUPS = 32
-# eps of every GroupNorm in the VAE and of the transformers' input norm (same function).
+# eps of every GroupNorm in the VAE and of the transformers' input norm (the same function).
 VAE_NORM_EPS = 1e-6
 # eps of the U-Net's ResNet blocks and of its output norm (torch's default, `normalization` in ldm's
 # util.py).
 UNET_NORM_EPS = 1e-5
 
-# Width of an embedded size or position in SDXL (`addition_time_embed_dim`), in every known family,
-# and the fewest of them (the refiner's).
+# Width of an embedded size or position in every known family of SDXL (`addition_time_embed_dim`),
+# and the smallest number of them (the refiner's).
 ADDED_TIME_DIM = 256
 FEWEST_ADDED_TIMES = 5
-# Width of unCLIP's picture, by CLIP L or H, with its noise level embedded as wide beside it
+# Width of unCLIP's image embedding, by CLIP L or H, plus an equally wide one of its noise level
 # (`projection_class_embeddings_input_dim` in diffusers/stable-diffusion-2-1-unclip-i2i-l and
 # stabilityai/stable-diffusion-2-1-unclip).
 UNCLIP_WIDTHS = frozenset({2 * 768, 2 * 1024})
 
-# The noise that Stable Diffusion 1, 2 and XL were trained with: over these timesteps the roots of
-# beta rise evenly between the roots of these two (`linear_start`, `linear_end` in their configs;
-# `make_beta_schedule` in ldm's util.py).
+# The noise schedule of Stable Diffusion 1, 2 and XL: over these timesteps, the square root of beta
+# rises linearly between the square roots of these two (`linear_start` and `linear_end` in their
+# configs; `make_beta_schedule` in ldm's util.py).
 TRAIN_TIMESTEPS = 1000
 BETAS = (0.00085, 0.012)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeFacts:
-    """What a VAE's shapes cannot tell; ``source`` is the ``vae/config.json`` of the model named
-    there."""
+    """What a VAE's shapes do not show; ``source``: the model whose ``vae/config.json`` has it."""
 
     latent_channels: int
     scaling_factor: float

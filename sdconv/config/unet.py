@@ -1,4 +1,4 @@
-"""Configuration of the U-Net."""
+"""The U-Net's config, and the facts that its shapes do not show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
 CROSS_MID, MID = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 
-# transformers of one level: their depth, or the depth of each layer's where those differ
+# the depth of a level's transformers: one number, or one for each layer
 Depths = int | tuple[int, ...]
 
 
@@ -22,12 +22,13 @@ class UNet2DConditionConfig(Config):
     """The U-Net of Stable Diffusion 1, 2, XL, of the x4 upscaler, and of what was distilled from
     them.
 
-    Levels are counted from the sample's own size (0) to the smallest map. A tuple has one entry for
-    each level; one number stands for all of them. ``attention_head_dim`` is the number of heads:
-    diffusers' name for it is a historical slip. ``transformer_layers_per_block``: how many blocks a
-    transformer has; ``reverse_transformer_layers_per_block``: the same for the way up, smallest map
-    first, where it is no mirror of the way down. ``only_cross_attention``: both attentions of a
-    block look at the text. ``sample_size``: rows and columns of a pipeline's default latents.
+    Level 0 has the sample's own size, the last level the smallest feature map. A tuple has an entry
+    for each level; a single number applies to all levels. ``attention_head_dim``: the number of
+    heads, despite diffusers' name. ``transformer_layers_per_block``: blocks in a transformer;
+    ``reverse_transformer_layers_per_block``: the same for the up path, beginning with the smallest
+    feature map, if it does not mirror the down path. ``only_cross_attention``: both attentions of a
+    block read the prompt embedding. ``sample_size``: rows and columns of a pipeline's default
+    latents.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -82,7 +83,7 @@ class UNet2DConditionConfig(Config):
         "time_embedding_type": "positional",
         "timestep_post_act": None,
     }
-    # read by no network of these block types
+    # not used by networks with these types of blocks
     derived: ClassVar[frozenset[str]] = frozenset(
         {"addition_embed_type_num_heads", "mid_block_only_cross_attention"}
     )
@@ -140,7 +141,7 @@ class UNet2DConditionConfig(Config):
         ):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
-                raise ValueError(f"{name} = {value!r} is not for {levels} levels")
+                raise ValueError(f"{name} = {value!r} does not have {levels} levels")
         known = (
             ("down_block_types", self.down_block_types, {CROSS_DOWN, DOWN}),
             ("up_block_types", self.up_block_types, {CROSS_UP, UP}),
@@ -150,7 +151,7 @@ class UNet2DConditionConfig(Config):
         )
         for name, values, choices in known:
             if strange := set(values) - choices:
-                raise ValueError(f"{name} holds {strange}; sdconv builds {choices}")
+                raise ValueError(f"{name} contains {strange}; sdconv builds {choices}")
         projects = self.class_embed_type is not None or self.addition_embed_type is not None
         if projects:
             check_positive(
@@ -174,7 +175,7 @@ class UNet2DConditionConfig(Config):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """ResNet blocks of each level on the way down; the way up has one more."""
+        """ResNet blocks of each level on the down path; the up path has one more."""
         return self._per_level(self.layers_per_block)
 
     @property
@@ -184,17 +185,17 @@ class UNet2DConditionConfig(Config):
 
     @property
     def context_dims(self) -> tuple[int, ...]:
-        """Width of the text that each level reads."""
+        """Width of the prompt embedding that each level reads."""
         return self._per_level(self.cross_attention_dim)
 
     @property
     def crosses_only(self) -> tuple[bool, ...]:
-        """Of each level, whether both attentions of its transformer blocks look at the text."""
+        """For each level, whether both attentions of a block read the prompt embedding."""
         return self._per_level(self.only_cross_attention)
 
     @property
     def down_depths(self) -> tuple[tuple[int, ...], ...]:
-        """Of each level, each layer's number of transformer blocks; empty without transformers."""
+        """For each level, each layer's number of transformer blocks; empty without transformers."""
         depths = self._per_level(self.transformer_layers_per_block)
         return tuple(
             _each(depth, layers) if kind == CROSS_DOWN else ()
@@ -203,14 +204,14 @@ class UNet2DConditionConfig(Config):
 
     @property
     def mid_depth(self) -> int | None:
-        """Transformer blocks in the middle; None where the middle has no transformer."""
+        """Transformer blocks in the mid block; None if it has no transformer."""
         if self.mid_block_type != CROSS_MID:
             return None
         return _each(self._per_level(self.transformer_layers_per_block)[-1], 1)[0]
 
     @property
     def up_depths(self) -> tuple[tuple[int, ...], ...]:
-        """As ``down_depths``, for the way up: the smallest map first."""
+        """``down_depths`` for the up path, beginning with the smallest feature map."""
         depths = (
             self.reverse_transformer_layers_per_block
             or self._per_level(self.transformer_layers_per_block)[::-1]
@@ -236,11 +237,10 @@ def _each(depth: Depths, layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetFacts:
-    """What a U-Net's shapes cannot tell; ``source`` is the ``unet/config.json`` of the model named
-    there.
+    """What a U-Net's shapes do not show.
 
-    Of ``heads`` (so many on each level) and ``head_channels`` (so many channels a head) one is
-    given.
+    One of two is given: ``heads``, the number of heads on each level, or ``head_channels``, the
+    number of channels in a head. ``source``: the model whose ``unet/config.json`` has these values.
     """
 
     heads: int | None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdconv.devices import usable_device
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.hooks import attach, recomputing, uncompiled, untraced
 from sdconv.features.maps import CapturedMap, Maps
@@ -18,7 +19,6 @@ from sdconv.features.memory import MemoryForecast, Sink
 from sdconv.features.reduction import Keep, Reduction, Region, copies_later, reduction
 from sdconv.features.selection import Patterns, Steps, match_patterns, select_calls
 from sdconv.features.targets import Target, target_of
-from sdconv.loading import usable_device
 
 
 @untraced

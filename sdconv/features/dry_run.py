@@ -24,7 +24,7 @@ from sdconv.errors import SdconvError
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.hooks import attach
 from sdconv.features.reduction import channel_axis
-from sdconv.loading import BUILD
+from sdconv.loading import build
 from sdconv.models.base import Network
 from sdconv.models.dummy_inputs import Noise, inputs_for
 from sdconv.models.meta_copy import meta_copy
@@ -96,7 +96,7 @@ def _skeleton(network: nn.Module) -> Network | None:
     with torch.device("meta"):
         if isinstance(config, UNet2DConditionConfig):
             return UNet2DConditionModel(config, None)
-        return BUILD[config.class_name](config)
+        return build(config)
 
 
 def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, PointFacts]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import diffusers
@@ -63,7 +62,7 @@ class UNet2DConditionModel(
     """
 
     def __init__(self, config: UNet2DConditionConfig) -> None:
-        fields = {field.name: config[field.name] for field in dataclasses.fields(config)}
+        fields = {name: config[name] for name in config.field_names()}
         super().__init__(AdaptableConfig(**fields), transformer)
 
     # takes a LoRA's scale out of cross_attention_kwargs

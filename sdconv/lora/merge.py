@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.checkpoint.io.files import short
+from sdconv.checkpoint.open import Weights
 from sdconv.errors import InputError
-from sdconv.loading import Weights
 from sdconv.lora.reading import Lora, read_lora
 
 

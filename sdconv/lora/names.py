@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from sdconv.checkpoint.keys.prefixes import how_many, modules_of
 from sdconv.checkpoint.keys.unet import keys_of_canonical
-from sdconv.checkpoint.keys.vae import VAE_RULES, KeyMap
+from sdconv.checkpoint.keys.vae import vae_keys
 
 _MATRIX = re.compile(
     r"(?P<layer>.+?)"
@@ -79,7 +79,7 @@ def spellings(layers: Collection[str]) -> dict[str, str]:
     """
     tensors = {f"{layer}.weight" for layer in layers}
     levels = how_many("decoder.up_blocks.{}", modules_of(tensors))
-    maps = (keys_of_canonical(tensors), KeyMap(VAE_RULES, levels))
+    maps = (keys_of_canonical(tensors), vae_keys(levels))
     table: dict[str, str] = {}
     for layer in layers:
         originals = [keys.original(f"{layer}.weight") for keys in maps]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sdconv.checkpoint.io.files import os_errors, read_json, short
 from sdconv.checkpoint.io.source import Source, open_source
+from sdconv.checkpoint.open import Weights
 from sdconv.errors import CheckpointError, WeightsMismatchError
-from sdconv.loading import Weights
 from sdconv.lora.names import LoraKey, is_of_text_encoder, parsed, spellings
 
 # by what in a key shows it: methods whose updates are no product of two matrices

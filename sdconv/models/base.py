@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdconv.errors import InputError, SdconvError
-from sdconv.models.diffusers_api import StandIn
+from sdconv.models.diffusers_api import DiffusersModel
 from sdconv.models.inputs import check_like, check_tensor
 
 # diffusers' attention processors that differ in memory and rounding only
@@ -49,13 +49,18 @@ def moved_by_hooks(method: Method) -> Method:
     return cast(Method, wrapper)
 
 
-class Network(StandIn):
+class Network(DiffusersModel):
     """A network built from a config, which a diffusers pipeline takes for its own.
 
     ``Pipeline.from_pipe(pipe)`` keeps it where it keeps diffusers' class of the same name; a tiny
     autoencoder in a VAE's place has to be named, there as in diffusers: ``from_pipe(pipe,
     vae=pipe.vae)``.
     """
+
+    if TYPE_CHECKING:
+        # `load(path)` may return any network: what not all of them have is not checked statically.
+        # torch's own annotation says that an unknown attribute is a tensor or a module.
+        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,65 +1,116 @@
-"""What lets a network stand in for diffusers' class of the same name: whose instance it says it is,
-and the methods of diffusers' models by which pipelines and scripts open, save and measure them."""
+"""The mixin that makes a network usable as diffusers' model of the same name.
+
+It has the methods by which pipelines and scripts open, save and measure a model of diffusers', and
+it lets pipelines recognise the network.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
+from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.io.files import as_path, os_errors, read_json
+from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.write import write_config, write_folder
 from sdconv.config import Config
-from sdconv.errors import CheckpointError, InputError
+from sdconv.errors import CheckpointError, InputError, SdconvError
 
-WEIGHTS = "diffusion_pytorch_model"
-"""diffusers' name of a component's weights, before ``.fp16`` and ``.safetensors``."""
-
-# of the hub and of how diffusers fills a model: nothing depends on them where nothing is fetched
-_NEEDLESS = frozenset(
+# options for the hub and for how diffusers fills a model, which have no effect here
+_IGNORED = frozenset(
     "cache_dir force_download local_files_only low_cpu_mem_usage proxies revision token"
     " use_safetensors".split()
 )
 
 
-class StandInType(type):
-    """The type of a network's class, which is ``==`` diffusers' class of the same name.
+_find_integration: Callable[[], Any] | None = None
 
-    ``DiffusionPipeline.from_pipe`` keeps a component if ``type(component) in`` the classes that the
-    new pipeline asks for. The two classes stay two: ``is``, ``issubclass`` and dictionaries tell
-    them apart.
+
+def set_integration(find: Callable[[], Any]) -> None:
+    """Says how ``sdconv.integrations.diffusers`` is imported, which nothing in ``models/`` does.
+
+    ``sdconv.loading`` calls this, so it has happened to every class that is taken from ``sdconv``.
     """
+    global _find_integration
+    _find_integration = find
 
-    config_class: type[Config]
+
+def integration() -> Any:
+    """``sdconv.integrations.diffusers``, which imports diffusers.
+
+    Raises:
+        SdconvError: ``sdconv.loading`` has not been imported.
+    """
+    if _find_integration is None:
+        raise SdconvError(
+            "this network needs diffusers, and sdconv.loading has not been imported",
+            hint="import sdconv.loading, or take the class from sdconv: "
+            "sdconv.UNet2DConditionModel",
+        )
+    return _find_integration()
+
+
+class _EqualToPeer(type):
+    """The type of a class that equals diffusers' class ``_peer``, and has its hash."""
+
+    _peer: type
 
     def __eq__(cls, other: object) -> bool:
-        if cls is other:
-            return True
-        config = getattr(cls, "config_class", None)
-        return (
-            config is not None
-            and isinstance(other, type)
-            and other.__name__ == config.class_name
-            and other.__module__.partition(".")[0] == "diffusers"
-        )
+        return (other._peer if isinstance(other, _EqualToPeer) else other) is cls._peer
 
-    __hash__ = type.__hash__
+    def __hash__(cls) -> int:
+        return hash(cls._peer)
 
 
-class StandIn(nn.Module, metaclass=StandInType):
-    """A network that a diffusers pipeline takes, moves, offloads, saves under diffusers' name for
-    it and accepts in ``from_pretrained(..., vae=network)`` and ``from_pipe``.
+@functools.cache
+def _equal_to(peer: type, cls: type) -> type:
+    """The subclass of ``cls`` that equals ``peer``, and is otherwise the same."""
+    fields = {"_peer": peer, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return _EqualToPeer(cls.__name__, (cls,), fields)
 
-    Pipelines decide that by ``isinstance`` and by the class's name, so once diffusers' class is
-    imported ``network.__class__`` answers with it, as proxies do in Python; ``type(network)`` stays
-    sdconv's. diffusers is never imported here.
 
-    ``config_class``: which config it is built from. ``component``: what it is in a checkpoint.
+class _ModuleName(str):
+    """The ``__module__`` of a network's class, which is ``"diffusers"`` for its instances.
+
+    Pipelines read it when they take a component, and write it into ``model_index.json``: what they
+    save opens without sdconv.
+    """
+
+    def __get__(self, network: DiffusersModel | None, owner: type | None = None) -> str:
+        if network is None:
+            return self
+        own: type = type(network)
+        peer = network._peer_class()
+        if peer is not None and not isinstance(own, _EqualToPeer):
+            vars(object)["__class__"].__set__(network, _equal_to(peer, own))
+        return "diffusers"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)  # a pickled class needs a plain string
+
+
+class DiffusersModel(nn.Module):
+    """A network that a diffusers pipeline moves, offloads, saves under diffusers' name for it, and
+    accepts in ``from_pretrained(..., vae=network)`` and ``from_pipe``.
+
+    Pipelines recognise a component by ``isinstance`` and by the name of its class. Once diffusers'
+    class has been imported, ``network.__class__`` returns it, as a proxy does in Python;
+    ``type(network)`` remains sdconv's. diffusers is never imported here.
+
+    ``DiffusionPipeline.from_pipe`` asks for more: it keeps a component only if ``type(component)``
+    equals a class in the new pipeline's signature. Equal classes must have equal hashes, and a
+    class cannot change its hash once it is in use. So a network that a pipeline takes moves to a
+    subclass of its own class, which is made for that purpose and equals diffusers' class in both
+    respects. ``sdconv.AutoencoderKL`` itself equals no other class.
+
+    ``config_class``: the config that it is built from. ``component``: its name in a checkpoint.
     """
 
     config_class: ClassVar[type[Config]]
@@ -71,29 +122,40 @@ class StandIn(nn.Module, metaclass=StandInType):
             raise InputError(
                 "not a config of this network",
                 where=type(self).__name__,
-                expected=f"{self.config_class.__name__}, as sdconv.infer gives it",
+                expected=f"{self.config_class.__name__}, as sdconv.infer returns it",
                 got=type(config).__name__,
                 hint=f"{type(self).__name__}.from_config takes the content of a config.json",
             )
         super().__init__()
         self.config = config
-        # recorded by pipelines in model_index.json, so that what they save opens without sdconv
-        self.__dict__["__module__"] = "diffusers"
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # torch.compile looks attributes up by __class__, and is to find ours
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__module__ = _ModuleName(cls.__module__)
+
+    if not TYPE_CHECKING:  # a type checker should see the network's own class
+
+        @property
+        def __class__(self) -> type:
+            return self._peer_class() or type(self)
+
+    def _peer_class(self) -> type | None:
+        """diffusers' class of the same name, if it has been imported; None in torch.compile, which
+        looks up attributes by ``__class__`` and must find those of sdconv's class.
+
+        diffusers imports a class when it is asked for, which takes seconds. As long as none of its
+        networks is imported, nobody can have a class to compare this one with.
+        """
         if torch.compiler.is_compiling():
-            return type(self)
-        # diffusers imports a class when it is asked for, which takes seconds: as long as none of
-        # its networks is imported, nobody has the class that they could ask about
+            return None
         homes = map(sys.modules.get, ("diffusers.models.autoencoders", "diffusers.models.unets"))
         peers = (getattr(home, self.config.class_name, None) for home in homes)
-        return next((peer for peer in peers if isinstance(peer, type)), type(self))
+        return next((peer for peer in peers if isinstance(peer, type)), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # pickle insists that an object's __class__ be what it rebuilds
-        return _rebuild, (type(self),), self.__dict__
+        # __class__ is not what pickle would rebuild, and a subclass made above has no name to find
+        own = type(self)
+        return _rebuild, (own.__base__ if isinstance(own, _EqualToPeer) else own,), self.__dict__
 
     @classmethod
     def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
@@ -103,7 +165,8 @@ class StandIn(nn.Module, metaclass=StandInType):
             config: sdconv's, or the content of a ``config.json``.
 
         Raises:
-            InputError: it is neither. CheckpointError: it describes no such network.
+            InputError: it is neither.
+            CheckpointError: it does not describe this kind of network.
         """
         if not isinstance(config, Mapping):
             raise InputError(
@@ -115,10 +178,11 @@ class StandIn(nn.Module, metaclass=StandInType):
             )
         if not isinstance(config, cls.config_class):
             config = cls.config_class.from_json(config, "config")
-        return cls._built(config)
+        return cls._build(config)
 
     @classmethod
-    def _built(cls, config: Any) -> Self:
+    def _build(cls, config: Any) -> Self:
+        """A network for a config of its class."""
         return cls(config)
 
     @classmethod
@@ -133,39 +197,48 @@ class StandIn(nn.Module, metaclass=StandInType):
         family: str | None = None,
         **options: Any,
     ) -> Self:
-        """What ``sdconv.load`` opens, called as in diffusers; never through a network connection.
+        """Opens a network like ``sdconv.load``, with diffusers' arguments; nothing is downloaded.
 
         Args:
-            pretrained_model_name_or_path: a folder, or anything else that ``sdconv.load`` takes.
-            subfolder: one below it, such as ``"vae"``.
-            torch_dtype, dtype: as diffusers, float32 where neither is given.
-            variant: the word in the file's name, such as ``"fp16"``, where the folder holds weights
-                in that variant only.
+            pretrained_model_name_or_path: a folder, or anything else that ``sdconv.load`` opens.
+            subfolder: a folder in it, such as ``"vae"``.
+            torch_dtype, dtype: as in diffusers, float32 if neither is given.
+            variant: the word in the file's name, such as ``"fp16"``, if the folder has weights in
+                that variant only.
             family: as for ``sdconv.load``.
-            options: those of the hub are taken, and have no meaning here.
+            options: those for the hub are accepted, and have no effect.
 
         Raises:
-            InputError: an option that is not taken, or no such variant.
+            InputError: an option is not supported, or the variant does not exist.
             SdconvError: as ``sdconv.load``.
         """
-        from sdconv.loading import load
-
-        _refuse(set(options) - _NEEDLESS, "from_pretrained")
+        _refuse(set(options) - _IGNORED, "from_pretrained")
         path: Any = pretrained_model_name_or_path
         if subfolder is not None:
             path = as_path(path) / subfolder
         if variant is not None:
             _check_variant(as_path(path), variant)
-        network = load(path, cls.component, dtype or torch_dtype or torch.float32, family=family)
-        if not issubclass(type(network), cls):
+
+        return assemble(
+            path,
+            functools.partial(cls._build_from, path),
+            component=cls.component,
+            dtype=dtype or torch_dtype or torch.float32,
+            family=family,
+        )
+
+    @classmethod
+    def _build_from(cls, path: object, config: Config) -> Self:
+        """A network for the config that was found under ``path``."""
+        if not isinstance(config, cls.config_class):
             raise InputError(
-                "another network than was asked for",
-                where=path,
+                "another network than the one asked for",
+                where=path if isinstance(path, str | Path) else None,
                 expected=cls.__name__,
-                got=network.config.class_name,
+                got=config.class_name,
                 hint="call from_pretrained of that class, or sdconv.load",
             )
-        return network  # type: ignore[return-value]
+        return cls._build(config)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any, **options: Any) -> Self:
@@ -179,23 +252,24 @@ class StandIn(nn.Module, metaclass=StandInType):
         """The content of a folder's ``config.json``.
 
         Raises:
-            CheckpointError: there is none that can be read.
+            CheckpointError: it cannot be read.
         """
         folder = as_path(pretrained_model_name_or_path)
         return read_json(folder / (subfolder or "") / "config.json")
 
     def register_to_config(self, **fields: Any) -> None:
-        """Changes fields of the config, as some pipelines do with the VAE's scaling factor, or
-        training scripts with all of them.
+        """Changes fields of the config.
+
+        Some pipelines change the VAE's scaling factor, and training scripts set all fields.
 
         Raises:
-            InputError: no such field, or a value that this network cannot have.
+            InputError: a field does not exist, or this network cannot have its value.
         """
         fields = {name: value for name, value in fields.items() if not name.startswith("_")}
         kind = type(self.config)
         if unknown := set(fields) - set(self.config) - kind.unused:
             raise InputError(
-                "no such field",
+                "unknown field",
                 where="register_to_config",
                 expected=f"fields of {kind.class_name}: {', '.join(self.config)}",
                 got=", ".join(sorted(unknown)),
@@ -203,14 +277,14 @@ class StandIn(nn.Module, metaclass=StandInType):
         try:
             self.config = kind.from_json({**self.config.to_json(), **fields}, "register_to_config")
         except CheckpointError as error:
-            raise InputError("no such config", where="register_to_config", got=error) from error
+            raise InputError("invalid config", where="register_to_config", got=error) from error
 
     def to_json_string(self) -> str:
         """The config as the text of a ``config.json``."""
         return json.dumps(self.config.to_json(), indent=2) + "\n"
 
     def save_config(self, save_directory: str | Path) -> None:
-        """Writes ``config.json`` into a folder, made if absent.
+        """Writes ``config.json`` into a folder, which is created if it does not exist.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -232,15 +306,15 @@ class StandIn(nn.Module, metaclass=StandInType):
         """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``.
 
         Args:
-            save_directory: the component's folder; made if absent.
-            is_main_process: False writes nothing: another process does.
-            variant: a word put into the file's name, such as ``"fp16"``.
-            max_shard_size: taken and passed over: the weights are one file, of any size.
-            safe_serialization: must be True; sdconv writes no pickles.
-            save_function, push_to_hub, use_flashpack: not offered.
+            save_directory: the component's folder; created if it does not exist.
+            is_main_process: False writes nothing, because another process does.
+            variant: a word for the file's name, such as ``"fp16"``.
+            max_shard_size: ignored: the weights are one file of any size.
+            safe_serialization: must be True; sdconv does not write pickles.
+            save_function, push_to_hub, use_flashpack: not supported.
 
         Raises:
-            InputError: an option that is not taken.
+            InputError: an option is not supported.
             CheckpointError: the folder cannot be written.
         """
         asked = {
@@ -256,11 +330,11 @@ class StandIn(nn.Module, metaclass=StandInType):
             write_folder(self.state_dict(), self.config, as_path(save_directory), variant=variant)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers its parameters hold.
+        """The number of elements in its parameters.
 
         Args:
-            only_trainable: count those that require gradients.
-            exclude_embeddings: leave out tables of embeddings (``nn.Embedding``).
+            only_trainable: count only parameters that require gradients.
+            exclude_embeddings: leave out the weights of ``nn.Embedding``.
         """
         tables = {id(m.weight) for m in self.modules() if type(m) is nn.Embedding}
         return sum(
@@ -271,26 +345,27 @@ class StandIn(nn.Module, metaclass=StandInType):
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of its parameters, and of its buffers unless they are left out."""
+        """The bytes of its parameters, and of its buffers if ``return_buffers``."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.nbytes for tensor in tensors)
 
     def enable_group_offload(self, onload_device: torch.device, **options: Any) -> None:
-        """diffusers' ``apply_group_offloading`` on it: parts of it are on ``onload_device`` only
-        while they compute. Imports diffusers, whose documentation has the options."""
-        from sdconv.integrations.diffusers import apply_group_offloading
+        """Keeps parts of the network on ``onload_device`` only while they compute.
 
-        apply_group_offloading(self, onload_device, **options)
+        This is diffusers' ``apply_group_offloading``, whose documentation explains the options; it
+        imports diffusers.
+        """
+        integration().apply_group_offloading(self, onload_device, **options)
 
 
-def _rebuild(cls: type[StandIn]) -> StandIn:
+def _rebuild(cls: type[DiffusersModel]) -> DiffusersModel:
     return cls.__new__(cls)
 
 
 def _refuse(options: set[str], method: str) -> None:
     if options:
         raise InputError(
-            "options that sdconv does not take",
+            "options that sdconv does not support",
             where=method,
             got=", ".join(sorted(options)),
             hint="leave them out",
@@ -298,23 +373,23 @@ def _refuse(options: set[str], method: str) -> None:
 
 
 def _check_variant(folder: Path, variant: str) -> None:
-    """Refuses a variant that a folder has not, or has beside weights that are read first."""
-    name = f"{WEIGHTS}.{variant}.safetensors"
+    """Refuses a variant that does not exist, or that is not what sdconv reads from the folder."""
+    name = f"{DIFFUSERS_NAME}.{variant}.safetensors"
     with os_errors(folder):
-        there = (folder / name).is_file()
-        beside = (folder / f"{WEIGHTS}.safetensors").exists()
-    if not there:
+        exists = (folder / name).is_file()
+        has_plain = (folder / f"{DIFFUSERS_NAME}.safetensors").exists()
+    if not exists:
         raise InputError(
-            "no such variant",
+            "unknown variant",
             where=folder,
             expected=name,
-            hint="leave variant out to see what is there",
+            hint="leave variant out: sdconv then reads the weights that the folder has",
         )
-    if beside:
+    if has_plain:
         raise InputError(
-            "weights without a variant are there too, and are what sdconv reads of a folder",
+            "the folder also has weights without a variant, which sdconv reads first",
             where=folder,
-            expected=f"{name} alone",
-            got=f"{WEIGHTS}.safetensors beside it",
-            hint="leave variant out: torch_dtype turns them into the dtype that is wanted",
+            expected=f"only {name}",
+            got=f"{DIFFUSERS_NAME}.safetensors too",
+            hint="leave variant out, and pass torch_dtype for another dtype",
         )

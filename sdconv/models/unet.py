@@ -22,6 +22,7 @@ from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
 from sdconv.models.base import Network
 from sdconv.models.blocks import Downsample2D, Upsample2D, last_convolution
+from sdconv.models.diffusers_api import integration
 from sdconv.models.outputs import Output, exportable
 from sdconv.models.unet_blocks import (
     Conditions,
@@ -276,8 +277,9 @@ class UNet2DConditionModel(Network):
         return encoder_hidden_states, self.encoder_hid_proj(added_cond_kwargs["image_embeds"])
 
     @classmethod
-    def _built(cls, config: UNet2DConditionConfig) -> Self:
-        return with_diffusers_transformers(config)  # type: ignore[return-value]
+    def _build(cls, config: UNet2DConditionConfig) -> Self:
+        network: Self = integration().UNet2DConditionModel(config)
+        return network
 
     @property
     def _up_levels(self) -> Iterable[UpBlock2D]:
@@ -316,14 +318,3 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _plus(x: Tensor, residual: Tensor) -> Tensor:
     """``x + residual`` in ``x``'s dtype."""
     return (x + residual).to(x.dtype)
-
-
-def with_diffusers_transformers(config: UNet2DConditionConfig) -> UNet2DConditionModel:
-    """The U-Net with diffusers' ``Transformer2DModel`` in its slots; imports diffusers.
-
-    Args:
-        config: read from a checkpoint by ``sdconv.infer``.
-    """
-    from sdconv.integrations import diffusers
-
-    return diffusers.UNet2DConditionModel(config)

@@ -16,14 +16,14 @@ import pytest
 import torch
 from helpers import seeded
 from helpers.paths import DATA
-from helpers.weight_files import raw
+from helpers.weight_files import convert, raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdconv
-from sdconv.checkpoint.convert import ORIGIN_KEY, Converted, convert
+from sdconv.checkpoint.convert import ORIGIN_KEY, Converted
 from sdconv.checkpoint.io.header import DTYPE_BITS
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
@@ -288,7 +288,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         originals() | {k: originals()[k].to(torch.int8) for k in [VAE + "encoder.conv_in.bias"]},
         {},
         WeightsMismatchError,
-        r"vae: 1 of no floating-point numbers(?s:.*)encoder\.conv_in\.bias I8",
+        r"vae: 1 not floating-point(?s:.*)encoder\.conv_in\.bias I8",
     ),
     "another kind of file": (
         originals(),
@@ -302,7 +302,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         CheckpointError,
         "would get one name",
     ),
-    "another layout": (originals(), {"layout": "theirs"}, InputError, "no such layout"),
+    "another layout": (originals(), {"layout": "theirs"}, InputError, "unknown layout"),
     "a folder of originals": (
         originals(),
         {"layout": "original", "out": "folder"},
@@ -310,7 +310,7 @@ BAD: Mapping[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "single file",
     ),
     "no such component": (originals(), {"component": "text"}, UnknownNetworkError, "'text'"),
-    "no such family": (originals(), {"family": "sd9"}, InputError, "no such family"),
+    "unknown family": (originals(), {"family": "sd9"}, InputError, "no such family"),
     "a dtype of torch's alone": (
         originals() | {"x": torch.ones(2, dtype=torch.complex128)},
         {},
@@ -352,8 +352,11 @@ def test_a_pipeline_without_networks(tmp_path: Path) -> None:
 CHILD = """
 import re, sys, threading, time, warnings
 from pathlib import Path
-import torch
-from sdconv.checkpoint.convert import convert
+import functools, torch
+from sdconv.checkpoint import convert
+from sdconv.loading import build
+
+convert = functools.partial(convert.convert, build=build)
 
 def anonymous():
     text = Path("/proc/self/status").read_text()

@@ -11,12 +11,11 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from helpers import pipelines
-from helpers.weight_files import raw
+from helpers.weight_files import convert, raw
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import sdconv
-from sdconv.checkpoint.convert import convert
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import unets
+from helpers.weight_files import convert
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdconv
-from sdconv.checkpoint.convert import convert
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, AutoencoderTinyConfig
 
 KL = {
@@ -191,7 +191,7 @@ def test_metadata_says_what_shapes_cannot(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "layout": (lambda n, p: sdconv.save(n, p / "a.safetensors", layout="ldm"), "no such layout"),
+    "layout": (lambda n, p: sdconv.save(n, p / "a.safetensors", layout="ldm"), "unknown layout"),
     "folder": (lambda n, p: sdconv.save(n, p / "vae", layout="original"), "is a single file"),
     "model": (lambda n, p: sdconv.save(torch.nn.Linear(2, 2), p / "a"), "not a network"),
     "path": (lambda n, p: sdconv.save(n, p / "taken" / "a.safetensors"), "cannot be written"),

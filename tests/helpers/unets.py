@@ -11,7 +11,8 @@ from helpers import seeded
 from torch import Tensor
 
 from sdconv.config import UNet2DConditionConfig
-from sdconv.models.unet import UNet2DConditionModel, with_diffusers_transformers
+from sdconv.loading import build
+from sdconv.models.unet import UNet2DConditionModel
 
 CROSS4 = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -191,7 +192,7 @@ def blank(config: dict[str, Any]) -> UNet2DConditionModel:
     """sdconv's network on the meta device."""
     content = peer_of(config).config
     with torch.device("meta"):
-        return with_diffusers_transformers(UNet2DConditionConfig.from_json(content, "config"))
+        return build(UNet2DConditionConfig.from_json(content, "config"))
 
 
 def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DConditionModel:

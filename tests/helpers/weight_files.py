@@ -7,13 +7,18 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from sdconv.checkpoint import convert as conversion
+from sdconv.loading import build
+
 HUGE = 2**63
+convert = partial(conversion.convert, build=build)
 PLAIN = "diffusion_pytorch_model.safetensors"
 A, B = torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
 

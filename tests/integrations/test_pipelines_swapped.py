@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import loras
 from helpers.patching import REPLACED, code_run_by, plain
 from helpers.pipelines import KINDS, SCHEDULERS, WIDE, pipeline, run, scheduler
+from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdconv
-from sdconv.checkpoint.convert import convert
 from sdconv.models import unet, vae
 from sdconv.streaming.layers import StreamLayer
 

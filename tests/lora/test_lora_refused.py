@@ -62,7 +62,7 @@ BAD: Mapping[str, tuple[Any, type[SdconvError], str]] = {
     "trained norms": (bad(**{"lora_unet_conv_norm_out.w_norm": SOME}), CheckpointError, "norms"),
     "DoRA": (bad(**{"lora_unet_conv_in.dora_scale": SOME}), CheckpointError, "DoRA"),
     "an absent file": (Path("absent.safetensors"), CheckpointError, "does not exist"),
-    "no path": (None, InputError, "no weights"),
+    "no path": (None, InputError, "not weights"),
 }
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from diffusers.models import attention_processor
 from helpers import pipelines, seeded, unets
+from helpers.paths import ROOT
 from torch import nn
 
 import sdconv
@@ -80,22 +84,85 @@ def test_from_pipe_with_a_tiny_autoencoder() -> None:
         assert made.vae is vae and made.unet is pipe.unet
 
 
-def test_a_class_equals_diffusers_class_of_its_name_and_no_other() -> None:
-    for kind in KINDS:
-        ours = type(network(kind))
-        equal = [other for other in KINDS if ours == getattr(diffusers, other)]
-        assert equal == [kind]
-        theirs = getattr(diffusers, kind)
-        assert theirs == ours and ours in (theirs,) and ours is not theirs
-        assert len({ours, theirs}) == 2 and not issubclass(ours, theirs)
-        assert ours != nn.Module and type(copy.deepcopy(network(kind))) is ours
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_classes_are_one_in_sets_and_dictionaries(kind: str) -> None:
+    ours, theirs = network(kind), getattr(diffusers, kind)
+    before = type(ours)
+    assert before != theirs != before and len({before, theirs}) == 2
+    assert {before: 1, theirs: 2}[before] == 1
+    pipe = pipeline(unet=ours) if kind == "UNet2DConditionModel" else pipeline(vae=ours)
+    after = type(ours)
+    assert issubclass(after, before) and (after.__name__, after.__module__) == (
+        before.__name__,
+        before.__module__,
+    )
+    assert after == theirs == after and not (after != theirs) and after in (theirs,)
+    assert hash(after) == hash(theirs)
+    assert len({after, theirs}) == len({theirs, after}) == 1 and len({before, after, theirs}) == 2
+    table = {theirs: "theirs", before: "before"}
+    assert table[after] == "theirs" and table[before] == "before"
+    assert {after: "after"}[theirs] == "after"
+    equal = [other for other in KINDS if after == getattr(diffusers, other)]
+    assert equal == [kind]
+    # the same class for every network that a pipeline takes
+    other = network(kind)
+    pipe.register_modules(**{"unet" if kind == "UNet2DConditionModel" else "vae": other})
+    assert type(other) is after
+
+
+def test_a_class_equals_no_other() -> None:
+    assert sdconv.AutoencoderKL != diffusers.AutoencoderKL
+    assert sdconv.AutoencoderKL != sdconv.AutoencoderKLFlux2 != sdconv.AutoencoderTiny
 
     class Other:
         pass
 
     Other.__name__ = "AutoencoderKL"  # a stranger's
-    assert sdconv.AutoencoderKL != Other != sdconv.AutoencoderKLFlux2
-    assert sdconv.AutoencoderKL != sdconv.AutoencoderKLFlux2 != sdconv.AutoencoderTiny
+    taken = type(pipeline().vae)
+    assert taken != Other and taken != nn.Module and taken != sdconv.AutoencoderKL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_pickles_are_of_sdconvs_class(kind: str) -> None:
+    ours = network(kind)
+    before = type(ours)
+    for again in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert type(again) is before and same(again, ours)
+    pipeline(**{"unet" if kind == "UNet2DConditionModel" else "vae": ours})
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(ours, protocol))
+        assert type(again) is before and same(again, ours)
+        assert pickle.loads(pickle.dumps(before, protocol)) is before
+    assert type(copy.deepcopy(ours)) is before
+
+
+IN_ORDER = """
+import warnings
+warnings.simplefilter("ignore")
+{imports}
+vae = sdconv.AutoencoderKL(sdconv.AutoencoderKLConfig(**sdconv.AutoencoderKLConfig.assumed | dict(
+    block_out_channels=(32, 32), layers_per_block=1)))
+table = {{sdconv.AutoencoderKL: "sdconv"}}
+isinstance(vae, dict)  # puts the class into the cache of an abstract base class
+import diffusers
+table[diffusers.AutoencoderKL] = "diffusers"
+names = ("unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "scheduler")
+pipe = diffusers.StableDiffusionPipeline(
+    vae=vae, requires_safety_checker=False, **dict.fromkeys(names))
+assert table[sdconv.AutoencoderKL] == "sdconv" and table[type(vae)] == "diffusers"
+assert len({{sdconv.AutoencoderKL, diffusers.AutoencoderKL, type(vae)}}) == 2
+assert vae in {{vae}} and isinstance(vae, (diffusers.AutoencoderKL, sdconv.AutoencoderKL))
+assert not isinstance(vae, dict)
+made = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+assert made.vae is vae
+"""
+
+
+@pytest.mark.parametrize("imports", ["import sdconv", "import diffusers, sdconv"])
+def test_classes_behave_in_either_order_of_imports(imports: str) -> None:
+    command = [sys.executable, "-c", IN_ORDER.format(imports=imports)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
 
 
 # --- opened and saved
@@ -145,10 +212,10 @@ def test_variants(tmp_path: Path) -> None:
     ]
     cls = sdconv.AutoencoderKL
     assert same(cls.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), ours)
-    with pytest.raises(sdconv.InputError, match="no such variant"):
+    with pytest.raises(sdconv.InputError, match="unknown variant"):
         cls.from_pretrained(tmp_path, variant="bf16")
     ours.save_pretrained(tmp_path)
-    with pytest.raises(sdconv.InputError, match="without a variant are there too"):
+    with pytest.raises(sdconv.InputError, match="weights without a variant"):
         cls.from_pretrained(tmp_path, variant="fp16")
 
 
@@ -159,7 +226,7 @@ def test_what_from_pretrained_asks_and_refuses(tmp_path: Path) -> None:
     assert "got: AutoencoderTiny" in str(caught.value)
     with pytest.raises(sdconv.UnknownNetworkError, match="no component 'unet'"):
         sdconv.UNet2DConditionModel.from_pretrained(tmp_path)
-    with pytest.raises(sdconv.InputError, match="not take") as caught:
+    with pytest.raises(sdconv.InputError, match="not support") as caught:
         sdconv.AutoencoderTiny.from_pretrained(tmp_path, device_map="auto", token=None)
     assert "got: device_map\n" in str(caught.value)
     with pytest.warns(sdconv.SdconvWarning, match="could be of sd1"):
@@ -190,7 +257,7 @@ def test_options_of_save_pretrained(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "a", max_shard_size="1KB", push_to_hub=False)
     assert same(sdconv.load(tmp_path / "a"), ours)
     for option in ({"push_to_hub": True}, {"save_function": print}, {"repo_id": "a/b"}):
-        with pytest.raises(sdconv.InputError, match="does not take") as caught:
+        with pytest.raises(sdconv.InputError, match="does not support") as caught:
             ours.save_pretrained(tmp_path / "b", **option)
         assert f"got: {next(iter(option))}\n" in str(caught.value)
     with pytest.raises(sdconv.InputError, match="safe_serialization=False"):
@@ -217,12 +284,12 @@ def test_register_to_config(kind: str, tmp_path: Path) -> None:
     ours.register_to_config(in_channels=5)
     assert ours.config.in_channels == 5 and ours.config != before
     kept = ours.config
-    with pytest.raises(sdconv.InputError, match="no such field") as caught:
+    with pytest.raises(sdconv.InputError, match="unknown field") as caught:
         ours.register_to_config(sampel_size=1)
     assert "got: sampel_size" in str(caught.value)
     for wrong in ({"act_fn": "gelu"}, {"latent_channels": "four"}, {"in_channels": None}):
         if set(wrong) <= set(before):
-            with pytest.raises(sdconv.InputError, match="no such config"):
+            with pytest.raises(sdconv.InputError, match="invalid config"):
                 ours.register_to_config(**wrong)
     assert ours.config == kept
 

@@ -32,7 +32,7 @@ from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
 from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
 from sdconv.errors import InputError, SdconvError
-from sdconv.loading import BUILD
+from sdconv.loading import build
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import (
     AsymmetricDownsample2D,
@@ -75,7 +75,7 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
             got=config.class_name,
         )
     with torch.device("meta"):
-        network = BUILD[config.class_name](config)
+        network = build(config)
     assert isinstance(network, Autoencoder)
     least = network.downscale
     if min(rows, columns) < least:

@@ -15,13 +15,13 @@ import torch
 
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified
-from sdconv.checkpoint.io.files import os_errors
-from sdconv.checkpoint.io.folder import is_pipeline
+from sdconv.checkpoint.io.folder import folder_at
 from sdconv.checkpoint.io.header import TensorInfo
-from sdconv.checkpoint.io.source import Source, components_in, open_source
+from sdconv.checkpoint.io.source import Source, open_files, open_folder
+from sdconv.checkpoint.open import SourceView, network_folders
 from sdconv.config import Config
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError
-from sdconv.loading import BUILD, SourceView, pipeline_parts
+from sdconv.loading import build
 
 Paths = str | Path | Sequence[str | Path]
 """A file, a component's folder, a whole pipeline's folder, or several files of one network."""
@@ -198,20 +198,15 @@ def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
 
 
 def open_all(paths: Paths, stack: ExitStack) -> list[tuple[str, Source]]:
-    """The sources under ``paths``, with their names: one, or one for each folder of a pipeline."""
+    """The sources under ``paths`` by name: one, or one for each folder of a pipeline."""
     if isinstance(paths, list | tuple) and len(paths) == 1:
         (paths,) = paths
-    if isinstance(paths, str | Path) and (pipeline_parts(paths) or _says_pipeline(Path(paths))):
-        folders = components_in(paths)
-        return [(name, stack.enter_context(open_source(at))) for name, at in folders.items()]
-    source = stack.enter_context(open_source(paths))
+    folder = folder_at(paths)
+    if folder and (network_folders(folder) or (folder.is_pipeline and folder.components)):
+        parts = folder.components.items()
+        return [(name, stack.enter_context(open_folder(one))) for name, one in parts]
+    source = stack.enter_context(open_files(paths) if folder is None else open_folder(folder))
     return [(source.label, source)]
-
-
-def _says_pipeline(folder: Path) -> bool:
-    with os_errors(folder):
-        is_folder = folder.is_dir()
-    return is_folder and is_pipeline(folder) and bool(components_in(folder))
 
 
 def _inspect_source(name: str, source: Source, family: str | None) -> InspectedSource:
@@ -251,7 +246,7 @@ def _network(
     # a U-Net takes its transformers from diffusers, which is slow to import
     if one.component == "vae":
         with torch.device("meta"):
-            network = BUILD[found.kind](one.config)
+            network = build(one.config)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         learned = {name for name, _ in network.named_parameters()}
     fits = fit(one, view.shapes, view.dtype, wanted)
@@ -301,7 +296,7 @@ def _complaint(one: InspectedNetwork) -> str:
         ("missing", one.missing),
         ("unexpected", one.unexpected),
         ("of the wrong shape", one.misshapen),
-        ("not of floating point", one.not_floating),
+        ("not floating-point", one.not_floating),
     )
     counts = ", ".join(f"{len(names)} {what}" for what, names in parts if names)
     config = "".join(f"; its config says {words}" for words in one.contradicted)

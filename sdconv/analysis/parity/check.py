@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.analysis.parity.compare import ModuleDifference, compare
-from sdconv.checkpoint.identify.find import find_networks
 from sdconv.checkpoint.io.source import open_source
+from sdconv.checkpoint.open import SourceView, Weights, pipeline_parts
+from sdconv.devices import usable_device
 from sdconv.errors import InputError
-from sdconv.loading import SourceView, Weights, load, pipeline_parts, usable_device
+from sdconv.loading import load
 from sdconv.models.base import Network
 from sdconv.models.dummy_inputs import Noise, inputs_for
 
@@ -157,7 +158,7 @@ def components(path: Weights) -> tuple[str, ...]:
     if parts := pipeline_parts(path):
         return tuple(sorted(parts))
     with open_source(path) as source:
-        return tuple(sorted(found.component for found in find_networks(SourceView(source).shapes)))
+        return tuple(sorted(found.component for found in SourceView(source).networks))
 
 
 @dataclass(frozen=True)

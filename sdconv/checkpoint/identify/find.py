@@ -1,5 +1,4 @@
-"""Which networks a set of named shapes holds, in which layout and under which prefix: names only,
-no numbers."""
+"""Finds the networks in a set of named shapes: their kind, layout and prefix, from names alone."""
 
 from __future__ import annotations
 
@@ -9,15 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sdconv.checkpoint.io.files import short
-from sdconv.checkpoint.keys.prefixes import Names, few, prefixes
+from sdconv.checkpoint.keys.prefixes import SortedNames, few, prefixes
 from sdconv.checkpoint.keys.unet import ema_name, keys_of_canonical, keys_of_original
 from sdconv.checkpoint.keys.vae import (
     FLUX2_RULES,
+    TINY_KEYS,
     VAE_RULES,
-    KeyMap,
     modern_attention,
-    tiny_canonical,
-    tiny_original,
+    vae_keys,
 )
 from sdconv.errors import UnknownNetworkError
 
@@ -25,15 +23,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class DetectedNetwork:
     """One network in a checkpoint.
 
-    ``component``: ``"vae"`` or ``"unet"``. ``kind``: the class of network. ``layout``:
-    ``"diffusers"`` or ``"original"``. ``prefix``: what stands before each of its names. ``names``:
-    diffusers' name -> the name in the file. ``dropped``: names under the prefix that are on purpose
-    no weights of it (losses, EMA copies). ``unexpected``: names under the prefix that it has no
-    place for. ``ema``: diffusers' name -> the name of its running average, as far as there are any.
-    ``in_layout``: diffusers' name -> the layout's, without prefix; None for no tensor of it.
+    ``component``: ``"vae"`` or ``"unet"``. ``kind``: the name of the network's class. ``layout``:
+    ``"diffusers"`` or ``"original"``. ``prefix``: of each of its names in the file. ``names``:
+    diffusers' name -> the name in the file. ``dropped``: names under the prefix that are
+    deliberately not loaded (losses, EMA copies). ``unexpected``: other names under the prefix that
+    the network does not have. ``ema``: diffusers' name -> the name of its running average, if the
+    file has one. ``in_layout``: diffusers' name -> the layout's, without the prefix; None if the
+    network has no such tensor.
     """
 
     component: str
@@ -47,40 +46,44 @@ class Found:
     in_layout: Callable[[str], str | None] = field(compare=False, repr=False)
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Its tensors' shapes by diffusers' names, 1x1-convolution attention weights as the linear
-        ones they are."""
+        """Its tensors' shapes by diffusers' names; attention weights that a file stores as 1x1
+        convolutions have their linear shape."""
         return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
 
-    def with_label(self, is_added: bool) -> Found:
-        """The same U-Net where what it adds to the time is known, for which the original layout has
-        one name: SDXL's text and sizes if ``is_added``, else unCLIP's picture."""
+    def with_label(self, is_added: bool) -> DetectedNetwork:
+        """The same U-Net with the right name for what it adds to the time embedding.
+
+        The original layout has one name for two things.
+
+        Args:
+            is_added: True for SDXL's text and sizes, False for unCLIP's image.
+        """
         ours, other = _EMBEDDINGS if is_added else _EMBEDDINGS[::-1]
         if self.layout == "diffusers" or any(name.startswith(ours) for name in self.names):
             return self
         names, ema = (
-            {name.replace(other, ours, 1): place for name, place in table.items()}
+            {name.replace(other, ours, 1): stored for name, stored in table.items()}
             for table in (self.names, self.ema)
         )
         return replace(self, names=names, ema=ema)
 
-    def place(self, canonical: str) -> str:
-        """The name that a tensor would have in the file if it were there, and diffusers' where that
-        is another, for messages."""
+    def name_in_file(self, canonical: str) -> str:
+        """The name that a tensor would have in this file, followed by diffusers' name if that is
+        different; for messages."""
         name = self.prefix + (self.in_layout(canonical) or canonical)
         return name if name.endswith(canonical) else f"{name} ({canonical})"
 
 
 _EMBEDDINGS = ("add_embedding.linear_", "class_embedding.linear_")
-# how the names of a VAE's levels begin
+# the beginnings of the names in a VAE's levels
 _VAE_LEVELS: Mapping[str, Collection[str]] = {
     "diffusers": ("encoder.down_blocks.", "decoder.up_blocks."),
     "original": ("encoder.down.", "decoder.up."),
 }
-# what only the VAE of FLUX.2 has: statistics, and in its original file quant convolutions within
-# the halves
+# only in FLUX.2's VAE: statistics, and in its original file quant convolutions inside the halves
 _ONLY_IN_FLUX2 = ("bn.running_", "encoder.quant_conv.", "decoder.post_quant_conv.")
-# other parts of a whole checkpoint, by the first part of their names
-_BESIDE = (
+# how the names of a whole checkpoint's other parts begin
+_OTHER_PARTS = (
     "cond_stage_model.",
     "conditioner.",
     "denoiser.",
@@ -95,46 +98,46 @@ _BESIDE = (
     "unet.",
     "vae.",
 )
-# the noise schedule that Lightning keeps with the weights, and its counters
+# the noise schedule and the counters that Lightning stores with the weights
 _SCHEDULE = re.compile(
     r"((sqrt|log)_)?((one_minus|recip|recipm1)_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
     r"|logvar|scale_factor|global_step|lvlb_weights"
 )
-# under a VAE's prefix: the discriminator and perceptual network it was trained with, and EMA copies
+# under a VAE's prefix: the discriminator and the perceptual network of its training, and EMA copies
 _DROPPED = re.compile(r"(loss|model_ema)\..*|logvar")
 _VAE_ROOTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv|bn)\..*")
 _ATTENTION_LINEAR = re.compile(r".+\.attentions\.[0-9]{1,4}\.to_(q|k|v|out\.0)\.weight")
-# files that keep a tiny autoencoder's scale beside its halves
+# a tiny autoencoder's scale, which some files store next to its halves
 _TINY_SCALARS = frozenset({"vae_scale", "vae_shift"})
 
 
 def linear_shape(canonical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``(out, in)`` for the VAE's attention projections where a file keeps them as 1x1
-    convolutions."""
+    """``(out, in)`` for a VAE's attention projection that is stored as a 1x1 convolution; any other
+    shape unchanged."""
     if len(shape) == 4 and shape[2:] == (1, 1) and is_vae_projection(canonical):
         return shape[:2]
     return shape
 
 
 def is_vae_projection(canonical: str) -> bool:
-    """Whether the tensor is one of the VAE attention's four projections."""
+    """Whether the tensor is the weight of one of the four projections in a VAE's attention."""
     return canonical.startswith(("encoder.", "decoder.")) and bool(
         _ATTENTION_LINEAR.fullmatch(canonical)
     )
 
 
-def find_networks(shapes: Shapes, where: object = None) -> list[Found]:
-    """Every network in a checkpoint that sdconv knows: VAEs, tiny ones, U-Nets.
+def find_networks(shapes: Shapes, where: object = None) -> list[DetectedNetwork]:
+    """Finds the VAEs, tiny autoencoders and U-Nets in a checkpoint.
 
     Args:
         shapes: name -> shape of every tensor of the checkpoint.
         where: the checkpoint's name, for messages.
 
     Raises:
-        UnknownNetworkError: numbered layers that are no half of a tiny autoencoder, or more
+        UnknownNetworkError: numbered layers that are not half of a tiny autoencoder, or more
             networks than any checkpoint has.
     """
-    names = Names(shapes)
+    names = SortedNames(shapes)
     return [
         *_find_vaes(shapes, names, where),
         *_find_tiny(shapes, names, where),
@@ -142,11 +145,11 @@ def find_networks(shapes: Shapes, where: object = None) -> list[Found]:
     ]
 
 
-def _find_vaes(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+def _find_vaes(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
     layouts: dict[str, str] = {}
     anchors = ("encoder.conv_in.weight", "decoder.conv_in.weight")
     for prefix in prefixes(shapes, *anchors):
-        # four axes: a picture's convolution, not a video's
+        # four axes: a convolution over images, not over videos
         if not any(len(shapes.get(prefix + anchor, ())) == 4 for anchor in anchors):
             continue
         for layout, levels in _VAE_LEVELS.items():
@@ -157,7 +160,7 @@ def _find_vaes(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
         yield _vae(prefix, layouts[prefix], names.under(prefix))
 
 
-def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
+def _vae(prefix: str, layout: str, inside: list[str]) -> DetectedNetwork:
     levels = 1 + max(
         (
             int(m[1])
@@ -167,26 +170,26 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
         default=-1,
     )
     of_flux2 = any(name.startswith(_ONLY_IN_FLUX2) for name in inside)
-    keymap = KeyMap(FLUX2_RULES if of_flux2 else VAE_RULES, levels)
-    # the statistics also stand beside quant convolutions outside the halves: repacked FLUX.2 files
-    outside = KeyMap(VAE_RULES, levels)
+    keys = vae_keys(levels, FLUX2_RULES if of_flux2 else VAE_RULES)
+    # repacked FLUX.2 files have the statistics, but quant convolutions outside the halves
+    repacked = vae_keys(levels)
     names: dict[str, str] = {}
     dropped: list[str] = []
     unexpected: list[str] = []
     for name in inside:
         if layout == "diffusers":
-            canonical = modern_attention(name) if keymap.original(modern_attention(name)) else None
+            canonical = modern_attention(name) if keys.original(modern_attention(name)) else None
         else:
-            canonical = keymap.canonical(name) or outside.canonical(name)
+            canonical = keys.canonical(name) or repacked.canonical(name)
         if canonical is not None and canonical not in names:
             names[canonical] = prefix + name
         elif _DROPPED.fullmatch(name):
             dropped.append(prefix + name)
-        elif prefix or _VAE_ROOTS.fullmatch(name) or not _beside(name):
+        elif prefix or _VAE_ROOTS.fullmatch(name) or not _is_of_another_part(name):
             unexpected.append(prefix + name)
     has_statistics = any(name.startswith("bn.") for name in names)
     kind = "AutoencoderKLFlux2" if has_statistics else "AutoencoderKL"
-    return Found(
+    return DetectedNetwork(
         component="vae",
         kind=kind,
         layout=layout,
@@ -194,13 +197,13 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> Found:
         names=names,
         dropped=tuple(dropped),
         unexpected=tuple(unexpected),
-        in_layout=str if layout == "diffusers" else keymap.original,
+        in_layout=str if layout == "diffusers" else keys.original,
     )
 
 
-def _beside(name: str) -> bool:
-    """Whether a top-level name belongs to another part of a whole checkpoint."""
-    return name.startswith(_BESIDE) or bool(_SCHEDULE.fullmatch(name))
+def _is_of_another_part(name: str) -> bool:
+    """Whether a name without a prefix belongs to another part of a whole checkpoint."""
+    return name.startswith(_OTHER_PARTS) or bool(_SCHEDULE.fullmatch(name))
 
 
 _TINY_NAME = re.compile(
@@ -211,10 +214,11 @@ _BARE = re.compile(
 )
 
 
-def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+def _find_tiny(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
     if is_bare_half(shapes):
         half = tiny_half(shapes, where)
-        bare = {canonical: name for name in shapes if (canonical := tiny_canonical(half, name))}
+        named = ((TINY_KEYS.canonical(f"{half}.{name}"), name) for name in shapes)
+        bare = {canonical: name for canonical, name in named if canonical}
         yield _tiny("", "original", bare, (), partial(_tiny_name, is_bare=True))
         return
     groups: dict[tuple[str, str], dict[str, str]] = {}
@@ -224,11 +228,11 @@ def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
             if match["layers"]:
                 layout, canonical = "diffusers", f"{half}.layers.{match['rest']}"
             else:
-                layout, canonical = "original", tiny_canonical(half, match["rest"]) or ""
+                layout, canonical = "original", TINY_KEYS.canonical(f"{half}.{match['rest']}") or ""
             groups.setdefault((match["prefix"], layout), {})[canonical] = name
-    # its first layer is what tells a tiny autoencoder from other stacks of numbered layers
+    # the first layer distinguishes a tiny autoencoder from other stacks of numbered layers
     firsts = {"encoder.layers.0.weight", "decoder.layers.0.weight"}
-    groups = {place: own for place, own in groups.items() if firsts & set(own)}
+    groups = {key: names for key, names in groups.items() if firsts & set(names)}
     few("vae", (prefix for prefix, _ in groups), where)
     for (prefix, layout), own in groups.items():
         known = set(own.values())
@@ -237,16 +241,16 @@ def _find_tiny(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
             for name in names.under(prefix)
             if prefix + name not in known
             and prefix + name not in _TINY_SCALARS
-            and (prefix or not _beside(name))
+            and (prefix or not _is_of_another_part(name))
         ]
         in_layout = str if layout == "diffusers" else partial(_tiny_name, is_bare=False)
         yield _tiny(prefix, layout, own, tuple(rest), in_layout)
 
 
 def _tiny_name(canonical: str, *, is_bare: bool) -> str | None:
-    """The original layout's name, of a file of both halves or of one of its own."""
-    split = tiny_original(canonical)
-    return split and (split[1] if is_bare else ".".join(split))
+    """The original layout's name in a file of both halves, or (``is_bare``) in a file of one."""
+    name = TINY_KEYS.original(canonical)
+    return name.partition(".")[2] if name and is_bare else name
 
 
 def _tiny(
@@ -255,8 +259,8 @@ def _tiny(
     names: dict[str, str],
     unexpected: tuple[str, ...],
     in_layout: Callable[[str], str | None],
-) -> Found:
-    return Found(
+) -> DetectedNetwork:
+    return DetectedNetwork(
         component="vae",
         kind="AutoencoderTiny",
         layout=layout,
@@ -269,16 +273,18 @@ def _tiny(
 
 
 def is_bare_half(shapes: Shapes) -> bool:
-    """Whether all names are numbered layers, as in the files of a tiny autoencoder's halves."""
+    """Whether all names are numbered layers, as in a file of one half of a tiny autoencoder."""
     return bool(shapes) and all(_BARE.fullmatch(name) for name in shapes)
 
 
 def tiny_half(shapes: Shapes, where: object) -> str:
-    """``"encoder"`` or ``"decoder"``: which half a file of bare numbered layers is, by its shapes
-    alone.
+    """Which half of a tiny autoencoder a file of numbered layers is, from its shapes.
+
+    Returns:
+        ``"encoder"`` or ``"decoder"``.
 
     Raises:
-        UnknownNetworkError: neither takes nor gives pictures of three channels.
+        UnknownNetworkError: neither its input nor its output is an image of three channels.
     """
     convolutions = {
         int(name.split(".")[0]): shape
@@ -292,7 +298,7 @@ def tiny_half(shapes: Shapes, where: object) -> str:
         if last[0] == 3:
             return "decoder"
     raise UnknownNetworkError(
-        "numbered layers that are no half of a tiny autoencoder",
+        "numbered layers that are not half of a tiny autoencoder",
         where=where,
         expected="3 channels into the first layer (an encoder) or out of the last one (a decoder)",
         got=f"convolutions {short(dict(sorted(convolutions.items())))}"
@@ -301,12 +307,12 @@ def tiny_half(shapes: Shapes, where: object) -> str:
     )
 
 
-# what only a U-Net has all of, by layout: the way in, the time, the way up
+# three things that only a U-Net has together, by layout: its input, time embedding and up path
 _UNET_ANCHORS: Mapping[str, tuple[str, str, str]] = {
     "diffusers": ("conv_in.", "time_embedding.", "up_blocks.0.resnets."),
     "original": ("input_blocks.0.0.", "time_embed.", "output_blocks.0.0."),
 }
-# modules of networks that are built around such a U-Net: for videos, and ControlNets
+# modules of networks that are built around such a U-Net: video models and ControlNets
 _NOT_A_UNET = frozenset(
     "motion_modules temp_convs temp_attentions temporal_transformer_block time_stack"
     " time_mixer input_hint_block zero_convs".split()
@@ -318,7 +324,7 @@ def _is_around_a_unet(name: str) -> bool:
     return any(part in _NOT_A_UNET or part.startswith("controlnet_") for part in modules)
 
 
-def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
+def _find_unets(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
     for layout, anchors in _UNET_ANCHORS.items():
         first = anchors[0]
         candidates = (
@@ -333,7 +339,7 @@ def _find_unets(shapes: Shapes, names: Names, where: object) -> Iterable[Found]:
                 yield _unet(prefix, layout, inside, shapes)
 
 
-def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
+def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> DetectedNetwork:
     there = frozenset(inside)
     if layout == "diffusers":
         keys = keys_of_canonical(there)
@@ -349,10 +355,10 @@ def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Found:
             canonical = keys.canonical(name)
         if canonical is not None:
             names[canonical] = prefix + name
-        elif prefix or not _beside(name):
+        elif prefix or not _is_of_another_part(name):
             unexpected.append(prefix + name)
     averages = {canonical: ema_name(name) for canonical, name in names.items()}
-    return Found(
+    return DetectedNetwork(
         component="unet",
         kind="UNet2DConditionModel",
         layout=layout,

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds a network's tensors: all of them, in their shapes, and no others."""
+"""Compares a network's tensors with a checkpoint's: none missing, none unexpected, right shapes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sdconv.errors import WeightsMismatchError
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What keeps a network from being loaded.
+    """The reasons why a network cannot be loaded.
 
-    ``missing``: diffusers' names. By the names in the file, ``unexpected``; ``misshapen``: the
-    shapes that are needed and there; ``not_floating``: dtypes of weights that nothing computes with
-    before what wrote them turns them back.
+    ``missing``: diffusers' names. The others are by the names in the file: ``unexpected``;
+    ``misshapen``, with the expected and the actual shape; ``not_floating``, with the dtype of
+    weights that are stored as integers.
     """
 
     missing: tuple[str, ...]
@@ -26,43 +26,43 @@ class Fit:
     not_floating: Mapping[str, str]
 
     @property
-    def words(self) -> str:
-        """How many of each, such as ``1 missing; 2 of the wrong shape``; empty where it fits."""
+    def summary(self) -> str:
+        """The numbers, such as ``1 missing; 2 of the wrong shape``; empty if everything fits."""
         parts = (
             (self.missing, "missing"),
             (self.unexpected, "unexpected"),
             (self.misshapen, "of the wrong shape"),
-            (self.not_floating, "of no floating-point numbers"),
+            (self.not_floating, "not floating-point"),
         )
         return "; ".join(f"{len(names)} {what}" for names, what in parts if names)
 
     def check(self, chosen: Identified, where: object) -> None:
-        """Refuses what does not fit.
+        """Raises an error unless everything fits.
 
         Args:
             chosen: the network. where: the checkpoint's name, for messages.
 
         Raises:
-            WeightsMismatchError: a tensor is missing, unexpected, of the wrong shape or of no
-                floating-point numbers.
+            WeightsMismatchError: a tensor is missing, unexpected, of the wrong shape or not
+                floating-point.
         """
-        if not self.words:
+        if not self.summary:
             return
-        told = f", whose config says {'; '.join(chosen.contradicted)}" * bool(chosen.contradicted)
+        said = f", whose config says {'; '.join(chosen.contradicted)}" * bool(chosen.contradicted)
         wanted = [f"{name} {shape}" for name, (shape, _) in self.misshapen.items()]
-        came = [f"{name} {shape}" for name, (_, shape) in self.misshapen.items()]
+        actual = [f"{name} {shape}" for name, (_, shape) in self.misshapen.items()]
         integers = [f"{name} {dtype}" for name, dtype in self.not_floating.items()]
-        missing = [chosen.found.place(name) for name in self.missing]
+        missing = [chosen.found.name_in_file(name) for name in self.missing]
         expected = [*wanted, *missing, *(["floating-point weights"] if integers else [])]
         raise WeightsMismatchError(
-            f"the weights do not fit the {chosen.component}{told}: {self.words}",
+            f"the weights do not fit the {chosen.component}{said}: {self.summary}",
             where=where,
             expected=_some(expected) or "nothing more than the network's own tensors",
-            got=_some([*came, *integers, *self.unexpected]) or "nothing under these names",
-            hint="quantised and integer weights have to be turned back by what wrote them"
+            got=_some([*actual, *integers, *self.unexpected]) or "nothing under these names",
+            hint="dequantise the weights with the software that wrote them"
             if integers
-            else "check that the file is whole and of one network; `sdconv inspect` lists what it "
-            "holds",
+            else "check that the file is complete and of one network; `sdconv inspect` lists "
+            "its tensors",
         )
 
 
@@ -73,14 +73,15 @@ def fit(
 
     Args:
         chosen: the network.
-        shapes: of every tensor of the checkpoint. dtype: gives a tensor's, in safetensors' words.
-        wanted: shapes of its ``state_dict()``; None where it was not built, and only what is
-            unexpected or of no floating-point numbers is to be known.
+        shapes: of every tensor in the checkpoint.
+        dtype: gives a tensor's dtype, by safetensors' name.
+        wanted: the shapes in the network's ``state_dict()``; None if it has not been built: then
+            only unexpected and integer tensors are found.
     """
     found = chosen.found
     have = found.shapes(shapes)
     needs = have if wanted is None else wanted
-    # counts training batches: nothing computes with it
+    # a counter of training batches, which nothing computes with
     optional = {name for name in {*needs, *have} if name.endswith("num_batches_tracked")}
     return Fit(
         missing=tuple(name for name in needs if name not in have and name not in optional),
@@ -94,10 +95,10 @@ def fit(
             if have.get(name, needs[name]) != needs[name]
         },
         not_floating={
-            place: dtype(place)
-            for name, place in found.names.items()
+            stored: dtype(stored)
+            for name, stored in found.names.items()
             # safetensors' names of floats: F32, BF16, F8_E4M3, ...
-            if name not in optional and not dtype(place).startswith(("F", "BF"))
+            if name not in optional and not dtype(stored).startswith(("F", "BF"))
         },
     )
 

@@ -1,16 +1,16 @@
-"""Shapes to configs, and the family that decides what shapes leave open."""
+"""Infers configs from shapes, and from the family what shapes leave open."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import Found, Shapes, find_networks
-from sdconv.checkpoint.identify.shapes import Own, Reading
+from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks
+from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import read_unet
 from sdconv.checkpoint.identify.vae import check_family, check_kind, misfit, read_flux2, read_vae
@@ -34,19 +34,19 @@ from sdconv.errors import (
     UnknownNetworkError,
 )
 
-# every word that ``family=`` takes
+# the values that ``family=`` accepts
 FAMILIES = tuple(dict.fromkeys((*VAE_FACTS, *UNET_FACTS, "flux2", *TINY_FAMILIES)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identified(Reading):
-    """A network in a checkpoint: ``found`` says where, the rest what it is and how sure.
+class Identified(InferredConfig):
+    """A network in a checkpoint, and its config.
 
-    ``contradicted``: fields of a config that is written beside it of which its shapes say something
-    else, in words.
+    ``found``: where its tensors are. ``contradicted``: in words, the fields of a given config that
+    the shapes contradict.
     """
 
-    found: Found
+    found: DetectedNetwork
     contradicted: tuple[str, ...] = ()
 
     @property
@@ -61,23 +61,23 @@ def infer(
     metadata: Mapping[str, str] | None = None,
     family: str | None = None,
 ) -> dict[str, Config]:
-    """Configs of the networks in a checkpoint, from names and shapes alone.
+    """Infers the configs of the networks in a checkpoint, from names and shapes alone.
 
     Args:
-        shapes: name -> shape of every tensor, or what ``read_header(path)`` gives; diffusers' or
-            the original layout, bare or prefixed, whatever else is beside.
-        metadata: the file's own, which may name the family; a header brings its own.
-        family: the family, where the caller knows it (``"sd1"``, ``"sdxl"``, ``"flux1"``, ...).
+        shapes: name -> shape of every tensor, or what ``read_header(path)`` returns; in diffusers'
+            or the original layout, with or without a prefix, among other tensors or alone.
+        metadata: the file's own, which may name the family; a header has its own.
+        family: the family, if the caller knows it (``"sd1"``, ``"sdxl"``, ``"flux1"``, ...).
 
     Returns:
-        ``{"vae": config, "unet": config}``, as far as they are there; frozen dataclasses with
-        diffusers' field names.
+        ``{"vae": config, "unet": config}``, or only one of them; frozen dataclasses with diffusers'
+        field names.
 
     Raises:
-        UnknownNetworkError: no network that sdconv knows, or two of one kind.
-        WeightsMismatchError: a network without a tensor that its config is read from.
-        InputError: no shapes by name, metadata that is not text by name, an unknown family, or one
-            that does not fit.
+        UnknownNetworkError: there is no network that sdconv knows, or there are two of one kind.
+        WeightsMismatchError: a tensor that the config depends on is missing.
+        InputError: the shapes or the metadata are not of this form, or the family is unknown or
+            does not fit.
 
     Warns:
         SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
@@ -94,28 +94,30 @@ def infer(
 def identify(
     shapes: Shapes,
     *,
+    networks: Sequence[DetectedNetwork] | None = None,
     metadata: Mapping[str, str] | None = None,
     family: str | None = None,
     component: str | None = None,
     config: Mapping[str, Any] | None = None,
     where: object = None,
 ) -> list[Identified]:
-    """Like ``infer``, with where each network was found and what decided its family; it does not
-    warn.
+    """Like ``infer``, but also returns where each network was found and what decided its family. It
+    does not warn.
 
     Args:
         shapes, metadata, family: as for ``infer``.
-        component: the only one to look at; the others may be of any kind then.
-        config: the content of a ``config.json`` beside the weights. where: the weights' name, for
-            messages.
+        networks: what ``find_networks`` found among the shapes, if that is known already.
+        component: the only one to identify; the others may then be of any kind.
+        config: the content of a ``config.json`` next to the weights.
+        where: the weights' name, for messages.
     """
     if family is not None and family not in FAMILIES:
         raise InputError(
-            "no such family", where="family", expected=", ".join(FAMILIES), got=repr(family)
+            "unknown family", where="family", expected=", ".join(FAMILIES), got=repr(family)
         )
     shapes = _checked_shapes(shapes)
     metadata = _checked_metadata(metadata)
-    everything = find_networks(shapes, where)
+    everything = find_networks(shapes, where) if networks is None else networks
     found = [one for one in everything if component in (None, one.component)]
     if everything and not found:
         raise UnknownNetworkError(
@@ -130,7 +132,7 @@ def identify(
             where=where,
             expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
             got=_glimpse(list(shapes)),
-            hint="check that this is the file you meant; `sdconv inspect` lists what a file holds",
+            hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
         )
     for name in {one.component for one in found}:
         several = [one for one in found if one.component == name]
@@ -146,8 +148,8 @@ def identify(
             )
     result = []
     for one in found:
-        if told := dict(config or {}) or _told(metadata, one.component, where):
-            result.append(_as_told(one, shapes, told, family, where))
+        if given := dict(config or {}) or _config_in(metadata, one.component, where):
+            result.append(_with_config(one, shapes, given, family, where))
         else:
             result.append(
                 Identified(found=one, **vars(_read(one, shapes, metadata, family, where)))
@@ -156,23 +158,23 @@ def identify(
 
 
 def _checked_shapes(shapes: object) -> dict[str, tuple[int, ...]]:
-    """Shapes by name; lists of whole numbers, as JSON has them, are shapes too."""
+    """Shapes by name; a shape may be a list of integers, as in JSON."""
     if not isinstance(shapes, Mapping):
         raise InputError(
-            "no shapes by name",
+            "not a mapping of shapes",
             where="shapes",
-            expected="a mapping of tensor names to shapes, or what sdconv.read_header gives",
+            expected="a mapping of tensor names to shapes, or what sdconv.read_header returns",
             got=short(shapes),
-            hint="of a file: sdconv.infer(sdconv.read_header(path))",
+            hint="for a file: sdconv.infer(sdconv.read_header(path))",
         )
     for name, shape in shapes.items():
         if not (isinstance(name, str) and isinstance(shape, tuple | list) and _is_shape(shape)):
             raise InputError(
-                "what is no shape by a name",
+                "not a tensor's name and shape",
                 where="shapes",
-                expected="tuples of whole numbers by str names",
+                expected="str names and tuples of integers",
                 got=f"{short(name)}: {short(shape)}",
-                hint="of a state dict: {name: tensor.shape for name, tensor in state.items()}",
+                hint="for a state dict: {name: tensor.shape for name, tensor in state.items()}",
             )
     return {name: tuple(shape) for name, shape in shapes.items()}
 
@@ -190,15 +192,14 @@ def _checked_metadata(metadata: object) -> Mapping[str, str]:
         raise InputError(
             "not a file's metadata",
             where="metadata",
-            expected="text by name, as sdconv.read_header(path).metadata gives it",
+            expected="a mapping of str to str, as sdconv.read_header(path).metadata is",
             got=short(metadata),
         )
     return metadata
 
 
-def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
-    """The config that a file written by sdconv carries, of its one network or by component; empty
-    where it carries none."""
+def _config_in(metadata: Mapping[str, str], component: str, where: object) -> dict[str, Any]:
+    """The component's config that sdconv wrote into a file's metadata; empty if there is none."""
     if CONFIG_KEY not in metadata:
         return {}
     try:
@@ -215,20 +216,24 @@ def _told(metadata: Mapping[str, str], component: str, where: object) -> dict[st
     return content if isinstance(content, dict) else {}
 
 
-def _as_told(
-    found: Found, shapes: Shapes, told: Mapping[str, Any], family: str | None, where: object
+def _with_config(
+    found: DetectedNetwork,
+    shapes: Shapes,
+    given: Mapping[str, Any],
+    family: str | None,
+    where: object,
 ) -> Identified:
-    """The network with the config that is written beside it."""
-    name = told.get("_class_name", found.kind)
+    """The network with the config that the folder or the file gives for it."""
+    name = given.get("_class_name", found.kind)
     if name != found.kind:
         raise UnknownNetworkError(
-            f"the config beside the {found.component} is for another class of network",
+            f"the config of the {found.component} is for another class of network",
             where=where,
             expected=found.kind,
             got=name,
-            hint="remove the config: it is then read from the shapes",
+            hint="remove the config: it is then inferred from the shapes",
         )
-    config = _CONFIGS[found.kind].from_json(told, where)
+    config = _CONFIGS[found.kind].from_json(given, where)
     if isinstance(config, UNet2DConditionConfig):
         found = found.with_label(config.addition_embed_type is not None)
     facts = VAE_FACTS.get(family or "")
@@ -242,59 +247,64 @@ def _as_told(
         )
     try:
         read = _read(found, shapes, {}, None, where)
-    except SdconvError:  # a network of no known shape, which only its config can describe
+    except SdconvError:  # a network of an unknown shape, which only its config can describe
         read = None
     return Identified(
         found=found,
         config=config,
         family=family or _named_by(config, read),
-        evidence="the config beside it",
+        evidence="its config",
         contradicted=() if read is None else tuple(_contradicted(config, read.config)),
     )
 
 
-def _named_by(config: Config, read: Reading | None) -> str:
-    """The families that a config fits: by its scaling factor, or else by its shapes."""
+def _named_by(config: Config, read: InferredConfig | None) -> str:
+    """The families that a config fits, by its scaling factor or else by its shapes."""
     if isinstance(config, AutoencoderKLFlux2Config):
         return "flux2"
     if not isinstance(config, AutoencoderKLConfig):
-        return read.family if read is not None else "of no known family"
+        return read.family if read is not None else "unknown"
     fitting = [
         name
         for name, facts in VAE_FACTS.items()
         if (config.scaling_factor, config.latent_channels)
         == (facts.scaling_factor, facts.latent_channels)
     ]
-    return " or ".join(fitting) or "of no known family"
+    return " or ".join(fitting) or "unknown"
 
 
 def _contradicted(config: Config, read: Config) -> Iterator[str]:
-    """What a config says otherwise than the shapes beside it, field by field."""
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        told, seen = config[field.name], read[field.name]
-        if field.name not in config.beyond_shapes and _one(told) != _one(seen):
-            yield f"{field.name} = {told!r} where the shapes say {seen!r}"
+    """The fields of a config that contradict the shapes, each in words."""
+    for name in config.field_names():
+        given, seen = config[name], read[name]
+        if name not in config.beyond_shapes and _one(given) != _one(seen):
+            yield f"{name} = {given!r} where the shapes say {seen!r}"
 
 
 def _one(value: Any) -> Any:
-    """One number in place of as many as there are levels, where all are the same."""
+    """A tuple with one number for each level as a single number, if all are the same."""
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
-def warn_if_open(identified: Identified) -> None:
-    """Warns where a choice was made that neither the weights nor the caller decided."""
+def warn_if_open(identified: Identified, *, stacklevel: int = 3) -> None:
+    """Warns if neither the weights nor the caller decided the family.
+
+    Args:
+        stacklevel: as in ``warnings.warn``: 3 names the caller of the function that calls this one.
+    """
     if identified.guess is not None:
-        warnings.warn(f"the {identified.component} {identified.guess}", SdconvWarning, stacklevel=3)
+        text = f"the {identified.component} {identified.guess}"
+        warnings.warn(text, SdconvWarning, stacklevel=stacklevel)
 
 
 def _read(
-    found: Found,
+    found: DetectedNetwork,
     shapes: Shapes,
     metadata: Mapping[str, str],
     family: str | None,
     where: object,
-) -> Reading:
-    own = Own(found, shapes, where)
+) -> InferredConfig:
+    own = NetworkShapes(found, shapes, where)
     match found.kind:
         case "AutoencoderKL":
             check_kind(found, where)

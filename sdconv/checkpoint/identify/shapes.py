@@ -1,4 +1,4 @@
-"""What the shapes of one network say: a config, and how sure its family is."""
+"""The shapes of one network, and the config that is inferred from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sdconv.checkpoint.identify.find import Found
+from sdconv.checkpoint.identify.find import DetectedNetwork
 from sdconv.checkpoint.keys.prefixes import modules_of
 from sdconv.config import Config
 from sdconv.config.facts import NORM_NUM_GROUPS
@@ -17,12 +17,12 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A network's config.
+class InferredConfig:
+    """A network's config, and how it was decided.
 
     ``family``: a name such as ``"sdxl"``. ``evidence``: what decided it. ``open_to``: the families
-    among which nothing decided, empty where something did. ``guess``: what was taken where nothing
-    decided, in words that follow the component's name; None where something did.
+    that remain possible; empty if one was decided. ``guess``: which of those was taken, in words
+    that follow the component's name; None if one was decided.
     """
 
     config: Config
@@ -32,19 +32,18 @@ class Reading:
     guess: str | None = None
 
 
-class Own(Mapping[str, Shape]):
-    """Shapes of one network's tensors, by diffusers' names.
+class NetworkShapes(Mapping[str, Shape]):
+    """The shapes of one network's tensors, by diffusers' names.
 
     Args:
         found: the network.
-        shapes: of every tensor of the checkpoint; of any number of axes, as a file may hold
-            anything.
+        shapes: of every tensor in the checkpoint, with any number of axes.
         where: the weights' name, for messages.
     """
 
-    def __init__(self, found: Found, shapes: Mapping[str, Shape], where: object) -> None:
+    def __init__(self, found: DetectedNetwork, shapes: Mapping[str, Shape], where: object) -> None:
         self._shapes = found.shapes(shapes)
-        self._place = found.place
+        self._name_in_file = found.name_in_file
         self._where = where
         self.modules = modules_of(self._shapes)
 
@@ -61,38 +60,38 @@ class Own(Mapping[str, Shape]):
         return name in self._shapes
 
     def axes(self, name: str, count: int) -> Shape:
-        """The shape of a tensor that must be there with that many axes, none of them empty.
+        """The shape of a tensor that must have ``count`` axes, none of them empty.
 
         Raises:
-            WeightsMismatchError: it is not.
+            WeightsMismatchError: the tensor is missing, or its shape is different.
         """
         shape = self._shapes.get(name)
         if shape is None:
             raise self.mismatch(
-                f"{self._place(name)} is missing", expected=f"a tensor of {count} axes"
+                f"{self._name_in_file(name)} is missing", expected=f"a tensor of {count} axes"
             )
         if len(shape) != count or 0 in shape:
             raise self.mismatch(
-                f"the shape of {self._place(name)} is none of its kind",
+                f"{self._name_in_file(name)} has a shape that it cannot have",
                 expected=f"{count} axes, none of them empty",
                 got=shape,
             )
         return shape
 
     def config(self, cls: type[AnyConfig], **fields: Any) -> AnyConfig:
-        """A config of fields that were read from the shapes.
+        """A config with the fields that were read from the shapes.
 
         Raises:
-            WeightsMismatchError: they make none.
+            WeightsMismatchError: no network has these fields.
         """
         try:
             return cls(**fields)
         except ValueError as error:
             raise self.mismatch(
-                f"the shapes make no {cls.class_name}: {error}",
+                f"the shapes do not describe a {cls.class_name}: {error}",
                 expected=f"channels that are multiples of {NORM_NUM_GROUPS}, as in every known "
                 "family",
-                hint="a network with other groups needs its config.json beside the weights",
+                hint="a network with other groups needs its config.json next to the weights",
             ) from error
 
     def mismatch(
@@ -101,7 +100,7 @@ class Own(Mapping[str, Shape]):
         *,
         expected: object = None,
         got: object = None,
-        hint: str = "check that the file is whole; `sdconv inspect` lists what it holds",
+        hint: str = "check that the file is complete; `sdconv inspect` lists its tensors",
     ) -> WeightsMismatchError:
-        """The error for shapes that are no network's."""
+        """The error for shapes that do not fit a network."""
         return WeightsMismatchError(what, where=self._where, expected=expected, got=got, hint=hint)

@@ -1,7 +1,7 @@
-"""What can be said of a path before its content is understood: is it there, what is it, is it JSON.
+"""Checks of a path before its content is read: does it exist, what is it, is it JSON.
 
-Every reader of this package goes through here, so that what the operating system says comes out
-as the same CheckpointError everywhere, and no other exception does.
+Every reader in this package uses these, so that an error of the operating system is the same
+CheckpointError everywhere.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdconv.errors import CheckpointError, InputError
+from sdconv.errors import CheckpointError, InputError, MissingFileError, SdconvError
 
 LARGEST_TEXT = 100_000_000
-"""Bytes of the longest header, index or pickle program that is read; safetensors' own bound."""
+"""The most bytes of a header, index or pickle program that are read; safetensors' own limit."""
 
-AGAIN = "download or copy the file again, and compare its size with the one its page states"
+AGAIN = "download or copy the file again, and compare its size with the one on its page"
 
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
@@ -54,7 +54,7 @@ def as_path(path: object) -> Path:
     """``path`` as a ``Path``.
 
     Raises:
-        InputError: it is neither a ``str`` nor a ``Path``, or says nothing.
+        InputError: it is not a ``str`` or a ``Path``, or it is empty.
     """
     if not isinstance(path, str | Path) or path == "":
         raise InputError("not a path", expected="a str or a pathlib.Path", got=short(path))
@@ -62,11 +62,11 @@ def as_path(path: object) -> Path:
 
 
 def regular_file(path: str | Path) -> tuple[Path, int]:
-    """The path and the size in bytes of an ordinary file with something in it.
+    """The path and the size in bytes of a regular file that is not empty.
 
     Raises:
-        CheckpointError: it is absent, out of reach, a folder, no ordinary file, or empty.
-        InputError: ``path`` is no path.
+        CheckpointError: it does not exist, cannot be read, is not a regular file, or is empty.
+        InputError: ``path`` is not a path.
     """
     file = as_path(path)
     with os_errors(file):
@@ -76,15 +76,15 @@ def regular_file(path: str | Path) -> tuple[Path, int]:
             "is a folder",
             where=file,
             expected="one file",
-            hint="sdconv.load and `sdconv inspect` take folders; else name a file in it",
+            hint="name a file in it; sdconv.load and `sdconv inspect` take folders too",
         )
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(
-            "is no ordinary file",
+            "is not a regular file",
             where=file,
             expected="a file on a disk",
             got=stat.filemode(status.st_mode),
-            hint="copy what it holds to a file",
+            hint="copy its content to a file",
         )
     if not status.st_size:
         raise CheckpointError("is empty", where=file, expected="weights", got="0 bytes", hint=AGAIN)
@@ -93,11 +93,13 @@ def regular_file(path: str | Path) -> tuple[Path, int]:
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Say in a CheckpointError what the operating system has against ``path``."""
+    """Translates an OSError about ``path`` into a CheckpointError."""
     try:
         yield
+    except SdconvError:  # some are an OSError or a ValueError too
+        raise
     except FileNotFoundError as error:
-        raise CheckpointError(
+        raise MissingFileError(
             "does not exist",
             where=path,
             expected="weights on this machine (nothing is downloaded here)",
@@ -107,12 +109,12 @@ def os_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(
             "may not be read",
             where=path,
-            expected="permission to read it and to pass through every folder above it",
+            expected="permission to read it and to enter every folder above it",
             got=error.strerror,
-            hint="ask its owner, or copy it to where you may read",
+            hint="ask its owner, or copy it to a folder that you may read",
         ) from error
     except NotADirectoryError as error:
-        raise CheckpointError(
+        raise MissingFileError(
             "does not exist",
             where=path,
             got="a file where the path names a folder",
@@ -123,13 +125,13 @@ def os_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(
             "cannot be read",
             where=path if isinstance(error, OSError) else repr(str(path)),
-            got="symbolic links that lead in a circle" if looped else error,
+            got="symbolic links that form a loop" if looped else error,
             hint="check the path and the disk",
         ) from error
 
 
 def foreign(path: Path, head: bytes) -> CheckpointError | None:
-    """The error for a file of another kind, known by its first bytes; None if they say nothing."""
+    """The error for a file of another kind, recognised by its first bytes; None if it is not."""
     if head[8:9] == b"{":  # a safetensors header after its length, whatever that looks like
         return None
     start = head.lstrip().lower()
@@ -143,7 +145,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's pairs as a dict, for ``object_pairs_hook``.
 
     Raises:
-        KeyError: a name stands twice; its argument is that name.
+        KeyError: a name occurs twice; its argument is that name.
     """
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -152,10 +154,10 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds one object, as a folder of weights has them beside the weights.
+    """The content of a small JSON file with one object, such as ``config.json``.
 
     Raises:
-        CheckpointError: it cannot be read, is too long, no JSON object, or says something twice.
+        CheckpointError: it cannot be read, is too long, is not a JSON object, or has a name twice.
     """
     file, size = regular_file(path)
     if size > LARGEST_TEXT:

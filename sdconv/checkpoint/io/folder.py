@@ -1,10 +1,11 @@
-"""Which files of a folder are the weights: one file, or the shards that an index lists."""
+"""Decides which files of a folder are the weights: one file, or the shards that an index lists."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -12,7 +13,7 @@ from sdconv.checkpoint.io.files import AGAIN, as_path, os_errors, read_json, sho
 from sdconv.errors import CheckpointError
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
-"""What diffusers calls the weights of a component; it goes before any other name in a folder."""
+"""diffusers' name for the weights of a component; it is preferred to any other name."""
 
 _SAFETENSORS = ("safetensors", "sft")
 _PICKLES = ("bin", "ckpt", "pt", "pth")
@@ -27,19 +28,20 @@ _SHARD = re.compile(r"-\d{5,}-of-\d{5,}")
 
 @dataclass(frozen=True, kw_only=True)
 class FolderWeights:
-    """The files that hold a folder's weights; ``weight_map`` is an index's tensor -> file."""
+    """The files with a folder's weights; ``weight_map``: tensor -> file, if there is an index."""
 
     files: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None
 
     def check(self, entries: Mapping[Path, Collection[str]], where: Path) -> None:
-        """Refuses an index that says otherwise of a tensor than the shards do.
+        """Checks that the index and the shards agree.
 
         Args:
-            entries: the names of each file's tensors. where: what was opened, for messages.
+            entries: the names of each file's tensors.
+            where: what was opened, for messages.
 
         Raises:
-            CheckpointError: it does.
+            CheckpointError: they disagree.
         """
         hint = "download index and shards again, from the same revision"
         if self.weight_map is None:
@@ -72,60 +74,87 @@ class _Candidate:
     is_index: bool
 
 
+@dataclass(frozen=True)
+class Folder:
+    """A folder and what it holds: sorted, without hidden entries."""
+
+    path: Path
+    children: tuple[Path, ...]
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether ``model_index.json`` says that the subfolders are a pipeline's components."""
+        return self.path / "model_index.json" in self.children
+
+    @cached_property
+    def components(self) -> dict[str, Folder]:
+        """The subfolders that hold weights, by name.
+
+        Raises:
+            CheckpointError: a subfolder cannot be listed.
+        """
+        with os_errors(self.path):
+            folders = [_listed(child) for child in self.children if child.is_dir()]
+        return {one.path.name: one for one in folders if _candidates(one.children)}
+
+    def weights(self) -> FolderWeights:
+        """The weights, if the folder holds one component.
+
+        safetensors files are preferred to pickles, diffusers' own file name to others, a plain name
+        to its variants (``.fp16``), and an index to a file of the same name.
+
+        Raises:
+            CheckpointError: there are no weights, or several and no way to choose, or the index
+                does not list files in this folder.
+        """
+        candidates = _candidates(self.children)
+        for kinds in (_SAFETENSORS, _PICKLES):
+            if group := [c for c in candidates if c.kind in kinds]:
+                chosen = _choose(self.path, group)
+                if chosen.is_index:
+                    return _indexed(self.path, chosen)
+                return FolderWeights(files=(chosen.path,), weight_map=None)
+        names = [child.name for child in self.children]
+        raise CheckpointError(
+            "holds no weights",
+            where=self.path,
+            expected="a .safetensors file, or one that ends in .ckpt, .pth, .pt or .bin",
+            got=short(names) if names else "an empty folder",
+            hint="name the folder or the file that holds the weights",
+        )
+
+
+def folder_at(path: object) -> Folder | None:
+    """The folder at a path; None for anything else, such as a file or a state dict.
+
+    Raises:
+        CheckpointError: the path cannot be read.
+    """
+    if not isinstance(path, str | Path):
+        return None
+    folder = as_path(path)
+    with os_errors(folder):
+        if not folder.is_dir():
+            return None
+    return _listed(folder)
+
+
 def components_in(folder: str | Path) -> dict[str, Path]:
-    """The subfolders of a pipeline's folder that hold weights: ``{"vae": .../vae, ...}``, by name.
+    """The subfolders of a pipeline's folder that hold weights: ``{"vae": .../vae, ...}``.
 
     Raises:
-        CheckpointError: the folder, or one in it, is absent or may not be listed.
-        InputError: ``folder`` is no path.
+        CheckpointError: the folder, or one in it, does not exist or cannot be listed.
+        InputError: ``folder`` is not a path.
     """
-    children = _children(as_path(folder))
-    with os_errors(as_path(folder)):
-        folders = [child for child in children if child.is_dir()]
-    return {child.name: child for child in folders if _candidates(_children(child))}
-
-
-def is_pipeline(folder: Path) -> bool:
-    """Whether a folder says of itself that its subfolders are a pipeline's components.
-
-    Raises:
-        CheckpointError: it is absent or may not be listed.
-    """
-    return folder / "model_index.json" in _children(folder)
-
-
-def weights_in(folder: Path) -> FolderWeights:
-    """The weights of a folder that holds one component.
-
-    Safetensors files go before pickles, diffusers' own file name before others, a plain name
-    before its variants (``.fp16``), and an index before a file of the same name.
-
-    Raises:
-        CheckpointError: there are none, or several that nothing chooses between, or the index is
-            no index of files in this folder.
-    """
-    children = _children(folder)
-    candidates = _candidates(children)
-    for kinds in (_SAFETENSORS, _PICKLES):
-        if group := [c for c in candidates if c.kind in kinds]:
-            chosen = _choose(folder, group)
-            if chosen.is_index:
-                return _indexed(folder, chosen)
-            return FolderWeights(files=(chosen.path,), weight_map=None)
-    raise CheckpointError(
-        "holds no weights",
-        where=folder,
-        expected="a .safetensors file, or one that ends in .ckpt, .pth, .pt or .bin",
-        got=f"{short([child.name for child in children])}" if children else "an empty folder",
-        hint="name the folder or the file that holds the weights",
-    )
+    found = _listed(as_path(folder)).components
+    return {name: component.path for name, component in found.items()}
 
 
 def weights_of_index(file: Path) -> FolderWeights | None:
-    """The shards that an index lists; None for a file whose name is not an index's.
+    """The shards that an index lists; None if the file's name is not an index's.
 
     Raises:
-        CheckpointError: it is no index of files in its folder.
+        CheckpointError: the index does not list files in its folder.
     """
     match _candidates([file]):
         case [_Candidate(is_index=True) as index]:
@@ -134,7 +163,7 @@ def weights_of_index(file: Path) -> FolderWeights | None:
 
 
 def config_in(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's ``config.json``; None where there is none.
+    """The content of a folder's ``config.json``; None if there is none.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -146,8 +175,7 @@ def config_in(folder: Path) -> dict[str, Any] | None:
 
 
 def config_beside(files: Sequence[Path]) -> dict[str, Any] | None:
-    """The ``config.json`` of a component's folder whose weights are named one by one: files of one
-    folder, with diffusers' name.
+    """The ``config.json`` next to files of one folder that have diffusers' name; None for others.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -158,15 +186,15 @@ def config_beside(files: Sequence[Path]) -> dict[str, Any] | None:
     return config_in(folders.pop())
 
 
-def _children(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden entries."""
-    with os_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError("is a file", where=folder, expected="a folder", hint="name it")
-        return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+def _listed(path: Path) -> Folder:
+    with os_errors(path):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError("is a file", where=path, expected="a folder", hint="name it")
+        visible = (child for child in path.iterdir() if not child.name.startswith("."))
+        return Folder(path, tuple(sorted(visible)))
 
 
-def _candidates(children: list[Path]) -> list[_Candidate]:
+def _candidates(children: Iterable[Path]) -> list[_Candidate]:
     found = []
     for child in children:
         match = _NAME.fullmatch(child.name)
@@ -200,7 +228,7 @@ def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
     best = [c for c in plain if c.is_index] or plain
     if len(best) > 1 or len({c.base for c in pool}) > 1:
         raise CheckpointError(
-            "holds several files of weights, and nothing says which one is meant",
+            "holds several files of weights, and it is unclear which one is meant",
             where=folder,
             expected="one file, or one whose name is another's without .fp16 or the like",
             got=short([c.path.name for c in pool]),
@@ -222,7 +250,7 @@ def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
     for shard in listed.values():
         if not _inside(shard) or not shard.lower().endswith(f".{index.kind}"):
             raise CheckpointError(
-                "names a shard that is no file of this folder",
+                "names a shard that is not a file in this folder",
                 where=index.path,
                 expected=f"a relative name without '..' that ends in .{index.kind}",
                 got=short(shard),
@@ -233,11 +261,11 @@ def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
         absent = [shard for shard, path in shards.items() if not path.exists()]
     if absent:
         raise CheckpointError(
-            f"names {len(absent)} of {len(shards)} shards that are absent",
+            f"lists {len(shards)} shards, {len(absent)} of them missing",
             where=index.path,
-            expected="every shard beside the index",
+            expected="every shard next to the index",
             got=f"no {short(absent)}",
-            hint="download the absent files too",
+            hint="download the missing files too",
         )
     return FolderWeights(
         files=tuple(shards.values()),
@@ -246,7 +274,7 @@ def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
 
 
 def _inside(shard: object) -> bool:
-    """Whether a name stays in its folder on every system; a symbolic link may lead elsewhere."""
+    """Whether a name stays in its folder on every system; a symbolic link may still leave it."""
     if not isinstance(shard, str) or "\0" in shard or "\\" in shard:
         return False
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)

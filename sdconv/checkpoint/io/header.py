@@ -1,12 +1,13 @@
-"""A safetensors file's header: names, shapes, dtypes and metadata; no tensor is read, no torch.
+"""Reads a safetensors file's header without torch: names, shapes, dtypes and metadata, no tensors.
 
-The format: 8 bytes, little-endian, that give the header's length; the header, a JSON object
-``{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}``; then the data, covered
-by the tensors without holes and without overlaps (https://huggingface.co/docs/safetensors).
+The format: the header's length in 8 bytes, little-endian; the header, a JSON object
+``{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {str: str}}``; then the data, which the
+tensors cover without gaps or overlaps (https://huggingface.co/docs/safetensors).
 
-What is read here is read by safetensors too, with the same names, shapes and dtypes. The reverse
-holds but for four things that safetensors lets pass and no writer writes: a name given twice, an
-entry that is a list, a dtype that is an object, and a shape of zero elements too large for torch.
+A file that is accepted here is accepted by safetensors too, with the same names, shapes and dtypes.
+The reverse is also true, except for four things that safetensors accepts and no writer writes: a
+name that occurs twice, an entry that is a list, a dtype that is an object, and a shape of zero
+elements that is too large for torch.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
         **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
     }
 )
-"""Bits of one element of every dtype that safetensors 0.8 knows."""
+"""The number of bits in an element, for every dtype in safetensors 0.8."""
 
 _LENGTH_BYTES = 8
-_LARGEST = 2**63  # no tensor has so many elements or bytes
-_DEEPEST = 127  # levels of nested JSON that safetensors reads
+_LARGEST = 2**63  # no tensor has this many elements or bytes
+_DEEPEST = 127  # levels of nested JSON that safetensors accepts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """What is known of a tensor without reading it.
+    """A tensor's name, shape, dtype and position, known without reading it.
 
-    ``dtype`` is safetensors' name (``F32``, ``BF16``, ``F8_E4M3``...). ``start`` and ``end`` are
-    bytes counted from the beginning of the file; for a tensor that is in no safetensors file they
-    are 0 and its number of bytes.
+    ``dtype``: safetensors' name (``F32``, ``BF16``, ``F8_E4M3``, ...). ``start``, ``end``: in bytes
+    from the beginning of the file; 0 and the number of bytes for a tensor that is not in a
+    safetensors file.
     """
 
     name: str
@@ -71,7 +72,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A safetensors file's header; ``tensors`` stand in the order of their bytes in the file."""
+    """A safetensors file's header; ``tensors`` are in the order of their bytes in the file."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -84,7 +85,7 @@ class Header:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Every tensor's dtype by its name, in safetensors' words: ``F32``, ``BF16``, ..."""
+        """Every tensor's dtype by its name, as safetensors calls it: ``F32``, ``BF16``, ..."""
         return {name: info.dtype for name, info in self.tensors.items()}
 
     @property
@@ -94,12 +95,12 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read the header of one safetensors file, and nothing behind it.
+    """Reads the header of a safetensors file, and none of its data.
 
     Raises:
-        CheckpointError: the file cannot be read, is no safetensors file, or its header does not
-            describe its data.
-        InputError: ``path`` is no path.
+        CheckpointError: the file cannot be read, is not a safetensors file, or its header does not
+            describe its data; ``MissingFileError`` if it does not exist.
+        InputError: ``path`` is not a path.
     """
     file, size = regular_file(path)
     with os_errors(file), file.open("rb") as handle:
@@ -131,7 +132,7 @@ def _header_text(file: Path, size: int, handle: BinaryIO) -> bytes:
     room = size - _LENGTH_BYTES
     if length > LARGEST_TEXT:
         raise foreign(file, head) or CheckpointError(
-            "states a header that is too long; it is damaged, or no safetensors file",
+            "states a header length that is too large; it is damaged, or not a safetensors file",
             where=file,
             expected=f"at most {LARGEST_TEXT} bytes",
             got=f"{length} bytes (the file begins with {head[:16]!r})",
@@ -139,7 +140,7 @@ def _header_text(file: Path, size: int, handle: BinaryIO) -> bytes:
         )
     if length > room:
         raise foreign(file, head) or CheckpointError(
-            "states a header that is longer than the file",
+            "states a header length that is larger than the file",
             where=file,
             expected=f"at most the {room} bytes that follow",
             got=f"{length} bytes (the file begins with {head[:16]!r})",
@@ -155,7 +156,7 @@ def _header_text(file: Path, size: int, handle: BinaryIO) -> bytes:
 
 
 def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
-    """The header's JSON, as strict as safetensors' reader is."""
+    """The header's JSON, parsed as strictly as by safetensors."""
 
     def refused(what: str, got: object) -> CheckpointError:
         return CheckpointError(what, where=file, expected="a JSON object", got=got, hint=AGAIN)
@@ -171,7 +172,7 @@ def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
         )
         if _deeper_than(fields, _DEEPEST):
             raise RecursionError
-        if "\\u" in text:  # only an escape can bring in half of a surrogate pair
+        if "\\u" in text:  # only an escape can produce half of a surrogate pair
             json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise refused("has a header that is not UTF-8", error) from error
@@ -182,7 +183,7 @@ def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
             f"has a header that names {short(error.args[0])} twice",
             where=file,
             expected="every name once",
-            hint="write the file again with the library that made it",
+            hint="write the file again with the library that created it",
         ) from error
     except RecursionError as error:
         raise refused("has a header nested too deeply", f"over {_DEEPEST} levels") from error
@@ -194,7 +195,7 @@ def _parsed(file: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _whole(literal: str) -> int | float:
-    """A JSON integer as safetensors' reader takes it: beyond 64 bits, and for -0, a float."""
+    """A JSON integer as safetensors reads it: a float beyond 64 bits, and for -0."""
     fits = len(literal) <= 20 and -(2**63) <= int(literal) < 2**64
     return int(literal) if fits and literal != "-0" else _finite(literal)
 
@@ -244,17 +245,17 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
         )
     if not isinstance(shape, list) or not all(map(_natural, shape)):
         raise CheckpointError(
-            "has a shape that is none",
+            "has a malformed shape",
             where=where,
-            expected="a list of whole numbers from 0 on",
+            expected="a list of integers from 0 up",
             got=short(shape),
             hint=AGAIN,
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise CheckpointError(
-            "has data_offsets that are none",
+            "has malformed data_offsets",
             where=where,
-            expected="a list of two whole numbers from 0 on",
+            expected="a list of two integers from 0 up",
             got=short(offsets),
             hint=AGAIN,
         )
@@ -264,7 +265,7 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
         raise CheckpointError(
             "ends before it begins",
             where=where,
-            expected="data_offsets in rising order",
+            expected="data_offsets in ascending order",
             got=offsets,
             hint=AGAIN,
         )
@@ -286,18 +287,18 @@ def _info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
 
 
 def _natural(value: object) -> bool:
-    return type(value) is int and value >= 0  # a bool is no number
+    return type(value) is int and value >= 0  # a bool is not a number here
 
 
 def _bits(where: str, dtype: str, shape: list[int]) -> int:
-    """Bits of all elements; refused where even the strides of such a tensor overflow."""
+    """The bits of all elements; an error if even the strides of such a tensor overflow."""
     bound = elements = 1
     for length in shape:
         bound *= max(length, 1)
         elements *= length
         if bound * max(8, DTYPE_BITS[dtype]) >= 8 * _LARGEST:
             raise CheckpointError(
-                "has a shape larger than any tensor",
+                "has a shape that is too large for a tensor",
                 where=where,
                 expected="less than 2**63 bytes",
                 got=f"{dtype} {short(shape)}",
@@ -307,7 +308,7 @@ def _bits(where: str, dtype: str, shape: list[int]) -> int:
 
 
 def _check_layout(file: Path, infos: list[TensorInfo], data_start: int, size: int) -> None:
-    """Tensors in the order of their bytes must follow one another and end with the file."""
+    """Checks that the tensors, in the order of their bytes, are adjacent and end with the file."""
     before, name = data_start, "the header"
     for info in infos:
         if info.start != before:
@@ -317,11 +318,11 @@ def _check_layout(file: Path, infos: list[TensorInfo], data_start: int, size: in
             elif info.start < before:
                 what = f"overlaps {name}"
             else:
-                what = f"leaves a hole behind {name}"
+                what = f"leaves a gap after {name}"
             raise CheckpointError(
                 what,
                 where=where,
-                expected=f"data_offsets from {before - data_start} on, within "
+                expected=f"data_offsets that begin at {before - data_start}, within "
                 f"{size - data_start} bytes",
                 got=[info.start - data_start, info.end - data_start],
                 hint=AGAIN,
@@ -342,7 +343,7 @@ def _metadata(file: Path, metadata: object) -> dict[str, str]:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
-            "has __metadata__ that is not text by name",
+            "has __metadata__ that is not a mapping of strings",
             where=file,
             expected="an object of strings",
             got=short(metadata),

@@ -1,15 +1,17 @@
-"""Torch checkpoints (``.ckpt``, ``.pth``, ``.pt``, ``.bin``): pickles of which nothing is run.
+"""Reads torch checkpoints (``.ckpt``, ``.pth``, ``.pt``, ``.bin``) without running their pickles.
 
 A pickle is a program: it names functions and classes of the reader's Python (its *globals*) and
-calls them. Here only ``torch.load(weights_only=True)`` runs it, whose interpreter knows tensors,
-plain containers and no other global, and calls nothing else. Training code leaves its own objects
-beside the weights. For each class among them (a name that begins with a capital, of a package that
-is neither Python's own nor torch) an empty class is handed to ``torch.serialization.safe_globals``
-under that name: the module it is named after is never imported, so what stands there is never
-called. It takes any arguments and any state and keeps none. Functions have no such place to take,
-and Python's and torch's own names are let in one by one (``STAND_INS``): all else is refused by
-its name, before torch reads the file, and nothing falls back to a looser reader. Globals that the
-running program has itself given to ``torch.serialization.add_safe_globals`` are its own affair.
+calls them. Here only ``torch.load(weights_only=True)`` interprets it, which knows tensors, plain
+containers and no other global, and calls nothing else.
+
+Training code stores its own objects together with the weights. For each class of such an object (a
+capitalised name in a package that is neither Python's own nor torch), ``safe_globals`` of
+``torch.serialization`` gets an empty class under that name. The module of that name is never
+imported, so its code never runs. The empty class accepts any arguments and any state, and keeps
+none. Functions are not replaced, and Python's and torch's own names only if they are listed in
+``STAND_INS``. Everything else is refused by its name before torch reads the file, and there is no
+fallback to a less strict reader. Globals that the running program itself has passed to
+``torch.serialization.add_safe_globals`` are that program's responsibility.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sdconv.checkpoint.io.header import read_header
 from sdconv.errors import CheckpointError
 
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
-"""Names of files that are read as pickles, and only those."""
+"""The suffixes of files that are read as pickles."""
 
 STAND_INS = frozenset(
     {
@@ -48,7 +50,7 @@ STAND_INS = frozenset(
         "types.SimpleNamespace",
         "typing.Any",
         "uuid.UUID",
-        # how numpy pickles arrays, scalars and the state of its random numbers
+        # for numpy's arrays, scalars and random states
         *(
             f"numpy.{core}.multiarray.{name}"
             for core in ("core", "_core")
@@ -64,40 +66,40 @@ STAND_INS = frozenset(
         *(f"numpy.{name}" for name in "float16 float32 float64 complex64 complex128".split()),
     }
 )
-"""Names that get a stand-in although they are Python's own, or do not begin with a capital."""
+"""Names that get a stand-in although they are Python's own, or are not capitalised."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
-"""Names under which training code keeps the weights, in the order in which they are looked for."""
+"""Names under which training code stores the weights, in the order of preference."""
 
-_ONE_AT_A_TIME = Lock()  # torch keeps what is let in for all threads together
+_ONE_AT_A_TIME = Lock()  # torch has one list of safe globals for all threads
 _MOST_STAND_INS = 1000  # far more than training code has classes
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before its zip format
 _SAFER = (
-    "get the same weights as a .safetensors file; if you trust the author, let the code that made "
-    "the file load it and write its state dict anew"
+    "get the same weights as a .safetensors file; if you trust the author, load the file with the "
+    "code that wrote it, and save its state dict"
 )
 
 
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a torch checkpoint, on the CPU; memory-mapped in the zip format.
 
-    The weights stand under one of ``WRAPPERS``, or in the outermost dict; what is beside them, and
-    what is no tensor among them, is dropped.
+    The weights are under one of ``WRAPPERS``, or in the outermost dict. Everything else in the file
+    is dropped.
 
     Raises:
-        CheckpointError: the file cannot be read, is no torch checkpoint, asks for more than
-            tensors and plain containers, or holds no weights.
-        InputError: ``path`` is no path.
+        CheckpointError: the file cannot be read, is not a torch checkpoint, asks for more than
+            tensors and plain containers, or has no weights.
+        InputError: ``path`` is not a path.
     """
     file, _ = regular_file(path)
     with os_errors(file), file.open("rb") as handle:
-        is_zip = handle.read(4) == b"PK\x03\x04"  # as torch tells its two formats apart
+        is_zip = handle.read(4) == b"PK\x03\x04"  # torch's own way to distinguish its two formats
     program, mappable = _zip_program(file) if is_zip else (_legacy_program(file), False)
     with _ONE_AT_A_TIME:
         stand_ins: list[Any] = [(_stand_in(name), name) for name in _let_in(file, program)]
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-                warnings.simplefilter("ignore")  # of old protocols and storages: they load as well
+                warnings.simplefilter("ignore")  # about old protocols and storages, which load too
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
                 return _weights(file, content)
         except CheckpointError:
@@ -113,7 +115,7 @@ def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 class _Inert:
-    """Stands for an object of a class that is not here: takes anything, keeps and does nothing."""
+    """Replaces an object of an unknown class: it accepts anything, and keeps and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
         return super().__new__(cls)
@@ -126,22 +128,22 @@ class _Inert:
 
 
 class _InertDict(_Inert):
-    """Stands for a kind of dict: torch's reader fills none but plain ones, and gives a state to
-    the ordered one alone."""
+    """Replaces a kind of dict: torch's reader fills only plain ones, and sets the state only of an
+    OrderedDict."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
         return OrderedDict()
 
 
 class _InertList(_Inert):
-    """Stands for a kind of list: torch's reader fills none but plain ones."""
+    """Replaces a kind of list: torch's reader fills only plain ones."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
         return []
 
 
 def _let_in(file: Path, program: bytes) -> list[str]:
-    """The globals that need a stand-in; refused where one may have none."""
+    """The globals that need a stand-in; an error if one must not have it."""
     names = _unsafe_globals(file, program)
     refused = sorted(name for name in names if not _may_stand_in(name))
     if refused or len(names) > _MOST_STAND_INS:
@@ -150,8 +152,7 @@ def _let_in(file: Path, program: bytes) -> list[str]:
 
 
 def _may_stand_in(name: str) -> bool:
-    """Whether a name is one of ``STAND_INS``, or a class of another package than Python's and
-    torch's."""
+    """Whether a name is in ``STAND_INS``, or a class outside of Python's and torch's packages."""
     package, *inner = name.split(".")
     is_class = bool(inner) and inner[-1].lstrip("_")[:1].isupper()
     foreign = package not in sys.stdlib_module_names and package not in ("torch", "__builtin__")
@@ -176,17 +177,17 @@ def _zip_program(file: Path) -> tuple[bytes, bool]:
                 raise CheckpointError(
                     "is a TorchScript program, not a checkpoint",
                     where=file,
-                    hint="load it with torch.jit.load where you trust it, and save its state dict",
+                    hint="if you trust it, load it with torch.jit.load and save its state dict",
                 )
             if len(programs) != 1 or programs[0].file_size > LARGEST_TEXT:
                 raise CheckpointError(
-                    "is a zip archive, but no torch checkpoint",
+                    "is a zip archive, but not a torch checkpoint",
                     where=file,
                     expected=f"one data.pkl of at most {LARGEST_TEXT} bytes in one folder",
                     got=f"{len(members)} members: {short([m.filename for m in members[:8]])}",
                     hint="if it is an archive of weights, unpack it first",
                 )
-            # a member that was compressed afterwards would be mapped as the noise it is
+            # a member that was compressed afterwards cannot be mapped
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
             return archive.read(programs[0]), stored
     except CheckpointError:
@@ -198,14 +199,14 @@ def _zip_program(file: Path) -> tuple[bytes, bool]:
 
 
 def _legacy_program(file: Path) -> bytes:
-    """The pickle that builds the content in the older format: the fourth in the file."""
+    """The pickle with the content in the older format: the fourth in the file."""
     with os_errors(file), file.open("rb") as handle:
         head = handle.read(64)
         handle.seek(0)
         if not head.startswith(_LEGACY_START):
             raise _not_torch(file, head, handle)
         try:
-            for _ in range(3):  # a magic number, the protocol, facts of the machine
+            for _ in range(3):  # a magic number, the protocol, facts about the machine
                 _skip_pickle(handle)
             start = handle.tell()
             _skip_pickle(handle)
@@ -224,7 +225,7 @@ def _skip_pickle(handle: IO[bytes]) -> None:
 
 
 def _not_torch(file: Path, head: bytes, handle: IO[bytes]) -> CheckpointError:
-    """Why a file that is in neither of torch's two formats is none."""
+    """The error for a file that is in neither of torch's two formats."""
     try:
         read_header(file)
     except CheckpointError:
@@ -234,7 +235,7 @@ def _not_torch(file: Path, head: bytes, handle: IO[bytes]) -> CheckpointError:
             return _refused(file, names)
         other = None if is_pickle else foreign(file, head)
         return other or CheckpointError(
-            f"is {'a pickle, but ' if is_pickle else ''}no torch checkpoint",
+            f"is {'a pickle, but ' if is_pickle else ''}not a torch checkpoint",
             where=file,
             expected="what torch.save writes",
             got=f"first bytes {head[:16]!r}",
@@ -250,7 +251,7 @@ def _not_torch(file: Path, head: bytes, handle: IO[bytes]) -> CheckpointError:
 def _unsafe_globals(file: Path, program: bytes) -> list[str]:
     """The globals of a pickle that torch's restricted reader does not know.
 
-    Torch lists them for its zip format only, so the program is put into such an archive.
+    torch lists them only for its zip format, so the program is put into such an archive.
     """
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as writer:
@@ -262,7 +263,7 @@ def _unsafe_globals(file: Path, program: bytes) -> list[str]:
     except Exception as error:  # opcodes of later protocols, or no pickle at all
         names, _ = _named_globals(io.BytesIO(program))
         raise CheckpointError(
-            "is a pickle that torch's restricted reader does not take",
+            "is a pickle that torch's restricted reader does not accept",
             where=file,
             expected="pickle protocol 2, which torch.save writes",
             got=f"{_reason(error)}; it asks for {', '.join(names[:10]) or 'no global'}",
@@ -271,9 +272,9 @@ def _unsafe_globals(file: Path, program: bytes) -> list[str]:
 
 
 def _named_globals(program: IO[bytes]) -> tuple[list[str], bool]:
-    """The globals that a pickle of any protocol names, as far as can be told, and whether it ends.
+    """The globals that a pickle of any protocol seems to name, and whether it is complete.
 
-    For messages only: what is refused is decided by torch's reader.
+    For messages only: torch's reader decides what is refused.
     """
     names: set[str] = set()
     strings: list[str] = []
@@ -298,10 +299,10 @@ def _named_globals(program: IO[bytes]) -> tuple[list[str], bool]:
 def _refused(file: Path, names: list[str]) -> CheckpointError:
     listed = ", ".join(map(_printable, names[:10])) + (", ..." if len(names) > 10 else "")
     return CheckpointError(
-        f"asks for {listed}, which is refused; nothing of it was run",
+        f"asks for {listed}, which is refused; nothing in it was run",
         where=file,
-        expected="tensors and plain containers, with objects of training code's classes at most",
-        got=f"a pickle that names {len(names)} of what is refused",
+        expected="tensors, plain containers and objects of training code's classes",
+        got=f"a pickle that names {len(names)} refused globals",
         hint=_SAFER,
     )
 
@@ -311,7 +312,7 @@ def _printable(name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The part of an exception's text that says what is wrong; torch adds unsafe advice to it."""
+    """The part of an exception's text that says what is wrong, without torch's unsafe advice."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2]
     text = text.partition("\n\nCheck the documentation")[0].strip()
     return short(text) if len(text) > 300 else text or type(error).__name__
@@ -330,7 +331,7 @@ def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
         where=file,
         expected=f"tensors by name, bare or under one of {', '.join(WRAPPERS)}",
         got=type(content).__name__ if keys is None else f"a dict of {short(keys)}",
-        hint="check that it is a checkpoint of a network, and which part of it holds the weights",
+        hint="check that it is a checkpoint of a network, and which part of it is the weights",
     )
 
 

@@ -1,8 +1,8 @@
-"""A source of weights: named tensors from files, a folder or memory, known before they are read.
+"""A source of weights: named tensors from files, a folder or memory, listed before they are read.
 
-A source is one file or more (a state dict in memory counts as one). Each file keeps its own names,
-for the two halves of a tiny autoencoder both number their layers from 0; who asks the whole source
-for its entries says that it is one network, and then a name in two files is an error.
+A source is one or more files (a state dict in memory counts as one). Each file keeps its own names,
+because both halves of a tiny autoencoder number their layers from 0. The entries of a whole source
+are those of one network, so a name in two files is an error.
 
     with open_source("vae/diffusion_pytorch_model.safetensors") as source:
         source.shapes                               # from the header alone
@@ -20,21 +20,29 @@ from typing import Any, Self
 
 import torch
 
-from sdconv.checkpoint.io.files import as_path, os_errors, short
+from sdconv.checkpoint.io.files import as_path, short
 from sdconv.checkpoint.io.folder import (
+    Folder,
     FolderWeights,
     components_in,
     config_beside,
     config_in,
-    is_pipeline,
-    weights_in,
+    folder_at,
     weights_of_index,
 )
 from sdconv.checkpoint.io.header import TensorInfo, read_header
 from sdconv.checkpoint.io.pickles import PICKLE_SUFFIXES, read_pickle
 from sdconv.errors import CheckpointError, InputError
 
-__all__ = ["TORCH_DTYPES", "Source", "SourceFile", "components_in", "open_source"]
+__all__ = [
+    "TORCH_DTYPES",
+    "Source",
+    "SourceFile",
+    "components_in",
+    "open_files",
+    "open_folder",
+    "open_source",
+]
 
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -51,7 +59,7 @@ _TORCH_NAMES = {
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
 )
-"""Safetensors' dtype names that are one dtype of this torch: all but F4 (two to a byte) and F6."""
+"""safetensors' dtypes that this torch has: all but F4 (two in a byte) and F6."""
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -59,8 +67,7 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 class SourceFile(ABC):
     """The tensors of one file, or of one state dict in memory.
 
-    ``label`` names it in messages; ``entries`` are its tensors by name, ``metadata`` what the file
-    says of itself.
+    ``label``: its name in messages. ``entries``: its tensors by name. ``metadata``: the file's own.
     """
 
     label: str
@@ -71,7 +78,7 @@ class SourceFile(ABC):
         """The tensor of that name, in the file's dtype.
 
         Raises:
-            CheckpointError: there is none, it cannot be read, or torch has no such dtype.
+            CheckpointError: it does not exist or cannot be read, or torch does not have its dtype.
         """
         if name not in self.entries:
             raise CheckpointError(
@@ -83,7 +90,7 @@ class SourceFile(ABC):
         return self._read(name)
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
-        """Let go of the file; tensors read so far stay valid."""
+        """Closes the file; tensors that were read remain valid."""
 
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor: ...
@@ -92,7 +99,7 @@ class SourceFile(ABC):
 class SafetensorsFile(SourceFile):
     """A safetensors file: its tensors are views of one private mapping of the file.
 
-    Not ``safe_open``'s mapping, which reads a page of every tensor that it hands out.
+    ``safe_open``'s own mapping would read a page of every tensor that it returns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,14 +110,14 @@ class SafetensorsFile(SourceFile):
         self._mapping: Any = None  # an UntypedStorage of the whole file
 
     def close(self) -> None:
-        self._mapping = None  # unmapped with the last tensor that was read from it
+        self._mapping = None  # the last tensor that was read from it unmaps it
 
     def _read(self, name: str) -> torch.Tensor:
         info = self.entries[name]
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None:
             raise CheckpointError(
-                f"tensor {short(name)} has a dtype that torch has not",
+                f"tensor {short(name)} has a dtype that torch does not have",
                 where=self.label,
                 expected=f"one of {', '.join(TORCH_DTYPES)}",
                 got=info.dtype,
@@ -136,7 +143,7 @@ class SafetensorsFile(SourceFile):
 
 
 class TensorsFile(SourceFile):
-    """Tensors that are already there: a pickle's, or a caller's state dict."""
+    """Tensors in memory: a pickle's, or a caller's state dict."""
 
     def __init__(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self.label = label
@@ -158,8 +165,8 @@ class TensorsFile(SourceFile):
 class Source:
     """Named tensors from one or more files; a context manager that closes them.
 
-    ``label`` names the source in messages, ``files`` are its parts, ``config`` is the parsed
-    ``config.json`` of the component's folder (None where there is none).
+    ``label``: its name in messages. ``files``: its parts. ``config``: the content of the component
+    folder's ``config.json``, or None.
     """
 
     def __init__(
@@ -176,7 +183,7 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files; tensors read so far stay valid."""
+        """Closes the files; tensors that were read remain valid."""
         for file in self.files:
             file.close()
 
@@ -196,7 +203,7 @@ class Source:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the files say of themselves; where they differ, the first file's word."""
+        """The files' metadata; where they differ, the first file's."""
         merged: dict[str, str] = {}
         for file in reversed(self.files):
             merged.update(file.metadata)
@@ -210,13 +217,13 @@ class Source:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in the file's dtype (fp8 as ``torch.float8_*``).
 
-        On the CPU, memory-mapped and not copied, from a file (but for pickles of torch's oldest
-        format and compressed ones, which are read when opened); where the caller has it, from a
-        state dict. Writing to it does not reach the file.
+        From a file it is on the CPU and memory-mapped, not copied, except for pickles that are
+        compressed or in torch's oldest format, which are read when opened. From a state dict it is
+        the caller's own tensor. Writing to a tensor does not change the file.
 
         Raises:
-            CheckpointError: there is none, it cannot be read, torch has no such dtype, or two
-                files claim a name.
+            CheckpointError: it does not exist or cannot be read, torch does not have its dtype, or
+                two files have the name.
         """
         owner = self._owners.get(name)
         if owner is None:
@@ -234,11 +241,11 @@ class Source:
             for name in file.entries:
                 if name in owners:
                     raise CheckpointError(
-                        f"tensor {short(name)} stands in two files of one network",
+                        f"tensor {short(name)} is in two files of one network",
                         where=self.label,
                         expected="every name in one file",
                         got=f"{owners[name].label} and {file.label}",
-                        hint="give only the files that belong together",
+                        hint="pass only the files that belong together",
                     )
                 owners[name] = file
         return owners
@@ -247,25 +254,29 @@ class Source:
 def open_source(
     path_or_paths: str | Path | Sequence[str | Path] | Mapping[str, torch.Tensor],
 ) -> Source:
-    """Open weights: a file, a component's folder, a list of files, or a state dict in memory.
+    """Opens weights: a file, a component's folder, a list of files, or a state dict in memory.
 
-    Headers are read, tensors are not; nothing is fetched, and nothing outside of what is named is
-    opened, but for what belongs to it: a component folder's ``config.json``, also where its weights
-    are named one by one, and the shards of an index. A file whose name ends in ``PICKLE_SUFFIXES``
-    is read as a torch checkpoint, by ``read_pickle``; any other as safetensors.
+    Headers are read, tensors are not. Nothing is fetched, and no other file is opened except those
+    that belong to the weights: a component folder's ``config.json``, also if its weights are named
+    one by one, and the shards of an index. A file whose name ends in ``PICKLE_SUFFIXES`` is read
+    as a torch checkpoint by ``read_pickle``, any other file as safetensors.
 
     Raises:
-        CheckpointError: something cannot be read, is no weights, or a folder's index and its
-            shards disagree; a folder is a whole pipeline (see ``components_in``).
+        CheckpointError: something cannot be read or is not weights, a folder's index and its
+            shards disagree, or a folder is a whole pipeline (see ``components_in``).
         InputError: the argument is none of these four.
     """
+    folder = folder_at(path_or_paths)
+    return open_files(path_or_paths) if folder is None else open_folder(folder)
+
+
+def open_files(
+    path_or_paths: str | Path | Sequence[str | Path] | Mapping[str, torch.Tensor],
+) -> Source:
+    """``open_source`` for anything but a folder."""
     match path_or_paths:
         case str() | Path():
             path = as_path(path_or_paths)
-            with os_errors(path):
-                is_folder = path.is_dir()
-            if is_folder:
-                return _open_folder(path)
             if (weights := weights_of_index(path)) is not None:
                 return _open_weights(path, weights, config_in(path.parent))
             return Source(str(path), [_open_file(path)], config_beside([path]))
@@ -276,16 +287,29 @@ def open_source(
             opened = [_open_file(path) for path in paths]
             return Source(", ".join(map(str, paths)), opened, config_beside(paths))
     raise InputError(
-        "no weights",
-        expected="a path, a list of one path or more, or a dict of tensors by name",
+        "not weights",
+        expected="a path, a list of one or more paths, or a dict of tensors by name",
         got=short(path_or_paths),
     )
+
+
+def open_folder(folder: Folder) -> Source:
+    """``open_source`` for a folder."""
+    if folder.is_pipeline:
+        raise _is_pipeline(folder)
+    try:
+        weights = folder.weights()
+    except CheckpointError:
+        if folder.components:
+            raise _is_pipeline(folder) from None
+        raise
+    return _open_weights(folder.path, weights, config_in(folder.path))
 
 
 def _open_file(path: Path) -> SourceFile:
     if path.suffix.lower() == ".json":
         raise CheckpointError(
-            "is what stands beside weights, not weights",
+            "is a JSON file, not weights",
             where=path,
             expected="weights: a folder, a file of them, or a file that ends in .index.json",
             hint="name the folder that it is in",
@@ -295,30 +319,18 @@ def _open_file(path: Path) -> SourceFile:
     return SafetensorsFile(path)
 
 
-def _open_folder(folder: Path) -> Source:
-    if is_pipeline(folder):
-        raise _is_pipeline(folder, components_in(folder))
-    try:
-        weights = weights_in(folder)
-    except CheckpointError:
-        if components := components_in(folder):
-            raise _is_pipeline(folder, components) from None
-        raise
-    return _open_weights(folder, weights, config_in(folder))
-
-
 def _open_weights(named: Path, weights: FolderWeights, config: Mapping[str, Any] | None) -> Source:
     files = {path: _open_file(path) for path in weights.files}
     weights.check({path: file.entries for path, file in files.items()}, named)
     return Source(str(named), list(files.values()), config)
 
 
-def _is_pipeline(folder: Path, components: Mapping[str, Path]) -> CheckpointError:
+def _is_pipeline(folder: Folder) -> CheckpointError:
     return CheckpointError(
         "is a whole pipeline, not one component",
-        where=folder,
+        where=folder.path,
         expected="the folder of one component",
-        got=f"subfolders with weights: {', '.join(components) or 'none'}",
+        got=f"subfolders with weights: {', '.join(folder.components) or 'none'}",
         hint="name the subfolder, or the component=",
     )
 
@@ -327,7 +339,7 @@ def _in_memory(tensors: Mapping[Any, Any]) -> TensorsFile:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise InputError(
-                "a state dict holds what is no tensor by a name",
+                "a state dict holds something other than tensors by name",
                 where="state dict in memory",
                 expected="torch.Tensor values by str names",
                 got=f"{short(name)}: {type(value).__name__}",

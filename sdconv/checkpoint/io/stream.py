@@ -1,6 +1,6 @@
-"""Tensors from their sources into one safetensors file, a piece at a time: none is held whole.
+"""Writes tensors from their sources into one safetensors file, in pieces: none is held whole.
 
-What is written as it was is copied byte for byte, also in dtypes that torch has not.
+A tensor that keeps its dtype is copied byte for byte, even if torch does not have the dtype.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ _PIECE = 1 << 22  # bytes, or values, that are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class OutputTensor:
     """One tensor of a file to be written.
 
-    ``pieces``: where its rows come from, one piece after another. ``transposed``: of the source's
-    one matrix. ``component``: what it is a part of, where that is known.
+    ``pieces``: where its rows come from, in order. ``transposed``: whether it is the transpose of
+    its one piece. ``component``: the one that it belongs to, if known.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Entry:
 
     @property
     def infos(self) -> tuple[TensorInfo, ...]:
-        """What the sources say of the pieces."""
+        """The headers' entries for the pieces."""
         return tuple(file.entries[name] for file, name in self.pieces)
 
     @property
@@ -55,10 +56,10 @@ class Entry:
         """safetensors' name of the dtype in which it is written.
 
         Args:
-            dtype: asked for, for floating-point tensors of a component.
+            dtype: for floating-point tensors of a component.
 
         Raises:
-            CheckpointError: its parts are of different dtypes, or safetensors has none for it.
+            CheckpointError: its pieces have different dtypes, or one that safetensors lacks.
         """
         stored = TORCH_DTYPES.get(self.dtype)
         if dtype is not None and self.component and stored is not None and stored.is_floating_point:
@@ -74,10 +75,10 @@ class Entry:
         return self.dtype
 
     def tensor(self) -> Tensor:
-        """The tensor in the sources' dtype, mapped where it is one piece of a file.
+        """The tensor in the sources' dtype, memory-mapped if it is one piece of a file.
 
         Raises:
-            CheckpointError: it cannot be read, or torch has no such dtype.
+            CheckpointError: it cannot be read, or torch does not have the dtype.
         """
         tensors = [file.tensor(name) for file, name in self.pieces]
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -85,39 +86,39 @@ class Entry:
 
 
 def stream(
-    entries: Sequence[Entry],
+    entries: Sequence[OutputTensor],
     path: Path,
     metadata: Mapping[str, str],
     *,
     dtype: torch.dtype | None = None,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> None:
-    """Writes a safetensors file; it stands under its name only once it is complete.
+    """Writes a safetensors file, which gets its name only once it is complete.
 
     Args:
-        entries: names that differ.
-        path: folders above it are made.
+        entries: with different names.
+        path: folders above it are created.
         metadata: the file's own.
-        dtype: what floating-point tensors with a component are written in; None: as they are.
-        on_tensor: for progress.
+        dtype: for floating-point tensors of a component; None keeps theirs.
+        on_tensor: called for progress.
 
     Raises:
-        CheckpointError: two entries have one name, a source cannot be read, safetensors has no
-            such dtype, or the file cannot be written.
+        CheckpointError: two entries have the same name, a source cannot be read, safetensors does
+            not have a dtype, or the file cannot be written.
     """
     targets = {entry.name: entry.written_as(dtype) for entry in entries}
     if len(targets) < len(entries):
         names = sorted(entry.name for entry in entries)
         twice = next(a for a, b in pairwise(names) if a == b)
         raise CheckpointError(
-            "two tensors would get one name",
+            "two tensors would get the same name",
             where=path,
             expected="every name once",
             got=f"{twice}, from "
             + " and ".join(repr(e.pieces[0][1]) for e in entries if e.name == twice),
-            hint="take the tensor that is not meant out of the file",
+            hint="remove the wrong one from the file",
         )
-    # widest first, so that each begins at a multiple of its width, as safetensors writes them
+    # the widest dtype first, as safetensors does: each tensor begins at a multiple of its width
     ordered = sorted(entries, key=lambda entry: (-DTYPE_BITS[targets[entry.name]], entry.name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     place, total = 0, sum(info.nbytes for entry in entries for info in entry.infos)
@@ -156,13 +157,13 @@ def _text(header: Mapping[str, object], path: Path) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _size(entry: Entry, target: str) -> int:
+def _size(entry: OutputTensor, target: str) -> int:
     """Bytes of an entry as it is written."""
     nbytes = sum(info.nbytes for info in entry.infos)
     return nbytes * DTYPE_BITS[target] // DTYPE_BITS[entry.dtype]
 
 
-def _bytes(entry: Entry, target: str) -> Iterator[bytes | memoryview]:
+def _bytes(entry: OutputTensor, target: str) -> Iterator[bytes | memoryview]:
     if entry.transposed:
         yield from _values(entry.tensor(), target)
         return
@@ -186,9 +187,9 @@ def _copied(file: SafetensorsFile, info: TensorInfo) -> Iterator[bytes]:
 
 
 def _values(tensor: Tensor, target: str) -> Iterator[memoryview]:
-    # a view of the mapping where that is possible, so that only a piece is ever in memory
+    # a view of the mapping if possible, so that only one piece is in memory
     for piece in torch.split(tensor.reshape(-1), _PIECE):
         values = piece.to("cpu", TORCH_DTYPES[target]).contiguous()
         if values.numel():
-            # numpy arrays have the buffer protocol; their stubs say so only from Python 3.12 on
-            yield memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            # numpy's stubs declare the buffer protocol only from Python 3.12 on
+            yield memoryview(cast(bytearray, values.view(torch.uint8).numpy()))

@@ -1,4 +1,4 @@
-"""Tensors to files: safetensors and ``config.json``, whole or not at all."""
+"""Writes safetensors files and ``config.json``: each is complete, or not written at all."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdconv.checkpoint.io.files import as_path
+from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.config import AutoencoderTinyConfig, Config
 from sdconv.errors import CheckpointError, InputError, SdconvError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# where a single file keeps what its shapes cannot tell
+# the metadata key for a single file's config
 CONFIG_KEY = "sdconv.config"
-# names of files, not of folders, of which none is written
+# suffixes of other kinds of files, which are not written
 _NOT_WRITTEN = frozenset(".ckpt .pth .pt .pkl .bin .sft .gguf .onnx .h5 .npz .msgpack".split())
 
 
 def output_path(path: str | Path) -> tuple[Path, bool]:
-    """Where weights are to be written, and whether that is a single file: its name then ends in
-    ``.safetensors``. Any other is a folder's.
+    """The path to write weights to, and whether it is a single file (``.safetensors``) or a folder.
 
     Raises:
-        InputError: no path, or a name for a kind of file that is not written.
+        InputError: it is not a path, or it names a kind of file that is not written.
     """
     out = as_path(path)
     if (suffix := out.suffix.lower()) in _NOT_WRITTEN:
         raise InputError(
             "only safetensors files are written",
             where=out,
-            expected="a name that ends in .safetensors for a single file, or a folder's",
+            expected="a name that ends in .safetensors for a single file, or a folder",
             got=f"a name that ends in {out.suffix}",
             hint=f"name it {out.with_suffix('.safetensors').name}",
         )
@@ -45,13 +45,13 @@ def output_path(path: str | Path) -> tuple[Path, bool]:
 def write_folder(
     tensors: Mapping[str, Tensor], config: Config, folder: Path, *, variant: str | None = None
 ) -> list[Path]:
-    """Writes one component as diffusers keeps it: ``config.json`` beside
+    """Writes one component in diffusers' form: ``config.json`` and
     ``diffusion_pytorch_model.safetensors``.
 
     Args:
         tensors: by diffusers' names.
         config: the network's.
-        folder: made if absent.
+        folder: created if it does not exist.
         variant: a word for the file's name, such as ``"fp16"``.
 
     Returns:
@@ -63,13 +63,13 @@ def write_folder(
     """
     check_in_diffusers(config, folder)
     suffix = f".{variant}" if variant else ""
-    weights = folder / f"diffusion_pytorch_model{suffix}.safetensors"
+    weights = folder / f"{DIFFUSERS_NAME}{suffix}.safetensors"
     write_tensors(tensors, weights, {"format": "pt"})
     return [write_config(config, folder), weights]
 
 
 def check_in_diffusers(config: Config, folder: Path) -> None:
-    """Refuses a network that a folder as diffusers keeps it cannot hold.
+    """Refuses a network that cannot be saved as a folder in diffusers' form.
 
     Raises:
         SdconvError: diffusers has no class for this network.
@@ -85,7 +85,7 @@ def check_in_diffusers(config: Config, folder: Path) -> None:
 
 
 def write_config(config: Config, folder: Path) -> Path:
-    """Writes a component's ``config.json``, and gives its path.
+    """Writes a component's ``config.json`` and returns its path.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -96,10 +96,10 @@ def write_config(config: Config, folder: Path) -> Path:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file under its name only once it is complete.
+    """Writes a safetensors file, which gets its name only once it is complete.
 
     Raises:
-        InputError: a tensor without values.
+        InputError: a tensor has no values.
         CheckpointError: the file cannot be written.
     """
     from safetensors.torch import save_file
@@ -110,14 +110,14 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
             where=path,
             expected="every tensor on the CPU or a GPU",
             got=f"{len(empty)} of {len(tensors)} on the meta device, such as {empty[0]}",
-            hint="load weights into the network, or take it out of offloading, first",
+            hint="load weights into the network first, or end its offloading",
         )
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_whole(path, lambda part: save_file(contiguous, part, metadata=dict(metadata)))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a file of another name beside ``path``, which then takes that name.
+    """Writes a file under a temporary name in the same folder, and then renames it to ``path``.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -135,7 +135,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             part = Path(name)
             try:
                 write(part)
-                # mkstemp's files are private; weights are for whoever the umask says
+                # mkstemp's files are private; weights get the umask's permissions
                 umask = os.umask(0)
                 os.umask(umask)
                 part.chmod(0o666 & ~umask)
@@ -152,7 +152,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder, and takes it away again where what is done in it fails."""
+    """Creates a folder, and removes it again if the work in it fails."""
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Names of tensors in each layout, and the maps between them."""
+"""Tensors' names in each layout, and the key maps between them."""

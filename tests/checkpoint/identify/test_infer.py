@@ -12,7 +12,7 @@ import torch
 import sdconv
 from sdconv.checkpoint.identify.find import find_networks
 from sdconv.checkpoint.identify.infer import identify
-from sdconv.checkpoint.keys.vae import VAE_RULES, KeyMap
+from sdconv.checkpoint.keys.vae import vae_keys
 from sdconv.checkpoint.save import original_tensors
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, AutoencoderTinyConfig
 
@@ -152,7 +152,7 @@ def test_an_unknown_name_beside_a_bare_vae_is_unexpected() -> None:
 
 def test_every_rule_is_used_and_undone() -> None:
     config = CONFIGS["sd1"]
-    keymap = KeyMap(VAE_RULES, 4)
+    keymap = vae_keys(4)
     names = list(shapes_in(config, "diffusers"))
     original = [keymap.original(name) for name in names]
     assert None not in original and len(set(original)) == len(names)
@@ -162,7 +162,7 @@ def test_every_rule_is_used_and_undone() -> None:
 
 
 def test_the_decoder_is_numbered_from_the_other_end() -> None:
-    keymap = KeyMap(VAE_RULES, 4)
+    keymap = vae_keys(4)
     # the original's level 0 is the picture's size; diffusers' up_blocks.3 is (autoencoder.py)
     assert (
         keymap.canonical("decoder.up.0.block.2.nin_shortcut.weight")
@@ -225,7 +225,7 @@ def test_the_caller_decides() -> None:
     assert (config["scaling_factor"], config["shift_factor"]) == (1.5305, 0.0609)
     with pytest.raises(sdconv.InputError, match=r"does not fit a VAE with 16 latent channels"):
         sdconv.infer(shapes, family="sdxl")
-    with pytest.raises(sdconv.InputError, match="no such family"):
+    with pytest.raises(sdconv.InputError, match="unknown family"):
         sdconv.infer(shapes, family="sd9")
 
 

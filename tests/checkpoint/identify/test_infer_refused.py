@@ -92,8 +92,11 @@ def of_two(named: Shapes) -> Shapes:
     [
         (half(shapes()), "the VAE is incomplete"),
         (of_two(shapes(seeded.tiny(), "diffusers")), "different autoencoders"),
-        (half(shapes(seeded.POOLED)) | {"decoder.1.weight": (64, 32)}, "is none of its kind"),
-        ({"0.weight": (7, 9, 3, 3), "0.bias": (7,)}, "no half of a tiny autoencoder"),
+        (
+            half(shapes(seeded.POOLED)) | {"decoder.1.weight": (64, 32)},
+            "a shape that it cannot have",
+        ),
+        ({"0.weight": (7, 9, 3, 3), "0.bias": (7,)}, "not half of a tiny autoencoder"),
         ({"a.weight": (1,)}, "no network that sdconv knows"),
     ],
 )
@@ -212,7 +215,7 @@ def test_other_kinds_are_not_taken_for_the_nearest(layout: str) -> None:
 @pytest.mark.parametrize(
     ("named", "words"),
     [
-        (wide_first_level(), r"ch_mult\[0\] is not 1(?s:.*)gives 32 channels, the first level 64"),
+        (wide_first_level(), r"ch_mult\[0\] is not 1(?s:.*)32 channels out of encoder.conv_in, 64"),
         (narrow_latents(False), r"embed_dim is not z_channels(?s:.*)\(4, 3, 1, 1\)"),
         (narrow_latents(True), r"is a VQ model(?s:.*)quantize\.embedding\.weight"),
         (attention_in_a_level(), r"attn_resolutions(?s:.*)down\.1\.attn\.0\.q\.weight"),
@@ -260,7 +263,7 @@ def test_patches_of_flux2_that_are_squares(side: int, count: int) -> None:
 
 def test_a_number_of_latent_channels_that_no_family_has() -> None:
     named = shapes(seeded.kl((32, 64), 8, True))
-    words = r"the vae has 8 latent channels, as in no family known here: scaling_factor 1\.0, "
+    words = r"the vae has 8 latent channels, unlike any known family: scaling_factor 1\.0, "
     with pytest.warns(sdconv.SdconvWarning, match=words) as caught:
         assert sdconv.infer(named)["vae"]["scaling_factor"] == 1.0
     assert "family=" not in str(caught[0].message)  # none would fit

@@ -13,7 +13,7 @@ import torch
 from helpers.unets import FAMILIES, SMALL, peer_of
 
 import sdconv
-from sdconv.checkpoint.identify.find import Found, find_networks
+from sdconv.checkpoint.identify.find import DetectedNetwork, find_networks
 from sdconv.checkpoint.identify.infer import identify
 from sdconv.checkpoint.keys.unet import keys_of_canonical, keys_of_original
 
@@ -39,7 +39,7 @@ def family(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Shapes]:
     return config, shapes_in(network)
 
 
-def found(shapes: Shapes) -> Found:
+def found(shapes: Shapes) -> DetectedNetwork:
     (one,) = [one for one in find_networks(shapes) if one.component == "unet"]
     return one
 
@@ -222,7 +222,7 @@ def test_family_that_does_not_fit() -> None:
     [
         ("conv_out.", "conv_out.weight is missing"),
         ("up_blocks.2.", "3 levels down, 2 up"),
-        ("up_blocks.1.resnets.1", "the way up does not match the way down"),
+        ("up_blocks.1.resnets.1", "the up path does not match the down path"),
         ("down_blocks.1.attentions.0.", "a transformer is missing"),
     ],
 )
@@ -256,7 +256,7 @@ def test_config_json_of_a_published_model_comes_back(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "config.json").read_text())
     shapes = shapes_in(network)
     (one,) = identify(shapes, config=content, where=tmp_path)
-    assert one.evidence == "the config beside it"
+    assert one.evidence == "its config"
     read = sdconv.infer(shapes)["unet"]
     assert {k: v for k, v in one.config.items() if k not in PIPELINE_ONLY} == {
         k: v for k, v in read.items() if k not in PIPELINE_ONLY

@@ -246,8 +246,8 @@ def test_other_files_under_a_pickles_name(tmp_path: Path) -> None:
         "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
         "a web page": b"<!doctype html><html></html>",
         "a GGUF file": b"GGUF\x03\0\0\0",
-        "is no torch checkpoint": bytes(100),
-        "is a pickle, but no torch checkpoint": pickle.dumps({"a": 1}),
+        "is not a torch checkpoint": bytes(100),
+        "is a pickle, but not a torch checkpoint": pickle.dumps({"a": 1}),
         "is a damaged zip archive": b"PK\x03\x04" + bytes(100),
     }
     for what, content in contents.items():
@@ -256,7 +256,7 @@ def test_other_files_under_a_pickles_name(tmp_path: Path) -> None:
             read_pickle(file)
     with zipfile.ZipFile(file, "w") as writer:
         writer.writestr("readme.txt", "hello")
-    with pytest.raises(CheckpointError, match="a zip archive, but no torch checkpoint"):
+    with pytest.raises(CheckpointError, match="a zip archive, but not a torch checkpoint"):
         read_pickle(file)
     with pytest.raises(CheckpointError, match="does not exist"):
         read_pickle(tmp_path / "none.ckpt")
@@ -288,5 +288,5 @@ def test_a_file_cut_short_anywhere(tmp_path: Path, new: bool) -> None:
 
 def test_newer_protocols_raise_no_warning(tmp_path: Path) -> None:
     assert same(read_pickle(saved(tmp_path / "a.ckpt", WEIGHTS, protocol=3)), WEIGHTS)
-    with pytest.raises(CheckpointError, match="restricted reader does not take"):
+    with pytest.raises(CheckpointError, match="restricted reader does not accept"):
         read_pickle(saved(tmp_path / "b.ckpt", WEIGHTS, protocol=4))
