@@ -1,5 +1,5 @@
-"""Two checkpoints side by side: numbers computed another way, any layout and dtype, and what only
-one of the two has."""
+"""The difference of two checkpoints in any layout and dtype, checked against numbers computed in
+another way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VAE = seeded.kl((32, 64), 4, True, layers_per_block=1)
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model in every form: diffusers' folder, files in both layouts, and wider numbers."""
+    """One model in every form: diffusers' folder, files in both layouts, and a wider dtype."""
     root = tmp_path_factory.mktemp("forms")
     pipelines.pipeline("xl").to(torch.float16).save_pretrained(root / "folder")
     made = {"folder": root / "folder"}
@@ -52,7 +52,7 @@ def test_layout_and_dtype_do_not_matter(form: str, forms: dict[str, Path]) -> No
     assert run("diff", forms["folder"], forms[form]).exit_code == 0
 
 
-def test_numbers(forms: dict[str, Path], tmp_path: Path) -> None:
+def test_norms_and_distances(forms: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(forms["folder"], tmp_path / "tuned")
     path = tmp_path / "tuned" / "unet" / "diffusion_pytorch_model.safetensors"
     before, after = load_file(path), load_file(path)
@@ -77,7 +77,7 @@ def test_numbers(forms: dict[str, Path], tmp_path: Path) -> None:
     assert result.whole.norm > 2 * block.norm
 
 
-def test_blocks_stand_in_the_order_of_the_data(forms: dict[str, Path]) -> None:
+def test_blocks_are_in_the_order_of_the_data(forms: dict[str, Path]) -> None:
     names = [block.name for block in compare(forms["folder"], forms["folder"]).blocks]
     assert names[:13] == [
         "unet.conv_in",
@@ -139,7 +139,7 @@ def test_families_of_other_shapes_are_listed() -> None:
     assert "unet.up_blocks.2.resnets.1.time_emb_proj.weight" in result.misshapen
 
 
-def test_odd_values() -> None:
+def test_nan_infinity_and_empty_tensors() -> None:
     nan, inf = torch.tensor([1.0, torch.nan]), torch.tensor([torch.inf, -torch.inf])
     one = {"nan.a": nan, "inf.a": inf, "zero.a": torch.zeros(2), "empty.a": torch.ones(0, 3)}
     assert compare(one, {name: tensor.clone() for name, tensor in one.items()}).equal
@@ -159,7 +159,7 @@ def test_odd_values() -> None:
     assert math.isnan(lost.blocks[0].max_abs)
 
 
-def test_any_kind_of_number() -> None:
+def test_every_kind_of_dtype() -> None:
     one = {
         "bool": torch.tensor([True, False]),
         "int": torch.tensor([2**40, 1]),
@@ -176,7 +176,7 @@ def test_any_kind_of_number() -> None:
     }
 
 
-def test_the_last_value_of_a_long_tensor() -> None:
+def test_a_difference_in_the_last_value_of_a_long_tensor() -> None:
     one = torch.zeros(9_000_001, dtype=torch.float16)
     other = one.clone()
     other[-1] = 1
@@ -191,7 +191,7 @@ TENSORS = st.dictionaries(
 
 
 @given(first=TENSORS, second=TENSORS)
-def test_equal_exactly_where_all_is_the_same(
+def test_equal_exactly_if_everything_is_the_same(
     first: dict[str, Tensor], second: dict[str, Tensor]
 ) -> None:
     result, turned = compare(first, second), compare(second, first)
@@ -202,7 +202,7 @@ def test_equal_exactly_where_all_is_the_same(
     assert len(result.whole.tensors) + len(result.misshapen) == len(set(first) & set(second))
 
 
-def test_a_dtype_that_torch_has_not(tmp_path: Path) -> None:
+def test_a_dtype_that_torch_lacks(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
     text = json.dumps(header).encode()
     path = tmp_path / "f4.safetensors"
@@ -213,7 +213,7 @@ def test_a_dtype_that_torch_has_not(tmp_path: Path) -> None:
     assert "not read" in run("diff", path, path).stdout
 
 
-def test_two_networks_of_a_kind() -> None:
+def test_two_networks_of_one_kind() -> None:
     vae = seeded.tensors(VAE)
     both = {f"{prefix}.{name}": t for prefix in ("one", "two") for name, t in vae.items()}
     assert compare(both, both).equal
@@ -224,6 +224,6 @@ def test_two_networks_of_a_kind() -> None:
         compare(taken, taken)
 
 
-def test_no_path_is_an_error_of_ours() -> None:
+def test_an_argument_that_is_not_a_path() -> None:
     with pytest.raises(SdconvError):
         compare(3, 4)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is said of weights: networks, what lies beside them, what they lack, odd values."""
+"""Inspection of weights: networks, other tensors, missing tensors, unusual values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names_of(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
-    """A VAE among everything that a checkpoint of the original layout holds beside it."""
+    """A VAE among everything else that a checkpoint in the original layout holds."""
     vae = original_tensors(seeded.tensors(CONFIG), CONFIG)
     tensors = {f"first_stage_model.{name}": tensor.half() for name, tensor in vae.items()}
     tensors |= {
@@ -57,19 +57,19 @@ def test_a_whole_checkpoint(whole: Path) -> None:
     assert vae.amount.nbytes == 2 * vae.amount.numbers == 2 * vae.parameters
     assert vae.amount.dtypes == {"F16": vae.amount.tensors}
     assert part.metadata == {"made": "by hand"}
-    beside = {(one.what, one.prefix): one.amount.tensors for one in part.unused}
-    assert beside == {
+    others = {(one.what, one.prefix): one.amount.tensors for one in part.unused}
+    assert others == {
         ("training loss", "first_stage_model.loss."): 1,
         ("text encoder", "cond_stage_model."): 1,
         ("EMA copy", "model_ema."): 2,
         ("noise schedule", ""): 2,
         ("unknown", "something.of.mine"): 2,
     }
-    assert part.amount.tensors == vae.amount.tensors + sum(beside.values())
+    assert part.amount.tensors == vae.amount.tensors + sum(others.values())
     assert json.loads(json.dumps(found.to_json()))["parts"][0]["networks"][0]["family"] == "sd1"
 
 
-def test_an_open_choice_is_said_and_decided_by_the_caller(tmp_path: Path) -> None:
+def test_an_open_family_is_reported_and_decided_by_the_caller(tmp_path: Path) -> None:
     path = names_of(tmp_path / "vae.safetensors", seeded.tensors(CONFIG))
     assert inspect(path).network("vae").open_to == ("sd1", "sd2", "sdxl")
     assert "sd1 was taken (scaling_factor 0.18215" in (inspect(path).network("vae").guess or "")
@@ -80,7 +80,7 @@ def test_an_open_choice_is_said_and_decided_by_the_caller(tmp_path: Path) -> Non
         inspect(path, family="sd99")
 
 
-def test_what_a_network_lacks(tmp_path: Path) -> None:
+def test_missing_unexpected_and_misshapen_tensors(tmp_path: Path) -> None:
     tensors = seeded.tensors(CONFIG)
     del tensors["decoder.conv_in.bias"]
     tensors["encoder.conv_out.bias"] = torch.ones(3)
@@ -117,7 +117,7 @@ def test_a_config_that_contradicts_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("paths", [None, 3, [], [None], b"vae.safetensors"])
-def test_what_is_no_path(paths: object) -> None:
+def test_arguments_that_are_not_paths(paths: object) -> None:
     for look in (inspect, check_values):
         with pytest.raises(sdconv.InputError):
             look(paths)  # type: ignore[arg-type]
@@ -170,7 +170,7 @@ def test_two_halves_in_two_files(tmp_path: Path) -> None:
     assert "one encoder and one decoder" in both.complaint
 
 
-def test_statistics_are_no_parameters(tmp_path: Path) -> None:
+def test_statistics_are_not_parameters(tmp_path: Path) -> None:
     config = seeded.flux2((32, 32), layers_per_block=1)
     network = seeded.network(config)
     found = inspect(sdconv.save(network, tmp_path / "vae.safetensors")[0]).network("vae")
@@ -178,8 +178,8 @@ def test_statistics_are_no_parameters(tmp_path: Path) -> None:
     assert found.parameters < found.amount.numbers
 
 
-def test_nothing_but_headers_is_read(whole: Path, tmp_path: Path) -> None:
-    # a file with nothing in its tensors' places but a hole, larger than memory
+def test_only_headers_are_read(whole: Path, tmp_path: Path) -> None:
+    # a sparse file, larger than memory
     header = json.dumps(
         {
             "first_stage_model.post_quant_conv.weight": {
@@ -200,7 +200,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_values(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_unusual_values(dtype: torch.dtype, tmp_path: Path) -> None:
     small = dtype.itemsize == 1  # E4M3 has no infinity
     odd = torch.tensor([1.0, torch.nan, 1.0 if small else torch.inf]).to(dtype)
     tensors = {

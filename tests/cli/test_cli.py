@@ -110,7 +110,7 @@ check vae.safetensors --size 4x4                                    | wrong shap
 check vae.safetensors --component unet                              | no component
 convert vae.safetensors OUT.ckpt --layout diffusers                 | only safetensors
 convert vae.safetensors OUT --layout original                       | single file
-convert int.safetensors OUT.safetensors --layout original           | no floating-point numbers
+convert int.safetensors OUT.safetensors --layout original           | not floating-point
 convert vae.safetensors vae.safetensors --layout original           | one of the inputs
 convert vae.safetensors OUT.safetensors                             | Missing option '--layout'
 convert vae.safetensors OUT.safetensors --layout mine               | mine
@@ -148,7 +148,7 @@ plan --size 2x2                                                     | the image 
 plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
 plan tiny.safetensors                                               | only a VAE can be streamed
-plan --spill absent                                                 | not a writable folder
+plan --spill absent                                                 | --spill: not a writable folder
 reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the name of an image file
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
 reconstruct photo.png -m absent.safetensors -o OUT.png              | does not exist
@@ -290,13 +290,13 @@ def cropped(path: Path, sides: tuple[int, int, int, int]) -> torch.Tensor:
 @torch.no_grad()
 def test_encode(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "z.safetensors"
-    means = ["-m", here / "vae.safetensors", "--backend", "reference"]
-    said = answer("encode", here / "photo.png", *means, "-o", out)
+    options = ["-m", here / "vae.safetensors", "--backend", "reference"]
+    said = answer("encode", here / "photo.png", *options, "-o", out)
     assert (said["width"], said["height"], said["shape"]) == (48, 32, [1, 4, 4, 6])
     assert "48x32" in said["notes"][0]
     posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist
     assert torch.equal(load_file(out)["latents"], posterior.mode())
-    drawn = run("encode", here / "photo.png", *means, "-fo", out, "--sample", "--seed", 5)
+    drawn = run("encode", here / "photo.png", *options, "-fo", out, "--sample", "--seed", 5)
     assert drawn.exit_code == 0
     assert "1 x 4 x 4 x 6, raw" in drawn.stdout
     expected = posterior.sample(torch.Generator().manual_seed(5))
@@ -310,10 +310,10 @@ def test_encode_and_decode(
     name: str, config: Config, scaled: bool, here: Path, tmp_path: Path
 ) -> None:
     z, out, model = tmp_path / "z.safetensors", tmp_path / "a.png", here / f"{name}.safetensors"
-    flags, means = ["--scaled"] if scaled else [], ["-m", model, "--backend", "reference"]
-    answer("encode", here / "photo.png", *means, "-o", z, "--size", 32, *flags)
+    flags, options = ["--scaled"] if scaled else [], ["-m", model, "--backend", "reference"]
+    answer("encode", here / "photo.png", *options, "-o", z, "--size", 32, *flags)
     # the file itself says whether they are scaled
-    said = answer("decode", z, *means, "-o", out)
+    said = answer("decode", z, *options, "-o", out)
     assert (said["files"], said["scaled"]) == ([str(out)], scaled)
     network = seeded.network(config)
     with Image.open(here / "photo.png") as image:
@@ -326,12 +326,12 @@ def test_encode_and_decode(
     assert float((cropped(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
 
 
-@pytest.mark.parametrize("means", [
+@pytest.mark.parametrize("options", [
     (), ("--memory", "1GiB"), ("--memory", "1GiB", "--spill", "FOLDER", "--backend", "reference"),
 ])  # fmt: skip
-def test_backends_and_streaming_agree(means: tuple[str, ...], here: Path, tmp_path: Path) -> None:
+def test_backends_and_streaming_agree(options: tuple[str, ...], here: Path, tmp_path: Path) -> None:
     z, out, own = tmp_path / "z.safetensors", tmp_path / "a.png", tmp_path / "own.png"
-    words = [str(tmp_path) if word == "FOLDER" else word for word in means]
+    words = [str(tmp_path) if word == "FOLDER" else word for word in options]
     model = ["-m", here / "vae.safetensors"]
     answer("encode", here / "photo.png", *model, "-o", z, *words)
     posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist

@@ -261,10 +261,10 @@ def test_an_input_is_never_overwritten(line: str, here: Path) -> None:
 # --- messages
 
 NAMED = """
-inspect vae.safetensors --family sd99              | error: --family: no such family
+inspect vae.safetensors --family sd99              | error: --family: unknown family
 check vae.safetensors --against someone            | error: --against: unknown reference
 check vae.safetensors --device nowhere             | error: --device: no such device
-convert vae.safetensors o --layout diffusers --family x | error: --family: no such family
+convert vae.safetensors o --layout diffusers --family x | error: --family: unknown family
 anatomy vae.safetensors --size 4                   | error: --size: the image is too small
 anatomy vae.safetensors --component unet           | hint: pass --component vae
 encode photo.png -m vae.safetensors --device no    | error: --device: no such device

@@ -29,10 +29,10 @@ def test_too_little_memory_is_refused_with_a_hint(tmp_path: Path) -> None:
     Image.new("1", (side, side)).save(tmp_path / "large.png")
     # two latents, each of half that size
     save_file({"z": torch.zeros(2, 4, side // 8, side // 16)}, tmp_path / "z.safetensors")
-    means = ("--dtype", "float64", "-m", tmp_path / "vae.safetensors")
+    options = ("--dtype", "float64", "-m", tmp_path / "vae.safetensors")
     found = {
-        command: run(command, tmp_path / source, *means, *options)
-        for command, source, *options in (
+        command: run(command, tmp_path / source, *options, *out)
+        for command, source, *out in (
             ("decode", "z.safetensors", "-o", tmp_path / "a.png"),
             ("encode", "large.png", "-o", tmp_path / "out.safetensors"),
             ("reconstruct", "large.png", "-o", tmp_path / "a.png"),
@@ -45,7 +45,7 @@ def test_too_little_memory_is_refused_with_a_hint(tmp_path: Path) -> None:
         assert ("--memory 2GiB, and --spill FOLDER" in result.stderr) == (command != "features")
         assert ("--size" in result.stderr) == (command != "decode")
     # control: in strips it is not refused for this reason
-    strips = run("decode", tmp_path / "z.safetensors", *means, "--memory", "1MiB")
+    strips = run("decode", tmp_path / "z.safetensors", *options, "--memory", "1MiB")
     assert "the memory limit cannot be met" in strips.stderr
 
 

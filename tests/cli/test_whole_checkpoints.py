@@ -1,4 +1,4 @@
-"""The commands that compare and convert whole checkpoints."""
+"""The commands for whole checkpoints: diff and convert."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdconv.report.difference import draw_difference
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A VAE, and the same with other weights in one level."""
+    """A VAE, and the same with other weights in a few layers."""
     folder = tmp_path_factory.mktemp("pair")
     tensors = seeded.tensors(seeded.kl((32, 64), 4, True, layers_per_block=1))
     save_file(tensors, folder / "a.safetensors")
@@ -33,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "a.safetensors", folder / "b.safetensors"
 
 
-def test_the_command(pair: tuple[Path, Path]) -> None:
+def test_diff_prints_every_block(pair: tuple[Path, Path]) -> None:
     shown = run("diff", *pair)
     assert shown.exit_code == 1
     (line,) = [line for line in shown.stdout.splitlines() if "vae.decoder.up_blocks.0" in line]
@@ -53,7 +53,7 @@ def test_the_command(pair: tuple[Path, Path]) -> None:
     assert json.loads(run("diff", pair[0], pair[0], "--json").stdout)["equal"] is True
 
 
-def test_the_drawing(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_diff_draws_a_bar_for_each_block(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for path in (tmp_path / "d.png", tmp_path / "d.svg"):
         result = run("diff", *pair, "--plot", path)
         assert (result.exit_code, result.stderr) == (1, f"note: drawn: {path}\n")
@@ -61,7 +61,7 @@ def test_the_drawing(pair: tuple[Path, Path], tmp_path: Path) -> None:
         bars = sum(n for n, colour in image.convert("RGB").getcolors(1 << 20) if colour == GREEN)
         assert image.width > 1000
     assert bars > 5000
-    # nothing to draw but an empty frame, and names that no font has
+    # an empty frame, and names that no font has
     same = compare(pair[0], pair[0])
     odd = {"\x1b$\u4e00": torch.ones(1), "zero.$a": torch.zeros(1), "nan.a": torch.ones(1)}
     save_file(odd, tmp_path / "$\u4e00.safetensors")
@@ -110,7 +110,7 @@ def test_bad_input(case: str, pair: tuple[Path, Path], tmp_path: Path, monkeypat
     assert result.stdout == ""
 
 
-def test_what_convert_says(tmp_path: Path) -> None:
+def test_convert_lists_what_it_moves_and_leaves_out(tmp_path: Path) -> None:
     pipelines.pipeline("xl").to(torch.float16).save_pretrained(tmp_path / "folder")
     whole, out = tmp_path / "whole.safetensors", tmp_path / "model"
     convert(tmp_path / "folder", whole, "original")
@@ -137,5 +137,5 @@ def test_a_pipeline_is_not_written_into_itself(tmp_path: Path) -> None:
     assert shown.exit_code == 2
     assert "a part of it" in shown.stderr
     assert sorted(path.name for path in vae.iterdir()) == before
-    # the control: beside it there is room
+    # control: next to it, it is written
     assert run("convert", vae.parent, tmp_path / "other", "--layout", "diffusers").exit_code == 0

@@ -11,7 +11,7 @@ from sdconv.cli import app
 
 
 def run(*arguments: object) -> Result:
-    """What a command answered; an exception that got out of it gets out of here."""
+    """The result of a command. An exception that it does not handle is raised here."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -19,7 +19,7 @@ def run(*arguments: object) -> Result:
 
 
 def answer(*arguments: object, status: int = 0) -> Any:
-    """What a command says in JSON."""
+    """The JSON that a command prints."""
     result = run(*arguments, "--json")
     assert result.exit_code == status, result.stderr
     return json.loads(result.stdout)

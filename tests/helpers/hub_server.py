@@ -1,6 +1,6 @@
-"""A small server on 127.0.0.1 that speaks as much of the hub's protocol as downloads need.
+"""A small server on 127.0.0.1 with the part of the hub's protocol that downloads use.
 
-As on the hub, one origin answers for repositories and redirects to another one, the store, that has
+As on the hub, one origin answers for repositories and redirects to another, the store, which serves
 the bytes:
 
 - ``HEAD /{owner}/{name}/resolve/{revision}/{file}``: a redirect stating commit, size and sha256;
@@ -28,7 +28,7 @@ _PATHS_INFO = re.compile(r"/api/models/([^/]+/[^/]+)/paths-info/[^/]+")
 
 @dataclass
 class HubFile:
-    """One file: its bytes, and what the hub states of it."""
+    """One file: its bytes, and what the hub states about it."""
 
     content: bytes
     sha256: str = ""
@@ -44,10 +44,10 @@ class HubFile:
 
 @dataclass
 class Hub:
-    """What the server has, what it refuses, and what it was asked.
+    """What the server has, what it refuses, and the requests it got.
 
-    ``refused``: repository -> (status, the hub's error code). ``cuts``: how many bytes the next
-    answers with bytes send before the connection drops. ``ranges``: the ``Range`` header, or None,
+    ``refused``: repository -> (status, the hub's error code). ``cuts``: the numbers of bytes that
+    the next downloads send before the connection drops. ``ranges``: the ``Range`` header, or None,
     of every request for bytes so far.
     """
 
@@ -59,7 +59,7 @@ class Hub:
     store: str = ""
 
     def clear(self) -> None:
-        """An empty hub again, at the same address."""
+        """Empty the hub; its address stays."""
         for held in (self.files, self.refused, self.cuts, self.ranges):
             held.clear()
 
@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         match = _STORED.fullmatch(self.path)
         file = self.hub.files.get((match[1], match[2])) if match else None
-        if file is None:  # the client looks for more than files
+        if file is None:  # the client asks for other things too
             return self._answer(404, {})
         asked = self.headers.get("Range")
         self.hub.ranges.append(asked)
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    """Serves ``hub`` during the block; sets ``endpoint`` (for ``HF_ENDPOINT``) and ``store``."""
+    """Serve ``hub`` within the block; sets ``endpoint`` (for ``HF_ENDPOINT``) and ``store``."""
     handler = type("Handler", (_Handler,), {"hub": hub})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
     hub.endpoint, hub.store = (f"http://127.0.0.1:{server.server_port}" for server in servers)

@@ -198,7 +198,7 @@ def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
 
 
 def open_all(paths: Paths, stack: ExitStack) -> list[tuple[str, Source]]:
-    """The sources under ``paths``, with their names: one, or one for each folder of a pipeline."""
+    """The sources under ``paths`` by name: one, or one for each folder of a pipeline."""
     if isinstance(paths, list | tuple) and len(paths) == 1:
         (paths,) = paths
     folder = folder_at(paths)

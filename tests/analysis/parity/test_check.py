@@ -1,5 +1,5 @@
-"""Parity with diffusers: every module of every kind of autoencoder, and the ways in which it must
-fail."""
+"""Parity with diffusers for every module of every kind of autoencoder, and faults that it must
+detect."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sdconv.models.blocks import Downsample2D
 
 ODD = (29, 37)
 SMALL = seeded.kl((32, 32, 32), 4, True, layers_per_block=1)
-# what VAEs of 4 and of 16 latent channels leave open, and no number depends on
+# the family that VAEs of 4 and of 16 latent channels leave open; no number depends on it
 FAMILY = {4: "sd1", 16: "flux1"}
 
 
@@ -77,7 +77,7 @@ def test_every_module_is_equal_bit_for_bit(kind: str, layout: str) -> None:
 
 
 def test_large_batches_are_equal() -> None:
-    """From 64 pictures on, diffusers works in another memory layout."""
+    """From 64 images on, diffusers uses another memory layout."""
     report = checked(SMALL, size=(8, 8), batch=64)
     assert report.passed
 
@@ -130,7 +130,7 @@ def test_the_seed_decides_the_input() -> None:
     assert rows[0] == rows[1] != rows[2]
 
 
-# --- controls: each of these must fail
+# --- controls: each injects a fault that must be detected
 
 
 def test_control_eps() -> None:
@@ -268,7 +268,7 @@ def test_of_several_networks_the_command_takes_the_vae(layout: str, tmp_path: Pa
         check(where, size=(16, 16))
 
 
-def test_a_single_network_is_no_choice(tmp_path: Path) -> None:
+def test_a_single_network_needs_no_choice(tmp_path: Path) -> None:
     sdconv.save(seeded.network(SMALL), tmp_path / "vae.safetensors")
     assert components(tmp_path / "vae.safetensors") == ("vae",)
     result = CliRunner().invoke(app, ["check", str(tmp_path / "vae.safetensors"), "--size=16"])
@@ -276,7 +276,7 @@ def test_a_single_network_is_no_choice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["2x2", "3x3"])
-def test_a_map_too_small_ends_the_command_with_a_message(size: str, tmp_path: Path) -> None:
+def test_an_image_too_small_ends_the_command_with_a_message(size: str, tmp_path: Path) -> None:
     config = seeded.kl((32, 32), 4, True, layers_per_block=1)
     sdconv.save(seeded.network(config), tmp_path / "vae.safetensors")
     result = CliRunner().invoke(app, ["check", str(tmp_path / "vae.safetensors"), "--size", size])
@@ -316,7 +316,7 @@ def test_two_files_of_a_tiny_autoencoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", seeded.WITHOUT_PEER)
-def test_no_peer(kind: str) -> None:
+def test_networks_that_diffusers_lacks(kind: str) -> None:
     with pytest.raises(
         sdconv.SdconvError, match=r"diffusers cannot build this network(.|\n)*author"
     ):
@@ -339,7 +339,7 @@ def test_no_peer(kind: str) -> None:
         ({"size": (3, 8)}, "pictures of the wrong shape"),
     ],
 )
-def test_arguments_without_sense(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(sdconv.InputError, match=message):
         checked(SMALL, **options)
 

@@ -1,4 +1,5 @@
-"""Parity of a U-Net's file with diffusers, in both layouts, and the ways in which it must fail."""
+"""Parity with diffusers for every module of U-Nets in both layouts, and faults that it must
+detect."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from sdconv.report.tables import parity_report
 
 Tensors = dict[str, Tensor]
 SIZE = (5, 7)
-# a family of each kind of input, with the word for it where narrow maps leave it open
+# a family for each kind of input, and its name if the small network leaves it open
 KINDS = {
     "SD1": None,
     "SDXL": "sdxl",
@@ -89,7 +90,7 @@ def test_the_seed_decides_the_input() -> None:
 
 
 def test_two_networks_take_the_memory_of_one() -> None:
-    """From a file, whose tensors each side converts: SDXL's two copies would be 20 GB."""
+    """From a file that each side converts. Two copies of SDXL's U-Net would be 20 GB."""
     from sdconv.analysis.parity.check import _reference
 
     tensors = {name: t.half() for name, t in made(unets.smallest("SD1"), "original").items()}
@@ -128,7 +129,7 @@ def test_table_fits_a_terminal() -> None:
     assert any(line.split()[0] == "down_blocks.0" and "equal" in line for line in lines if line)
 
 
-# --- controls: each of these must fail
+# --- controls: each injects a fault that must be detected
 
 
 def pair(
@@ -196,7 +197,7 @@ def test_control_skips() -> None:
 
 
 def test_control_half_precision() -> None:
-    """The tolerance that float16 is given is no licence."""
+    """The tolerance for float16 does not hide a fault."""
     ours, theirs, given = pair()
     truth = pair()[1].double()
     ours.half()

@@ -19,7 +19,7 @@ from sdconv.analysis.parity import ModuleDifference, compare
 
 
 class Chain(nn.Module):
-    """A network of one method and some parts, for the comparison's own tests."""
+    """A network of one method that calls a few modules in turn."""
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_ulps_across_zero() -> None:
     assert difference(torch.tensor(-1e300).double(), torch.tensor(1e300).double()).ulps > 2**62
 
 
-def test_relative_is_of_largest_values() -> None:
+def test_relative_difference_is_of_the_largest_values() -> None:
     row = difference(torch.tensor([1.0, -8.0]), torch.tensor([1.5, -8.0]))
     assert (row.max_abs, row.relative, row.passed) == (0.5, 0.0625, False)
     assert difference(torch.tensor([1.0]), torch.tensor([0.0])).relative == math.inf
@@ -88,7 +88,7 @@ def test_tolerance_is_twice_the_references_own_error() -> None:
     assert row(1.0).tolerance == pytest.approx(0.02, rel=1e-3)
     assert row(0.995).passed
     assert not row(0.98).passed
-    assert replace(row(1.01), equal=False).passed  # -0.0 against 0.0, where equality is not asked
+    assert replace(row(1.01), equal=False).passed  # -0.0 and 0.0: equality is not required
 
 
 def test_a_module_on_one_side_only_is_a_difference() -> None:
@@ -103,13 +103,13 @@ def test_a_module_on_one_side_only_is_a_difference() -> None:
         assert failed == ["spare"]
 
 
-def test_a_shape_of_its_own_is_a_difference() -> None:
+def test_another_shape_is_a_difference() -> None:
     row = difference(torch.zeros(2), torch.zeros(3))
     assert (row.shape, row.max_abs, row.passed) == ((2,), math.inf, False)
 
 
-def test_shared_modules_are_compared_in_each_place() -> None:
-    """As in diffusers' tiny blocks, where one activation stands in two places."""
+def test_shared_modules_are_compared_at_each_use() -> None:
+    """As in diffusers' tiny blocks, which use one activation twice."""
     relu = nn.ReLU()
     ours = Chain(nn.ReLU(), Plus(-torch.ones(1)), nn.ReLU())
     theirs = Chain(relu, Plus(-torch.ones(1)), relu)
@@ -118,7 +118,7 @@ def test_shared_modules_are_compared_in_each_place() -> None:
     assert [(row.name, row.call, row.passed) for row in rows] == [(n, 1, True) for n in names]
 
 
-def test_an_error_in_a_network_comes_out_and_nothing_stays_behind() -> None:
+def test_an_error_in_a_network_is_raised_and_hooks_and_threads_are_removed() -> None:
     threads = threading.active_count()
     good, bad = Chain(nn.Identity(), nn.Identity()), Chain(nn.Identity(), Fails())
     for a, b in ((good, bad), (bad, good)):
@@ -128,8 +128,7 @@ def test_an_error_in_a_network_comes_out_and_nothing_stays_behind() -> None:
     assert not any(m._forward_hooks for net in (good, bad) for m in net.modules())
 
 
-def test_outputs_are_let_go_of() -> None:
-    """No more than a few are held at a time, however long the network."""
+def test_only_a_few_outputs_are_in_memory() -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 
