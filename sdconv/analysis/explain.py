@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sdconv.analysis.anatomy import LARGEST_SIDE
-from sdconv.analysis.parity.stepwise import Inputs
 from sdconv.backends import backend
 from sdconv.config import Config
 from sdconv.errors import InputError
@@ -24,7 +23,7 @@ from sdconv.fast.cpu.winograd import DOUBLED
 from sdconv.loading import BUILD
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
-from sdconv.models.dummy_inputs import Noise, inputs_for
+from sdconv.models.dummy_inputs import Inputs, Noise, inputs_for
 from sdconv.models.meta_copy import meta_copy
 
 Shape = tuple[int, ...]
