@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sdconv.backends import backend, load_implementations_with
+from sdconv.backends import backend, provide
 from sdconv.errors import (
     CheckpointError,
     InputError,
@@ -38,17 +38,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each name is found on first use, so that `import sdconv` costs nothing. The networks are
-# taken from sdconv.loading, which connects them with diffusers.
+# Where each name is found on first use, so that `import sdconv` costs nothing.
 _HOME = {
-    "AutoencoderKL": "sdconv.loading",
+    "AutoencoderKL": "sdconv.models.vae",
     "AutoencoderKLConfig": "sdconv.config",
-    "AutoencoderKLFlux2": "sdconv.loading",
+    "AutoencoderKLFlux2": "sdconv.models.vae",
     "AutoencoderKLFlux2Config": "sdconv.config",
-    "AutoencoderTiny": "sdconv.loading",
+    "AutoencoderTiny": "sdconv.models.tiny",
     "AutoencoderTinyConfig": "sdconv.config",
     "UNet2DConditionConfig": "sdconv.config",
-    "UNet2DConditionModel": "sdconv.loading",
+    "UNet2DConditionModel": "sdconv.models.unet",
     "apply_patch": "sdconv.integrations.patch",
     "capture": "sdconv.features.capture",
     "edit": "sdconv.features.editing",
@@ -96,7 +95,8 @@ __all__ = [
 ]
 
 
-load_implementations_with(lambda: import_module("sdconv.fast"))
+provide("fast", lambda: import_module("sdconv.fast"))
+provide("diffusers", lambda: import_module("sdconv.integrations.diffusers"))
 
 
 def __getattr__(name: str) -> Any:

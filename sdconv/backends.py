@@ -1,4 +1,5 @@
-"""Two backends that compute the same networks, and the one switch between them.
+"""Two backends that compute the same networks, the one switch between them, and the one place
+where a lower floor gets what only a higher one can import.
 
 ``reference`` runs the plain torch code of :mod:`sdconv.models`, which uses diffusers' operations in
 diffusers' order: on a CPU in float32 the results are equal bit for bit. ``fast`` runs other
@@ -29,8 +30,9 @@ _ATTRIBUTE = "backend"
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _in_context: ContextVar[str | None] = ContextVar("sdconv_backend", default=None)
-# What imports the fast implementations; empty once it has run.
-_loaders: list[Callable[[], object]] = []
+# By name, what imports it.
+_providers: dict[str, Callable[[], Any]] = {}
+_fast_is_loaded = False
 
 
 @contextmanager
@@ -101,9 +103,18 @@ def check_backend(name: Any) -> str:
     return str(name)
 
 
-def load_implementations_with(loader: Callable[[], object]) -> None:
-    """Sets the function that imports the fast implementations; the first fast call runs it."""
-    _loaders.append(loader)
+def provide(name: str, provider: Callable[[], Any]) -> None:
+    """Sets the function that imports ``"fast"`` or ``"diffusers"``, modules of higher floors.
+
+    ``sdconv/__init__.py`` calls it, and is imported before any module of the package.
+    """
+    _providers[name] = provider
+
+
+def provided(name: str) -> Any:
+    """Imports a module of a higher floor: ``"fast"``, which registers its implementations, or
+    ``"diffusers"``, :mod:`sdconv.integrations.diffusers`."""
+    return _providers[name]()
 
 
 def dispatched(plain: Method) -> Method:
@@ -114,8 +125,8 @@ def dispatched(plain: Method) -> Method:
     @functools.wraps(plain)
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
         if is_fast(module):
-            if _loaders:
-                _load_implementations()
+            if not _fast_is_loaded:
+                _load_fast()
             if fast is not None:
                 out = fast(module, *args, **kwargs)
                 if out is not None:
@@ -144,7 +155,7 @@ def implements(function: Callable[..., Any]) -> Callable[[Method], Method]:
     return register
 
 
-def _load_implementations() -> None:
-    while _loaders:
-        _loaders[-1]()
-        _loaders.pop()
+def _load_fast() -> None:
+    global _fast_is_loaded
+    provided("fast")
+    _fast_is_loaded = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 
@@ -12,19 +12,9 @@ from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.open import Weights
 from sdconv.config import Config
 from sdconv.models.base import Autoencoder, Network
-from sdconv.models.diffusers_api import set_integration
 from sdconv.models.tiny import AutoencoderTiny
 from sdconv.models.unet import UNet2DConditionModel
 from sdconv.models.vae import AutoencoderKL, AutoencoderKLFlux2
-
-
-def _integration() -> Any:
-    from sdconv.integrations import diffusers
-
-    return diffusers
-
-
-set_integration(_integration)
 
 _NETWORKS: Mapping[str, type[Network]] = {
     "AutoencoderKL": AutoencoderKL,

@@ -16,45 +16,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
+from sdconv.backends import provided
 from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.io.files import as_path, os_errors, read_json
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.write import write_config, write_folder
 from sdconv.config import Config
-from sdconv.errors import CheckpointError, InputError, SdconvError
+from sdconv.errors import CheckpointError, InputError
 
 # options for the hub and for how diffusers fills a model, which have no effect here
 _IGNORED = frozenset(
     "cache_dir force_download local_files_only low_cpu_mem_usage proxies revision token"
     " use_safetensors".split()
 )
-
-
-_find_integration: Callable[[], Any] | None = None
-
-
-def set_integration(find: Callable[[], Any]) -> None:
-    """Says how ``sdconv.integrations.diffusers`` is imported, which nothing in ``models/`` does.
-
-    ``sdconv.loading`` calls this, so it has happened to every class that is taken from ``sdconv``.
-    """
-    global _find_integration
-    _find_integration = find
-
-
-def integration() -> Any:
-    """``sdconv.integrations.diffusers``, which imports diffusers.
-
-    Raises:
-        SdconvError: ``sdconv.loading`` has not been imported.
-    """
-    if _find_integration is None:
-        raise SdconvError(
-            "this network needs diffusers, and sdconv.loading has not been imported",
-            hint="import sdconv.loading, or take the class from sdconv: "
-            "sdconv.UNet2DConditionModel",
-        )
-    return _find_integration()
 
 
 class _EqualToPeer(type):
@@ -355,7 +329,7 @@ class DiffusersModel(nn.Module):
         This is diffusers' ``apply_group_offloading``, whose documentation explains the options; it
         imports diffusers.
         """
-        integration().apply_group_offloading(self, onload_device, **options)
+        provided("diffusers").apply_group_offloading(self, onload_device, **options)
 
 
 def _rebuild(cls: type[DiffusersModel]) -> DiffusersModel:

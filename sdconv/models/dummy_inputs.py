@@ -1,4 +1,4 @@
-"""What a network is given to be compared on: standard normal noise in the shapes that it takes."""
+"""Dummy inputs of a network: standard normal noise in the shapes that it takes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sdconv.errors import SdconvError
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.unet import UNet2DConditionModel
 
-# not square, so that rows taken for columns show
-PICTURE, LATENTS = (96, 128), (24, 32)
-# by the method to call: its arguments, among which there may be dictionaries of tensors
+# not square, so that swapped rows and columns show
+IMAGE_SIZE, LATENT_SIZE = (96, 128), (24, 32)
+# method -> its arguments, some of which may be dictionaries of tensors
 Inputs = Mapping[str, tuple[Any, ...]]
-# CLIP's text encoders give as many
+# the context length of CLIP's text encoders
 _TOKENS = 77
 _TIMESTEPS = 1000
-# SDXL: original size, crop, target size; its refiner has a score in place of the target size, and
-# a pooled text of 1280 channels
-_NUMBERS, _REFINER_NUMBERS, _REFINER_TEXT = 6, 5, 1280
+# SDXL: original size, crop and target size; its refiner has an aesthetic score instead of the
+# target size, and a pooled prompt embedding of 1280 channels
+_TIME_IDS, _REFINER_TIME_IDS, _REFINER_POOLED = 6, 5, 1280
 
 
 class Noise:
-    """Draws one tensor after another, for so many samples at once."""
+    """Draws one tensor after another, each with ``batch`` samples, from one seeded generator."""
 
     def __init__(self, batch: int, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self._batch, self._dtype, self._device = batch, dtype, device
@@ -38,7 +38,7 @@ class Noise:
         return drawn.to(self._device, self._dtype)
 
     def below(self, end: int, *shape: int) -> Tensor:
-        """``(batch, *shape)`` whole numbers from 0 on."""
+        """``(batch, *shape)`` integers from 0 to ``end - 1``."""
         drawn = torch.randint(end, (self._batch, *shape), generator=self._random)
         return drawn.to(self._device)
 
@@ -48,35 +48,36 @@ class Noise:
 
 
 def inputs_for(network: Network, size: tuple[int, int] | None, noise: Noise) -> Inputs:
-    """The methods to call on a network and on its peer, each with its arguments by position.
+    """The methods of a network to call, with their arguments by position.
 
     Args:
         network: an autoencoder or a U-Net.
-        size: rows and columns of an autoencoder's picture or of a U-Net's latents; None for
-            ``PICTURE`` or ``LATENTS``.
+        size: rows and columns of an autoencoder's image or of a U-Net's latents; None for
+            ``IMAGE_SIZE`` or ``LATENT_SIZE``.
+        noise: draws the tensors.
 
     Raises:
-        SdconvError: a U-Net has no room for the sizes that its config says it embeds.
+        SdconvError: a U-Net's added embedding is too narrow for the sizes that its config lists.
     """
     match network:
         case Autoencoder():
-            return _autoencoder(network, size or PICTURE, noise)
+            return _autoencoder(network, size or IMAGE_SIZE, noise)
         case UNet2DConditionModel():
-            return {"forward": _unet(network.config, size or LATENTS, noise)}
+            return {"forward": _unet(network.config, size or LATENT_SIZE, noise)}
     raise TypeError(type(network).__name__)
 
 
 def _autoencoder(network: Autoencoder, size: tuple[int, int], noise: Noise) -> Inputs:
     config, (height, width) = network.config, size
-    picture = noise.normal(config["in_channels"], height, width)
+    image = noise.normal(config["in_channels"], height, width)
     small = (max(1, side // network.downscale) for side in size)
-    return {"encode": (picture,), "decode": (noise.normal(config["latent_channels"], *small),)}
+    return {"encode": (image,), "decode": (noise.normal(config["latent_channels"], *small),)}
 
 
 def _unet(config: UNet2DConditionConfig, size: tuple[int, int], noise: Noise) -> tuple[object, ...]:
     sample = noise.normal(config.in_channels, *size)
     timestep = noise.below(_TIMESTEPS)
-    text = noise.normal(_TOKENS, config.context_dims[0])
+    prompt_embeds = noise.normal(_TOKENS, config.context_dims[0])
     labels = None
     if config.class_embed_type is not None:
         labels = noise.normal(config.projection_class_embeddings_input_dim or 0)
@@ -86,7 +87,7 @@ def _unet(config: UNet2DConditionConfig, size: tuple[int, int], noise: Noise) ->
     return (
         sample,
         timestep,
-        text,
+        prompt_embeds,
         labels,
         None if guidance is None else noise.normal(guidance),
         None,
@@ -96,14 +97,14 @@ def _unet(config: UNet2DConditionConfig, size: tuple[int, int], noise: Noise) ->
 
 
 def _added(config: UNet2DConditionConfig, noise: Noise) -> dict[str, Tensor]:
-    """SDXL's pooled text and sizes."""
+    """SDXL's pooled prompt embedding and sizes."""
     width = config.projection_class_embeddings_input_dim or 0
     each = config.addition_time_embed_dim or 1
-    refiner = width == _REFINER_TEXT + _REFINER_NUMBERS * each
-    count = _REFINER_NUMBERS if refiner else min(_NUMBERS, (width - 1) // each)
+    refiner = width == _REFINER_POOLED + _REFINER_TIME_IDS * each
+    count = _REFINER_TIME_IDS if refiner else min(_TIME_IDS, (width - 1) // each)
     if count < 1:
         raise SdconvError(
-            "this U-Net has no room for the sizes that it embeds beside the text",
+            "this U-Net's added embedding has no room for the sizes",
             where=config.class_name,
             expected=f"projection_class_embeddings_input_dim above {each}",
             got=width,

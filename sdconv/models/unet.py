@@ -16,13 +16,12 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from sdconv.backends import dispatched
+from sdconv.backends import dispatched, provided
 from sdconv.config import Config, UNet2DConditionConfig
 from sdconv.config.facts import UNET_NORM_EPS
 from sdconv.errors import InputError
 from sdconv.models.base import Network
 from sdconv.models.blocks import Downsample2D, Upsample2D
-from sdconv.models.diffusers_api import integration
 from sdconv.models.outputs import Output, exportable
 from sdconv.models.unet_blocks import (
     Conditions,
@@ -283,7 +282,7 @@ class UNet2DConditionModel(Network):
 
     @classmethod
     def _build(cls, config: UNet2DConditionConfig) -> Self:
-        network: Self = integration().UNet2DConditionModel(config)
+        network: Self = provided("diffusers").UNet2DConditionModel(config)
         return network
 
     @property

@@ -1,4 +1,4 @@
-"""`sdconv features`: what it takes, writes and answers, and how it ends on anything else."""
+"""`sdconv features`: its inputs, its outputs, and its errors."""
 
 from __future__ import annotations
 
@@ -72,17 +72,17 @@ def test_a_photo_through_an_autoencoder(here: Path, out: Path) -> None:
     assert next(iter(maps)) == "encoder.conv_in"
     assert list(maps)[-1] == "decoder.conv_out"
     assert tuple(maps["encoder.conv_in"].shape) == (1, 32, 32, 48)
-    assert index["picture"].startswith("data:image/webp;base64,")
+    assert index["image"].startswith("data:image/webp;base64,")
     assert {level["words"] for level in index["drawing"]["levels"]} >= {"32 \u00d7 48"}
 
 
-def test_the_maps_are_the_networks(here: Path, out: Path) -> None:
+def test_the_feature_maps_are_the_networks(here: Path, out: Path) -> None:
     network = sdconv.load(here / "vae.safetensors", dtype=torch.float32)
-    told = run(
+    result = run(
         *(here / "raw.safetensors", "--model", here / "vae.safetensors", "--out", out, "--json"),
         *("--layers", "decoder.mid_block.*", "--exclude", "*attentions*", "-l", "decoder.conv_out"),
     )
-    answer = json.loads(told.stdout)
+    answer = json.loads(result.stdout)
     assert "decoder.mid_block.resnets.0:silu1" in answer["layers"]
     assert not [name for name in answer["layers"] if "attentions" in name or "up_blocks" in name]
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -133,9 +133,9 @@ def test_noise_through_a_unet(out: Path) -> None:
     series = sdconv.open_maps(out / "maps.zarr").series("mid_block.resnets.0")
     assert series.calls == (0, 3)
     assert series.timesteps == (999, 249)
-    shots = index_of(out / "report.html")["maps"][0]["shots"]
-    assert [shot["timestep"] for shot in shots] == [999, 249]
-    # the second is of what the first steps made of the noise
+    snapshots = index_of(out / "report.html")["maps"][0]["snapshots"]
+    assert [snapshot["timestep"] for snapshot in snapshots] == [999, 249]
+    # the second is of the latents that the first steps denoised
     unet = sdconv.load(UNET, dtype=torch.float32)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     again = sdconv.run_until(unet, "mid_block.resnets.0", noise, 999, torch.eye(4)[None])
@@ -165,8 +165,8 @@ def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
     given = ("--noise", "-m", tmp_path / "unet.safetensors", "--steps", 2, "--size", 128)
     result = run(*given, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    told = "reads no text" if family == "no transformers" else "there are zeros"
-    assert told in result.stderr
+    note = "takes no prompt embedding" if family == "no transformers" else "embedding is zeros"
+    assert note in result.stderr
     further = {"SD1 inpainting": 5, "x4 upscaler": 3}.get(family)
     assert (f"{further} further channels are noise" in result.stderr) == (further is not None)
     index = index_of(tmp_path / "out" / "report.html")
@@ -180,7 +180,7 @@ def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
     [
         ((), "neither"),
         (("photo.png", "--noise"), "both"),
-        (("--noise",), "nothing of noise"),
+        (("--noise",), "does not take noise"),
         (("absent.png",), "does not exist"),
         (("vae.safetensors",), "which tensor holds the latents"),
         (("broken.png",), "not an image that can be read"),
@@ -195,7 +195,7 @@ def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
         (("photo.png", "--model", "absent.safetensors"), "absent.safetensors"),
     ],
 )
-def test_bad_input_is_told_and_leaves_nothing(
+def test_bad_input_is_an_error_and_leaves_nothing(
     here: Path, out: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     (here / "broken.png").write_bytes(b"no picture")
@@ -203,13 +203,13 @@ def test_bad_input_is_told_and_leaves_nothing(
         Image.new("1", (20000, 20000)).save(here / "bomb.png")
     placed = [here / one if "." in one and "*" not in one else one for one in arguments]
     model = () if "--model" in arguments else ("--model", here / "vae.safetensors")
-    said = refused(*placed, *model, "--out", out)
-    assert words in said
-    assert "Traceback" not in said
+    message = refused(*placed, *model, "--out", out)
+    assert words in message
+    assert "Traceback" not in message
     assert list(out.parent.iterdir()) == []
 
 
-def test_out_must_be_free(here: Path, out: Path) -> None:
+def test_an_output_that_exists_is_refused_without_force(here: Path, out: Path) -> None:
     given = (here / "raw.safetensors", "-m", here / "vae.safetensors", "-l", "decoder.conv_in")
     out.write_text("mine")
     assert "is not a folder" in refused(*given, "-o", out)
@@ -218,9 +218,13 @@ def test_out_must_be_free(here: Path, out: Path) -> None:
     out.unlink()
     out.mkdir()
     (out / "mine").touch()
-    assert "not empty" in refused(*given, "-o", out)
+    assert "pass --force" in refused(*given, "-o", out)
     assert [path.name for path in out.iterdir()] == ["mine"]
-    (out / "mine").unlink()
+    for _ in range(2):
+        assert run(*given, "-o", out, "--force").exit_code == 0
+        assert {path.name for path in out.iterdir()} == {"mine", "maps.zarr", "report.html"}
+    shutil.rmtree(out)
+    out.mkdir()
     assert run(*given, "-o", out).exit_code == 0
     assert run(*given, "-o", out.parent / "deep" / "er").exit_code == 0
 
@@ -250,8 +254,8 @@ def test_an_interruption_leaves_nothing(out: Path) -> None:
     while not list(out.parent.glob(".*.part/*/*")) and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=240)[1]
-    assert process.returncode == 130, said
+    message = process.communicate(timeout=240)[1]
+    assert process.returncode == 130, message
     assert list(out.parent.iterdir()) == []
 
 

@@ -192,12 +192,12 @@ def test_search_finds_and_opens(tab: Tab) -> None:
     tab.page.keyboard.press("Enter")
     tab.shows("up.1")
     tab.page.keyboard.press("Escape")
-    tab.wait("document.getElementById('found').innerText === '6 maps'")
+    tab.wait("document.getElementById('found').innerText === '6 feature maps'")
     tab.page.keyboard.press("/")
     tab.page.keyboard.type("d*0:sil")
     tab.wait("document.getElementById('found').innerText === '1 of 6 feature maps'")
     tab.page.keyboard.type("((")
-    tab.wait("document.getElementById('found').innerText === '0 of 6 maps'")
+    tab.wait("document.getElementById('found').innerText === '0 of 6 feature maps'")
 
 
 def test_keys_in_one_breath_are_all_taken(tab: Tab) -> None:

@@ -195,7 +195,7 @@ function showNetwork() {
   }
 }
 
-/** Where the drawing is wider than its place, the block in view is brought into it. */
+/** Scrolls to the block in view if the drawing is wider than its container. */
 function bringIntoView() {
   const box = boxes[maps[state.map].block];
   const room = $("scroll");
