@@ -163,10 +163,10 @@ LARGEST_SEED = 2**63 - 1
 
 
 def parse_resize(text: str | None) -> int | tuple[int, int] | None:
-    """``512`` as the longer side, ``512x768`` as (rows, columns), None as it is.
+    """``512`` as the longer side, ``512x768`` as (rows, columns), None for no resizing.
 
     Raises:
-        InputError: none of these.
+        InputError: another form.
     """
     if text is None:
         return None
@@ -265,7 +265,7 @@ def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error, if that is a terminal.
 
     Yields:
-        What advances it, called with a tensor's name, the bytes done so far and all bytes.
+        A function that advances it, called with a tensor's name, the bytes done so far and all bytes.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

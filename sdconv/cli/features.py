@@ -200,7 +200,7 @@ def _capture(
         _counting("computing") as progress,
         capture(
             run.network,
-            layers or _of_halves(block_outputs(points), run.halves),
+            layers or _of_methods(block_outputs(points), run.methods),
             exclude=exclude,
             steps=None if single else kept,
             dtype=torch.float16,
@@ -237,12 +237,12 @@ def _write_page(
         )
 
 
-def _of_halves(names: list[str], halves: tuple[str, ...]) -> list[str]:
-    """The blocks of an autoencoder's halves that are run; all blocks of other networks."""
+def _of_methods(names: list[str], methods: tuple[str, ...]) -> list[str]:
+    """The blocks that an autoencoder's methods run; all blocks of other networks."""
     inside = {"encode": ("encoder.", "quant_conv"), "decode": ("decoder.", "post_quant_conv")}
-    if not halves:
+    if not methods:
         return names
-    starts = tuple(start for half in halves for start in inside[half])
+    starts = tuple(start for name in methods for start in inside[name])
     return [name for name in names if name.startswith(starts)]
 
 

@@ -121,9 +121,9 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
     )
     peak = max(block.multiplies for half in boxes.values() for block in half) / anatomy.multiplies
     for number, (name, blocks) in enumerate(boxes.items()):
-        place = halves[number].subgridspec(2, 1, height_ratios=[3.2, 1], hspace=0.04)
-        _draw_boxes(figure.add_subplot(place[0]), anatomy, _HALVES[name], blocks, slots)
-        _draw_shares(figure.add_subplot(place[1]), anatomy, blocks, slots, peak)
+        cells = halves[number].subgridspec(2, 1, height_ratios=[3.2, 1], hspace=0.04)
+        _draw_boxes(figure.add_subplot(cells[0]), anatomy, _HALVES[name], blocks, slots)
+        _draw_shares(figure.add_subplot(cells[1]), anatomy, blocks, slots, peak)
     rows, columns = anatomy.size
     left = 0.2 / width
     figure.text(

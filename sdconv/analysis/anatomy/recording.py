@@ -124,7 +124,7 @@ class TensorGeometry:
 
     @classmethod
     def of_input(cls, size: tuple[int, int], *, spatial: bool = True) -> TensorGeometry:
-        """That of an input of the network, where each value sees itself."""
+        """The geometry of a network's input, whose values depend on themselves only."""
         return cls(size, ReceptiveField(), ReceptiveField(), spatial=spatial)
 
     @property
@@ -177,7 +177,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def following_modules(self, network: nn.Module) -> Iterator[None]:
-        """Within it, operations are recorded under the name of the module that is running."""
+        """Record operations under the name of the running module, inside the block."""
         handles = []
         for name, module in network.named_modules():
             here = (name, module)
