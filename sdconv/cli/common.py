@@ -265,7 +265,8 @@ def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error, if that is a terminal.
 
     Yields:
-        A function that advances it, called with a tensor's name, the bytes done so far and all bytes.
+        A function that advances it, called with a tensor's name, the bytes done so far and the
+        bytes in all.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

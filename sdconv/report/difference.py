@@ -113,7 +113,8 @@ def _draw_bars(axes: Axes, blocks: Sequence[BlockDifference]) -> None:
     if logarithmic:
         axes.set_xscale("log")
     axes.set_xlim(least, end)
-    axes.set_yticks(positions, [_label(block.name) for block in blocks], fontsize=9, parse_math=False)
+    labels = [_label(block.name) for block in blocks]
+    axes.set_yticks(positions, labels, fontsize=9, parse_math=False)
     axes.set_ylim(len(blocks) - 0.4, -0.6)  # the first block on top
     for position, block in zip(positions, blocks, strict=True):
         axes.text(
