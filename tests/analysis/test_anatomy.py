@@ -43,12 +43,12 @@ def test_multiplies_are_those_that_torch_counts(name: str) -> None:
     found = dissect(ALL[name], (64, 96))
     with torch.device("meta"):
         network = seeded.BUILD[ALL[name].class_name](ALL[name])
-        picture = torch.empty(1, 3, 64, 96)
+        image = torch.empty(1, 3, 64, 96)
         latents = torch.empty(
             1, network.config.latent_channels, 64 // network.downscale, 96 // network.downscale
         )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.encode(picture)
+        network.encode(image)
         network.decode(latents)
     ours = sum(t.multiplies for t in found.totals if t.role in ("convolution", "attention"))
     assert 2 * ours == counter.get_total_flops()  # a multiply-accumulate is two of theirs
@@ -93,9 +93,9 @@ def test_receptive_fields_are_what_gradients_reach() -> None:
     z = torch.ones(1, 4, 64, 64, dtype=torch.float64, requires_grad=True)
     last = {path: found.half(path)[-1].last for path in ("encode", "decode")}
     assert reached(network.encode(x).latents, x, 32, 32) == last["encode"].receptive_field
-    picture = network.decode(z).sample
+    image = network.decode(z).sample
     # after upsampling neighbours differ: the widest of one period of four
-    widest = max(reached(picture, z, 128 + shift, 128) for shift in range(4))
+    widest = max(reached(image, z, 128 + shift, 128) for shift in range(4))
     assert widest[0] == last["decode"].receptive_field[0]
     assert (last["encode"].downscale, last["decode"].downscale) == ((4, 4), (Fraction(1, 4),) * 2)
 

@@ -110,7 +110,7 @@ def test_equal_classes_are_one_in_sets_and_dictionaries(kind: str) -> None:
     assert type(other) is after
 
 
-def test_a_class_equals_no_other() -> None:
+def test_a_class_equals_only_diffusers_class() -> None:
     assert sdconv.AutoencoderKL != diffusers.AutoencoderKL
     assert sdconv.AutoencoderKL != sdconv.AutoencoderKLFlux2 != sdconv.AutoencoderTiny
 
@@ -219,7 +219,7 @@ def test_variants(tmp_path: Path) -> None:
         cls.from_pretrained(tmp_path, variant="fp16")
 
 
-def test_what_from_pretrained_asks_and_refuses(tmp_path: Path) -> None:
+def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
     network("AutoencoderTiny").save_pretrained(tmp_path)
     with pytest.raises(sdconv.InputError, match="another network") as caught:
         sdconv.AutoencoderKL.from_pretrained(tmp_path)
@@ -330,7 +330,7 @@ def decoded(vae: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
-def test_what_changes_nothing_about_attention(kind: str) -> None:
+def test_attention_settings_change_no_result(kind: str) -> None:
     vae = network(kind)
     expected = decoded(vae)
     vae.fuse_qkv_projections()
@@ -361,7 +361,7 @@ def test_a_pipeline_fuses_projections() -> None:
         assert torch.equal(pipe.unet(*arguments).sample, before)
 
 
-def test_use_tiling_says_and_sets() -> None:
+def test_use_tiling_gets_and_sets() -> None:
     vae = network("AutoencoderKL")
     assert not vae.use_tiling and not vae.use_slicing
     vae.use_tiling = True
@@ -395,7 +395,7 @@ def test_a_pipeline_offloads_in_groups() -> None:
         assert torch.equal(pipe.unet(*arguments).sample, expected)
 
 
-def test_the_unet_takes_what_reaches_its_transformers() -> None:
+def test_methods_that_reach_the_transformers() -> None:
     ours, theirs = network("UNet2DConditionModel"), unets.theirs(UNET)
     arguments = unets.inputs(theirs.config)
     results = []

@@ -223,7 +223,7 @@ def test_what_diffusers_cannot_convert() -> None:
         check(made(unets.small("uneven layers"), "original"), size=SIZE)
 
 
-def test_no_room_for_sizes() -> None:
+def test_a_projection_without_room_for_the_sizes() -> None:
     config = unets.smallest("SDXL") | {"projection_class_embeddings_input_dim": 256}
     with pytest.raises(sdconv.SdconvError, match="no room for the sizes"):
         check(made(config), family="sdxl", size=SIZE)
