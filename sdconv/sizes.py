@@ -49,6 +49,17 @@ def format_bytes(size: int) -> str:
     return f"{size} bytes"
 
 
+def format_pair(pair: tuple[object, object], times: str = "x") -> str:
+    """``2`` if rows and columns have the same, otherwise both, as ``2x1``.
+
+    Args:
+        pair: the values for rows and for columns.
+        times: put between two different values.
+    """
+    rows, columns = pair
+    return str(rows) if rows == columns else f"{rows}{times}{columns}"
+
+
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
     """``"512x768"`` as (rows, columns); ``"512"`` is a square.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ from sdconv.cli.common import (
     Model,
     Resize,
     check_output,
-    errors_console,
+    counting,
     one_or_all,
     parse_resize,
     print_json,
@@ -197,7 +197,7 @@ def _capture(
     single = len(run.calls) == 1
     calls = run.calls if single else run.calls[: max(kept) + 1]
     with (
-        _counting("computing") as progress,
+        counting("computing") as progress,
         capture(
             run.network,
             layers or _of_methods(block_outputs(points), run.methods),
@@ -224,7 +224,7 @@ def _write_page(
     from sdconv.report.features.write import write_page
 
     drawing = drawing_of(points, maps)
-    with _counting("drawing") as progress:
+    with counting("drawing") as progress:
         return write_page(
             path,
             feature_maps(maps, points, drawing),
@@ -321,15 +321,3 @@ def _put_in_place(part: Path, out: Path) -> None:
             shutil.rmtree(old)
         new.replace(old)
     part.rmdir()
-
-
-@contextmanager
-def _counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, if that is a terminal; call it with (name, done, total)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = errors_console()
-    columns = (TextColumn(words), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(words, total=None)
-        yield lambda name, done, total: progress.update(task, completed=done, total=total)

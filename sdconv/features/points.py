@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from sdconv.features.dry_run import PointFacts, dry_run
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.targets import target_of
-from sdconv.sizes import count
+from sdconv.sizes import count, format_pair
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,13 +98,13 @@ class Points(Sequence[Point]):
         if any(point.global_receptive_field for point in self):
             table.caption = "* the whole input, through attention"
         for point in self:
-            field = "" if point.receptive_field is None else _sides(point.receptive_field)
+            field = "" if point.receptive_field is None else format_pair(point.receptive_field)
             table.add_row(
                 Text(point.name),
                 point.kind,
                 "" if point.channels is None else str(point.channels),
                 "" if point.size is None else "x".join(map(str, point.size)),
-                "" if point.downscale is None else _sides(point.downscale),
+                "" if point.downscale is None else format_pair(point.downscale),
                 f"{field}*" if point.global_receptive_field else field,
                 count(point.parameters) if point.parameters else "",
                 count(point.multiplies) if point.multiplies else "",
@@ -164,7 +164,3 @@ def _point(point: HookPoint, facts: PointFacts | None) -> Point:
         parameters=sum(weight.numel() for weight in weights),
         **({} if facts is None else vars(facts)),
     )
-
-
-def _sides(pair: tuple[object, object]) -> str:
-    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
-from sdconv.sizes import count, in_bytes
+from sdconv.sizes import count, format_pair, in_bytes
 
 if TYPE_CHECKING:
     from sdconv.analysis.anatomy import Anatomy, Block, Operation
@@ -291,10 +291,8 @@ def _sides(pair: tuple[int, int] | None) -> str:
 
 
 def _both(pair: tuple[object, object] | None) -> str:
-    """``2`` if rows and columns have the same, else ``2x1``."""
-    if pair is None:
-        return ""
-    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
+    """The value for rows and columns; empty for what has none."""
+    return "" if pair is None else format_pair(pair)
 
 
 def _receptive_field(operation: Operation) -> str:

@@ -113,7 +113,7 @@ def test_the_file_between(whole: Path, tmp_path: Path) -> None:
     assert {name: written[name] for name in OTHER_TENSORS} == {
         name: before[name] for name in OTHER_TENSORS
     }
-    # diffusers' own names, all of them and no more
+    # exactly diffusers' own names
     tensors, source = load_file(out), originals()
     for component, prefix in (("vae", VAE), ("unet", UNET)):
         state = {k: v for k, v in source.items() if k.startswith(prefix)}
@@ -366,10 +366,10 @@ def anonymous():
 
 source, out = sys.argv[1:]
 small = Path(source).with_name("small.safetensors")
-convert(small, out, "diffusers", family="sd1", dtype=torch.float16)  # what importing takes
+convert(small, out, "diffusers", family="sd1", dtype=torch.float16)  # imports everything
 
 def taken(held):
-    # what two conversions take beyond what there was, perhaps with the file held in memory
+    # memory that two conversions add, perhaps while the file is held
     done, peak, before = threading.Event(), [0], anonymous()
 
     def watch():

@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines")
     for kind in ("text", "refiner", "upscale"):
         pipelines.pipeline(kind).save_pretrained(folder / kind)
-    # SDXL's text encoders, which diffusers tells apart by their widths
+    # SDXL's text encoders, which diffusers distinguishes by their widths
     wide = pipelines.text_encoder(CLIPTextModelWithProjection).config
     wide.hidden_size = 48
     encoder = pipelines.seeded(lambda: CLIPTextModelWithProjection(wide), 12)

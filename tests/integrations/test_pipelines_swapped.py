@@ -23,7 +23,7 @@ from sdconv.streaming.layers import StreamLayer
 
 
 def swapped(kind: str = "text", **parts: Any) -> Any:
-    """A pipeline with sdconv's networks, loaded from the state dicts of its own."""
+    """A pipeline whose networks are sdconv's, loaded from the state dicts of the original ones."""
     pipe = pipeline(kind, **parts)
     family = KINDS[kind].family
     pipe.vae = sdconv.load(dict(pipe.vae.state_dict()), family=family)

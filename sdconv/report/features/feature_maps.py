@@ -13,7 +13,9 @@ from sdconv.features.maps import CapturedMap, Maps
 from sdconv.features.points import Point
 from sdconv.features.rendering import Values, as_maps
 from sdconv.report.features.drawing import WHOLE, Drawing, box_of
-from sdconv.sizes import count
+from sdconv.sizes import count, format_pair
+
+_TIMES = " \u00d7 "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +129,5 @@ def _facts(point: Point) -> dict[str, str]:
 def _scale(downscale: tuple[Fraction, Fraction]) -> dict[str, str]:
     """How much smaller or larger the feature map is than the network's input."""
     if all(factor < 1 for factor in downscale):
-        return {"upscale": _sides(1 / downscale[0], 1 / downscale[1])}
-    return {"downscale": _sides(*downscale)}
-
-
-def _sides(rows: Fraction, columns: Fraction) -> str:
-    return str(rows) if rows == columns else f"{rows} \u00d7 {columns}"
+        return {"upscale": format_pair((1 / downscale[0], 1 / downscale[1]), _TIMES)}
+    return {"downscale": format_pair(downscale, _TIMES)}

@@ -74,7 +74,7 @@ def test_a_header_is_taken_with_its_metadata(tmp_path: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, said)
     header = sdconv.read_header(path)
     assert sdconv.infer(header) == sdconv.infer(shapes(), family="sdxl")
-    # what the caller says goes before it
+    # the caller's choice takes precedence
     with pytest.warns(sdconv.SdconvWarning, match="sd1 was taken"):
         sdconv.infer(header, metadata={})
 

@@ -19,7 +19,7 @@ from sdconv.checkpoint.keys.unet import keys_of_canonical, keys_of_original
 
 Shapes = dict[str, tuple[int, ...]]
 
-# not to be read off any shape
+# not determined by any shape
 PIPELINE_ONLY = {"sample_size", "upcast_attention"}
 
 
@@ -55,12 +55,12 @@ def test_family_is_read_from_shapes(family: tuple[dict[str, Any], Shapes]) -> No
 
 def test_names_survive_the_original_layout(family: tuple[dict[str, Any], Shapes]) -> None:
     _, shapes = family
-    there = keys_of_canonical(shapes)
-    original = {there.original(name): shape for name, shape in shapes.items()}
+    keys = keys_of_canonical(shapes)
+    original = {keys.original(name): shape for name, shape in shapes.items()}
     assert None not in original
     assert len(original) == len(shapes)
     assert not set(original) & set(shapes)
-    assert keys_of_original([k for k in original if k]) == there
+    assert keys_of_original([k for k in original if k]) == keys
     prefixed = {f"model.diffusion_model.{name}": shape for name, shape in original.items()}
     one = found(prefixed)
     assert one.layout == "original"
@@ -74,7 +74,7 @@ def test_names_survive_the_original_layout(family: tuple[dict[str, Any], Shapes]
     ("width", "added"), [(2048, False), (1536, False), (40, False), (16 + 5 * 256, True)]
 )
 def test_the_original_label_is_recognised_by_its_width(width: int, added: bool) -> None:
-    """Where transformers of one block each stand at the first level too, as in unCLIP."""
+    """In U-Nets with one-block transformers at every level, as in unCLIP."""
     label = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     shapes = shapes_of({**FAMILIES["SD2"], **label})
     keys = keys_of_canonical(shapes)
@@ -286,7 +286,7 @@ def test_config_json_that_is_not_built(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("channels", "is_open"), [((32, 64, 128), False), ((32, 64, 96), True), ((64, 96, 64), True)]
 )
-def test_heads_are_open_only_where_a_transformer_stands(
+def test_heads_are_open_only_where_there_is_a_transformer(
     channels: tuple[int, int, int], is_open: bool
 ) -> None:
     """SDXL's first level has none, so its channels need not be split into heads."""

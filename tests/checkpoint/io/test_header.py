@@ -1,3 +1,5 @@
+"""Reading safetensors headers: valid ones, damaged ones, and paths that are not files."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Reading torch checkpoints: weights are found, other objects dropped, bad files refused."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,3 +1,5 @@
+"""Weights as one source: files, folders and state dicts, mapped and read on demand."""
+
 from __future__ import annotations
 
 import json

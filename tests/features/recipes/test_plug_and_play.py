@@ -67,7 +67,7 @@ def test_a_bare_network_and_what_does_not_fit() -> None:
         plain = network(*capturing.at(801))[0]
     with recipes.plug_and_play(network, source):
         assert torch.equal(network(*capturing.at(801))[0], plain)
-    sample, step, text, *_ = capturing.at(801)
+    sample, step, prompt_embeds, *_ = capturing.at(801)
     with (
         pytest.raises(sdconv.SdconvError, match=r"call 0: .*another timestep(.|\n)*got: 1\.0"),
         recipes.plug_and_play(network, source),
@@ -77,7 +77,7 @@ def test_a_bare_network_and_what_does_not_fit() -> None:
         pytest.raises(sdconv.SdconvError, match=r"got: \(2, 96, 2, 3\)"),
         recipes.plug_and_play(network, source),
     ):
-        network(sample[..., :8], step, text)
+        network(sample[..., :8], step, prompt_embeds)
     with pytest.raises(sdconv.InputError), recipes.plug_and_play(capturing.vae(), source):
         pass
     assert not capturing.hooks_on(network)

@@ -201,7 +201,7 @@ def test_search_finds_and_opens(tab: Tab) -> None:
 
 
 def test_keys_in_quick_succession_are_all_handled(tab: Tab) -> None:
-    """The browser tells of a new address late; the state has gone on by then."""
+    """The browser reports a new address late, when the state has changed again."""
     tab.page.evaluate(
         "for (const key of ['j', 'k', ']', 's']) document.dispatchEvent("
         "new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}))"
