@@ -45,6 +45,7 @@ demo: $(SETUP)
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(SETUP)
 	$(BIN)/python -m scripts.docs.pictures
+	$(BIN)/python -m scripts.docs.architecture
 	$(BIN)/python -m scripts.docs.snippets
 	$(BIN)/python -m mkdocs build --strict
 	@echo "made: out/site/index.html"

@@ -1,11 +1,11 @@
-"""Changes the U-Net's feature maps while a pipeline runs.
+"""Edits the U-Net's feature maps while a pipeline runs.
 
     python examples/edit_while_it_runs.py [--steps 20] [--size 256] [--out edited.png]
 
-One sees three pictures from the same noise: the plain run; one whose middle block is left out in
-the first half of the steps; and one whose skips into the last level are a tenth weaker. The small
-U-Net does almost without its middle. It sees the noise through its skips: weaken them, and it takes
-too little away.
+You see three images from the same noise: the plain run; one without the mid block in the first half
+of the steps; and one with the skip connections of the last level scaled by 0.9. The small U-Net
+hardly needs its mid block. It reads the noise from its skip connections: with weaker ones it
+removes too little.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("edited.png"))
     args = parser.parse_args()
 
-    def without_middle(x: Tensor, context: Context) -> Tensor:
+    def without_mid_block(x: Tensor, context: Context) -> Tensor:
         return x * 0 if context.step < args.steps // 2 else x
 
     def weaker(x: Tensor, context: Context) -> Tensor:
         return x * 0.9
 
     pipe = tiny_pipeline()
-    pictures = run(pipe, args.steps, args.size)
-    for change in (
-        {"unet.mid_block": without_middle},
+    images = run(pipe, args.steps, args.size)
+    for edits in (
+        {"unet.mid_block": without_mid_block},
         {"unet.up_blocks.2.resnets.*:skip": weaker},
     ):
-        with sdconv.edit(pipe, change):
-            pictures += run(pipe, args.steps, args.size)
+        with sdconv.edit(pipe, edits):
+            images += run(pipe, args.steps, args.size)
     again = run(pipe, args.steps, args.size)
-    print("plain again after the edits:", again[0].tobytes() == pictures[0].tobytes())
+    print("plain again after the edits:", again[0].tobytes() == images[0].tobytes())
 
     sheet = Image.new("RGB", (3 * args.size, args.size))
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place * args.size, 0))
+    for column, image in enumerate(images):
+        sheet.paste(image, (column * args.size, 0))
     sheet.save(args.out)
     print(args.out)
 

@@ -1,10 +1,10 @@
-"""Opens checkpoints of any layout and says what they are.
+"""Opens checkpoints of any layout and describes them.
 
     python examples/load_any_checkpoint.py [FILE_OR_FOLDER ...]
 
-Without arguments: the small VAE as it ships, in the original layout, and as a folder in diffusers'.
-One sees that each holds the same network: class, levels, parameters, and a sum over all weights
-that is the same in every line.
+Without arguments, it opens the small VAE as shipped, in the original layout, and as a folder in
+diffusers' layout. You see that all three hold the same network: the class, the number of levels and
+parameters, and the sum of all weights are the same in every line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
 def describe(path: Path) -> str:
-    """One line on the network in a file or folder."""
+    """One line about the network in a file or folder."""
     network = sdconv.load(path)
     parameters = list(network.parameters())
     return (
@@ -30,7 +30,8 @@ def describe(path: Path) -> str:
     )
 
 
-def the_small_vae_three_times(folder: Path) -> list[Path]:
+def write_layouts(folder: Path) -> list[Path]:
+    """The small VAE as shipped, and written in both layouts."""
     shipped = WEIGHTS / "tiny-vae.safetensors"
     vae = sdconv.load(shipped)
     sdconv.save(vae, folder / "original.safetensors", layout="original")
@@ -41,12 +42,12 @@ def the_small_vae_three_times(folder: Path) -> list[Path]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(name) for name in sys.argv[1:]]
-        for path in paths or the_small_vae_three_times(Path(folder)):
+        for path in paths or write_layouts(Path(folder)):
             print(describe(path))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except sdconv.SdconvError as error:  # what is wrong, where, and what to do
+    except sdconv.SdconvError as error:  # says what is wrong, where, and what to do
         sys.exit(str(error))

@@ -1,9 +1,9 @@
-"""Reads the U-Net's feature maps while an ordinary pipeline runs.
+"""Captures the U-Net's feature maps while a diffusers pipeline runs.
 
     python examples/look_inside.py [--steps 20] [--size 256] [--out maps.png]
 
-One sees a sheet: a row for each level on the way up, a column for some of the steps, each map's
-three principal components as red, green and blue.
+You see a grid with a row for each level of the up path and a column for some of the steps. Each
+tile shows the three principal components of a feature map as red, green and blue.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sdconv
 COLUMNS, TILE = 6, 128
 
 
-def coloured(components: Tensor) -> Image.Image:
-    """``(3, H, W)`` as a picture, each component from its lowest to its highest value."""
+def to_rgb(components: Tensor) -> Image.Image:
+    """``(3, H, W)`` as an RGB image, each component scaled from its minimum to its maximum."""
     low, high = components.amin((1, 2), keepdim=True), components.amax((1, 2), keepdim=True)
     pixels = ((components - low) / (high - low).clamp(min=1e-6) * 255).byte()
     tile = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -40,15 +40,15 @@ def main() -> None:
     with sdconv.capture(pipe, "unet.up_blocks.?", reduce="pca:3") as maps:
         run(pipe, args.steps, args.size)
 
-    shown = torch.linspace(0, args.steps - 1, min(COLUMNS, args.steps)).round().int().tolist()
-    sheet = Image.new("RGB", (len(shown) * TILE, len(maps) * TILE))
+    steps = torch.linspace(0, args.steps - 1, min(COLUMNS, args.steps)).round().int().tolist()
+    sheet = Image.new("RGB", (len(steps) * TILE, len(maps) * TILE))
     for row, (name, series) in enumerate(maps.items()):
         print(
-            f"{name}: {len(series)} maps, timesteps {series.timesteps[0]:g} to "
+            f"{name}: {len(series)} feature maps, timesteps {series.timesteps[0]:g} to "
             f"{series.timesteps[-1]:g}, {tuple(series[0].tensor.shape)}"
         )
-        for column, step in enumerate(shown):
-            sheet.paste(coloured(series[step].tensor[0]), (column * TILE, row * TILE))
+        for column, step in enumerate(steps):
+            sheet.paste(to_rgb(series[step].tensor[0]), (column * TILE, row * TILE))
     sheet.save(args.out)
     print(args.out)
 

@@ -1,10 +1,10 @@
-"""Puts sdconv's blocks into a running diffusers pipeline, and takes them out again.
+"""Patches a diffusers pipeline with sdconv's blocks, and removes the patch.
 
     python examples/patch_a_pipeline.py [--steps 20] [--size 128]
 
-Its networks are saved and opened again by diffusers alone, so that they are diffusers' own. One
-sees how many blocks of which kind are replaced, and that the picture is the same, bit for bit,
-before, with and after the patch.
+The networks are saved and loaded with diffusers, so that they are diffusers' own classes. You see
+how many blocks of each kind are replaced, and that the image is the same bit for bit before, with
+and after the patch.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def main() -> None:
         pipe.unet = UNet2DConditionModel.from_pretrained(f"{folder}/unet")
     print("the U-Net is", type(pipe.unet).__module__)
 
-    def picture() -> np.ndarray:
+    def image() -> np.ndarray:
         return run(pipe, args.steps, args.size, output_type="np")
 
-    before = picture()
+    before = image()
     print(sdconv.apply_patch(pipe))
-    during = picture()
+    patched = image()
     sdconv.remove_patch(pipe)
-    after = picture()
-    print("the same with the patch:", np.array_equal(before, during))
-    print("the same without it again:", np.array_equal(before, after))
+    after = image()
+    print("the same with the patch:", np.array_equal(before, patched))
+    print("the same after it:", np.array_equal(before, after))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Sends a picture through a VAE and back.
+"""Encodes an image with a VAE and decodes it again.
 
     python examples/reconstruct.py [--image photo.jpg] [--model vae.safetensors] [--out FILE.png]
 
-One sees the picture, what came back and the difference, side by side, and how many numbers the
-latents have for those of the picture.
+You see the image, its reconstruction and their difference side by side, and how many numbers the
+image and its latents have.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def main() -> None:
     args = parser.parse_args()
 
     vae = sdconv.load(args.model, component="vae", dtype=torch.float32)
-    picture = read_image(args.image).fitted(vae.downscale, args.size)
-    x = to_tensor(picture.image)
+    photo = read_image(args.image).fitted(vae.downscale, args.size)
+    x = to_tensor(photo.image)
     with torch.inference_mode():
         latents = vae.encode(x).latent_dist.mode()
-        back = vae.decode(latents).sample
+        reconstruction = vae.decode(latents).sample
 
-    sheet, _ = side_by_side(picture.image, to_image(back[0]))
+    sheet, _ = side_by_side(photo.image, to_image(reconstruction[0]))
     write_image(sheet, args.out)
-    print(f"{x.numel()} numbers in the picture, {latents.numel()} in its latents")
-    print(f"{psnr(back, x):.1f} dB; {args.out}")
+    print(f"{x.numel()} numbers in the image, {latents.numel()} in its latents")
+    print(f"{psnr(reconstruction, x):.1f} dB; {args.out}")
 
 
 if __name__ == "__main__":

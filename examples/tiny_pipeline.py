@@ -1,8 +1,8 @@
-"""A diffusers pipeline of the two small networks that ship: what the other examples run.
+"""A diffusers pipeline with the two small networks that ship, for the other examples.
 
-With a checkpoint of your own, use `diffusers.DiffusionPipeline.from_pretrained(folder)` in its
-place, and a prompt. The small U-Net knows no text: four learned tokens stand for it, asked for by
-the identity matrix.
+For a checkpoint of your own, use `diffusers.DiffusionPipeline.from_pretrained(folder)` instead, and
+a prompt. The small U-Net was trained without text: in place of a prompt it has four learned tokens,
+which the identity matrix selects.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
 def tiny_pipeline() -> StableDiffusionPipeline:
-    """sdconv's networks in an ordinary `StableDiffusionPipeline`."""
+    """A `StableDiffusionPipeline` with sdconv's networks."""
     pipe = StableDiffusionPipeline(
         vae=sdconv.load(WEIGHTS / "tiny-vae.safetensors", dtype=torch.float32),
         unet=sdconv.load(WEIGHTS / "tiny-unet.safetensors", dtype=torch.float32),
@@ -43,7 +43,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
 
 
 def run(pipe: StableDiffusionPipeline, steps: int, size: int, **more: Any) -> Any:
-    """One picture from the noise of seed 0."""
+    """One image from the noise of seed 0."""
     return pipe(
         prompt_embeds=torch.eye(4)[None],
         guidance_scale=1,

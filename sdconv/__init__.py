@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sdconv.backends import backend, load_implementations_with
 from sdconv.errors import (
     CheckpointError,
     InputError,
@@ -15,7 +16,6 @@ from sdconv.errors import (
 )
 
 if TYPE_CHECKING:
-    from sdconv.backends import backend
     from sdconv.checkpoint.identify.infer import infer
     from sdconv.checkpoint.io.header import read_header
     from sdconv.checkpoint.save import save
@@ -50,7 +50,6 @@ _HOME = {
     "UNet2DConditionConfig": "sdconv.config",
     "UNet2DConditionModel": "sdconv.loading",
     "apply_patch": "sdconv.integrations.patch",
-    "backend": "sdconv.backends",
     "capture": "sdconv.features.capture",
     "edit": "sdconv.features.editing",
     "features": "sdconv.features",
@@ -95,6 +94,9 @@ __all__ = [
     "save",
     "unmerge_lora",
 ]
+
+
+load_implementations_with(lambda: import_module("sdconv.fast"))
 
 
 def __getattr__(name: str) -> Any:

@@ -1,86 +1,150 @@
-"""Which arithmetic the networks compute with: the one switch.
+"""Two backends that compute the same networks, and the one switch between them.
 
-``reference`` is torch's own operations in diffusers' order: on a CPU in float32 the same bits.
-``fast`` computes the same function by other means, within a stated error, in less time and memory.
+``reference`` runs the plain torch code of :mod:`sdconv.models`, which uses diffusers' operations in
+diffusers' order: on a CPU in float32 the results are equal bit for bit. ``fast`` runs other
+implementations of the same functions, within a stated error, in less time and memory.
+
+How a call becomes fast: a method in :mod:`sdconv.models` is marked ``@dispatched``, and
+:mod:`sdconv.fast` registers an implementation for it with ``@implements``. While the fast backend
+is in force, the implementation is called first; it declines by returning None (an unusual input, a
+layer with hooks), and then the plain method runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdconv.errors import InputError
 
-BACKENDS = ("reference", "fast")
-_NAME = "backend"
+if TYPE_CHECKING:  # `import sdconv` imports this module, and must not import torch
+    from torch import nn
 
-_here: ContextVar[str | None] = ContextVar("sdconv_backend", default=None)
+BACKENDS = ("reference", "fast")
+_ATTRIBUTE = "backend"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_in_context: ContextVar[str | None] = ContextVar("sdconv_backend", default=None)
+# What imports the fast implementations; empty once it has run.
+_loaders: list[Callable[[], object]] = []
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within it, in this thread, every network computes with this backend, whatever its own is.
+    """Runs every network in this thread on one backend, whichever it was loaded with.
 
     ::
 
         with sdconv.backend("fast"):
-            picture = vae.decode(latents).sample
+            image = vae.decode(latents).sample
 
-    What torch.compile compiled keeps the backend that it was compiled in.
+    A network that torch.compile has compiled keeps the backend that it was compiled with.
+
+    Args:
+        name: ``"reference"`` or ``"fast"``.
 
     Raises:
-        InputError: no such backend.
+        InputError: unknown backend.
     """
-    token = _here.set(checked(name))
+    token = _in_context.set(check_backend(name))
     try:
         yield
     finally:
-        _here.reset(token)
+        _in_context.reset(token)
 
 
 def set_backend(module: nn.Module, name: str) -> None:
-    """Makes a backend the module's own, and its parts'.
+    """Sets the backend of a module and of all modules inside it.
 
     Raises:
-        InputError: no such backend.
+        InputError: unknown backend.
     """
-    checked(name)
+    check_backend(name)
     for part in module.modules():
         if name == BACKENDS[0]:
-            vars(part).pop(_NAME, None)
+            vars(part).pop(_ATTRIBUTE, None)
         else:
-            vars(part)[_NAME] = name
+            vars(part)[_ATTRIBUTE] = name
 
 
 def is_fast(module: nn.Module) -> bool:
-    """Whether the module is to compute fast, here and now."""
-    return (_in_force() or vars(module).get(_NAME)) == "fast"
+    """Whether the module runs on the fast backend here and now."""
+    return (_from_context() or vars(module).get(_ATTRIBUTE)) == "fast"
 
 
-def _in_force() -> str | None:
-    return _here.get()
+def _from_context() -> str | None:
+    return _in_context.get()
 
 
-# What torch.compiler.assume_constant_result does, less its import of all of torch.compile, which
-# cannot look into a ContextVar.
-vars(_in_force)["_dynamo_marked_constant"] = True
+# torch.compile cannot trace a ContextVar. This is what torch.compiler.assume_constant_result sets,
+# without importing all of torch.compile.
+vars(_from_context)["_dynamo_marked_constant"] = True
 
 
-def checked(name: Any) -> str:
-    """The name of a backend.
+def check_backend(name: Any) -> str:
+    """Returns the name of a backend.
 
     Raises:
-        InputError: no such backend.
+        InputError: unknown backend.
     """
     if name not in BACKENDS:
         raise InputError(
-            "no such backend",
+            "unknown backend",
             where="backend",
             expected=" or ".join(map(repr, BACKENDS)),
             got=repr(name),
         )
     return str(name)
+
+
+def load_implementations_with(loader: Callable[[], object]) -> None:
+    """Sets the function that imports the fast implementations; the first fast call runs it."""
+    _loaders.append(loader)
+
+
+def dispatched(plain: Method) -> Method:
+    """Marks a function whose first argument is a module, such as a ``forward``, as one that the
+    fast backend may implement. The plain function stays available as ``.__wrapped__``."""
+    fast: Callable[..., Any] | None = None
+
+    @functools.wraps(plain)
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_fast(module):
+            if _loaders:
+                _load_implementations()
+            if fast is not None:
+                out = fast(module, *args, **kwargs)
+                if out is not None:
+                    return out
+        return plain(module, *args, **kwargs)
+
+    def register(implementation: Callable[..., Any]) -> None:
+        nonlocal fast
+        fast = implementation
+
+    vars(call)["register"] = register
+    return call  # type: ignore[return-value]
+
+
+def implements(function: Callable[..., Any]) -> Callable[[Method], Method]:
+    """Registers the fast implementation of a ``dispatched`` function.
+
+    The implementation takes the same arguments and returns None to decline, which it decides before
+    it changes anything.
+    """
+
+    def register(implementation: Method) -> Method:
+        vars(function)["register"](implementation)
+        return implementation
+
+    return register
+
+
+def _load_implementations() -> None:
+    while _loaders:
+        _loaders[-1]()
+        _loaders.pop()

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from sdconv.backends import checked, set_backend
+from sdconv.backends import check_backend, set_backend
 from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.open import Weights
 from sdconv.config import Config
@@ -112,7 +112,7 @@ def load(
     Warns:
         SdconvWarning: the family is open, and one was chosen.
     """
-    checked(backend)
+    check_backend(backend)
     network = assemble(
         path, build, component=component, dtype=dtype, device=device, family=family, ema=ema
     )

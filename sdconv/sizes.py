@@ -1,5 +1,4 @@
-"""Sizes as people write and read them: amounts of memory, rows by columns of an image, and large
-counts."""
+"""Numbers as people write and read them: amounts of memory, sizes of images, large counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test shares: skips that say how to run the skipped, threads, hypothesis' profiles."""
+"""For every test: skips with instructions, the number of threads, hypothesis' profiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("ci" if os.environ.get("CI") else "local")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
-        # read by torch when it is first imported, here and in the commands that tests start
+        # torch reads it when it is imported, here and in the commands that tests start
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
@@ -30,12 +30,12 @@ def _shared() -> Path | None:
 
 
 def _cuda() -> bool:
-    import torch  # only where a test asks for it
+    import torch  # slow, so only if a test needs it
 
     return torch.cuda.is_available()
 
 
-# marker: is what it needs there, and what makes it be there
+# marker -> whether its requirement is met, and how to meet it
 NEEDS: dict[str, tuple[Callable[[], object], str]] = {
     "shared": (
         _shared,
@@ -47,9 +47,9 @@ NEEDS: dict[str, tuple[Callable[[], object], str]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for marker, (is_there, how) in NEEDS.items():
+    for marker, (is_met, how) in NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
-        if marked and not is_there():
+        if marked and not is_met():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=how))
 

@@ -344,7 +344,7 @@ def test_tensors_that_do_not_fit(words: str, prefix: str, state: State) -> None:
 
 
 ARGUMENTS = {
-    "backend": ({"backend": "magic"}, "no such backend"),
+    "backend": ({"backend": "magic"}, "unknown backend"),
     "integer dtype": ({"dtype": torch.int8}, "do not compute in this dtype"),
     "one-byte dtype": ({"dtype": torch.float8_e4m3fn}, "do not compute in this dtype"),
     "dtype in words": ({"dtype": "float16"}, "do not compute in this dtype"),

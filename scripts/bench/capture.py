@@ -1,9 +1,8 @@
-"""What capturing every ResNet block's output costs: time added to a U-Net's call, with and without
-the copies' own time.
+"""Time that capturing every ResNet block's output adds to a U-Net's call.
 
-In each round, one after another: a plain call, the same call under capture, and copies of the same
-maps alone. Ratios are taken within a round; printed are their medians, by the clock and by the
-processor's time, which other processes disturb less.
+Each round has a plain call, the same call under capture, and copies of the same feature maps alone.
+Ratios are taken within a round; their medians are printed by wall-clock time and by processor time,
+which other processes disturb less.
 
     python -m scripts.bench.capture                     # SD1.5 at full size, random weights
     python -m scripts.bench.capture --width 64 --latents 32
@@ -27,8 +26,11 @@ PATTERN = "*.resnets.[0-9]"
 
 
 def sd15(width: int) -> torch.nn.Module:
-    """The U-Net of Stable Diffusion 1.5, its narrowest level ``width`` channels wide (320 in the
-    published one), with random weights."""
+    """The U-Net of Stable Diffusion 1.5 with random weights.
+
+    Args:
+        width: channels of its first block; 320 in the published network.
+    """
     fields = {
         "block_out_channels": (width, 2 * width, 4 * width, 4 * width),
         "cross_attention_dim": 768,
@@ -45,7 +47,7 @@ def sd15(width: int) -> torch.nn.Module:
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
+    """Wall-clock seconds and processor seconds."""
     begun = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - begun[0], time.process_time() - begun[1]
@@ -63,7 +65,7 @@ def main() -> None:
     random = torch.Generator().manual_seed(1)
     sample = torch.randn(given.batch, 4, given.latents, given.latents, generator=random)
     text = torch.randn(given.batch, 77, 768, generator=random)
-    maps: list[Tensor] = []
+    feature_maps: list[Tensor] = []
 
     def plain() -> None:
         network(sample, 500, text)
@@ -71,30 +73,31 @@ def main() -> None:
     def captured() -> None:
         with sdconv.capture(network, PATTERN) as found:
             plain()
-        maps[:] = [found.series(name)[0].tensor for name in found]
+        feature_maps[:] = [found.series(name)[0].tensor for name in found]
 
     def copied() -> None:
-        copies = [one.clone() for one in maps]
+        copies = [one.clone() for one in feature_maps]
         del copies
 
     captured()  # also warms up
     rounds = []
     for number in range(given.rounds):
-        # in turns, so that neither always comes first
+        # alternating, so that neither always comes first
         runs = (plain, captured) if number % 2 else (captured, plain)
         took = {run: timed(run) for run in (*runs, copied)}
         rounds.append((took[plain], took[captured], took[copied]))
-    size = sum(one.nbytes for one in maps)
-    print(f"| time | plain | captured | copies of {len(maps)} maps, {size / 1e6:.0f} MB |", end="")
+    size = sum(one.nbytes for one in feature_maps)
+    copies = f"copies of {len(feature_maps)} feature maps, {size / 1e6:.0f} MB"
+    print(f"| time | plain | captured | {copies} |", end="")
     print(" added | beyond the copies |\n|---|---|---|---|---|---|")
     for kind, of in enumerate(("clock", "processor")):
         columns = [[took[kind] for took in column] for column in zip(*rounds, strict=True)]
-        call, under, copies = map(statistics.median, columns)
+        call, under, copied_in = map(statistics.median, columns)
         of_round = list(zip(*columns, strict=True))
         added = statistics.median((b - a) / a for a, b, _ in of_round)
         beyond = statistics.median((b - a - c) / a for a, b, c in of_round)
         print(
-            f"| {of} | {call:.3f} s | {under:.3f} s | {copies:.3f} s "
+            f"| {of} | {call:.3f} s | {under:.3f} s | {copied_in:.3f} s "
             f"| {100 * added:+.1f} % | {100 * beyond:+.1f} % |"
         )
 

@@ -1,9 +1,9 @@
-"""The fast backend beside its peers: times, memory, errors, each a ratio within one run.
+"""Compares the fast backend on a CPU with its peers: times, memory, errors, all within one run.
 
-Networks have full size and random weights. Each side of a network's works has a process of its own;
-they take turns, and their order turns round by round; printed are medians. Layers take turns in one
-process. Memory is the peak of anonymous resident memory of a process that computes, above what it
-had with its weights in place; what the fast backend keeps of transformed weights is told apart.
+Networks have full size and random weights. Each side has a process of its own; the sides take
+turns, in an order that rotates from round to round, and medians are printed. Single layers take
+turns in one process. Memory is the peak of a process's anonymous resident memory above that with
+its weights loaded; the fast backend's packed weights are listed separately.
 
     python -m scripts.bench.cpu decode --size 512x512 --peers plain channels_last compiled openvino
     python -m scripts.bench.cpu encode --size 512x512
@@ -25,11 +25,11 @@ import copy
 import ctypes
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -41,14 +41,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sdconv
+from scripts.bench.memory import Peak
 from scripts.bench.plot import plot, slope
-from scripts.bench.sides import FAST, LABELS, PEERS, Apart, Run, Size, call, given, ours, side_of
-from sdconv.fast.cpu import chosen
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.cpu.conv import After
-from sdconv.fast.cpu.tiling import scratch
-from sdconv.fast.cpu.weight_cache import prepared
-from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN
+from scripts.bench.sides import (
+    FAST,
+    LABELS,
+    PEERS,
+    Run,
+    Separate,
+    Size,
+    call,
+    inputs_of,
+    ours,
+    side_of,
+    size_of,
+)
+from sdconv.fast.cpu.buffer_pool import scratch
+from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
+from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
+
+ROOT = Path(__file__).parents[2]
 
 # 3x3 convolutions of stride 1: (input channels, output channels, size)
 VAE = (
@@ -68,7 +82,7 @@ SDXL = (
 
 
 def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one call that does not count."""
+    """Median seconds of each run, after one warm-up call."""
     names = list(runs)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for run in runs.values():
@@ -85,7 +99,7 @@ def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         names = (*options.peers, FAST)
         runs = {
-            name: stack.enter_context(Apart(name, options.what, options.size)) for name in names
+            name: stack.enter_context(Separate(name, options.what, options.size)) for name in names
         }
         times = turns(runs, options.rounds)
     for name, seconds in times.items():
@@ -98,7 +112,7 @@ def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def layers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Each 3x3 convolution with its bias, beside torch's, in either memory layout."""
+    """Each 3x3 convolution with its bias, compared with torch's in either memory layout."""
     ratios = []
     for family, shapes in (("VAE", VAE), ("SD1.5 U-Net", SD15), ("SDXL U-Net", SDXL)):
         for channels, out_channels, side in shapes:
@@ -113,12 +127,12 @@ def layers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "network": family,
                 "channels": f"{channels} -> {out_channels}",
                 "size": f"{side}x{side}",
-                "method": chosen.choice_for(x, weight).method,
+                "method": plan_for("conv3x3", x, weight, False).method,
                 "torch, ms": round(1e3 * torchs, 1),
                 "fast, ms": round(1e3 * times["fast"], 1),
                 "ratio": round(ratios[-1], 2),
             }
-            prepared.clear()
+            weight_cache.clear()
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
     yield {"network": "geometric mean", "ratio": round(mean, 2)}
     yield {"network": "least", "ratio": round(min(ratios), 2)}
@@ -130,58 +144,46 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Run]:
     return {
         "torch": lambda: functional.conv2d(x, weight, bias, padding=1),
         "torch, channels_last": lambda: functional.conv2d(last, weight_last, bias, padding=1),
-        "fast": lambda: chosen.convolution(last, weight, None, After(bias), groups=1)[0],
+        "fast": lambda: conv3x3(last, weight, None, Epilogue(bias), groups=1)[0],
     }
-
-
-def anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("needs Linux: it reads /proc/self/status")
-
-
-def peak_of(run: Run) -> tuple[int, float]:
-    """The most anonymous memory while it runs, above what there was before; seconds."""
-    # what calls before have freed goes back to the system
-    ctypes.CDLL(None).malloc_trim(0)
-    before = most = anonymous()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.005):
-            most = max(most, anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    return most - before, seconds
 
 
 def once(options: argparse.Namespace) -> None:
     """One side's peak, in a process of its own; JSON on standard output."""
     run = side_of(options.side, "decode", options.size)
     if options.side == FAST:
-        # compiles, and transforms the weights, outside what is measured
+        # compiles kernels and packs weights before what is measured
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start
         scratch.release()
     else:
         first = 0.0
-    peak, seconds = peak_of(run)
-    kept = prepared.memory
-    print(json.dumps({"peak": peak, "kept": kept, "seconds": seconds, "first": first}))
+    # memory that was freed returns to the system
+    ctypes.CDLL(None).malloc_trim(0)
+    with Peak() as peak:
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+    kept = weight_cache.memory
+    print(json.dumps({"peak": peak.bytes, "kept": kept, "seconds": seconds, "first": first}))
 
 
 def _child(side: str, size: Size) -> dict[str, Any]:
-    command = [sys.executable, __file__, "once", "--side", side, "--size", f"{size[0]}x{size[1]}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    options = ["once", "--side", side, "--size", f"{size[0]}x{size[1]}"]
+    return _answer(["-m", "scripts.bench.cpu", *options])
+
+
+def _answer(command: list[str], **environment: str) -> dict[str, Any]:
+    """The JSON that a Python process prints last."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -194,16 +196,15 @@ def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {
             "side": LABELS[name],
             "activations and scratch, MB": round(found["peak"] / 1e6),
-            "transformed weights, MB": round(found["kept"] / 1e6),
+            "packed weights, MB": round(found["kept"] / 1e6),
             "of diffusers'": round(found["peak"] / peaks["plain"], 3),
         }
 
 
 def error(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Of a decode, streamed and not, and with weights and maps in 16 bits, against the same in
-    float64."""
+    """Errors of a decode against float64: streamed and not, in 32 and in 16 bits."""
     full: Any = ours("decode")
-    inputs = given("decode", options.size)
+    inputs = inputs_of("decode", options.size)
     exact = call(copy.deepcopy(full).double(), "decode", tuple(x.double() for x in inputs))
     scale = float(exact.abs().max())
     for name, dtype in (
@@ -251,7 +252,7 @@ def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """How far the decode's convolutions are from what their products alone would take."""
+    """Compares a decode's time with that of its matrix products alone."""
     rate = _product_rate()
     network = ours("decode")
     counts = {"direct": 0.0, "fast": 0.0}
@@ -260,8 +261,8 @@ def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         direct = convolution.kernel_size[0] ** 2 * channels * out_channels * height * width
         counts["direct"] += direct
         if convolution.kernel_size == (3, 3):
-            scheme = DOUBLED if ".upsamplers." in name else PLAIN
-            direct *= scheme.places / (9 * OUTPUTS**2)
+            scheme = UPSAMPLE_CONV if ".upsamplers." in name else CONV3X3
+            direct *= scheme.positions / (9 * OUTPUT_TILE**2)
         counts["fast"] += direct
     seconds = turns({FAST: side_of(FAST, "decode", options.size)}, options.rounds)
     for method, multiplies in counts.items():
@@ -291,32 +292,31 @@ def _convolutions(network: Any, size: Size) -> list[tuple[str, nn.Conv2d, int, i
 
 
 def _product_rate() -> float:
-    """Operations a second of this package's own products, where they are fastest."""
-    engine = engines.of(torch.float32)
+    """Operations a second of the fast backend's matrix products, where they are fastest."""
+    kernels = kernels_for(torch.float32)
     left, right = torch.randn(36, 240, 512), torch.randn(36, 512, 512)
-    packed, out = engine.pack(right), torch.empty(36, 240, engine.width(512))
+    packed, out = kernels.pack(right), torch.empty(36, 240, kernels.padded(512))
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        engine.product(left, packed, out)
+        kernels.bmm(left, packed, out)
         seconds.append(time.perf_counter() - start)
     return 2 * 36 * 240 * 512 * 512 / min(seconds)
 
 
 def first(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What the first call costs: compiling (or reading what was compiled), and the weights."""
+    """What the first call costs: compiling kernels (or reading compiled ones), packing weights."""
     for cache in ("as it is", "empty"):
         found = _first(cache, options.size)
         yield {"Numba's cache": cache, **{key: round(value, 2) for key, value in found.items()}}
 
 
 FIRST = """
-import json, sys, time
-sys.path.insert(0, {folder!r})
+import json, time
 from scripts.bench import cpu as bench
-from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.kernels import numba_kernels
 run = bench.side_of(bench.FAST, "decode", {size!r})
-_, loading = engines.compiled()
+_, loading = numba_kernels()
 times = []
 import torch
 with torch.inference_mode():
@@ -329,22 +329,9 @@ print(json.dumps(dict(zip(("kernels, s", "first call, s", "second call, s"), (lo
 
 
 def _first(cache: str, size: Size) -> dict[str, float]:
-    import os
-
     with tempfile.TemporaryDirectory() as empty:
-        environment = dict(os.environ)
-        if cache == "empty":
-            environment["NUMBA_CACHE_DIR"] = empty
-        code = FIRST.format(folder=str(Path(__file__).parents[2]), size=size)
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        environment = {"NUMBA_CACHE_DIR": empty} if cache == "empty" else {}
+        return _answer(["-c", FIRST.format(size=size)], **environment)
 
 
 WORKS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
@@ -360,15 +347,10 @@ WORKS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
 }
 
 
-def size_of(text: str) -> Size:
-    height, width = map(int, text.split("x"))
-    return height, width
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("what", choices=(*WORKS, "once"))
-    parser.add_argument("--size", type=size_of, help="a picture's; a U-Net's latents'")
+    parser.add_argument("--size", type=size_of, help="of the image; of a U-Net's latents")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768, 1024])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["plain", "channels_last"])
     parser.add_argument("--side", default=FAST, help=argparse.SUPPRESS)

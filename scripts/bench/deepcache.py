@@ -1,10 +1,10 @@
-"""What DeepCache saves and what it costs: time, and PSNR of the pictures, against the interval.
+"""Time that DeepCache saves and likeness that it costs, by interval.
 
-The small U-Net makes pictures from the same noise at each interval. In each round every interval
-takes its turn, beginning with another one each time; times are medians over the rounds, and shares
-those of the plain run of the same round. Operations are those that torch's counter finds in
-convolutions and matrix products. PSNR is between the decoded pictures and the plain run's, the mean
-over pictures; the last line gives that of two pictures from unlike noise.
+The small U-Net makes images from the same noise at each interval. The intervals take turns, in an
+order that rotates from round to round; times are medians over the rounds, and shares are of the
+plain run in the same round. Operations are those that torch counts in convolutions and matrix
+products. PSNR is the mean over images, between each decoded image and the plain run's; the last
+line has that of two images from different noise.
 
     python -m scripts.bench.deepcache
     python -m scripts.bench.deepcache --side 128 --steps 10 --rounds 1
@@ -30,7 +30,7 @@ from sdconv.models.unet import UNet2DConditionModel
 
 
 def cached(unet: UNet2DConditionModel, noise: Tensor, given: argparse.Namespace, n: int) -> Tensor:
-    """Latents out of noise, at interval ``n``."""
+    """Latents from noise, at interval ``n``."""
     with recipes.deepcache(unet, n, branch=given.branch):
         return denoised(unet, noise, given.steps)
 
@@ -44,7 +44,7 @@ def operations(unet: UNet2DConditionModel, noise: Tensor, given: argparse.Namesp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--side", type=int, default=256, help="in pixels, a multiple of 8")
-    parser.add_argument("--count", type=int, default=2, help="pictures")
+    parser.add_argument("--count", type=int, default=2, help="number of images")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--branch", type=int, default=0)
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 5, 10])
@@ -53,19 +53,21 @@ def main() -> None:
     unet = sdconv.load(MODEL, dtype=torch.float32)
     vae = sdconv.load(VAE, dtype=torch.float32)
     shape = (given.count, 4, given.side // 8, given.side // 8)
-    noise, unlike = (torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    noise, other_noise = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
+    )
 
     @torch.no_grad()
-    def pictures(latents: Tensor) -> list[np.ndarray]:
+    def images(latents: Tensor) -> list[np.ndarray]:
         return [
             to_pixels(vae.decode(x / vae.config.scaling_factor).sample) for x in latents.split(1)
         ]
 
     def alike(latents: Tensor) -> float:
-        return statistics.mean(map(psnr, pictures(latents), plain))
+        return statistics.mean(map(psnr, images(latents), plain))
 
     intervals = [1, *given.intervals]
-    plain = pictures(denoised(unet, noise, given.steps))  # also warms up
+    plain = images(denoised(unet, noise, given.steps))  # also warms up
     counts = {n: operations(unet, noise, given, n) for n in intervals}
     seconds: dict[int, list[float]] = {n: [] for n in intervals}
     results: dict[int, Tensor] = {}
@@ -76,7 +78,7 @@ def main() -> None:
             results[n] = cached(unet, noise, given, n)
             seconds[n].append(time.perf_counter() - begun)
 
-    print("| interval | time | of the plain run's | operations, of the plain run's | PSNR |")
+    print("| interval | time | of the plain run | operations, of the plain run | PSNR |")
     print("|---|---|---|---|---|")
     for n in intervals:
         share = statistics.median(a / b for a, b in zip(seconds[n], seconds[1], strict=True))
@@ -84,9 +86,9 @@ def main() -> None:
         print(
             f"| {n} | {statistics.median(seconds[n]):.2f} s | {100 * share:.0f} % "
             f"| {100 * counts[n] / counts[1]:.0f} % "
-            f"| {'the same picture' if near == float('inf') else f'{near:.1f} dB'} |"
+            f"| {'the same image' if near == float('inf') else f'{near:.1f} dB'} |"
         )
-    print(f"| unlike noise | | | | {alike(denoised(unet, unlike, given.steps)):.1f} dB |")
+    print(f"| other noise | | | | {alike(denoised(unet, other_noise, given.steps)):.1f} dB |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What ``import sdconv`` costs over ``import torch``, and what its first network costs.
+"""Time of ``import sdconv`` and of its first attribute, compared with ``import torch``.
 
-Fresh processes in turn, medians.
+Medians over fresh processes, which take turns.
 
     python -m scripts.bench.import_time --rounds 9
 """

@@ -1,13 +1,12 @@
-"""How long a network takes to open and how much memory that takes, beside diffusers on the same
-files.
+"""Time and memory of loading a network, compared with diffusers on the same files.
 
-Each measurement is a process of its own; the two sides take turns. Time is from the call to the
-network, with everything imported, and again until each of its weights' pages has been read once:
-what is mapped is read only then. Memory is the peak of anonymous resident memory (file-backed pages
-apart) of the opening, above a process that has imported the same and built the network on the meta
-device.
+Each measurement is a process of its own; the two sides take turns. Time is from the call until the
+network is returned, with everything imported, and until each page of its weights has been read
+once, since mapped files are read only then. Memory is the peak of anonymous resident memory, which
+excludes file-backed pages, above that of a process that has imported the same and built the network
+on the meta device.
 
-The U-Net is SDXL's, in float16; its files are made of holes, which read as zeros.
+The U-Net is SDXL's in float16; its files are sparse and read as zeros.
 
     python -m scripts.bench.load --component vae --rounds 5
     python -m scripts.bench.load --component unet --rounds 3
@@ -26,8 +25,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-# each side imports what it needs and nothing of the other's, builds the network on meta, which
-# imports the rest (diffusers' transformers for sdconv's U-Net), and only then looks at the clock
+# Each side imports only what it needs and builds the network on the meta device, which imports the
+# rest (diffusers' transformers for sdconv's U-Net), before the clock starts.
 CHILD = r"""
 import json, sys, threading, time
 from pathlib import Path
@@ -88,7 +87,7 @@ print(json.dumps({"seconds": seconds, "read": read, "peak": peak - before, "size
 
 
 def made_vae(folder: Path) -> dict[str, Path]:
-    """A full-size SD VAE with seeded random weights, as people have it."""
+    """A full-size SD VAE with random weights, in the forms in which people have it."""
     import torch
     from safetensors.torch import save_file
 
@@ -109,7 +108,7 @@ def made_vae(folder: Path) -> dict[str, Path]:
     sdconv.save(network, folder / "vae")
     tensors = original_tensors(network.state_dict(), config)
     single = {f"first_stage_model.{k}": v.contiguous() for k, v in tensors.items()}
-    # what a whole checkpoint has beside: 1.7 GB of a U-Net, which no load of the VAE should touch
+    # the rest of a whole checkpoint: 1.7 GB of a U-Net, which loading the VAE should not touch
     single["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = (
         torch.zeros(320, 768)
     )
@@ -122,7 +121,7 @@ def made_vae(folder: Path) -> dict[str, Path]:
 
 
 def made_unet(folder: Path) -> dict[str, Path]:
-    """SDXL's U-Net, alone in a folder and in a file of the published checkpoint's 6.9 GB."""
+    """SDXL's U-Net, alone in a folder and in a file of 6.9 GB like the published checkpoint."""
     import torch
 
     from scripts.bench.parity_table import SDXL
@@ -135,18 +134,18 @@ def made_unet(folder: Path) -> dict[str, Path]:
     (folder / "unet").mkdir()
     content = {**SDXL.to_json(), "_class_name": SDXL.class_name}
     (folder / "unet" / "config.json").write_text(json.dumps(content))
-    holes(folder / "unet" / "diffusion_pytorch_model.safetensors", own)
-    # two text encoders and a VAE, which no load of the U-Net should touch
+    write_sparse(folder / "unet" / "diffusion_pytorch_model.safetensors", own)
+    # two text encoders and a VAE, which loading the U-Net should not touch
     shapes: dict[str, tuple[int, ...]] = {"first_stage_model.filler": (83653863,)}
     shapes |= {f"conditioner.filler.{i}": (1 << 26,) for i in range(12)}
     for name, tensor in original_tensors(blank, SDXL).items():
         shapes[f"model.diffusion_model.{name}"] = tuple(tensor.shape)
-    holes(folder / "checkpoint.safetensors", shapes)
+    write_sparse(folder / "checkpoint.safetensors", shapes)
     return {"folder": folder / "unet", "checkpoint": folder / "checkpoint.safetensors"}
 
 
-def holes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A safetensors file of float16 zeros that takes no room on disk."""
+def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Writes a sparse safetensors file of float16 zeros, which takes no space on disk."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in sorted(shapes):
@@ -166,7 +165,7 @@ COMPONENTS = {
 
 
 def measure(side: str, name: str, source: Path, folder: Path, dtype: str) -> dict[str, float]:
-    """One process, one opening."""
+    """Loads once, in a process of its own."""
     own = [side, name, str(source), str(folder), dtype]
     command = [sys.executable, "-W", "ignore", "-c", CHILD, *own]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -178,17 +177,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--component", choices=COMPONENTS, default="vae")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", action="append", help="in place of those that it has")
+    parser.add_argument(
+        "--dtype", action="append", help="instead of the component's own; may be repeated"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     name, made, dtypes = COMPONENTS[options.component]
     if not options.json:
-        heads = ("opened from", "dtype", "by", "seconds", "until all is read", "peak memory, MB")
+        heads = ("loaded from", "dtype", "by", "seconds", "until all is read", "peak memory, MB")
         print("| " + " | ".join((*heads, "weights, MB")) + " |")
         print("|---|---|---|---|---|---|---|", flush=True)
     rows = []
-    with tempfile.TemporaryDirectory() as place:
-        sources = made(Path(place))
+    with tempfile.TemporaryDirectory() as temporary:
+        sources = made(Path(temporary))
         cases = [(kind, dtype) for kind in sources for dtype in options.dtype or dtypes]
         for kind, dtype in cases:
             runs: dict[str, list[dict[str, float]]] = {"sdconv": [], "diffusers": []}
@@ -205,7 +206,7 @@ def main() -> None:
                     "read_seconds": medians["read"],
                     "peak_mb": medians["peak"] / 1e6,
                     "weights_mb": medians["size"] / 1e6,
-                    # what was timed should import next to nothing
+                    # the timed call should import next to nothing
                     "modules_imported": medians["imported"],
                 }
                 rows.append(row)

@@ -1,9 +1,9 @@
 """Compares full-size networks with diffusers', module by module, and prints a Markdown table.
 
-Weights follow from a seed and stand in the original layout, so that the names are converted on both
-sides, by sdconv's key map here and by diffusers' own code there. Both compute in float32 on the
-CPU, from the same tensors in memory: SDXL's U-Net takes 12 GB. Input is a picture to encode and
-latents to decode, or latents, a timestep and a text for a U-Net.
+Weights are drawn from a seed, under the names of the original layout, so that both sides convert
+the names: sdconv by its key map, diffusers by its own code. Both compute in float32 on the CPU from
+the same tensors in memory; SDXL's U-Net takes 12 GB. A VAE encodes an image and decodes latents; a
+U-Net takes latents, a timestep and a prompt embedding.
 
     python -m scripts.bench.parity_table --size 256x256 --latents 64x64
 """
@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 import sdconv
+from scripts.bench.sides import Size, size_of
 from sdconv.analysis.parity import ParityReport, check
 from sdconv.checkpoint.save import original_tensors
 from sdconv.config import Config
 from sdconv.config.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
 from sdconv.integrations.peers import VERSION
 from sdconv.loading import build
-
-Size = tuple[int, int]
 
 
 def kl(latent_channels: int, quant: bool) -> sdconv.AutoencoderKLConfig:
@@ -58,7 +57,7 @@ SDXL = unet(
 
 @dataclass(frozen=True)
 class Case:
-    """A network, and the family that its shapes leave open."""
+    """A network, and its family where the shapes leave it open."""
 
     build: Callable[..., torch.nn.Module]
     config: Config
@@ -80,25 +79,25 @@ UNETS: Mapping[str, Case] = {
 
 
 def weights(case: Case, seed: int) -> dict[str, torch.Tensor]:
-    """Random tensors of about the size that training gives, in the original layout."""
+    """Random tensors of about the scale of trained ones, in the original layout."""
     random = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        blank = case.build(case.config).state_dict()
+        empty = case.build(case.config).state_dict()
     drawn = {}
-    for name, shape in ((name, tensor.shape) for name, tensor in blank.items()):
+    for name, shape in ((name, tensor.shape) for name, tensor in empty.items()):
         noise = torch.randn(shape, generator=random)
         if noise.ndim > 1:
             drawn[name] = noise.div_(math.sqrt(math.prod(shape[1:])))
         elif name.endswith("num_batches_tracked"):
             drawn[name] = torch.tensor(0)
-        else:  # near 1 for what multiplies, near 0 for what is added
+        else:  # scales near 1, shifts near 0
             near = 1.0 if name.endswith(("weight", "running_var")) else 0.0
             drawn[name] = near + 0.1 * noise
     return original_tensors(drawn, case.config)
 
 
 def compared(case: Case, size: Size, seed: int) -> tuple[int, ParityReport]:
-    """The number of parameters, and what the comparison found."""
+    """The number of parameters, and the comparison's report."""
     tensors = weights(case, seed)
     parameters = sum(p.numel() for p in sdconv.load(tensors, family=case.family).parameters())
     return parameters, check(tensors, family=case.family, size=size, seed=seed)
@@ -106,10 +105,10 @@ def compared(case: Case, size: Size, seed: int) -> tuple[int, ParityReport]:
 
 def row(name: str, parameters: int, report: ParityReport) -> str:
     """One line of the table."""
-    outputs = set(report.input_shapes)  # what the whole network gives, beside its modules
+    outputs = set(report.input_shapes)  # rows of the whole network's outputs, not of modules
     modules = {entry.name for entry in report.rows} - outputs
     unequal = {entry.name for entry in report.rows if not entry.equal} - outputs
-    kind = "latents" if "forward" in outputs else "picture"
+    kind = "latents" if "forward" in outputs else "image"
     height, width = next(iter(report.input_shapes.values()))[2:]
     worst = max(entry.max_abs for entry in report.rows)
     cells = (
@@ -123,18 +122,14 @@ def row(name: str, parameters: int, report: ParityReport) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def size(text: str) -> Size:
-    """``256x320`` as two numbers."""
-    height, width = text.split("x")
-    return int(height), int(width)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--size", type=size, default=(256, 256), help="of the picture: 256x256 is rows x columns"
+        "--size", type=size_of, default=(256, 256), help="of the image, rows x columns"
     )
-    parser.add_argument("--latents", type=size, default=(64, 64), help="size of a U-Net's latents")
+    parser.add_argument(
+        "--latents", type=size_of, default=(64, 64), help="size of a U-Net's latents"
+    )
     parser.add_argument("--only", choices=("vaes", "unets"), help="one half of the table")
     parser.add_argument("--seed", type=int, default=0, help="of weights and input")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The plot of `bench.py sizes`, and the slopes in it."""
+"""The plot of `cpu sizes`, and the slopes in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripts.bench.sides import FAST
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """Of the logarithms: 1 where it grows as the pixels do."""
+    """The slope of a line through the logarithms: 1 for growth in proportion to the pixels."""
     xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
     return statistics.linear_regression(xs, ys).slope
 
@@ -38,7 +38,7 @@ def plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: P
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.minorticks_off()
-        axis.set_xlabel("side of the picture")
+        axis.set_xlabel("side of the image")
         axis.set_title(words, loc="left", fontsize=11)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)

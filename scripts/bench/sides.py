@@ -1,4 +1,4 @@
-"""What `scripts/bench/cpu.py` times: full-size networks of sdconv and its peers, each as a call."""
+"""Full-size networks of sdconv and its peers, each as a call to time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LABELS = {
 
 
 def filled(network: nn.Module) -> Any:
-    """A network from the meta device with random weights of about the size that training gives."""
+    """A network from the meta device with random weights of about the scale of trained ones."""
     network.to_empty(device="cpu").eval()
     random = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
@@ -66,7 +66,13 @@ def theirs(network: Any) -> Any:
     return peer.eval()
 
 
-def given(work: str, size: Size) -> tuple[Tensor, ...]:
+def size_of(text: str) -> Size:
+    """``512x768`` as rows and columns."""
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
+def inputs_of(work: str, size: Size) -> tuple[Tensor, ...]:
     height, width = size
     torch.manual_seed(0)
     if work == "encode":
@@ -87,8 +93,8 @@ def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def side_of(name: str, work: str, size: Size) -> Run:
-    """What to time by that name."""
-    network, inputs = ours(work), given(work, size)
+    """The call to time for the side of that name."""
+    network, inputs = ours(work), inputs_of(work, size)
     if name != FAST:
         return PEERS[name](theirs(network), work, inputs)
 
@@ -99,8 +105,8 @@ def side_of(name: str, work: str, size: Size) -> Run:
     return fast
 
 
-class Apart:
-    """A side in a process of its own, so that no side shares threads or memory with another."""
+class Separate:
+    """A side in its own process, so that no two sides share threads or memory."""
 
     _run: ClassVar[Run]
 
@@ -134,7 +140,7 @@ def plain(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
 
 
 def channels_last(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
-    # a copy: the others share the weights
+    # a copy, since the other sides share the weights
     network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
     network.to(memory_format=torch.channels_last)
     first = inputs[0].contiguous(memory_format=torch.channels_last)
@@ -147,7 +153,7 @@ def compiled(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
 
 
 class Called(nn.Module):
-    """A network as something to convert: its work from its inputs."""
+    """A network's method as a module, for exporters."""
 
     def __init__(self, network: nn.Module, work: str) -> None:
         super().__init__()
@@ -174,7 +180,7 @@ def onnxruntime(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
     names = [f"input_{i}" for i in range(len(inputs))]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
-        # the exporter traces, which needs tensors that gradients could be asked of
+        # the exporter traces, which inference tensors do not allow
         with torch.inference_mode(False), torch.no_grad():
             torch.onnx.export(
                 Called(network, work),

@@ -1,10 +1,10 @@
-"""Memory and time of the VAE in strips, beside its ordinary run and beside what was planned.
+"""Memory and time of the streamed VAE, compared with its ordinary run and with its plan.
 
-A full-size VAE with seeded random weights, float32, one case a process. Memory is the peak of
-anonymous resident memory above what the process had with its weights in place. Time per pixel
-leaves the middle's attention out, which grows with the square of the pixels; it is compared with
-ordinary runs of a smaller picture in the same process and by the same backend. What the compiled
-kernels' loading takes (``engine_memory``) is told apart, as is the network's own memory.
+A full-size VAE with random weights in float32, one case per process. Memory is the peak of the
+process's anonymous resident memory above that with its weights loaded; that of the Numba kernels
+(``kernel_memory``) and of the network are listed separately. Time per pixel excludes the mid
+block's attention, which grows with the square of the pixels; it is compared with ordinary runs on a
+smaller image in the same process and by the same backend.
 
     python -m scripts.bench.streaming --size 2048x2048 --memory 2GiB --spill /var/tmp
     python -m scripts.bench.streaming --size 4096x4096 --memory 4GiB --spill /var/tmp --rounds 0
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,62 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scripts.bench.memory import Peak, anonymous
+from scripts.bench.sides import Size, inputs_of, ours, size_of
 from sdconv.backends import BACKENDS, backend
-from sdconv.config import AutoencoderKLConfig
-from sdconv.fast.cpu import kernels as engines
-from sdconv.models.vae import AutoencoderKL
+from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.streaming import Streaming, check_disk_space
 from sdconv.streaming.calibration import predict_seconds
 from sdconv.streaming.executor import run
 from sdconv.streaming.steps import AttentionStep, StreamStep
 
 
-def anonymous() -> int:
-    """Anonymous resident bytes of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("needs Linux: it reads /proc/self/status")
-
-
-class Peak:
-    """The most anonymous memory while it is entered, above what there was before."""
-
-    def __enter__(self) -> Peak:
-        self._before = self._most = anonymous()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._most = max(self._most, anonymous())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.bytes = self._most - self._before
-
-
-def full_size() -> AutoencoderKL:
-    """The VAE of SD1, SD2 and SDXL, with random weights."""
-    torch.manual_seed(0)
-    own = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
-    network = AutoencoderKL(AutoencoderKLConfig(**{**AutoencoderKLConfig.assumed, **own}))
-    return network.eval().requires_grad_(False)
-
-
-def given(work: str, size: tuple[int, int]) -> Tensor:
-    """What comes in, for a picture of this size."""
-    height, width = size
-    if work == "encode":
-        return torch.randn(1, 3, height, width)
-    return torch.randn(1, 4, height // 8, width // 8)
-
-
-def ordinary(network: AutoencoderKL, work: str, size: tuple[int, int]) -> float:
-    """Seconds per pixel of an ordinary run, attention apart."""
+def ordinary(network: Any, work: str, size: Size) -> float:
+    """Seconds per pixel of an ordinary run, without attention."""
     block: Any = network.get_submodule(f"{work}r.mid_block.attentions.0")
     whole, inside = block.forward, 0.0
 
@@ -92,7 +47,7 @@ def ordinary(network: AutoencoderKL, work: str, size: tuple[int, int]) -> float:
         return out
 
     block.forward = timed
-    x = given(work, size)
+    (x,) = inputs_of(work, size)
     start = time.perf_counter()
     getattr(network, work)(x)
     seconds = time.perf_counter() - start
@@ -101,13 +56,13 @@ def ordinary(network: AutoencoderKL, work: str, size: tuple[int, int]) -> float:
 
 
 def streamed(options: argparse.Namespace) -> dict[str, Any]:
-    """One streamed run, its plan, and ordinary runs after it."""
-    network = full_size()
+    """Figures of one streamed run, of its plan, and of ordinary runs after it."""
+    network = ours("decode").requires_grad_(False)
     before = anonymous()
     if options.backend == "fast":
-        engines.compiled()
-    engine_bytes = anonymous() - before
-    x = given(options.work, options.size)
+        numba_kernels()
+    kernel_bytes = anonymous() - before
+    (x,) = inputs_of(options.work, options.size)
     streaming = Streaming.of(options.memory, options.spill, False)
     plan = streaming.plan(network, options.work, x)
     if plan.spilled:
@@ -138,7 +93,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
         "peak_over_planned": peak.bytes / plan.peak,
         "spilled": plan.spilled,
         "weights": network_bytes,
-        "engine_memory": engine_bytes,
+        "kernel_memory": kernel_bytes,
         "seconds": sum(times.values()),
         "attention_seconds": times["attention"],
         "ns_per_pixel": 1e9 * per_pixel,
@@ -155,19 +110,14 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def size_of(text: str) -> tuple[int, int]:
-    height, width = map(int, text.split("x"))
-    return height, width
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--work", "-w", choices=("encode", "decode"), default="decode")
     parser.add_argument("--size", type=size_of, default=(1024, 1024))
-    parser.add_argument("--memory", default=None, help="such as 2GiB; no limit if left out")
+    parser.add_argument("--memory", default=None, help="such as 2GiB; default: no limit")
     parser.add_argument("--spill", type=Path, default=None)
-    parser.add_argument("--whole", type=size_of, default=(512, 512), help="ordinary runs' size")
-    parser.add_argument("--rounds", type=int, default=3, help="ordinary runs; 0 for none")
+    parser.add_argument("--whole", type=size_of, default=(512, 512), help="of the ordinary runs")
+    parser.add_argument("--rounds", type=int, default=3, help="number of ordinary runs, 0 for none")
     parser.add_argument("--backend", choices=BACKENDS, default="fast")
     options = parser.parse_args()
     with torch.inference_mode(), backend(options.backend):

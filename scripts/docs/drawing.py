@@ -1,4 +1,4 @@
-"""What the documentation's pictures are drawn with: one hand, one set of colours."""
+"""Drawing functions and colours shared by the documentation's pictures."""
 
 from __future__ import annotations
 
@@ -21,49 +21,44 @@ _DPI, _QUALITY = 130, 88
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty sheet, in inches; 9 is the width of a page's text."""
+    """An empty figure, in inches; a page's text is 9 inches wide."""
     matplotlib.rcParams.update({"font.size": 11, "font.family": "DejaVu Sans"})
     return Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
 
 
 def save(sheet: Figure, path: Path) -> None:
-    """Writes it as WebP: a tenth of a PNG where there are photos, and crisp enough for text."""
+    """Writes a figure as WebP: a tenth of PNG's bytes for photos, and sharp enough for text."""
     canvas = FigureCanvasAgg(sheet)
     canvas.draw()
     pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
     Image.fromarray(pixels).save(path, quality=_QUALITY, method=6)
 
 
-def bare(axes: Axes) -> Axes:
-    """The axes without frame, ticks and labels, one unit as wide as it is high."""
+def panel(
+    sheet: Figure, left: float, top: float, width: float, height: float | None = None
+) -> Axes:
+    """Axes without frame and ticks at a position in inches from the figure's top left, square
+    without ``height``; both axes have the same scale."""
+    wide, high = sheet.get_size_inches()
+    height = width if height is None else height
+    axes = sheet.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high))
     axes.set_axis_off()
     axes.set_aspect("equal")
     return axes
 
 
-def panel(
-    sheet: Figure, left: float, top: float, width: float, height: float | None = None
-) -> Axes:
-    """Bare axes at a place on the sheet in inches from its top left; square unless told."""
-    wide, high = sheet.get_size_inches()
-    height = width if height is None else height
-    return bare(
-        sheet.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high))
-    )
-
-
-def words(
+def label(
     sheet: Figure, left: float, top: float, text: str, *, ha: str = "center", **style: object
 ) -> None:
-    """Text on the sheet, its upper edge at a place in inches from the top left."""
+    """Text on the figure, its upper edge at a position in inches from the top left."""
     wide, high = sheet.get_size_inches()
     options = {"va": "top", "ha": ha, "color": INK, **style}
     sheet.text(left / wide, 1 - top / high, text, **options)
 
 
 def show(axes: Axes, values: Tensor, spread: float | None = None) -> None:
-    """A map ``(H, W)`` in grey, from its 1st to its 99th percentile; a picture ``(3, H, W)`` in
-    [-1, 1] in its colours. With ``spread``, grey is 0 and black and white are that far from it."""
+    """Shows one channel ``(H, W)`` in grey, from its 1st to its 99th percentile, or with ``spread``
+    from ``-spread`` to ``spread``; an image ``(3, H, W)`` in [-1, 1] in its colours."""
     values = values.detach().float()
     if values.ndim == 3:
         axes.imshow(((values.clamp(-1, 1) + 1) / 2).permute(1, 2, 0), interpolation="nearest")
@@ -85,7 +80,7 @@ def box(
 def cell(
     axes: Axes, column: float, row: float, colour: str, text: str = "", size: float = 11
 ) -> None:
-    """A square of one unit with something in it."""
+    """A square of one unit with text in it."""
     axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
     axes.text(
         column + 0.5, row + 0.5, text, ha="center", va="center_baseline", fontsize=size, color=INK
@@ -95,14 +90,14 @@ def cell(
 def cells(
     axes: Axes, rows: Sequence[Sequence[str]], colour: str, *, left: float = 0, top: float = 0
 ) -> None:
-    """Squares with something in them, row by row."""
+    """Rows of squares with text in them."""
     for i, row in enumerate(rows):
         for j, text in enumerate(row):
             cell(axes, left + j, top + i, colour, text)
 
 
-def span(axes: Axes, width: float, height: float) -> None:
-    """Sets what is seen: from (0, 0) at the top left."""
+def set_extent(axes: Axes, width: float, height: float) -> None:
+    """Sets the visible range, with (0, 0) at the top left."""
     axes.set_xlim(-0.1, width + 0.1)
     axes.set_ylim(height + 0.1, -0.1)
 
@@ -110,7 +105,7 @@ def span(axes: Axes, width: float, height: float) -> None:
 def arrow(
     sheet: Figure, start: tuple[float, float], end: tuple[float, float], **style: object
 ) -> None:
-    """An arrow between two places in inches from the top left."""
+    """An arrow between two positions in inches from the top left."""
     wide, high = sheet.get_size_inches()
     a, b = ((x / wide, 1 - y / high) for x, y in (start, end))
     options = {
@@ -125,16 +120,16 @@ def arrow(
     )
 
 
-def various(maps: Tensor, number: int) -> list[int]:
-    """Channels of ``(C, H, W)`` that differ: the one that varies most, then, one by one, that whose
-    correlation with those chosen is least; none that hardly varies."""
-    flat = maps.flatten(1)
+def distinct_channels(features: Tensor, number: int) -> list[int]:
+    """Channels of ``(C, H, W)`` that differ: the one that varies most, then one by one the channel
+    least correlated with those chosen; channels that hardly vary are left out."""
+    flat = features.flatten(1)
     deviations, order = flat.std(1).sort(descending=True)
-    lively = order[: max(number, int((deviations > deviations[0] / 20).sum()))]
-    alike = torch.corrcoef(flat[lively]).abs()
+    varying = order[: max(number, int((deviations > deviations[0] / 20).sum()))]
+    correlations = torch.corrcoef(flat[varying]).abs()
     chosen = [0]
     while len(chosen) < number:
-        nearest = alike[chosen].amax(0)
+        nearest = correlations[chosen].amax(0)
         nearest[chosen] = 2
         chosen.append(int(nearest.argmin()))
-    return [int(lively[place]) for place in chosen]
+    return [int(varying[index]) for index in chosen]

@@ -1,4 +1,4 @@
-"""Makes every picture of the documentation, from the weights and the photo that ship.
+"""Draws every picture of the documentation, from the weights and the photo that ship.
 
     python -m scripts.docs.pictures            # into docs/pictures
     python -m scripts.docs.pictures --out DIR
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import sdconv
 from scripts.docs import ideas, networks
-from scripts.docs.drawing import save, various
+from scripts.docs.drawing import distinct_channels, save
 from sdconv.images import read_image, to_tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,41 +28,43 @@ SOURCES = PICTURES / "made-from.txt"
 
 
 def sources() -> str:
-    """What the pictures are made from: each file's name and SHA-256."""
+    """The SHA-256 and name of each file that the pictures are made from."""
     names = ("photo.jpg", "tiny-unet.safetensors", "tiny-vae.safetensors")
     hashes = [hashlib.sha256((WEIGHTS / name).read_bytes()).hexdigest() for name in names]
     return "".join(f"{number}  {name}\n" for number, name in zip(hashes, names, strict=True))
 
 
 def pictures() -> Mapping[str, Callable[[], Figure]]:
-    """By name, what draws it."""
+    """The functions that draw the pictures, by name."""
     photo = to_tensor(read_image(WEIGHTS / "photo.jpg").image)[0]
     vae = sdconv.load(WEIGHTS / "tiny-vae.safetensors", dtype=torch.float32)
     unet = sdconv.load(WEIGHTS / "tiny-unet.safetensors", dtype=torch.float32)
     first = vae.encoder.conv_in
-    maps = first(photo[None])[0]
+    features = first(photo[None])[0]
     return {
         "two-lists": ideas.two_lists,
         "kernels": lambda: ideas.kernels(photo),
-        "neuron": lambda: ideas.neuron(photo, first.weight, first.bias, various(maps, 2)[1]),
+        "neuron": lambda: ideas.neuron(
+            photo, first.weight, first.bias, distinct_channels(features, 2)[1]
+        ),
         "stride": ideas.stride,
         "padding": ideas.padding,
         "receptive-chain": ideas.receptive_chain,
         "receptive-fields": lambda: networks.receptive_fields(photo, vae),
-        "feature-maps": lambda: networks.feature_maps(photo, maps),
+        "feature-maps": lambda: networks.feature_maps(photo, features),
         "shifted": lambda: networks.shifted(photo, first),
-        "levels": lambda: networks.levels(photo, vae),
-        "halving": lambda: networks.halving(photo, vae),
-        "doubling": lambda: networks.doubling(photo, vae),
+        "vae": lambda: networks.encoder_and_decoder(photo, vae),
+        "downsampling": lambda: networks.downsampling(photo, vae),
+        "upsampling": lambda: networks.upsampling(photo, vae),
         "residual": lambda: networks.residual(photo, vae),
         "latents": lambda: networks.latents_and_back(photo, vae),
-        "the-u": lambda: networks.the_u(photo, vae, unet),
+        "unet": lambda: networks.unet_levels(photo, vae, unet),
     }
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The documentation's pictures.")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=PICTURES)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
-"""Makes the documentation's picture of the page that `sdconv features` writes.
+"""Takes the documentation's screenshot of the page that `sdconv features` writes.
 
     python -m scripts.docs.screenshot            # docs/screens/page.webp
     python -m scripts.docs.screenshot --out FILE.webp
 
-The photo goes through the small U-Net at ten timesteps; the page is opened in chromium, which has
-to be installed, and playwright.
+The page shows the photo in the small U-Net at ten timesteps. Needs chromium and playwright.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ VIEW = "#map=up_blocks.2.resnets.0&step=8&sort=variance"
 SIZE = {"width": 1400, "height": 860}
 
 
-def written(folder: Path) -> Path:
-    """The page, made by the command."""
+def write_page(folder: Path) -> Path:
+    """Runs the command; returns the page that it writes."""
     models = [
         "--model",
         WEIGHTS / "tiny-unet.safetensors",
@@ -39,8 +38,8 @@ def written(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def photographed(page: Path) -> Image.Image:
-    """The page as it opens at ``VIEW``."""
+def screenshot(page: Path) -> Image.Image:
+    """The page, opened at ``VIEW``."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
@@ -48,9 +47,9 @@ def photographed(page: Path) -> Image.Image:
         tab = browser.new_page(viewport=SIZE, color_scheme="light")
         tab.goto(page.as_uri() + VIEW)
         tab.wait_for_selector("html[data-shown] .tile")
-        picture = tab.screenshot()
+        png = tab.screenshot()
         browser.close()
-    return Image.open(io.BytesIO(picture)).convert("RGB")
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def main() -> None:
@@ -58,9 +57,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "screens" / "page.webp")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        picture = photographed(written(Path(folder) / "maps"))
+        image = screenshot(write_page(Path(folder) / "maps"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.out, quality=70, method=6)
+    image.save(args.out, quality=70, method=6)
     print(args.out)
 
 

@@ -1,11 +1,11 @@
-"""Runs the code in the documentation and keeps the outputs shown below it true.
+"""Runs the code in the documentation and compares its output with the output shown there.
 
-    python -m scripts.docs.snippets            # says where an output differs from what is shown
-    python -m scripts.docs.snippets --write    # writes what came out into the pages
+    python -m scripts.docs.snippets            # reports outputs that differ
+    python -m scripts.docs.snippets --write    # writes the outputs into the pages
 
-A fenced block ``python`` is code, a fenced block ``console`` a command after ``$``; a fenced block
-``text`` right below either is what it prints. The blocks of one page run one after another and see
-each other's names, in a folder of their own in which `weights` is the repository's.
+A fenced block ``python`` is code, a fenced block ``console`` is a command after ``$``, and a fenced
+block ``text`` directly below either is its output. The blocks of a page run in order and share
+their variables, in a temporary folder in which `weights` is the repository's.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _WIDTH = "100"  # characters of a command's tables
 
 @dataclass(frozen=True)
 class Snippet:
-    """One block of a page: its first line's number, its code, what is shown below it and what
-    came out."""
+    """One block of a page: the number of its first line, its code, the output shown below it and
+    the output of this run."""
 
     page: Path
     line: int
@@ -46,9 +46,9 @@ class Snippet:
 
 
 def run_page(page: Path) -> list[Snippet]:
-    """Runs a page's blocks in order; what a block raises is raised."""
+    """Runs a page's blocks in order; exceptions are not caught."""
     text, names = page.read_text("utf-8"), {"__name__": page.stem}
-    found = []
+    snippets = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("weights").symlink_to(ROOT / "weights")
         for match in _SNIPPET.finditer(text):
@@ -58,12 +58,12 @@ def run_page(page: Path) -> list[Snippet]:
                 printed = _run_python(code, names, f"{page.name}, line {line}")
             else:
                 printed = _run_command(code)
-            found.append(Snippet(page, line, code, match["shown"] or "", printed))
-    return found
+            snippets.append(Snippet(page, line, code, match["shown"] or "", printed))
+    return snippets
 
 
 def refreshed(page: Path) -> str:
-    """The page's text with what came out in place of what is shown."""
+    """The page's text with the outputs of this run."""
     outputs = iter([snippet.printed for snippet in run_page(page)])
 
     def block(match: re.Match[str]) -> str:
@@ -82,11 +82,11 @@ def _run_python(code: str, names: dict[str, Any], label: str) -> str:
 
 
 def _run_command(code: str) -> str:
-    """What one command prints. `sdconv` is this Python's; a failure (as of `sdconv check`, which
-    says so when networks differ) is part of what is shown."""
+    """The output of one `sdconv` command, run with this Python. A failing exit status is ignored:
+    `sdconv check` has one when networks differ."""
     command = code.strip().removeprefix("$ ").split()
     if command[:1] != ["sdconv"]:
-        raise ValueError(f"only sdconv's commands are run, not {code!r}")
+        raise ValueError(f"not a command of sdconv: {code!r}")
     ran = subprocess.run(
         [sys.executable, "-m", *command],
         capture_output=True,
@@ -103,18 +103,18 @@ def _trimmed(printed: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pages", nargs="*", type=Path, default=sorted(DOCS.glob("*.md")))
-    parser.add_argument("--write", action="store_true", help="put what came out into the pages")
+    parser.add_argument("--write", action="store_true", help="write the outputs into the pages")
     args = parser.parse_args()
-    wrong = 0
+    differing = 0
     for page in args.pages:
         if args.write:
             page.write_text(refreshed(page), "utf-8")
             continue
         for snippet in run_page(page):
             if snippet.printed != snippet.shown:
-                wrong += 1
+                differing += 1
                 print(f"{page}:{snippet.line}: shown\n{snippet.shown}printed\n{snippet.printed}")
-    return 1 if wrong else 0
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The photos that the small networks are trained on, and random crops of them.
 
-Needs the ``train`` extra: every photo lies in the installed scikit-image.
+Needs the ``train`` extra: the photos are those in the scikit-image package.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-# how often each is drawn; only files inside the scikit-image package, in the public domain, CC0 or
-# without known restrictions (its docstrings say which)
+# relative frequency of each photo; all are files of the scikit-image package, in the public domain,
+# CC0 or without known restrictions (its docstrings say which)
 PHOTOS: dict[Callable[[], np.ndarray], float] = {
     data.astronaut: 4,
     data.chelsea: 3,
@@ -34,37 +34,37 @@ LARGEST_SIDE = 768
 
 
 class Crops:
-    """Random crops of the photos, in [-1, 1]: scaled, mirrored, recoloured; some composed of two,
-    that meet along a line or a circle.
+    """Random crops of the photos, in [-1, 1]: scaled, mirrored and recoloured; some are composed of
+    two that meet along a line or a circle.
 
-    ``scales``: least and largest, of a photo in its crop. ``wildness``: 0 to 1, how far colours are
-    changed, and how often crops are composed.
+    ``scales``: smallest and largest scale of a photo in its crop. ``augmentation``: 0 to 1, how
+    much colours change and how often crops are composed.
     """
 
-    def __init__(self, scales: tuple[float, float], wildness: float, seed: int) -> None:
-        self.scales, self.wildness = np.log(scales), wildness
+    def __init__(self, scales: tuple[float, float], augmentation: float, seed: int) -> None:
+        self.scales, self.augmentation = np.log(scales), augmentation
         self.photos = [photograph(load) for load in PHOTOS]
         weights = np.array(list(PHOTOS.values()), dtype=float)
-        self.chances = weights / weights.sum()
+        self.probabilities = weights / weights.sum()
         self.rng = np.random.default_rng(seed)
         self.noise = torch.Generator().manual_seed(seed)
 
     def batch(self, count: int, side: int) -> Tensor:
         """``(count, 3, side, side)``."""
         crops = np.stack([self._one(side) for _ in range(count)])
-        pictures = torch.from_numpy(crops).float().permute(0, 3, 1, 2) * 2 - 1
-        return pictures.contiguous(memory_format=torch.channels_last)
+        images = torch.from_numpy(crops).float().permute(0, 3, 1, 2) * 2 - 1
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _one(self, side: int) -> np.ndarray:
         pixels = self._recoloured(self._cropped(side))
-        if self.rng.random() >= 0.5 * self.wildness:
+        if self.rng.random() >= 0.5 * self.augmentation:
             return pixels
         other = self._recoloured(self._cropped(side))
-        return other + self._cut(side) * (pixels - other)
+        return other + self._mask(side) * (pixels - other)
 
     def _cropped(self, side: int) -> np.ndarray:
         rng = self.rng
-        photo = self.photos[rng.choice(len(self.photos), p=self.chances)]
+        photo = self.photos[rng.choice(len(self.photos), p=self.probabilities)]
         scale = math.exp(rng.uniform(*self.scales))
         size = min(side / scale, *photo.size)
         left, top = rng.uniform(0, photo.width - size), rng.uniform(0, photo.height - size)
@@ -76,18 +76,19 @@ class Crops:
         return pixels.transpose(1, 0, 2) if rng.random() < 0.2 else pixels
 
     def _recoloured(self, pixels: np.ndarray) -> np.ndarray:
-        rng, wild = self.rng, self.wildness
-        if rng.random() < 0.5 * wild:
+        rng, strength = self.rng, self.augmentation
+        if rng.random() < 0.5 * strength:
             pixels = pixels[..., rng.permutation(3)]
         grey = pixels.mean(axis=-1, keepdims=True)
-        pixels = (grey + (1 + wild * rng.uniform(-0.3, 1.0)) * (pixels - grey)).clip(0, 1)
-        # one gamma for all and one for each channel, which also tints the grey photos
+        pixels = (grey + (1 + strength * rng.uniform(-0.3, 1.0)) * (pixels - grey)).clip(0, 1)
+        # one gamma for all channels and one for each, which also tints the grey photos
         gamma = rng.uniform(-0.4, 0.4) + rng.uniform(-0.6, 0.6, size=3)
-        pixels = pixels ** np.exp(wild * gamma)
-        low, high = wild * rng.uniform(0, 0.15, size=3), 1 + wild * rng.uniform(-0.4, 0.1, size=3)
+        pixels = pixels ** np.exp(strength * gamma)
+        low = strength * rng.uniform(0, 0.15, size=3)
+        high = 1 + strength * rng.uniform(-0.4, 0.1, size=3)
         return (low + (high - low) * pixels).clip(0, 1)
 
-    def _cut(self, side: int) -> np.ndarray:
+    def _mask(self, side: int) -> np.ndarray:
         """1 on one side of a random line or circle and 0 on the other, ``(side, side, 1)``."""
         rng = self.rng
         (x, y), angle = rng.uniform(0, side, size=2), rng.uniform(0, 2 * math.pi)
@@ -100,6 +101,7 @@ class Crops:
 
 
 def photograph(load: Callable[[], np.ndarray]) -> Image.Image:
+    """A photo in RGB, its longer side at most ``LARGEST_SIDE`` pixels."""
     photo = Image.fromarray(load()).convert("RGB")
     photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
     return photo

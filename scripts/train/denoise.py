@@ -1,8 +1,8 @@
-"""Pictures out of noise, with the tiny U-Net, the tiny VAE and diffusers' DDIM scheduler.
+"""Generates images from noise with the tiny U-Net, the tiny VAE and DDIM.
 
-    python -m scripts.train.denoise    # what made weights/tiny-unet-samples.png
+    python -m scripts.train.denoise    # writes weights/tiny-unet-samples.png
 
-The same seed gives the same pictures.
+The same seed gives the same images.
 """
 
 from __future__ import annotations
@@ -12,57 +12,49 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
 import sdconv
-from scripts.train.measure_tiny_unet import BETAS, MODEL, TIMESTEPS, VAE, context
+from scripts.train.measure_tiny_unet import MODEL, VAE, context
 from scripts.train.measure_tiny_vae import WEIGHTS, to_pixels
+from sdconv.integrations.schedule import Schedule
 from sdconv.models.unet import UNet2DConditionModel
 
 
 @torch.no_grad()
 def denoised(unet: UNet2DConditionModel, noise: Tensor, steps: int) -> Tensor:
-    """Latents ``(B, 4, H, W)`` from noise of the same shape; no randomness of its own."""
-    first, last = BETAS
-    scheduler = DDIMScheduler(
-        TIMESTEPS,
-        beta_start=first,
-        beta_end=last,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-    )
-    scheduler.set_timesteps(steps)
-    latents, tokens = noise * scheduler.init_noise_sigma, context(unet, len(noise))
-    for timestep in scheduler.timesteps:
+    """Latents ``(B, 4, H, W)`` from noise of the same shape, deterministically."""
+    schedule = Schedule(steps)
+    latents, tokens = noise, context(unet, len(noise))
+    for timestep in schedule.timesteps:
         predicted = unet(latents, timestep, tokens).sample
-        latents = scheduler.step(predicted, timestep, latents).prev_sample
+        latents = schedule.step(predicted, timestep, latents)
     return latents
 
 
-def grid(pictures: list[np.ndarray], columns: int) -> Image.Image:
-    """Pictures of one size, row by row; what is missing in the last row stays black."""
-    height, width, _ = pictures[0].shape
-    rows = -(-len(pictures) // columns)
+def grid(images: list[np.ndarray], columns: int) -> Image.Image:
+    """Images of one size, row by row; empty cells of the last row are black."""
+    height, width, _ = images[0].shape
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height))
-    for place, pixels in enumerate(pictures):
-        row, column = divmod(place, columns)
+    for index, pixels in enumerate(images):
+        row, column = divmod(index, columns)
         sheet.paste(Image.fromarray(pixels), (column * width, row * height))
     return sheet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pictures out of noise.")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--vae", type=Path, default=VAE)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--columns", type=int, default=6)
-    parser.add_argument("--side", type=int, default=128, help="in pixels, a multiple of 8")
+    parser.add_argument(
+        "--side", type=int, default=128, help="side of an image in pixels, a multiple of 8"
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS / "tiny-unet-samples.png")
     args = parser.parse_args()
     unet = sdconv.load(args.model, dtype=torch.float32)
@@ -71,8 +63,8 @@ def main() -> None:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     latents = denoised(unet, noise, args.steps) / vae.config.scaling_factor
     with torch.no_grad():
-        pictures = [to_pixels(vae.decode(one).sample) for one in latents.split(1)]
-    grid(pictures, args.columns).save(args.out)
+        images = [to_pixels(vae.decode(one).sample) for one in latents.split(1)]
+    grid(images, args.columns).save(args.out)
     print(args.out)
 
 

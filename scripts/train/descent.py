@@ -1,4 +1,4 @@
-"""The optimisers that the small networks are trained with, and the running average of weights."""
+"""The optimisers that train the small networks, and the running average of the weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ EMA_DECAY = 0.999
 
 
 class Muon:
-    """Momentum whose matrices are made nearly orthogonal before each step (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon), scaled to move as far as Adam would (Liu et al.
-    2025, https://arxiv.org/abs/2502.16982). A convolution counts as a matrix of ``(out, in*h*w)``.
+    """Momentum that is orthogonalised before each step (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon) and scaled to Adam's step size (Liu et al. 2025,
+    https://arxiv.org/abs/2502.16982). A convolution counts as a matrix ``(out, in * kH * kW)``.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -41,8 +41,8 @@ class Muon:
 
 
 class Descent:
-    """Muon for a network's wide matrices and AdamW for the rest, on the mean of the workers'
-    gradients."""
+    """Muon for a network's large matrices and AdamW for its other parameters, on the mean of the
+    workers' gradients."""
 
     def __init__(self, network: nn.Module, pool: ThreadPoolExecutor) -> None:
         self.parameters = list(network.parameters())
@@ -52,8 +52,9 @@ class Descent:
         self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0)
         self.pool = pool
 
-    def step(self, shares: Iterable[tuple[Tensor, ...]], rate: float) -> None:
-        for parameter, grads in zip(self.parameters, zip(*shares, strict=True), strict=True):
+    def step(self, gradients: Iterable[tuple[Tensor, ...]], rate: float) -> None:
+        """One step on each worker's gradients, in the order of the parameters."""
+        for parameter, grads in zip(self.parameters, zip(*gradients, strict=True), strict=True):
             parameter.grad = torch.stack(grads).mean(dim=0)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.muon.step(2 * rate, self.pool)
@@ -62,7 +63,7 @@ class Descent:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, step: int) -> None:
-    """Moves the averaged weights towards the network's, quickly while there is little to keep."""
+def update_average(average: nn.Module, network: nn.Module, step: int) -> None:
+    """Moves the averaged weights towards the network's, faster in the first steps."""
     share = 1 - min(EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), share)

@@ -1,10 +1,9 @@
-"""Trains ``weights/tiny-unet.safetensors``: Stable Diffusion's U-Net, but small, in the latents of
-the tiny VAE.
+"""Trains ``weights/tiny-unet.safetensors``, a small U-Net like Stable Diffusion's for the tiny VAE.
 
-    python -m scripts.train.train_tiny_unet  # what made the file that ships: weights/README.md
+    python -m scripts.train.train_tiny_unet  # made the file that ships, see weights/README.md
 
-Needs the ``train`` extra, and no network. Takes the photos, crops and optimisers of the tiny VAE's
-training; minutes on two idle cores.
+Needs the ``train`` extra, but no network connection. Uses the photos, crops and optimisers of the
+tiny VAE's training, and takes minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from torch import Tensor, nn
 
 import sdconv
 from scripts.train.crops import Crops
-from scripts.train.descent import Descent, follow
+from scripts.train.descent import Descent, update_average
 from scripts.train.measure_tiny_unet import (
     MODEL,
     SIDE,
-    TIMESTEPS,
     VAE,
     context,
     encoded,
@@ -39,10 +37,10 @@ from scripts.train.measure_tiny_unet import (
 )
 from scripts.train.train_tiny_vae import ROOT, STAGES
 from sdconv.config import UNet2DConditionConfig
+from sdconv.config.facts import TRAIN_TIMESTEPS
 from sdconv.config.unet import CROSS_DOWN, CROSS_MID, CROSS_UP, DOWN, UP
-from sdconv.loading import build
+from sdconv.integrations.diffusers import UNet2DConditionModel
 from sdconv.models.blocks import ResnetBlock2D
-from sdconv.models.unet import UNet2DConditionModel
 from sdconv.models.vae import AutoencoderKL
 
 TOKENS = 4
@@ -75,47 +73,50 @@ CONFIG = UNet2DConditionConfig(
 
 STEPS = 1500
 CROPS = 1024  # encoded before the first step
-BATCH = 8  # of each worker
+BATCH = 8  # for each worker
 RATE = 2e-3
 WORKERS = 2  # threads
 CHECKPOINT_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Noised:
-    """One worker's draws: latents from its store, timesteps and noise."""
+class NoisyLatents:
+    """One worker's batches: random latents, timesteps and noise."""
 
     latents: Tensor
     generator: torch.Generator
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, their timesteps and the noise in them."""
+        """Noisy latents, their timesteps and their noise."""
         chosen = torch.randint(len(self.latents), (BATCH,), generator=self.generator)
         x = self.latents[chosen]
         noise = torch.randn(x.shape, generator=self.generator)
-        # one from each of as many equal parts: uniform, and steadier than without the parts
-        places = torch.arange(BATCH) + torch.rand(BATCH, generator=self.generator)
-        timesteps = (places * TIMESTEPS / BATCH).long().clamp(max=TIMESTEPS - 1)
+        # stratified: one timestep from each of BATCH equal ranges
+        ranges = torch.arange(BATCH) + torch.rand(BATCH, generator=self.generator)
+        timesteps = (ranges * TRAIN_TIMESTEPS / BATCH).long().clamp(max=TRAIN_TIMESTEPS - 1)
         return noisy(x, noise, timesteps), timesteps, noise
 
 
-def stored_latents(vae: AutoencoderKL, crops: Crops) -> Tensor:
-    """One worker's crops, encoded: ``(CROPS / WORKERS, 4, 16, 16)``."""
+def crop_latents(vae: AutoencoderKL, crops: Crops) -> Tensor:
+    """The latents of one worker's crops: ``(CROPS / WORKERS, 4, 16, 16)``."""
     return encoded(vae, (crops.batch(1, SIDE) for _ in range(CROPS // WORKERS)))
 
 
-def gradients(unet: UNet2DConditionModel, draws: Noised) -> tuple[tuple[Tensor, ...], float]:
-    """One worker's share of a step: a batch's gradients and its loss."""
-    x, timesteps, noise = draws.batch()
+def gradients(
+    unet: UNet2DConditionModel, batches: NoisyLatents
+) -> tuple[tuple[Tensor, ...], float]:
+    """One worker's part of a step: the gradients and the loss of a batch."""
+    x, timesteps, noise = batches.batch()
     loss = F.mse_loss(unet(x, timesteps, context(unet, len(x))).sample, noise)
     return torch.autograd.grad(loss, list(unet.parameters())), loss.item()
 
 
-def fresh_network() -> UNet2DConditionModel:
-    network = build(CONFIG).to(memory_format=torch.channels_last)
+def initial_network() -> UNet2DConditionModel:
+    """The network before training; every residual branch starts at zero."""
+    network = UNet2DConditionModel(CONFIG).to(memory_format=torch.channels_last)
     nn.init.zeros_(network.conv_out.weight)
     for name, module in network.named_modules():
-        if isinstance(module, ResnetBlock2D):  # at first each block passes its input on
+        if isinstance(module, ResnetBlock2D):
             nn.init.zeros_(module.conv2.weight)
         elif name.endswith("proj_out"):
             nn.init.zeros_(module.weight)
@@ -129,34 +130,35 @@ def save(average: UNet2DConditionModel, path: Path) -> None:
 
 def train(steps: int, seed: int, vae_path: Path, work: Path, out: Path) -> None:
     torch.manual_seed(seed)
-    begun = written = time.monotonic()
+    started = written = time.monotonic()
     pool = ThreadPoolExecutor(WORKERS)
     vae = sdconv.load(vae_path, dtype=torch.float32).to(memory_format=torch.channels_last)
-    # the crops that the VAE saw last
+    # the crops of the VAE's last stage
     stage = replace(STAGES[-1], steps=steps, horizon=steps, rate=RATE)
-    crops = [Crops(stage.scales, stage.wildness, seed + number) for number in range(WORKERS)]
-    stores = list(pool.map(lambda source: stored_latents(vae, source), crops))
-    latents = torch.cat(stores).contiguous(memory_format=torch.channels_last)
-    print(f"{len(latents)} crops, deviation {latents.std():.3f}", flush=True)
-    held_out = held_out_latents(vae, stride=32)
-    draws = [
-        Noised(latents, torch.Generator().manual_seed(seed + number)) for number in range(WORKERS)
+    crops = [Crops(stage.scales, stage.augmentation, seed + number) for number in range(WORKERS)]
+    parts = list(pool.map(lambda source: crop_latents(vae, source), crops))
+    latents = torch.cat(parts).contiguous(memory_format=torch.channels_last)
+    print(f"{len(latents)} crops, standard deviation {latents.std():.3f}", flush=True)
+    held_out = held_out_latents(vae, step=32)
+    batches = [
+        NoisyLatents(latents, torch.Generator().manual_seed(seed + number))
+        for number in range(WORKERS)
     ]
 
-    network = fresh_network()
+    network = initial_network()
     average = copy.deepcopy(network).requires_grad_(False).eval()
     descent = Descent(network, pool)
     rows: list[dict[str, float]] = []
     window: list[float] = []
     for step in range(stage.steps):
-        shares = list(pool.map(lambda source: gradients(network, source), draws))
-        descent.step((share[0] for share in shares), stage.learning_rate(step))
-        follow(average, network, step)
-        window += [share[1] for share in shares]
+        parts = list(pool.map(lambda source: gradients(network, source), batches))
+        descent.step((grads for grads, _ in parts), stage.learning_rate(step))
+        update_average(average, network, step)
+        window += [loss for _, loss in parts]
         if time.monotonic() - written > CHECKPOINT_SECONDS:
             written = time.monotonic()
             ratio = measure(average, held_out, evenly(10), seed=0).ratio
-            row = {"minutes": (written - begun) / 60, "step": step + 1, "loss": np.mean(window)}
+            row = {"minutes": (written - started) / 60, "step": step + 1, "loss": np.mean(window)}
             row |= {"held-out ratio": ratio}
             rows.append({name: round(float(value), 4) for name, value in row.items()})
             window.clear()
@@ -167,12 +169,12 @@ def train(steps: int, seed: int, vae_path: Path, work: Path, out: Path) -> None:
                 table.writerows(rows)
             save(average, work / "checkpoint.safetensors")
     save(average, out)
-    taken = (time.monotonic() - begun) / 60
-    print(f"{stage.steps} steps in {taken:.1f} minutes: {out}")
+    minutes = (time.monotonic() - started) / 60
+    print(f"{stage.steps} steps in {minutes:.1f} minutes: {out}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", type=Path, default=VAE)

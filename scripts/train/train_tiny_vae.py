@@ -1,10 +1,10 @@
-"""Trains ``weights/tiny-vae.safetensors``: Stable Diffusion's VAE, but narrow, on a dozen photos.
+"""Trains ``weights/tiny-vae.safetensors``, a narrow VAE like Stable Diffusion's, on a dozen photos.
 
-    python -m scripts.train.train_tiny_vae    # what made the file that ships; see weights/README.md
+    python -m scripts.train.train_tiny_vae    # made the file that ships, see weights/README.md
 
-Needs the ``train`` extra, and no network: every photo lies in the installed scikit-image. Some
-hour and a half on two idle cores; a checkpoint each minute, and ``--stage`` goes on from a stage's
-beginning.
+Needs the ``train`` extra, but no network connection: the photos are in the scikit-image package.
+Takes about an hour and a half on two idle cores, with a checkpoint each minute; ``--stage`` resumes
+at the beginning of a stage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import sdconv
 from scripts.train.crops import Crops
-from scripts.train.descent import Descent, follow
+from scripts.train.descent import Descent, update_average
 from sdconv.config import AutoencoderKLConfig
 from sdconv.models.blocks import ResnetBlock2D
 from sdconv.models.vae import AutoencoderKL
@@ -60,7 +60,7 @@ CHECKPOINT_SECONDS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """From step ``start`` of a stage on, each worker takes ``batch`` crops of ``side`` pixels."""
+    """The batches from step ``start`` of a stage: ``batch`` crops of ``side`` pixels per worker."""
 
     start: int
     batch: int
@@ -69,10 +69,11 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """``steps`` of the optimisers, from the averaged weights of the stage before.
+    """``steps`` of the optimisers, starting with the averaged weights of the previous stage.
 
-    ``rate`` falls along a cosine that would be zero after ``horizon`` steps. ``scales``,
-    ``wildness``: of the crops. ``edges``: weight of the differences between neighbours in the loss.
+    The learning rate falls from ``rate`` along a cosine that reaches zero after ``horizon`` steps.
+    ``scales``, ``augmentation``: see ``Crops``. ``edges``: the weight of the differences between
+    neighbouring pixels in the loss.
     """
 
     steps: int
@@ -80,22 +81,24 @@ class Stage:
     rate: float
     phases: tuple[Phase, ...]
     scales: tuple[float, float]
-    wildness: float
+    augmentation: float
     edges: float
 
     def shortened(self, share: float) -> Stage:
+        """The stage with a share of its steps."""
         phases = tuple(replace(phase, start=int(phase.start * share)) for phase in self.phases)
         steps, horizon = (int(count * share) for count in (self.steps, self.horizon))
         return replace(self, steps=steps, horizon=max(horizon, WARM_UP + 1), phases=phases)
 
     def learning_rate(self, step: int) -> float:
+        """The learning rate at a step of the stage."""
         if step < WARM_UP:
             return self.rate * step / WARM_UP
         fallen = (step - WARM_UP) / (self.horizon - WARM_UP)
         return self.rate * 0.5 * (1 + math.cos(math.pi * min(fallen, 1)))
 
 
-# any colours at first, so that a dozen photos teach the whole gamut; then those of photos
+# strongly changed colours first, so that a dozen photos cover the whole gamut; then natural ones
 STAGES = (
     Stage(
         steps=3460,
@@ -103,7 +106,7 @@ STAGES = (
         rate=1e-3,
         phases=(Phase(start=0, batch=2, side=64), Phase(start=2760, batch=1, side=96)),
         scales=(0.4, 1.5),
-        wildness=1.0,
+        augmentation=1.0,
         edges=0.02,
     ),
     Stage(
@@ -112,7 +115,7 @@ STAGES = (
         rate=6e-4,
         phases=(Phase(start=0, batch=1, side=96), Phase(start=2080, batch=1, side=128)),
         scales=(0.35, 0.9),
-        wildness=0.3,
+        augmentation=0.3,
         edges=0.005,
     ),
     Stage(
@@ -121,7 +124,7 @@ STAGES = (
         rate=6e-4,
         phases=(Phase(start=0, batch=1, side=96), Phase(start=1450, batch=1, side=128)),
         scales=(0.35, 0.9),
-        wildness=0.3,
+        augmentation=0.3,
         edges=0.0,
     ),
     Stage(
@@ -130,15 +133,16 @@ STAGES = (
         rate=6e-4,
         phases=(Phase(start=0, batch=1, side=128),),
         scales=(0.35, 0.9),
-        wildness=0.3,
+        augmentation=0.3,
         edges=0.0,
     ),
 )
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, edges: float) -> Tensor:
-    """Smooth L1 of the pixels and a little L1 of the differences between neighbours, at full, half,
-    quarter and eighth size: the coarse sizes speak for colours, which fine detail would drown."""
+    """Smooth L1 of the pixels plus L1 of the differences between neighbouring pixels, at full,
+    half, quarter and eighth size; the small sizes weigh colours, which fine detail would dominate.
+    """
     loss = output.new_zeros(())
     for size in (1, 2, 4, 8):
         error = F.avg_pool2d(output - target, size)
@@ -151,33 +155,36 @@ def reconstruction_loss(output: Tensor, target: Tensor, edges: float) -> Tensor:
 def gradients(
     network: AutoencoderKL, stage: Stage, phase: Phase, crops: Crops
 ) -> tuple[tuple[Tensor, ...], tuple[float, float, float]]:
-    """One worker's share of a step: a batch's gradients; its loss, squared error in [0, 1], KL."""
+    """One worker's part of a step: a batch's gradients, and its loss, squared error in [0, 1] and
+    KL divergence."""
     x = crops.batch(phase.batch, phase.side)
     posterior = network.encode(x).latent_dist
     output = network.decode(posterior.sample(crops.noise)).sample
     kl = posterior.kl().sum() / posterior.mean.numel()
     loss = reconstruction_loss(output, x, stage.edges)
-    found = torch.autograd.grad(loss + KL_WEIGHT * kl, list(network.parameters()))
+    grads = torch.autograd.grad(loss + KL_WEIGHT * kl, list(network.parameters()))
     error = F.mse_loss(output.detach().clamp(-1, 1), x) / 4
-    return found, (loss.item(), error.item(), kl.item())
+    return grads, (loss.item(), error.item(), kl.item())
 
 
-def fresh_network() -> AutoencoderKL:
+def initial_network() -> AutoencoderKL:
+    """The network before training; every residual branch starts at zero."""
     network = AutoencoderKL(CONFIG).to(memory_format=torch.channels_last)
     for module in network.modules():
-        if isinstance(module, ResnetBlock2D):  # at first each block passes its input on
+        if isinstance(module, ResnetBlock2D):
             nn.init.zeros_(module.conv2.weight)
-    with torch.no_grad():  # the log-variance: little noise at first, so that the means are heard
+    with torch.no_grad():  # a small log-variance: little noise at first
         network.quant_conv.bias[CONFIG.latent_channels :] = -4.0
     return network
 
 
 @torch.no_grad()
 def save(average: AutoencoderKL, photos: list[Image.Image], path: Path) -> float:
-    """Writes the weights in float16; scaled, the latents of the photos have unit deviation."""
+    """Writes the weights in float16 and returns the scaling factor, with which the latents of the
+    photos have unit standard deviation."""
     rounded = copy.deepcopy(average).half().float()
-    pictures = np.stack([np.asarray(ImageOps.fit(photo, (256, 256))) for photo in photos])
-    x = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    images = np.stack([np.asarray(ImageOps.fit(photo, (256, 256))) for photo in photos])
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     latents = torch.cat([rounded.encode(one).latent_dist.mode() for one in x.split(1)])
     factor = round(1 / latents.std().item(), 5)
     rounded.config = replace(CONFIG, scaling_factor=factor)
@@ -186,7 +193,7 @@ def save(average: AutoencoderKL, photos: list[Image.Image], path: Path) -> float
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """The loss and the training crops' PSNR over the steps, as a picture."""
+    """Plots the loss and the PSNR of the training crops over the steps."""
     import matplotlib.pyplot as plt
 
     steps = [row["step"] for row in rows]
@@ -202,7 +209,7 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 
 class Log:
-    """A row a minute: kept as CSV, and drawn at the end."""
+    """The training log: a row a minute, as CSV, and plotted at the end."""
 
     def __init__(self, path: Path, resume: bool) -> None:
         self.path = path
@@ -228,39 +235,44 @@ class Log:
 
 
 def train(number: int, stage: Stage, seed: int, log: Log, checkpoint: Path) -> None:
-    """One stage, from the checkpoint of the stage before to its own."""
+    """Trains one stage, from the checkpoint of the previous stage."""
     seeds = (seed + number * WORKERS + worker for worker in range(WORKERS))
-    workers = [Crops(stage.scales, stage.wildness, one) for one in seeds]
-    network = fresh_network()
+    workers = [Crops(stage.scales, stage.augmentation, one) for one in seeds]
+    network = initial_network()
     if number > 0:
         network.load_state_dict(sdconv.load(checkpoint, dtype=torch.float32).state_dict())
     average = copy.deepcopy(network).requires_grad_(False)
     earlier, steps_before = log.last("minutes"), int(log.last("step"))
-    begun = written = time.monotonic()
+    started = written = time.monotonic()
     pool = ThreadPoolExecutor(WORKERS)
     descent = Descent(network, pool)
     for step in range(stage.steps):
         phase = [phase for phase in stage.phases if phase.start <= step][-1]
-        # threads over parts of a batch meet once a step; threads inside operators would at each
+        # threads over parts of a batch synchronise once a step, threads in operators at each one
         parts = list(pool.map(partial(gradients, network, stage, phase), workers))
-        descent.step((part[0] for part in parts), stage.learning_rate(step))
-        follow(average, network, step)
-        log.window += [part[1] for part in parts]
+        descent.step((grads for grads, _ in parts), stage.learning_rate(step))
+        update_average(average, network, step)
+        log.window += [losses for _, losses in parts]
         now = time.monotonic()
         if now - written > CHECKPOINT_SECONDS or step == stage.steps - 1:
             written = now
-            done = {"minutes": earlier + (now - begun) / 60, "step": steps_before + step + 1}
+            done = {"minutes": earlier + (now - started) / 60, "step": steps_before + step + 1}
             log.write(**done, side=phase.side)
             factor = save(average, workers[0].photos, checkpoint)
     print(f"stage {number}: {stage.steps} steps, scaling factor {factor}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a quick look")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of the steps, for a trial run"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--stage", type=int, default=0, help="begin with this one, from the checkpoint in --work"
+        "--stage",
+        type=int,
+        default=0,
+        help="the stage to start with, from the checkpoint in --work",
     )
     parser.add_argument(
         "--work",

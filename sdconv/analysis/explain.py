@@ -1,5 +1,5 @@
-"""Which arithmetic the fast backend gives each convolution of a network, and why: found without
-weights and without computing anything."""
+"""How the fast backend computes each 3x3 convolution of a network, and why: found from the config
+alone, without weights and without computing anything."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sdconv.analysis.anatomy import LARGEST_SIDE
-from sdconv.analysis.parity.stepwise import Inputs
 from sdconv.backends import backend
 from sdconv.config import Config
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
-from sdconv.fast.cpu.chosen import sizes
-from sdconv.fast.cpu.cost_model import choose
-from sdconv.fast.cpu.weight_cache import prepared
-from sdconv.fast.cpu.winograd import DOUBLED
+from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
-from sdconv.models.blocks import ResnetBlock2D, Upsample2D
-from sdconv.models.dummy_inputs import Noise, inputs_for
+from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
+from sdconv.models.dummy_inputs import Inputs, Noise, inputs_for
 from sdconv.models.meta_copy import meta_copy
 
 Shape = tuple[int, ...]
@@ -32,17 +29,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Explained:
-    """One convolution, or one doubling with its convolution.
+    """One convolution, with the upsampling or the padding that belongs to it.
 
-    ``work``: "encode", "decode" or "forward". ``size``: rows and columns of what comes in.
-    ``method``: "winograd", "packed", "direct", "doubling", or "torch" for what the fast backend
-    leaves to the layer itself. ``costs``: of each method, in multiplications of a matrix product;
-    empty for "torch". ``reason``: in words.
+    ``work``: "encode", "decode" or "forward". ``kind``: "conv3x3", "upsample_conv" or
+    "downsample_conv". ``size``: rows and columns of the input. ``method``: "winograd", "im2col",
+    "direct", or "torch" for what the fast backend leaves to the layer itself. ``costs``: the
+    modelled time of each method, in multiplications of a matrix product; empty for "torch".
+    ``reason``: why this method, in words.
     """
 
     name: str
     work: str
-    doubling: bool
+    kind: Kind
     channels: int
     out_channels: int
     size: tuple[int, int]
@@ -53,8 +51,8 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """``layers`` in the order they run; ``memory``: bytes that their prepared weights come to;
-    ``limit``: what they may."""
+    """``layers``: in the order in which they run. ``memory``: bytes of their packed weights;
+    ``limit``: the most that these may take."""
 
     class_name: str
     size: tuple[int, int]
@@ -67,69 +65,70 @@ class Explanation:
 class _Call:
     name: str
     work: str
-    given: Shape
-    gave: Shape
+    input: Shape
+    output: Shape
 
 
-def works(network: Network, size: tuple[int, int], noise: Noise) -> Inputs:
-    """What to call on a network, without the half that an autoencoder lacks, and with what.
+def method_inputs(network: Network, size: tuple[int, int], noise: Noise) -> Inputs:
+    """The methods to call on a network, each with its inputs; an autoencoder without an encoder has
+    no "encode".
 
     Args:
-        size: rows and columns of a picture for an autoencoder, of latents for a U-Net.
+        size: rows and columns of an image for an autoencoder, of latents for a U-Net.
 
     Raises:
-        InputError: no size for this network.
+        InputError: the network does not take this size.
     """
     least = network.downscale if isinstance(network, Autoencoder) else 1
     if min(size) < least or max(size) > LARGEST_SIDE:
         raise InputError(
-            "no size for this network",
+            "invalid size for this network",
             where="size",
             expected=f"{least} to {LARGEST_SIDE} rows and columns",
             got=f"{size[0]}x{size[1]}",
         )
     every = inputs_for(network, size, noise)
-    parts = {"encode": "encoder", "decode": "decoder"}
+    halves = {"encode": "encoder", "decode": "decoder"}
     return {
-        work: given
-        for work, given in every.items()
-        if work not in parts or getattr(network, parts[work]) is not None
+        work: inputs
+        for work, inputs in every.items()
+        if work not in halves or getattr(network, halves[work]) is not None
     }
 
 
 def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) -> Explanation:
-    """What the fast backend does on a CPU, in float32, with one picture or one sample.
+    """How the fast backend computes a network on a CPU, in float32, for one image or one sample.
 
     Args:
-        config: as ``sdconv.infer`` reads it from shapes.
-        size: rows and columns of a picture for an autoencoder, of latents for a U-Net.
-        limit: bytes that prepared weights may take; None for what is in force.
+        config: as ``sdconv.infer`` finds it from shapes.
+        size: rows and columns of an image for an autoencoder, of latents for a U-Net.
+        limit: bytes that packed weights may take; None for the limit in force.
 
     Raises:
-        InputError: no size for this network.
+        InputError: the network does not take this size.
     """
     with torch.device("meta"):
         dry = build(config).eval()
-    # one value stands for all: shapes, dtype and device are those of weights that were loaded
+    # weights of one repeated value have the shapes, dtype and device of loaded ones
     network = meta_copy(dry)
     values = {name: torch.empty(()).expand(w.shape) for name, w in dry.state_dict().items()}
     network.load_state_dict(values, assign=True)
-    limit = prepared.limit if limit is None else limit
+    limit = weight_cache.limit if limit is None else limit
     layers, memory = [], 0
     with backend("fast"):
-        for call in _calls(dry, works(dry, size, _Shapes(1, 0, dry.dtype, dry.device))):
+        for call in _calls(dry, method_inputs(dry, size, _Shapes(1, 0, dry.dtype, dry.device))):
             layer = _explained(network, call, limit - memory)
             if layer is not None:
                 layers.append(layer)
-                of_each = sizes(layer.channels, layer.out_channels)
-                memory += of_each.get(layer.method, 0)
-                beside = _of_shortcut(network, layer)
-                memory += beside if memory + beside <= limit else 0
+                sizes = packed_bytes(layer.kind, layer.channels, layer.out_channels)
+                memory += sizes.get(layer.method, 0)
+                shortcut = _shortcut_bytes(network, layer)
+                memory += shortcut if memory + shortcut <= limit else 0
     return Explanation(config.class_name, size, tuple(layers), memory, limit)
 
 
 class _Shapes(Noise):
-    """Draws nothing: tensors on the meta device."""
+    """Draws no values: tensors on the meta device."""
 
     def normal(self, *shape: int) -> Tensor:
         return torch.empty(1, *shape, device="meta")
@@ -139,13 +138,13 @@ class _Shapes(Noise):
 
 
 def _calls(dry: nn.Module, inputs: Inputs) -> Iterator[_Call]:
-    """Each convolution and doubling as it runs."""
+    """The calls of convolutions and of the blocks that resample, in order."""
     for work, given in inputs.items():
         found: list[_Call] = []
         handles = [
-            _watch(name, module, work, found)
+            _record(name, module, work, found)
             for name, module in dry.named_modules()
-            if isinstance(module, nn.Conv2d | Upsample2D)
+            if isinstance(module, nn.Conv2d | Upsample2D | AsymmetricDownsample2D)
         ]
         with torch.no_grad():
             getattr(dry, work)(*given)
@@ -154,33 +153,41 @@ def _calls(dry: nn.Module, inputs: Inputs) -> Iterator[_Call]:
         yield from found
 
 
-def _watch(name: str, module: nn.Module, work: str, found: list[_Call]) -> RemovableHandle:
+def _record(name: str, module: nn.Module, work: str, found: list[_Call]) -> RemovableHandle:
     return module.register_forward_hook(
         lambda _, args, y: found.append(_Call(name, work, tuple(args[0].shape), tuple(y.shape)))
     )
 
 
 def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
-    """What a call gets, of which weights may be prepared in ``room`` bytes; None for convolutions
-    of other kernels and strides, and for one that its doubling stands for."""
-    module, parent = (
-        network.get_submodule(name) for name in (call.name, call.name.rpartition(".")[0])
-    )
-    conv = module.conv if isinstance(module, Upsample2D) else module
-    assert isinstance(conv, nn.Conv2d)
-    if (conv.kernel_size, conv.stride) != ((3, 3), (1, 1)) or isinstance(parent, Upsample2D):
+    """How a call is computed if ``room`` bytes are left for packed weights; None for convolutions
+    of other kernels and strides, and for one that is explained with the block it belongs to."""
+    module = network.get_submodule(call.name)
+    parent = network.get_submodule(call.name.rpartition(".")[0])
+    kind = _kind(module, parent)
+    if kind is None:
         return None
-    if isinstance(module, Upsample2D):
-        method, costs, reason = _of_doubling(module, call, room)
+    conv = module if isinstance(module, nn.Conv2d) else module.conv
+    assert isinstance(conv, nn.Conv2d)
+    batch, _, height, width = call.input
+    channels, out_channels = conv.in_channels, conv.out_channels
+    declined = _declined(module, parent, call)
+    if declined is not None:
+        method, costs, reason = "torch", {}, declined
     else:
-        method, costs, reason = _of_convolution(conv, parent, call, room)
-    height, width = call.given[2:]
+        sizes = packed_bytes(kind, channels, out_channels)
+        available = tuple(method for method, size in sizes.items() if size <= room)
+        # the fast backend takes a 3x3 convolution together with the normalisation before it
+        normalised = kind == "conv3x3"
+        shape = batch, channels, out_channels, height, width
+        plan = plan_conv(kind, *shape, normalised, available)
+        method, costs, reason = plan.method, dict(plan.costs), plan.reason
     return Explained(
         name=call.name,
         work=call.work,
-        doubling=isinstance(module, Upsample2D),
-        channels=conv.in_channels,
-        out_channels=conv.out_channels,
+        kind=kind,
+        channels=channels,
+        out_channels=out_channels,
         size=(height, width),
         method=method,
         costs=costs,
@@ -188,39 +195,36 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
     )
 
 
-def _of_doubling(block: Upsample2D, call: _Call, room: int) -> tuple[str, dict[str, float], str]:
-    if not fast.runs_doubling(block, _like(call.given), (call.gave[2], call.gave[3])):
-        return "torch", {}, "not a doubling: a map of odd size waits"
-    batch, channels, height, width = call.given
-    pixels = batch * height * width * channels * block.conv.out_channels
-    costs = {"doubling": DOUBLED.places / 4 * pixels, "direct": 36.0 * pixels}
-    if sizes(channels, block.conv.out_channels)["doubling"] <= room:
-        return "doubling", costs, "25 products for 16 outputs, of which each would take nine"
-    return "direct", costs, "no room for what doubling prepares: see the limit of prepared weights"
+def _kind(module: nn.Module, parent: nn.Module) -> Kind | None:
+    if isinstance(module, Upsample2D):
+        return "upsample_conv"
+    if isinstance(module, AsymmetricDownsample2D):
+        return "downsample_conv"
+    assert isinstance(module, nn.Conv2d)
+    plain = (module.kernel_size, module.stride) == ((3, 3), (1, 1))
+    return "conv3x3" if plain and not isinstance(parent, Upsample2D) else None
 
 
-def _of_convolution(
-    conv: nn.Conv2d, parent: Any, call: _Call, room: int
-) -> tuple[str, dict[str, float], str]:
-    batch, channels, height, width = call.given
+def _declined(module: Any, parent: Any, call: _Call) -> str | None:
+    """Why the fast backend leaves a call to the layer itself, None if it does not."""
+    x = _like(call.input)
+    if isinstance(module, Upsample2D):
+        if fast.can_run_upsample(module, x, (call.output[2], call.output[3])):
+            return None
+        return "the output is not twice as large as the input"
+    if isinstance(module, AsymmetricDownsample2D):
+        return None if fast.can_run_downsample(module, x) else "an input of a single row or column"
     if isinstance(parent, ResnetBlock2D):
-        into = _like((batch, parent.conv1.in_channels, height, width))
-        fused = fast.runs_resnet(parent, into)
+        block_input = (call.input[0], parent.conv1.in_channels, *call.input[2:])
+        fused = fast.can_run_resnet(parent, _like(block_input))
     else:
-        last = hasattr(parent, "conv_norm_out") and conv is parent.conv_out
-        fused = last and fast.runs_last(
-            parent.conv_norm_out, parent.conv_act, conv, _like(call.given)
-        )
-    if not fused:
-        return "torch", {}, "no normalisation and SiLU before it, which the fast backend works with"
-    fits = (name for name in ("winograd", "packed") if _bytes(conv, name) <= room)
-    # a normalisation stands before each of them
-    choice = choose(batch, channels, conv.out_channels, height, width, tuple(fits), True)
-    return choice.method, dict(choice.costs), choice.reason
+        last = hasattr(parent, "conv_norm_out") and module is parent.conv_out
+        fused = last and fast.can_run_output(parent.conv_norm_out, parent.conv_act, module, x)
+    return None if fused else "no GroupNorm and SiLU before it"
 
 
-def _of_shortcut(network: nn.Module, layer: Explained) -> int:
-    """Bytes that a block's prepared shortcut takes, which its second convolution adds."""
+def _shortcut_bytes(network: nn.Module, layer: Explained) -> int:
+    """Bytes of a block's packed shortcut, which its second convolution adds."""
     block, _, part = layer.name.rpartition(".")
     parent: Any = network.get_submodule(block)
     if layer.method != "winograd" or part != "conv2" or parent.conv_shortcut is None:
@@ -228,10 +232,6 @@ def _of_shortcut(network: nn.Module, layer: Explained) -> int:
     return 4 * int(parent.conv_shortcut.weight.numel())
 
 
-def _bytes(conv: nn.Conv2d, method: str) -> int:
-    return sizes(conv.in_channels, conv.out_channels)[method]
-
-
 def _like(shape: Shape) -> Tensor:
-    """A map of that shape that takes the memory of one value."""
+    """A feature map of that shape in the memory of one value."""
     return torch.empty(()).expand(shape)

@@ -1,4 +1,4 @@
-"""A network's two backends timed against each other on a CPU, in one process."""
+"""Times a network's two backends against each other on a CPU, in one process."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.analysis.explain import works
+from sdconv.analysis.explain import method_inputs
 from sdconv.backends import BACKENDS, backend
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.kernels import numba_kernels
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.models.base import Network
 from sdconv.models.dummy_inputs import Noise
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One of a network's methods.
+    """The times of one of a network's methods.
 
     ``work``: "encode", "decode" or "forward". ``reference``, ``fast``: seconds of each round.
-    ``first``: seconds of the first fast call, which prepares weights. ``difference``: the largest
-    of two values' differences over the largest value.
+    ``first``: seconds of the first fast call, which packs weights. ``difference``: the largest
+    difference between the backends' outputs over the reference's largest value.
     """
 
     work: str
@@ -36,14 +36,18 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """How many times as long the reference takes, of medians."""
+        """Median time of the reference over that of the fast backend."""
         return median(self.reference) / median(self.fast)
 
 
 @dataclass(frozen=True)
 class Timings:
-    """``compiling``: seconds that compiling took, or reading what Numba had kept. ``memory``: bytes
-    of prepared weights; ``limit``: what they may take. ``threads``: torch's."""
+    """The times of all methods of a network.
+
+    ``compiling``: seconds to compile the Numba kernels, or to read them from Numba's cache.
+    ``memory``: bytes of packed weights; ``limit``: the most that they may take. ``threads``:
+    torch's.
+    """
 
     class_name: str
     size: tuple[int, int]
@@ -58,14 +62,15 @@ def time_backends(network: Network, size: tuple[int, int], rounds: int) -> Timin
     """Times both backends in turn, round by round, on standard normal noise.
 
     Args:
-        network: on a CPU, in eval mode. size: rows and columns of a picture for an autoencoder, of
-            latents for a U-Net. rounds: at least 1.
+        network: on a CPU, in eval mode.
+        size: rows and columns of an image for an autoencoder, of latents for a U-Net.
+        rounds: at least 1.
 
     Raises:
-        InputError: no size for this network.
+        InputError: the network does not take this size.
     """
-    inputs = works(network, size, Noise(1, 0, network.dtype, network.device))
-    compiling = engines.compiled()[1]
+    inputs = method_inputs(network, size, Noise(1, 0, network.dtype, network.device))
+    compiling = numba_kernels()[1]
     with torch.inference_mode():
         rows = tuple(_timed(network, work, given, rounds) for work, given in inputs.items())
     return Timings(
@@ -73,8 +78,8 @@ def time_backends(network: Network, size: tuple[int, int], rounds: int) -> Timin
         size=size,
         rows=rows,
         compiling=compiling,
-        memory=prepared.memory,
-        limit=prepared.limit,
+        memory=weight_cache.memory,
+        limit=weight_cache.limit,
         threads=torch.get_num_threads(),
     )
 
@@ -109,7 +114,7 @@ def _clocked(call: Callable[[], Tensor], name: str) -> tuple[float, Tensor]:
 
 
 def _tensor(result: Any) -> Tensor:
-    """The tensor in what a network's method gives."""
+    """The tensor in the output of a network's method."""
     if hasattr(result, "latent_dist"):
         result = result.latent_dist.mode()
     for name in ("latents", "sample"):

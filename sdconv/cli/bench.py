@@ -1,4 +1,4 @@
-"""The command that times the backends, and says what the fast one chooses."""
+"""The command that times the backends, and explains how the fast one computes each layer."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ def bench(
     component: Component = None,
     family: Family = None,
     size: InputSize = None,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Of each backend in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each backend.")] = 3,
     explained: Annotated[
         bool,
-        typer.Option("--explain", help="Time nothing: say what each layer gets, and why."),
+        typer.Option(
+            "--explain", help="Time nothing: print the method of each convolution, and why."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Time the reference and the fast backend against each other.
 
-    On this CPU, in float32, in turn: medians, the first fast call (which prepares weights), the
-    memory of what is prepared, and the largest difference over the largest value. With --explain:
-    the method that each 3x3 convolution and each doubling gets, what each method would cost, and
-    why; from headers alone, without computing anything.
+    They take turns on this CPU, in float32. Prints medians, the first fast call (which packs
+    weights), the memory of the packed weights, and the largest difference over the largest value.
+    With --explain: the method for each 3x3 convolution, what each method would cost, and why; from
+    headers alone, without computing anything.
 
     \b
     Examples:
@@ -70,7 +72,7 @@ def bench(
     from sdconv.loading import load
 
     where = f"{shape[0]}x{shape[1]}"
-    # of one layer: what goes in, and what comes out
+    # the input and output of the largest layer
     least = max(
         (
             4 * layer.size[0] * layer.size[1] * (layer.channels + layer.out_channels)

@@ -1,2 +1,7 @@
-"""The networks' blocks with the fast backend's arithmetic; start reading at
-:mod:`sdconv.fast.blocks`."""
+"""The fast backend: other implementations of what :mod:`sdconv.models` computes.
+
+Importing it registers them with :mod:`sdconv.backends`. Read :mod:`sdconv.fast.blocks` first.
+"""
+
+from sdconv.fast import blocks as blocks
+from sdconv.fast import transformers as transformers

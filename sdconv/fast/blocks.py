@@ -1,49 +1,59 @@
-"""The convolutional blocks with fused arithmetic.
+"""The fast implementations of the networks' blocks, registered with :mod:`sdconv.backends`.
 
-Each function takes a block of :mod:`sdconv.models.blocks` and computes what its ``forward`` does,
-by the means of the device that the map is on. Maps are ``(B, C, H, W)``.
+Each function implements a ``@dispatched`` method of :mod:`sdconv.models`, under the same arguments,
+and returns None where a precondition does not hold. The arithmetic is that of the device that the
+feature map is on: :mod:`sdconv.fast.cpu.blocks` or :mod:`sdconv.fast.cuda.blocks`. Feature maps are
+``(B, C, H, W)``, in channels-last order between the blocks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sdconv.backends import is_fast
+from sdconv.backends import implements
 from sdconv.fast.cpu import blocks as cpu
+from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cuda import blocks as cuda
-from sdconv.fast.eager import is_eager
-from sdconv.fast.modules import is_bare, is_conv1x1, is_conv3x3, is_norm, takes
+from sdconv.fast.preconditions import is_bare, is_conv1x1, is_conv3x3, is_eager, is_norm, takes
+from sdconv.models.blocks import (
+    AsymmetricDownsample2D,
+    Attention,
+    DownEncoderBlock2D,
+    ResnetBlock2D,
+    UpDecoderBlock2D,
+    Upsample2D,
+)
+from sdconv.models.unet import UNet2DConditionModel
+from sdconv.models.vae import Decoder, Encoder
 
 
 class Arithmetic(Protocol):
-    """What a device's module has."""
+    """The functions of a device's module."""
 
     def resnet(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor: ...
-    def doubling(self, block: Any, x: Tensor) -> Tensor: ...
-    def last(self, norm: Any, conv: Any, x: Tensor) -> Tensor: ...
+    def upsample(self, block: Any, x: Tensor) -> Tensor: ...
+    def output(self, norm: Any, conv: Any, x: Tensor) -> Tensor: ...
 
 
-_ON: dict[str, Arithmetic] = {"cpu": cpu, "cuda": cuda}
+ARITHMETIC: dict[str, Arithmetic] = {"cpu": cpu, "cuda": cuda}
 
 
-def first(conv: nn.Module, x: Tensor) -> Tensor:
-    """A network's first convolution; in the memory layout that the fast blocks go on in."""
-    if is_fast(conv) and _takes(x):
-        x = x.contiguous(memory_format=torch.channels_last)
-    out: Tensor = conv(x)
-    return out
+@implements(ResnetBlock2D.forward)
+def resnet(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor | None:
+    if not can_run_resnet(block, x):
+        return None
+    return ARITHMETIC[x.device.type].resnet(block, x, temb)
 
 
-def runs_resnet(block: Any, x: Tensor) -> bool:
-    """Whether a ResNet block is to compute fast, and can: nothing hangs on its parts that has to
-    see what goes through them."""
+def can_run_resnet(block: Any, x: Tensor) -> bool:
+    """Whether the parts of a ResNet block are plain layers that the fast arithmetic can replace."""
     return (
-        is_fast(block)
-        and _takes(x)
+        _takes(x)
         and is_norm(block.norm1, x)
         and is_conv3x3(block.conv1, x)
         and is_norm(block.norm2, x)
@@ -53,72 +63,115 @@ def runs_resnet(block: Any, x: Tensor) -> bool:
     )
 
 
-def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
-    """A ResNet block's output."""
-    return _ON[x.device.type].resnet(block, x, temb)
+@implements(Upsample2D.forward)
+def upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor | None:
+    if not can_run_upsample(block, x, output_size):
+        return None
+    return ARITHMETIC[x.device.type].upsample(block, x)
 
 
-def runs_doubling(block: Any, x: Tensor, output_size: tuple[int, int] | None) -> bool:
-    """Whether a doubling is to compute fast, and can."""
-    exact = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
-    return exact and is_fast(block) and _takes(x) and is_conv3x3(block.conv, x)
+def can_run_upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None) -> bool:
+    """Whether an upsampling block has a plain 3x3 convolution and doubles height and width."""
+    doubles = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
+    return doubles and _takes(x) and is_conv3x3(block.conv, x)
 
 
-def doubling(block: Any, x: Tensor) -> Tensor:
-    """A doubled map after its convolution."""
-    return _ON[x.device.type].doubling(block, x)
-
-
-def runs_halving(block: Any, x: Tensor) -> bool:
-    """Whether a halving without zeros above and at the left is to compute fast, and can."""
-    return (
-        is_fast(block)
-        and _takes(x)
-        and is_conv3x3(block.conv, x, stride=2, padding=0)
-        and min(x.shape[2:]) > 1
-    )
-
-
-def halving(block: Any, x: Tensor) -> Tensor:
-    """A halved map. With two rows of zeros on every side, which need no copy of the map, every
-    output but the first row and column stands where it would without any."""
-    height, width = (size // 2 for size in x.shape[2:])
+@implements(AsymmetricDownsample2D.forward)
+def downsample(block: Any, x: Tensor) -> Tensor | None:
+    """Convolves with two zeros on every side, which needs no padded copy of the feature map, and
+    drops the first row and column: every other output is the same."""
+    if not can_run_downsample(block, x):
+        return None
     conv = block.conv
+    height, width = (size // 2 for size in x.shape[2:])
     out = functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)
     return out.narrow(2, 1, height).narrow(3, 1, width).to(memory_format=torch.channels_last)
 
 
-def runs_norm(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a normalisation by itself is to compute fast, and can."""
-    return (
-        is_fast(norm)
-        and x.device.type == "cpu"
-        and takes(x)
-        and is_norm(norm, x)
-        and is_eager(x, *norm.parameters())
-    )
+def can_run_downsample(block: Any, x: Tensor) -> bool:
+    """Whether a downsampling block has a plain convolution, and several rows and columns to
+    process."""
+    plain = is_conv3x3(block.conv, x, stride=2, padding=0)
+    return plain and _takes(x) and min(x.shape[2:]) > 1
 
 
-def normalised(norm: Any, x: Tensor) -> Tensor:
-    """A map's normalisation."""
-    return cpu.normalised(norm, x)
+@implements(Attention.normalised)
+def attention_norm(block: Any, x: Tensor) -> Tensor | None:
+    norm = block.group_norm
+    if not (x.device.type == "cpu" and takes(x) and is_norm(norm, x)):
+        return None
+    if not is_eager(x, *norm.parameters()):
+        return None
+    return cpu.normalised(norm, x).flatten(2)
 
 
-def runs_last(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:
-    """Whether a network's last normalisation, SiLU and convolution are to compute fast."""
-    return (
-        is_fast(conv)
-        and _takes(x)
-        and is_norm(norm, x)
-        and is_bare(activation, nn.SiLU)
-        and is_conv3x3(conv, x)
-    )
+@implements(Encoder.forward)
+def encoder(network: Any, x: Tensor) -> Tensor | None:
+    return _half(network, x, (*network.down_blocks, network.mid_block))
 
 
-def last(norm: Any, conv: Any, x: Tensor) -> Tensor:
-    """A network's last normalisation, SiLU and convolution."""
-    return _ON[x.device.type].last(norm, conv, x)
+@implements(Decoder.forward)
+def decoder(network: Any, z: Tensor) -> Tensor | None:
+    return _half(network, z, (network.mid_block, *network.up_blocks))
+
+
+def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None:
+    """Half of a VAE, whose feature maps reuse one another's memory if no gradient needs them."""
+    if not _takes(x):
+        return None
+    x = network.conv_in(x.contiguous(memory_format=torch.channels_last))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        for block in blocks:
+            x = network.checkpoint_call(block, x)
+    else:
+        with use_pool():
+            for block in flatten_stages(blocks):
+                x = block(x)
+    return _output(network, x)
+
+
+def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yields the layers of down and up blocks instead of the blocks, except of a block with hooks.
+
+    The caller of a whole block holds the block's input until its last layer is done, which is a
+    quarter of the VAE's memory at its highest resolution.
+    """
+    for block in blocks:
+        if is_bare(block, DownEncoderBlock2D):
+            down = cast(DownEncoderBlock2D, block)
+            yield from (*down.resnets, *(down.downsamplers or ()))
+        elif is_bare(block, UpDecoderBlock2D):
+            up = cast(UpDecoderBlock2D, block)
+            yield from (*up.resnets, *(up.upsamplers or ()))
+        else:
+            yield block
+
+
+@implements(UNet2DConditionModel.project_in)
+def unet_input(network: Any, sample: Tensor) -> Tensor | None:
+    if not _takes(sample):
+        return None
+    out: Tensor = network.conv_in(sample.contiguous(memory_format=torch.channels_last))
+    return out
+
+
+@implements(UNet2DConditionModel.project_out)
+def unet_output(network: Any, x: Tensor) -> Tensor:
+    return _output(network, x)
+
+
+def _output(network: Any, x: Tensor) -> Tensor:
+    """A network's last GroupNorm, SiLU and convolution."""
+    norm, activation, conv = network.conv_norm_out, network.conv_act, network.conv_out
+    if can_run_output(norm, activation, conv, x):
+        return ARITHMETIC[x.device.type].output(norm, conv, x)
+    return cast(Tensor, conv(activation(norm(x))))
+
+
+def can_run_output(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:
+    """Whether a network's last layers are plain ones that the fast arithmetic can replace."""
+    return _takes(x) and is_norm(norm, x) and is_bare(activation, nn.SiLU) and is_conv3x3(conv, x)
 
 
 def _takes(x: Tensor) -> bool:
-    return x.device.type in _ON and takes(x)
+    return x.device.type in ARITHMETIC and takes(x)

@@ -1,10 +1,11 @@
-"""The transformers between the U-Net's blocks, which are diffusers' own: their linear layers, 1x1
-convolutions and attention are taken over as they come, whoever calls them."""
+"""The U-Net's transformers on a CPU: linear layers, 1x1 convolutions and attention in float32.
+
+The transformers are diffusers' own modules, so their torch functions are intercepted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,21 +13,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from sdconv.backends import is_fast
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.eager import is_eager
-from sdconv.fast.modules import takes
+from sdconv.backends import implements
+from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.preconditions import is_eager, takes
+from sdconv.models.unet_blocks import Conditions, run_transformer
 
 
-def products(transformer: nn.Module, x: Tensor) -> AbstractContextManager[object]:
-    """While it is entered, linear layers and attention of float32 on a CPU compute with sdconv's
-    products, if the transformer is to compute fast."""
-    if is_fast(transformer) and x.device.type == "cpu" and takes(x) and is_eager(x):
-        return _Products()
-    return nullcontext()
+@implements(run_transformer)
+def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor | None:
+    if not (x.device.type == "cpu" and takes(x) and is_eager(x)):
+        return None
+    with _FastFunctions():
+        out: Tensor = module(x, return_dict=False, **conditions)[0]
+    return out
 
 
-class _Products(TorchFunctionMode):
+class _FastFunctions(TorchFunctionMode):
+    """Replaces the torch functions of ``_IMPLEMENTATIONS``."""
+
     def __torch_function__(
         self,
         function: Callable[..., Any],
@@ -34,8 +38,8 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        ours = _OURS.get(function)
-        out = None if ours is None else ours(*args, **(kwargs or {}))
+        fast = _IMPLEMENTATIONS.get(function)
+        out = None if fast is None else fast(*args, **(kwargs or {}))
         return out if out is not None else function(*args, **(kwargs or {}))
 
 
@@ -44,7 +48,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     dense = all(one.dtype is torch.float32 and one.is_contiguous() for one in given)
     if not dense or not is_eager(*given) or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
         return None
-    return engines.of(torch.float32).linear(input, weight, bias)
+    return kernels_for(torch.float32).linear(input, weight, bias)
 
 
 def _pointwise(
@@ -56,7 +60,7 @@ def _pointwise(
     dilation: object = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """A 1x1 convolution of a channels-last map is a linear layer."""
+    """A 1x1 convolution, which is a linear layer on a channels-last feature map."""
     ones, zeros = (1, (1, 1)), (0, (0, 0))
     if weight.shape[2:] != (1, 1) or groups != 1 or stride not in ones or padding not in zeros:
         return None
@@ -74,21 +78,21 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Attention of heads by themselves, without a mask."""
+    """Attention with one key and value head for each query head, and without a mask."""
     given = (query, key, value)
     plain = attn_mask is None and not dropout_p and not is_causal
     if not plain or any(one.ndim != 4 or one.dtype is not torch.float32 for one in given):
         return None
-    fit = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3]
-    if not fit or query.shape[3] != key.shape[3] or 0 in (*query.shape, *value.shape):
+    agree = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3]
+    if not agree or query.shape[3] != key.shape[3] or 0 in (*query.shape, *value.shape):
         return None
     if not is_eager(*given):
         return None
-    by = query.shape[3] ** -0.5 if scale is None else scale
-    return engines.of(torch.float32).attention(query, key, value, by)
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    return kernels_for(torch.float32).attention(query, key, value, factor)
 
 
-_OURS: dict[Any, Callable[..., Tensor | None]] = {
+_IMPLEMENTATIONS: dict[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear,
     functional.conv2d: _pointwise,
     functional.scaled_dot_product_attention: _attention,

@@ -171,16 +171,16 @@ def _unet_run(unet: UNet2DConditionModel, request: Request, picture: LoadedImage
 
     def call(timestep: int) -> None:
         nonlocal latents
-        noisy = latents if z is None else schedule.noisy(z, noise, timestep)
+        noisy = latents if z is None else schedule.add_noise(z, noise, timestep)
         sample = torch.cat([noisy, arguments[0][:, channels:]], 1)
         predicted = unet(sample, timestep, *arguments[2:]).sample
         if z is None:
-            latents = schedule.next(predicted, timestep, latents)
+            latents = schedule.step(predicted, timestep, latents)
 
     source = "noise" if request.source is None else request.source.name
     how = "denoised" if z is None else "with noise added at each timestep"
     trained = "the pipeline's" if config else "Stable Diffusion's"
-    notes += (words, f"the noise schedule is {trained}, the prediction {schedule.predicts}")
+    notes += (words, f"the noise schedule is {trained}, the prediction {schedule.prediction_type}")
     return Run(
         network=unet,
         size=(rows, columns),

@@ -1,1 +1,1 @@
-"""Where sdconv meets other packages."""
+"""Everything that imports diffusers: patching its pipelines, its transformers, its own networks."""

@@ -1,4 +1,4 @@
-"""diffusers' own transformers in the U-Net's slots, and what lets its loaders work on them."""
+"""sdconv's U-Net with diffusers' transformers, and diffusers' loaders for adapters on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdconv.models.unet_blocks import TransformerSlot
 
 def transformer(slot: TransformerSlot) -> nn.Module:
     """diffusers' ``Transformer2DModel`` for a slot."""
-    made: nn.Module = Transformer2DModel(
+    module: nn.Module = Transformer2DModel(
         slot.heads,
         slot.channels // slot.heads,
         in_channels=slot.channels,
@@ -31,12 +31,12 @@ def transformer(slot: TransformerSlot) -> nn.Module:
         only_cross_attention=slot.only_cross_attention,
         upcast_attention=slot.upcast_attention,
     )
-    return made
+    return module
 
 
 class AdaptableConfig(UNet2DConditionConfig):
-    """A U-Net's config whose ``encoder_hid_dim_type`` may be set, as diffusers' IP-Adapter loader
-    does; as there, that is no part of what is written to ``config.json``."""
+    """A U-Net's config on which diffusers' IP-Adapter loader can set ``encoder_hid_dim_type``,
+    which is not written to ``config.json``."""
 
     def __getitem__(self, key: str) -> Any:
         return self.constant[key] if key in self.constant else super().__getitem__(key)
@@ -48,14 +48,13 @@ class AdaptableConfig(UNet2DConditionConfig):
         return super().__hash__()
 
 
-class UNet2DConditionModel(
-    unet.UNet2DConditionModel,
-    AttentionMixin,  # type: ignore[misc]
-    UNet2DConditionLoadersMixin,  # type: ignore[misc]
-    PeftAdapterMixin,  # type: ignore[misc]
-):
-    """sdconv's U-Net with diffusers' transformers in all slots, and the methods by which attention
-    processors, LoRA and IP-Adapters are put into diffusers' class.
+class _Adapters(AttentionMixin, UNet2DConditionLoadersMixin, PeftAdapterMixin):  # type: ignore[misc]
+    """diffusers' methods for attention processors, LoRA and IP-Adapters."""
+
+
+class UNet2DConditionModel(unet.UNet2DConditionModel, _Adapters):
+    """sdconv's U-Net with diffusers' transformers in all slots, and with diffusers' methods for
+    attention processors, LoRA and IP-Adapters.
 
     Args:
         config: read from a checkpoint by ``sdconv.infer``.
@@ -65,11 +64,11 @@ class UNet2DConditionModel(
         fields = {name: config[name] for name in config.field_names()}
         super().__init__(AdaptableConfig(**fields), transformer)
 
-    # takes a LoRA's scale out of cross_attention_kwargs
+    # applies the LoRA scale in cross_attention_kwargs
     forward = apply_lora_scale("cross_attention_kwargs")(unet.UNet2DConditionModel.forward)
     set_attention_slice = diffusers.UNet2DConditionModel.set_attention_slice
     set_default_attn_processor = diffusers.UNet2DConditionModel.set_default_attn_processor
-    # reaches the transformers; this network's own layers have nothing to set
+    # these reach the transformers; sdconv's own layers have nothing to set
     set_use_memory_efficient_attention_xformers = (
         ModelMixin.set_use_memory_efficient_attention_xformers
     )
@@ -83,7 +82,7 @@ class UNet2DConditionModel(
     reset_attention_backend = ModelMixin.reset_attention_backend
     compile_repeated_blocks = ModelMixin.compile_repeated_blocks
     _repeated_blocks = ("BasicTransformerBlock",)
-    # weights in float8, computed with in another dtype, which `dtype` then names
+    # stores weights in float8 and computes in another dtype, which `dtype` then returns
     enable_layerwise_casting = ModelMixin.enable_layerwise_casting
     _keep_in_fp32_modules = None
     _skip_layerwise_casting_patterns = ("norm",)

@@ -1,15 +1,15 @@
-"""sdconv's blocks in a running diffusers pipeline, and out of it again."""
+"""Patching a diffusers pipeline with sdconv's blocks, and removing the patch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from sdconv.backends import checked, set_backend
+from sdconv.backends import check_backend, set_backend
 from sdconv.errors import InputError
 
 
@@ -17,8 +17,9 @@ from sdconv.errors import InputError
 class PatchSummary:
     """What ``apply_patch`` did; ``print`` shows it.
 
-    ``replaced``: by the name of the class, the names of the blocks. ``left``: for each block that
-    keeps diffusers' code, its class and why. ``already``: how many had been replaced before.
+    ``replaced``: the names of the replaced blocks, by the name of their new class. ``left``: for
+    each block that keeps diffusers' code, its class and the reason. ``already``: how many blocks
+    had been replaced before.
     """
 
     replaced: Mapping[str, tuple[str, ...]]
@@ -27,86 +28,86 @@ class PatchSummary:
 
     def __str__(self) -> str:
         total = sum(map(len, self.replaced.values()))
-        before = f" ({self.already} were before)" if self.already else ""
+        before = f" ({self.already} had been replaced before)" if self.already else ""
         lines = [f"replaced {total} blocks{before}"]
         lines += [
-            f"  {len(names):4} {kind:24} {_first(names)}" for kind, names in self.replaced.items()
+            f"  {len(names):4} {kind:24} {_range(names)}" for kind, names in self.replaced.items()
         ]
         if self.left:
-            lines.append(f"left {len(self.left)} as they are")
+            lines.append(f"left {len(self.left)} blocks unchanged")
             lines += [
-                f"  {len(names):4} {why}: {_first(names)}"
-                for why, names in _inverted(self.left).items()
+                f"  {len(names):4} {reason}: {_range(names)}"
+                for reason, names in _inverted(self.left).items()
             ]
         return "\n".join(lines)
 
 
 def apply_patch(target: Any, backend: str = "reference") -> PatchSummary:
-    """Lets diffusers' convolutional blocks compute with sdconv's code.
+    """Makes the convolutional blocks of a diffusers pipeline compute with sdconv's code.
 
     ``ResnetBlock2D``, ``Downsample2D``, ``Upsample2D``, the VAE's attention, encoder and decoder
-    become sdconv's in place: the objects, their parameters, names, order, hooks and LoRA layers are
-    the same ones as before. What sdconv's blocks do not cover is left alone and listed. What was
-    replaced before stays so.
+    are replaced in place: the objects, their parameters, names, order, hooks and LoRA layers stay
+    the same. Blocks that sdconv does not support keep diffusers' code and are listed with the
+    reason. Blocks that are already replaced stay replaced.
 
     Args:
-        target: a diffusers pipeline, of which every component is looked through, or any module.
-        backend: what the replaced blocks compute with, those replaced before too. With
-            ``"reference"`` results stay the same; see ``sdconv.backend``.
+        target: a diffusers pipeline, whose components are all searched, or any module.
+        backend: the backend of the replaced blocks, including those replaced before. With
+            ``"reference"`` results stay the same bit for bit; see ``sdconv.backend``.
 
     Returns:
         What was replaced, and what was not.
 
     Raises:
-        InputError: neither a pipeline nor a module; no such backend.
+        InputError: ``target`` is neither a pipeline nor a module, or the backend is unknown.
     """
-    from sdconv.integrations import patched
+    from sdconv.integrations.replacements import is_patched, replacement_for, set_class
 
-    checked(backend)
+    check_backend(backend)
     replaced: defaultdict[str, list[str]] = defaultdict(list)
     left: dict[str, str] = {}
-    blocks = [*_blocks(target, "apply_patch")]
-    already = sum(patched.is_patched(block) for _, block in blocks)
+    blocks = [*_named_modules(target, "apply_patch")]
+    already = sum(is_patched(block) for _, block in blocks)
     for name, block in blocks:
-        plan = patched.plan(block)
-        if isinstance(plan, str):
-            left[name] = f"{type(block).__name__}: {plan}"
-        elif plan is not None:
-            patched.put(block, plan)
-            replaced[plan.__name__].append(name)
-        if patched.is_patched(block):
+        kind = replacement_for(block)
+        if isinstance(kind, str):
+            left[name] = f"{type(block).__name__}: {kind}"
+        elif kind is not None:
+            set_class(block, kind)
+            replaced[kind.__name__].append(name)
+        if is_patched(block):
             set_backend(block, backend)
     return PatchSummary({kind: tuple(names) for kind, names in replaced.items()}, left, already)
 
 
 def remove_patch(target: Any) -> tuple[str, ...]:
-    """Gives the blocks that ``apply_patch`` replaced diffusers' code back.
+    """Makes the blocks that ``apply_patch`` replaced compute with diffusers' code again.
 
-    They are the very objects that they were before, with all that came onto them meanwhile, such as
-    a LoRA. Where nothing is patched, nothing happens.
+    The blocks are the same objects as before the patch, with everything added to them since, such
+    as a LoRA. Without a patch, nothing happens.
 
     Args:
-        target: a diffusers pipeline or any module; a part of what was patched will do.
+        target: a diffusers pipeline or any module, also a part of what was patched.
 
     Returns:
         The names of the blocks.
 
     Raises:
-        InputError: neither a pipeline nor a module.
+        InputError: ``target`` is neither a pipeline nor a module.
     """
-    from sdconv.integrations import patched
+    from sdconv.integrations.replacements import is_patched, restore_class
 
     names = []
-    for name, block in _blocks(target, "remove_patch"):
-        if patched.is_patched(block):
-            patched.put_back(block)
+    for name, block in _named_modules(target, "remove_patch"):
+        if is_patched(block):
+            restore_class(block)
             set_backend(block, "reference")
             names.append(name)
     return tuple(names)
 
 
-def _blocks(target: Any, where: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every module in a pipeline's components or in a module, once, with its name."""
+def _named_modules(target: Any, where: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a pipeline's components or of a module, once, with its name."""
     components = getattr(target, "components", None)
     if isinstance(target, nn.Module):
         yield from target.named_modules()
@@ -117,7 +118,7 @@ def _blocks(target: Any, where: str) -> Iterator[tuple[str, nn.Module]]:
                 yield from component.named_modules(memo=seen, prefix=name)
     else:
         raise InputError(
-            "this has no blocks to look through",
+            "not a pipeline or a module",
             where=where,
             expected="a diffusers pipeline or a torch module",
             got=type(target).__name__,
@@ -125,12 +126,13 @@ def _blocks(target: Any, where: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _inverted(mapping: Mapping[str, str]) -> dict[str, list[str]]:
-    names = defaultdict(list)
-    for name, value in mapping.items():
-        names[value].append(name)
-    return names
+    keys = defaultdict(list)
+    for key, value in mapping.items():
+        keys[value].append(key)
+    return keys
 
 
-def _first(names: tuple[str, ...] | list[str]) -> str:
-    named = [name or "the module itself" for name in names]
-    return named[0] if len(named) == 1 else f"{named[0]} ... {named[-1]}"
+def _range(names: Sequence[str]) -> str:
+    """The first and the last of some names."""
+    shown = [name or "the module itself" for name in names]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} ... {shown[-1]}"

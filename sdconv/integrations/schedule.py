@@ -1,4 +1,4 @@
-"""diffusers' DDIM scheduler, for pictures out of noise and noise upon pictures."""
+"""Stable Diffusion's noise schedule with diffusers' DDIM scheduler."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sdconv.config.facts import BETAS, TRAIN_TIMESTEPS
 
-# Stable Diffusion's
-_SCHEDULE = {
+_STABLE_DIFFUSION = {
     "num_train_timesteps": TRAIN_TIMESTEPS,
     "beta_start": BETAS[0],
     "beta_end": BETAS[1],
@@ -23,37 +22,38 @@ _SCHEDULE = {
 
 
 class Schedule:
-    """Timesteps from noise to picture, without randomness (DDIM, Song et al. 2021).
+    """Timesteps from noise to image, without added randomness (DDIM, Song et al. 2021).
 
     Args:
-        steps: how many of the 1000 timesteps are visited.
-        config: the file in which a pipeline says how it was trained; None for Stable Diffusion's
-            schedule, predicting the noise.
+        steps: how many of the 1000 training timesteps are visited.
+        config: a pipeline's ``scheduler_config.json``; its fields replace those of Stable
+            Diffusion's schedule, which predicts the noise.
     """
 
     def __init__(self, steps: int, config: Path | None = None) -> None:
-        own = {} if config is None else DDIMScheduler.load_config(config)
-        kept = {name: value for name, value in own.items() if not name.startswith("_")}
-        self._scheduler = DDIMScheduler.from_config({**_SCHEDULE, **kept})
+        fields = {} if config is None else DDIMScheduler.load_config(config)
+        public = {name: value for name, value in fields.items() if not name.startswith("_")}
+        self._scheduler = DDIMScheduler.from_config({**_STABLE_DIFFUSION, **public})
         self._scheduler.set_timesteps(steps)
 
     @property
     def timesteps(self) -> list[int]:
-        """From the noisiest on."""
+        """The timesteps, the noisiest first."""
         return [int(timestep) for timestep in self._scheduler.timesteps]
 
     @property
-    def predicts(self) -> str:
-        """``epsilon``, the noise; or ``v_prediction`` or ``sample``."""
+    def prediction_type(self) -> str:
+        """``epsilon`` (the noise), ``v_prediction`` or ``sample``."""
         return str(self._scheduler.config.prediction_type)
 
-    def noisy(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """Latents ``(B, C, H, W)`` as they are at a timestep."""
-        when = torch.tensor([timestep], device=latents.device)
-        mixed: Tensor = self._scheduler.add_noise(latents, noise, when)
-        return mixed
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """Latents ``(B, C, H, W)`` with the noise that belongs to a timestep."""
+        noisy: Tensor = self._scheduler.add_noise(
+            latents, noise, torch.tensor([timestep], device=latents.device)
+        )
+        return noisy
 
-    def next(self, prediction: Tensor, timestep: int, latents: Tensor) -> Tensor:
-        """Latents ``(B, C, H, W)`` one step nearer to the picture."""
-        stepped: Tensor = self._scheduler.step(prediction, timestep, latents).prev_sample
-        return stepped
+    def step(self, prediction: Tensor, timestep: int, latents: Tensor) -> Tensor:
+        """Latents ``(B, C, H, W)`` with the noise of the next timestep, which has less."""
+        previous: Tensor = self._scheduler.step(prediction, timestep, latents).prev_sample
+        return previous

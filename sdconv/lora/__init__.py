@@ -1,1 +1,1 @@
-"""LoRA files merged into a network's weights, and taken out again."""
+"""LoRA files: reading them, merging them into a network's weights, and unmerging them."""

@@ -1,13 +1,13 @@
-"""What LoRA files call a network's layers.
+"""Key names in LoRA files.
 
-Four kinds of names are in use, of diffusers' or of the original layout's layers:
+Four kinds are in use, each with diffusers' or with the original layout's names of the layers:
 
 - kohya's, with underscores: ``lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight``, with
   ``.lora_up``, ``.lora_mid`` and ``.alpha``;
-- PEFT's: ``unet.down_blocks.0.resnets.0.conv1.lora_A.weight`` and ``.lora_B``, perhaps behind
+- PEFT's: ``unet.down_blocks.0.resnets.0.conv1.lora_A.weight`` and ``.lora_B``, sometimes after
   ``base_model.model.``;
 - diffusers': ``unet....to_q.lora.down.weight``, or ``.lora_linear_layer.down``;
-- those of its attention processors: ``unet....attn1.processor.to_q_lora.down.weight``.
+- diffusers' attention processors': ``unet....attn1.processor.to_q_lora.down.weight``.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _MATRIX = re.compile(
     r"\.weight"
 )
 _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
-_ROLES: Mapping[str, str] = {"A": "down", "B": "up"}
+_PEFT_ROLES: Mapping[str, str] = {"A": "down", "B": "up"}
 _WRAPPER = re.compile(r"base_model\.model\.")
 _PREFIX = re.compile(
     r"unet\.|vae\.|model\.diffusion_model\.|diffusion_model\.|first_stage_model\."
     r"|lora_unet_|lora_vae_|lycoris_"
 )
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))")
-_TEXT = re.compile(r"(?:lora_te\d*_|text_encoder(?:_\d+)?\.|te\d*\.).+")
+_TEXT_ENCODER = re.compile(r"(?:lora_te\d*_|text_encoder(?:_\d+)?\.|te\d*\.).+")
 
 
 @dataclass(frozen=True)
 class LoraKey:
-    """What a name in a LoRA file says: whose it is, and ``"down"``, ``"up"``, ``"mid"`` or
+    """A parsed key: the layer it belongs to, and its role there, ``"down"``, ``"up"``, ``"mid"`` or
     ``"alpha"``."""
 
     layer: str
     role: str
 
 
-def parsed(name: str) -> LoraKey | None:
-    """What a name says; None where it is none of a LoRA.
+def parse_key(name: str) -> LoraKey | None:
+    """Parses a key of a LoRA file; None if it is not a LoRA's.
 
-    The layer is without prefix, in whichever layout and spelling the file has it.
+    The layer's name is without prefix, in the layout and spelling of the file.
     """
     if match := _MATRIX.fullmatch(name):
         role = match["one"] or match["two"]
@@ -59,23 +59,23 @@ def parsed(name: str) -> LoraKey | None:
     layer = _without(_PREFIX, _without(_WRAPPER, match["layer"]))
     if old := _PROCESSOR.fullmatch(layer.removesuffix("_lora")):
         layer = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
-    return LoraKey(layer, _ROLES.get(role, role))
+    return LoraKey(layer, _PEFT_ROLES.get(role, role))
 
 
-def is_of_text_encoder(name: str) -> bool:
-    """Whether a name in a LoRA file is of a text encoder's layer."""
-    return bool(_TEXT.fullmatch(_without(_WRAPPER, name)))
+def is_text_encoder_key(name: str) -> bool:
+    """Whether a key of a LoRA file belongs to a text encoder."""
+    return bool(_TEXT_ENCODER.fullmatch(_without(_WRAPPER, name)))
 
 
-def spellings(layers: Collection[str]) -> dict[str, str]:
-    """Every way to write a network's layers, and the layer.
+def layer_spellings(layers: Collection[str]) -> dict[str, str]:
+    """Every spelling of a network's layer names.
 
     Args:
-        layers: everything in it that has a weight, by diffusers' names.
+        layers: diffusers' names of all modules with a weight.
 
     Returns:
-        Diffusers' and the original layout's names, with dots and with underscores -> diffusers'
-        name.
+        diffusers' and the original layout's names, with dots and with underscores, each mapped to
+        diffusers' name.
     """
     tensors = {f"{layer}.weight" for layer in layers}
     levels = how_many("decoder.up_blocks.{}", modules_of(tensors))

@@ -1,5 +1,5 @@
-"""FreeU (Si et al. 2023, https://arxiv.org/abs/2309.11497): more of the backbone, less of the
-skips' low frequencies, on the way up of a U-Net."""
+"""FreeU (Si et al. 2023, https://arxiv.org/abs/2309.11497): amplifies the backbone and attenuates
+the skip connections' low frequencies in the up path of a U-Net."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.fft import fftn, fftshift, ifftn, ifftshift
 
 
 def amplified(x: Tensor, factor: float) -> Tensor:
-    """``x`` ``(B, C, H, W)`` with the first half of its channels times ``factor``."""
+    """Multiplies the first half of the channels of ``x`` ``(B, C, H, W)`` by ``factor``."""
     half = x.shape[1] // 2
     return torch.cat([x[:, :half] * factor, x[:, half:]], dim=1)
 
 
 def low_frequencies_scaled(x: Tensor, factor: float) -> Tensor:
-    """``x`` ``(B, C, H, W)`` with its lowest frequencies (0 and -1 cycles along each side) times
-    ``factor``; computed in float32."""
+    """Multiplies the lowest frequencies of ``x`` ``(B, C, H, W)``, 0 and -1 cycles along each axis,
+    by ``factor``; computes in float32."""
     waves = fftshift(fftn(x.float(), dim=(-2, -1)), dim=(-2, -1))
     row, column = waves.shape[-2] // 2, waves.shape[-1] // 2
     mask = torch.ones(waves.shape, device=x.device)

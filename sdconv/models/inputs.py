@@ -1,5 +1,5 @@
-"""What every network asks of a tensor before any arithmetic: that it is one, of floating point, in
-the weights' dtype, on their device, and large enough for the normalisation."""
+"""Checks that all networks make of their input before any arithmetic: that it is a floating-point
+tensor with the dtype and device of the weights, and large enough for the normalisation."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from torch import Tensor, nn
 
 from sdconv.errors import InputError
 
-# accelerate's and diffusers' hooks, which move or cast as they see fit
+# The attributes of accelerate's and diffusers' hooks, which may move or cast the input.
 _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
 def check_tensor(x: object, what: str, where: str, expected: str) -> Tensor:
-    """``x`` if it is a tensor.
+    """Returns ``x`` if it is a tensor.
 
     Args:
-        what: its name. where: the network. expected: its shape, in words.
+        x: the input.
+        what: its name, for the error.
+        where: the network's name.
+        expected: the shape, in words.
 
     Raises:
-        InputError: it is something else.
+        InputError: it is not.
     """
     if isinstance(x, Tensor):
         return x
@@ -37,11 +40,11 @@ def check_tensor(x: object, what: str, where: str, expected: str) -> Tensor:
 def check_like(x: Tensor, part: nn.Module, what: str, where: str) -> None:
     """Refuses a tensor that the first layer of ``part`` cannot compute with.
 
-    Under autocast another floating-point dtype passes. Where hooks may move or cast what comes in,
-    and while a graph is traced, torch itself is left to judge.
+    Under autocast, other floating-point dtypes pass. Torch itself has to judge while a graph is
+    traced, and where hooks may move or cast the input.
 
     Raises:
-        InputError: another device or dtype than the weights', or no floating point.
+        InputError: it is not floating-point, or its device or dtype is not that of the weights.
     """
     if torch.compiler.is_compiling():
         return
@@ -50,20 +53,20 @@ def check_like(x: Tensor, part: nn.Module, what: str, where: str) -> None:
         return
     if not x.is_floating_point():
         raise InputError(
-            f"{what} must be of floating point",
+            f"{what} must be floating-point",
             where=where,
             expected=str(weight.dtype),
             got=str(x.dtype),
-            hint="scale them as the network expects, and turn them into its dtype",
+            hint="scale them as the network expects, and convert them with .to(network.dtype)",
         )
     check_device(x, weight.device, part, what, where)
     if x.dtype != weight.dtype and not (_may_change(part) or _casts(x, weight)):
         raise InputError(
-            f"{what} of another dtype than the weights",
+            f"{what} must have the dtype of the weights",
             where=where,
             expected=str(weight.dtype),
             got=str(x.dtype),
-            hint="turn them into it: .to(network.dtype), or work under torch.autocast",
+            hint="convert them with .to(network.dtype), or use torch.autocast",
         )
 
 
@@ -71,42 +74,45 @@ def check_device(x: Tensor, device: torch.device, part: nn.Module, what: str, wh
     """Refuses a tensor that is not on ``device``, unless hooks in ``part`` may move it there.
 
     Raises:
-        InputError: it is elsewhere.
+        InputError: it is on another device.
     """
     if torch.compiler.is_compiling():
         return
     if x.device != device and not _may_change(part):
         raise InputError(
-            f"{what} on another device than the weights",
+            f"{what} must be on the device of the weights",
             where=where,
             expected=str(device),
             got=str(x.device),
-            hint="bring them together: .to(network.device)",
+            hint="move them with .to(network.device)",
         )
 
 
 def check_room(batch: int, area: int, channels: int, groups: int, where: str) -> None:
-    """Refuses a map that gives a normalisation group a single value, which torch does not take.
+    """Refuses an input so small that a group of GroupNorm has a single value, which torch refuses.
 
     Args:
-        batch: samples at once. area: rows times columns of the smallest map. channels: the fewest
-            that are normalised there. groups: into which they are split.
+        batch: number of samples.
+        area: height times width of the smallest feature map.
+        channels: the lowest number of channels that are normalised there.
+        groups: number of groups.
+        where: the network's name.
 
     Raises:
-        InputError: it does.
+        InputError: a group has a single value.
     """
     if channels == groups and batch * area == 1:
         raise InputError(
-            "too small for this network: its normalisation would see one value in each group",
+            "too small for this network: each group of GroupNorm would have a single value",
             where=where,
             expected="more than one value in each group",
-            got=f"a map of 1 x 1 with {channels} channels in {groups} groups",
-            hint="take a larger picture or larger latents, or several at once",
+            got=f"a 1x1 feature map with {channels} channels in {groups} groups",
+            hint="use a larger image or larger latents, or a larger batch",
         )
 
 
 def _may_change(part: nn.Module) -> bool:
-    """Whether hooks in it may change what its layers get."""
+    """Whether hooks may change the input of a layer in ``part``."""
     return any(
         module._forward_pre_hooks or any(hasattr(module, name) for name in _HOOKS)
         for module in part.modules()
@@ -114,7 +120,7 @@ def _may_change(part: nn.Module) -> bool:
 
 
 def _casts(x: Tensor, weight: Tensor) -> bool:
-    """Whether autocast is on where ``x`` is; it leaves float64 alone."""
+    """Whether autocast converts ``x``; it never converts float64."""
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return on and torch.float64 not in (x.dtype, weight.dtype)

@@ -1,5 +1,4 @@
-"""What the networks return: small named results, read by name, by key or by position as diffusers'
-are."""
+"""The networks' results, which are read by attribute, by key or by position as diffusers' are."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ class Output:
     """A result that can be read as ``out.sample``, ``out["sample"]`` or ``out[0]``.
 
     Like diffusers' results, which are dictionaries, it iterates over names: ``dict(out)`` and
-    ``**out`` work. It is no ``Mapping``: what rebuilds those of a batch (accelerate's hooks) calls
-    their class with a dictionary.
+    ``**out`` work. It is not a ``Mapping``, because accelerate's hooks rebuild a mapping by calling
+    its class with a dictionary.
     """
 
     def __getitem__(self, key: str | int | slice) -> Any:
@@ -33,19 +32,19 @@ class Output:
         return len(self.keys())
 
     def keys(self) -> tuple[str, ...]:
-        """The fields' names."""
+        """Returns the names of the fields."""
         return tuple(field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
 
     def values(self) -> tuple[Any, ...]:
-        """The fields in order."""
+        """Returns the values in order."""
         return tuple(getattr(self, name) for name in self.keys())
 
     def items(self) -> tuple[tuple[str, Any], ...]:
-        """Names and fields in order."""
+        """Returns names and values in order."""
         return tuple(zip(self.keys(), self.values(), strict=True))
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields in order, as diffusers' results give them."""
+        """Returns the values in order, as diffusers' results do."""
         return self.values()
 
 
@@ -53,8 +52,7 @@ Result = TypeVar("Result")
 
 
 def exportable(kind: type[Result]) -> type[Result]:
-    """A dataclass that ``torch.export``, and whatever else of torch walks through results, looks
-    into."""
+    """Registers a dataclass with torch's pytrees, so that ``torch.export`` can return it."""
     torch.export.register_dataclass(
         kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}"
     )
@@ -62,7 +60,7 @@ def exportable(kind: type[Result]) -> type[Result]:
 
 
 class DiagonalGaussianDistribution:
-    """The posterior that a VAE's encoder predicts: one independent normal for each latent value.
+    """The posterior that a VAE's encoder predicts: independent normal distributions.
 
     Source: ``ldm/modules/distributions/distributions.py``.
 
@@ -70,8 +68,8 @@ class DiagonalGaussianDistribution:
         parameters: ``(B, 2C, H, W)``, mean and log-variance stacked along the channels.
 
     Attributes:
-        parameters: as given. mean, std, var, logvar: ``(B, C, H, W)``; the log-variance is clamped
-            to [-30, 20].
+        parameters: the argument.
+        mean, std, var, logvar: ``(B, C, H, W)``; the log-variance is clamped to [-30, 20].
     """
 
     def __init__(self, parameters: Tensor) -> None:
@@ -87,19 +85,19 @@ class DiagonalGaussianDistribution:
         """Draws ``mean + std * noise``, ``(B, C, H, W)``.
 
         Args:
-            generator: one generator, or one for each picture of the batch; noise is drawn on the
-                generator's own device and then moved, so that a CPU seed gives the same latents on
+            generator: one generator, or one for each sample of the batch. The noise is drawn on the
+                generator's device and then moved, so that a CPU generator gives the same latents on
                 every device.
         """
         return self.mean + self.std * _randn_like(self.mean, generator)
 
     def mode(self) -> Tensor:
-        """The most probable latents: the mean, ``(B, C, H, W)``."""
+        """Returns the most probable latents, which are the mean, ``(B, C, H, W)``."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Kullback-Leibler divergence from ``other`` (the standard normal if None), ``(B,)``, in
-        nats."""
+        """Returns the Kullback-Leibler divergence from ``other``, by default the standard normal:
+        ``(B,)``, in nats."""
         if other is None:
             terms = torch.pow(self.mean, 2) + self.var - 1.0 - self.logvar
         else:
@@ -113,7 +111,8 @@ class DiagonalGaussianDistribution:
         return 0.5 * torch.sum(terms, dim=[1, 2, 3])
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Negative log-likelihood of ``sample`` ``(B, C, H, W)``, summed over ``dims``, in nats."""
+        """Returns the negative log-likelihood of ``sample`` ``(B, C, H, W)`` in nats, summed over
+        ``dims``."""
         log_two_pi = 1.8378770664093453
         terms = log_two_pi + self.logvar + torch.pow(sample - self.mean, 2) / self.var
         return 0.5 * torch.sum(terms, dim=list(dims))
@@ -127,7 +126,7 @@ def _randn_like(
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
             raise InputError(
-                "as many generators as pictures are needed, or one for all",
+                "expected one generator, or one for each sample",
                 where="sample(generator=...)",
                 expected=f"{len(like)} generators",
                 got=len(generator),
@@ -158,6 +157,6 @@ class AutoencoderTinyOutput(Output):
 @exportable
 @dataclass(frozen=True)
 class DecoderOutput(Output):
-    """``sample``: pictures ``(B, out_channels, H, W)``, nominally in [-1, 1], not clamped."""
+    """``sample``: images ``(B, out_channels, H, W)``, nominally in [-1, 1], not clamped."""
 
     sample: Tensor

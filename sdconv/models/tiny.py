@@ -1,27 +1,30 @@
 """The tiny autoencoder: TAESD and its relatives, a distilled VAE made of plain convolutions.
 
-Source: ``taesd.py`` of madebyollin/taesd. There pictures are in [0, 1]; here, as in diffusers, they
-are in [-1, 1]. Layer numbers are diffusers': the original decoder counts its clamp as layer 0, so
-its numbers are one higher.
+Source: ``taesd.py`` of madebyollin/taesd. Images are in [0, 1] there and in [-1, 1] here, as in
+diffusers. Layers are numbered as in diffusers; the original decoder counts its clamp as layer 0, so
+its numbers are higher by one.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sdconv.config import AutoencoderTinyConfig, Config
 from sdconv.errors import SdconvError
-from sdconv.models.base import Autoencoder, Recomputed, moved_by_hooks
+from sdconv.models.base import Autoencoder, apply_forward_hook
+from sdconv.models.blocks import Checkpointed
 from sdconv.models.outputs import AutoencoderTinyOutput, DecoderOutput
 
 
 class TinyBlock(nn.Module):
-    """Three 3x3 convolutions with a bypass: ``relu(convs(x) + x)``. Shape: ``(B, C, H, W)`` to the
-    same."""
+    """A residual block of three 3x3 convolutions: ``relu(convs(x) + x)``.
+
+    Shape: ``(B, C, H, W)`` to the same.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -35,14 +38,13 @@ class TinyBlock(nn.Module):
         self.fuse = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fuse(self.conv(x) + x)  # type: ignore[no-any-return]
+        return cast(Tensor, self.fuse(self.conv(x) + x))
 
 
 class PooledTinyBlock(TinyBlock):
-    """A block that first adds a branch normalised over the whole map (TAEF2): ``y = x + pool(x)``,
-    then as above.
+    """A tiny block that first adds a branch with GroupNorm: ``TinyBlock(x + pool(x))`` (TAEF2).
 
-    GroupNorm's statistics are what lets distant parts of the picture know of each other.
+    GroupNorm's statistics carry information between distant parts of the image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -58,11 +60,12 @@ class PooledTinyBlock(TinyBlock):
         return super().forward(x + self.pool(x))
 
 
-class EncoderTiny(Recomputed):
-    """Pictures to latents: stem, then stages that each begin with a convolution at stride 2.
+class EncoderTiny(Checkpointed):
+    """Images to latents: a stem, then stages, each of which but the first begins with a convolution
+    with stride 2.
 
-    Shape: ``(B, in_channels, H, W)`` in [-1, 1] to ``(B, latent_channels, H/f, W/f)``, f = 2 for
-    each halving.
+    Shape: ``(B, in_channels, H, W)`` in [-1, 1] to ``(B, latent_channels, H/f, W/f)``, f = 2^n
+    after n convolutions with stride 2.
     """
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
@@ -85,14 +88,14 @@ class EncoderTiny(Recomputed):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(self.layers, x.add(1).div(2))  # type: ignore[no-any-return]
+        return cast(Tensor, self.checkpoint_call(self.layers, x.add(1).div(2)))
 
 
-class DecoderTiny(Recomputed):
-    """Latents to pictures: stages of blocks, a doubling and a convolution after each but the last.
+class DecoderTiny(Checkpointed):
+    """Latents to images: stages of blocks, with upsampling and a convolution between them.
 
-    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h*f, w*f)`` in [-1, 1], f = 2 for
-    each doubling.
+    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h*f, w*f)`` in [-1, 1], f =
+    2^n after n upsamplings.
     """
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
@@ -114,9 +117,9 @@ class DecoderTiny(Recomputed):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        # latents are softly held within +-3, where the originals' are
-        x = self.call(self.layers, torch.tanh(z / 3) * 3)
-        return x.mul(2).sub(1)  # type: ignore[no-any-return]
+        # A soft clamp to the range of the VAE's latents.
+        x: Tensor = self.checkpoint_call(self.layers, torch.tanh(z / 3) * 3)
+        return x.mul(2).sub(1)
 
 
 def _block(channels: int, pooled: bool) -> TinyBlock:
@@ -124,13 +127,13 @@ def _block(channels: int, pooled: bool) -> TinyBlock:
 
 
 class AutoencoderTiny(Autoencoder):
-    """TAESD, TAESDXL, TAESD3, TAEF1, TAEF2, TAESANA: encoder, decoder, or both.
+    """TAESD, TAESDXL, TAESD3, TAEF1, TAEF2 and TAESANA: encoder, decoder, or both.
 
-    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: they live in
-    the space that the diffusion model sees, so a pipeline scales them by 1.
+    Images are in [-1, 1]; ``decode`` does not clamp. Latents are those that the diffusion model
+    sees, so a pipeline's scaling factor is 1.
 
     Args:
-        config: channels and blocks of each half; a half without blocks is absent.
+        config: channels and numbers of blocks of each half; a half without blocks is absent.
     """
 
     config_class: ClassVar[type[Config]] = AutoencoderTinyConfig
@@ -143,47 +146,47 @@ class AutoencoderTiny(Autoencoder):
 
     @property
     def downscale(self) -> int:
-        """How many pixels, along each side, one latent stands for."""
+        """Height and width of an image over those of its latents."""
         if self.config.num_encoder_blocks:
             stem = len(self.config.encoder_stem_channels)
             return int(2 ** (len(self.config.num_encoder_blocks) - 1 + stem))
         return int(2 ** (len(self.config.num_decoder_blocks) - 1))
 
-    @moved_by_hooks
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
-        """Pictures to latents.
+        """Encodes images to latents.
 
         Args:
             x: ``(B, in_channels, H, W)`` in [-1, 1].
-            return_dict: False for a plain tuple.
+            return_dict: False returns a plain tuple.
 
         Returns:
             ``.latents``: ``(B, latent_channels, H / downscale, W / downscale)``, raw.
 
         Raises:
-            InputError: no tensor, or of another shape, dtype or device than the network takes.
+            InputError: not a tensor, or one of an unsuitable shape, dtype or device.
             SdconvError: only the decoder was loaded.
         """
         latents = self._latents(x)
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
-    @moved_by_hooks
+    @apply_forward_hook
     def decode(
         self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents to pictures.
+        """Decodes latents to images.
 
         Args:
             x: ``(B, latent_channels, h, w)``, raw.
-            generator: taken because pipelines pass one; decoding draws no noise.
-            return_dict: False for a plain tuple.
+            generator: ignored; pipelines pass one, but decoding is deterministic.
+            return_dict: False returns a plain tuple.
 
         Returns:
             ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
             not clamped.
 
         Raises:
-            InputError: no tensor, or of another shape, dtype or device than the network takes.
+            InputError: not a tensor, or one of an unsuitable shape, dtype or device.
             SdconvError: only the encoder was loaded.
         """
         decoder = self._half("decoder", self.decoder)
@@ -192,24 +195,24 @@ class AutoencoderTiny(Autoencoder):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Pictures through latents stored as bytes, as TAESD's own command does, and back."""
+        """Encodes images, rounds the latents to bytes as TAESD's command does, and decodes them."""
         stored = self.scale_latents(self._latents(sample)).mul_(255).round_().byte()
-        # bytes divide to float32: back to the network's own
+        # Dividing bytes gives float32.
         latents = self.unscale_latents((stored / 255.0).to(self.dtype))
         return self.decode(latents, return_dict=return_dict)
 
     def scale_latents(self, x: Tensor) -> Tensor:
-        """Raw latents to [0, 1], to be stored as a picture."""
+        """Maps raw latents to [0, 1], so that they can be stored as an image."""
         span = 2 * self.config.latent_magnitude
         return x.div(span).add(self.config.latent_shift).clamp(0, 1)
 
     def unscale_latents(self, x: Tensor) -> Tensor:
-        """[0, 1] back to raw latents."""
+        """Maps [0, 1] back to raw latents."""
         return x.sub(self.config.latent_shift).mul(2 * self.config.latent_magnitude)
 
     def _latents(self, x: Tensor) -> Tensor:
         encoder = self._half("encoder", self.encoder)
-        x = self._checked(x, "pictures", self.config.in_channels, 1, encoder)
+        x = self._checked(x, "images", self.config.in_channels, 1, encoder)
         return self._over_batch(encoder, x)
 
     def _half(self, name: str, half: nn.Module | None) -> nn.Module:

@@ -1,6 +1,6 @@
-"""The U-Net: noisy latents, a timestep and a text to the noise in them.
+"""The U-Net: predicts the noise in latents from a timestep and a prompt embedding.
 
-The convolutional skeleton is here; the transformers between its ResNet blocks are handed in.
+The convolutional skeleton is here; the transformers between its ResNet blocks are passed in.
 Source: ``ldm/modules/diffusionmodules/openaimodel.py`` (Rombach et al. 2022,
 https://arxiv.org/abs/2112.10752) and its successor in Stability-AI/generative-models, with
 diffusers' names.
@@ -16,18 +16,18 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from sdconv.backends import dispatched
 from sdconv.config import Config, UNet2DConditionConfig
 from sdconv.config.facts import UNET_NORM_EPS
 from sdconv.errors import InputError
-from sdconv.fast import blocks as fast
 from sdconv.models.base import Network
-from sdconv.models.blocks import Downsample2D, Upsample2D, last_convolution
+from sdconv.models.blocks import Downsample2D, Upsample2D
 from sdconv.models.diffusers_api import integration
 from sdconv.models.outputs import Output, exportable
 from sdconv.models.unet_blocks import (
     Conditions,
     DownBlock2D,
-    SlotMaker,
+    StageBuilder,
     TimestepEmbedding,
     Timesteps,
     Transformers,
@@ -54,15 +54,15 @@ class UNet2DConditionOutput(Output):
 
 
 class UNet2DConditionModel(Network):
-    """The U-Net of Stable Diffusion 1, 2, XL, of the x4 upscaler, and of what was distilled from
+    """The U-Net of Stable Diffusion 1, 2 and XL, of the x4 upscaler, and of models distilled from
     them.
 
     ``sdconv.load`` builds it with diffusers' own ``Transformer2DModel`` in its slots, so that
     attention processors, LoRA and IP-Adapters work on it as on diffusers' class.
 
     Args:
-        config: which channels, levels and parts; read from a checkpoint by ``sdconv.infer``.
-        transformers: makes the module for each slot, or None for a skeleton without transformers.
+        config: numbers of channels, blocks and layers; ``sdconv.infer`` reads it from a checkpoint.
+        transformers: builds the module for each slot; None for a skeleton without transformers.
     """
 
     config_class: ClassVar[type[Config]] = UNet2DConditionConfig
@@ -74,12 +74,12 @@ class UNet2DConditionModel(Network):
         channels = config.block_out_channels
         first, last, levels = channels[0], channels[-1], len(channels)
         time, cross = config.time_embedding_dim or 4 * first, config.crosses_only
-        make = SlotMaker(config, transformers, time)
+        build = StageBuilder(config, transformers, time)
 
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_proj = Timesteps(first)
         self.time_embedding = TimestepEmbedding(first, time, config.time_cond_proj_dim)
-        # set by an IP-Adapter: pictures to what the transformers read beside the text
+        # Set by an IP-Adapter: projects image embeddings for the transformers.
         self.encoder_hid_proj: nn.Module | None = None
         projected = config.projection_class_embeddings_input_dim or 0
         self.class_embedding: nn.Module | None = None
@@ -92,11 +92,11 @@ class UNet2DConditionModel(Network):
             self.add_time_proj = Timesteps(config.addition_time_embed_dim or 0)
             self.add_embedding = TimestepEmbedding(projected, time)
 
-        # the middle stands last: diffusers' order of parameters
+        # The mid block comes last: diffusers' order of parameters.
         self.down_blocks = nn.ModuleList(
             DownBlock2D(
-                make.resnets((before, *(after,) * (layers - 1)), after),
-                make.transformers(
+                build.resnets((before, *(after,) * (layers - 1)), after),
+                build.transformers(
                     f"down_blocks.{level}", level, config.down_depths[level], cross[level]
                 ),
                 Downsample2D(after) if level < levels - 1 else None,
@@ -109,13 +109,13 @@ class UNet2DConditionModel(Network):
         before = last
         for block, level in enumerate(reversed(range(levels))):
             after, layers = channels[level], config.layers[level]
-            # the last skip of a level comes from the level above it
+            # The last skip connection of an up block comes from the next higher resolution.
             skips = (*(after,) * layers, channels[max(level - 1, 0)])
             inputs = (before, *(after,) * layers)
             self.up_blocks.append(
                 UpBlock2D(
-                    make.resnets([a + b for a, b in zip(inputs, skips, strict=True)], after),
-                    make.transformers(
+                    build.resnets([a + b for a, b in zip(inputs, skips, strict=True)], after),
+                    build.transformers(
                         f"up_blocks.{block}", level, config.up_depths[block], cross[level]
                     ),
                     Upsample2D(after) if level else None,
@@ -126,14 +126,14 @@ class UNet2DConditionModel(Network):
         if config.mid_block_type is not None:
             depths = () if config.mid_depth is None else (config.mid_depth,)
             self.mid_block = UNetMidBlock2D(
-                make.resnets((last,) * (1 + len(depths)), last),
-                make.transformers("mid_block", levels - 1, depths, False),
+                build.resnets((last,) * (1 + len(depths)), last),
+                build.transformers("mid_block", levels - 1, depths, False),
             )
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, eps=UNET_NORM_EPS)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
-        self.reads_text = make.reads_text
+        self.reads_text = build.reads_text
 
     def forward(
         self,
@@ -151,35 +151,36 @@ class UNet2DConditionModel(Network):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predicts the noise (or the velocity: what it was trained for).
+        """Predicts the noise, or the velocity if the network was trained for that.
 
         Args:
             sample: ``(B, in_channels, H, W)``, of any size.
             timestep: one number, or a tensor of shape ``()``, ``(1,)`` or ``(B,)``.
-            encoder_hidden_states: the text, ``(B, tokens, cross_attention_dim)``; None without
-                transformers.
+            encoder_hidden_states: the prompt embedding, ``(B, tokens, cross_attention_dim)``; None
+                without transformers.
             class_labels: ``(B,)`` whole numbers below ``num_class_embeds`` (the x4 upscaler's noise
                 level), or ``(B, projection_class_embeddings_input_dim)``.
             timestep_cond: ``(B, time_cond_proj_dim)``, the embedded guidance scale of a latent
                 consistency model.
             attention_mask, encoder_attention_mask: ``(B, tokens)``, 1 to keep and 0 to leave out,
-                of the first and the second attention of each transformer block.
-            cross_attention_kwargs: handed to the attention processors.
+                for the first and the second attention of each transformer block.
+            cross_attention_kwargs: passed to the attention processors.
             added_cond_kwargs: SDXL's ``text_embeds`` ``(B, C)`` and ``time_ids`` ``(B, n)``; an
                 IP-Adapter's ``image_embeds``.
             down_block_additional_residuals, mid_block_additional_residual: a ControlNet's, added to
-                the skips and to the middle.
-            down_intrablock_additional_residuals: a T2I-Adapter's, added inside each level on the
-                way down and, if there is one more, to the middle.
-            return_dict: False for a plain tuple.
+                the skip connections and to the mid block's output.
+            down_intrablock_additional_residuals: a T2I-Adapter's, added inside each down block
+                and, if there is one more, to the mid block's output.
+            return_dict: False returns a plain tuple.
 
         Returns:
             ``.sample``: ``(B, out_channels, H, W)``.
 
         Raises:
-            InputError: something is missing, of the wrong shape, or not taken by this network.
+            InputError: an argument is missing, has the wrong shape, or does not belong to this
+                network.
         """
-        # every check comes before any arithmetic
+        # All checks come before any arithmetic.
         added = {} if added_cond_kwargs is None else added_cond_kwargs
         down, mid = down_block_additional_residuals, mid_block_additional_residual
         masks = {"attention_mask": attention_mask, "encoder_attention_mask": encoder_attention_mask}
@@ -192,20 +193,20 @@ class UNet2DConditionModel(Network):
         adapter = list(down_intrablock_additional_residuals or ())
 
         temb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
-        if (of_class := self.get_class_embed(sample, class_labels)) is not None:
-            temb = temb + of_class
-        if (of_size := self.get_aug_embed(temb, encoder_hidden_states, added)) is not None:
-            temb = temb + of_size
-        read = self.process_encoder_hidden_states(encoder_hidden_states, added)
-        conditions: dict[str, Any] = {"encoder_hidden_states": read}
+        if (class_embed := self.get_class_embed(sample, class_labels)) is not None:
+            temb = temb + class_embed
+        if (aug_embed := self.get_aug_embed(temb, encoder_hidden_states, added)) is not None:
+            temb = temb + aug_embed
+        context = self.process_encoder_hidden_states(encoder_hidden_states, added)
+        conditions: dict[str, Any] = {"encoder_hidden_states": context}
         if attention_mask is not None:
-            conditions["attention_mask"] = _bias(attention_mask, sample.dtype)
+            conditions["attention_mask"] = _score_bias(attention_mask, sample.dtype)
         if encoder_attention_mask is not None:
-            conditions["encoder_attention_mask"] = _bias(encoder_attention_mask, sample.dtype)
+            conditions["encoder_attention_mask"] = _score_bias(encoder_attention_mask, sample.dtype)
         if cross_attention_kwargs is not None:
             conditions["cross_attention_kwargs"] = cross_attention_kwargs
 
-        x = fast.first(self.conv_in, sample)
+        x = self.project_in(sample)
         x, skips = self._down(x, temb, conditions, adapter)
         if down is not None:
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
@@ -216,39 +217,42 @@ class UNet2DConditionModel(Network):
         if mid is not None:
             x = x + mid
         x = self._up(x, temb, conditions, skips)
-        x = last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
+        x = self.project_out(x)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """FreeU on the two smallest levels of the way up (Si et al. 2023).
+        """Switches FreeU (Si et al. 2023) on, in the first two up blocks.
 
         Args:
-            s1, s2: factors for the skips' low frequencies on the first and the second level.
-            b1, b2: likewise for half of the map's channels.
+            s1, s2: factors for the skip connections' low frequencies, in the first and the second
+                up block.
+            b1, b2: factors for half of the backbone's channels.
         """
-        for block, factors in zip(self._up_levels, ((s1, b1), (s2, b2)), strict=False):
+        for block, factors in zip(self._up_stages, ((s1, b1), (s2, b2)), strict=False):
             block.freeu = factors
 
     def disable_freeu(self) -> None:
-        """The network as it was."""
-        for block in self._up_levels:
+        """Switches FreeU off."""
+        for block in self._up_stages:
             block.freeu = None
 
     def get_time_embed(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """Sinusoids of the timestep, ``(B, block_out_channels[0])``, in ``sample``'s dtype."""
+        """Returns the sinusoidal embedding of the timestep, ``(B, block_out_channels[0])``, in the
+        dtype of ``sample``."""
         steps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        return self.time_proj(steps).to(sample.dtype)  # type: ignore[no-any-return]
+        return cast(Tensor, self.time_proj(steps)).to(sample.dtype)
 
     def get_class_embed(self, sample: Tensor, class_labels: Tensor | None) -> Tensor | None:
-        """What is added to the time embedding for the class, ``(B, T)``; None without classes.
+        """Returns the class embedding ``(B, T)``, which is added to the time embedding; None in a
+        network without classes.
 
         Raises:
-            InputError: a label that is out of range, where torch notices (not on CUDA).
+            InputError: a label is out of range, which torch notices except on CUDA.
         """
         if self.class_embedding is None:
             return None
         try:
-            return self.class_embedding(class_labels).to(sample.dtype)  # type: ignore[no-any-return]
+            return cast(Tensor, self.class_embedding(class_labels)).to(sample.dtype)
         except IndexError as error:
             raise InputError(
                 "class_labels out of range",
@@ -260,18 +264,19 @@ class UNet2DConditionModel(Network):
     def get_aug_embed(
         self, emb: Tensor, encoder_hidden_states: Tensor | None, added_cond_kwargs: Added
     ) -> Tensor | None:
-        """What is added to the time embedding ``emb`` for SDXL's pooled text and sizes, ``(B, T)``;
-        None where there are none."""
+        """Returns the embedding ``(B, T)`` of SDXL's pooled prompt and image sizes, which is added
+        to the time embedding ``emb``; None in other families."""
         if self.add_embedding is None:
             return None
         text = added_cond_kwargs["text_embeds"]
         sizes = self.add_time_proj(added_cond_kwargs["time_ids"].flatten()).reshape(len(text), -1)
-        return self.add_embedding(torch.cat([text, sizes], dim=-1).to(emb.dtype))  # type: ignore[no-any-return]
+        return cast(Tensor, self.add_embedding(torch.cat([text, sizes], dim=-1).to(emb.dtype)))
 
     def process_encoder_hidden_states(
         self, encoder_hidden_states: Tensor | None, added_cond_kwargs: Added
     ) -> Any:
-        """What the transformers read: the text, and an IP-Adapter's pictures beside it."""
+        """Returns what the transformers attend to: the prompt embedding, and an IP-Adapter's image
+        embeddings if there is one."""
         if self.encoder_hid_proj is None:
             return encoder_hidden_states
         return encoder_hidden_states, self.encoder_hid_proj(added_cond_kwargs["image_embeds"])
@@ -282,13 +287,17 @@ class UNet2DConditionModel(Network):
         return network
 
     @property
-    def _up_levels(self) -> Iterable[UpBlock2D]:
+    def _up_stages(self) -> Iterable[UpBlock2D]:
         return cast(Iterable[UpBlock2D], self.up_blocks)
+
+    @dispatched
+    def project_in(self, sample: Tensor) -> Tensor:
+        return cast(Tensor, self.conv_in(sample))
 
     def _down(
         self, x: Tensor, temb: Tensor, conditions: Conditions, adapter: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Through the levels on the way down, taking what they need from ``adapter``."""
+        """Runs the down path, which uses up residuals of ``adapter``; also gives the skips."""
         skips = [x]
         for block in cast(Iterable[DownBlock2D], self.down_blocks):
             residual = adapter.pop(0) if adapter else None
@@ -301,20 +310,25 @@ class UNet2DConditionModel(Network):
         return x, skips
 
     def _up(self, x: Tensor, temb: Tensor, conditions: Conditions, skips: list[Tensor]) -> Tensor:
-        for block in self._up_levels:
+        """Runs the up path."""
+        for block in self._up_stages:
             rest = len(skips) - len(block.resnets)
             skips, own = skips[:rest], skips[rest:]
-            # the next level's skips say how large it is, which doubling would miss at odd sizes
+            # At odd sizes the next skip connection is not exactly twice as large.
             size = tuple(skips[-1].shape[2:]) if skips else None
             x = block(x, temb, own, conditions, size)
         return x
 
+    @dispatched
+    def project_out(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv_out(self.conv_act(self.conv_norm_out(x))))
 
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to attention scores: 0 to keep a token, -10000 to leave it out."""
+
+def _score_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what is added to attention scores: 0 keeps a token, -10000 masks it."""
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
 def _plus(x: Tensor, residual: Tensor) -> Tensor:
-    """``x + residual`` in ``x``'s dtype."""
+    """Returns ``x + residual`` in the dtype of ``x``."""
     return (x + residual).to(x.dtype)

@@ -1,5 +1,5 @@
-"""What the U-Net is made of beside ResNet blocks: its levels, its time embedding, and the slots
-between its convolutions where transformers stand.
+"""The U-Net's own parts: down, mid and up blocks, the time embedding, and the slots for its
+transformers.
 
 Shapes: ``B`` batch, ``C`` channels, ``H W`` rows and columns, ``T`` width of the time embedding.
 Source: ``ldm/modules/diffusionmodules/openaimodel.py`` of CompVis/latent-diffusion.
@@ -7,34 +7,41 @@ Source: ``ldm/modules/diffusionmodules/openaimodel.py`` of CompVis/latent-diffus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sdconv.backends import dispatched
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import UNET_NORM_EPS
-from sdconv.fast.transformers import products
-from sdconv.models.base import Recomputed
-from sdconv.models.blocks import ResnetBlock2D
+from sdconv.models.blocks import Checkpointed, ResnetBlock2D
 from sdconv.models.freeu import amplified, low_frequencies_scaled
-from sdconv.models.timesteps import sinusoid
 
-# what every transformer of one forward pass is given beside the map
+# The keyword arguments that all transformers get in one forward pass.
 Conditions = Mapping[str, Any]
+
+# The longest period of the time embedding, over 2 pi (Vaswani et al. 2017, section 3.5).
+MAX_PERIOD = 10000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerSlot:
-    """A place between the skeleton's blocks, and what is to stand there.
+    """A slot for a transformer between the U-Net's convolutional blocks.
 
-    ``name``: the place, such as ``"down_blocks.0.attentions.1"``. ``channels``: of the map that
-    goes in and comes out. ``heads``: into which the channels are split. ``depth``: transformer
-    blocks. ``cross_attention_dim``: width of the text. ``use_linear_projection``: ``proj_in`` and
-    ``proj_out`` are linear, not 1x1 convolutions. ``only_cross_attention``: both attentions of a
-    block look at the text.
+    Attributes:
+        name: module path, such as ``"down_blocks.0.attentions.1"``.
+        channels: of the feature map, input and output.
+        heads: number of attention heads.
+        depth: number of transformer blocks.
+        cross_attention_dim: width of the prompt embedding.
+        use_linear_projection: ``proj_in`` and ``proj_out`` are linear layers, not 1x1 convolutions.
+        only_cross_attention: both attention layers of a block attend to the prompt embedding.
+        upcast_attention: attention scores are computed in float32.
+        norm_num_groups: number of groups of GroupNorm.
     """
 
     name: str
@@ -48,37 +55,49 @@ class TransformerSlot:
     norm_num_groups: int
 
 
-# Makes what stands in a slot: a module that is called as `module(x, return_dict=False,
-# encoder_hidden_states=..., **more)` with x (B, C, H, W), and gives a tuple that begins with a map
-# of x's shape; or None for nothing.
+# Builds the module for a slot, or returns None to leave it empty. The module is called as
+# `module(x, return_dict=False, encoder_hidden_states=..., **more)` with x (B, C, H, W), and returns
+# a tuple whose first element has the shape of x.
 Transformers = Callable[[TransformerSlot], nn.Module | None]
 
 
 class NoTransformer(nn.Module):
-    """An empty slot: the map goes through as it is."""
+    """Fills an empty slot: returns its input."""
 
     def forward(self, x: Tensor, **_: object) -> tuple[Tensor]:
         return (x,)
 
 
 class Timesteps(nn.Module):
-    """Numbers ``(N,)`` to float32 vectors ``(N, width)``; see ``sdconv.models.timesteps``."""
+    """Sinusoidal embedding of timesteps: ``[cos(t w_0), ..., cos(t w_n), sin(t w_0), ..., sin(t
+    w_n)]`` with ``w_i = 10000^(-i/n)``.
+
+    Cosines first, as in ``timestep_embedding`` of ``ldm/modules/diffusionmodules/util.py``.
+
+    Shape: ``(N,)``, of any dtype, to ``(N, width)`` in float32; ``width`` is even.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        return sinusoid(timesteps, self.width)
+        half = self.width // 2
+        exponents = -math.log(MAX_PERIOD) * torch.arange(
+            half, dtype=torch.float32, device=timesteps.device
+        )
+        angles = torch.outer(timesteps.float(), torch.exp(exponents / half))
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
     """Two linear layers with a SiLU between them: ``(B, in_channels)`` to ``(B, T)``.
 
     Args:
-        in_channels: width of what comes in. time_channels: ``T``.
-        condition_channels: width of a second input that is projected and added to the first
-            (latent consistency models put the guidance scale there), or None for no such input.
+        in_channels: width of the input.
+        time_channels: ``T``.
+        condition_channels: width of a second input, which is projected and added to the first
+            (latent consistency models embed the guidance scale), or None for a single input.
     """
 
     def __init__(
@@ -97,15 +116,15 @@ class TimestepEmbedding(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if self.cond_proj is not None and condition is not None:
             x = x + self.cond_proj(condition)
-        return self.linear_2(self.act(self.linear_1(x)))  # type: ignore[no-any-return]
+        return cast(Tensor, self.linear_2(self.act(self.linear_1(x))))
 
 
-class Level(Recomputed):
-    """ResNet blocks, each followed by a transformer where the level has any."""
+class UNetStage(Checkpointed):
+    """ResNet blocks, each followed by a transformer if the stage has transformers."""
 
     def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]) -> None:
         super().__init__()
-        # diffusers' pipelines ask by this attribute's presence whether a level has transformers
+        # diffusers' pipelines look for this attribute to learn whether a block has transformers.
         if attentions := list(attentions):
             self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
@@ -114,22 +133,25 @@ class Level(Recomputed):
         return hasattr(self, "attentions")
 
     def attend(self, layer: int, x: Tensor, conditions: Conditions) -> Tensor:
-        """``x`` through the layer's transformer, if there is one."""
+        """Runs the transformer of a layer, if there is one."""
         if not self.has_transformers():
             return x
-        return self.call(_attend, self.attentions[layer], x, conditions)  # type: ignore[no-any-return]
+        out = self.checkpoint_call(run_transformer, self.attentions[layer], x, conditions)
+        return cast(Tensor, out)
 
 
-def _attend(transformer: nn.Module, x: Tensor, conditions: Conditions) -> Any:
-    with products(transformer, x):
-        return transformer(x, return_dict=False, **conditions)[0]
+@dispatched
+def run_transformer(transformer: nn.Module, x: Tensor, conditions: Conditions) -> Tensor:
+    """Runs a slot's module on ``(B, C, H, W)``; gives the same shape."""
+    return cast(Tensor, transformer(x, return_dict=False, **conditions)[0])
 
 
-class DownBlock2D(Level):
-    """A level on the way down: its layers, then a halving on every level but the last.
+class DownBlock2D(UNetStage):
+    """A down block: its layers, then strided downsampling in all blocks but the last.
 
-    Shape: ``(B, in, H, W)`` and ``(B, T)`` to ``(B, out, H, W)``, halved if it downsamples; and the
-    map after each layer and after the halving, for the way up.
+    Shape: ``(B, in, H, W)`` and ``(B, T)`` to ``(B, out, H, W)``, or half that height and width if
+    it downsamples. It also returns the skip connections for the up path: the feature maps after
+    each layer and after downsampling.
     """
 
     def __init__(
@@ -146,7 +168,7 @@ class DownBlock2D(Level):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         skips: list[Tensor] = []
         for layer, resnet in enumerate(self.resnets):
-            x = self.attend(layer, self.call(resnet, x, temb), conditions)
+            x = self.attend(layer, self.checkpoint_call(resnet, x, temb), conditions)
             if residual is not None and layer == len(self.resnets) - 1:
                 x = x + residual
             skips.append(x)
@@ -156,29 +178,30 @@ class DownBlock2D(Level):
         return x, tuple(skips)
 
 
-class UNetMidBlock2D(Level):
-    """The middle: a ResNet block, and a transformer and another ResNet block where it has them.
+class UNetMidBlock2D(UNetStage):
+    """The mid block: a ResNet block, in most networks followed by a transformer and another ResNet
+    block.
 
     Shape: ``(B, C, H, W)`` and ``(B, T)`` to ``(B, C, H, W)``.
     """
 
     def forward(self, x: Tensor, temb: Tensor, conditions: Conditions) -> Tensor:
         first, *rest = self.resnets
-        x = self.call(first, x, temb)
+        x = self.checkpoint_call(first, x, temb)
         for layer, resnet in enumerate(rest):
-            x = self.call(resnet, self.attend(layer, x, conditions), temb)
+            x = self.checkpoint_call(resnet, self.attend(layer, x, conditions), temb)
         return x
 
 
-class UpBlock2D(Level):
-    """A level on the way up: each layer takes the skip of its counterpart beside the map; then a
-    doubling, or what the next skip's size asks for, on every level but the last.
+class UpBlock2D(UNetStage):
+    """An up block: each layer takes a skip connection as additional channels; then upsampling, to
+    the size of the next skip connection, in all blocks but the last.
 
-    Shape: ``(B, in, H, W)``, ``(B, T)`` and as many skips as layers to ``(B, out, H, W)`` or ``(B,
-    out, *size)``.
+    Shape: ``(B, in, H, W)``, ``(B, T)`` and one skip connection for each layer to ``(B, out, H,
+    W)``, or ``(B, out, *size)`` if it upsamples.
     """
 
-    # FreeU's factors for the skips' low frequencies and for the map, while it is on
+    # FreeU's factors for the skip connections' low frequencies and for the backbone, if it is on.
     freeu: tuple[float, float] | None = None
 
     def __init__(
@@ -200,19 +223,19 @@ class UpBlock2D(Level):
     ) -> Tensor:
         for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             if self.freeu is not None:
-                of_skip, of_map = self.freeu
-                # without a middle they are one tensor, which diffusers amplifies in place
-                shared, x = x is skip, amplified(x, of_map)
-                skip = low_frequencies_scaled(x if shared else skip, of_skip)
-            x = self.call(resnet, torch.cat([x, skip], dim=1), temb)
+                skip_factor, backbone_factor = self.freeu
+                # Without a mid block both are the same tensor, which diffusers amplifies in place.
+                shared, x = x is skip, amplified(x, backbone_factor)
+                skip = low_frequencies_scaled(x if shared else skip, skip_factor)
+            x = self.checkpoint_call(resnet, torch.cat([x, skip], dim=1), temb)
             x = self.attend(layer, x, conditions)
         for upsampler in self.upsamplers or ():
             x = upsampler(x, size)
         return x
 
 
-class SlotMaker:
-    """Makes what one U-Net's levels are made of: ResNet blocks, and what stands in their slots."""
+class StageBuilder:
+    """Builds the ResNet blocks of one U-Net's stages, and the modules in their slots."""
 
     def __init__(
         self, config: UNet2DConditionConfig, transformers: Transformers | None, time: int
@@ -233,16 +256,16 @@ class SlotMaker:
         ]
 
     def transformers(
-        self, place: str, level: int, depths: Sequence[int], only_cross: bool
+        self, path: str, stage: int, depths: Sequence[int], only_cross: bool
     ) -> list[nn.Module]:
         config = self._config
         slots = [
             TransformerSlot(
-                name=f"{place}.attentions.{layer}",
-                channels=config.block_out_channels[level],
-                heads=config.heads[level],
+                name=f"{path}.attentions.{layer}",
+                channels=config.block_out_channels[stage],
+                heads=config.heads[stage],
                 depth=depth,
-                cross_attention_dim=config.context_dims[level],
+                cross_attention_dim=config.context_dims[stage],
                 use_linear_projection=config.use_linear_projection,
                 only_cross_attention=only_cross,
                 upcast_attention=bool(config.upcast_attention),
@@ -250,6 +273,6 @@ class SlotMaker:
             )
             for layer, depth in enumerate(depths)
         ]
-        made = [self._transformers(slot) if self._transformers else None for slot in slots]
-        self.reads_text |= any(module is not None for module in made)
-        return [NoTransformer() if module is None else module for module in made]
+        built = [self._transformers(slot) if self._transformers else None for slot in slots]
+        self.reads_text |= any(module is not None for module in built)
+        return [NoTransformer() if module is None else module for module in built]

@@ -1,4 +1,4 @@
-"""Whether a U-Net can take what it is called with: every complaint comes before any arithmetic."""
+"""Checks of a U-Net's arguments, before any arithmetic."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def check_sample(
     timestep_cond: Any,
     class_labels: Any,
 ) -> None:
-    """The latents and what is added to the timestep; ``part`` computes with them."""
+    """Checks the latents, the timestep, and the conditions that are added to its embedding."""
     shape = f"(B, {config.in_channels}, H, W)"
     check_tensor(sample, "latents", NAME, shape)
     if sample.ndim != 4 or sample.shape[1] != config.in_channels or 0 in sample.shape:
-        raise _wrong("latents of the wrong shape", shape, sample)
+        raise _wrong("latents have the wrong shape", shape, sample)
     check_like(sample, part, "latents", NAME)
-    _check_smallest_map(config, sample)
+    _check_smallest_feature_map(config, sample)
     _check_timestep(timestep, len(sample))
     _check_guidance(config, part, len(sample), timestep_cond)
     _check_labels(config, part, sample, class_labels)
 
 
-def _check_smallest_map(config: UNet2DConditionConfig, sample: Tensor) -> None:
-    """A level of a single position, whose normalisation may see one value in each group."""
+def _check_smallest_feature_map(config: UNet2DConditionConfig, sample: Tensor) -> None:
+    """Refuses latents that leave GroupNorm a single value in each group at some resolution."""
     channels = config.block_out_channels
     for level, pair in enumerate(zip((channels[0], *channels), channels, strict=False)):
         if min(pair) == config.norm_num_groups:
@@ -48,26 +48,26 @@ def _check_smallest_map(config: UNet2DConditionConfig, sample: Tensor) -> None:
 def _check_timestep(timestep: Any, batch: int) -> None:
     expected = f"a number, or a tensor of shape (), (1,) or ({batch},)"
     if isinstance(timestep, Tensor):
-        # in a graph for any size these are symbols, of which only `==` and its like can be asked
+        # While a graph for any size is traced these are symbols, which can only be compared.
         count = timestep.numel()
         if timestep.ndim > 1 or (count != 1 and count != batch):
-            raise _wrong("timesteps of the wrong shape", expected, timestep)
+            raise _wrong("timesteps have the wrong shape", expected, timestep)
         if timestep.is_complex() or timestep.dtype == torch.bool:
-            raise _wrong("timesteps that are no numbers", expected, timestep.dtype)
+            raise _wrong("timesteps must be numbers", expected, timestep.dtype)
     elif not (torch.compiler.is_compiling() or isinstance(timestep, Real)):
-        raise _wrong("timesteps that are no numbers", expected, _kind(timestep))
+        raise _wrong("timesteps must be numbers", expected, _kind(timestep))
 
 
 def _check_guidance(
     config: UNet2DConditionConfig, part: nn.Module, batch: int, condition: Any
 ) -> None:
-    """A latent consistency model's ``timestep_cond``."""
+    """Checks a latent consistency model's ``timestep_cond``."""
     if condition is None:
         return
     width = config.time_cond_proj_dim
     expected = "None" if width is None else f"({batch}, {width})"
     if not isinstance(condition, Tensor) or width is None or condition.shape[-1:] != (width,):
-        raise _wrong("this U-Net does not take such a timestep_cond", expected, condition)
+        raise _wrong("timestep_cond does not fit this U-Net", expected, condition)
     check_like(condition, part, "timestep_cond", NAME)
 
 
@@ -82,10 +82,10 @@ def _check_labels(
     given = tuple(labels.shape) if isinstance(labels, Tensor) else labels
     if shape is None:
         if labels is not None:
-            raise _wrong("class_labels that this U-Net does not take", "None", labels)
+            raise _wrong("class_labels do not fit this U-Net", "None", labels)
         return
     if not isinstance(labels, Tensor) or given != shape:
-        raise _wrong("class_labels that this U-Net does not take", shape, labels)
+        raise _wrong("class_labels do not fit this U-Net", shape, labels)
     if config.class_embed_type is not None:
         check_like(labels, part, "class_labels", NAME)
         return
@@ -95,28 +95,28 @@ def _check_labels(
 
 
 def check_text(config: UNet2DConditionConfig, part: nn.Module, batch: int, text: Any) -> None:
-    """What the transformers read."""
+    """Checks the prompt embedding."""
     widths = sorted(set(config.context_dims))
     expected = f"({batch}, tokens, {' or '.join(map(str, widths))})"
     fits = isinstance(text, Tensor) and text.ndim == 3
     if not (fits and len(text) == batch and text.shape[2] in widths and text.shape[1]):
-        raise _wrong("encoder_hidden_states of the wrong shape", expected, text)
+        raise _wrong("encoder_hidden_states have the wrong shape", expected, text)
     check_like(text, part, "encoder_hidden_states", NAME)
 
 
 def check_added(
-    config: UNet2DConditionConfig, part: nn.Module, sample: Tensor, added: Any, pictures: bool
+    config: UNet2DConditionConfig, part: nn.Module, sample: Tensor, added: Any, images: bool
 ) -> None:
-    """``added_cond_kwargs``: SDXL's, and an IP-Adapter's where ``pictures``."""
+    """Checks ``added_cond_kwargs``: SDXL's, and an IP-Adapter's if ``images``."""
     sized = config.addition_embed_type is not None
     names = {"text_embeds", "time_ids"} if sized else set()
-    names |= {"image_embeds"} if pictures else set()
+    names |= {"image_embeds"} if images else set()
     wanted = ", ".join(sorted(names)) or "none"
     if not isinstance(added, Mapping):
         raise _wrong("added_cond_kwargs must be a dictionary", wanted, _kind(added))
     if set(added) != names:
         raise _wrong(
-            "added_cond_kwargs that do not fit this U-Net",
+            "added_cond_kwargs do not fit this U-Net",
             wanted,
             ", ".join(sorted(map(str, added))) or "none",
         )
@@ -134,7 +134,7 @@ def check_added(
         or batch * text.shape[1] + each * numbers.numel() != batch * (width or 0)
     ):
         raise _wrong(
-            "added_cond_kwargs of the wrong shapes",
+            "added_cond_kwargs have the wrong shapes",
             f"text_embeds ({batch}, C) and time_ids ({batch}, n) with C + {each} n = {width}",
             f"{tuple(text.shape)} and {tuple(numbers.shape)}",
         )
@@ -143,7 +143,7 @@ def check_added(
 
 
 def check_residuals(config: UNet2DConditionConfig, down: Any, mid: Any, adapter: Any) -> None:
-    """A ControlNet's, ``down`` and ``mid``, and a T2I-Adapter's."""
+    """Checks the residuals of a ControlNet, ``down`` and ``mid``, and those of a T2I-Adapter."""
     for given in (down, adapter):
         several = isinstance(given, list | tuple)
         if given is not None and not (several and all(isinstance(one, Tensor) for one in given)):
@@ -151,30 +151,34 @@ def check_residuals(config: UNet2DConditionConfig, down: Any, mid: Any, adapter:
     if mid is not None:
         check_tensor(mid, "mid_block_additional_residual", NAME, "(B, C, H, W)")
     if (down is None) != (mid is None):
-        # diffusers adds `down` alone as a T2I-Adapter's, with a warning that this will end
+        # diffusers takes `down` alone for a T2I-Adapter's, with a warning of deprecation.
         raise _wrong(
-            "a ControlNet's residuals come together",
+            "a ControlNet's residuals must be passed together",
             "down_block_additional_residuals and mid_block_additional_residual",
             "one without the other",
             "pass a T2I-Adapter's as down_intrablock_additional_residuals",
         )
     channels, skips = config.block_out_channels, _skip_channels(config)
     if down is not None and len(down) != len(skips):
-        raise _wrong("a ControlNet's residuals for another U-Net", f"{len(skips)}", f"{len(down)}")
+        raise _wrong(
+            "the ControlNet's residuals do not fit this U-Net", f"{len(skips)}", f"{len(down)}"
+        )
     most = len(channels) + (config.mid_block_type is not None)
     if len(adapter or ()) > most:
         raise _wrong(
-            "a T2I-Adapter's residuals for another U-Net", f"at most {most}", f"{len(adapter)}"
+            "the T2I-Adapter's residuals do not fit this U-Net",
+            f"at most {most}",
+            f"{len(adapter)}",
         )
     if down is not None:
-        _check_channels("a ControlNet's", (*down, mid), (*skips, channels[-1]))
-    _check_channels("a T2I-Adapter's", adapter or (), (*channels, channels[-1]))
+        _check_channels("ControlNet's", (*down, mid), (*skips, channels[-1]))
+    _check_channels("T2I-Adapter's", adapter or (), (*channels, channels[-1]))
 
 
 def _skip_channels(config: UNet2DConditionConfig) -> list[int]:
-    """Channels of each map that the way up takes from the way down, the first one first."""
+    """Returns the channels of each skip connection, in the order of the down path."""
     channels = config.block_out_channels
-    # of each level its layers' and its halving's, which the last has not
+    # one after each layer, and one after the downsampling that the last stage lacks
     levels = zip(channels, config.layers, strict=True)
     own = [count for count, layers in levels for _ in range(layers + 1)]
     return [channels[0], *own[:-1]]
@@ -182,23 +186,23 @@ def _skip_channels(config: UNet2DConditionConfig) -> list[int]:
 
 def _check_channels(whose: str, residuals: Sequence[Tensor], channels: Sequence[int]) -> None:
     for number, (residual, count) in enumerate(zip(residuals, channels, strict=False)):
-        # one channel is added to all
+        # A single channel is broadcast.
         if residual.ndim != 4 or (residual.shape[1] != count and residual.shape[1] != 1):
             raise _wrong(
-                f"{whose} residuals for another U-Net: number {number} has other channels",
+                f"the {whose} residuals do not fit: number {number} has the wrong channels",
                 f"(B, {count}, H, W)",
                 residual,
             )
 
 
 def check_attention(masks: Mapping[str, Any], kwargs: Mapping[str, Any] | None) -> None:
-    """Masks by their names, and ``cross_attention_kwargs`` for the attention processors, which
-    judge the rest."""
+    """Checks the attention masks, and that ``cross_attention_kwargs`` ask for nothing that is not
+    built; the attention processors check the rest."""
     for name, mask in masks.items():
         if mask is not None:
             check_tensor(mask, name, NAME, "(B, tokens)")
     if kwargs and "gligen" in kwargs:
-        raise _wrong("GLIGEN's layers are not built", "no such entry", "gligen")
+        raise _wrong("GLIGEN is not supported", "no such entry", "gligen")
 
 
 def _wrong(what: str, expected: object, got: Any, hint: str | None = None) -> InputError:

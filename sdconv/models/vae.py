@@ -1,4 +1,4 @@
-"""The VAE: pictures to latents an eighth of their size along each side, and back.
+"""The VAE: images to latents with an eighth of their height and width, and back.
 
 Source: ``ldm/modules/diffusionmodules/model.py`` and ``ldm/models/autoencoder.py`` (Rombach et al.
 2022, https://arxiv.org/abs/2112.10752), with diffusers' names.
@@ -7,6 +7,7 @@ Source: ``ldm/modules/diffusionmodules/model.py`` and ``ldm/models/autoencoder.p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, cast
@@ -14,33 +15,28 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from sdconv.backends import dispatched
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, Config
 from sdconv.config.facts import VAE_NORM_EPS
-from sdconv.fast import blocks as fast
-from sdconv.models.base import Autoencoder, Recomputed, moved_by_hooks
-from sdconv.models.blocks import (
-    DownEncoderBlock2D,
-    MidBlock2D,
-    UpDecoderBlock2D,
-    apart,
-    last_convolution,
-)
+from sdconv.models.base import Autoencoder, apply_forward_hook
+from sdconv.models.blocks import Checkpointed, DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D
 from sdconv.models.inputs import check_room
 from sdconv.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
-from sdconv.streaming import Streaming
 
 
-class Encoder(Recomputed):
-    """Pictures to the moments of latents: strided convolutions halve the map between levels.
+class Encoder(Checkpointed):
+    """Images to the mean and log-variance of their latents.
 
     Args:
-        in_channels: the picture's. latent_channels: half the output's (mean and log-variance).
-        block_out_channels: of each level, the picture's size first.
-        layers_per_block: ResNet blocks on each level.
-        groups: normalisation groups. attention: whether the middle has it.
+        in_channels: channels of the image.
+        latent_channels: channels of the latents, half of the output's.
+        block_out_channels: channels of each down block, from the image's resolution downwards.
+        layers_per_block: ResNet blocks in each down block.
+        groups: number of groups of GroupNorm.
+        attention: whether the mid block has attention.
 
-    Shape: ``(B, in_channels, H, W)`` to ``(B, 2 * latent_channels, H / 2^(n-1), W / 2^(n-1))``, n
-    levels.
+    Shape: ``(B, in_channels, H, W)`` to ``(B, 2 * latent_channels, H / 2^(n-1), W / 2^(n-1))`` with
+    n down blocks.
     """
 
     def __init__(
@@ -59,38 +55,42 @@ class Encoder(Recomputed):
         self.down_blocks = nn.ModuleList(
             DownEncoderBlock2D(
                 before,
-                channels,
+                after,
                 layers=layers_per_block,
-                downsample=level < len(block_out_channels),
+                downsample=number < len(block_out_channels),
                 groups=groups,
                 eps=VAE_NORM_EPS,
             )
-            for level, (before, channels) in enumerate(pairwise((first, *block_out_channels)), 1)
+            for number, (before, after) in enumerate(pairwise((first, *block_out_channels)), 1)
         )
         self.mid_block = MidBlock2D(last, attention=attention, groups=groups, eps=VAE_NORM_EPS)
         self.conv_norm_out = nn.GroupNorm(groups, last, eps=VAE_NORM_EPS)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(last, 2 * latent_channels, 3, padding=1)
 
+    @dispatched
     def forward(self, x: Tensor) -> Tensor:
-        x = fast.first(self.conv_in, x)
-        for block in apart((*self.down_blocks, self.mid_block)):
-            x = self.call(block, x)
-        return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = self.checkpoint_call(block, x)
+        x = self.checkpoint_call(self.mid_block, x)
+        return cast(Tensor, self.conv_out(self.conv_act(self.conv_norm_out(x))))
 
 
-class Decoder(Recomputed):
-    """Latents to pictures: nearest-neighbour doubling and a convolution between levels.
+class Decoder(Checkpointed):
+    """Latents to images.
 
     Args:
-        latent_channels: the input's. out_channels: the picture's.
-        block_out_channels: of each level, the picture's size first (the encoder's order, walked
-            backwards here).
-        layers_per_block: as in the encoder; a level here has one ResNet block more.
-        groups: normalisation groups. attention: whether the middle has it.
+        latent_channels: channels of the latents.
+        out_channels: channels of the image.
+        block_out_channels: channels of each up block, from the image's resolution downwards: the
+            encoder's order, which the decoder runs through backwards.
+        layers_per_block: as in the encoder; an up block has one ResNet block more.
+        groups: number of groups of GroupNorm.
+        attention: whether the mid block has attention.
 
-    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h * 2^(n-1), w * 2^(n-1))``, n
-    levels.
+    Shape: ``(B, latent_channels, h, w)`` to ``(B, out_channels, h * 2^(n-1), w * 2^(n-1))`` with n
+    up blocks.
     """
 
     def __init__(
@@ -112,38 +112,41 @@ class Decoder(Recomputed):
                 before,
                 after,
                 layers=layers_per_block + 1,
-                upsample=level < len(channels),
+                upsample=number < len(channels),
                 groups=groups,
                 eps=VAE_NORM_EPS,
             )
-            for level, (before, after) in enumerate(pairwise((first, *channels)), 1)
+            for number, (before, after) in enumerate(pairwise((first, *channels)), 1)
         )
         self.mid_block = MidBlock2D(first, attention=attention, groups=groups, eps=VAE_NORM_EPS)
         self.conv_norm_out = nn.GroupNorm(groups, last, eps=VAE_NORM_EPS)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
 
+    @dispatched
     def forward(self, z: Tensor) -> Tensor:
-        x = fast.first(self.conv_in, z)
-        for block in apart((self.mid_block, *self.up_blocks)):
-            x = self.call(block, x)
-        return last_convolution(self.conv_norm_out, self.conv_act, self.conv_out, x)
+        x = self.conv_in(z)
+        x = self.checkpoint_call(self.mid_block, x)
+        for block in self.up_blocks:
+            x = self.checkpoint_call(block, x)
+        return cast(Tensor, self.conv_out(self.conv_act(self.conv_norm_out(x))))
 
 
 class AutoencoderKL(Autoencoder):
-    """The VAE of Stable Diffusion 1, 2, XL, 3, of FLUX.1 and of the x4 upscaler.
+    """The VAE of Stable Diffusion 1, 2, XL and 3, of FLUX.1 and of the x4 upscaler.
 
-    Takes and gives pictures in [-1, 1]; ``decode`` does not clamp. Latents are raw: what a
-    diffusion model sees is ``(latents - config.shift_factor) * config.scaling_factor``.
+    Images are in [-1, 1]; ``decode`` does not clamp. Latents are raw: a diffusion model sees
+    ``(latents - config.shift_factor) * config.scaling_factor``.
 
     Args:
-        config: which channels, levels and parts; read from a checkpoint by ``sdconv.infer``.
+        config: numbers of channels, blocks and layers; ``sdconv.infer`` reads it from a checkpoint.
     """
 
     config_class: ClassVar[type[Config]] = AutoencoderKLConfig
     config: AutoencoderKLConfig | AutoencoderKLFlux2Config
-    streaming: Streaming | None = None
-    # whole halves, since `encode` and `decode` run without `forward`
+    # Set by enable_streaming: computes the output of "encode" or "decode".
+    streaming: Callable[..., Tensor] | None = None
+    # Whole halves, since `encode` and `decode` do not call `forward`.
     _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
 
     def __init__(self, config: AutoencoderKLConfig | AutoencoderKLFlux2Config) -> None:
@@ -170,7 +173,7 @@ class AutoencoderKL(Autoencoder):
 
     @property
     def downscale(self) -> int:
-        """How many pixels, along each side, one latent stands for."""
+        """Height and width of an image over those of its latents."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
 
     def enable_streaming(
@@ -179,83 +182,89 @@ class AutoencoderKL(Autoencoder):
         spill: str | Path | None = None,
         progress: bool = True,
     ) -> None:
-        """Encodes and decodes in strips of rows from now on, layer by layer, picture by picture,
-        within a limit of memory.
+        """Makes ``encode`` and ``decode`` compute strip by strip, layer by layer and image by
+        image, within a memory limit.
 
-        Normalisation and attention see the whole picture, so that the result differs from an
-        ordinary run by rounding only. Without gradients: an input that wants them is refused, and
-        weights that want them, as loaded ones do, get none.
+        Normalisation and attention still see the whole image, so the result differs from an
+        ordinary run only by rounding. Gradients are not computed: an input that requires them is
+        refused, and weights that require them get none.
 
         Args:
-            memory_limit: for all that a call allocates, its result included, weights and input
-                apart: ``"2GiB"`` or bytes; None for no limit. On CUDA, of the device's memory.
-            spill: a folder on a disk, for maps that do not fit (``sdconv plan`` tells how large
-                they get). None keeps all within the limit; on CUDA it lets them go to the host's
-                memory.
-            progress: show a bar, if standard error is a terminal.
+            memory_limit: for everything that a call allocates, the result included and weights and
+                input excluded: ``"2GiB"``, a number of bytes, or None for no limit. On CUDA it
+                limits the device's memory.
+            spill: a folder on disk for feature maps that do not fit (``sdconv plan`` prints how
+                large they become). With None, everything stays within the limit, except on CUDA,
+                where it spills to the host's memory.
+            progress: shows a progress bar if standard error is a terminal.
 
         Raises:
-            InputError: the limit is no size, or the folder cannot be written to. ``encode`` and
-                ``decode`` then raise it for a limit that a picture cannot meet, and say what the
-                least is.
+            InputError: the limit is not a size, or the folder cannot be written to. ``encode`` and
+                ``decode`` raise it later for a limit that is too low for the image, and name the
+                lowest possible one.
         """
+        from sdconv.streaming import Streaming
+
         self.streaming = Streaming.of(memory_limit, spill, progress)
 
     def disable_streaming(self) -> None:
-        """Encodes and decodes whole maps again."""
+        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
         self.streaming = None
 
     def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """What pipelines call to save memory: strips, as ``enable_streaming`` was told or else
-        without a limit; or whole maps again for False. Tiles would change the picture; their
-        sizes, if given, are not used."""
+        """Saves memory as pipelines ask for it, by streaming: with the settings of an earlier
+        ``enable_streaming``, otherwise without a memory limit.
+
+        Args:
+            use_tiling: False switches it off.
+            args, kwargs: diffusers' sizes of tiles, which are ignored: streaming is exact, whereas
+                tiles would change the image.
+        """
         if not use_tiling:
             self.disable_streaming()
         elif self.streaming is None:
             self.enable_streaming(None)
 
     def disable_tiling(self) -> None:
-        """Encodes and decodes whole maps again."""
+        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
         self.disable_streaming()
 
-    @moved_by_hooks
+    @apply_forward_hook
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pictures to a distribution over latents.
+        """Encodes images to a distribution over latents.
 
         Args:
             x: ``(B, in_channels, H, W)`` in [-1, 1].
-            return_dict: False for a plain tuple.
+            return_dict: False returns a plain tuple.
 
         Returns:
             ``.latent_dist``, over latents ``(B, latent_channels, H // downscale, W // downscale)``.
 
         Raises:
-            InputError: no tensor, of another shape, dtype or device than the network takes, or too
-            small.
+            InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
         """
         posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    @moved_by_hooks
+    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents to pictures.
+        """Decodes latents to images.
 
         Args:
             z: ``(B, latent_channels, h, w)``, raw.
-            return_dict: False for a plain tuple.
-            generator: taken because pipelines pass one; decoding draws no noise.
+            return_dict: False returns a plain tuple.
+            generator: ignored; pipelines pass one, but decoding is deterministic.
 
         Returns:
             ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
             not clamped.
 
         Raises:
-            InputError: no tensor, of another shape, dtype or device than the network takes, or too
-            small.
+            InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
         """
         sample = self._sample(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -267,13 +276,20 @@ class AutoencoderKL(Autoencoder):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """``decode(encode(sample))``, at the posterior's mode unless asked to sample from it."""
+        """Encodes and decodes images.
+
+        Args:
+            sample: images, ``(B, in_channels, H, W)``.
+            sample_posterior: draws the latents from the posterior instead of taking its mode.
+            return_dict: False returns a plain tuple.
+            generator: for drawing the latents.
+        """
         posterior = self._posterior(sample)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
     def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
-        x = self._checked(x, "pictures", self.config.in_channels, self.downscale, self.encoder)
+        x = self._checked(x, "images", self.config.in_channels, self.downscale, self.encoder)
         rows, columns = (side // self.downscale for side in x.shape[2:])
         self._check_room(x, rows * columns, self.config.block_out_channels[-2:])
         if self.streaming is not None:
@@ -283,13 +299,14 @@ class AutoencoderKL(Autoencoder):
     def _sample(self, z: Tensor) -> Tensor:
         first = self.decoder if self.post_quant_conv is None else self.post_quant_conv
         z = self._checked(z, "latents", self.config.latent_channels, 1, first)
-        self._check_room(z, z.shape[2] * z.shape[3], self.config.decoder_channels[-1:])
+        self._check_room(z, z.shape[2] * z.shape[3], (self.decoder.conv_in.out_channels,))
         if self.streaming is not None:
             return self.streaming(self, "decode", z)
-        return self._over_batch(self._pictures, z)
+        return self._over_batch(self._decoded, z)
 
     def _check_room(self, x: Tensor, area: int, channels: tuple[int, ...]) -> None:
-        """Looks at the smallest map, which has so many positions."""
+        """Refuses an input whose smallest feature map, of ``area`` positions, is too small to
+        normalise."""
         batch = 1 if self.use_slicing else len(x)
         groups = self.config.norm_num_groups
         check_room(batch, area, min(channels), groups, self.config.class_name)
@@ -298,13 +315,15 @@ class AutoencoderKL(Autoencoder):
         moments: Tensor = self.encoder(x)
         return moments if self.quant_conv is None else cast(Tensor, self.quant_conv(moments))
 
-    def _pictures(self, z: Tensor) -> Tensor:
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))  # type: ignore[no-any-return]
+    def _decoded(self, z: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return cast(Tensor, self.decoder(z))
 
 
 class AutoencoderKLFlux2(AutoencoderKL):
-    """The VAE of FLUX.2: the same network with 32 channels, and ``bn``, the statistics of its
-    latents.
+    """The VAE of FLUX.2: the same network with 32 latent channels, and ``bn``, which holds the
+    latents' statistics.
 
     ``encode`` and ``decode`` do not apply ``bn``: pipelines normalise 2x2 patches of latents with
     ``bn.running_mean`` and ``bn.running_var``.

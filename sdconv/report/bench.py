@@ -1,4 +1,4 @@
-"""The backends' times, and what the fast one chooses, as tables."""
+"""The backends' times, and how the fast one computes each layer, as tables."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def timings_report(found: Timings) -> RenderableType:
         "network": f"{found.class_name}, {_by(found.size)}, {found.threads} threads",
         "medians of": f"{len(found.rows[0].fast)} rounds",
         "compiling": f"{found.compiling:.3g} s",
-        "prepared": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
+        "packed weights": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
     }
     return Group(facts_of(facts), table)
 
 
 def explanation_report(found: Explanation) -> RenderableType:
     """What ``sdconv bench --explain`` prints."""
-    table = table_of("layer", ">channels", ">map", "method", "costs", "why")
+    table = table_of("layer", "kind", ">channels", ">input", "method", "costs", "why")
     work = None
     for layer in found.layers:
         if layer.work != work:
@@ -44,6 +44,7 @@ def explanation_report(found: Explanation) -> RenderableType:
             table.add_row(plain(work, "bold"))
         table.add_row(
             plain(layer.name),
+            layer.kind,
             f"{layer.channels} > {layer.out_channels}",
             _by(layer.size),
             layer.method,
@@ -52,15 +53,15 @@ def explanation_report(found: Explanation) -> RenderableType:
         )
     facts = {
         "network": f"{found.class_name}, {_by(found.size)}",
-        "prepared": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
+        "packed weights": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
     }
     return Group(facts_of(facts), table, plain(_EXPLAINED, "dim"))
 
 
 _EXPLAINED = """\
-map: rows x columns of what comes in
-costs: what the model of their times says, in multiplications of a matrix product
-torch: the layer as it is. 1x1 and strided convolutions are not listed"""
+input: rows x columns of the input
+costs: the modelled time of each method, in multiplications of a matrix product
+torch: the layer's own forward. Not listed: 1x1 convolutions, the U-Net's strided convolutions"""
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.fast.cpu.conv import (
-    POINTWISE,
-    After,
+    COMPUTED,
+    WINOGRAD_PACK,
+    Epilogue,
     NotFiniteError,
     WinogradPass,
-    transformed,
+    pack_pointwise,
 )
-from sdconv.fast.cpu.cost_model import choose
+from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
-from sdconv.fast.cpu.weight_cache import prepared
-from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
+from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.layers import (
     Conv3x3,
@@ -35,8 +36,6 @@ from sdconv.streaming.layers import (
 )
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# the arithmetic's dtype for every dtype of the feature maps
-_COMPUTE_DTYPE = torch.float32
 
 
 def takes(weight: Tensor) -> bool:
@@ -45,11 +44,14 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta")
 
 
-def conv3x3(conv: nn.Conv2d, height: int, width: int, *, normalised: bool) -> type[Conv3x3]:
-    """The class of layer that is fastest for a 3x3 convolution of a feature map of this size."""
+def layer_for(
+    kind: Kind, conv: nn.Conv2d, height: int, width: int, *, normalised: bool = False
+) -> type[StreamLayer]:
+    """The class of layer for the plan of a convolution whose input has this size."""
     sizes = conv.in_channels, conv.out_channels, height, width
-    choice = choose(1, *sizes, ("winograd",), normalised)
-    return WinogradConv3x3 if choice.method == "winograd" else Conv3x3
+    # Packed weights are not kept, so they need no room.
+    plan = plan_conv(kind, 1, *sizes, normalised, ("winograd",))
+    return _LAYERS[plan.kind, plan.method]
 
 
 class _WinogradLayer(StreamLayer):
@@ -64,31 +66,31 @@ class _WinogradLayer(StreamLayer):
         return self.scheme.step * first - 1, self.scheme.step * last + 1
 
     def output_rows(self, first: int, last: int) -> tuple[int, int]:
-        return OUTPUTS * first, OUTPUTS * last
+        return OUTPUT_TILE * first, OUTPUT_TILE * last
 
     def ample_workspace(self, width: int) -> int:
-        return self.workspace(0, width) + strip_bytes(self._transformed * _COMPUTE_DTYPE.itemsize)
+        return self.workspace(0, width) + strip_bytes(self._transformed * COMPUTED.itemsize)
 
     def workspace(self, units: int, width: int) -> int:
         out_channels, channels = self.module.weight.shape[:2]
         tiles = units * -(-width // self.scheme.step)
-        strip = self.scheme.places * tiles * (channels + out_channels)
-        pixels = OUTPUTS**2 * tiles
+        strip = self.scheme.positions * tiles * (channels + out_channels)
+        pixels = OUTPUT_TILE**2 * tiles
         if self.shortcut is not None:
             strip += pixels * out_channels
-        if self.module.weight.dtype != _COMPUTE_DTYPE:  # each feature map's rows are copied
+        if self.module.weight.dtype != COMPUTED:  # each feature map's rows are copied
             residual = out_channels if self.shortcut is None else self.shortcut.in_channels
             strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + residual)
         # the transformed weight, and a second copy until it is packed
-        return (2 * self._transformed + strip) * _COMPUTE_DTYPE.itemsize
+        return (2 * self._transformed + strip) * COMPUTED.itemsize
 
     def steady_workspace(self, units: int, width: int) -> int:
-        return self.workspace(units, width) - self._transformed * _COMPUTE_DTYPE.itemsize
+        return self.workspace(units, width) - self._transformed * COMPUTED.itemsize
 
     @property
     def _transformed(self) -> int:
         """Values in the transformed weight."""
-        return self.scheme.places * self.module.weight[:, :, 0, 0].numel()
+        return self.scheme.positions * self.module.weight[:, :, 0, 0].numel()
 
     def make_runner(self, context: StepContext, units: int) -> StepRunner:
         return _WinogradRunner(self, context)
@@ -97,19 +99,19 @@ class _WinogradLayer(StreamLayer):
 class WinogradConv3x3(_WinogradLayer, Conv3x3):
     """A 3x3 convolution at stride 1: 36 products for 16 outputs."""
 
-    scheme = PLAIN
+    scheme = SCHEMES["conv3x3"]
 
 
 class WinogradUpsampleConv(_WinogradLayer, UpsampleConv):
     """Nearest x2 upsampling and a 3x3 convolution in one: 25 products for 16 outputs. The upsampled
     feature map never exists."""
 
-    scheme = DOUBLED
+    scheme = SCHEMES["upsample_conv"]
 
 
 class SidePaddedDownsampleConv(DownsampleConv):
     """A strided downsampling convolution that pads two columns on the left and on the right, as
-    :func:`sdconv.fast.blocks.halving` does, and crops the output."""
+    :func:`sdconv.fast.blocks.downsample` does, and crops the output."""
 
     right_padding = 0
     channels_first = False
@@ -126,35 +128,45 @@ class SidePaddedDownsampleConv(DownsampleConv):
         return 2 * super().scratch_numel(rows + 2, width + 2) + self.conv_input_numel(5, width)
 
 
+_LAYERS: dict[tuple[Kind, str], type[StreamLayer]] = {
+    ("conv3x3", "winograd"): WinogradConv3x3,
+    ("conv3x3", "direct"): Conv3x3,
+    ("upsample_conv", "winograd"): WinogradUpsampleConv,
+    ("downsample_conv", "direct"): SidePaddedDownsampleConv,
+}
+
+
 class _WinogradRunner:
     """Runs a layer with the fast backend's convolution, which reads and writes in place."""
 
     def __init__(self, layer: _WinogradLayer, context: StepContext) -> None:
         weight, shortcut, affine = layer.module.weight, layer.shortcut, None
-        after = After(
+        epilogue = Epilogue(
             layer.module.bias,
             shortcut=None if shortcut is None else (shortcut.weight, shortcut.bias),
         )
         if layer.norm is not None and context.source_stats is not None:
             affine = context.source_stats.scale_and_shift(layer.norm)
-        self._height, self._width = context.target.shape[:2]
+        self._scheme, (self._height, self._width) = layer.scheme, context.target.shape[:2]
         self._target_stats = context.target_stats
         self._run = WinogradPass(
             scheme=layer.scheme,
             x=_channels_first(context.source),
             out=_channels_first(context.target),
-            kernel=prepared.borrow(weight, transformed(layer.scheme, _COMPUTE_DTYPE)),
+            weight=weight_cache.borrow(weight, WINOGRAD_PACK[layer.scheme]),
             affine=affine,
             silu=layer.silu,
-            offsets=after.offsets(1, len(weight), _COMPUTE_DTYPE)[0],
+            offsets=epilogue.offsets(1, len(weight))[0],
             residual=None if context.residual is None else _channels_first(context.residual),
-            shortcut=None if shortcut is None else prepared.borrow(shortcut.weight, POINTWISE),
+            shortcut=None
+            if shortcut is None
+            else weight_cache.borrow(shortcut.weight, pack_pointwise),
             groups=_groups(context.target_stats, len(weight)),
             in_place=context.source is context.target,
         )
 
     def run_strip(self, first: int, last: int) -> None:
-        strip = Strip(self._height, self._width, first, last - first)
+        strip = Strip(self._scheme, self._height, self._width, first, last - first)
         _update(self._target_stats, *self._run.strip(strip))
 
 

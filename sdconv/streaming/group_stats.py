@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.errors import InputError
-from sdconv.fast.cpu.group_stats import combined
+from sdconv.fast.cpu.group_stats import affine, combine
 
 # Values reduced at once: torch copies each chunk to float64.
 CHUNK = 1 << 18
@@ -49,7 +49,7 @@ class RunningGroupStats:
             counts: pixels in each part, ``(parts,)``, float64.
         """
         count = int(counts.sum())
-        mean, variance = combined(sums, counts).unbind(-1)
+        mean, variance = combine(sums, counts).unbind(-1)
         self._combine(count, mean, variance * count)
 
     def _combine(self, count: int, mean: Tensor, squares: Tensor) -> None:
@@ -76,7 +76,5 @@ class RunningGroupStats:
         mean = means.mean(1, keepdim=True)
         squares = self.squares.view_as(means).sum(1, keepdim=True)
         squares = squares + (means - mean).square().sum(1, keepdim=True) * self.count
-        scale = (squares / size + norm.eps).rsqrt() * norm.weight.to(torch.float64).view_as(means)
-        shift = norm.bias.to(torch.float64).view_as(means) - mean * scale
-        dtype = norm_dtype(norm.weight.dtype)
-        return scale.flatten().to(dtype), shift.flatten().to(dtype)
+        stats = torch.cat([mean, squares / size], dim=1)
+        return affine(stats, norm.weight, norm.bias, norm.eps, norm_dtype(norm.weight.dtype))

@@ -17,7 +17,8 @@ from torch import nn
 
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
-from sdconv.fast.modules import is_bare
+from sdconv.fast.cpu.cost_model import Kind
+from sdconv.fast.preconditions import is_bare
 from sdconv.models.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
 from sdconv.streaming import fused
 from sdconv.streaming.buffers import FeatureBuffer
@@ -120,21 +121,27 @@ class _StepBuilder:
     def conv3x3(self, conv: nn.Conv2d, norm: nn.GroupNorm | None, **options: Any) -> StreamLayer:
         """The layer for a 3x3 convolution of the current feature map, after ``norm`` and SiLU if
         there is a norm."""
-        kind = Conv3x3
-        if is_fast(conv) and fused.takes(conv.weight):
-            height, width = self.current.height, self.current.width
-            kind = fused.conv3x3(conv, height, width, normalised=norm is not None)
-        return kind(conv, norm, silu=norm is not None, **options)
+        layer = self._fast_layer("conv3x3", conv, normalised=norm is not None) or Conv3x3
+        return layer(conv, norm, silu=norm is not None, **options)
 
     def add_upsample(self, name: str, conv: nn.Conv2d) -> None:
         """Nearest upsampling and its convolution."""
-        fast = is_fast(conv) and fused.takes(conv.weight)
-        self.add_layer(name, fused.WinogradUpsampleConv(conv) if fast else UpsampleConv(conv))
+        layer = self._fast_layer("upsample_conv", conv) or UpsampleConv
+        self.add_layer(name, layer(conv))
 
     def add_downsample(self, name: str, conv: nn.Conv2d) -> None:
         """A convolution at stride 2."""
-        fast = is_fast(conv) and fused.takes(conv.weight)
-        self.add_layer(name, fused.SidePaddedDownsampleConv(conv) if fast else DownsampleConv(conv))
+        layer = self._fast_layer("downsample_conv", conv) or DownsampleConv
+        self.add_layer(name, layer(conv))
+
+    def _fast_layer(
+        self, kind: Kind, conv: nn.Conv2d, *, normalised: bool = False
+    ) -> type[StreamLayer] | None:
+        """The fast backend's class of layer, None where that backend is not in force."""
+        if not (is_fast(conv) and fused.takes(conv.weight)):
+            return None
+        height, width = self.current.height, self.current.width
+        return fused.layer_for(kind, conv, height, width, normalised=normalised)
 
     def add_resnet(self, name: str, block: ResnetBlock2D) -> None:
         """A ResNet block; its second convolution overwrites the output of the first."""

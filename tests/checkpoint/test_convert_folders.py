@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = pipelines.text_encoder(CLIPTextModelWithProjection).config
     wide.hidden_size = 48
     encoder = pipelines.seeded(lambda: CLIPTextModelWithProjection(wide), 12)
-    unet = pipelines.xl_unet(6, pipelines.WIDE + 48)
+    unet = pipelines.xl_unet(6, pipelines.TEXT_WIDTH + 48)
     pipelines.pipeline("xl", text_encoder_2=encoder, unet=unet).save_pretrained(folder / "xl")
     return folder
 

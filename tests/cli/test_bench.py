@@ -1,8 +1,9 @@
-"""The command that times the backends, and what it says of the fast one's choices."""
+"""The command that times the backends and explains how the fast one computes each layer."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from helpers.paths import WEIGHTS
 
 from sdconv.analysis.explain import Explanation, explain
 from sdconv.config import AutoencoderKLConfig
-from sdconv.fast.cpu import chosen
-from sdconv.fast.cpu.cost_model import Choice
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu import conv
+from sdconv.fast.cpu.cost_model import ConvPlan
+from sdconv.fast.cpu.weight_cache import weight_cache
 
 VAE, UNET = WEIGHTS / "tiny-vae.safetensors", WEIGHTS / "tiny-unet.safetensors"
 USUAL = AutoencoderKLConfig(
@@ -33,15 +34,21 @@ def test_known_layers_of_the_usual_vae() -> None:
     found = by_name(explain(USUAL, (512, 512)))
     assert found["decoder.conv_in"] == "torch"
     assert found["decoder.up_blocks.2.resnets.1.conv2"] == "winograd"
-    assert found["decoder.up_blocks.2.upsamplers.0"] == "doubling"
+    assert found["decoder.up_blocks.2.upsamplers.0"] == "winograd"
+    assert found["encoder.down_blocks.0.downsamplers.0"] == "direct"
     assert "decoder.up_blocks.2.upsamplers.0.conv" not in found
     assert "encoder.down_blocks.0.downsamplers.0.conv" not in found
     assert "decoder.up_blocks.2.resnets.0.conv_shortcut" not in found
 
 
-def test_the_choice_is_the_cheapest() -> None:
+def test_each_kind_has_its_methods_and_the_cheapest_is_taken() -> None:
     layers = explain(USUAL, (64, 64)).layers
-    assert {layer.method for layer in layers} >= {"winograd", "packed", "direct", "doubling"}
+    methods: dict[str, set[str]] = {layer.kind: set() for layer in layers}
+    for layer in layers:
+        methods[layer.kind].add(layer.method)
+    assert methods["conv3x3"] >= {"winograd", "im2col", "direct"}
+    assert methods["upsample_conv"] == {"winograd"}
+    assert methods["downsample_conv"] == {"direct"}
     for layer in layers:
         if layer.costs:
             assert layer.costs[layer.method] == min(layer.costs.values()), layer
@@ -58,42 +65,44 @@ def test_without_room_everything_is_direct() -> None:
 
 
 @pytest.mark.parametrize(("path", "size"), [(VAE, "128x96"), (UNET, "33x32")])
-def test_what_is_explained_is_what_a_run_chooses(
+def test_the_plans_explained_are_those_that_run(
     path: Path, size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, ran = chosen.choice_for, []
+    """Watches the function that plans convolutions."""
+    own, ran = conv.plan_for, []
 
-    def watched(x: torch.Tensor, weight: torch.Tensor, normalised: bool) -> Choice:
-        choice = own(x, weight, normalised)
-        ran.append((tuple(weight.shape[:2]), tuple(x.shape[2:]), choice.method))
-        return choice
+    def watched(kind: Any, x: torch.Tensor, weight: torch.Tensor, normalised: bool) -> ConvPlan:
+        plan = own(kind, x, weight, normalised)
+        ran.append((kind, tuple(weight.shape[:2]), tuple(x.shape[2:]), plan.method))
+        return plan
 
-    monkeypatch.setattr(chosen, "choice_for", watched)
+    monkeypatch.setattr(conv, "plan_for", watched)
     answer("bench", path, "--size", size, "--rounds", "1")
     layers = answer("bench", path, "--size", size, "--explain")["layers"]
     said = [
-        ((one["out_channels"], one["channels"]), tuple(one["size"]), one["method"])
+        (one["kind"], (one["out_channels"], one["channels"]), tuple(one["size"]), one["method"])
         for one in layers
-        if one["method"] != "torch" and not one["doubling"]
+        # which has one method and needs no plan to run
+        if one["method"] != "torch" and one["kind"] != "downsample_conv"
     ]
     assert said
     assert sorted(set(ran)) == sorted(set(said))
     assert len(ran) == 2 * len(said)  # a first fast call, and one round
 
 
-def test_a_map_of_odd_size_is_not_doubled() -> None:
-    def doublings(size: str) -> set[str]:
+def test_upsampling_to_an_odd_size_is_left_to_torch() -> None:
+    def methods(size: str) -> set[str]:
         layers = answer("bench", UNET, "--size", size, "--explain")["layers"]
-        return {one["method"] for one in layers if one["doubling"]}
+        return {one["method"] for one in layers if one["kind"] == "upsample_conv"}
 
-    assert doublings("32") == {"doubling"}
-    assert "torch" in doublings("33")
+    assert methods("32") == {"winograd"}
+    assert "torch" in methods("33")
 
 
-def test_nothing_is_prepared_by_explaining() -> None:
-    before = prepared.memory
+def test_explaining_packs_no_weights() -> None:
+    before = weight_cache.memory
     explain(USUAL, (64, 64))
-    assert prepared.memory == before
+    assert weight_cache.memory == before
 
 
 @pytest.mark.parametrize(("path", "works"), [(VAE, ["encode", "decode"]), (UNET, ["forward"])])
@@ -107,7 +116,7 @@ def test_times(path: Path, works: list[str]) -> None:
         assert row["first"] > 0
         middle = {name: sum(row[name]) / 2 for name in ("reference", "fast")}
         assert row["ratio"] == pytest.approx(middle["reference"] / middle["fast"])
-    assert found["limit"] == prepared.limit
+    assert found["limit"] == weight_cache.limit
 
 
 def test_tables() -> None:
@@ -116,7 +125,7 @@ def test_tables() -> None:
     assert "times as fast" in shown.stdout
     explained = run("bench", VAE, "--size", "64", "--explain").stdout
     assert "decoder.up_blocks.0.upsamplers.0" in explained
-    assert "doubling" in explained
+    assert "upsample_conv" in explained
 
 
 @pytest.mark.parametrize(
@@ -124,8 +133,8 @@ def test_tables() -> None:
     [
         (("no-such-file.safetensors",), "no-such-file.safetensors"),
         ((VAE, "--size", "big"), "not a size"),
-        ((VAE, "--size", "1"), "no size for this network"),
-        ((UNET, "--size", "70000", "--explain"), "no size for this network"),
+        ((VAE, "--size", "1"), "invalid size for this network"),
+        ((UNET, "--size", "70000", "--explain"), "invalid size for this network"),
         ((VAE, "--size", "65536"), "the image is too large for the free memory"),
         ((VAE, "--component", "unet"), "no such component"),
         ((VAE, "--rounds", "0"), "--rounds"),

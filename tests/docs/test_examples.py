@@ -1,4 +1,4 @@
-"""The examples run, and show what they say."""
+"""The examples run and show what their docstrings say."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ LINES = 60
 
 
 def run(name: str, *arguments: object) -> str:
-    """What an example prints."""
+    """The output of an example."""
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
-def picture(path: Path) -> Image.Image:
+def opened(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_they_are_short_and_say_what_one_sees(path: Path) -> None:
+def test_they_are_short_and_say_what_you_see(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= LINES
     assert text.startswith('"""')
-    assert "One sees" in " ".join(text.split()) or path.stem == "tiny_pipeline"
+    assert "ou see" in " ".join(text.split()) or path.stem == "tiny_pipeline"
 
 
 def test_load_any_checkpoint() -> None:
     lines = run("load_any_checkpoint").splitlines()
     assert len(lines) == 3
-    assert len({line.split(maxsplit=1)[1] for line in lines}) == 1, "the same network each time"
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == 1, "not the same network"
 
 
-def test_load_any_checkpoint_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+def test_load_any_checkpoint_reports_a_broken_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"not a checkpoint")
     ran = subprocess.run(
@@ -55,25 +55,25 @@ def test_load_any_checkpoint_says_what_is_wrong_with_a_file(tmp_path: Path) -> N
 
 def test_reconstruct(tmp_path: Path) -> None:
     printed = run("reconstruct", "--size", 64, "--out", tmp_path / "r.png")
-    assert printed.startswith("12288 numbers in the picture, 256 in its latents\n")
-    assert picture(tmp_path / "r.png").width > 3 * 64
+    assert printed.startswith("12288 numbers in the image, 256 in its latents\n")
+    assert opened(tmp_path / "r.png").width > 3 * 64
 
 
 def test_patch_a_pipeline() -> None:
     printed = run("patch_a_pipeline", "--steps", 2, "--size", 64)
     assert int(re.findall(r"replaced (\d+) blocks", printed)[0]) > 40
-    assert "the same with the patch: True\nthe same without it again: True\n" in printed
+    assert "the same with the patch: True\nthe same after it: True\n" in printed
 
 
 def test_look_inside(tmp_path: Path) -> None:
     printed = run("look_inside", "--steps", 2, "--size", 64, "--out", tmp_path / "m.png")
-    assert printed.count(": 2 maps, timesteps 999 to 499, (1, 3, ") == 3
-    assert picture(tmp_path / "m.png").size == (2 * 128, 3 * 128)
+    assert printed.count(": 2 feature maps, timesteps 999 to 499, (1, 3, ") == 3
+    assert opened(tmp_path / "m.png").size == (2 * 128, 3 * 128)
 
 
 def test_edit_while_it_runs(tmp_path: Path) -> None:
     printed = run("edit_while_it_runs", "--steps", 2, "--size", 64, "--out", tmp_path / "e.png")
     assert "plain again after the edits: True\n" in printed
-    sheet = picture(tmp_path / "e.png")
+    sheet = opened(tmp_path / "e.png")
     plain, *edited = (sheet.crop((64 * i, 0, 64 * (i + 1), 64)) for i in range(3))
-    assert all(picture.tobytes() != plain.tobytes() for picture in edited)
+    assert all(image.tobytes() != plain.tobytes() for image in edited)

@@ -1,4 +1,4 @@
-"""The README's Python prints what the README says it prints."""
+"""The README's Python prints the output that the README shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def block(language: str) -> str:
     return found[1]
 
 
-def test_the_example_prints_what_stands_below_it() -> None:
+def test_the_example_prints_what_is_shown_below_it() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", block("python")], cwd=ROOT, capture_output=True, text=True
     )

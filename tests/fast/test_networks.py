@@ -1,14 +1,16 @@
-"""Networks on the fast backend: the same pictures as on the reference, whatever hangs on them."""
+"""Networks on the fast backend give the reference's results, also with hooks and when compiled."""
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from helpers import seeded
 from helpers.numbers import error
 from torch import Tensor, nn
 
@@ -16,8 +18,8 @@ import sdconv
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
-from sdconv.fast.cpu.chosen import choice_for
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.conv import plan_for
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 from sdconv.models.vae import AutoencoderKL
 
@@ -26,7 +28,7 @@ WITHIN = 2e-5
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    """Wide enough that convolutions pay."""
+    """A VAE with enough channels that Winograd convolutions are faster."""
     torch.manual_seed(0)
     config = sdconv.AutoencoderKLConfig(
         in_channels=3,
@@ -53,24 +55,24 @@ def latents() -> Tensor:
 
 @pytest.fixture
 def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the fast backend was asked for, in order."""
+    """Spies on the fast implementations: the names of those called, in order."""
     calls: list[str] = []
-    for name in ("resnet", "doubling", "last"):
-        inner = getattr(fast, name)
+    for name in ("resnet", "upsample", "output"):
+        inner = getattr(fast.cpu, name)
 
         def seen(*args: Any, name: str = name, inner: Any = inner, **kwargs: Any) -> Any:
             calls.append(name)
             return inner(*args, **kwargs)
 
-        monkeypatch.setattr(fast, name, seen)
+        monkeypatch.setattr(fast.cpu, name, seen)
     yield calls
 
 
 def test_these_shapes_are_convolved_by_winograd() -> None:
-    # else the tests below would hold the direct kernel to itself
+    # otherwise the tests below would compare the direct convolution with itself
     for batch, channels, height, width in ((1, 128, 33, 28), (1, 128, 28, 28), (2, 128, 25, 30)):
         x, weight = torch.empty(batch, channels, height, width), torch.empty(96, channels, 3, 3)
-        assert choice_for(x, weight).method == "winograd"
+        assert plan_for("conv3x3", x, weight, False).method == "winograd"
 
 
 def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[str]) -> None:
@@ -79,7 +81,7 @@ def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[
     with sdconv.backend("fast"):
         out = vae.decode(latents).sample
     assert convolved.count("resnet") == 6
-    assert convolved.count("doubling") == convolved.count("last") == 1
+    assert convolved.count("upsample") == convolved.count("output") == 1
     assert error(out, expected) < WITHIN
     assert not torch.equal(out, expected)
     moments = vae.encode(expected).latent_dist.parameters
@@ -87,7 +89,7 @@ def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[
         assert error(vae.encode(expected).latent_dist.parameters, moments) < WITHIN
 
 
-def test_the_switch(vae: AutoencoderKL) -> None:
+def test_the_backend_can_be_switched(vae: AutoencoderKL) -> None:
     state = vae.state_dict()
     assert not is_fast(vae)
     with sdconv.backend("fast"):
@@ -101,13 +103,13 @@ def test_the_switch(vae: AutoencoderKL) -> None:
     with sdconv.backend("reference"):
         assert not is_fast(own)
     assert own.state_dict().keys() == state.keys()
-    with pytest.raises(InputError, match="no such backend"), sdconv.backend("faster"):
+    with pytest.raises(InputError, match="unknown backend"), sdconv.backend("faster"):
         pass
-    with pytest.raises(InputError, match="no such backend"):
+    with pytest.raises(InputError, match="unknown backend"):
         sdconv.load(state, family="sd1", backend="")
 
 
-def test_what_looks_inside_sees_the_reference(vae: AutoencoderKL, latents: Tensor) -> None:
+def test_hooks_get_the_references_activations(vae: AutoencoderKL, latents: Tensor) -> None:
     block = vae.decoder.up_blocks[0].resnets[0]
     seen: list[Tensor] = []
     hook = block.conv1.register_forward_hook(lambda m, given, out: seen.append(out))
@@ -117,33 +119,33 @@ def test_what_looks_inside_sees_the_reference(vae: AutoencoderKL, latents: Tenso
             vae.decode(latents)
     finally:
         hook.remove()
-    reference, fused = seen
-    assert error(fused, reference) < WITHIN
+    reference, fast_output = seen
+    assert error(fast_output, reference) < WITHIN
 
 
-def test_what_looked_inside_and_left_is_forgotten(
+def test_after_a_hook_is_removed_the_block_is_fast_again(
     vae: AutoencoderKL, latents: Tensor, convolved: list[str]
 ) -> None:
-    """Offloading's hooks put a module's own ``forward`` among its attributes when they go."""
+    """accelerate's hooks leave a bound ``forward`` among the module's attributes."""
     own = copy.deepcopy(vae)
     with sdconv.backend("fast"):
         add_hook_to_module(own.decoder.conv_out, ModelHook())
         own.decode(latents)
-        assert "last" not in convolved, "the control: a hook is respected"
+        assert "output" not in convolved, "control: with a hook, the block is not fast"
         remove_hook_from_module(own.decoder.conv_out)
         assert "forward" in vars(own.decoder.conv_out)
         own.decode(latents)
-    assert convolved.count("last") == 1
+    assert convolved.count("output") == 1
 
 
-def test_not_finite_comes_out_where_it_does_in_the_reference() -> None:
+def test_nan_and_infinity_spread_as_in_the_reference() -> None:
     torch.manual_seed(3)
     block = ResnetBlock2D(128, 128, temb_channels=None, groups=8, eps=1e-6).requires_grad_(False)
-    doubling = Upsample2D(128).requires_grad_(False)
+    upsample = Upsample2D(128).requires_grad_(False)
     x = torch.randn(1, 128, 33, 28)
     for value in (float("nan"), float("inf")):
         x[0, 3, 5, 6] = value
-        for module in (block, doubling):
+        for module in (block, upsample):
             expected = module(x)
             with sdconv.backend("fast"):
                 out = module(x)
@@ -165,9 +167,9 @@ def test_compiled_as_one_graph(inference: bool) -> None:
     with sdconv.backend("fast"), torch.inference_mode(inference):
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
         assert error(compiled(x), expected) < WITHIN
-        held = prepared.memory
+        held = weight_cache.memory
         compiled(x)
-        assert prepared.memory == held
+        assert weight_cache.memory == held
     del compiled
     torch._dynamo.reset()
 
@@ -181,3 +183,34 @@ def test_exported() -> None:
     names = {str(node.target) for node in program.graph.nodes}
     assert "sdconv.doubled_convolution.default" in names
     assert error(program.module()(x), block(x)) < WITHIN
+
+
+@pytest.mark.parametrize("whole", [None, "hook", "forward", "compiled"])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_blocks_input_is_freed_unless_something_sees_the_whole_block(
+    half: str, whole: str | None
+) -> None:
+    network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=2))
+    block = network.encoder.down_blocks[0] if half == "encoder" else network.decoder.up_blocks[0]
+    seen: list[str] = []
+    forward = block.forward
+    match whole:
+        case "hook":
+            block.register_forward_hook(lambda *_: seen.append("block"))
+        case "forward":
+            block.forward = lambda x: seen.append("block") or forward(x)
+        case "compiled":
+            block._compiled_call_impl = lambda x: seen.append("block") or forward(x)
+    inputs: list[weakref.ref[Tensor]] = []
+    block.resnets[0].register_forward_pre_hook(lambda _, x: inputs.append(weakref.ref(x[0])))
+    block.resnets[1].register_forward_pre_hook(
+        lambda *_: seen.append("held" if inputs[0]() is not None else "freed")
+    )
+    call = getattr(network, half[:-1])
+    given = torch.randn(1, 3, 16, 16) if half == "encoder" else torch.randn(1, 4, 8, 8)
+    with torch.no_grad(), sdconv.backend("fast"):
+        call(given)
+    assert sorted(seen) == (["freed"] if whole is None else ["block", "held"])
+    with torch.enable_grad(), sdconv.backend("fast"):
+        call(given)
+    assert seen.count("block") == (0 if whole is None else 2)

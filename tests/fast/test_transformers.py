@@ -1,38 +1,39 @@
-"""The linear layers and the attention of diffusers' transformers inside a fast U-Net."""
+"""The linear layers and the attention of diffusers' transformers in a fast U-Net."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers.numbers import error, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 import sdconv
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.transformers import products
+from sdconv.fast.cpu.kernels import numba_kernels
+from sdconv.models.unet_blocks import run_transformer
 
 pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
 
 
-class Calls(nn.Module):
-    """A linear layer that has seen which kernel its product came from."""
+class Transformer(nn.Module):
+    """Calls a function as a U-Net's transformer calls its layers."""
 
-    def __init__(self, depth: int, columns: int, *, bias: bool = True) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layer = nn.Linear(depth, columns, bias=bias)
+        self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
-        with products(self, x[None] if x.ndim == 3 else x):
-            out: Tensor = self.layer(x)
-        return out
+    def forward(self, x: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.function(x),)
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+def run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Runs a function on ``x`` inside a transformer of the backend in force."""
+    return run_transformer(Transformer(function), x, {})
 
 
 @given(
@@ -43,46 +44,46 @@ def random(*shape: int) -> Tensor:
 )
 @settings(max_examples=25)
 def test_linear_layers(rows: int, depth: int, columns: int, bias: bool) -> None:
-    x, weight = random(1, rows, depth), random(columns, depth)
-    added = random(columns) if bias else None
-    out = engines.compiled()[0].linear(x, weight, added)
+    x, weight = randn(1, rows, depth), randn(columns, depth, seed=1)
+    added = randn(columns, seed=2) if bias else None
+    out = numba_kernels()[0].linear(x, weight, added)
     expected = functional.linear(
         x.double(), weight.double(), None if added is None else added.double()
     )
     assert out is not None
-    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert error(out, expected) <= 1e-5
     shifted = functional.linear(x.double(), weight.double().roll(1, 0))
-    assert (out - shifted).abs().max() > 0.1 * expected.abs().max()
+    assert error(out, shifted) > 0.1
 
 
-def test_only_fast_networks_without_gradients_are_taken_over(
+def test_only_fast_networks_without_gradients_use_the_compiled_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken = []
-    compiled = engines.compiled()[0]
+    calls = []
+    compiled = numba_kernels()[0]
     plain = compiled.linear
-    monkeypatch.setattr(compiled, "linear", lambda *given: taken.append(1) or plain(*given))
-    module, x = Calls(32, 64), random(1, 300, 32)
+    monkeypatch.setattr(compiled, "linear", lambda *given: calls.append(1) or plain(*given))
+    layer, x = nn.Linear(32, 64), randn(1, 1, 300, 32)
     with torch.no_grad():
-        expected = module(x)
-        assert not taken
+        expected = run(layer, x)
+        assert not calls
         with sdconv.backend("fast"):
-            assert torch.allclose(module(x), expected, atol=1e-5)
-            assert len(taken) == 1
-            module(x.transpose(0, 1).expand(300, 2, 32).transpose(0, 1))  # not dense
-            assert len(taken) == 1
+            assert torch.allclose(run(layer, x), expected, atol=1e-5)
+            assert len(calls) == 1
+            run(layer, x.transpose(1, 2).expand(1, 300, 2, 32).transpose(1, 2))  # not dense
+            assert len(calls) == 1
     with sdconv.backend("fast"):
-        module(x).sum().backward()
-    assert len(taken) == 1
-    assert module.layer.weight.grad is not None
+        run(layer, x).sum().backward()
+    assert len(calls) == 1
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
-    x = random(2, 32, 20, 30).contiguous(memory_format=torch.channels_last)
+def test_1x1_convolutions_in_channels_last(kernel: int) -> None:
+    x = randn(2, 32, 20, 30).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(32, 48, kernel)
-    with torch.no_grad(), sdconv.backend("fast"), products(conv, x):
-        out = conv(x)
+    with torch.no_grad(), sdconv.backend("fast"):
+        out = run(conv, x)
     expected = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double())
     assert out.shape == expected.shape
     assert (out - expected).abs().max() < 1e-5
@@ -90,23 +91,25 @@ def test_1x1_convolutions_of_channels_last_maps(kernel: int) -> None:
 
 
 def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    compiled = engines.compiled()[0]
+    calls = []
+    compiled = numba_kernels()[0]
     plain = compiled.attention
-    monkeypatch.setattr(compiled, "attention", lambda *given: taken.append(1) or plain(*given))
-    query, key, value = random(2, 3, 30, 8), random(2, 3, 40, 8), random(2, 3, 40, 8)
+    monkeypatch.setattr(compiled, "attention", lambda *given: calls.append(1) or plain(*given))
+    query, key, value = (
+        randn(2, 3, length, 8, seed=seed) for seed, length in enumerate((30, 40, 40))
+    )
     attend: Any = functional.scaled_dot_product_attention
     doubles = (query.double(), key.double(), value.double())
-    mask = random(30, 40) > 0
+    mask = randn(30, 40) > 0
 
-    def error(*args: Any, **options: Any) -> float:
-        with torch.no_grad(), sdconv.backend("fast"), products(nn.Identity(), random(1, 1, 1, 1)):
-            out = attend(query, key, value, *args, **options)
+    def absolute_error(*args: Any, **options: Any) -> float:
+        with torch.no_grad(), sdconv.backend("fast"):
+            out = run(lambda query: attend(query, key, value, *args, **options), query)
         return float((out - attend(*doubles, *args, **options)).abs().max())
 
-    assert error() < 1e-5
-    assert error(scale=0.7) < 1e-5
-    assert len(taken) == 2
-    assert error(mask) < 1e-5
-    assert error(is_causal=True) < 1e-5
-    assert len(taken) == 2
+    assert absolute_error() < 1e-5
+    assert absolute_error(scale=0.7) < 1e-5
+    assert len(calls) == 2
+    assert absolute_error(mask) < 1e-5
+    assert absolute_error(is_causal=True) < 1e-5
+    assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""What people hang on networks, on the fast backend: captures, edits, FreeU, pipelines."""
+"""Captures, edits, FreeU and patched pipelines on the fast backend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import kinds, pipelines, seeded, unets
+from helpers import implementations, pipelines, seeded, unets
 from helpers.numbers import error
 from torch import Tensor
 
@@ -17,7 +17,7 @@ WITHIN = 2e-5
 
 
 def vae() -> tuple[Any, tuple[Any, ...]]:
-    network = seeded.network(seeded.kl((32, 64), 4, True, layers_per_block=1))
+    network = seeded.network(seeded.SMALL_KL)
     return network, (torch.rand(1, 3, 24, 20, generator=torch.Generator().manual_seed(0)),)
 
 
@@ -27,8 +27,8 @@ def unet() -> tuple[Any, tuple[Any, ...]]:
 
 
 def by_kind(network: Any) -> dict[str, list[str]]:
-    """The points' names by their last part: no block has two of one kind. Those in transformers,
-    which no block of the fast backend holds, are of one kind."""
+    """Hook points by the last part of their names; no block has two of a kind. All points inside
+    transformers, which have no fast implementation, are one kind."""
     found: dict[str, list[str]] = {}
     for point in sdconv.features(network):
         kind = "attentions" if "attentions" in point.name else point.name.rpartition(".")[2]
@@ -37,7 +37,7 @@ def by_kind(network: Any) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("make", [vae, unet])
-def test_every_point(make: Any) -> None:
+def test_capture_at_every_point(make: Any) -> None:
     network, given = make()
     with torch.no_grad():
         with sdconv.capture(network, "*") as maps:
@@ -52,7 +52,7 @@ def test_every_point(make: Any) -> None:
                 seen.add(name)
                 assert error(found, expected[name]) < WITHIN, name
     assert seen == set(expected)
-    # with the last kind of points, at least, most was computed fast
+    # control: with the last kind of points, most blocks were fast
     assert not torch.equal(out, plain)
 
 
@@ -74,17 +74,17 @@ def test_edits_at_every_kind_of_point(make: Any) -> None:
         with sdconv.backend("fast"):
             assert error(run(name), expected) < WITHIN, name
         seen += error(plain, expected) > 1e-4
-    # a picture has nothing below zero, and a shift of one channel is undone by the normalisation
+    # the input image has no negative values, and normalisation undoes the shift of a channel
     assert seen >= len(kinds_of_points) - 2
 
 
-HOW = [(name, "patched") for name in pipelines.KINDS] + [("xl", "sdconv"), ("text", "block")]
+CASES = [(name, "patched") for name in pipelines.KINDS] + [("xl", "sdconv"), ("text", "block")]
 
 
-@pytest.mark.parametrize(("name", "how"), HOW)
+@pytest.mark.parametrize(("name", "how"), CASES)
 def test_pipelines(name: str, how: str) -> None:
     expected = pipelines.run(pipelines.pipeline(name), name)
-    pipe = kinds.pipeline("sdconv" if how == "sdconv" else "diffusers", name)
+    pipe = implementations.pipeline("sdconv" if how == "sdconv" else "diffusers", name)
     if how == "block":
         sdconv.apply_patch(pipe)
         with sdconv.backend("fast"):
@@ -104,7 +104,7 @@ def test_pipelines(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sdconv", "patched"])
 def test_freeu(kind: str) -> None:
-    network = kinds.unet(kind, unets.smallest("SD1"))
+    network = implementations.unet(kind, unets.smallest("SD1"))
     given = unets.inputs(network.config, size=(8, 16))
     with torch.no_grad():
         plain = network(*given).sample
@@ -117,7 +117,7 @@ def test_freeu(kind: str) -> None:
     assert error(plain, expected) > 1e-2
 
 
-def test_the_switch_of_a_pipeline() -> None:
+def test_the_backend_of_a_patched_pipeline() -> None:
     pipe = pipelines.pipeline("text")
     sdconv.apply_patch(pipe, backend="fast")
     blocks = [m for m in pipe.unet.modules() if type(m).__module__.startswith("sdconv")]

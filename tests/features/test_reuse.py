@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import capturing, kinds, pipelines, unets
+from helpers import capturing, implementations, pipelines, unets
 from torch import Tensor, nn
 
 import sdconv
@@ -15,9 +15,9 @@ from sdconv.features import Call, reuse
 DEEP = ["down_blocks.[123]", "mid_block", "up_blocks.[012]"]
 
 
-@pytest.fixture(params=kinds.KINDS)
+@pytest.fixture(params=implementations.NAMES)
 def network(request: pytest.FixtureRequest) -> Any:
-    return kinds.unet(request.param, capturing.UNET)
+    return implementations.unet(request.param, capturing.UNET)
 
 
 def inputs(network: Any, step: float, seed: int = 1, **more: Any) -> tuple[Any, ...]:
@@ -33,7 +33,7 @@ def test_what_is_given_again_and_what_is_not_computed(network: Any) -> None:
         network(*first)
     with reuse(network, DEEP, steps=[1]), sdconv.capture(network, "*.resnets.0") as maps:
         found = [network(*given)[0] for given in (first, second)]
-    assert kinds.untouched(network)
+    assert implementations.untouched(network)
     assert torch.equal(found[0], plain[0])
     assert not torch.equal(found[1], plain[1])
     passed = {name: maps.series(name).calls for name in maps}
@@ -153,7 +153,7 @@ def test_gradients_flow_where_it_is_computed() -> None:
         gradient.zero_()
         network(*inputs(network, 401))[0].sum().backward()
         assert not gradient.any()
-    assert kinds.untouched(network)
+    assert implementations.untouched(network)
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def test_blocks_that_end_in_another_order(order: tuple[int, ...]) -> None:
     for left in order:
         assert not torch.equal(network(*capturing.at(801))[0], early)  # still given again
         blocks[left].__exit__(None, None, None)
-    assert kinds.untouched(network)
+    assert implementations.untouched(network)
     assert torch.equal(network(*capturing.at(801))[0], early)
 
 
@@ -221,7 +221,7 @@ def test_memory_is_foretold_inside_a_block() -> None:
 def test_patterns_that_match_no_module(patterns: Any) -> None:
     with pytest.raises(sdconv.InputError), reuse(capturing.unet(), patterns, steps=[1]):
         pass
-    assert kinds.untouched(capturing.unet())
+    assert implementations.untouched(capturing.unet())
 
 
 def test_modules_that_are_never_called() -> None:
@@ -232,7 +232,7 @@ def test_modules_that_are_never_called() -> None:
         reuse(network, "encoder.mid*", steps=[1]),
     ):
         network.decode(torch.zeros(1, 4, 4, 4))
-    assert kinds.untouched(network)
+    assert implementations.untouched(network)
 
 
 def test_an_exception_in_the_network() -> None:
@@ -240,4 +240,4 @@ def test_an_exception_in_the_network() -> None:
     with pytest.raises(ZeroDivisionError), torch.no_grad(), reuse(network, "mid_block", steps=[1]):
         with sdconv.edit(network, {"mid_block.resnets.0": lambda x, _: x / (1 // 0)}):
             network(*capturing.at(1))
-    assert kinds.untouched(network)
+    assert implementations.untouched(network)

@@ -1,4 +1,4 @@
-"""What the tests ask of a comparison's rows."""
+"""Questions that tests ask about a comparison's rows."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from sdconv.analysis.parity import ModuleDifference
 
 
 def first_failure(rows: Iterable[ModuleDifference]) -> str | None:
-    """The name of the first module where two networks part."""
+    """The name of the first module in which two networks differ."""
     return next((row.name for row in rows if not row.passed), None)

@@ -1,4 +1,4 @@
-"""LoRAs of every layer, with seeded matrices, in the names of those who write such files."""
+"""LoRAs with seeded matrices for every layer, in the names of each kind of file."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from helpers import pipelines
+from helpers.numbers import error
 from torch import Tensor, nn
 
 from sdconv.checkpoint.keys.unet import keys_of_canonical
 
-# a layer's matrices: down, up, alpha
+# by layer: down, up, alpha
 Matrices = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def layers(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of linear layers and convolutions by their names."""
+    """The weights of linear layers and convolutions, by name."""
     return {
         name: module.weight
         for name, module in model.named_modules()
@@ -28,22 +29,23 @@ def layers(model: nn.Module) -> dict[str, Tensor]:
 def matrices(
     model: nn.Module, seed: int = 0, only: str = "", alpha: float | None = None
 ) -> Matrices:
-    """A LoRA of every layer, of ranks 2 to 4 and alphas 1 and 2, as large as the weights."""
+    """A LoRA for every layer whose name matches ``only``, with ranks 2 to 4, alphas 1 and 2, and
+    updates about as large as the weights."""
     random = torch.Generator().manual_seed(seed)
-    made: Matrices = {}
+    lora: Matrices = {}
     for number, (name, weight) in enumerate(layers(model).items()):
         if re.search(only, name):
             rank = 2 + number % 3
             down = torch.randn(rank, *weight.shape[1:], generator=random)
             up = torch.randn(weight.shape[0], rank, *(1,) * (weight.ndim - 2), generator=random)
-            made[name] = (down / down[0].numel() ** 0.5, up, alpha or 1.0 + number % 2)
-    return made
+            lora[name] = (down / down[0].numel() ** 0.5, up, alpha or 1.0 + number % 2)
+    return lora
 
 
-def kohya(made: Matrices, rename: Callable[[str], str] = str) -> dict[str, Tensor]:
-    """With kohya's names."""
+def kohya(lora: Matrices, rename: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """A LoRA's tensors with kohya's names."""
     tensors: dict[str, Tensor] = {}
-    for name, (down, up, alpha) in made.items():
+    for name, (down, up, alpha) in lora.items():
         layer = "lora_unet_" + rename(name).replace(".", "_")
         tensors[f"{layer}.lora_down.weight"] = down
         tensors[f"{layer}.lora_up.weight"] = up
@@ -51,12 +53,13 @@ def kohya(made: Matrices, rename: Callable[[str], str] = str) -> dict[str, Tenso
     return tensors
 
 
-def dotted(made: Matrices, form: str, alphas: bool = True) -> dict[str, Tensor]:
-    """With names of a form in which {} stands for the layer and [] for one of two words."""
+def dotted(lora: Matrices, form: str, alphas: bool = True) -> dict[str, Tensor]:
+    """A LoRA's tensors with names of a form, where ``{}`` is the layer and ``[A|B]`` is A for the
+    down matrix and B for the up matrix."""
     words = re.search(r"\[(\w+)\|(\w+)\]", form)
     assert words
     tensors: dict[str, Tensor] = {}
-    for name, (down, up, alpha) in made.items():
+    for name, (down, up, alpha) in lora.items():
         for word, matrix in zip(words.groups(), (down, up), strict=True):
             tensors[form.replace(words[0], word).replace("{}", name)] = matrix
         if alphas:
@@ -64,8 +67,8 @@ def dotted(made: Matrices, form: str, alphas: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
-def of_original(model: nn.Module) -> Callable[[str], str]:
-    """diffusers' name of a layer -> the original layout's."""
+def original_names(model: nn.Module) -> Callable[[str], str]:
+    """A function from diffusers' name of a layer to its name in the original layout."""
     keys = keys_of_canonical(model.state_dict().keys())
     return lambda name: str(keys.original(f"{name}.weight")).removesuffix(".weight")
 
@@ -80,14 +83,14 @@ def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None
         assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
 
 
-def error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest max|a-b| / max|b| of any tensor."""
+def largest_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest ``error`` of any tensor."""
     assert set(ours) == set(theirs)
-    return max(float((ours[k] - v).abs().max() / v.abs().max()) for k, v in theirs.items())
+    return max(error(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def fused(kind: str, tensors: dict[str, Tensor], scale: float, **given: Any) -> dict[str, Tensor]:
-    """The U-Net's weights after diffusers and PEFT have loaded a LoRA and fused it."""
+    """The U-Net's weights after diffusers and PEFT have loaded and fused a LoRA."""
     pipe = pipelines.pipeline(kind)
     pipe.load_lora_weights(dict(tensors), **given)
     pipe.fuse_lora(lora_scale=scale, components=["unet"])

@@ -1,7 +1,8 @@
-"""How far apart two tensors are."""
+"""Random tensors, and the error between two tensors."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,3 +11,8 @@ def error(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / b.abs().max())
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normally distributed float32 numbers of a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Looking into pipelines that are patched, and into what runs in them."""
+"""The modules of a patched pipeline, and the code that runs in it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ REPLACED = (
 
 @functools.cache
 def plain(kind: str = "text") -> Run:
-    """What a pipeline gives before anything is done to it."""
+    """The result of an unchanged pipeline."""
     return run(pipeline(kind), kind)
 
 
-def everything(target: Any) -> dict[str, nn.Module]:
+def modules_of(target: Any) -> dict[str, nn.Module]:
     """All modules of a pipeline or module, by name."""
     if isinstance(target, nn.Module):
         return dict(target.named_modules())
@@ -37,7 +37,7 @@ def everything(target: Any) -> dict[str, nn.Module]:
 
 
 def classes(target: Any) -> dict[str, type]:
-    return {name: type(module) for name, module in everything(target).items()}
+    return {name: type(module) for name, module in modules_of(target).items()}
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -45,7 +45,7 @@ def is_ours(module: nn.Module) -> bool:
 
 
 def code_run_by(call: Callable[[], object]) -> set[CodeType]:
-    """The Python functions that ran during a call."""
+    """The code of the Python functions that run during a call."""
     ran: set[CodeType] = set()
     sys.setprofile(lambda frame, event, arg: ran.add(frame.f_code) if event == "call" else None)
     try:

@@ -1,4 +1,4 @@
-"""Where the checkout's own files are."""
+"""Paths of the checkout's files."""
 
 from __future__ import annotations
 

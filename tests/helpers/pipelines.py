@@ -1,7 +1,7 @@
-"""diffusers' pipelines at a small size, offline, with weights that follow from a seed.
+"""Small diffusers pipelines with seeded weights; nothing is downloaded.
 
-Text encoders are CLIP's own classes with random weights and a vocabulary of single letters. The
-VAE's latents are an eighth of the picture, so that a picture of 72x104 has odd ones.
+Text encoders are CLIP's classes with a vocabulary of single letters. The VAE's latents have an
+eighth of the image's size, so that an image of 72x104 has latents of odd sizes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 HEIGHT, WIDTH = 72, 104
-WIDE = 32  # of the text encoders
+TEXT_WIDTH = 32  # of the prompt embeddings
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a pipeline gave: pictures, and the latents after each step."""
+    """A pipeline's result: images, and the latents after each step."""
 
     images: Tensor
     latents: tuple[Tensor, ...] = field(default=())
 
     def __eq__(self, other: object) -> bool:
-        """Bit for bit."""
+        """Whether two results are equal bit for bit."""
         if not isinstance(other, Run) or len(self.latents) != len(other.latents):
             return NotImplemented
         pairs = zip((self.images, *self.latents), (other.images, *other.latents), strict=True)
@@ -37,14 +37,14 @@ class Run:
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> Any:
-    """What ``make`` gives, in eval mode, its weights drawn from a seed."""
+    """The module that ``make`` creates with random weights of a seed, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make().eval()
 
 
 def tokenizer() -> CLIPTokenizer:
-    """Spells words letter by letter."""
+    """A tokenizer with a token for each letter."""
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters]
     return CLIPTokenizer(
@@ -57,11 +57,11 @@ def tokenizer() -> CLIPTokenizer:
 def text_encoder(kind: type = CLIPTextModel, seed: int = 10) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer()),
-        hidden_size=WIDE,
+        hidden_size=TEXT_WIDTH,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        projection_dim=WIDE,
+        projection_dim=TEXT_WIDTH,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -87,7 +87,7 @@ def unet(**fields: Any) -> Any:
         "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": WIDE,
+        "cross_attention_dim": TEXT_WIDTH,
         "attention_head_dim": 8,
     }
     return seeded(lambda: diffusers.UNet2DConditionModel(**given | fields), 30)
@@ -103,7 +103,7 @@ def xl_unet(ids: int, text: int) -> Any:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=WIDE + 256 * ids,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 256 * ids,
     )
 
 
@@ -112,7 +112,7 @@ def _controlnet(of: Any) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(41)
         for out in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-            out.weight.normal_(std=0.2)  # made as zeros, which would control nothing
+            out.weight.normal_(std=0.2)  # initially zero, without any effect
     return net
 
 
@@ -128,7 +128,7 @@ SCHEDULERS = [
 
 
 def scheduler(name: str = "DDIMScheduler") -> Any:
-    """As Stable Diffusion's are set up, of any of diffusers' classes."""
+    """A scheduler of any of diffusers' classes with Stable Diffusion's settings."""
     kind = getattr(diffusers, name)
     fields = {
         "beta_start": 0.00085,
@@ -174,12 +174,12 @@ def _xl(**parts: Any) -> dict[str, Any]:
 
 
 def _base() -> dict[str, Any]:
-    return _xl(unet=xl_unet(6, 2 * WIDE))
+    return _xl(unet=xl_unet(6, 2 * TEXT_WIDTH))
 
 
 def _refiner() -> dict[str, Any]:
     none = {"text_encoder": None, "tokenizer": None}
-    return _xl(unet=xl_unet(5, WIDE), **none, requires_aesthetics_score=True)
+    return _xl(unet=xl_unet(5, TEXT_WIDTH), **none, requires_aesthetics_score=True)
 
 
 def _upscaler() -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _upscaler() -> dict[str, Any]:
     }
 
 
-def _picture(height: int = HEIGHT, width: int = WIDTH) -> Tensor:
+def _image(height: int = HEIGHT, width: int = WIDTH) -> Tensor:
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(50))
 
 
@@ -213,8 +213,8 @@ _SIZE = {"height": HEIGHT, "width": WIDTH}
 
 @dataclass(frozen=True)
 class Kind:
-    """A pipeline's class, the family of its networks, its components, and what a call takes beside
-    prompts."""
+    """A pipeline's class, the family of its networks, its components, and the arguments of a call
+    in addition to the prompts."""
 
     name: str
     family: str
@@ -228,57 +228,58 @@ KINDS: Mapping[str, Kind] = {
         "StableDiffusionImg2ImgPipeline",
         "sd1",
         _plain,
-        lambda: {"image": _picture(), "strength": 0.7},
+        lambda: {"image": _image(), "strength": 0.7},
     ),
     "inpaint": Kind(
         "StableDiffusionInpaintPipeline",
         "sd1",
         lambda: _plain(unet=unet(in_channels=9)),
-        lambda: {"image": _picture(), "mask_image": _mask(), "strength": 1.0, **_SIZE},
+        lambda: {"image": _image(), "mask_image": _mask(), "strength": 1.0, **_SIZE},
     ),
     "edit": Kind(
         "StableDiffusionInstructPix2PixPipeline",
         "sd1",
         lambda: _plain(unet=unet(in_channels=8)),
-        lambda: {"image": _picture()},
+        lambda: {"image": _image()},
     ),
     "xl": Kind("StableDiffusionXLPipeline", "sdxl", _base, lambda: _SIZE),
     "refiner": Kind(
         "StableDiffusionXLImg2ImgPipeline",
         "sdxl-refiner",
         _refiner,
-        lambda: {"image": _picture(), "strength": 0.7},
+        lambda: {"image": _image(), "strength": 0.7},
     ),
     "upscale": Kind(
         "StableDiffusionUpscalePipeline",
         "x4-upscaler",
         _upscaler,
-        lambda: {"image": _picture(HEIGHT // 4, WIDTH // 4), "noise_level": 10},
+        lambda: {"image": _image(HEIGHT // 4, WIDTH // 4), "noise_level": 10},
     ),
     "controlnet": Kind(
         "StableDiffusionControlNetPipeline",
         "sd1",
         lambda: _controlled(_plain()),
-        lambda: {"image": _picture(), **_SIZE},
+        lambda: {"image": _image(), **_SIZE},
     ),
     "xl controlnet": Kind(
         "StableDiffusionXLControlNetPipeline",
         "sdxl",
         lambda: _controlled(_base()),
-        lambda: {"image": _picture(), **_SIZE},
+        lambda: {"image": _image(), **_SIZE},
     ),
 }
 
 
 def pipeline(kind: str, **parts: Any) -> Any:
-    """A new pipeline of one of ``KINDS``, with ``parts`` in the place of its own components."""
-    made = getattr(diffusers, KINDS[kind].name)(**KINDS[kind].parts() | parts)
-    made.set_progress_bar_config(disable=True)
-    return made
+    """A new pipeline of one of ``KINDS``, with some components replaced by ``parts``."""
+    pipe = getattr(diffusers, KINDS[kind].name)(**KINDS[kind].parts() | parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def run(pipe: Any, kind: str, **given: Any) -> Run:
-    """Two prompts, two steps (or what ``strength`` leaves of three), guidance, seeds."""
+    """Runs a pipeline on two prompts with seeds and guidance, for two steps (with ``strength``, for
+    a part of three)."""
     latents: list[Tensor] = []
     given = {
         "prompt": ["a cat", "two dogs"],

@@ -1,4 +1,4 @@
-"""Small networks of every kind with weights that follow from a seed, for the tests of networks."""
+"""Small autoencoders of every kind, with weights drawn from a seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdconv.models.base import Autoencoder
 
 
 def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """Values of about the size that training gives, drawn for names in alphabetical order."""
+    """Random weights about as large as trained ones, drawn in alphabetical order of the names."""
     random = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
     for name in sorted(shapes):
@@ -40,19 +40,19 @@ def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, T
 
 
 def tensors(config: Config, seed: int = 0) -> dict[str, Tensor]:
-    """A network's state dict, by diffusers' names; not to be written to."""
+    """A network's state dict by diffusers' names; its tensors are cached, so do not change them."""
     return dict(_tensors(config, seed))
 
 
 @cache
 def _tensors(config: Config, seed: int) -> dict[str, Tensor]:
     with torch.device("meta"):
-        blank = BUILD[config.class_name](config).state_dict()
-    return weights({name: tuple(tensor.shape) for name, tensor in blank.items()}, seed)
+        state = BUILD[config.class_name](config).state_dict()
+    return weights({name: tuple(tensor.shape) for name, tensor in state.items()}, seed)
 
 
 def network(config: Config, seed: int = 0) -> Autoencoder:
-    """A network with these weights, in eval mode."""
+    """A network with the weights of ``tensors``, in eval mode."""
     with torch.device("meta"):
         built = BUILD[config.class_name](config)
     built.load_state_dict(tensors(config, seed), assign=True)
@@ -60,20 +60,20 @@ def network(config: Config, seed: int = 0) -> Autoencoder:
 
 
 def kl(channels: tuple[int, ...], latent: int, quant: bool, **fields: Any) -> AutoencoderKLConfig:
-    """A VAE's config; as diffusers assumes it where nothing is said."""
-    own = {"use_quant_conv": quant, "use_post_quant_conv": quant, "layers_per_block": 2}
-    own |= {"block_out_channels": channels, "latent_channels": latent} | fields
-    return AutoencoderKLConfig(**{**AutoencoderKLConfig.assumed, **own})
+    """A VAE's config, with diffusers' defaults for other fields."""
+    given = {"use_quant_conv": quant, "use_post_quant_conv": quant, "layers_per_block": 2}
+    given |= {"block_out_channels": channels, "latent_channels": latent} | fields
+    return AutoencoderKLConfig(**{**AutoencoderKLConfig.assumed, **given})
 
 
 def flux2(channels: tuple[int, ...], **fields: Any) -> AutoencoderKLFlux2Config:
     """The config of a VAE like FLUX.2's."""
-    own = {"block_out_channels": channels} | fields
-    return AutoencoderKLFlux2Config(**{**AutoencoderKLFlux2Config.assumed, **own})
+    given = {"block_out_channels": channels} | fields
+    return AutoencoderKLFlux2Config(**{**AutoencoderKLFlux2Config.assumed, **given})
 
 
 def tiny(**fields: Any) -> AutoencoderTinyConfig:
-    """A tiny autoencoder's config, TAESD's where nothing is said."""
+    """A tiny autoencoder's config, with TAESD's values for other fields."""
     return AutoencoderTinyConfig(**{**AutoencoderTinyConfig.assumed, **fields})
 
 
@@ -82,6 +82,15 @@ BUILD: Mapping[str, Any] = {
     "AutoencoderKLFlux2": AutoencoderKLFlux2,
     "AutoencoderTiny": AutoencoderTiny,
 }
+SMALL_KL = kl((32, 64), 4, True, layers_per_block=1)
+SMALL_FLUX2 = flux2((32, 64), layers_per_block=1)
+SMALL_TINY = tiny(
+    encoder_block_out_channels=(8, 8),
+    decoder_block_out_channels=(8, 8),
+    num_encoder_blocks=(1, 1),
+    num_decoder_blocks=(1, 1),
+)
+
 # one of each kind that diffusers can build too
 WITH_PEER: Mapping[str, Config] = {
     "sd1": kl((32, 32, 64, 64), 4, True),
@@ -95,7 +104,7 @@ WITH_PEER: Mapping[str, Config] = {
     "taesd": tiny(),
     "taesd, 16 channels": tiny(latent_channels=16),
 }
-# and those that it cannot
+# one of each kind that diffusers cannot build
 POOLED = tiny(latent_channels=32, use_midblock_gn=True)
 SANA = tiny(
     latent_channels=32,

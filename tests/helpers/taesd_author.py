@@ -1,4 +1,4 @@
-"""The tiny autoencoders as their author's code builds them, with seeded weights."""
+"""The tiny autoencoders in their author's architecture, with seeded weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Block(nn.Module):
         return torch.relu(x + self.conv(x))
 
 
-def halve(before: int, width: int, bias: bool) -> nn.Module:
+def downsample(before: int, width: int, bias: bool) -> nn.Module:
     return nn.Conv2d(before, width, 3, 2, 1, bias=bias)
 
 
@@ -46,14 +46,20 @@ def blocks(width: int, count: int, pooled: bool = False) -> list[nn.Module]:
 def encoder(latent: int, pooled: bool) -> nn.Sequential:
     layers = [nn.Conv2d(3, 64, 3, 1, 1), *blocks(64, 1)]
     for stage in range(3):
-        layers += [halve(64, 64, False), *blocks(64, 3, pooled and stage == 2)]
+        layers += [downsample(64, 64, False), *blocks(64, 3, pooled and stage == 2)]
     return nn.Sequential(*layers, nn.Conv2d(64, latent, 3, 1, 1))
 
 
 def sana_encoder(latent: int) -> nn.Sequential:
-    layers = [halve(3, 32, True), nn.ReLU(), halve(32, 64, True), nn.ReLU(), *blocks(64, 1)]
+    layers = [
+        downsample(3, 32, True),
+        nn.ReLU(),
+        downsample(32, 64, True),
+        nn.ReLU(),
+        *blocks(64, 1),
+    ]
     for _ in range(3):
-        layers += [halve(64, 64, False), *blocks(64, 3)]
+        layers += [downsample(64, 64, False), *blocks(64, 3)]
     return nn.Sequential(*layers, nn.Conv2d(64, latent, 3, 1, 1))
 
 
@@ -67,7 +73,6 @@ def decoder(latent: int, widths: tuple[int, ...], pooled: bool) -> nn.Sequential
 
 SANA = (256, 128, 64, 64, 64, 64)
 
-
 AUTHORS = {
     "taesd": (lambda: encoder(4, False), lambda: decoder(4, (64,) * 4, False)),
     "taef1": (lambda: encoder(16, False), lambda: decoder(16, (64,) * 4, False)),
@@ -77,7 +82,7 @@ AUTHORS = {
 
 
 def author(name: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """The author's two halves, with seeded weights."""
+    """The author's encoder and decoder, with seeded weights."""
     halves = []
     for seed, build in enumerate(AUTHORS[name]):
         half = build().eval()
@@ -88,7 +93,7 @@ def author(name: str) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def files(folder: Path, *halves: nn.Module) -> list[Path]:
-    """Each half in its own file, with bare numbers for names, as the author keeps them."""
+    """Writes each module to its own file, with layer numbers as names, as the author does."""
     paths = [folder / f"{number}.safetensors" for number in range(len(halves))]
     for path, half in zip(paths, halves, strict=True):
         save_file(half.state_dict(), path)

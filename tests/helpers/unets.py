@@ -1,5 +1,5 @@
-"""U-Nets of every family: as they were published, and the same in small, with diffusers' beside
-ours and the inputs that each takes."""
+"""The configs of U-Nets of every family, smaller versions of them, sdconv's and diffusers' networks
+of a config, and inputs for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from helpers import seeded
 from torch import Tensor
 
 from sdconv.config import UNet2DConditionConfig
-from sdconv.loading import build
-from sdconv.models.unet import UNet2DConditionModel
+from sdconv.integrations.diffusers import UNet2DConditionModel
 
 CROSS4 = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -44,7 +43,7 @@ SMALL: dict[str, Any] = {
     "cross_attention_dim": 48,
 }
 
-# the published configs, as far as they differ from diffusers' defaults
+# the published configs, where they differ from diffusers' defaults
 FAMILIES: dict[str, dict[str, Any]] = {
     "SD1": SD1,
     "SD1 inpainting": {**SD1, "in_channels": 9},
@@ -145,8 +144,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def small(family: str) -> dict[str, Any]:
-    """The family's config with narrow maps, texts of another width than any map, and no more than
-    three blocks to a transformer."""
+    """The family's config with few channels, prompt embeddings of a width that no layer has, and at
+    most three blocks in a transformer."""
     config = dict(FAMILIES[family])
     for name in ("transformer_layers_per_block", "reverse_transformer_layers_per_block"):
         if name in config:
@@ -161,38 +160,38 @@ def small(family: str) -> dict[str, Any]:
     if "addition_embed_type" in config:
         config["projection_class_embeddings_input_dim"] = TEXT + 6 * 256
     if "class_embed_type" in config:
-        config["projection_class_embeddings_input_dim"] = PICTURE
+        config["projection_class_embeddings_input_dim"] = IMAGE
     return config
 
 
 def smallest(family: str) -> dict[str, Any]:
-    """The family's kinds of modules, each as few times as there can be."""
+    """The family's kinds of modules, each as few times as possible."""
     config = small(family) | {"layers_per_block": 1, "transformer_layers_per_block": 1}
     return config | {"reverse_transformer_layers_per_block": None}
 
 
 def fewer(depth: Any) -> Any:
-    """Transformer depths made small, with those that differ still different."""
+    """Smaller transformer depths; depths that differ stay different."""
     if isinstance(depth, tuple):
         return tuple(map(fewer, depth))
     return {4: 2, 5: 2, 10: 3}.get(depth, depth)
 
 
-# widths of SDXL's pooled text and of unCLIP's picture in these small networks
-TEXT, PICTURE = 16, 40
+# widths of SDXL's pooled prompt embedding and of unCLIP's image embedding in the small networks
+TEXT, IMAGE = 16, 40
 
 
 def peer_of(config: dict[str, Any]) -> diffusers.UNet2DConditionModel:
-    """diffusers' network on the meta device."""
+    """diffusers' network of a config, on the meta device."""
     with torch.device("meta"):
         return diffusers.UNet2DConditionModel(**config)
 
 
 def blank(config: dict[str, Any]) -> UNet2DConditionModel:
-    """sdconv's network on the meta device."""
+    """sdconv's network of a config, on the meta device."""
     content = peer_of(config).config
     with torch.device("meta"):
-        return build(UNet2DConditionConfig.from_json(content, "config"))
+        return UNet2DConditionModel(UNet2DConditionConfig.from_json(content, "config"))
 
 
 def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DConditionModel:
@@ -204,7 +203,7 @@ def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DConditionMo
 
 
 def ours(peer: diffusers.UNet2DConditionModel) -> UNet2DConditionModel:
-    """sdconv's network with the same config and weights, not the same tensors."""
+    """sdconv's network with the config of diffusers' and a copy of its weights."""
     network = blank({k: v for k, v in peer.config.items() if not k.startswith("_")})
     state = {name: tensor.clone() for name, tensor in peer.state_dict().items()}
     network.load_state_dict(state, assign=True)
@@ -214,7 +213,7 @@ def ours(peer: diffusers.UNet2DConditionModel) -> UNet2DConditionModel:
 def inputs(
     config: Any, batch: int = 2, size: tuple[int, int] = (8, 12), seed: int = 1
 ) -> tuple[Any, ...]:
-    """What a network of this config takes, as far as ``added_cond_kwargs``, by position."""
+    """Positional arguments for a network of this config, up to ``added_cond_kwargs``."""
     torch.manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:

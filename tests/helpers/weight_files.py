@@ -1,4 +1,4 @@
-"""Files of weights made by hand, byte by byte or in folders, for the tests of what reads them."""
+"""Hand-made files of weights, byte by byte or in folders, for the tests of their readers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ A, B = torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
 
 
 def packed(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file's bytes; ``header`` is JSON already where it is bytes."""
+    """A safetensors file's bytes; a ``header`` of bytes is JSON already."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def entry(dtype: object, shape: object, *offsets: object) -> dict[str, object]:
-    """What a header says of one tensor."""
+    """A tensor's entry in a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
 
@@ -38,14 +38,14 @@ U8 = entry("U8", [1], 0, 1)
 
 
 def written(folder: Path, content: bytes) -> Path:
-    """A file of that content."""
+    """A file with this content."""
     file = folder / "weights.safetensors"
     file.write_bytes(content)
     return file
 
 
 def put(file: Path, **tensors: torch.Tensor) -> Path:
-    """A file of tensors, as its name has it: safetensors or a pickle."""
+    """A file of tensors: safetensors or a pickle, according to its name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
         save_file(tensors, file, metadata={"format": "pt", "of": file.stem})
@@ -76,7 +76,7 @@ def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
 
 @contextmanager
 def without_permission(closed: Path | None = None) -> Iterator[None]:
-    """Root may read everything, so it becomes nobody for a moment; ``closed`` is to none then."""
+    """Runs as nobody, because root may read everything; nobody may read ``closed``."""
     root = os.geteuid() == 0
     mode = closed.stat().st_mode if closed else 0
     if closed:

@@ -1,4 +1,4 @@
-"""sdconv's blocks inside diffusers' pipelines: not a bit differs, and all can be undone."""
+"""Patched pipelines give the same bits, and the patch can be removed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from diffusers.models import resnet
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders import vae as autoencoder
-from helpers.patching import REPLACED, classes, code_run_by, everything, is_ours, plain
+from helpers.patching import REPLACED, classes, code_run_by, is_ours, modules_of, plain
 from helpers.pipelines import KINDS, SCHEDULERS, pipeline, run, scheduler, seeded, unet, vae
 from torch import nn
 
@@ -29,7 +29,7 @@ def test_pipelines_give_the_same_pixels(kind: str) -> None:
     assert run(pipe, kind) == plain(kind)
 
 
-# diffusers hands tensors to numpy in a way that numpy 2 is about to end
+# diffusers passes tensors to numpy in a way that numpy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name: str) -> None:
@@ -41,22 +41,22 @@ def test_schedulers(name: str) -> None:
     assert run(pipe, "text") == expected
 
 
-def test_pictures_one_by_one_and_without_guidance() -> None:
-    told = {"prompt": "a cat", "negative_prompt": None, "guidance_scale": 1.0, "height": 64}
-    told["generator"] = torch.Generator().manual_seed(7)
-    expected = run(pipeline("text"), "text", **told)
+def test_one_prompt_without_guidance() -> None:
+    given = {"prompt": "a cat", "negative_prompt": None, "guidance_scale": 1.0, "height": 64}
+    given["generator"] = torch.Generator().manual_seed(7)
+    expected = run(pipeline("text"), "text", **given)
     pipe = pipeline("text")
     sdconv.apply_patch(pipe)
-    told["generator"] = torch.Generator().manual_seed(7)
-    assert run(pipe, "text", **told) == expected
+    given["generator"] = torch.Generator().manual_seed(7)
+    assert run(pipe, "text", **given) == expected
 
 
 @pytest.mark.parametrize("change", ["weight", "eps", "scale"])
-@pytest.mark.parametrize("place", ["vae.decoder.mid_block.resnets.0", "unet.mid_block.resnets.1"])
-def test_a_changed_block_shows(place: str, change: str) -> None:
+@pytest.mark.parametrize("name", ["vae.decoder.mid_block.resnets.0", "unet.mid_block.resnets.1"])
+def test_a_changed_block_changes_the_image(name: str, change: str) -> None:
     pipe = pipeline("text")
     sdconv.apply_patch(pipe)
-    block = everything(pipe)[place]
+    block = modules_of(pipe)[name]
     assert is_ours(block)
     with torch.no_grad():
         if change == "weight":
@@ -68,7 +68,7 @@ def test_a_changed_block_shows(place: str, change: str) -> None:
     assert run(pipe, "text") != plain()
 
 
-def test_it_is_our_code_that_runs() -> None:
+def test_sdconvs_code_runs_only_while_patched() -> None:
     pipe = pipeline("text")
     ours = {
         blocks.ResnetBlock2D.forward.__code__,
@@ -88,15 +88,15 @@ def test_it_is_our_code_that_runs() -> None:
     assert ours <= patched and not theirs & patched
 
 
-# the objects
+# --- the objects
 
 
 @pytest.mark.parametrize("kind", ["text", "controlnet"])
-def test_everything_stays_where_it_is(kind: str) -> None:
+def test_objects_parameters_and_hooks_stay_the_same(kind: str) -> None:
     pipe = pipeline(kind)
     pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: None)
 
-    def look() -> dict[str, Any]:
+    def snapshot() -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
@@ -111,42 +111,42 @@ def test_everything_stays_where_it_is(kind: str) -> None:
                 )
         return found
 
-    before, kinds = look(), classes(pipe)
+    before, kinds = snapshot(), classes(pipe)
     sdconv.apply_patch(pipe)
-    assert look() == before
-    assert [n for n, m in everything(pipe).items() if type(m) in REPLACED] == []
+    assert snapshot() == before
+    assert [n for n, m in modules_of(pipe).items() if type(m) in REPLACED] == []
     sdconv.remove_patch(pipe)
-    assert look() == before and classes(pipe) == kinds
+    assert snapshot() == before and classes(pipe) == kinds
 
 
-def test_the_summary_names_every_block() -> None:
+def test_the_summary_lists_every_block() -> None:
     pipe = pipeline("text")
     before = {n: t.__name__ for n, t in classes(pipe).items() if t in REPLACED}
     summary = sdconv.apply_patch(pipe)
     named = {name: kind for kind, names in summary.replaced.items() for name in names}
     attentions = {n for n, kind in named.items() if kind == "Attention"}
     assert attentions == {f"vae.{half}coder.mid_block.attentions.0" for half in ("en", "de")}
-    assert {n for n, m in everything(pipe).items() if is_ours(m)} == named.keys()
+    assert {n for n, m in modules_of(pipe).items() if is_ours(m)} == named.keys()
     assert named.keys() - attentions == before.keys()
-    halvings = {n for n, kind in named.items() if kind == "AsymmetricDownsample2D"}
-    assert halvings == {n for n in named if n.startswith("vae.encoder") and "downsamplers" in n}
+    asymmetric = {n for n, kind in named.items() if kind == "AsymmetricDownsample2D"}
+    assert asymmetric == {n for n in named if n.startswith("vae.encoder") and "downsamplers" in n}
     lines = str(summary).splitlines()
     assert lines[0] == f"replaced {len(named)} blocks"
     assert any(line.split()[:2] == ["2", "Attention"] for line in lines)
 
 
-def test_patched_blocks_are_of_our_family() -> None:
+def test_patched_blocks_are_instances_of_sdconvs_classes() -> None:
     net = vae(2)
     sdconv.apply_patch(net)
-    assert not [name for name, module in everything(net).items() if isinstance(module, REPLACED)]
+    assert not [name for name, module in modules_of(net).items() if isinstance(module, REPLACED)]
     assert isinstance(net.decoder, sdconv_vae.Decoder)
     assert isinstance(net.decoder.mid_block.resnets[0], blocks.ResnetBlock2D)
     attention = net.decoder.mid_block.attentions[0]
-    # diffusers sets processors on what is its own
+    # diffusers sets processors only on instances of its own class
     assert isinstance(attention, blocks.Attention) and isinstance(attention, Attention)
 
 
-def test_applied_twice_is_applied_once() -> None:
+def test_applying_twice_changes_nothing_more() -> None:
     net = unet()
     kinds = classes(net)
     first = sdconv.apply_patch(net)
@@ -154,7 +154,7 @@ def test_applied_twice_is_applied_once() -> None:
     second = sdconv.apply_patch(net)
     assert second.replaced == {} and second.left == {}
     assert second.already == sum(map(len, first.replaced.values()))
-    assert first.already == 0 and f"({second.already} were before)" in str(second)
+    assert first.already == 0 and f"({second.already} had been replaced before)" in str(second)
     assert classes(net) == patched
     names = sdconv.remove_patch(net)
     assert sorted(names) == sorted(name for some in first.replaced.values() for name in some)
@@ -177,7 +177,7 @@ def test_parts_and_single_blocks() -> None:
     assert is_ours(net.down_blocks[0].resnets[0])
 
 
-def test_components_that_are_none_or_ours_or_shared() -> None:
+def test_components_that_are_none_or_sdconvs_or_shared() -> None:
     own = sdconv.AutoencoderKL(
         sdconv.AutoencoderKLConfig(
             **sdconv.AutoencoderKLConfig.assumed
@@ -190,7 +190,7 @@ def test_components_that_are_none_or_ours_or_shared() -> None:
     assert all(name.startswith("unet.") for names in summary.replaced.values() for name in names)
     assert all(name.startswith("unet.") for name in sdconv.remove_patch(pipe))
     assert classes(own) == kinds
-    # in two places of one module, and in two pipelines
+    # twice in one module, and in two pipelines
     one = seeded(lambda: resnet.ResnetBlock2D(in_channels=32, temb_channels=None))
     assert sdconv.apply_patch(nn.ModuleList([one, one])).replaced == {"ResnetBlock2D": ("0",)}
     twice = pipeline("text")
@@ -203,6 +203,8 @@ def test_components_that_are_none_or_ours_or_shared() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "unet", {"unet": 1}, [nn.Identity()]])
 @pytest.mark.parametrize("call", [sdconv.apply_patch, sdconv.remove_patch])
-def test_what_is_neither_pipeline_nor_module(call: Callable[[object], object], wrong: Any) -> None:
+def test_targets_that_are_neither_pipeline_nor_module(
+    call: Callable[[object], object], wrong: Any
+) -> None:
     with pytest.raises(sdconv.InputError, match="expected: a diffusers pipeline or a torch module"):
         call(wrong)

@@ -1,4 +1,4 @@
-"""Which blocks and calls sdconv takes over from diffusers, and what it leaves alone."""
+"""Which of diffusers' blocks and calls sdconv computes, and which stay diffusers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from diffusers.models import downsampling, resnet, upsampling
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets import unet_2d_blocks
-from helpers.patching import classes, everything, is_ours
+from helpers.patching import classes, is_ours, modules_of
 from helpers.pipelines import seeded, unet, vae
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sdconv
 
-# single blocks, of any size
+# --- single blocks, of any size
 
 
 @settings(max_examples=60)
@@ -62,7 +62,7 @@ def test_resnet_blocks(
 
 @settings(max_examples=60)
 @given(
-    kind=st.sampled_from(["halves", "halves asymmetrically", "doubles", "attends"]),
+    kind=st.sampled_from(["downsample", "asymmetric downsample", "upsample", "attention"]),
     size=st.tuples(st.integers(1, 3), st.integers(2, 17), st.integers(2, 17)),
     output=st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40)),
     channels_last=st.booleans(),
@@ -71,10 +71,10 @@ def test_samplers_and_attention(
     kind: str, size: tuple[int, int, int], output: tuple[int, int] | None, channels_last: bool
 ) -> None:
     make: dict[str, Callable[[], nn.Module]] = {
-        "halves": lambda: downsampling.Downsample2D(32, use_conv=True, out_channels=48),
-        "halves asymmetrically": lambda: downsampling.Downsample2D(32, use_conv=True, padding=0),
-        "doubles": lambda: upsampling.Upsample2D(32, use_conv=True, out_channels=48),
-        "attends": lambda: Attention(
+        "downsample": lambda: downsampling.Downsample2D(32, use_conv=True, out_channels=48),
+        "asymmetric downsample": lambda: downsampling.Downsample2D(32, use_conv=True, padding=0),
+        "upsample": lambda: upsampling.Upsample2D(32, use_conv=True, out_channels=48),
+        "attention": lambda: Attention(
             32, heads=1, dim_head=32, norm_num_groups=8, residual_connection=True, bias=True
         ),
     }
@@ -83,7 +83,7 @@ def test_samplers_and_attention(
     x = torch.rand(batch, 32, *rows_and_columns)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    more = {"output_size": output} if kind == "doubles" else {}
+    more = {"output_size": output} if kind == "upsample" else {}
     _same_before_and_after(block, x, **more)
 
 
@@ -95,10 +95,10 @@ def _same_before_and_after(block: nn.Module, x: Tensor, **more: Any) -> None:
     assert torch.equal(got, expected) and got.stride() == expected.stride()
 
 
-# what is left alone
+# --- blocks that are left unchanged
 
 
-def _map(channels: int = 32) -> Tensor:
+def _features(channels: int = 32) -> Tensor:
     return torch.rand(2, channels, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
@@ -124,7 +124,7 @@ def _block(**fields: Any) -> nn.Module:
 
 
 def _with(**parts: nn.Module) -> nn.Module:
-    """A block with parts exchanged after it was made."""
+    """A block with some parts replaced after construction."""
     block = _block()
     for name, part in parts.items():
         setattr(block, name, part)
@@ -134,7 +134,7 @@ def _with(**parts: nn.Module) -> nn.Module:
 LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
     "FIR kernels": (
         lambda: _unconditional("SkipDownBlock2D", "SkipUpBlock2D"),
-        (_map(3), 7),
+        (_features(3), 7),
         {
             "ResnetBlock2D: up is True",
             "ResnetBlock2D: down is True",
@@ -143,9 +143,9 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
             "FirUpsample2D: FIR kernel",
         },
     ),
-    "halving and doubling inside": (
+    "resampling inside ResNet blocks": (
         lambda: _unconditional("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
-        (_map(3), 7),
+        (_features(3), 7),
         {
             "ResnetBlock2D: up is True",
             "ResnetBlock2D: down is True",
@@ -155,12 +155,12 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
     ),
     "scale and shift": (
         lambda: _unconditional("DownBlock2D", "UpBlock2D", resnet_time_scale_shift="scale_shift"),
-        (_map(3), 7),
+        (_features(3), 7),
         {"ResnetBlock2D: time_embedding_norm is scale_shift"},
     ),
     "ada-group norms": (
         lambda: unet_2d_blocks.KDownBlock2D(32, 32, 16, num_layers=1, add_downsample=True),
-        (_map(), torch.ones(2, 16)),
+        (_features(), torch.ones(2, 16)),
         {
             "ResnetBlockCondNorm2D: time_embedding_norm is ada_group",
             "KDownsample2D: fixed kernel",
@@ -177,55 +177,59 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
             "Attention: spatial_norm is SpatialNorm",
         },
     ),
-    "dropout": (lambda: _block(dropout=0.1), (_map(), None), {"ResnetBlock2D: dropout.p is 0.1"}),
-    "dropout taken out": (
+    "dropout": (
+        lambda: _block(dropout=0.1),
+        (_features(), None),
+        {"ResnetBlock2D: dropout.p is 0.1"},
+    ),
+    "dropout removed": (
         lambda: _with(dropout=nn.Identity()),
-        (_map(), None),
+        (_features(), None),
         {"ResnetBlock2D: 'Identity' object has no attribute 'p'"},
     ),
     "time without its activation": (
         lambda: resnet.ResnetBlock2D(in_channels=32, temb_channels=16, skip_time_act=True),
-        (_map(), torch.ones(2, 16)),
+        (_features(), torch.ones(2, 16)),
         {"ResnetBlock2D: skip_time_act is True"},
     ),
     "transposed convolution": (
         lambda: upsampling.Upsample2D(32, use_conv_transpose=True),
-        (_map(),),
+        (_features(),),
         {"Upsample2D: use_conv is False"},
     ),
     "another name": (
         lambda: upsampling.Upsample2D(32, use_conv=True, name="Conv2d_0"),
-        (_map(),),
+        (_features(),),
         {"Upsample2D: name is Conv2d_0"},
     ),
-    "norm before halving": (
+    "norm before downsampling": (
         lambda: downsampling.Downsample2D(32, use_conv=True, norm_type="ln_norm", eps=1e-5),
-        (_map(),),
+        (_features(),),
         {"Downsample2D: norm is LayerNorm"},
     ),
-    "wider margin": (
+    "wider padding": (
         lambda: downsampling.Downsample2D(32, use_conv=True, padding=2),
-        (_map(),),
+        (_features(),),
         {"Downsample2D: padding is 2"},
     ),
-    "attention narrower than the map": (
+    "attention narrower than its input": (
         lambda: Attention(
             32, heads=1, dim_head=16, norm_num_groups=32, residual_connection=True, bias=True
         ),
-        (_map(),),
+        (_features(),),
         {"Attention: inner_dim is 16"},
     ),
     "another processor": (
         lambda: _vae_with(AttnProcessor()),
-        (_map(3),),
+        (_features(3),),
         {"Attention: processor is AttnProcessor"},
     ),
-    "a class of its own": (
+    "subclass": (
         lambda: type("Mine", (resnet.ResnetBlock2D,), {})(in_channels=32, temb_channels=None),
-        (_map(), None),
-        {"Mine: a class of its own, derived from ResnetBlock2D"},
+        (_features(), None),
+        {"Mine: a subclass of ResnetBlock2D"},
     ),
-    "in one dimension": (
+    "one dimension": (
         lambda: downsampling.Downsample1D(4, use_conv=True),
         (torch.ones(1, 4, 8),),
         {"Downsample1D: sdconv has no such block"},
@@ -234,7 +238,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_not_covered_is_left_and_listed(name: str) -> None:
+def test_unsupported_blocks_are_left_and_listed(name: str) -> None:
     make, inputs, reasons = LEFT[name]
     net = seeded(make)
     kinds = classes(net)
@@ -245,9 +249,9 @@ def test_what_is_not_covered_is_left_and_listed(name: str) -> None:
     for reason in reasons:
         assert any(why.startswith(reason) for why in summary.left.values()), summary
         assert reason in str(summary)
-    for place, why in summary.left.items():
-        assert type(everything(net)[place]) is kinds[place]
-        assert why.startswith(kinds[place].__name__)
+    for block, why in summary.left.items():
+        assert type(modules_of(net)[block]) is kinds[block]
+        assert why.startswith(kinds[block].__name__)
     sdconv.remove_patch(net)
     assert classes(net) == kinds
 
@@ -259,47 +263,51 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def test_a_block_whose_forward_someone_took_over_is_left() -> None:
+def test_a_block_with_an_overridden_forward_is_left() -> None:
     net = unet()
     block = net.mid_block.resnets[0]
-    theirs = block.forward
-    block.forward = lambda *args: 2 * theirs(*args)
+    original = block.forward
+    block.forward = lambda *args: 2 * original(*args)
     summary = sdconv.apply_patch(net)
     assert summary.left == {"mid_block.resnets.0": "ResnetBlock2D: its forward is overridden"}
 
 
-# calls and processors that ours does not know
+# --- calls and processors that sdconv does not support
 
 
-def test_calls_that_ours_does_not_know_go_to_diffusers() -> None:
+def test_unsupported_calls_run_diffusers_code() -> None:
     block = seeded(lambda: _block())
-    raw = torch.rand(2, 32, 1, 1)
+    embedding = torch.rand(2, 32, 1, 1)
     attention = vae(2).decoder.mid_block.attentions[0]
     tokens = torch.rand(2, 5, 64)
     with torch.no_grad():
-        expected = block(_map(), raw), attention(tokens), attention(_map(64), tokens)
+        expected = (
+            block(_features(), embedding),
+            attention(tokens),
+            attention(_features(64), tokens),
+        )
         for module in (block, attention):
             assert sdconv.apply_patch(module).left == {}
-        assert torch.equal(block(_map(), raw), expected[0])
-        assert not torch.equal(block(_map(), None), expected[0])
+        assert torch.equal(block(_features(), embedding), expected[0])
+        assert not torch.equal(block(_features(), None), expected[0])
         assert torch.equal(attention(tokens), expected[1])
-        assert torch.equal(attention(_map(64), tokens), expected[2])
+        assert torch.equal(attention(_features(64), tokens), expected[2])
         for call in (block, attention, seeded(lambda: upsampling.Upsample2D(32, use_conv=True))):
             sdconv.apply_patch(call)
             with pytest.raises(TypeError):
                 call()
 
 
-def test_embeddings_of_latents_are_answered_as_before() -> None:
+def test_latent_embeddings_give_the_same_error_as_before() -> None:
     decoder = vae(2).decoder
     z = torch.rand(1, 4, 5, 7)
-    answers = []
+    errors = []
     for _ in range(2):
-        with torch.no_grad(), pytest.raises(RuntimeError) as answer:
-            decoder(z, z)  # a decoder that normalises without them
-        answers.append(str(answer.value))
+        with torch.no_grad(), pytest.raises(RuntimeError) as error:
+            decoder(z, z)  # a decoder whose normalisation does not take them
+        errors.append(str(error.value))
         sdconv.apply_patch(decoder)
-    assert answers[0] == answers[1]
+    assert errors[0] == errors[1]
     with torch.no_grad():
         assert torch.equal(decoder(z, None), decoder(sample=z))
 
@@ -314,7 +322,7 @@ def test_a_scale_is_still_deprecated() -> None:
         temb = (None,) if isinstance(block, resnet.ResnetBlock2D) else ()
         sdconv.apply_patch(block)
         with pytest.warns(FutureWarning, match="scale"):
-            block(_map(), *temb, scale=1.0)
+            block(_features(), *temb, scale=1.0)
 
 
 def test_processors_set_and_projections_fused_while_patched() -> None:

@@ -1,4 +1,4 @@
-"""Patched pipelines together with what else people do to pipelines."""
+"""Patched pipelines with LoRAs, offloading, tiling, saving, copying, training and compiling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.autoencoders import vae as autoencoder
-from helpers.patching import REPLACED, classes, code_run_by, everything, is_ours, plain
+from helpers.patching import REPLACED, classes, code_run_by, is_ours, modules_of, plain
 from helpers.pipelines import Run, pipeline, run, unet, vae
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "to_q", "to_
 
 @functools.cache
 def lora() -> dict[str, Tensor]:
-    """A LoRA on every kind of layer of the U-Net's, as a file would hold it."""
+    """A LoRA on every kind of layer of the U-Net, with the keys of a file."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     net = unet()
@@ -53,7 +53,7 @@ def test_lora(when: str) -> None:
     assert with_lora(False) != plain()
     pipe = pipeline("text")
     kinds = classes(pipe)
-    objects = everything(pipe)
+    objects = modules_of(pipe)
     if when == "after":
         sdconv.apply_patch(pipe)
     pipe.load_lora_weights(dict(lora()), adapter_name="one")
@@ -64,11 +64,11 @@ def test_lora(when: str) -> None:
     pipe.fuse_lora()
     assert run(pipe, "text") == with_lora(True)
     pipe.unfuse_lora()
-    # out again, with the LoRA in
+    # removes the patch while the LoRA is loaded
     sdconv.remove_patch(pipe)
     for name, module in objects.items():
         if kinds[name] in REPLACED:
-            assert everything(pipe)[name] is module and type(module) is kinds[name]
+            assert modules_of(pipe)[name] is module and type(module) is kinds[name]
     assert isinstance(pipe.unet.mid_block.resnets[0].conv1, LoraLayer)
     unfused = run(pipe, "text")
     assert torch.allclose(unfused.images, with_lora(False).images, atol=1e-4)
@@ -100,8 +100,8 @@ def test_a_lora_unloaded_while_patched() -> None:
 
 
 def _offload(pipe: Any) -> None:
-    """What ``enable_sequential_cpu_offload`` does, to the CPU itself; and a hook on every block, as
-    a ``device_map`` puts there."""
+    """Offloads like ``enable_sequential_cpu_offload``, with the CPU as execution device, and adds a
+    hook to every block, like a ``device_map``."""
     from accelerate import cpu_offload
     from accelerate.hooks import attach_execution_device_hook
 
@@ -110,7 +110,7 @@ def _offload(pipe: Any) -> None:
         attach_execution_device_hook(part, "cpu")
 
 
-def _let_go(pipe: Any) -> None:
+def _remove_offload(pipe: Any) -> None:
     from accelerate.hooks import remove_hook_from_module
 
     for part in (pipe.unet, pipe.vae):
@@ -126,9 +126,9 @@ def _apply(pipe: Any) -> None:
     [
         (_offload, _apply),
         (_apply, _offload),
-        (_offload, _let_go, _apply),
-        (_apply, _offload, _let_go),
-        (_offload, _apply, _let_go),
+        (_offload, _remove_offload, _apply),
+        (_apply, _offload, _remove_offload),
+        (_offload, _apply, _remove_offload),
     ],
     ids=lambda steps: "-".join(step.__name__.strip("_") for step in steps),
 )
@@ -138,25 +138,25 @@ def test_offloaded(steps: tuple[Callable[[Any], None], ...]) -> None:
     for step in steps:
         step(pipe)
     block = pipe.unet.mid_block.resnets[0]
-    hooked = steps[-1] is not _let_go and _let_go not in steps
+    hooked = steps[-1] is not _remove_offload and _remove_offload not in steps
     assert hasattr(block, "_hf_hook") == hooked
     assert (block.conv1.weight.device.type == "meta") == hooked
-    _ours_until_removed(pipe)
+    _assert_patched_until_removed(pipe)
     assert classes(pipe) == kinds and hasattr(block, "_hf_hook") == hooked
 
 
-def _ours_until_removed(pipe: Any) -> None:
-    """That a patched pipeline runs our code, and once the patch is removed diffusers'."""
+def _assert_patched_until_removed(pipe: Any) -> None:
+    """A patched pipeline runs sdconv's code, and diffusers' once the patch is removed."""
     ours, theirs = (k.Decoder.forward.__code__ for k in (sdconv_vae, autoencoder))
     expected = plain()
 
-    def given() -> None:
+    def check() -> None:
         assert run(pipe, "text") == expected
 
-    ran = code_run_by(given)
+    ran = code_run_by(check)
     assert ours in ran and theirs not in ran
     sdconv.remove_patch(pipe)
-    ran = code_run_by(given)
+    ran = code_run_by(check)
     assert theirs in ran and ours not in ran
 
 
@@ -173,11 +173,11 @@ def test_offloaded_in_groups(steps: tuple[Callable[[Any], None], ...]) -> None:
     for step in steps:
         step(pipe)
     assert hasattr(pipe.vae.decoder, "_diffusers_hook")
-    _ours_until_removed(pipe)
+    _assert_patched_until_removed(pipe)
     assert classes(pipe) == kinds
 
 
-def test_in_tiles_and_slices() -> None:
+def test_tiling_and_slicing() -> None:
     before, after = pipeline("text"), pipeline("text")
     sdconv.apply_patch(after)
     for pipe in (before, after):
@@ -201,7 +201,7 @@ def test_freeu() -> None:
     assert run(pipe, "text") == expected
 
 
-def test_saved_and_opened(tmp_path: Path) -> None:
+def test_saved_and_loaded(tmp_path: Path) -> None:
     pipe = pipeline("text")
     pipe.save_pretrained(tmp_path / "before")
     sdconv.apply_patch(pipe)
@@ -213,7 +213,7 @@ def test_saved_and_opened(tmp_path: Path) -> None:
         assert twin.read_bytes() == file.read_bytes(), file.name
     opened = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "patched")
     opened.set_progress_bar_config(disable=True)
-    assert not any(is_ours(module) for module in everything(opened).values())
+    assert not any(is_ours(module) for module in modules_of(opened).values())
     assert run(opened, "text") == plain()
 
 
@@ -225,7 +225,7 @@ def _half(pipe: Any) -> None:
 @pytest.mark.parametrize(
     "move", [_half, lambda pipe: pipe.to(torch.float64), lambda pipe: pipe.to(torch.bfloat16)]
 )
-def test_moved(move: Callable[[Any], object]) -> None:
+def test_changed_dtype(move: Callable[[Any], object]) -> None:
     before, after = pipeline("text"), pipeline("text")
     move(before)
     expected = run(before, "text")
@@ -264,12 +264,12 @@ def test_copies_and_pickles() -> None:
             assert torch.equal(other.decode(z).sample, expected)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_gradients_in_training(recomputed: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_in_training(checkpointing: bool) -> None:
     def gradients(patch: bool) -> list[Tensor]:
         autoencoding, denoising = vae(2).train(), unet().train()
         for net in (autoencoding, denoising):
-            if recomputed:
+            if checkpointing:
                 net.enable_gradient_checkpointing()
             if patch:
                 sdconv.apply_patch(net)
@@ -284,7 +284,7 @@ def test_gradients_in_training(recomputed: bool) -> None:
     assert all(map(torch.equal, gradients(True), gradients(False)))
 
 
-def test_gradient_checkpointing_by_a_function_of_ones_own() -> None:
+def test_gradient_checkpointing_with_a_custom_function() -> None:
     net = vae(2)
     parts: list[nn.Module] = []
 
@@ -302,7 +302,7 @@ def test_gradient_checkpointing_by_a_function_of_ones_own() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_without_a_break() -> None:
+def test_compiled_without_a_graph_break() -> None:
     z = torch.rand(1, 4, 5, 7)
     net = vae(2)
     with torch.no_grad():
@@ -310,7 +310,7 @@ def test_compiled_without_a_break() -> None:
         sdconv.apply_patch(net)
         compiled = torch.compile(net.decoder, fullgraph=True, backend="eager")
         assert torch.equal(compiled(net.post_quant_conv(z)), expected)
-        # and again when the classes under the compiled code change
+        # recompiled when the classes of the blocks change
         sdconv.remove_patch(net)
         assert torch.equal(compiled(net.post_quant_conv(z)), expected)
 

@@ -1,4 +1,4 @@
-"""sdconv's autoencoders in diffusers' pipelines: made, run, saved, opened, moved, offloaded."""
+"""sdconv's autoencoders in diffusers' pipelines: created, run, saved, loaded, moved, offloaded."""
 
 from __future__ import annotations
 
@@ -13,34 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import unets
+from helpers import seeded, unets
+from helpers.numbers import randn
 from helpers.pipelines import pipeline, run
 
 import sdconv
-from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, AutoencoderTinyConfig
 
-SMALL = AutoencoderKLConfig(
-    **{**AutoencoderKLConfig.assumed, "block_out_channels": (32, 64), "layers_per_block": 1}
-)
-TINY = AutoencoderTinyConfig(
-    **{
-        **AutoencoderTinyConfig.assumed,
-        "encoder_block_out_channels": (16, 16),
-        "decoder_block_out_channels": (16, 16),
-        "num_encoder_blocks": (1, 1),
-        "num_decoder_blocks": (1, 1),
-    }
-)
+CONFIGS = {"kl": seeded.SMALL_KL, "tiny": seeded.SMALL_TINY}
 
 
-def network(kind: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    if kind == "kl":
-        return sdconv.AutoencoderKL(SMALL).eval()
-    return sdconv.AutoencoderTiny(TINY).eval()
+def network(kind: str) -> Any:
+    return seeded.network(CONFIGS[kind])
 
 
-def twin(ours: torch.nn.Module) -> torch.nn.Module:
+def diffusers_twin(ours: Any) -> Any:
     """diffusers' own network with the same weights."""
     import diffusers
 
@@ -63,7 +49,7 @@ def test_pipelines_give_the_same_pixels(kind: str, task: str, given: dict[str, A
     ours, other = network(kind), network(kind)
     with torch.no_grad():
         next(other.decoder.parameters()).add_(0.1)
-    expected = run(pipeline(task, vae=twin(ours)), task, **given)
+    expected = run(pipeline(task, vae=diffusers_twin(ours)), task, **given)
     assert run(pipeline(task, vae=ours), task, **given) == expected
     assert run(pipeline(task, vae=other), task, **given) != expected
 
@@ -78,7 +64,7 @@ def test_save_pretrained_and_from_pretrained(kind: str, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", ours.config.class_name]
-    # a folder that opens without sdconv, with ours in the network's place, and as a component
+    # the folder opens without sdconv, with sdconv's network passed in, and as a component
     opened = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
     given = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, vae=ours)
     alone = sdconv.load(tmp_path, component="vae")
@@ -90,7 +76,7 @@ def test_save_pretrained_and_from_pretrained(kind: str, tmp_path: Path) -> None:
         assert run(one, "text", **SIZE) == expected
 
 
-def test_diffusers_is_imported_for_transformers_and_takes_what_was_loaded_before(
+def test_diffusers_is_imported_for_transformers_only_and_accepts_networks_loaded_before(
     tmp_path: Path,
 ) -> None:
     files = [str(tmp_path / f"{name}.safetensors") for name in ("vae", "unet")]
@@ -114,15 +100,15 @@ assert skeleton.state_dict().keys() < unet.state_dict().keys()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_network_that_diffusers_cannot_build_is_not_saved_for_it(tmp_path: Path) -> None:
-    ours = sdconv.AutoencoderTiny(replace(TINY, use_midblock_gn=True))
+def test_a_network_that_diffusers_cannot_build_is_not_saved(tmp_path: Path) -> None:
+    ours = sdconv.AutoencoderTiny(replace(seeded.SMALL_TINY, use_midblock_gn=True))
     with pytest.raises(sdconv.SdconvError, match="cannot represent"):
         pipeline("text", vae=ours).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
 def test_copies_and_pickles(kind: str) -> None:
-    import diffusers  # with it, __class__ and type() differ: what pickle stumbles over
+    import diffusers  # with it __class__ and type() differ, which pickle does not expect
 
     ours = network(kind)
     assert isinstance(ours, getattr(diffusers, ours.config.class_name))
@@ -133,7 +119,7 @@ def test_copies_and_pickles(kind: str) -> None:
         )
 
 
-def test_offload_hooks_see_encode_and_decode() -> None:
+def test_offload_hooks_run_before_encode_and_decode() -> None:
     class Hook:
         calls = 0
 
@@ -149,7 +135,7 @@ def test_offload_hooks_see_encode_and_decode() -> None:
         assert ours._hf_hook.calls == 2
 
 
-def test_accelerate_offloads_a_pipeline_with_ours_in_it() -> None:
+def test_offloaded_by_accelerate() -> None:
     from accelerate import cpu_offload_with_hook
 
     ours = network("kl")
@@ -161,7 +147,7 @@ def test_accelerate_offloads_a_pipeline_with_ours_in_it() -> None:
     hook.remove()
 
 
-def test_pipelines_move_it() -> None:
+def test_changed_dtype_in_a_pipeline() -> None:
     pipe = pipeline("text", vae=network("kl"))
     pipe.vae.to(torch.float64)
     assert pipe.vae.dtype == torch.float64 and pipe.vae.device == torch.device("cpu")
@@ -170,15 +156,9 @@ def test_pipelines_move_it() -> None:
 def test_flux2_pipeline_reads_the_statistics() -> None:
     from diffusers import Flux2Pipeline
 
-    torch.manual_seed(0)
-    config = AutoencoderKLFlux2Config(
-        **{**AutoencoderKLFlux2Config.assumed, "block_out_channels": (32, 32)}
-    )
-    ours = sdconv.AutoencoderKLFlux2(config).eval()
-    ours.bn.running_mean.normal_()
-    ours.bn.running_var.uniform_(0.5, 2)
-    theirs = twin(ours)
-    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    ours: Any = seeded.network(seeded.flux2((32, 32)))
+    theirs = diffusers_twin(ours)
+    image = randn(1, 3, 16, 16)
     encode = Flux2Pipeline._encode_vae_image
     patchify = staticmethod(Flux2Pipeline._patchify_latents)
     results = []

@@ -1,4 +1,4 @@
-"""Networks that sdconv loaded in the place of a pipeline's own: not a bit differs."""
+"""Pipelines give the same bits with networks that sdconv loaded in place of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import loras
 from helpers.patching import REPLACED, code_run_by, plain
-from helpers.pipelines import KINDS, SCHEDULERS, WIDE, pipeline, run, scheduler
+from helpers.pipelines import KINDS, SCHEDULERS, TEXT_WIDTH, pipeline, run, scheduler
 from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,7 +23,7 @@ from sdconv.streaming.layers import StreamLayer
 
 
 def swapped(kind: str = "text", **parts: Any) -> Any:
-    """A pipeline with sdconv's networks, opened from the tensors of its own."""
+    """A pipeline with sdconv's networks, loaded from the state dicts of its own."""
     pipe = pipeline(kind, **parts)
     family = KINDS[kind].family
     pipe.vae = sdconv.load(dict(pipe.vae.state_dict()), family=family)
@@ -36,7 +36,7 @@ def test_pipelines_give_the_same_pixels(kind: str, tmp_path: Path) -> None:
     pipe = pipeline(kind)
     pipe.save_pretrained(tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "whole.safetensors", "original")
-    file = tmp_path / "single.safetensors"  # as others write it: without the configs
+    file = tmp_path / "single.safetensors"  # without the configs, as other programs write it
     save_file(load_file(tmp_path / "whole.safetensors"), file)
     pipe.vae = sdconv.load(file, component="vae", family=KINDS[kind].family)
     pipe.unet = sdconv.load(file, component="unet", family=KINDS[kind].family)
@@ -52,7 +52,7 @@ def test_from_the_folder_of_a_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "xl"])
-def test_tiling_streams_and_keeps_the_picture(kind: str) -> None:
+def test_tiling_streams_and_keeps_the_image(kind: str) -> None:
     pipe = swapped(kind)
     whole = run(pipe, kind).images
     pipe.vae.enable_tiling()
@@ -64,7 +64,7 @@ def test_tiling_streams_and_keeps_the_picture(kind: str) -> None:
     assert torch.equal(run(pipe, kind).images, whole)
 
 
-def test_it_is_our_code_that_runs() -> None:
+def test_sdconvs_code_runs() -> None:
     ran = code_run_by(lambda: run(swapped(), "text"))
     theirs = {
         inspect.unwrap(kind.forward).__code__
@@ -75,7 +75,7 @@ def test_it_is_our_code_that_runs() -> None:
     assert {unet.UNet2DConditionModel.forward.__code__, vae.Decoder.forward.__code__} <= ran
 
 
-def test_a_hook_sees_what_it_sees_in_diffusers() -> None:
+def test_a_hook_gets_the_same_arguments_as_in_diffusers() -> None:
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for pipe in (pipeline("xl"), swapped("xl")):
         pipe.unet.add_embedding.register_forward_pre_hook(
@@ -83,19 +83,19 @@ def test_a_hook_sees_what_it_sees_in_diffusers() -> None:
         )
         run(pipe, "xl")
     assert len(seen) == 4  # two steps each
-    (texts_and_sizes,), more = seen[0]
-    assert texts_and_sizes.shape == (4, WIDE + 6 * 256) and more == {}
-    assert all(torch.equal(given[0][0], texts_and_sizes) for given in seen)
+    (embedding,), kwargs = seen[0]
+    assert embedding.shape == (4, TEXT_WIDTH + 6 * 256) and kwargs == {}
+    assert all(torch.equal(given[0][0], embedding) for given in seen)
 
 
-def test_a_lora_in_the_originals_names() -> None:
-    given = []
+def test_a_lora_with_the_original_layouts_names() -> None:
+    runs = []
     for pipe in (pipeline("xl"), swapped("xl")):
-        # diffusers reads our config to tell which of its own names these are
+        # diffusers reads the config to convert the names
         matrices = loras.matrices(pipe.unet, only=r"\.to_|ff|conv1", alpha=1.5)
-        pipe.load_lora_weights(loras.kohya(matrices, loras.of_original(pipe.unet)))
-        given.append(run(pipe, "xl"))
-    assert given[0] == given[1] != plain("xl")
+        pipe.load_lora_weights(loras.kohya(matrices, loras.original_names(pipe.unet)))
+        runs.append(run(pipe, "xl"))
+    assert runs[0] == runs[1] != plain("xl")
 
 
 def _weight(pipe: Any) -> None:
@@ -106,20 +106,20 @@ def _eps(pipe: Any) -> None:
     pipe.unet.mid_block.resnets[0].norm1.eps = 1e-6
 
 
-def _no_time(pipe: Any) -> None:
+def _no_time_embedding(pipe: Any) -> None:
     nn.init.zeros_(pipe.unet.down_blocks[0].resnets[0].time_emb_proj.weight)
 
 
-@pytest.mark.parametrize("spoil", [_weight, _eps, _no_time])
-def test_control(spoil: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("fault", [_weight, _eps, _no_time_embedding])
+def test_a_fault_changes_the_image(fault: Callable[[Any], None]) -> None:
     pipe = swapped()
     assert run(pipe, "text") == plain()
     with torch.no_grad():
-        spoil(pipe)
+        fault(pipe)
     assert run(pipe, "text") != plain()
 
 
-# diffusers hands tensors to numpy in a way that numpy 2 is about to end
+# diffusers passes tensors to numpy in a way that numpy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name: str) -> None:
@@ -131,7 +131,7 @@ def test_schedulers(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*upcast_vae. is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["xl", "upscale"])
 def test_in_half_precision(kind: str) -> None:
-    # these two pipelines turn a float16 VAE back to float32
+    # these two pipelines convert a float16 VAE to float32
     before, after = pipeline(kind).to(torch.float16), swapped(kind).to(torch.float16)
     assert run(after, kind) == run(before, kind)
     assert after.vae.dtype == before.vae.dtype

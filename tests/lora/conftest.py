@@ -1,4 +1,4 @@
-"""A small U-Net to merge into: diffusers', sdconv's, and a copy of that for each test."""
+"""A small U-Net to merge into: diffusers', sdconv's, and a copy of sdconv's for each test."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The networks against outputs of their original authors' own code.
 
-``data/open-vae.json`` names the tensors of a small VAE of CompVis' classes and their shapes;
-their values follow from a seed, and ``data/open-vae-io.safetensors`` holds what those classes gave.
+``data/open-vae.json`` has the tensor names and shapes of a small VAE of CompVis' classes, whose
+values follow from a seed; ``data/open-vae-io.safetensors`` has inputs and outputs of that VAE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sdconv.analysis.parity import check
 
 PREFIX = "first_stage_model."
 SEED = 11
-# of max|b|: an eps of 1e-5 in place of 1e-6 makes 1.7e-5, which twice this would not see
+# an eps of 1e-5 instead of 1e-6 gives an error of 1.7e-5
 TOLERANCE = 1e-5
 
 
@@ -44,7 +44,7 @@ def test_vae_equals_the_original(open_vae: dict[str, Tensor]) -> None:
     assert error(decoded, io["decoded"]) < TOLERANCE
 
 
-def test_the_oracle_can_tell_eps(open_vae: dict[str, Tensor]) -> None:
+def test_another_eps_is_noticed(open_vae: dict[str, Tensor]) -> None:
     io = load_file(DATA / "open-vae-io.safetensors")
     vae = sdconv.load(open_vae, dtype=torch.float32, family="sd1")
     for module in vae.modules():
@@ -55,12 +55,12 @@ def test_the_oracle_can_tell_eps(open_vae: dict[str, Tensor]) -> None:
         assert error(vae.decode(io["latent"]).sample, io["decoded"]) > TOLERANCE
 
 
-def test_diffusers_is_equal_too(open_vae: dict[str, Tensor]) -> None:
+def test_equals_diffusers(open_vae: dict[str, Tensor]) -> None:
     assert check(open_vae, family="sd1", size=(32, 32)).passed
 
 
 @pytest.mark.shared
-def test_the_recipe_gives_the_oracles_weights(
+def test_the_seed_gives_the_weights_of_the_original(
     open_vae: dict[str, Tensor], shared_dir: Path
 ) -> None:
     stored = load_file(shared_dir / "oracle" / "open-vae-ldm.safetensors")
@@ -74,15 +74,15 @@ def test_the_recipe_gives_the_oracles_weights(
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("turned", [False, True], ids=["encoder first", "decoder first"])
-def test_taef2_equals_its_authors(shared_dir: Path, turned: bool) -> None:
+@pytest.mark.parametrize("reverse", [False, True], ids=["encoder first", "decoder first"])
+def test_taef2_equals_the_authors(shared_dir: Path, reverse: bool) -> None:
     folder = shared_dir / "weights"
     io = load_file(folder / "taef2-io.safetensors")
     files = [folder / f"taef2_{half}.safetensors" for half in ("encoder", "decoder")]
-    network = sdconv.load(files[::-1] if turned else files, dtype=torch.float32)
+    network = sdconv.load(files[::-1] if reverse else files, dtype=torch.float32)
     assert network.config["use_midblock_gn"]
     with torch.no_grad():
-        latents = network.encode(io["image"] * 2 - 1).latents  # the author's pictures are in [0, 1]
+        latents = network.encode(io["image"] * 2 - 1).latents  # the author's images are in [0, 1]
         decoded = network.decode(io["latent"]).sample
     assert error(latents, io["latent"]) < 1e-4
     assert error(decoded, io["decoded"] * 2 - 1) < 1e-4

@@ -1,4 +1,4 @@
-"""The tiny autoencoders against their author's architecture, written down here a second time."""
+"""The tiny autoencoders against their author's architecture, see ``helpers.taesd_author``."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import seeded
+from helpers.numbers import error, randn
 from helpers.taesd_author import (
     AUTHORS,
     author,
     files,
 )
-from torch import Tensor, nn
+from torch import nn
 
 import sdconv
 from sdconv.integrations.peers import peer
-
-# --- the author's networks, in [0, 1], from the facts: numbers of layers are part of them
-
 
 CONFIGS = {
     "taesd": seeded.tiny(),
@@ -28,29 +26,24 @@ CONFIGS = {
 }
 
 
-def near(a: Tensor, b: Tensor) -> bool:
-    return float((a - b).abs().max() / b.abs().max()) < 1e-5
-
-
 @pytest.mark.parametrize("name", AUTHORS)
-@pytest.mark.parametrize("turned", [False, True], ids=["encoder first", "decoder first"])
-def test_equals_the_authors(name: str, turned: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reverse", [False, True], ids=["encoder first", "decoder first"])
+def test_equals_the_authors(name: str, reverse: bool, tmp_path: Path) -> None:
     halves = author(name)
     paths = files(tmp_path, *halves)
-    network = sdconv.load(paths[::-1] if turned else paths)
+    network = sdconv.load(paths[::-1] if reverse else paths)
     assert isinstance(network, sdconv.AutoencoderTiny)
     assert network.config == CONFIGS[name]
-    stride = network.downscale
-    assert stride == (32 if name == "taesana" else 8)
+    scale = network.downscale
+    assert scale == (32 if name == "taesana" else 8)
     random = torch.Generator().manual_seed(1)
-    image = torch.rand((2, 3, 2 * stride, 3 * stride), generator=random)
+    image = torch.rand((2, 3, 2 * scale, 3 * scale), generator=random)
     latents = 4 * torch.randn((2, network.config.latent_channels, 2, 3), generator=random)
     with torch.no_grad():
         ours = network.encode(2 * image - 1).latents, network.decode(latents).sample
         theirs = halves[0](image), 2 * halves[1](latents) - 1
     for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape
-        assert near(a, b)
+        assert error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("name", AUTHORS)
@@ -67,11 +60,11 @@ def test_one_file_of_both_halves(name: str, tmp_path: Path) -> None:
 def test_one_half_alone(name: str, tmp_path: Path) -> None:
     halves = author(name)
     paths = files(tmp_path, *halves)
-    stride, latent = (32 if name == "taesana" else 8), CONFIGS[name].latent_channels
-    image, latents = torch.zeros(1, 3, stride, stride), torch.zeros(1, latent, 1, 1)
+    scale, latent = (32 if name == "taesana" else 8), CONFIGS[name].latent_channels
+    image, latents = torch.zeros(1, 3, scale, scale), torch.zeros(1, latent, 1, 1)
 
     encoding = sdconv.load(paths[0])
-    assert encoding.downscale == stride
+    assert encoding.downscale == scale
     assert encoding.encode(image).latents.shape == latents.shape
     with pytest.raises(sdconv.SdconvError, match=r"decoder is missing.*cannot decode") as raised:
         encoding.decode(latents)
@@ -79,7 +72,7 @@ def test_one_half_alone(name: str, tmp_path: Path) -> None:
     assert "sdconv.load([encoder_file, decoder_file])" in str(raised.value)
 
     decoding = sdconv.load(paths[1])
-    assert decoding.downscale == stride
+    assert decoding.downscale == scale
     assert decoding.decode(latents).sample.shape == image.shape
     with pytest.raises(sdconv.SdconvError, match=r"encoder is missing.*cannot encode"):
         decoding.encode(image)
@@ -96,11 +89,11 @@ def test_halves_of_different_autoencoders_are_an_error(tmp_path: Path) -> None:
         sdconv.load(files(tmp_path, author("taesd")[0], author("taef1")[1]))
 
 
-def test_results_and_the_way_through_bytes_are_diffusers() -> None:
+def test_outputs_and_8_bit_latents_equal_diffusers() -> None:
     config = seeded.tiny()
     ours = seeded.network(config)
     theirs, _ = peer(config, None, seeded.tensors(config), "diffusers")
-    x = torch.randn((2, 3, 24, 40), generator=torch.Generator().manual_seed(0))
+    x = randn(2, 3, 24, 40)
     with torch.no_grad():
         encoded, decoded = ours.encode(x), ours(x)
         assert torch.equal(encoded.latents, theirs.encode(x).latents)
@@ -114,13 +107,13 @@ def test_results_and_the_way_through_bytes_are_diffusers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_way_through_bytes_in_half_precision(dtype: torch.dtype) -> None:
-    """Where diffusers' own fails: bytes divide to float32."""
+def test_8_bit_latents_in_half_precision(dtype: torch.dtype) -> None:
+    """diffusers fails here: dividing bytes gives float32."""
     network, x = seeded.network(seeded.tiny()).to(dtype), torch.zeros(1, 3, 16, 16, dtype=dtype)
     assert network(x).sample.dtype == dtype
 
 
-def test_config_reads_as_diffusers_does() -> None:
+def test_config_has_diffusers_values() -> None:
     config = seeded.tiny()
     theirs, _ = peer(config, None, seeded.tensors(config), "diffusers")
     for key, value in theirs.config.items():

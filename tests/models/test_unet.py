@@ -13,12 +13,20 @@ import pytest
 import torch
 from helpers import unets
 from helpers.differences import first_failure
-from helpers.fake_cuda import fake_cuda, placed
+from helpers.fake_cuda import (
+    HALF_DTYPES,
+    WithoutDriver,
+    assert_on_cuda,
+    fake_cuda,
+    map_tensors,
+    record_outputs,
+    to_fake_cuda,
+)
+from helpers.numbers import error
 from helpers.paths import DATA
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 import sdconv
 from sdconv.analysis.parity.compare import ModuleDifference, compare
@@ -57,7 +65,7 @@ def test_every_module_is_equal_bit_for_bit(family: str) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 9), (13, 6)])
 @pytest.mark.parametrize("family", ["SD1", "KOALA 700M"])
-def test_sizes_that_do_not_halve(family: str, size: tuple[int, int]) -> None:
+def test_odd_sizes(family: str, size: tuple[int, int]) -> None:
     ours, peer = pair(family)
     found = rows(ours, peer, *unets.inputs(peer.config, size=size))
     assert first_failure(found) is None
@@ -74,7 +82,7 @@ def test_timestep_in_every_form() -> None:
 
 
 def residuals(config: Any, batch: int = 2, size: tuple[int, int] = (8, 12)) -> list[Tensor]:
-    """One tensor for each skip, as a ControlNet gives."""
+    """A ControlNet's output: one tensor for each skip connection."""
     channels = config["block_out_channels"]
     shapes, (height, width) = [(channels[0], *size)], size
     for level, count in enumerate(channels):
@@ -94,7 +102,7 @@ def test_controlnet_residuals(family: str) -> None:
     assert first_failure(found) is None
 
 
-@pytest.mark.parametrize("extra", [0, 1], ids=["levels", "levels and middle"])
+@pytest.mark.parametrize("extra", [0, 1], ids=["levels", "levels and mid block"])
 @pytest.mark.parametrize("family", ["SD1", "SDXL"])
 def test_t2i_adapter_residuals(family: str, extra: int) -> None:
     ours, peer = pair(family)
@@ -102,10 +110,10 @@ def test_t2i_adapter_residuals(family: str, extra: int) -> None:
     torch.manual_seed(2)
     by_level: list[Tensor] = []
     for level, block in enumerate(peer.down_blocks):
-        # where transformers stand it is added before the halving, elsewhere behind it
-        behind = not hasattr(block, "attentions") and level < levels - 1
-        steps = level + behind
-        shape = (math.ceil(8 / 2**steps), math.ceil(12 / 2**steps))
+        # added before the downsampling in blocks with transformers, after it in others
+        after = not hasattr(block, "attentions") and level < levels - 1
+        factor = 2 ** (level + after)
+        shape = (math.ceil(8 / factor), math.ceil(12 / factor))
         by_level.append(torch.randn(2, peer.config.block_out_channels[level], *shape))
     by_level += [
         torch.randn(2, peer.config.block_out_channels[-1], *by_level[-1].shape[2:])
@@ -148,12 +156,12 @@ def test_freeu(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "recompute"), [("SD1", False), ("SDXL", False), ("uneven layers", True)]
+    ("family", "checkpointing"), [("SD1", False), ("SDXL", False), ("uneven layers", True)]
 )
-def test_gradients_are_equal(family: str, recompute: bool) -> None:
+def test_gradients_are_equal(family: str, checkpointing: bool) -> None:
     gradients = []
     for network in pair(family):
-        if recompute and isinstance(network, UNet2DConditionModel):
+        if checkpointing and isinstance(network, UNet2DConditionModel):
             network.enable_gradient_checkpointing()
             assert network.is_gradient_checkpointing
         sample, timestep, text, labels, guidance, *_, added = unets.inputs(network.config)
@@ -169,8 +177,9 @@ def test_gradients_are_equal(family: str, recompute: bool) -> None:
 
 
 def oracle() -> tuple[UNet2DConditionModel, dict[str, Tensor], dict[str, str]]:
-    """The small SD1-style U-Net that the original implementation was run with: its weights follow
-    from a seed. Also the module that stands for each of the original's numbered blocks."""
+    """The small SD1-style U-Net that the original implementation was run with, with weights of a
+    seed; that run's inputs and outputs; and for each numbered block of the original the module that
+    has its output."""
     header = json.loads((DATA / "open-unet-sd1.json").read_text())
     random = torch.Generator().manual_seed(21)
     state = {}
@@ -194,11 +203,7 @@ def oracle() -> tuple[UNet2DConditionModel, dict[str, Tensor], dict[str, str]]:
     return network, load_file(DATA / "open-unet-sd1-io.safetensors"), features
 
 
-def far(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max())
-
-
-def test_original_implementation() -> None:
+def test_equals_the_original_implementation() -> None:
     network, io, features = oracle()
     got: dict[str, Tensor] = {}
 
@@ -214,35 +219,35 @@ def test_original_implementation() -> None:
         got["out"] = network(io["sample"], io["timestep"], io["context"]).sample
     expected = {k: v for k, v in io.items() if k not in ("sample", "timestep", "context")}
     assert got.keys() == expected.keys()
-    assert max(far(got[name], expected[name]) for name in expected) < 5e-5
+    assert max(error(got[name], expected[name]) for name in expected) < 5e-5
 
 
 @pytest.mark.shared
-def test_recipe_gives_the_original_weights(shared_dir: Path) -> None:
+def test_the_seed_gives_the_weights_of_the_original(shared_dir: Path) -> None:
     network, io, _ = oracle()
     file = shared_dir / "oracle" / "open-unet-sd1-ldm.safetensors"
-    there = sdconv.load(file, dtype=torch.float32).state_dict()
+    stored = sdconv.load(file, dtype=torch.float32).state_dict()
     state = network.state_dict()
-    assert state.keys() == there.keys()
-    assert all(torch.equal(state[name], there[name]) for name in state)
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], stored[name]) for name in state)
     kept = load_file(shared_dir / "oracle" / "open-unet-sd1-io.safetensors")
     assert all(torch.equal(io[name], kept[name]) for name in kept)
 
 
 def swap_skips(network: UNet2DConditionModel) -> None:
     block = network.up_blocks[0]
-    honest = block.forward
-    block.forward = lambda x, temb, skips, *rest: honest(x, temb, skips[::-1], *rest)  # type: ignore[method-assign]
+    original = block.forward
+    block.forward = lambda x, temb, skips, *rest: original(x, temb, skips[::-1], *rest)  # type: ignore[method-assign]
 
 
-def forget_time(network: UNet2DConditionModel) -> None:
+def drop_time_projection(network: UNet2DConditionModel) -> None:
     network.mid_block.resnets[0].time_emb_proj = None  # type: ignore[union-attr]
 
 
 def sines_first(network: UNet2DConditionModel) -> None:
-    honest = network.time_proj
+    original = network.time_proj
     network.time_proj = nn.Module()  # type: ignore[assignment]
-    network.time_proj.forward = lambda steps: honest(steps).roll(honest.width // 2, dims=1)  # type: ignore[method-assign]
+    network.time_proj.forward = lambda steps: original(steps).roll(original.width // 2, dims=1)  # type: ignore[method-assign]
 
 
 def other_eps(network: UNet2DConditionModel) -> None:
@@ -250,102 +255,74 @@ def other_eps(network: UNet2DConditionModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "first"),
+    ("fault", "first"),
     [
         (swap_skips, "up_blocks.0.resnets.0.norm1"),
-        (forget_time, "mid_block.resnets.0.norm2"),
+        (drop_time_projection, "mid_block.resnets.0.norm2"),
         (sines_first, "time_proj"),
         (other_eps, "down_blocks.1.resnets.0.norm1"),
     ],
 )
-def test_control(spoil: Callable[[UNet2DConditionModel], None], first: str) -> None:
+def test_a_fault_shows_at_its_module(
+    fault: Callable[[UNet2DConditionModel], None], first: str
+) -> None:
     ours, peer = pair("SD1", unets.smallest)
     arguments = unets.inputs(peer.config)
     assert first_failure(rows(ours, peer, *arguments)) is None
-    spoil(ours)
+    fault(ours)
     assert first_failure(rows(ours, peer, *arguments)) == first
     with torch.no_grad():
         assert not torch.equal(ours(*arguments).sample, peer(*arguments).sample)
 
 
-def test_control_heads() -> None:
+def test_another_number_of_heads_shows_in_the_attention() -> None:
     config = unets.smallest("SD1")
     peer = unets.theirs(config)
-    spoilt = unets.ours(unets.theirs({**config, "attention_head_dim": 4}))
-    first = first_failure(rows(spoilt, peer, *unets.inputs(peer.config)))
-    # projections are alike, what the heads make of them is not
+    wrong = unets.ours(unets.theirs({**config, "attention_head_dim": 4}))
+    first = first_failure(rows(wrong, peer, *unets.inputs(peer.config)))
+    # the projections are equal, the attention is not
     assert first == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 
 
-@pytest.mark.parametrize("spoil", [swap_skips, forget_time, sines_first])
-def test_control_original(spoil: Callable[[UNet2DConditionModel], None]) -> None:
+@pytest.mark.parametrize("fault", [swap_skips, drop_time_projection, sines_first])
+def test_a_fault_shows_against_the_original(fault: Callable[[UNet2DConditionModel], None]) -> None:
     network, io, _ = oracle()
-    spoil(network)
+    fault(network)
     with torch.no_grad():
-        spoilt = network(io["sample"], io["timestep"], io["context"]).sample
-    assert far(spoilt, io["out"]) > 5e-5
-
-
-class WithoutCuda(TorchFunctionMode):
-    """Stands in for a method that asks for the tensor's device even where the tensor is fake."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Tensor:
-        if func is Tensor.contiguous:
-            return args[0].clone(memory_format=torch.contiguous_format)
-        return func(*args, **(kwargs or {}))
-
-
-def on_fake_cuda(network: nn.Module, dtype: torch.dtype) -> None:
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                stand_in = nn.Parameter(fake_cuda(parameter, dtype), requires_grad=False)
-                module._parameters[name] = stand_in
-        assert not module._buffers
+        out = network(io["sample"], io["timestep"], io["context"]).sample
+    assert error(out, io["out"]) > 5e-5
 
 
 @pytest.mark.parametrize("family", unets.FAMILIES)
-def test_dry_run_on_cuda(family: str) -> None:
+def test_dry_run_on_fake_cuda(family: str) -> None:
     network = unets.blank(unets.smallest(family))
-    seen: dict[str, Tensor] = {}
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    for name, module in network.named_modules():
-        # a list is not called
-        if name and not isinstance(module, nn.ModuleList):
-            module.register_forward_hook(look(name))
-    for dtype in (torch.float16, torch.bfloat16):
-        seen.clear()
-        with FakeTensorMode(allow_non_fake_inputs=True), WithoutCuda(), torch.no_grad():
-            on_fake_cuda(network, dtype)
+    for dtype in HALF_DTYPES:
+        outputs = record_outputs(network)
+        with FakeTensorMode(), WithoutDriver(), torch.no_grad():
+            to_fake_cuda(network, dtype)
             given = unets.inputs(network.config, size=(9, 12))
-            sample, _, *rest = (placed(one, dtype, fake_cuda) for one in given)
+            sample, _, *rest = (map_tensors(one, dtype, fake_cuda) for one in given)
             out = network(sample, 981, *rest).sample
         assert out.shape == (2, network.config.out_channels, 9, 12)
-        assert {tensor.device.type for tensor in (*seen.values(), out)} == {"cuda"}
-        # sines and cosines are float32 in every dtype
-        fine = {name for name in seen if name.endswith("time_proj")}
-        assert {name for name, tensor in seen.items() if tensor.dtype != dtype} == fine
-        idle = {name for name, _ in network.named_modules() if name} - set(seen)
-        lists = {n for n, m in network.named_modules() if isinstance(m, nn.ModuleList)}
-        assert idle == lists
+        sinusoids = {name: outputs.pop(name) for name in [*outputs] if name.endswith("time_proj")}
+        assert_on_cuda({**outputs, "forward": [out]}, dtype)
+        # sines and cosines are computed in float32
+        assert_on_cuda(sinusoids, torch.float32)
+        called = {
+            name
+            for name, module in network.named_modules()
+            if name and not isinstance(module, nn.ModuleList)
+        }
+        assert set(outputs) | set(sinusoids) == called
 
 
-def test_dry_run_notices_a_tensor_left_behind() -> None:
+def test_dry_run_notices_weights_on_fake_cuda_and_text_on_the_cpu() -> None:
     ours, peer = pair(SMALL)
     sample, _, text, *_ = unets.inputs(peer.config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        on_fake_cuda(ours, torch.float16)
-        fake = torch.empty(sample.shape, device="cuda", dtype=torch.float16)
+        to_fake_cuda(ours, torch.float16)
         with pytest.raises(Exception, match="device"):
-            ours(fake, 981, text.half())
+            ours(fake_cuda(sample, torch.float16), 981, text.half())
 
 
 @pytest.mark.gpu
@@ -354,11 +331,13 @@ def test_dry_run_notices_a_tensor_left_behind() -> None:
 def test_parity_on_cuda(family: str, dtype: torch.dtype) -> None:
     ours, peer = (network.to("cuda", dtype) for network in pair(family))
     given = unets.inputs(peer.config)
-    arguments = [placed(one, dtype, lambda tensor, kind: tensor.to("cuda", kind)) for one in given]
+    arguments = [
+        map_tensors(one, dtype, lambda tensor, kind: tensor.to("cuda", kind)) for one in given
+    ]
     with torch.no_grad():
         got, expected = (network(*arguments).sample for network in (ours, peer))
-    # the same kernels on the same data: no more than one rounding apart
-    assert far(got.float(), expected.float()) <= torch.finfo(dtype).eps
+    # the same kernels on the same data: at most one rounding apart
+    assert error(got, expected) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
@@ -373,7 +352,7 @@ def test_save_and_load(family: str, layout: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
 
 
-def test_folder_of_diffusers_both_ways(tmp_path: Path) -> None:
+def test_folders_written_by_diffusers_and_for_diffusers(tmp_path: Path) -> None:
     ours, peer = pair("SSD-1B")
     peer.save_pretrained(tmp_path / "theirs")
     loaded = sdconv.load(tmp_path / "theirs")
@@ -387,19 +366,19 @@ def test_folder_of_diffusers_both_ways(tmp_path: Path) -> None:
         assert torch.equal(again(*arguments).sample, expected)
 
 
-def bare(family: str) -> UNet2DConditionConfig:
+def config_of(family: str) -> UNet2DConditionConfig:
     return unets.blank(unets.small(family)).config
 
 
 def test_without_transformers() -> None:
-    network = UNet2DConditionModel(bare("SD1"), transformers=None).eval()
+    network = UNet2DConditionModel(config_of("SD1"), transformers=None).eval()
     assert not [name for name in network.state_dict() if "attentions" in name]
-    # no text is asked for
+    # needs no prompt embeddings
     with torch.no_grad():
         assert network(torch.zeros(1, 4, 8, 8), 5, None).sample.shape == (1, 4, 8, 8)
 
 
-def test_own_modules_in_the_slots() -> None:
+def test_custom_modules_in_the_slots() -> None:
     slots: list[TransformerSlot] = []
 
     class Mean(nn.Module):
@@ -417,13 +396,13 @@ def test_own_modules_in_the_slots() -> None:
         slots.append(slot)
         return Mean(slot) if slot.name.startswith("mid_block") else None
 
-    network = UNet2DConditionModel(bare("SDXL"), transformers=make)
+    network = UNet2DConditionModel(config_of("SDXL"), transformers=make)
     peer = unets.theirs(unets.small("SDXL"))
-    places = {slot.name: slot for slot in slots}
-    assert set(places) == {
+    by_name = {slot.name: slot for slot in slots}
+    assert set(by_name) == {
         name for name, _ in peer.named_modules() if re.fullmatch(r".*attentions\.\d+", name)
     }
-    for name, slot in places.items():
+    for name, slot in by_name.items():
         module = peer.get_submodule(name)
         assert (slot.channels, slot.heads, slot.depth) == (
             module.in_channels,
@@ -456,7 +435,7 @@ def test_one_graph_serves_any_size() -> None:
             assert torch.equal(compiled(*arguments).sample, peer(*arguments).sample)
 
 
-def test_exported_with_its_named_result(tmp_path: Path) -> None:
+def test_exported_with_its_output_class(tmp_path: Path) -> None:
     peer = unets.theirs(unets.smallest("no transformers"))
     arguments = unets.inputs(peer.config)
     with torch.no_grad():

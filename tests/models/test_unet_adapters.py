@@ -1,4 +1,4 @@
-"""Our U-Net in diffusers' pipelines, and LoRA, IP-Adapters and attention processors on it."""
+"""sdconv's U-Net in diffusers' pipelines, and LoRAs, IP-Adapters and attention processors on it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def pipeline(unet: Any, kind: str = "StableDiffusionPipeline", **parts: Any) -> 
             "requires_safety_checker": False,
         }
     scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-    made = getattr(diffusers, kind)(unet=unet, scheduler=scheduler, **parts)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipe = getattr(diffusers, kind)(unet=unet, scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def latents(pipe: Any, **given: Any) -> torch.Tensor:
-    """Two steps with guidance, from embeddings that follow from a seed."""
+    """The result of two steps with guidance, from prompt embeddings of a seed."""
     torch.manual_seed(4)
     width = pipe.unet.config.cross_attention_dim
     embeddings = {
@@ -74,7 +74,7 @@ def pair(config: dict[str, Any]) -> tuple[Any, Any]:
     ("kind", "config"),
     [("StableDiffusionPipeline", SD1), ("StableDiffusionXLPipeline", SDXL)],
 )
-def test_pipeline_makes_the_same_latents(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_pipelines_give_the_same_latents(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
     ours, peer = pair(config)
     assert isinstance(ours, diffusers.UNet2DConditionModel)
     mine = pipeline(ours, kind)
@@ -92,7 +92,7 @@ def test_pipeline_makes_the_same_latents(kind: str, config: dict[str, Any], tmp_
 
 
 def lora(unet: Any, folder: Path) -> Path:
-    """A LoRA file for attention and convolutions, with seeded weights."""
+    """Writes a LoRA for attention and convolutions, with seeded weights."""
     wrapped = copy.deepcopy(unet)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "time_emb_proj"]
     wrapped.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets))
@@ -129,8 +129,8 @@ def test_lora_weights(tmp_path: Path) -> None:
 
 
 def ip_adapter(unet: Any, folder: Path, width: int = 12) -> Path:
-    """An IP-Adapter's file as its authors lay it out: a projection and two matrices for each
-    cross-attention, numbered by their places among all attentions."""
+    """Writes an IP-Adapter in its authors' layout: a projection, and two matrices for each
+    cross-attention, numbered by its index among all attentions."""
     torch.manual_seed(7)
     text = unet.config.cross_attention_dim
     state = {
@@ -157,7 +157,7 @@ def test_ip_adapter(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
     ours, peer = pair(config)
     ip_adapter(peer, tmp_path)
     torch.manual_seed(8)
-    picture = [torch.randn(2, 1, 12)]
+    image_embeds = [torch.randn(2, 1, 12)]
     results: list[list[torch.Tensor]] = []
     for unet in (ours, peer):
         pipe = pipeline(unet, kind)
@@ -168,7 +168,7 @@ def test_ip_adapter(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
         assert unet.config.encoder_hid_dim_type == "ip_image_proj"
         for scale in (1.0, 0.3, {"down": {"block_2": [0.5]}}):
             pipe.set_ip_adapter_scale(scale)
-            seen.append(latents(pipe, ip_adapter_image_embeds=picture))
+            seen.append(latents(pipe, ip_adapter_image_embeds=image_embeds))
         pipe.unload_ip_adapter()
         assert unet.config.encoder_hid_dim_type is None
         seen.append(latents(pipe))
@@ -179,7 +179,7 @@ def test_ip_adapter(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(plain, after)
 
 
-def test_ip_adapter_is_no_part_of_the_config(tmp_path: Path) -> None:
+def test_an_ip_adapter_does_not_change_config_json(tmp_path: Path) -> None:
     ours, peer = pair(SD1)
     before = ours.config.to_json()
     pipeline(ours).load_ip_adapter(
@@ -228,12 +228,12 @@ def test_controlnet_pipeline() -> None:
         peer, conditioning_embedding_out_channels=(16, 32)
     ).eval()
     for parameter in controlnet.parameters():
-        if not parameter.any():  # its last convolutions begin as zeros, which would hide it
+        if not parameter.any():  # its last convolutions are initially zero, without any effect
             torch.nn.init.normal_(parameter, std=0.1)
-    picture = torch.rand(1, 3, 16, 24)
+    image = torch.rand(1, 3, 16, 24)
     kind = "StableDiffusionControlNetPipeline"
     got, expected = (
-        latents(pipeline(unet, kind, controlnet=controlnet), image=picture) for unet in (ours, peer)
+        latents(pipeline(unet, kind, controlnet=controlnet), image=image) for unet in (ours, peer)
     )
     assert torch.equal(got, expected)
     assert not torch.equal(got, latents(pipeline(ours)))

@@ -1,4 +1,4 @@
-"""What the U-Net does not take is refused, in words, before any arithmetic."""
+"""The U-Net refuses invalid inputs with an error before it computes anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NETWORKS = {
 
 
 def on_meta(value: Any) -> Any:
-    """The same with no numbers in its tensors, as the networks here have none in theirs."""
+    """A value with its tensors on the meta device, like the weights of the networks here."""
     match value:
         case torch.Tensor():
             return value.to("meta")
@@ -34,7 +34,7 @@ def on_meta(value: Any) -> Any:
     return value
 
 
-def given(network: UNet2DConditionModel, **changed: Any) -> dict[str, Any]:
+def arguments(network: UNet2DConditionModel, **changed: Any) -> dict[str, Any]:
     names = (
         "sample",
         "timestep",
@@ -65,8 +65,8 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ("plain", {"sample": None}, "must be a tensor", "(B, 4, H, W)", "None"),
         ("plain", {"sample": [[0.0]]}, "must be a tensor", "torch.Tensor", "builtins.list"),
         ("plain", {"sample": ARRAY}, "must be a tensor", "torch.Tensor", "numpy.ndarray"),
-        ("plain", {"sample": WHOLE}, "latents must be of floating", "float32", "int64"),
-        ("plain", {"sample": WHOLE.double()}, "latents of another dtype", "float32", "float64"),
+        ("plain", {"sample": WHOLE}, "latents must be floating", "float32", "int64"),
+        ("plain", {"sample": WHOLE.double()}, "latents must have the dtype", "float32", "float64"),
         ("plain", {"timestep": None}, "timesteps", "a number", "None"),
         ("plain", {"timestep": "5"}, "timesteps", "a number", "a str"),
         ("plain", {"timestep": [5]}, "timesteps", "a number", "a list"),
@@ -89,8 +89,14 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ),
         ("plain", {"encoder_hidden_states": None}, "encoder_hidden_states", "tokens", "None"),
         ("plain", {"encoder_hidden_states": TEXT.numpy()}, "encoder_hidden", "tokens", "a ndarray"),
-        ("plain", {"encoder_hidden_states": TEXT.half()}, "another dtype", "float32", "float16"),
-        ("plain", {"encoder_hidden_states": TEXT.long()}, "floating point", "float32", "int64"),
+        (
+            "plain",
+            {"encoder_hidden_states": TEXT.half()},
+            "dtype of the weights",
+            "float32",
+            "float16",
+        ),
+        ("plain", {"encoder_hidden_states": TEXT.long()}, "floating-point", "float32", "int64"),
         ("plain", {"encoder_hidden_states": TEXT[:, :0]}, "encoder_hidden", "tokens", "(2, 0, 24)"),
         ("plain", {"attention_mask": [1]}, "attention_mask must", "(B, tokens)", "builtins.list"),
         ("plain", {"added_cond_kwargs": 1}, "must be a dictionary", "none", "a int"),
@@ -141,20 +147,20 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ("x4", {"class_labels": torch.zeros(2)}, "whole numbers", "int64", "float32"),
         ("x4", {"class_labels": torch.zeros(2, 1)}, "class_labels", "(2,)", "(2, 1)"),
         ("unCLIP", {"class_labels": torch.zeros(2, 3)}, "class_labels", "(2, 40)", "(2, 3)"),
-        ("unCLIP", {"class_labels": torch.zeros(2, 40).half()}, "another", "float32", "float16"),
-        ("LCM", {"timestep_cond": torch.zeros(2, 256).half()}, "another", "float32", "float16"),
+        ("unCLIP", {"class_labels": torch.zeros(2, 40).half()}, "the dtype", "float32", "float16"),
+        ("LCM", {"timestep_cond": torch.zeros(2, 256).half()}, "the dtype", "float32", "float16"),
         ("LCM", {"timestep_cond": torch.zeros(2, 8)}, "timestep_cond", "(2, 256)", "(2, 8)"),
         (
             "plain",
             {"down_block_additional_residuals": [torch.zeros(1)] * 3},
-            "come together",
+            "must be passed together",
             "mid_block_additional_residual",
             "one without the other",
         ),
         (
             "plain",
             {"mid_block_additional_residual": torch.zeros(1)},
-            "come together",
+            "must be passed together",
             "down_block_additional_residuals",
             "one without the other",
         ),
@@ -175,7 +181,7 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
                 + [torch.zeros(2, 32, 8, 12)],
                 "mid_block_additional_residual": torch.zeros(2, 64, 8, 12),
             },
-            "a ControlNet's residuals for another U-Net: number 2 has other channels",
+            "the ControlNet's residuals do not fit: number 2 has the wrong channels",
             "(B, 64, H, W)",
             "(2, 32, 8, 12)",
         ),
@@ -192,7 +198,7 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         (
             "plain",
             {"down_intrablock_additional_residuals": [torch.zeros(2, 320, 8, 12)]},
-            "a T2I-Adapter's residuals for another U-Net: number 0 has other channels",
+            "the T2I-Adapter's residuals do not fit: number 0 has the wrong channels",
             "(B, 64, H, W)",
             "(2, 320, 8, 12)",
         ),
@@ -219,10 +225,12 @@ SIZED = {"text_embeds": torch.zeros(2, unets.TEXT), "time_ids": torch.zeros(2, 6
         ),
     ],
 )
-def test_refused(kind: str, changed: dict[str, Any], says: str, expected: str, got: str) -> None:
+def test_invalid_inputs_are_refused(
+    kind: str, changed: dict[str, Any], says: str, expected: str, got: str
+) -> None:
     network = NETWORKS[kind]
     with pytest.raises(sdconv.InputError) as caught:
-        network(**given(network, **changed))
+        network(**arguments(network, **changed))
     where, *parts = str(caught.value).splitlines()
     assert where.startswith("UNet2DConditionModel: ")
     assert says in where
@@ -232,19 +240,19 @@ def test_refused(kind: str, changed: dict[str, Any], says: str, expected: str, g
     assert parts[1].startswith("  got: ")
 
 
-def test_a_t2i_adapters_residuals_have_their_own_argument() -> None:
-    """diffusers takes them as a ControlNet's too, with a warning that this will end."""
+def test_a_t2i_adapters_residuals_as_a_controlnets_are_refused() -> None:
+    """diffusers still accepts them, with a deprecation warning."""
     network = NETWORKS["plain"]
     with pytest.raises(sdconv.InputError) as caught:
-        network(**given(network, down_block_additional_residuals=[torch.zeros(1)]))
+        network(**arguments(network, down_block_additional_residuals=[torch.zeros(1)]))
     assert "hint: pass a T2I-Adapter's as down_intrablock_additional_resid" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_without_the_change_it_is_taken(kind: str) -> None:
+def test_valid_inputs_are_accepted(kind: str) -> None:
     network = NETWORKS[kind]
     with torch.no_grad():
-        assert network(**given(network)).sample.shape == (2, network.config.out_channels, 8, 12)
+        assert network(**arguments(network)).sample.shape == (2, network.config.out_channels, 8, 12)
 
 
 @pytest.mark.parametrize(
@@ -257,28 +265,28 @@ def test_without_the_change_it_is_taken(kind: str) -> None:
         ("LCM", "timestep_cond"),
     ],
 )
-def test_another_device(kind: str, name: str) -> None:
+def test_inputs_on_another_device(kind: str, name: str) -> None:
     network = NETWORKS[kind]
-    inputs = given(network)
+    inputs = arguments(network)
     inputs[name] = torch.zeros_like(inputs[name], device="cpu")
-    with pytest.raises(sdconv.InputError, match="on another device"):
+    with pytest.raises(sdconv.InputError, match="must be on the device"):
         network(**inputs)
 
 
 def test_added_conditions_on_another_device() -> None:
     network = NETWORKS["SDXL"]
     for name in SIZED:
-        inputs = given(network)
+        inputs = arguments(network)
         inputs["added_cond_kwargs"][name] = SIZED[name]
-        with pytest.raises(sdconv.InputError, match=f"{name} on another device"):
+        with pytest.raises(sdconv.InputError, match=f"{name} must be on the device"):
             network(**inputs)
 
 
-def test_hooks_may_bring_it_into_the_right_form() -> None:
+def test_hooks_may_convert_the_input() -> None:
     network = unets.ours(unets.theirs(unets.small("one level")))
     sample, timestep, text, *_ = unets.inputs(network.config)
     wrong = {"sample": sample.half(), "timestep": timestep, "encoder_hidden_states": text}
-    with pytest.raises(sdconv.InputError, match="another dtype"):
+    with pytest.raises(sdconv.InputError, match="the dtype of the weights"):
         network(**wrong)
     network.conv_in.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     network.time_embedding.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
@@ -286,13 +294,13 @@ def test_hooks_may_bring_it_into_the_right_form() -> None:
         assert network(**wrong).sample.dtype == torch.float32
 
 
-def test_under_autocast_other_floats_are_taken() -> None:
+def test_under_autocast_other_float_dtypes_are_accepted() -> None:
     ours = unets.ours(peer := unets.theirs(unets.small("one level")))
     sample, timestep, text, *_ = unets.inputs(ours.config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        arguments = sample.bfloat16(), timestep, text.half()
-        assert torch.equal(ours(*arguments).sample, peer(*arguments).sample)
-        with pytest.raises(sdconv.InputError, match="another dtype"):
+        inputs = sample.bfloat16(), timestep, text.half()
+        assert torch.equal(ours(*inputs).sample, peer(*inputs).sample)
+        with pytest.raises(sdconv.InputError, match="the dtype of the weights"):
             ours(sample.double(), timestep, text)
 
 
@@ -308,8 +316,8 @@ def test_class_labels_out_of_range(labels: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", ["no transformers", "one level", "SD1"])
-def test_maps_too_small_for_the_normalisation(family: str) -> None:
-    """Refused where torch refuses them in diffusers' network, and nowhere else."""
+def test_sizes_too_small_for_the_normalisation(family: str) -> None:
+    """sdconv refuses exactly the sizes at which torch refuses diffusers' network."""
     config = unets.smallest(family)
     if family == "one level":
         config |= {"block_out_channels": (32,)}
@@ -317,16 +325,16 @@ def test_maps_too_small_for_the_normalisation(family: str) -> None:
     ours = unets.ours(peer)
     refused = []
     for batch, rows, columns in product((1, 2), (1, 2, 9), (1, 2, 9)):
-        arguments = unets.inputs(peer.config, batch, (rows, columns))
+        inputs = unets.inputs(peer.config, batch, (rows, columns))
         with torch.no_grad():
             try:
-                expected = peer(*arguments).sample
+                expected = peer(*inputs).sample
             except ValueError:
                 refused.append((batch, rows, columns))
                 with pytest.raises(sdconv.InputError, match="too small"):
-                    ours(*arguments)
+                    ours(*inputs)
             else:
-                assert torch.equal(ours(*arguments).sample, expected)
+                assert torch.equal(ours(*inputs).sample, expected)
     assert refused[0] == (1, 1, 1) and all(batch == 1 for batch, *_ in refused)
 
 
@@ -335,13 +343,13 @@ def test_nothing_is_computed_before_the_refusal() -> None:
     ran: list[nn.Module] = []
     hooks = [m.register_forward_pre_hook(lambda m, _: ran.append(m)) for m in network.children()]
     with pytest.raises(sdconv.InputError):
-        network(**given(network, added_cond_kwargs=None))
+        network(**arguments(network, added_cond_kwargs=None))
     for hook in hooks:
         hook.remove()
     assert ran == []
 
 
-def test_a_vae_is_no_unet() -> None:
+def test_a_vae_is_not_a_unet() -> None:
     vae = sdconv.AutoencoderKLConfig(
         **{**sdconv.AutoencoderKLConfig.assumed, "block_out_channels": (32,), "layers_per_block": 1}
     )
@@ -351,7 +359,7 @@ def test_a_vae_is_no_unet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("change", "says"),
     [
         (lambda state: state.pop("conv_in.bias"), "missing"),
         (lambda state: state.pop("mid_block.resnets.1.conv2.weight"), "missing"),
@@ -359,8 +367,8 @@ def test_a_vae_is_no_unet() -> None:
         (lambda state: state.update({"conv_out.bias": torch.zeros(5)}), "shape"),
     ],
 )
-def test_weights_that_do_not_fit(spoil: Any, says: str) -> None:
+def test_weights_that_do_not_match(change: Any, says: str) -> None:
     state = unets.theirs(unets.small("one level")).state_dict()
-    spoil(state)
+    change(state)
     with pytest.raises(sdconv.WeightsMismatchError, match=says):
         sdconv.load(state)

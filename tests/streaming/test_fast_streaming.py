@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sdconv
 from sdconv.fast.cpu.conv import WinogradPass
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.sizes import format_bytes
 from sdconv.streaming import least_memory, planner, steps_of
 from sdconv.streaming.buffers import AllocatedBuffers, FeatureBuffer
@@ -204,12 +204,12 @@ def test_transformed_weights_are_not_cached() -> None:
     network = copy.deepcopy(NETWORK)
     network.enable_streaming()
     z = randn(1, 4, 25, 30)
-    before = prepared.memory
+    before = weight_cache.memory
     call(network, "decode", z)
-    assert prepared.memory == before
+    assert weight_cache.memory == before
     network.disable_streaming()
     call(network, "decode", z)
-    assert prepared.memory > before, "the control: an ordinary run caches them"
+    assert weight_cache.memory > before, "the control: an ordinary run caches them"
 
 
 @LINUX
@@ -287,7 +287,7 @@ def in_strips(layer: StreamLayer, source: Tensor, units: int) -> Tensor:
             (kind, dtype, fault)
             for kind in (WinogradConv3x3, WinogradUpsampleConv)
             for dtype, faults in (
-                (torch.float32, halos.WHERE_THEY_LIE),
+                (torch.float32, halos.IN_PLACE),
                 (torch.float16, halos.COPIED),
             )
             for fault in faults

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded
-from helpers.fake_cuda import to_stand_ins
+from helpers.fake_cuda import WithoutDriver, to_fake_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,43 +24,6 @@ CONFIG = seeded.kl((32, 64), 4, True, layers_per_block=1)
 # operations allowed on spilled feature maps, in the host's memory
 WAITING = {"zeros", "narrow", "select", "permute", "view", "alias", "detach", "unbind"}
 MOVING = {"copy_", "_to_copy"}
-
-
-class Unguarded(TorchFunctionMode):
-    """Slices and copies without the device guards of Python's bindings, which need a torch built
-    with CUDA."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__:
-            return _taken(*args)
-        if func is Tensor.__setitem__:
-            x, index, value = args
-            part = _taken(x, index)
-            return aten.copy_(part, value) if isinstance(value, Tensor) else part.fill_(value)
-        if func is Tensor.copy_:
-            return aten.copy_(*args)
-        if func is Tensor.contiguous:
-            return args[0].clone(memory_format=torch.contiguous_format)
-        if func is Tensor.to and not kwargs:
-            x, to = args
-            what = "device" if isinstance(to, torch.device) else "dtype"
-            return x if getattr(x, what) == to else aten._to_copy(x, **{what: to})
-        return func(*args, **(kwargs or {}))
-
-
-def _taken(x: Tensor, index: Any) -> Tensor:
-    dim = 0
-    for one in index if isinstance(index, tuple) else (index,):
-        if isinstance(one, int):
-            x = x.select(dim, one)
-            continue
-        if one is None:
-            x = x.unsqueeze(dim)
-        else:
-            first, last, _ = one.indices(x.shape[dim])
-            x = x.narrow(dim, first, last - first)
-        dim += 1
-    return x
 
 
 class Watch(TorchDispatchMode):
@@ -89,7 +51,7 @@ def dry_run(direction: Any, dtype: torch.dtype, *, tight: bool, break_it: bool =
     """Stream on stand-ins; with the lowest limit if ``tight``."""
     network: Any = seeded.network(CONFIG)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        to_stand_ins(network, dtype)
+        to_fake_cuda(network, dtype)
         if break_it:
             norm = network.decoder.conv_norm_out
             norm._parameters["bias"] = torch.nn.Parameter(torch.zeros(32, dtype=dtype))
@@ -98,7 +60,7 @@ def dry_run(direction: Any, dtype: torch.dtype, *, tight: bool, break_it: bool =
         steps = steps_of(network, direction, *x.shape[2:])
         limit = least_memory(steps, batch=2, spill=True) if tight else None
         network.enable_streaming(limit, progress=False)
-        with Unguarded(), Watch() as watch:
+        with WithoutDriver(), Watch() as watch:
             if direction == "decode":
                 out = network.decode(x).sample
             else:

@@ -1,5 +1,5 @@
-"""The small trained U-Net that ships: its size, its config, and that it learned what noise in the
-tiny VAE's latents looks like."""
+"""The small trained U-Net that ships: its size, its config, and that it predicts noise in latents
+of the tiny VAE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = ROOT / "weights" / "tiny-unet.safetensors"
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, Any]:
-    """What ``scripts/train/measure_tiny_unet.py`` and ``scripts/train/denoise.py`` define."""
+    """The definitions in ``scripts.train.measure_tiny_unet`` and ``scripts.train.denoise``."""
     return vars(measure_tiny_unet) | vars(denoise)
 
 
@@ -31,7 +31,7 @@ def unet() -> sdconv.UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def latents(scripts: dict[str, Any]) -> Tensor:
-    """Nine crops of the portrait, which was held out of training."""
+    """Nine crops of the portrait, which is not in the training data."""
     vae = sdconv.load(ROOT / "weights" / "tiny-vae.safetensors", dtype=torch.float32)
     return scripts["held_out_latents"](vae, 64)
 
@@ -41,20 +41,20 @@ def test_the_file_is_small() -> None:
 
 
 def test_the_file_states_its_own_config() -> None:
-    model = sdconv.load(MODEL)  # no warning: the family is not open
+    model = sdconv.load(MODEL)  # without a warning: the file names the family
     assert isinstance(model, sdconv.UNet2DConditionModel)
     assert model.dtype == torch.float16
     assert (model.config.in_channels, model.config.out_channels) == (4, 4)
     assert any(model.config.down_depths) and model.config.mid_depth
 
 
-def test_it_predicts_noise_in_crops_that_it_never_saw(
+def test_it_predicts_noise_in_held_out_crops(
     scripts: dict[str, Any], unet: sdconv.UNet2DConditionModel, latents: Tensor
 ) -> None:
     found = scripts["measure"](unet, latents, scripts["evenly"](20), seed=0)
     assert latents.shape == (9, 4, 16, 16)
     assert found.ratio <= 0.75
-    # the linear prediction is what theory says of latents of their variance
+    # the linear prediction agrees with theory for latents of this variance
     share = scripts["signal_shares"]()[found.timesteps]
     power = latents.square().mean()
     expected = share * power / (share * power + 1 - share)
@@ -62,36 +62,36 @@ def test_it_predicts_noise_in_crops_that_it_never_saw(
 
 
 @pytest.mark.parametrize(("change", "times"), [("another timestep", 1.2), ("shuffled weights", 2)])
-def test_what_it_learned_can_be_taken_from_it(
+def test_a_damaged_network_predicts_worse(
     change: str,
     times: float,
     scripts: dict[str, Any],
     unet: sdconv.UNet2DConditionModel,
     latents: Tensor,
 ) -> None:
-    broken = copy.deepcopy(unet)
+    other = copy.deepcopy(unet)
     if change == "another timestep":
-        broken.time_proj.register_forward_pre_hook(lambda _, given: (999 - given[0],))
+        other.time_proj.register_forward_pre_hook(lambda _, given: (999 - given[0],))
     else:
         generator = torch.Generator().manual_seed(0)
-        for weight in broken.parameters():
-            places = torch.randperm(weight.numel(), generator=generator)
-            weight.data = weight.data.flatten()[places].view_as(weight)
-    whole, spoilt = (
+        for weight in other.parameters():
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.data = weight.data.flatten()[order].view_as(weight)
+    intact, damaged = (
         scripts["measure"](network, latents, scripts["evenly"](10), seed=0)
-        for network in (unet, broken)
+        for network in (unet, other)
     )
-    assert spoilt.ratio > times * whole.ratio
+    assert damaged.ratio > times * intact.ratio
 
 
-def test_the_schedule_is_stable_diffusion_s(scripts: dict[str, Any]) -> None:
+def test_the_schedule_is_stable_diffusions(scripts: dict[str, Any]) -> None:
     scheduler = DDPMScheduler(
         1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     )
     torch.testing.assert_close(scripts["signal_shares"](), scheduler.alphas_cumprod)
 
 
-def test_noise_is_denoised_to_latents_of_sane_deviation(
+def test_denoised_latents_are_smooth_and_of_plausible_deviation(
     scripts: dict[str, Any], unet: sdconv.UNet2DConditionModel
 ) -> None:
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -99,7 +99,7 @@ def test_noise_is_denoised_to_latents_of_sane_deviation(
     assert latents.isfinite().all()
     assert 0.3 < latents.std() < 2
 
-    # smoother than noise, as a picture's latents are
+    # smoother than noise, like the latents of an image
     def roughness(x: Tensor) -> Tensor:
         return x.diff(dim=-1).square().mean() / x.var()
 

@@ -1,5 +1,5 @@
-"""The small trained VAE that ships: its size, its config, and how well it gives back a portrait
-that it never saw."""
+"""The small trained VAE that ships: its size, its config, and how well it reconstructs a held-out
+portrait."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PHOTO = ROOT / "weights" / "photo.jpg"
 
 @pytest.fixture(scope="module")
 def script() -> dict[str, Any]:
-    """What ``scripts/train/measure_tiny_vae.py`` defines: the crop, the PSNR, the measurement."""
+    """The definitions in ``scripts.train.measure_tiny_vae``."""
     return vars(measure_tiny_vae)
 
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    with Image.open(PHOTO) as picture:
-        return picture.convert("RGB")
+    with Image.open(PHOTO) as image:
+        return image.convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_the_file_is_small() -> None:
 
 
 def test_the_file_states_its_own_config() -> None:
-    model = sdconv.load(MODEL)  # no warning: the family is not open
+    model = sdconv.load(MODEL)  # without a warning: the file names the family
     config = model.config
     assert isinstance(config, sdconv.AutoencoderKLConfig)
     assert model.dtype == torch.float16
@@ -52,18 +52,18 @@ def test_the_file_states_its_own_config() -> None:
     assert config.scaling_factor not in (1.0, config.assumed["scaling_factor"])
 
 
-def test_it_reconstructs_a_portrait_that_it_never_saw(
+def test_it_reconstructs_a_held_out_portrait(
     script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image
 ) -> None:
     assert photo.size == (256, 256)
     found = script["measure"](vae, photo)
     assert found["reconstruction"] >= 22
-    # the decoder alone knows no portrait: the picture comes through the latents
-    assert found["latents shuffled over places"] < 14
+    # control: without the latents, the decoder cannot reconstruct it
+    assert found["latents shuffled in space"] < 14
     assert found["latents all zero"] < 14
 
 
-def test_the_scaling_factor_gives_latents_of_about_unit_deviation(
+def test_scaled_latents_have_about_unit_deviation(
     script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image
 ) -> None:
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_the_scaling_factor_gives_latents_of_about_unit_deviation(
     assert 0.5 < latents.std().item() * vae.config.scaling_factor < 2
 
 
-def test_float16_is_enough_for_it(
+def test_float16_is_accurate_enough(
     script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image
 ) -> None:
     assert vae.config.force_upcast is False
@@ -83,7 +83,7 @@ def test_float16_is_enough_for_it(
     assert (exact - rounded).abs().max() < 0.05
 
 
-def test_diffusers_opens_it_and_gives_the_same_numbers(
+def test_diffusers_gives_the_same_numbers(
     script: dict[str, Any], vae: sdconv.AutoencoderKL, photo: Image.Image, tmp_path: Path
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
@@ -98,9 +98,7 @@ def test_diffusers_opens_it_and_gives_the_same_numbers(
     assert theirs.config.scaling_factor == vae.config.scaling_factor
 
 
-def test_the_photo_is_the_crop_that_the_script_defines(
-    script: dict[str, Any], photo: Image.Image
-) -> None:
+def test_the_photo_is_the_crop_of_the_script(script: dict[str, Any], photo: Image.Image) -> None:
     pytest.importorskip("matplotlib")
     crop = np.array(script["held_out"]())
-    assert script["psnr"](np.array(photo), crop) > 35  # what JPEG leaves
+    assert script["psnr"](np.array(photo), crop) > 35  # JPEG is lossy

@@ -132,7 +132,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 def foreign(path: Path, head: bytes) -> CheckpointError | None:
     """The error for a file of another kind, recognised by its first bytes; None if it is not."""
-    if head[8:9] == b"{":  # a safetensors header after its length, whatever that looks like
+    if head[8:9] == b"{":  # a safetensors header after its length
         return None
     start = head.lstrip().lower()
     for magic, what, hint in _FOREIGN:
@@ -187,7 +187,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def short(value: object) -> str:
-    """A representation that is short and printable, whatever a hostile file holds."""
+    """A short and printable representation, also of what a hostile file contains."""
     return _REPR.repr(value)
 
 

@@ -174,7 +174,7 @@ def config_in(folder: Path) -> dict[str, Any] | None:
     return read_json(config) if there else None
 
 
-def config_beside(files: Sequence[Path]) -> dict[str, Any] | None:
+def config_next_to(files: Sequence[Path]) -> dict[str, Any] | None:
     """The ``config.json`` next to files of one folder that have diffusers' name; None for others.
 
     Raises:

@@ -25,8 +25,8 @@ from sdconv.checkpoint.io.folder import (
     Folder,
     FolderWeights,
     components_in,
-    config_beside,
     config_in,
+    config_next_to,
     folder_at,
     weights_of_index,
 )
@@ -279,13 +279,13 @@ def open_files(
             path = as_path(path_or_paths)
             if (weights := weights_of_index(path)) is not None:
                 return _open_weights(path, weights, config_in(path.parent))
-            return Source(str(path), [_open_file(path)], config_beside([path]))
+            return Source(str(path), [_open_file(path)], config_next_to([path]))
         case Mapping():
             return Source("state dict in memory", [_in_memory(path_or_paths)])
         case Sequence() if path_or_paths and not isinstance(path_or_paths, bytes | bytearray):
             paths = [as_path(path) for path in path_or_paths]
             opened = [_open_file(path) for path in paths]
-            return Source(", ".join(map(str, paths)), opened, config_beside(paths))
+            return Source(", ".join(map(str, paths)), opened, config_next_to(paths))
     raise InputError(
         "not weights",
         expected="a path, a list of one or more paths, or a dict of tensors by name",

@@ -1,8 +1,9 @@
-"""Memory of large maps, handed from one map of a pass to the next.
+"""Memory of feature maps on a CPU, and each thread's scratch memory: both are reused.
 
-A system clears every page before a process first touches it, and C libraries give large blocks back
-at once, so that a pass pays for fresh pages at every map. Within `handed_on`, maps that are gone
-leave their memory to the next ones; what none takes goes back, at the end all of it.
+An operating system clears every page before a process first touches it, and C libraries return
+large blocks at once, so that a network pays for fresh pages at every feature map. Within `use_pool`
+a feature map that is gone leaves its memory to the next one; blocks that none can use are returned,
+at the end all of them.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ from torch import Tensor
 _LARGE = 8 << 20
 
 
-class _Blocks:
-    """Blocks of memory that no map lies in."""
+class _Pool:
+    """Blocks of memory, free until a feature map uses them."""
 
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
         self._open = True
 
-    def take(self, size: int) -> Tensor:
-        """Bytes with anything in them, which come back here when the last tensor over them goes."""
+    def allocate(self, size: int) -> Tensor:
+        """Uninitialised bytes, which return to the pool with the last tensor that views them."""
         block = self._fitting(size)
         buffer = (ctypes.c_char * size).from_buffer(block)
-        weakref.finalize(buffer, self._give_back, block).atexit = False
+        weakref.finalize(buffer, self._recycle, block).atexit = False
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Gives all of it back, and later what maps still lie in."""
+        """Returns all blocks to the system, those in use as soon as they are free."""
         self._open = False
         self._free.clear()
 
     def _fitting(self, size: int) -> mmap.mmap:
         fitting = [block for block in self._free if len(block) >= size]
         if not fitting:
-            self._free.clear()  # before more is taken
+            self._free.clear()  # before more is allocated
             return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block = min(fitting, key=len)
         self._free.remove(block)
@@ -53,40 +54,97 @@ class _Blocks:
             block.resize(size)
         return block
 
-    def _give_back(self, block: mmap.mmap) -> None:
+    def _recycle(self, block: mmap.mmap) -> None:
         if self._open:
             self._free.append(block)
 
 
 class _Thread(threading.local):
-    blocks: _Blocks | None = None
+    pool: _Pool | None = None
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def handed_on() -> Iterator[None]:
-    """Within it, this thread's `blank` maps hand their memory on. Only Linux can cut a block that
-    is too large; elsewhere nothing changes."""
-    outer = _thread.blocks
-    if outer is not None or sys.platform != "linux":
+def use_pool() -> Iterator[None]:
+    """Within it, this thread's `empty_nhwc` tensors come from a pool.
+
+    Only Linux can shrink a block that is too large; elsewhere this does nothing.
+    """
+    if _thread.pool is not None or sys.platform != "linux":
         yield
         return
-    _thread.blocks = blocks = _Blocks()
+    _thread.pool = pool = _Pool()
     try:
         yield
     finally:
-        _thread.blocks = None
-        blocks.close()
+        _thread.pool = None
+        pool.close()
 
 
-def blank(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A map on the CPU with anything in it, ``(B, C, H, W)`` in channels-last order."""
+def empty_nhwc(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised feature map on the CPU, ``(B, C, H, W)`` in channels-last order."""
     shape = (batch, height, width, channels)
     size = math.prod(shape) * dtype.itemsize
-    if _thread.blocks is None or size <= _LARGE:
-        made = torch.empty(shape, dtype=dtype)
+    if _thread.pool is None or size <= _LARGE:
+        out = torch.empty(shape, dtype=dtype)
     else:
-        made = _thread.blocks.take(size).view(dtype).view(shape)
-    return made.permute(0, 3, 1, 2)
+        out = _thread.pool.allocate(size).view(dtype).view(shape)
+    return out.permute(0, 3, 1, 2)
+
+
+class Scratch(threading.local):
+    """Working memory that each thread keeps from call to call, one buffer per name."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        # the last view of each buffer
+        self._views: dict[str, tuple[tuple[int, ...], torch.dtype, Tensor]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, which overlaps any earlier one of that name."""
+        last = self._views.get(name)
+        if last is not None and last[0] == shape and last[1] is dtype:
+            return last[2]
+        size = dtype.itemsize * math.prod(shape)
+        view = self.block(name, size)[:size].view(dtype).view(shape)
+        self._views[name] = (shape, dtype, view)
+        return view
+
+    def block(self, name: str, size: int) -> Tensor:
+        """At least ``size`` bytes, which overlap any earlier ones of that name."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            with torch.inference_mode(False):
+                buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8)
+        return buffer
+
+    def release(self) -> None:
+        """Frees this thread's buffers."""
+        self._buffers.clear()
+        self._views.clear()
+
+
+scratch = Scratch()
+
+
+def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """One feature map ``(C, H, W)`` as rows ``(H, W, C)`` without a copy, None if its memory layout
+    or dtype needs one."""
+    rows = x.permute(1, 2, 0)
+    return rows if x.dtype is dtype and rows.is_contiguous() else None
+
+
+def rows_of(x: Tensor, first: int, end: int, dtype: torch.dtype, name: str) -> Tensor:
+    """Rows ``first`` up to ``end`` of ``(C, H, W)`` as ``(rows, W, C)``: a view where possible,
+    else a copy in the scratch buffer ``name``."""
+    part = x[:, first:end]
+    rows = dense_rows(part, dtype)
+    return copied_rows(part, dtype, name) if rows is None else rows
+
+
+def copied_rows(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``(C, H, W)`` as rows ``(H, W, C)`` in the scratch buffer ``name``."""
+    rows = x.permute(1, 2, 0)
+    return scratch.take(name, tuple(rows.shape), dtype).copy_(rows)

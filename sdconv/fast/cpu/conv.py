@@ -1,73 +1,90 @@
-"""Convolutions with what stands before and after them in one pass over the map.
+"""3x3 convolutions on a CPU, fused with the normalisation before them and the sums after them.
 
-A picture goes through in strips of rows that fit a cache: rows are normalised as they are read,
-multiplied, and written with bias and residual, while the sums for the next normalisation are taken.
-Maps are ``(B, C, H, W)`` in float32, float16 or bfloat16 and any memory layout; arithmetic is
-float32 (float64 for float64). Results lie in channels-last order.
+`plan_for` decides how a convolution is computed; `conv3x3` and `upsample_conv` do what it says.
+Winograd's method takes an image in strips of rows that fit a cache: rows are normalised as they are
+read, multiplied, and written with bias and residual, while the sums for the next normalisation are
+taken. Feature maps are ``(B, C, H, W)`` in float32, float16 or bfloat16 and any memory layout;
+arithmetic is in float32. Results are in channels-last order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.cpu.buffer_pool import blank
-from sdconv.fast.cpu.group_stats import Norm, combined
-from sdconv.fast.cpu.tiling import (
-    LEAST_BYTES,
-    Strip,
-    dense_rows,
-    scratch,
-    strip_bytes,
-    strips,
-)
-from sdconv.fast.cpu.weight_cache import Make, prepared
-from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
+from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, rows_of, scratch
+from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_conv
+from sdconv.fast.cpu.group_stats import affine, combine, group_stats
+from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.tiling import Strip, strips
+from sdconv.fast.cpu.weight_cache import Pack, weight_cache
+from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
-# a weight (O, C, ...) to right factors (P, C, O)
-Transform = Callable[[Tensor, torch.dtype], Tensor]
+# the dtype of the arithmetic, in which strips, scratch memory and packed weights are
+COMPUTED = torch.float32
 
 
 class NotFiniteError(ArithmeticError):
-    """Infinity or NaN came out, which Winograd's transforms spread over more pixels than the sum
-    itself does: the result is to be computed directly."""
+    """The output has infinity or NaN, which Winograd's transforms spread over more pixels than
+    direct summation does: it has to be computed directly."""
 
 
 @dataclass(frozen=True)
-class After:
+class Prologue:
+    """GroupNorm, and SiLU if ``silu``, that a convolution applies to its input.
+
+    ``stats``: of the input, ``(B, G, 2)``, see `group_stats`. ``weight``, ``bias``: ``(C,)``.
+    """
+
+    stats: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    silu: bool
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """``scale`` and ``shift``, each ``(B, C)``: GroupNorm is ``x * scale + shift``."""
+        return affine(self.stats, self.weight, self.bias, self.eps, COMPUTED)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Normalises by torch's own operations."""
+        groups = self.stats.shape[1]
+        x = functional.group_norm(x, groups, self.weight, self.bias, self.eps)
+        return functional.silu(x) if self.silu else x
+
+
+@dataclass(frozen=True)
+class Epilogue:
     """What a convolution adds to its output.
 
-    ``bias``: ``(O,)``. ``added``: for each picture ``(B, O)``, a projection of the time.
-    ``residual``: a map of the output's shape; or, where ``shortcut`` is given, a map that this 1x1
-    convolution ``(weight (O, R, 1, 1), bias (O,))`` is applied to first.
+    ``bias``: ``(O,)``. ``temb``: the projected time embedding of each image, ``(B, O)``.
+    ``residual``: a feature map of the output's shape; with ``shortcut``, the input of that 1x1
+    convolution ``(weight (O, R, 1, 1), bias (O,))``, whose output is added.
     """
 
     bias: Tensor | None = None
-    added: Tensor | None = None
+    temb: Tensor | None = None
     residual: Tensor | None = None
     shortcut: tuple[Tensor, Tensor | None] | None = None
 
-    def offsets(self, batch: int, channels: int, dtype: torch.dtype) -> Tensor:
-        """What is the same for all of a picture's pixels, ``(B, O)``, the shortcut's bias too."""
-        offsets = torch.zeros(batch, channels, dtype=dtype)
+    def offsets(self, batch: int, channels: int) -> Tensor:
+        """All that is the same for every pixel of an image, ``(B, O)``; the shortcut's bias too."""
+        offsets = torch.zeros(batch, channels, dtype=COMPUTED)
         if self.bias is not None:
             offsets += self.bias
-        if self.added is not None:
-            offsets += self.added
+        if self.temb is not None:
+            offsets += self.temb
         if self.shortcut is not None and self.shortcut[1] is not None:
             offsets += self.shortcut[1]
         return offsets
 
     def apply(self, y: Tensor) -> Tensor:
-        """The same, bias apart, by torch's own operations."""
-        if self.added is not None:
-            y = y + self.added[:, :, None, None]
+        """Adds all but the bias by torch's own operations."""
+        if self.temb is not None:
+            y = y + self.temb[:, :, None, None]
         if self.residual is None:
             return y
         if self.shortcut is None:
@@ -75,119 +92,223 @@ class After:
         return functional.conv2d(self.residual, *self.shortcut) + y
 
 
-def computes_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic on a map."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+# --- weights as the methods read them: functions of their own, since the cache knows them by these
 
 
-def moments(x: Tensor, groups: int) -> Tensor:
-    """Each group's mean and variance, ``(B, groups, 2)`` in float64."""
-    dtype = computes_in(x.dtype)
-    found = []
-    for one in x:
-        rows = dense_rows(one, dtype)
-        step = one.shape[1] if rows is not None else _rows_for(one)
-        parts = [
-            engines.of(dtype).sums(_as_rows(one, first, first + step, dtype, "input"), groups)
-            for first in range(0, one.shape[1], step)
-        ]
-        found.append(combined(*(torch.cat(several) for several in zip(*parts, strict=True))))
-    return torch.stack(found)
+def pack_winograd(weight: Tensor) -> Tensor:
+    """``(O, C, 3, 3)`` transformed by F(4x4, 3x3)."""
+    return kernels_for(COMPUTED).pack(CONV3X3.kernel_transform(weight))
 
 
-def direct(x: Tensor, weight: Tensor, norm: Norm | None, after: After) -> Tensor:
-    """What `winograd_convolution` computes, by torch's own operations."""
-    x = x if norm is None else norm.apply(x)
-    return after.apply(functional.conv2d(x, weight, after.bias, padding=1))
+def pack_upsample(weight: Tensor) -> Tensor:
+    """``(O, C, 3, 3)`` transformed for an upsampled input."""
+    return kernels_for(COMPUTED).pack(UPSAMPLE_CONV.kernel_transform(weight))
 
 
-def direct_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `winograd_convolution` computes of a doubled map, by torch's own operations."""
+def pack_im2col(weight: Tensor) -> Tensor:
+    """``(O, C, 3, 3)`` as the right factor of patches ``(3 * 3 * C)``."""
+    return kernels_for(COMPUTED).pack(weight.permute(2, 3, 1, 0).flatten(0, 2).to(COMPUTED)[None])
+
+
+def pack_pointwise(weight: Tensor) -> Tensor:
+    """A 1x1 convolution's ``(O, C, 1, 1)`` as a right factor."""
+    return kernels_for(COMPUTED).pack(weight.flatten(1).T.to(COMPUTED)[None])
+
+
+WINOGRAD_PACK: dict[Scheme, Pack] = {CONV3X3: pack_winograd, UPSAMPLE_CONV: pack_upsample}
+_PACK: dict[Kind, dict[str, Pack]] = {
+    "conv3x3": {"winograd": pack_winograd, "im2col": pack_im2col},
+    "upsample_conv": {"winograd": pack_upsample},
+}
+
+
+# --- the dispatch
+
+
+def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPlan:
+    """How to compute a convolution of ``x``, by methods whose packed weights have room."""
+    batch, channels, height, width = x.shape
+    out_channels = len(weight)
+    size = packed_bytes(kind, channels, out_channels)
+    available = tuple(
+        method
+        for method, pack in _PACK[kind].items()
+        if weight_cache.has_room(weight, pack, size[method])
+    )
+    return plan_conv(kind, batch, channels, out_channels, height, width, normalised, available)
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    prologue: Prologue | None,
+    epilogue: Epilogue,
+    *,
+    groups: int,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution with stride 1 and padding 1, by the method of its plan.
+
+    Args:
+        x: ``(B, C, H, W)``. weight: ``(O, C, 3, 3)``.
+        groups: whose statistics are returned.
+        in_place: allow the output to overwrite ``x``, which must be in channels-last order, have
+            ``O`` channels and no other reader.
+
+    Returns:
+        ``(B, O, H, W)``, and its statistics ``(B, groups, 2)``.
+
+    Raises:
+        NotFiniteError: the output is not finite, and ``x`` was overwritten.
+    """
+    plan = plan_for("conv3x3", x, weight, prologue is not None)
+    return _run(plan, x, weight, prologue, epilogue, groups, in_place)
+
+
+def upsample_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Nearest upsampling by 2, then a 3x3 convolution with padding 1, by the method of its plan.
+
+    Returns:
+        ``(B, O, 2H, 2W)``, and its statistics ``(B, groups, 2)``.
+    """
+    plan = plan_for("upsample_conv", x, weight, False)
+    return _run(plan, x, weight, None, Epilogue(bias), groups, in_place=False)
+
+
+def _run(
+    plan: ConvPlan,
+    x: Tensor,
+    weight: Tensor,
+    prologue: Prologue | None,
+    epilogue: Epilogue,
+    groups: int,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the plan says; directly where its method's result is not finite."""
+    if plan.method == "im2col":
+        out, stats = _with_stats(im2col_conv(x, weight, prologue, epilogue), groups)
+        # a weight that is not finite makes NaN of the padding's zeros, which torch never reads
+        if stats.isfinite().all():
+            return out, stats
+    if plan.method == "winograd":
+        scheme = SCHEMES[plan.kind]
+        try:
+            return winograd_conv(x, weight, scheme, prologue, epilogue, groups, in_place)
+        except NotFiniteError:
+            if in_place:
+                raise
+    if plan.kind == "upsample_conv":
+        return _with_stats(direct_upsample_conv(x, weight, epilogue.bias), groups)
+    return _with_stats(direct_conv(x, weight, prologue, epilogue), groups)
+
+
+def _with_stats(out: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out, group_stats(out, groups)
+
+
+# --- the methods
+
+
+def direct_conv(x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue) -> Tensor:
+    """A 3x3 convolution by torch's own operations, in any dtype."""
+    x = x if prologue is None else prologue.apply(x)
+    return epilogue.apply(functional.conv2d(x, weight, epilogue.bias, padding=1))
+
+
+def direct_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Nearest upsampling and a 3x3 convolution by torch's own operations, in any dtype."""
     x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
     return functional.conv2d(x, weight, bias, padding=1)
 
 
-def winograd_convolution(
+def im2col_conv(x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue) -> Tensor:
+    """A 3x3 convolution as one matrix product of im2col patches with a packed weight.
+
+    For small feature maps: torch's kernel reorders a weight in each call, which for 1280 channels
+    at 8x8 takes longer than the convolution itself.
+    """
+    batch, channels, height, width = x.shape
+    out_channels, kernels = len(weight), kernels_for(COMPUTED)
+    rows = (x if prologue is None else prologue.apply(x)).permute(0, 2, 3, 1).to(COMPUTED)
+    rows = functional.pad(rows, (0, 0, 1, 1, 1, 1))
+    patches = rows.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
+    patches = patches.reshape(1, batch * height * width, 9 * channels).contiguous()
+    packed = weight_cache.get(weight, pack_im2col)
+    out = torch.empty(1, patches.shape[1], kernels.padded(out_channels), dtype=COMPUTED)
+    kernels.bmm(patches, packed, out)
+    out = out[0, :, :out_channels].view(batch, height, width, out_channels)
+    if epilogue.bias is not None:
+        out = out + epilogue.bias
+    return epilogue.apply(out.permute(0, 3, 1, 2).to(x.dtype)).contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+def winograd_conv(
     x: Tensor,
     weight: Tensor,
-    norm: Norm | None = None,
-    after: After | None = None,
-    *,
-    scheme: Scheme = PLAIN,
-    groups: int = 1,
+    scheme: Scheme,
+    prologue: Prologue | None,
+    epilogue: Epilogue,
+    groups: int,
     in_place: bool = False,
-    tile_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution, stride 1, one row of zeros on every side, by Winograd's F(4x4,3x3).
-
-    Args:
-        x: ``(B, C, H, W)``. weight: ``(O, C, 3, 3)``.
-        norm: applied to ``x`` as it is read. after: added to the output as it is written.
-        scheme: of ``x`` itself, or of what nearest doubling makes of it.
-        groups: of which moments of the output are wanted.
-        in_place: write the output over ``x``, which must lie in channels-last order, have as many
-            channels and no other reader.
-        tile_rows: rows of tiles in a strip; None for as many as fit a cache.
-
-    Returns:
-        ``(B, O, H, W)``, or twice as high and wide, and its moments ``(B, groups, 2)``.
+    """A 3x3 convolution of ``x``, or of ``x`` upsampled by 2, as ``scheme`` says.
 
     Raises:
-        NotFiniteError: something in the output is not finite. ``x`` is spoilt if ``in_place``.
+        NotFiniteError: the output is not finite; ``x`` is overwritten if ``in_place``.
     """
-    after, dtype = after or After(), computes_in(x.dtype)
-    batch, out_channels = len(x), len(weight)
-    height, width = (size * OUTPUTS // scheme.step for size in x.shape[2:])
-    out = x if in_place else blank(batch, out_channels, height, width, x.dtype)
-    offsets = after.offsets(batch, out_channels, dtype)
-    affine = None if norm is None else norm.affine(dtype)
-    found = []
-    kernel = prepared.get(weight, transformed(scheme, dtype))
-    tiles = tiles_of(scheme, weight, dtype)
-    shortcut = None
-    if after.shortcut is not None:
-        shortcut = prepared.get(after.shortcut[0], _packed(_pointwise, dtype))
+    batch, (out_channels, channels) = len(x), weight.shape[:2]
+    height, width = (size * OUTPUT_TILE // scheme.step for size in x.shape[2:])
+    out = x if in_place else empty_nhwc(batch, out_channels, height, width, x.dtype)
+    offsets = epilogue.offsets(batch, out_channels)
+    norm = None if prologue is None else prologue.affine()
+    packed = weight_cache.get(weight, WINOGRAD_PACK[scheme])
+    shortcut, stats = None, []
+    if epilogue.shortcut is not None:
+        shortcut = weight_cache.get(epilogue.shortcut[0], pack_pointwise)
     for b in range(batch):
         run = WinogradPass(
             scheme=scheme,
             x=x[b],
             out=out[b],
-            kernel=kernel,
-            affine=None if affine is None else (affine[0][b], affine[1][b]),
-            silu=norm is not None and norm.silu,
+            weight=packed,
+            affine=None if norm is None else (norm[0][b], norm[1][b]),
+            silu=prologue is not None and prologue.silu,
             offsets=offsets[b],
-            residual=None if after.residual is None else after.residual[b],
+            residual=None if epilogue.residual is None else epilogue.residual[b],
             shortcut=shortcut,
             groups=groups,
             in_place=in_place,
         )
-        parts = [run.strip(strip) for strip in strips(height, width, tiles, tile_rows)]
-        found.append(_finite(parts))
-    return out, torch.stack(found)
-
-
-def tiles_of(scheme: Scheme, weight: Tensor, dtype: torch.dtype) -> int:
-    """Tiles that a strip has best."""
-    out_channels, channels = weight.shape[:2]
-    place = scheme.places * dtype.itemsize
-    return strip_bytes(place * channels * out_channels) // (place * (channels + out_channels))
+        parts = [
+            run.strip(strip) for strip in strips(scheme, height, width, channels, out_channels)
+        ]
+        sums, counts = (torch.cat(several) for several in zip(*parts, strict=True))
+        # finite if and only if the whole output is
+        if not sums.isfinite().all():
+            raise NotFiniteError
+        stats.append(combine(sums, counts))
+    return out, torch.stack(stats)
 
 
 @dataclass
 class WinogradPass:
-    """One picture's way through a Winograd convolution, a strip at a time from above.
+    """Computes one image's Winograd convolution strip by strip, from the top.
 
-    ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``, or twice as high and wide if ``scheme`` is a
-    doubled map's. ``kernel``: the weight's transform by that scheme. ``affine``: the
-    normalisation's scale and shift, ``(C,)`` each. ``offsets``: ``(O,)``. ``residual``:
-    ``(R, H, W)``, through a packed ``shortcut`` if that is given. ``groups``: of which sums are
-    wanted.
+    ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``, or ``(O, 2H, 2W)`` where ``scheme`` upsamples.
+    ``weight``: packed for ``scheme``. ``affine``: the normalisation's scale and shift, ``(C,)``
+    each. ``offsets``: ``(O,)``. ``residual``: ``(R, H, W)``, multiplied by the packed ``shortcut``
+    if there is one. ``groups``: whose sums are returned. ``in_place``: whether ``out`` is ``x``.
     """
 
     scheme: Scheme
     x: Tensor
     out: Tensor
-    kernel: Tensor
+    weight: Tensor
     affine: tuple[Tensor, Tensor] | None
     silu: bool
     offsets: Tensor
@@ -195,104 +316,47 @@ class WinogradPass:
     shortcut: Tensor | None
     groups: int
     in_place: bool
-    # the row before the strip, where the strip before has been written over it
+    # the input row before the strip, where the strip before has overwritten it
     above: Tensor | None = None
 
     def __post_init__(self) -> None:
-        dtype = self.kernel.dtype
-        # as they lie in memory, if they lie so
-        self._rows, self._out_rows = dense_rows(self.x, dtype), dense_rows(self.out, dtype)
+        self._rows, self._out_rows = dense_rows(self.x, COMPUTED), dense_rows(self.out, COMPUTED)
 
     def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
-        """Writes a strip; its parts' sums and counts, see `group_stats.combined`."""
-        dtype, engine = self.kernel.dtype, engines.of(self.kernel.dtype)
-        scheme, (row, end) = self.scheme, strip.reads(self.scheme)
+        """Writes a strip of the output; returns its sums and counts, see `group_stats.combine`."""
+        kernels, scheme, (row, end) = kernels_for(COMPUTED), self.scheme, strip.input_rows
         if self._rows is not None:
             rows, row = self._rows, 0
         else:
-            rows = _copied(self.x, row, end, dtype, "input")
-        tiles = scratch.take("tiles", (scheme.places, strip.tiles, rows.shape[2]), dtype)
-        engine.load(scheme, rows, row, self.above, strip, self.affine, self.silu, tiles)
+            rows = copied_rows(self.x[:, row:end], COMPUTED, "input")
+        tiles = scratch.take("tiles", (scheme.positions, strip.tiles, rows.shape[2]), COMPUTED)
+        kernels.input_transform(strip, rows, row, self.above, self.affine, self.silu, tiles)
         if self.in_place:
-            self.above = scratch.take("above", tuple(rows.shape[1:]), dtype)
+            self.above = scratch.take("above", tuple(rows.shape[1:]), COMPUTED)
             self.above.copy_(rows[strip.end - 1 - row])
         channels = self.out.shape[0]
-        shape = (scheme.places, strip.tiles, engine.width(channels))
-        products = scratch.take("products", shape, dtype)
-        engine.product(tiles, self.kernel, products)
-        residual = self._residual(strip, dtype)
+        shape = (scheme.positions, strip.tiles, kernels.padded(channels))
+        products = scratch.take("products", shape, COMPUTED)
+        kernels.bmm(tiles, self.weight, products)
+        residual = self._residual(strip)
         if self._out_rows is not None:
             out = self._out_rows[strip.first : strip.end]
-            return engine.store(scheme, products, strip, self.offsets, residual, out, self.groups)
-        shape = (strip.end - strip.first, strip.width, channels)
-        out = scratch.take("output", shape, dtype)
-        sums = engine.store(scheme, products, strip, self.offsets, residual, out, self.groups)
-        self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
+        else:
+            shape = (strip.end - strip.first, strip.width, channels)
+            out = scratch.take("output", shape, COMPUTED)
+        sums = kernels.output_transform(strip, products, self.offsets, residual, out, self.groups)
+        if self._out_rows is None:
+            self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
         return sums
 
-    def _residual(self, strip: Strip, dtype: torch.dtype) -> Tensor | None:
+    def _residual(self, strip: Strip) -> Tensor | None:
         if self.residual is None:
             return None
-        rows = _as_rows(self.residual, strip.first, strip.end, dtype, "residual")
+        rows = rows_of(self.residual, strip.first, strip.end, COMPUTED, "residual")
         if self.shortcut is None:
             return rows
-        channels = self.out.shape[0]
-        engine = engines.of(dtype)
-        shape = (1, rows.shape[0] * rows.shape[1], engine.width(channels))
-        out = scratch.take("shortcut", shape, dtype)
-        engine.product(rows.flatten(0, 1).unsqueeze(0), self.shortcut, out)
+        channels, kernels = self.out.shape[0], kernels_for(COMPUTED)
+        shape = (1, rows.shape[0] * rows.shape[1], kernels.padded(channels))
+        out = scratch.take("shortcut", shape, COMPUTED)
+        kernels.bmm(rows.flatten(0, 1).unsqueeze(0), self.shortcut, out)
         return out.view(*rows.shape[:2], -1)[:, :, :channels]
-
-
-def _pointwise(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 1x1 convolution's ``(O, C, 1, 1)`` as a right factor."""
-    return weight.flatten(1).T.to(dtype)[None]
-
-
-def _gathered(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 3x3 convolution's ``(O, C, 3, 3)`` as the right factor of patches ``(3 * 3 * C)``."""
-    return weight.permute(2, 3, 1, 0).flatten(0, 2).to(dtype)[None]
-
-
-@cache
-def _packed(transform: Transform, dtype: torch.dtype) -> Make:
-    """Makes a weight's right factors, packed as the products read them."""
-    return lambda weight: engines.of(dtype).pack(transform(weight, dtype))
-
-
-def transformed(scheme: Scheme, dtype: torch.dtype) -> Make:
-    """Makes a 3x3 convolution's weight ready for a scheme's tiles."""
-    return _packed(scheme.kernel_transform, dtype)
-
-
-def gathered(dtype: torch.dtype) -> Make:
-    """Makes a 3x3 convolution's weight ready for patches of its input."""
-    return _packed(_gathered, dtype)
-
-
-WINOGRAD = transformed(PLAIN, torch.float32)
-DOUBLING = transformed(DOUBLED, torch.float32)
-POINTWISE = _packed(_pointwise, torch.float32)
-
-
-def _rows_for(one: Tensor) -> int:
-    return int(max(1, LEAST_BYTES // (4 * one.shape[0] * one.shape[2])))
-
-
-def _as_rows(one: Tensor, first: int, end: int, dtype: torch.dtype, name: str) -> Tensor:
-    """Rows ``first`` to ``end`` of ``(C, H, W)``: as they lie in memory, or copied."""
-    rows = dense_rows(one[:, first:end], dtype)
-    return _copied(one, first, end, dtype, name) if rows is None else rows
-
-
-def _copied(one: Tensor, first: int, end: int, dtype: torch.dtype, name: str) -> Tensor:
-    part = one[:, first:end].permute(1, 2, 0)
-    return scratch.take(name, tuple(part.shape), dtype).copy_(part)
-
-
-def _finite(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The moments of a picture, which are finite if and only if the picture is."""
-    sums, counts = (torch.cat(several) for several in zip(*parts, strict=True))
-    if not sums.isfinite().all():
-        raise NotFiniteError
-    return combined(sums, counts)

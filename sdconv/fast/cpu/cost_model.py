@@ -1,68 +1,123 @@
-"""Which arithmetic a 3x3 convolution gets, and why.
+"""Which method computes a 3x3 convolution on a CPU, and why.
 
-A model of the methods' times, in the time of one multiplication and addition of a matrix product.
-Its numbers were fitted to measurements of the VAE's and the U-Nets' shapes (`scripts/bench/cpu.py
-layers` measures them again).
+A model of the methods' times, in units of one multiplication and addition of a matrix product. Its
+constants were fitted to measurements of the shapes in the VAE and the U-Nets
+(``python -m scripts.bench.cpu layers`` repeats them).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Literal
 
-from sdconv.fast.cpu.winograd import OUTPUTS, PLAIN
+from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
-# of a weight's value: torch's kernel reorders it in each call; a prepared one is only read
+# A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; one with stride
+# 2 and padding (0, 1, 0, 1).
+Kind = Literal["conv3x3", "upsample_conv", "downsample_conv"]
+
+SCHEMES: dict[Kind, Scheme] = {"conv3x3": CONV3X3, "upsample_conv": UPSAMPLE_CONV}
+
+# per value of a weight: torch's kernel reorders it in each call; a packed weight is only read
 _REORDER, _READ = 160, 25
-# of a value of a transformed tile, there and back; of a call
+# per value of a transformed tile, in and out; per call
 _TRANSFORM, _CALL = 100, 10_000_000
-# of a value of a map that is normalised in ways through memory of its own
+# per value of a feature map that is normalised in passes of its own
 _NORMALISE = 250
 
 
 @dataclass(frozen=True)
-class Choice:
-    """``method``: "winograd", "packed" or "direct". ``costs``: what the model says of each, in
-    multiplications. ``reason``: in words."""
+class ConvPlan:
+    """How a convolution is computed.
 
+    ``method``: "winograd", "im2col" (one matrix product with a packed weight) or "direct" (torch's
+    kernel). ``packed_bytes``: memory of the weight as the method keeps it. ``costs``: the modelled
+    time of each method, in multiplications. ``reason``: why this method, in words.
+    """
+
+    kind: Kind
     method: str
+    packed_bytes: int
     costs: tuple[tuple[str, float], ...]
     reason: str
 
 
+@cache
+def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]:
+    """Bytes of the packed weight of each method that packs it."""
+    matrix = 4 * channels * out_channels
+    matrices = {}
+    if kind in SCHEMES:
+        matrices["winograd"] = SCHEMES[kind].positions
+    if kind == "conv3x3":
+        matrices["im2col"] = 9
+    return {method: count * matrix for method, count in matrices.items()}
+
+
 @lru_cache(maxsize=1024)
-def choose(
+def plan_conv(
+    kind: Kind,
     batch: int,
     channels: int,
     out_channels: int,
     height: int,
     width: int,
-    prepared: tuple[str, ...] = ("winograd", "packed"),
     normalised: bool = False,
-) -> Choice:
-    """The method for a 3x3 convolution, stride 1, of maps of this shape.
+    available: tuple[str, ...] = ("winograd", "im2col"),
+) -> ConvPlan:
+    """The fastest available method for a convolution of this kind and shape.
 
     Args:
-        prepared: the methods whose prepared weights may be kept in memory.
-        normalised: whether a normalisation and SiLU stand before it, which Winograd's has for
-            nothing.
+        height, width: of the input.
+        normalised: whether GroupNorm and SiLU come before it, which cost Winograd's nothing.
+        available: the methods for whose packed weights there is room; "direct" needs none.
     """
-    pairs = channels * out_channels
-    tiles = batch * -(-height // OUTPUTS) * -(-width // OUTPUTS)
-    pixels = batch * height * width
+    costs = _costs(kind, batch, channels, out_channels, height, width, normalised)
+    best, *others = sorted(costs, key=lambda method: costs[method])
+    method = min(
+        (method for method in costs if method in available or method == "direct"),
+        key=lambda method: costs[method],
+    )
+    if method != best:
+        reason = f"no room for the packed weight of {best}: see the limit of the weight cache"
+    elif others:
+        reason = f"{others[0]} would take {costs[others[0]] / costs[best]:.2f} times as long"
+    else:
+        reason = "the only method for stride 2"
+    return ConvPlan(
+        kind,
+        method,
+        packed_bytes(kind, channels, out_channels).get(method, 0),
+        tuple((name, float(cost)) for name, cost in costs.items()),
+        reason,
+    )
+
+
+def _costs(
+    kind: Kind,
+    batch: int,
+    channels: int,
+    out_channels: int,
+    height: int,
+    width: int,
+    normalised: bool,
+) -> dict[str, float]:
+    """The modelled time of each method that a kind of convolution has."""
+    pairs, pixels = channels * out_channels, batch * height * width
+    if kind == "upsample_conv":
+        return {
+            "winograd": UPSAMPLE_CONV.positions / UPSAMPLE_CONV.step**2 * pixels * pairs,
+            "direct": 36.0 * pixels * pairs,
+        }
+    if kind == "downsample_conv":
+        return {"direct": 9 * pairs * batch * (height // 2) * (width // 2)}
+    tiles = batch * -(-height // OUTPUT_TILE) * -(-width // OUTPUT_TILE)
     products = 9 * pairs * pixels + normalised * channels * pixels * _NORMALISE
-    costs = {
-        "winograd": PLAIN.places * pairs * (tiles + _READ)
-        + PLAIN.places * (channels + out_channels) * tiles * _TRANSFORM
+    return {
+        "winograd": CONV3X3.positions * pairs * (tiles + _READ)
+        + CONV3X3.positions * (channels + out_channels) * tiles * _TRANSFORM
         + _CALL,
-        "packed": products + 9 * pairs * _READ + 9 * channels * pixels * _TRANSFORM + _CALL,
+        "im2col": products + 9 * pairs * _READ + 9 * channels * pixels * _TRANSFORM + _CALL,
         "direct": products + 9 * pairs * _REORDER,
     }
-    best, second, *_ = sorted(costs, key=lambda method: costs[method])
-    allowed = [method for method in costs if method in prepared or method == "direct"]
-    method = min(allowed, key=lambda method: costs[method])
-    if method == best:
-        reason = f"{second} would take {costs[second] / costs[best]:.2f} times as long"
-    else:
-        reason = f"no room for what {best} prepares: see the limit of prepared weights"
-    return Choice(method, tuple((name, float(cost)) for name, cost in costs.items()), reason)

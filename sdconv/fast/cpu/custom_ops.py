@@ -1,9 +1,9 @@
-"""The fused convolutions as operators of torch's, which torch.compile and torch.export see as one
-step and through which gradients go.
+"""The fused convolutions as custom operators, which torch.compile and torch.export see as one step
+and through which gradients flow.
 
-Importing this registers ``sdconv::moments``, ``sdconv::convolution`` and
-``sdconv::doubled_convolution``. Gradients are the direct computation's. Outputs that are moments
-carry none: a map's gradient already holds what its moments depend on.
+Importing this module registers ``sdconv::group_stats``, ``sdconv::conv3x3`` and
+``sdconv::upsample_conv``. Gradients are those of the direct computation. Statistics carry none: the
+gradient of a feature map already accounts for what its statistics depend on.
 """
 
 from __future__ import annotations
@@ -13,109 +13,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.fast.cpu import chosen, gradients
-from sdconv.fast.cpu import conv as fused
-from sdconv.fast.cpu.conv import After
-from sdconv.fast.cpu.group_stats import Norm
+from sdconv.fast.cpu import conv, gradients
+from sdconv.fast.cpu import group_stats as stats_of
+from sdconv.fast.cpu.conv import Epilogue, Prologue
 
 
-@torch.library.custom_op("sdconv::moments", mutates_args=(), device_types="cpu")
-def moments(x: Tensor, groups: int) -> Tensor:
-    """See `sdconv.fast.cpu.conv.moments`."""
-    return fused.moments(x, groups)
+@torch.library.custom_op("sdconv::group_stats", mutates_args=(), device_types="cpu")
+def group_stats(x: Tensor, groups: int) -> Tensor:
+    """See `sdconv.fast.cpu.group_stats.group_stats`."""
+    return stats_of.group_stats(x, groups)
 
 
-@moments.register_fake
+@group_stats.register_fake
 def _(x: Tensor, groups: int) -> Tensor:
     return x.new_empty(len(x), groups, 2, dtype=torch.float64)
 
 
-@torch.library.custom_op("sdconv::convolution", mutates_args=(), device_types="cpu")
-def convolution(
+@torch.library.custom_op("sdconv::conv3x3", mutates_args=(), device_types="cpu")
+def conv3x3(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    moments: Tensor | None,
+    stats: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
     silu: bool,
-    added: Tensor | None,
+    temb: Tensor | None,
     residual: Tensor | None,
     shortcut_weight: Tensor | None,
     shortcut_bias: Tensor | None,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `sdconv.fast.cpu.chosen.convolution`."""
-    norm, after = _around(
-        bias,
-        moments,
-        norm_weight,
-        norm_bias,
-        eps,
-        silu,
-        added,
-        residual,
-        shortcut_weight,
-        shortcut_bias,
-    )
-    return chosen.convolution(x, weight, norm, after, groups=groups)
+    """See `sdconv.fast.cpu.conv.conv3x3`."""
+    norm = (stats, norm_weight, norm_bias, eps, silu)
+    shortcut = (shortcut_weight, shortcut_bias)
+    prologue, epilogue = _fused(bias, *norm, temb, residual, *shortcut)
+    return conv.conv3x3(x, weight, prologue, epilogue, groups=groups)
 
 
-@convolution.register_fake
+@conv3x3.register_fake
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     shape = (len(x), len(weight), *x.shape[2:])
-    return _blank(x, shape), x.new_empty(len(x), args[-1], 2, dtype=torch.float64)
+    return _empty(x, shape), x.new_empty(len(x), args[-1], 2, dtype=torch.float64)
 
 
-@torch.library.custom_op("sdconv::doubled_convolution", mutates_args=(), device_types="cpu")
-def doubled_convolution(
+@torch.library.custom_op("sdconv::upsample_conv", mutates_args=(), device_types="cpu")
+def upsample_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """See `sdconv.fast.cpu.chosen.doubled_convolution`."""
-    return chosen.doubled_convolution(x, weight, bias, groups=groups)
+    """See `sdconv.fast.cpu.conv.upsample_conv`."""
+    return conv.upsample_conv(x, weight, bias, groups=groups)
 
 
-@doubled_convolution.register_fake
+@upsample_conv.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
     shape = (len(x), len(weight), 2 * x.shape[2], 2 * x.shape[3])
-    return _blank(x, shape), x.new_empty(len(x), groups, 2, dtype=torch.float64)
+    return _empty(x, shape), x.new_empty(len(x), groups, 2, dtype=torch.float64)
 
 
-def _blank(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _around(
-    bias: Tensor | None,
-    moments: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    added: Tensor | None,
-    residual: Tensor | None,
-    shortcut_weight: Tensor | None,
-    shortcut_bias: Tensor | None,
-) -> tuple[Norm | None, After]:
-    """What stands round a convolution, from an operator's arguments."""
-    norm = None
-    if moments is not None and norm_weight is not None and norm_bias is not None:
-        norm = Norm(moments, norm_weight, norm_bias, eps, silu)
-    shortcut = None if shortcut_weight is None else (shortcut_weight, shortcut_bias)
-    return norm, After(bias, added, residual, shortcut)
+def _fused(*args: Any) -> tuple[Prologue | None, Epilogue]:
+    """A convolution's prologue and epilogue from the operator's arguments, ``bias`` to
+    ``shortcut_bias``."""
+    bias, stats, norm_weight, norm_bias, eps, silu, temb, residual, *shortcut = args
+    prologue = None if stats is None else Prologue(stats, norm_weight, norm_bias, eps, silu)
+    by = None if shortcut[0] is None else (shortcut[0], shortcut[1])
+    return prologue, Epilogue(bias, temb, residual, by)
 
 
-def _direct(x: Tensor, weight: Tensor, *around_and_groups: Any) -> Tensor:
-    return fused.direct(x, weight, *_around(*around_and_groups[:-1]))
+def _direct(x: Tensor, weight: Tensor, *fused_and_groups: Any) -> Tensor:
+    return conv.direct_conv(x, weight, *_fused(*fused_and_groups[:-1]))
 
 
-def _direct_doubled(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    return fused.direct_doubled(x, weight, bias)
+def _direct_upsample(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    return conv.direct_upsample_conv(x, weight, bias)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    gradients.remember(ctx, inputs, output)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    gradients.save_inputs(ctx, inputs, output)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -123,6 +102,6 @@ def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, None]:
     return None, None
 
 
-moments.register_autograd(_no_gradient, setup_context=lambda ctx, inputs, output: None)
-convolution.register_autograd(gradients.of(_direct), setup_context=_remember)
-doubled_convolution.register_autograd(gradients.of(_direct_doubled), setup_context=_remember)
+group_stats.register_autograd(_no_gradient, setup_context=lambda ctx, inputs, output: None)
+conv3x3.register_autograd(gradients.gradient_of(_direct), setup_context=_setup)
+upsample_conv.register_autograd(gradients.gradient_of(_direct_upsample), setup_context=_setup)

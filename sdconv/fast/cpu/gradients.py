@@ -1,4 +1,4 @@
-"""Gradients of an operator: those of torch's own operations that compute the same."""
+"""Gradients of custom operators, taken of torch operations that compute the same."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ import torch
 from torch import Tensor
 
 
-def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keeps an operator's inputs for its gradient: the ``setup_context`` of `of`'s functions."""
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps an operator's inputs: the ``setup_context`` for `gradient_of`'s functions."""
     ctx.others = tuple(None if isinstance(value, Tensor) else value for value in inputs)
-    ctx.places = tuple(i for i, value in enumerate(inputs) if isinstance(value, Tensor))
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+    ctx.positions = tuple(i for i, value in enumerate(inputs) if isinstance(value, Tensor))
+    ctx.save_for_backward(*(inputs[i] for i in ctx.positions))
 
 
-def of(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The gradient of ``function``, which computes the operator's first (or only) output anew; of
-    which gradients can be taken in their turn."""
+def gradient_of(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward function of an operator whose first (or only) output ``function`` recomputes.
+
+    It can be differentiated again.
+    """
 
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = list(ctx.others)
-        wanted = [i for i in ctx.places if ctx.needs_input_grad[i]]
+        wanted = [i for i in ctx.positions if ctx.needs_input_grad[i]]
         # whether there will be a gradient of this one
         again = torch.is_grad_enabled()
-        for i, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+        for i, value in zip(ctx.positions, ctx.saved_tensors, strict=True):
             if i not in wanted:
-                # for torch crashes on the gradient of a normalisation's weight alone where the map
-                # lies in channels-last order
+                # torch crashes on the gradient of a normalisation's weight alone if the input is in
+                # channels-last order
                 inputs[i] = value.detach().contiguous()
             else:
-                # one tensor in two places has a gradient for each
+                # a tensor that is passed twice has a gradient for each
                 inputs[i] = value.view_as(value) if again else value.detach().requires_grad_()
         with torch.enable_grad():
             out = function(*inputs)

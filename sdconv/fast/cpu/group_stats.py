@@ -1,50 +1,39 @@
-"""Mean and variance of GroupNorm's groups, and what normalising with them comes to.
+"""Mean and variance of GroupNorm's groups, and the scale and shift that they amount to.
 
-Maps are ``(B, C, H, W)``, moments ``(B, G, 2)`` in float64: mean and variance (of the whole group,
-divided by its count). Parts of a map are put together exactly, by Chan, Golub and LeVeque's formula
-(1979): the parts' own squares about their means, and the means' about the whole's.
+Statistics are ``(..., G, 2)`` in float64: mean and biased variance of each group. Parts of a
+feature map are combined by the formula of Chan, Golub and LeVeque (1979): the squared deviations
+within the parts, plus those of the parts' means.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from sdconv.fast.cpu.buffer_pool import dense_rows, rows_of
+from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.tiling import LEAST_BYTES
 
 
-@dataclass(frozen=True)
-class Norm:
-    """GroupNorm, and SiLU if asked for, that a convolution is to apply to its input.
-
-    ``moments``: of the input, ``(B, G, 2)``. ``weight``, ``bias``: ``(C,)``.
-    """
-
-    moments: Tensor
-    weight: Tensor
-    bias: Tensor
-    eps: float
-    silu: bool
-
-    def affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``scale`` and ``shift``, each ``(B, C)``: GroupNorm is ``x * scale + shift``."""
-        weight, bias = self.weight.double(), self.bias.double()
-        size = len(weight) // self.moments.shape[1]
-        mean, variance = self.moments.repeat_interleave(size, dim=1).unbind(-1)
-        scale = weight * (variance + self.eps).rsqrt()
-        return scale.to(dtype), (bias - mean * scale).to(dtype)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """The same by torch's own operations."""
-        groups = self.moments.shape[1]
-        x = functional.group_norm(x, groups, self.weight, self.bias, self.eps)
-        return functional.silu(x) if self.silu else x
+def group_stats(x: Tensor, groups: int) -> Tensor:
+    """Statistics ``(B, groups, 2)`` of ``(B, C, H, W)``."""
+    dtype, found = torch.float32, []
+    for image in x:
+        channels, height, width = image.shape
+        # in one piece, unless rows must be copied to scratch memory
+        dense = dense_rows(image, dtype) is not None
+        step = height if dense else max(1, LEAST_BYTES // (4 * channels * width))
+        parts = [
+            kernels_for(dtype).sums(rows_of(image, first, first + step, dtype, "input"), groups)
+            for first in range(0, height, step)
+        ]
+        found.append(combine(*(torch.cat(several) for several in zip(*parts, strict=True))))
+    return torch.stack(found)
 
 
-def combined(sums: Tensor, counts: Tensor) -> Tensor:
-    """Moments ``(G, 2)`` of a map from each part's sums and sums of squares, ``(parts, G, 2)``, and
-    how many values each has, ``(parts,)``; all float64."""
+def combine(sums: Tensor, counts: Tensor) -> Tensor:
+    """Statistics ``(G, 2)`` from the sums and sums of squares of each part ``(parts, G, 2)`` and
+    each part's number of values ``(parts,)``, all in float64."""
     counts = counts.unsqueeze(1)
     total, squares = sums.unbind(-1)
     means = total / counts
@@ -52,3 +41,21 @@ def combined(sums: Tensor, counts: Tensor) -> Tensor:
     mean = total.sum(0) / counts.sum()
     between = counts * (means - mean) ** 2
     return torch.stack([mean, (within + between).sum(0) / counts.sum()], dim=-1)
+
+
+def affine(
+    stats: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """GroupNorm as ``x * scale + shift``: computed in float64, returned in ``dtype``.
+
+    Args:
+        stats: of the input, ``(..., G, 2)``. weight, bias: GroupNorm's, ``(C,)``.
+
+    Returns:
+        ``scale`` and ``shift``, each ``(..., C)``.
+    """
+    weight, bias = weight.double(), bias.double()
+    size = len(weight) // stats.shape[-2]
+    mean, variance = stats.repeat_interleave(size, dim=-2).unbind(-1)
+    scale = weight * (variance + eps).rsqrt()
+    return scale.to(dtype), (bias - mean * scale).to(dtype)

@@ -1,4 +1,4 @@
-"""Which engine does the work round the matrix products: the compiled one where it can."""
+"""The functions that the fast backend's CPU arithmetic is made of: Numba's or torch's."""
 
 from __future__ import annotations
 
@@ -6,82 +6,102 @@ import time
 import warnings
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sdconv.errors import SdconvWarning
-from sdconv.fast.cpu import torch_kernels as plain_engine
+from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu.tiling import Strip
-from sdconv.fast.cpu.torch_kernels import Affine
-from sdconv.fast.cpu.winograd import Scheme
+
+Affine = tuple[Tensor, Tensor]
 
 
-class Engine(Protocol):
-    """The functions of :mod:`sdconv.fast.cpu.torch_kernels`."""
+class Kernels(Protocol):
+    """What a module of kernels provides. Rows are ``(rows, W, C)``, all in one dtype."""
 
-    def load(
+    def input_transform(
         self,
-        scheme: Scheme,
+        strip: Strip,
         rows: Tensor,
         row: int,
         above: Tensor | None,
-        strip: Strip,
         affine: Affine | None,
         silu: bool,
         tiles: Tensor,
-    ) -> None: ...
-    def store(
+    ) -> None:
+        """Normalises a strip's input rows and transforms them into ``tiles``
+        ``(positions, T, C)``.
+
+        Args:
+            rows: of the input, from its row number ``row`` on.
+            above: if given, replaces the row before the strip.
+            affine: the normalisation's scale and shift, ``(C,)`` each. silu: whether SiLU follows.
+        """
+
+    def output_transform(
         self,
-        scheme: Scheme,
-        products: Tensor,
         strip: Strip,
+        products: Tensor,
         bias: Tensor,
         residual: Tensor | None,
         out: Tensor,
         groups: int,
-    ) -> tuple[Tensor, Tensor]: ...
-    def sums(self, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]: ...
-    def width(self, channels: int) -> int: ...
-    def pack(self, right: Tensor) -> Tensor: ...
-    def product(self, left: Tensor, packed: Tensor, out: Tensor) -> None: ...
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None: ...
-    def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor | None: ...
-    def fingerprint(self, weight: Tensor) -> bytes: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Transforms ``products`` ``(positions, T, O or more)`` into ``out``, the strip's rows of
+        the output, and adds ``bias`` and ``residual``; returns what `sums` does of ``out``."""
 
+    def sums(self, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Each group's sum and sum of squares in parts of ``rows``, ``(parts, groups, 2)``, and how
+        many values of a group each part has, ``(parts,)``; all float64."""
 
-def of(dtype: torch.dtype) -> Engine:
-    """The engine for rows of that dtype."""
-    return compiled()[0] if dtype is torch.float32 else plain()
+    def padded(self, channels: int) -> int:
+        """Columns that `bmm` writes for an output of this many channels; those beyond the channels
+        are undefined."""
 
+    def pack(self, right: Tensor) -> Tensor:
+        """Right factors ``(P, K, O)`` in the order in which `bmm` reads them."""
 
-def plain() -> Engine:
-    """Torch's operations, in any dtype."""
-    return cast(Engine, plain_engine)
+    def bmm(self, left: Tensor, packed: Tensor, out: Tensor) -> None:
+        """Multiplies ``left`` ``(P, T, K)`` by packed right factors into ``out``
+        ``(P, T, padded(O))``."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """``x`` ``(..., K)`` times the transpose of ``weight`` ``(O, K)``, plus ``bias`` ``(O,)``,
+        all contiguous; None where torch's own kernel is as good."""
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+        """``softmax(query key^T scale) value`` per head: ``(B, heads, T, D)``, ``(B, heads, S, D)``
+        and ``(B, heads, S, E)`` to ``(B, heads, T, E)``; None where torch's own kernel is as
+        good."""
+
+    def fingerprint(self, weight: Tensor) -> bytes:
+        """A digest of all bits of a dense weight, whose bytes are a multiple of 4."""
 
 
 @cache
-def compiled() -> tuple[Engine, float]:
-    """The compiled engine, and the seconds it took to compile or to read from Numba's cache; the
-    plain one where Numba is not installed.
+def kernels_for(dtype: torch.dtype) -> Kernels:
+    """The kernels for tensors of that dtype: Numba's take float32 only."""
+    return numba_kernels()[0] if dtype is torch.float32 else torch_kernels
+
+
+@cache
+def numba_kernels() -> tuple[Kernels, float]:
+    """The Numba kernels, and the seconds it took to compile them or to read them from Numba's
+    cache; torch's kernels where Numba is not installed.
 
     Warns:
-        SdconvWarning: Numba is installed and does not work here; the plain engine computes.
+        SdconvWarning: Numba is installed and does not work here; torch's kernels are used.
     """
     begin = time.perf_counter()
     if find_spec("numba") is None:
-        return plain(), 0.0
+        return torch_kernels, 0.0
     try:
-        from sdconv.fast.cpu.numba import engine as compiled_engine
+        from sdconv.fast.cpu.numba import kernels
     except (ImportError, OSError, RuntimeError) as error:  # another NumPy; no folder for its cache
-        words = f"the fast backend computes without Numba, slower: {error}"
-        fix = "install the versions that sdconv[fast] asks for; NUMBA_CACHE_DIR names a cache"
-        warnings.warn(SdconvWarning(f"{words}. To mend: {fix}"), stacklevel=2)
-        return plain(), 0.0
-
-    engine: ModuleType = compiled_engine
-    return cast(Engine, engine), time.perf_counter() - begin
+        what = f"the fast backend computes without Numba, slower: {error}"
+        hint = "install the versions that sdconv[fast] asks for; NUMBA_CACHE_DIR names a cache"
+        warnings.warn(SdconvWarning(f"{what}. hint: {hint}"), stacklevel=2)
+        return torch_kernels, 0.0
+    return kernels, time.perf_counter() - begin

@@ -1,8 +1,8 @@
-"""Weights in the form that fast arithmetic reads them in: made once, kept, and never stale.
+"""Weights as the fast kernels read them: packed once, kept, and never stale.
 
-What is kept belongs to one tensor object and goes when that does. Before each use the weight's
-every bit is summed up and compared, because edits through ``.data`` (as PEFT merges), and all edits
-of inference tensors, leave no other trace.
+An entry belongs to one tensor object and is dropped with it. Before each use all bits of the weight
+are hashed and compared, because edits through ``.data`` (as PEFT merges) and any edits of inference
+tensors leave no other trace.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.kernels import kernels_for
 
-Make = Callable[[Tensor], Tensor]
+# A function of a module: a weight's entries are kept by it.
+Pack = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Entry:
     owner: weakref.ref[Tensor]
-    seen: tuple[object, ...]
-    made: Tensor
+    state: tuple[object, ...]
+    packed: Tensor
 
     @property
     def memory(self) -> int:
-        return self.made.numel() * self.made.element_size()
+        return self.packed.numel() * self.packed.element_size()
 
 
 def _quarter_of_memory() -> int:
@@ -39,87 +40,87 @@ def _quarter_of_memory() -> int:
         return 4 << 30
 
 
-class PreparedWeights:
-    """Prepared weights by the tensor that they were made from and what made them.
+class WeightCache:
+    """Packed weights, by the tensor that they were made from and the function that packed it.
 
     Args:
-        limit: bytes that they may take together. What would pass it is not prepared: its layers
-            compute directly, so that a network larger than the limit does not prepare every weight
-            again in every pass.
+        limit: bytes that they may take together. A weight that would exceed it is not kept: its
+            layer computes directly, so that a network larger than the limit does not pack every
+            weight again in every pass.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._entries: dict[tuple[int, Make], _Entry] = {}
+        self._entries: dict[tuple[int, Pack], _Entry] = {}
         self._lock = threading.RLock()
 
     @property
     def memory(self) -> int:
-        """Bytes that are kept."""
+        """Bytes of the packed weights."""
         with self._lock:
             return sum(entry.memory for entry in self._entries.values())
 
     def clear(self) -> None:
-        """Gives all of it up; what is needed is made again."""
+        """Drops all packed weights; those needed later are packed again."""
         with self._lock:
             self._entries.clear()
 
-    def has_room(self, weight: Tensor, make: Make, size: int) -> bool:
-        """Whether ``make(weight)``, of ``size`` bytes, is there or may be kept."""
+    def has_room(self, weight: Tensor, pack: Pack, size: int) -> bool:
+        """Whether ``pack(weight)``, of ``size`` bytes, is kept already or fits within the limit."""
         with self._lock:
-            entry = self._entries.get((id(weight), make))
-            there = entry is not None and entry.owner() is weight
-            return there or self.memory + size <= self.limit
+            entry = self._entries.get((id(weight), pack))
+            kept = entry is not None and entry.owner() is weight
+            return kept or self.memory + size <= self.limit
 
-    def get(self, weight: Tensor, make: Make) -> Tensor:
-        """``make(weight)``, kept or made now; what is made is kept if there is room for it."""
-        key, seen = (id(weight), make), _seen(weight)
-        kept = self._kept(weight, make, seen)
+    def get(self, weight: Tensor, pack: Pack) -> Tensor:
+        """``pack(weight)``, which is kept from then on if there is room for it."""
+        key, state = (id(weight), pack), _state(weight)
+        kept = self._kept(weight, pack, state)
         if kept is not None:
             return kept
-        made = _made(weight, make)
-        # a weight that changes while it is prepared is prepared again by the next call
-        entry = _Entry(weakref.ref(weight, lambda _: self._drop(key)), seen, made)
+        packed = _packed(weight, pack)
+        # a weight that changes while it is packed is packed again by the next call
+        entry = _Entry(weakref.ref(weight, lambda _: self._drop(key)), state, packed)
         with self._lock:
             self._entries.pop(key, None)
             if self.memory + entry.memory <= self.limit:
                 self._entries[key] = entry
-        return made
+        return packed
 
-    def borrow(self, weight: Tensor, make: Make) -> Tensor:
-        """The same without keeping what was not: for callers with little memory."""
-        kept = self._kept(weight, make, _seen(weight))
-        return _made(weight, make) if kept is None else kept
+    def borrow(self, weight: Tensor, pack: Pack) -> Tensor:
+        """``pack(weight)``, not kept if it was not: for callers with little memory."""
+        kept = self._kept(weight, pack, _state(weight))
+        return _packed(weight, pack) if kept is None else kept
 
-    def _kept(self, weight: Tensor, make: Make, seen: tuple[object, ...]) -> Tensor | None:
+    def _kept(self, weight: Tensor, pack: Pack, state: tuple[object, ...]) -> Tensor | None:
         with self._lock:
-            entry = self._entries.get((id(weight), make))
-        if entry is not None and entry.owner() is weight and entry.seen == seen:
-            return entry.made
+            entry = self._entries.get((id(weight), pack))
+        if entry is not None and entry.owner() is weight and entry.state == state:
+            return entry.packed
         return None
 
-    def _drop(self, key: tuple[int, Make]) -> None:
+    def _drop(self, key: tuple[int, Pack]) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            # another tensor may have come to have this id
+            # another tensor may have the same id by now
             if entry is not None and entry.owner() is None:
                 del self._entries[key]
 
 
-def _made(weight: Tensor, make: Make) -> Tensor:
+def _packed(weight: Tensor, pack: Pack) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return make(weight.detach())
+        return pack(weight.detach())
 
 
-def _seen(weight: Tensor) -> tuple[object, ...]:
-    """What tells a weight from what it was: every bit of it, and how it lies in memory."""
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """Compares equal as long as a weight's bits and memory layout stay the same."""
     bits = weight.detach()
     if not bits.is_contiguous() and not bits.is_contiguous(memory_format=torch.channels_last):
         bits = bits.contiguous()
     if bits.numel() * bits.element_size() % 4:
         bits = bits.float()
-    stride, kind = bits.stride(), weight.dtype
-    return weight.shape, stride, kind, engines.of(torch.float32).fingerprint(bits)
+    stride, dtype = bits.stride(), weight.dtype
+    return weight.shape, stride, dtype, kernels_for(torch.float32).fingerprint(bits)
 
 
-prepared = PreparedWeights(_quarter_of_memory())
+weight_cache = WeightCache(_quarter_of_memory())

@@ -1,23 +1,25 @@
-"""Winograd's convolution F(4x4,3x3): 36 products for 16 outputs, where the sum itself takes 144.
+"""Winograd's convolution F(4x4, 3x3): 36 products for 16 outputs, where direct summation takes 144.
 
-Source: Lavin and Gray 2016, https://arxiv.org/abs/1509.09308. With 4x4 outputs ``Y``, a 6x6 tile
-``d`` of the input and a 3x3 kernel ``g``, ``Y = A^T [(G g G^T) * (B^T d B)] A``. The product in the
-middle is one matrix product over channels for each of the 36 places of a tile. The matrices come
-from five points and infinity, at which polynomials are multiplied; other points than the paper's
-0, 1, -1, 2 and -2 lose less to rounding (Barabasz et al. 2018, https://arxiv.org/abs/1803.10986).
+Source: Lavin and Gray 2016, https://arxiv.org/abs/1509.09308. With a 4x4 output tile ``Y``, a 6x6
+input tile ``d`` and a 3x3 kernel ``g``, ``Y = A^T [(G g G^T) * (B^T d B)] A``. The elementwise
+product becomes one matrix product over channels for each of the 36 tile positions. The matrices
+follow from five points and infinity, at which polynomials are multiplied. The points used here lose
+less to rounding than the paper's 0, 1, -1, 2 and -2 (Barabasz et al. 2018,
+https://arxiv.org/abs/1803.10986).
 
-Of a map that nearest-neighbour doubling made, a tile holds ``a b b c c e`` along each axis. The row
-of ``B^T`` for the point -1 makes 0 of that, whatever the values are, so its places are left out: 25
-products for 16 outputs, from the 4x4 pixels of the small map that stand behind the tile.
+After nearest-neighbour upsampling, a tile's values along each axis are ``a b b c c e``. The row of
+``B^T`` for the point -1 maps these to 0 for any values, so its tile positions are left out: 25
+products for 16 outputs, from the 4x4 pixels of the input that the tile was upsampled from.
 
-The transforms here are plain torch operations in any floating dtype: what runs where Numba is not
-installed, and what the compiled ones (:mod:`sdconv.fast.cpu.numba.transforms`) are held to.
+The transforms here are plain torch operations in any floating dtype. They run where Numba is not
+installed, and the Numba kernels (:mod:`sdconv.fast.cpu.numba.transforms`) are tested against them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import prod
 
 import torch
@@ -25,19 +27,19 @@ from torch import Tensor
 
 Matrix = tuple[tuple[float, ...], ...]
 
-# rows and columns that one tile gives
-OUTPUTS = 4
-# output channels of a weight transformed at once, in float64: few, so that they stay in a cache
+# rows and columns of an output tile, the paper's m
+OUTPUT_TILE = 4
+# output channels whose weights are transformed at once in float64: few, so that they stay in cache
 _SLICE = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Scheme:
-    """The three transforms of one axis.
+    """The three transforms along one axis.
 
-    ``input``: ``B^T``, for each place what is made of the numbers that a tile reads. ``kernel``:
-    ``G``, for each place what is made of three taps. ``output``: ``A^T``, for each of the outputs
-    what is made of the places. ``step``: how far the next tile of the input is.
+    ``input``: ``B^T``, one row for each tile position, over an input tile. ``kernel``: ``G``, one
+    row for each tile position, over the three taps. ``output``: ``A^T``, one row for each output,
+    over the tile positions. ``step``: input rows from one tile to the next.
     """
 
     input: Matrix
@@ -45,48 +47,51 @@ class Scheme:
     output: Matrix
     step: int
 
-    @property
-    def reads(self) -> int:
-        """Rows and columns of the input that a tile reads."""
+    @cached_property
+    def input_tile(self) -> int:
+        """Rows and columns of an input tile."""
         return len(self.input[0])
 
-    @property
-    def places(self) -> int:
-        """Products of a tile for each pair of channels."""
+    @cached_property
+    def positions(self) -> int:
+        """Tile positions: products for each tile and pair of channels."""
         return len(self.input) ** 2
 
-    def kernel_transform(self, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``G g G^T``, computed in float64: ``(O, C, 3, 3)`` to ``(places, C, O)``."""
+    def kernel_transform(self, weight: Tensor) -> Tensor:
+        """``G g G^T``, computed in float64: ``(O, C, 3, 3)`` to ``(positions, C, O)``, in float32
+        (float64 for a float64 weight)."""
         matrix = torch.tensor(self.kernel, dtype=torch.float64)
-        both = torch.kron(matrix, matrix)  # of a kernel's nine taps in a row
-        out = torch.empty(self.places, weight.shape[1], len(weight), dtype=dtype)
+        both = torch.kron(matrix, matrix)  # applied to a kernel's nine taps in a row
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        out = torch.empty(self.positions, weight.shape[1], len(weight), dtype=dtype)
         for first in range(0, len(weight), _SLICE):
-            made = out[..., first : first + _SLICE]
+            part = out[..., first : first + _SLICE]
             taps = weight[first : first + _SLICE].permute(2, 3, 1, 0).to(torch.float64)
-            made.copy_((both @ taps.reshape(9, -1)).view_as(made))
+            part.copy_((both @ taps.reshape(9, -1)).view_as(part))
         return out
 
     def input_transform(self, rows: Tensor) -> Tensor:
-        """``B^T d B`` of every tile: ``(step R + 2, step Q + 2, C)`` to ``(places, R * Q, C)``."""
+        """``B^T d B`` of every tile: ``(step R + 2, step Q + 2, C)`` to ``(positions, R Q, C)``."""
         matrix = torch.tensor(self.input, dtype=rows.dtype)
-        tiles = rows.unfold(0, self.reads, self.step).unfold(1, self.reads, self.step)
-        made = torch.einsum("ia,rqcab,jb->ijrqc", matrix, tiles, matrix)
-        return made.flatten(2, 3).flatten(0, 1)
+        size, step = self.input_tile, self.step
+        tiles = rows.unfold(0, size, step).unfold(1, size, step)
+        transformed = torch.einsum("ia,rqcab,jb->ijrqc", matrix, tiles, matrix)
+        return transformed.flatten(2, 3).flatten(0, 1)
 
     def output_transform(self, products: Tensor, tile_rows: int) -> Tensor:
-        """``A^T m A`` of every tile: ``(places, R * Q, O)`` to ``(4R, 4Q, O)``."""
+        """``A^T p A`` of every tile: ``(positions, R Q, O)`` to ``(4R, 4Q, O)``."""
         matrix = torch.tensor(self.output, dtype=products.dtype)
         side = len(self.input)
         tiles = products.view(side, side, tile_rows, -1, products.shape[2])
-        made = torch.einsum("ia,abrqo,jb->riqjo", matrix, tiles, matrix)
-        return made.flatten(2, 3).flatten(0, 1)
+        transformed = torch.einsum("ia,abrqo,jb->riqjo", matrix, tiles, matrix)
+        return transformed.flatten(2, 3).flatten(0, 1)
 
 
-def through(*points: Fraction) -> Scheme:
-    """The scheme of these five points and infinity, by Toom and Cook's interpolation.
+def toom_cook(*points: Fraction) -> Scheme:
+    """The scheme of these five points and infinity, by Toom-Cook interpolation.
 
-    ``B^T`` has each point's polynomial that is 0 at all others, whose value there divides ``G``'s
-    powers of the point; ``A^T`` has powers of the points again.
+    A row of ``B^T`` is the polynomial that is 0 at all points but one; its value at that point
+    divides the point's powers in ``G``. ``A^T`` has the points' powers.
     """
     others = [[q for q in points if q != p] for p in points]
     scales = [prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
@@ -103,37 +108,39 @@ def through(*points: Fraction) -> Scheme:
             (0.0, 0.0, 1.0),
         ),
         output=tuple(
-            (*(float(p**i) for p in points), float(i == OUTPUTS - 1)) for i in range(OUTPUTS)
+            (*(float(p**i) for p in points), float(i == OUTPUT_TILE - 1))
+            for i in range(OUTPUT_TILE)
         ),
-        step=OUTPUTS,
+        step=OUTPUT_TILE,
     )
 
 
 def _polynomial(roots: list[Fraction]) -> list[Fraction]:
-    """Coefficients of the polynomial with these roots, that of the lowest power first."""
+    """Coefficients of the monic polynomial with these roots, lowest power first."""
     found = [Fraction(1)]
     for root in roots:
-        above, below = [Fraction(0), *found], [*found, Fraction(0)]
-        found = [a - root * b for a, b in zip(above, below, strict=True)]
+        shifted, same = [Fraction(0), *found], [*found, Fraction(0)]
+        found = [a - root * b for a, b in zip(shifted, same, strict=True)]
     return found
 
 
-def _of_doubled(plain: Scheme) -> Scheme:
-    """The same of a doubled map, from the small one; what comes to 0 left out."""
-    whole = [(a, b1 + b2, c1 + c2, e) for a, b1, b2, c1, c2, e in plain.input]
-    kept = [place for place, row in enumerate(whole) if any(row)]
+def _after_upsampling(scheme: Scheme) -> Scheme:
+    """The scheme for an upsampled input, reading the input before upsampling; tile positions that
+    are always 0 are left out."""
+    folded = [(a, b1 + b2, c1 + c2, e) for a, b1, b2, c1, c2, e in scheme.input]
+    kept = [position for position, row in enumerate(folded) if any(row)]
     return Scheme(
-        input=tuple(whole[place] for place in kept),
-        kernel=tuple(plain.kernel[place] for place in kept),
-        output=tuple(tuple(row[place] for place in kept) for row in plain.output),
-        step=plain.step // 2,
+        input=tuple(folded[position] for position in kept),
+        kernel=tuple(scheme.kernel[position] for position in kept),
+        output=tuple(tuple(row[position] for position in kept) for row in scheme.output),
+        step=scheme.step // 2,
     )
 
 
-# with few binary digits, and symmetric, so that sums are shared; they lose half as much to rounding
-# as 1 and 2
+# Few binary digits, and symmetric so that sums are shared. They lose half as much to rounding as 1
+# and 2.
 _P, _Q = Fraction(3, 4), Fraction(3, 2)
-PLAIN = through(Fraction(0), _P, -_P, _Q, -_Q)
-# only with 1 and -1 among the points does a place of a doubled map come to 0
+CONV3X3 = toom_cook(Fraction(0), _P, -_P, _Q, -_Q)
+# A tile position is always 0 after upsampling only if 1 and -1 are among the points.
 _ONE, _Q = Fraction(1), Fraction(13, 8)
-DOUBLED = _of_doubled(through(Fraction(0), _ONE, -_ONE, _Q, -_Q))
+UPSAMPLE_CONV = _after_upsampling(toom_cook(Fraction(0), _ONE, -_ONE, _Q, -_Q))

@@ -1,7 +1,7 @@
-"""GroupNorm and SiLU in one operation on a channels-last map, as CUDA is served best.
+"""GroupNorm and SiLU in one operation on channels-last feature maps, for CUDA.
 
-Importing this registers the operator ``sdconv::group_norm_silu``, through which gradients go and
-which torch.compile and torch.export see as one step.
+Importing this module registers the operator ``sdconv::group_norm_silu``, which has a gradient and
+which torch.compile and torch.export see as one node.
 """
 
 from __future__ import annotations
@@ -20,30 +20,33 @@ from sdconv.fast.cpu import gradients
 def norm_silu(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """SiLU of a map's normalisation; on CUDA by Triton's kernels, where Triton is installed.
+    """Applies GroupNorm and SiLU; on CUDA by Triton kernels, if Triton is installed.
 
     Args:
-        x: ``(B, C, H, W)``. added: ``(B, C)``, to every pixel before the normalisation.
+        x: ``(B, C, H, W)``.
+        added: ``(B, C)``, added to every pixel before the normalisation; or None.
         weight, bias: ``(C,)``.
+        groups: number of groups.
+        eps: added to each group's variance.
 
     Returns:
-        ``(B, C, H, W)`` in ``x``'s dtype and channels-last order.
+        ``(B, C, H, W)`` in the dtype of ``x`` and channels-last order.
     """
     if x.device.type != "cuda" or not _has_triton():
         return by_torch(x, added, weight, bias, groups, eps)
-    from sdconv.fast.cuda import group_norm_triton as group_norm_kernels
+    from sdconv.fast.cuda import group_norm_triton
 
-    return group_norm_kernels.norm_silu(x, added, weight, bias, groups, eps)
+    return group_norm_triton.norm_silu(x, added, weight, bias, groups, eps)
 
 
 def by_torch(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """The same by torch's own operations."""
+    """``norm_silu`` by torch's own operations."""
     if added is not None:
         x = x + added[:, :, None, None]
     out = functional.silu(functional.group_norm(x, groups, weight, bias, eps))
-    # torch's normalisation gives rows of whole channels on CUDA
+    # On CUDA, torch's GroupNorm returns the contiguous layout.
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -56,7 +59,7 @@ def _has_triton() -> bool:
 def operator(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """See `norm_silu`."""
+    """``norm_silu`` as a torch operator."""
     return norm_silu(x, added, weight, bias, groups, eps)
 
 
@@ -65,4 +68,4 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-operator.register_autograd(gradients.of(by_torch), setup_context=gradients.remember)
+operator.register_autograd(gradients.gradient_of(by_torch), setup_context=gradients.save_inputs)

@@ -1,12 +1,13 @@
-"""GroupNorm and SiLU of channels-last maps in Triton: what ``group_norm.by_torch``
-computes, in one pass for the statistics and one for the map.
+"""GroupNorm and SiLU of channels-last feature maps in Triton: ``group_norm.by_torch`` with one pass
+for the statistics and one over the feature map.
 
-Arithmetic is float32, the sums over a group float64. Parts of a map have their own squares about
-their own means, put together by Chan, Golub and LeVeque's formula (1979), so that values far from
-zero lose little. The order of all sums is fixed: the same bits each time.
+Arithmetic is in float32, sums over a group in float64. Each part of a feature map has squared
+deviations from its own mean, and they are combined by the formula of Chan, Golub and LeVeque
+(1979), so that values far from zero lose little precision. The order of all sums is fixed, so the
+result is the same bits each time.
 
-It runs on a CPU in Triton's interpreter, and compiles for NVIDIA's architectures; neither says how
-fast it is, and no GPU has run it yet.
+The kernels run on a CPU in Triton's interpreter and compile for NVIDIA's architectures. They have
+not run on a GPU yet, and nothing here says how fast they are.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# values of a map that a program has at a time, channels of those, and parts of a map at most
+# Values that a program holds at a time, channels among them, and the most parts of a feature map.
 _VALUES, _CHANNELS, _PARTS = 4096, 128, 256
-# parts that are put together at a time
-_TOGETHER = 32
+# Parts that are combined at a time.
+_MERGED = 32
 
 
 def _kernel(function: Callable[..., None]) -> Any:
@@ -30,7 +31,7 @@ def _kernel(function: Callable[..., None]) -> Any:
 
 
 @_kernel
-def part_moments(
+def part_stats(
     x: tl.tensor,
     added: tl.tensor,
     parts: tl.tensor,
@@ -41,14 +42,14 @@ def part_moments(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    """Each channel's mean and squares about it, in every part of ``rows`` pixels:
+    """Writes each channel's mean and sum of squared deviations, for every part of ``rows`` pixels:
     ``(B, parts, 2, C)``."""
-    part, block, picture = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, block, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = block * CHANNELS + tl.arange(0, CHANNELS)
     exists = c < channels
     offset = tl.zeros([CHANNELS], tl.float32)
     if HAS_ADDED:
-        offset = tl.load(added + picture * channels + c, mask=exists, other=0).to(tl.float32)
+        offset = tl.load(added + sample * channels + c, mask=exists, other=0).to(tl.float32)
     mean = tl.zeros([CHANNELS], tl.float32)
     squares = tl.zeros([CHANNELS], tl.float32)
     first = part * rows
@@ -56,7 +57,7 @@ def part_moments(
     for start in range(first, last, PIXELS):
         p = start + tl.arange(0, PIXELS)
         inside = (p < last)[:, None] & exists[None, :]
-        at = (picture * pixels + p)[:, None] * channels + c[None, :]
+        at = (sample * pixels + p)[:, None] * channels + c[None, :]
         value = tl.load(x + at, mask=inside, other=0).to(tl.float32) + offset[None, :]
         value = tl.where(inside, value, 0)
         count = tl.minimum(last - start, PIXELS).to(tl.float32)
@@ -66,15 +67,15 @@ def part_moments(
         step = own_mean - mean
         mean += step * (count / (before + count))
         squares += tl.sum(about * about, 0) + step * step * (before * count / (before + count))
-    to = parts + (picture * tl.num_programs(0) + part) * 2 * channels + c
+    to = parts + (sample * tl.num_programs(0) + part) * 2 * channels + c
     tl.store(to, mean, mask=exists)
     tl.store(to + channels, squares, mask=exists)
 
 
 @_kernel
-def group_moments(
+def group_stats(
     parts: tl.tensor,
-    moments: tl.tensor,
+    stats: tl.tensor,
     count: tl.tensor,
     pixels: tl.tensor,
     channels: tl.tensor,
@@ -82,32 +83,32 @@ def group_moments(
     eps: tl.tensor,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    MERGED: tl.constexpr,
 ) -> None:
-    """Each group's mean and one over its deviation, ``(B, G, 2)``, from ``count`` parts of its
-    ``SIZE`` channels."""
-    group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Writes each group's mean and reciprocal standard deviation, ``(B, G, 2)``, from ``count``
+    parts of its ``SIZE`` channels."""
+    group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, WIDTH)
-    total = tl.zeros([TOGETHER, WIDTH], tl.float64)
-    for start in range(0, count, TOGETHER):
-        part = start + tl.arange(0, TOGETHER)
+    total = tl.zeros([MERGED, WIDTH], tl.float64)
+    for start in range(0, count, MERGED):
+        part = start + tl.arange(0, MERGED)
         inside = (part < count)[:, None] & (c < SIZE)[None, :]
-        at = (picture * count + part)[:, None] * 2 * channels + group * SIZE + c[None, :]
+        at = (sample * count + part)[:, None] * 2 * channels + group * SIZE + c[None, :]
         values = tl.minimum(pixels - part * rows, rows).to(tl.float64)[:, None]
         total += tl.load(parts + at, mask=inside, other=0).to(tl.float64) * values
     size = tl.cast(pixels, tl.float64) * SIZE
     mean = tl.sum(tl.sum(total, 1), 0) / size
-    total = tl.zeros([TOGETHER, WIDTH], tl.float64)
-    for start in range(0, count, TOGETHER):
-        part = start + tl.arange(0, TOGETHER)
+    total = tl.zeros([MERGED, WIDTH], tl.float64)
+    for start in range(0, count, MERGED):
+        part = start + tl.arange(0, MERGED)
         inside = (part < count)[:, None] & (c < SIZE)[None, :]
-        at = (picture * count + part)[:, None] * 2 * channels + group * SIZE + c[None, :]
+        at = (sample * count + part)[:, None] * 2 * channels + group * SIZE + c[None, :]
         values = tl.minimum(pixels - part * rows, rows).to(tl.float64)[:, None]
         about = tl.load(parts + at, mask=inside, other=0).to(tl.float64) - mean
         squares = tl.load(parts + at + channels, mask=inside, other=0).to(tl.float64)
         total += tl.where(inside, squares + about * about * values, 0)
     variance = tl.sum(tl.sum(total, 1), 0) / size
-    to = moments + (picture * tl.num_programs(0) + group) * 2
+    to = stats + (sample * tl.num_programs(0) + group) * 2
     tl.store(to, mean.to(tl.float32))
     tl.store(to + 1, (1 / tl.sqrt(variance + eps)).to(tl.float32))
 
@@ -116,7 +117,7 @@ def group_moments(
 def normalise(
     x: tl.tensor,
     added: tl.tensor,
-    moments: tl.tensor,
+    stats: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
@@ -128,20 +129,20 @@ def normalise(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    """``silu((x + added - mean) / deviation * weight + bias)``."""
-    block, picture = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Writes ``silu((x + added - mean) / deviation * weight + bias)``."""
+    block, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = block * CHANNELS + tl.arange(0, CHANNELS)
     exists = c < channels
-    at = moments + (picture * groups + c // size) * 2
+    at = stats + (sample * groups + c // size) * 2
     less = tl.load(at, mask=exists, other=0)
     if HAS_ADDED:
-        less -= tl.load(added + picture * channels + c, mask=exists, other=0).to(tl.float32)
+        less -= tl.load(added + sample * channels + c, mask=exists, other=0).to(tl.float32)
     scale = tl.load(at + 1, mask=exists, other=0)
     scale *= tl.load(weight + c, mask=exists, other=0).to(tl.float32)
     shift = tl.load(bias + c, mask=exists, other=0).to(tl.float32)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = (p < pixels)[:, None] & exists[None, :]
-    at = (picture * pixels + p)[:, None] * channels + c[None, :]
+    at = (sample * pixels + p)[:, None] * channels + c[None, :]
     value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
     value = (value - less[None, :]) * scale[None, :] + shift[None, :]
     value = value / (1 + tl.exp(-value))
@@ -151,7 +152,7 @@ def normalise(
 def norm_silu(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """See `sdconv.fast.cuda.group_norm.norm_silu`."""
+    """Implements ``group_norm.norm_silu`` for CUDA tensors."""
     batch, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     added = None if added is None else added.contiguous()
@@ -161,17 +162,17 @@ def norm_silu(
     rows = tile * triton.cdiv(triton.cdiv(pixels, _PARTS), tile)
     count, blocks = triton.cdiv(pixels, rows), triton.cdiv(channels, block)
     parts = x.new_empty(batch, count, 2, channels, dtype=torch.float32)
-    moments = x.new_empty(batch, groups, 2, dtype=torch.float32)
+    stats = x.new_empty(batch, groups, 2, dtype=torch.float32)
     out = torch.empty_like(x)
     more: dict[str, Any] = {"HAS_ADDED": added is not None, "PIXELS": tile, "CHANNELS": block}
-    # the map's device, which need not be the current one
+    # The tensor's device need not be the current one.
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        part_moments[(count, blocks, batch)](x, added, parts, pixels, channels, rows, **more)
-        group_moments[(groups, batch)](
-            parts, moments, count, pixels, channels, rows, eps,
-            SIZE=size, WIDTH=triton.next_power_of_2(size), TOGETHER=_TOGETHER,
+        part_stats[(count, blocks, batch)](x, added, parts, pixels, channels, rows, **more)
+        group_stats[(groups, batch)](
+            parts, stats, count, pixels, channels, rows, eps,
+            SIZE=size, WIDTH=triton.next_power_of_2(size), MERGED=_MERGED,
         )  # fmt: skip
         normalise[(triton.cdiv(pixels, tile), blocks, batch)](
-            x, added, moments, weight, bias, out, pixels, channels, groups, size, **more
+            x, added, stats, weight, bias, out, pixels, channels, groups, size, **more
         )
     return out

@@ -1,12 +1,12 @@
-"""Nearest doubling and a 3x3 convolution as four convolutions of the small map, for GPUs.
+"""Nearest-neighbour upsampling and a 3x3 convolution by sub-pixel decomposition, for GPUs.
 
-A pixel of the doubled map and its neighbours stand over 2x2 pixels of the small one, which ones
-depends on whether its row and its column are even or odd. For each of these four phases the 3x3
-kernel's taps that meet on the same pixel are added up beforehand: 16 products where 36 were, and no
-doubled map before the convolution. All phases are one convolution of torch's.
+The 3x3 window of an output pixel covers 2x2 input pixels, which ones depends on whether its row and
+its column are even or odd. For each of these four cases, the kernel's taps that fall on the same
+input pixel are added beforehand: 16 products instead of 36, and no upsampled feature map. All four
+are one convolution of torch's.
 
-On CPUs Winograd's convolution of the doubled map takes 25 products for 16 outputs where this takes
-64, see :mod:`sdconv.fast.cpu.winograd`.
+On CPUs, Winograd's convolution of the upsampled feature map takes 25 products for 16 outputs where
+this takes 64, see :mod:`sdconv.fast.cpu.winograd`.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from torch.nn import functional
 
 
 def kernels(weight: Tensor) -> Tensor:
-    """``(O, C, 3, 3)`` to ``(2, 2, O, C, 2, 2)``: for even and odd rows, even and odd columns;
-    added up in float32 at least, and rounded once."""
+    """Adds taps that fall on the same pixel: ``(O, C, 3, 3)`` to ``(2, 2, O, C, 2, 2)``, for even
+    and odd rows and columns. Sums are rounded once, from float32 or wider."""
     wide = weight if weight.dtype is torch.float64 else weight.float()
     return _along(_along(wide, 2), 4).to(weight.dtype).movedim(0, 1)
 
 
 def _along(weight: Tensor, axis: int) -> Tensor:
-    """The two phases of one axis of three taps, in front."""
+    """Splits an axis of three taps into even and odd outputs, on a new first axis."""
     first, middle, last = weight.unbind(axis)
     even = torch.stack([first, middle + last], axis)
     odd = torch.stack([first + middle, last], axis)
     return torch.stack([even, odd])
 
 
-def doubled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``(B, C, H, W)`` to ``(B, O, 2H, 2W)``, in channels-last order.
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Upsamples and convolves ``(B, C, H, W)``; gives ``(B, O, 2H, 2W)`` in channels-last order.
 
     Args:
-        weight: ``(O, C, 3, 3)``. bias: ``(O,)``.
+        x: the feature map.
+        weight: ``(O, C, 3, 3)``.
+        bias: ``(O,)``, or None.
     """
     batch, _, height, width = x.shape
     out_channels = len(weight)
-    found = functional.conv2d(
+    parts = functional.conv2d(
         x.to(memory_format=torch.channels_last),
         kernels(weight).flatten(0, 2),
         None if bias is None else bias.repeat(4),
         padding=1,
     )
     out = x.new_empty(batch, height, 2, width, 2, out_channels)
-    for phase, one in enumerate(torch.chunk(found, 4, dim=1)):
-        i, j = divmod(phase, 2)
-        one = one.narrow(2, i, height).narrow(3, j, width)
-        out.select(4, j).select(2, i).copy_(one.movedim(1, -1))
+    for number, part in enumerate(torch.chunk(parts, 4, dim=1)):
+        i, j = divmod(number, 2)
+        part = part.narrow(2, i, height).narrow(3, j, width)
+        out.select(4, j).select(2, i).copy_(part.movedim(1, -1))
     return out.flatten(3, 4).flatten(1, 2).movedim(-1, 1)

@@ -318,7 +318,7 @@ def test_two_files_of_a_tiny_autoencoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", seeded.WITHOUT_PEER)
 def test_networks_that_diffusers_lacks(kind: str) -> None:
     with pytest.raises(
-        sdconv.SdconvError, match=r"diffusers has no network like this(.|\n)*author"
+        sdconv.SdconvError, match=r"diffusers cannot build this network(.|\n)*author"
     ):
         checked(seeded.WITHOUT_PEER[kind])
 

@@ -47,16 +47,16 @@ def meta(named: Shapes) -> dict[str, torch.Tensor]:
         ([1], "a mapping of tensor names"),
         ("vae.safetensors", r"sdconv\.infer\(sdconv\.read_header\(path\)\)"),
         ({"x": 3}, r"got: 'x': 3"),
-        ({"x": None}, "no shape by a name"),
-        ({"x": "12"}, "no shape by a name"),
-        ({"x": (1.0,)}, "no shape by a name"),
-        ({"x": (True,)}, "no shape by a name"),
-        ({"x": (-1,)}, "no shape by a name"),
-        ({1: (1,)}, "no shape by a name"),
+        ({"x": None}, "not a tensor.s name and shape"),
+        ({"x": "12"}, "not a tensor.s name and shape"),
+        ({"x": (1.0,)}, "not a tensor.s name and shape"),
+        ({"x": (True,)}, "not a tensor.s name and shape"),
+        ({"x": (-1,)}, "not a tensor.s name and shape"),
+        ({1: (1,)}, "not a tensor.s name and shape"),
         ({"x": torch.ones(2)}, "tensor.shape for name"),
     ],
 )
-def test_what_are_no_shapes(argument: Any, words: str) -> None:
+def test_shapes_that_are_refused(argument: Any, words: str) -> None:
     with pytest.raises(sdconv.InputError, match=words):
         sdconv.infer(argument)
 
@@ -191,8 +191,8 @@ OTHERS = {
     "decoder.mid_block.resnets.0.temporal_res_block.conv1.weight": r"for videos",
     "decoder.up.0.block.0.time_stack.in_layers.0.weight": r"for videos",
     "decoder.condition_encoder.layers.0.weight": r"AsymmetricAutoencoderKL",
-    "encoder.norm_out.gamma": r"not normalise by groups",
-    "decoder.mid.block_1.norm1.conv_y.weight": r"not normalise by groups",
+    "encoder.norm_out.gamma": r"does not use group normalisation",
+    "decoder.mid.block_1.norm1.conv_y.weight": r"does not use group normalisation",
 }
 
 
@@ -243,10 +243,10 @@ def test_a_damaged_width_is_still_a_wrong_shape() -> None:
 
 
 @pytest.mark.parametrize(("patch", "count"), [((1, 2), 64), ((2, 1), 64), ((3, 2), 192)])
-def test_patches_of_flux2_that_are_no_squares(patch: tuple[int, int], count: int) -> None:
+def test_flux2_patches_that_are_not_square(patch: tuple[int, int], count: int) -> None:
     config = seeded.flux2((32, 32), patch_size=patch)
     named = shapes(config, "diffusers")
-    with pytest.raises(sdconv.WeightsMismatchError, match="not of square patches") as caught:
+    with pytest.raises(sdconv.WeightsMismatchError, match="not for square patches") as caught:
         sdconv.infer(named)
     assert "32 latent channels" in str(caught.value) and f"({count},)" in str(caught.value)
     assert "config.json" in str(caught.value)

@@ -233,11 +233,11 @@ def test_incomplete(gone: str, says: str) -> None:
         sdconv.infer(kept)
 
 
-def test_a_middle_of_another_depth_than_its_level() -> None:
+def test_a_mid_block_whose_depth_differs_from_its_level() -> None:
     shapes = shapes_of(FAMILIES["one level"])
     block = "mid_block.attentions.0.transformer_blocks."
     deeper = {k.replace(f"{block}0.", f"{block}1."): v for k, v in shapes.items()}
-    with pytest.raises(sdconv.WeightsMismatchError, match="of another depth") as caught:
+    with pytest.raises(sdconv.WeightsMismatchError, match="differ in depth") as caught:
         sdconv.infer({**shapes, **deeper})
     assert "expected: 1 blocks\n  got: 2 blocks\n" in str(caught.value)
     assert sdconv.infer(shapes)["unet"].mid_depth == 1

@@ -1,5 +1,5 @@
-"""The fast backend on whatever a block may be given: shapes, layouts, dtypes, other convolutions,
-and values that are not finite."""
+"""The fast backend on any input of a block: shapes, layouts, dtypes, other convolutions, and values
+that are not finite."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sdconv
-from sdconv.fast.modules import is_conv3x3
-from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D, last_convolution
+from sdconv.fast.preconditions import is_conv3x3
+from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
+from sdconv.models.unet import UNet2DConditionModel
 
-# of the largest value, against float64; in float32 twice what a doubling usually stays under, since
-# single pixels round worse
+# relative to the largest value, against float64; in float32 twice the usual error of upsampling,
+# since single pixels round worse
 WITHIN = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def lying(x: Tensor, layout: str) -> Tensor:
-    """The same values, otherwise in memory."""
+    """The same values in another memory layout."""
     match layout:
         case "channels last":
             return x.contiguous(memory_format=torch.channels_last)
         case "every other column":
             return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
-        case "turned":
+        case "transposed":
             return x.transpose(2, 3).contiguous().transpose(2, 3)
-        case "one picture repeated":
+        case "one image repeated":
             return x[:1].expand_as(x)
         case _:
             return x
 
 
 layouts = st.sampled_from(
-    ["contiguous", "channels last", "every other column", "turned", "one picture repeated"]
+    ["contiguous", "channels last", "every other column", "transposed", "one image repeated"]
 )
 
 
@@ -48,7 +49,7 @@ def fast_and_reference(module: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
         return out, module(*given)
 
 
-# from where torch's kernel is chosen to where Winograd's is
+# shapes from those for torch's kernel to those for Winograd's
 @given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 3),
@@ -77,12 +78,12 @@ def test_blocks(
     resnet = ResnetBlock2D(
         channels, out_channels, temb_channels=6 if time else None, groups=4, eps=1e-5
     ).to(dtype)
-    doubling = Upsample2D(channels).to(dtype)
+    upsample = Upsample2D(channels).to(dtype)
     x = lying(torch.randn(batch, channels, *size, dtype=dtype), layout)
     before = x.clone()
-    for module, more in ((resnet, temb), (doubling, ())):
+    for module, more in ((resnet, temb), (upsample, ())):
         out, _ = fast_and_reference(module, x, *more)
-        # what came in is as it was
+        # the input is unchanged
         assert torch.equal(x, before)
         with torch.no_grad():
             exact = module.double()(x.double(), *(t.double() for t in more))
@@ -98,7 +99,7 @@ def test_blocks(
     dtype=st.sampled_from(list(WITHIN)),
 )
 @settings(max_examples=50)
-def test_halving(
+def test_downsampling(
     batch: int, channels: int, size: tuple[int, int], layout: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -111,8 +112,8 @@ def test_halving(
     assert error(out, exact) < WITHIN[dtype]
 
 
-def test_halving_with_zeros_on_the_other_sides_is_another_function() -> None:
-    """The control: what a row and a column too many cut off would give."""
+def test_downsampling_with_padding_on_all_sides_is_another_function() -> None:
+    """The control: as if a row and a column too many were cut off."""
     torch.manual_seed(0)
     module, x = AsymmetricDownsample2D(8), torch.randn(1, 8, 12, 12)
     out, _ = fast_and_reference(module, x)
@@ -137,6 +138,16 @@ def convolutions(draw: st.DrawFn) -> nn.Conv2d:
     )
 
 
+class LastLayers(nn.Module):
+    """The last layers of a U-Net, around any convolution."""
+
+    def __init__(self, norm: nn.Module, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv_norm_out, self.conv_act, self.conv_out = norm, nn.SiLU(), conv
+
+    forward = UNet2DConditionModel.project_out
+
+
 @given(data=st.data(), layout=layouts, height=st.integers(9, 20), width=st.integers(9, 20))
 @settings(max_examples=60)
 def test_other_convolutions_stay_torchs(
@@ -149,7 +160,7 @@ def test_other_convolutions_stay_torchs(
         assume(False)
         raise
     norm, x = nn.GroupNorm(2, 8), lying(torch.randn(2, 8, height, width), layout)
-    out, expected = fast_and_reference(lambda x: last_convolution(norm, nn.SiLU(), conv, x), x)
+    out, expected = fast_and_reference(LastLayers(norm, conv), x)
     plain = ((3, 3), (1, 1), (1, 1), 1, "zeros")
     same = (conv.kernel_size, conv.stride, conv.dilation, conv.groups, conv.padding_mode) == plain
     ours = same and conv.padding in (1, (1, 1))
@@ -160,18 +171,18 @@ def test_other_convolutions_stay_torchs(
         assert torch.equal(out, expected)
 
 
-PLACES = ["x", "norm1", "conv1", "bias1", "norm2", "conv2", "temb", "shortcut"]
+SPOILT = ["x", "norm1", "conv1", "bias1", "norm2", "conv2", "temb", "shortcut"]
 
 
 def spoilt(
     value: float, where: str, seed: int, size: tuple[int, int], batch: int
 ) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
-    """Blocks and what they are given, with this value in one place."""
+    """Blocks and their inputs, with this value in one tensor."""
     torch.manual_seed(seed)
     block = ResnetBlock2D(128, 136, temb_channels=6, groups=4, eps=1e-5).requires_grad_(False)
     assert block.conv_shortcut is not None
     x, temb = torch.randn(batch, 128, *size), torch.randn(batch, 6)
-    places = (
+    tensors = (
         x,
         block.norm1.weight,
         block.conv1.weight,
@@ -181,7 +192,7 @@ def spoilt(
         temb,
         block.conv_shortcut.weight,
     )
-    values = dict(zip(PLACES, places, strict=True))[where].view(-1)
+    values = dict(zip(SPOILT, tensors, strict=True))[where].view(-1)
     values[seed % len(values)] = value
     return [(block, (x, temb)), (Upsample2D(128).requires_grad_(False), (x,))]
 
@@ -191,16 +202,16 @@ sizes = st.tuples(st.integers(3, 24), st.integers(3, 24))
 
 @given(
     value=st.sampled_from([float("nan"), float("inf"), -float("inf")]),
-    where=st.sampled_from(PLACES),
+    where=st.sampled_from(SPOILT),
     seed=st.integers(0, 2**16),
     size=sizes,
     batch=st.integers(1, 2),
 )
-# a weight's tap over the zeros round a map, in each method
+# a weight's tap over the padding, in each method
 @example(value=float("nan"), where="conv2", seed=0, size=(3, 3), batch=2)
 @example(value=float("nan"), where="conv2", seed=0, size=(24, 24), batch=1)
 @settings(max_examples=25)
-def test_what_is_not_finite(
+def test_values_that_are_not_finite_come_out_where_the_reference_has_them(
     value: float, where: str, seed: int, size: tuple[int, int], batch: int
 ) -> None:
     for module, given_ in spoilt(value, where, seed, size, batch):

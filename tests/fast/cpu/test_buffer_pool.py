@@ -1,4 +1,4 @@
-"""Memory handed from map to map: what is reused, what never is, and that all of it goes back."""
+"""The pool of feature maps: what is reused, what never is, and that all memory is returned."""
 
 from __future__ import annotations
 
@@ -14,69 +14,65 @@ import torch
 from helpers import seeded
 
 import sdconv
-from sdconv.fast.cpu import buffer_pool as handing
-from sdconv.fast.cpu.buffer_pool import blank, handed_on
+from sdconv.fast.cpu import buffer_pool
+from sdconv.fast.cpu.buffer_pool import empty_nhwc, use_pool
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it cuts blocks")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which shrinks blocks")
 
-# two maps of 16 MiB, which are large enough, and one twice as large
+# feature maps of 16 MiB, large enough for the pool, and of twice as much
 SMALL, LARGE = (1, 64, 256, 256), (1, 128, 256, 256)
 
 
-def at(map_: torch.Tensor) -> int:
-    return map_.data_ptr()
-
-
-def test_the_next_map_lies_where_one_that_is_gone_lay() -> None:
-    with handed_on():
-        first = blank(*SMALL, torch.float32)
+def test_the_next_feature_map_reuses_the_memory_of_one_that_is_gone() -> None:
+    with use_pool():
+        first = empty_nhwc(*SMALL, torch.float32)
         assert first.shape == SMALL and first.is_contiguous(memory_format=torch.channels_last)
-        where = at(first)
-        beside = blank(*SMALL, torch.float32)
-        assert at(beside) != where, "the control: the first one is still there"
+        where = first.data_ptr()
+        beside = empty_nhwc(*SMALL, torch.float32)
+        assert beside.data_ptr() != where, "the control: the first one is still there"
         view = first[:, :8]
         del first
-        other = blank(*SMALL, torch.float32)
-        assert at(other) != where, "a view keeps it"
+        other = empty_nhwc(*SMALL, torch.float32)
+        assert other.data_ptr() != where, "a view keeps it"
         del view
-        assert at(blank(*SMALL, torch.float32)) == where
+        assert empty_nhwc(*SMALL, torch.float32).data_ptr() == where
 
 
-def test_a_larger_block_is_cut_and_a_smaller_one_is_not_stretched() -> None:
-    with handed_on():
-        where = at(blank(*LARGE, torch.float32))
-        small = blank(*SMALL, torch.float32)
-        assert at(small) == where
+def test_a_larger_block_is_shrunk_and_a_smaller_one_is_not_used() -> None:
+    with use_pool():
+        where = empty_nhwc(*LARGE, torch.float32).data_ptr()
+        small = empty_nhwc(*SMALL, torch.float32)
+        assert small.data_ptr() == where
         small.fill_(1)
         del small
-        large = blank(*LARGE, torch.float32)
+        large = empty_nhwc(*LARGE, torch.float32)
         large.fill_(2)
         assert large.sum() == 2 * large.numel()
 
 
-def test_what_outlives_the_pass_keeps_its_values() -> None:
-    with handed_on():
-        kept = blank(*SMALL, torch.float32).fill_(3)
-        gone = blank(*SMALL, torch.float32)
-        where = at(gone)
+def test_a_feature_map_that_outlives_the_pool_keeps_its_values() -> None:
+    with use_pool():
+        kept = empty_nhwc(*SMALL, torch.float32).fill_(3)
+        gone = empty_nhwc(*SMALL, torch.float32)
+        where = gone.data_ptr()
         del gone
-    with handed_on():
-        new = [blank(*SMALL, torch.float32).fill_(4) for _ in range(3)]
-        assert all(at(kept) != at(one) for one in new)
+    with use_pool():
+        new = [empty_nhwc(*SMALL, torch.float32).fill_(4) for _ in range(3)]
+        assert all(kept.data_ptr() != one.data_ptr() for one in new)
     assert kept.eq(3).all() and where
 
 
-def test_nothing_stays_when_the_pass_ends() -> None:
+def test_all_memory_is_returned_at_the_end() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     outlives: list[torch.Tensor] = []
     before = resident()
     for error in (False, True):
-        with pytest.raises(KeyError) if error else handed_on():
-            with handed_on():
-                outlives.append(blank(*LARGE, torch.float32).fill_(1))
-                blank(*LARGE, torch.float32).fill_(1)
+        with pytest.raises(KeyError) if error else use_pool():
+            with use_pool():
+                outlives.append(empty_nhwc(*LARGE, torch.float32).fill_(1))
+                empty_nhwc(*LARGE, torch.float32).fill_(1)
                 assert resident() > before + 50 * 2**20, "the control"
             if error:
                 raise KeyError
@@ -85,19 +81,20 @@ def test_nothing_stays_when_the_pass_ends() -> None:
         assert resident() < before + 24 * 2**20
 
 
-def test_threads_have_blocks_of_their_own() -> None:
+def test_each_thread_has_its_own_pool() -> None:
     found: list[bool] = []
-    with handed_on():
-        where = at(blank(*SMALL, torch.float32))
-        thread = threading.Thread(target=lambda: found.append(handing._thread.blocks is None))
+    with use_pool():
+        where = empty_nhwc(*SMALL, torch.float32).data_ptr()
+        thread = threading.Thread(target=lambda: found.append(buffer_pool._thread.pool is None))
         thread.start()
         thread.join()
         assert found == [True]
-        assert at(blank(*SMALL, torch.float32)) == where
+        assert empty_nhwc(*SMALL, torch.float32).data_ptr() == where
 
 
 @torch.no_grad()
-def test_maps_that_a_capture_holds_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_feature_maps_are_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the pool take feature maps of any size."""
     network: Any = seeded.network(seeded.kl((32, 64), 4, True))
     other = copy.deepcopy(network)
     z = torch.randn(1, 4, 24, 20)
@@ -106,7 +103,7 @@ def test_maps_that_a_capture_holds_are_not_handed_on(monkeypatch: pytest.MonkeyP
         with sdconv.capture(network.decoder, "*.resnets.*") as maps:
             network.decode(z)
         plain = {name: maps[name].clone() for name in maps}
-        monkeypatch.setattr(handing, "_LARGE", 0)
+        monkeypatch.setattr(buffer_pool, "_LARGE", 0)
         assert torch.equal(other.decode(z).sample, expected)
         with sdconv.capture(other.decoder, "*.resnets.*") as maps:
             other.decode(z)

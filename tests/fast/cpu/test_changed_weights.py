@@ -8,22 +8,22 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers import kinds, pipelines
+from helpers import implementations, pipelines
 from helpers.loras import kohya, matrices
 from helpers.numbers import error
 from torch import Tensor, nn
 
 import sdconv
 from sdconv.backends import set_backend
-from sdconv.fast.cpu.chosen import choice_for
-from sdconv.fast.cpu.weight_cache import prepared
+from sdconv.fast.cpu.conv import plan_for
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 
 WITHIN = 2e-5
 
 
 class Parts(nn.Module):
-    """A ResNet block and a doubling, both of which compute with prepared weights."""
+    """A ResNet block and an upsampling, both of which compute with packed weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def convolutions(parts: nn.Module) -> list[nn.Conv2d]:
 
 
 def both(parts: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the fast backend and the reference make of ``x``."""
+    """The outputs of the fast backend and of the reference."""
     with torch.no_grad():
         with sdconv.backend("fast"):
             out = parts(x)
@@ -101,8 +101,8 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "weights loaded": load,
     "weights assigned": assign,
     "two weights exchanged": exchange,
-    "a sum unseen by its version": of_each(lambda weight: weight.data.add_(0.05)),
-    "other data": of_each(lambda weight: setattr(weight, "data", weight.data.flip(1))),
+    "a sum that its version does not show": of_each(lambda weight: weight.data.add_(0.05)),
+    "data replaced": of_each(lambda weight: setattr(weight, "data", weight.data.flip(1))),
     "negated": of_each(lambda weight: weight.data.neg_()),
     "one number": of_each(lambda weight: weight.data[5, 6, 1, 1].add_(9)),
     "through numpy": of_each(lambda weight: weight.detach().numpy().__imul__(1.5)),
@@ -111,15 +111,16 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_never_stale(change: str, x: Tensor) -> None:
+def test_packed_weights_are_never_stale(change: str, x: Tensor) -> None:
     parts = Parts()
-    assert all(choice_for(x, conv.weight).method == "winograd" for conv in convolutions(parts))
+    plans = [plan_for("conv3x3", x, conv.weight, False) for conv in convolutions(parts)]
+    assert all(plan.method == "winograd" for plan in plans)
     out, before = both(parts, x)
     assert error(out, before) < WITHIN
     CHANGES[change](parts, x)
     out, after = both(parts, x)
     assert error(out, after) < WITHIN
-    # it made a difference
+    # the change made a difference
     assert error(before, after) > 10 * WITHIN
 
 
@@ -137,10 +138,10 @@ def test_weights_of_inference_mode(x: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["sdconv", "patched"])
 def test_fused_and_unfused_in_a_pipeline(kind: str) -> None:
-    pipe = kinds.pipeline(kind, "text")
+    pipe = implementations.pipeline(kind, "text")
     unet = pipe.unet
     set_backend(unet, "fast")
-    sample, text = torch.randn(1, 4, 12, 16), torch.randn(1, 7, pipelines.WIDE)
+    sample, text = torch.randn(1, 4, 12, 16), torch.randn(1, 7, pipelines.TEXT_WIDTH)
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -153,9 +154,9 @@ def test_fused_and_unfused_in_a_pipeline(kind: str) -> None:
         assert error(fast, expected) < WITHIN
         return expected
 
-    before = prepared.memory
+    before = weight_cache.memory
     plain = same_as_reference()
-    assert prepared.memory > before
+    assert weight_cache.memory > before
     made = matrices(unet, only="conv", alpha=1.0)
     pipe.load_lora_weights(kohya(made))
     wrapped = same_as_reference()
@@ -165,7 +166,7 @@ def test_fused_and_unfused_in_a_pipeline(kind: str) -> None:
     assert error(same_as_reference(), wrapped) < 1e-4
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
-    # merged into the very weights that were prepared
+    # merged into the very weights that were packed
     assert error(same_as_reference(), fused) < 1e-5
     assert error(plain, fused) > 1e-2
 
@@ -190,39 +191,41 @@ def test_merged_by_sdconv(x: Tensor) -> None:
 
 def test_memory_is_counted_while_weights_change(x: Tensor) -> None:
     parts = Parts()
-    before = prepared.memory
+    before = weight_cache.memory
     both(parts, x)
-    held = prepared.memory
-    # of each nine numbers of a weight 36 for Winograd, 25 for a doubling
+    held = weight_cache.memory
+    # 36 for each nine numbers of a weight, 25 for the upsampling's
     winograd = sum(4 * conv.weight.numel() * 4 for conv in convolutions(parts.resnet))
     assert held - before == winograd + 25 * parts.upsampler.conv.weight.numel() // 9 * 4
     for _ in range(5):
         of_each(lambda weight: weight.data.add_(0.01))(parts, x)
         both(parts, x)
-    assert prepared.memory == held
+    assert weight_cache.memory == held
     del parts
-    assert prepared.memory == before
+    assert weight_cache.memory == before
 
 
-def test_without_room_it_computes_directly(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_packed_weights_it_computes_directly(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = Parts()
     expected = both(parts, x)[1]
-    prepared.clear()
-    monkeypatch.setattr(prepared, "limit", prepared.memory)
+    weight_cache.clear()
+    monkeypatch.setattr(weight_cache, "limit", weight_cache.memory)
     out, _ = both(parts, x)
-    assert prepared.memory <= prepared.limit
+    assert weight_cache.memory <= weight_cache.limit
     assert error(out, expected) < 5e-6
 
 
-def test_a_shortcut_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_shortcut_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     block = ResnetBlock2D(128, 64, temb_channels=None, groups=8, eps=1e-6)
     x = torch.randn(1, 128, 48, 48)
-    prepared.clear()
+    weight_cache.clear()
     expected = both(block, x)[1]
-    whole = prepared.memory
-    prepared.clear()
-    monkeypatch.setattr(prepared, "limit", whole - 1)
+    whole = weight_cache.memory
+    weight_cache.clear()
+    monkeypatch.setattr(weight_cache, "limit", whole - 1)
     out, _ = both(block, x)
-    assert 0 < prepared.memory <= prepared.limit
+    assert 0 < weight_cache.memory <= weight_cache.limit
     assert error(out, expected) < 5e-6

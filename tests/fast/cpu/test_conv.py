@@ -1,4 +1,4 @@
-"""The fused convolutions against torch's own in float64, and what must make such a check fail."""
+"""The fused convolutions against torch's own in float64, and injected faults that must show."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdconv.fast.cpu import conv as fused
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.cpu.conv import After, NotFiniteError
-from sdconv.fast.cpu.group_stats import Norm
-from sdconv.fast.cpu.tiling import scratch
-from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme, through
+from sdconv.fast.cpu import conv, group_stats, torch_kernels
+from sdconv.fast.cpu.buffer_pool import scratch
+from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, Prologue
+from sdconv.fast.cpu.kernels import numba_kernels
+from sdconv.fast.cpu.tiling import Strip
+from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme, toom_cook
 
-# of the largest value; the direct kernel's own error in float32 is about a third of it
-WITHIN = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# relative to the largest value; the direct kernel's own error in float32 is about a third of it
+WITHIN = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 GROUPS = 4
 
 
-def expected_moments(x: Tensor, groups: int) -> Tensor:
+def expected_stats(x: Tensor, groups: int) -> Tensor:
     parts = x.double().reshape(len(x), groups, -1)
     return torch.stack([parts.mean(-1), parts.var(-1, correction=0)], dim=-1)
 
 
-def in_float64(norm: Norm | None) -> Norm | None:
-    if norm is None:
+def prologue_in_float64(prologue: Prologue | None) -> Prologue | None:
+    if prologue is None:
         return None
-    return replace(norm, weight=norm.weight.double(), bias=norm.bias.double())
+    return replace(prologue, weight=prologue.weight.double(), bias=prologue.bias.double())
 
 
-def after_in_float64(after: After) -> After:
-    shortcut = after.shortcut
-    return After(
-        *(None if t is None else t.double() for t in (after.bias, after.added, after.residual)),
+def epilogue_in_float64(epilogue: Epilogue) -> Epilogue:
+    added = (epilogue.bias, epilogue.temb, epilogue.residual)
+    shortcut = epilogue.shortcut
+    return Epilogue(
+        *(None if t is None else t.double() for t in added),
         None if shortcut is None else (shortcut[0].double(), shortcut[1].double()),
     )
 
@@ -60,7 +62,7 @@ def lying(x: Tensor, layout: str) -> Tensor:
 
 
 class Case:
-    """A convolution with everything round it, from a seed."""
+    """A convolution with prologue and epilogue, drawn from a seed."""
 
     def __init__(
         self,
@@ -82,31 +84,24 @@ class Case:
 
         self.x = lying(draw(batch, channels, height, width) + 0.5, layout)
         self.weight = draw(out_channels, channels, 3, 3) / (3 * channels**0.5)
-        self.norm = None
+        self.prologue = None
         if normed:
-            found = fused.moments(self.x, GROUPS)
-            self.norm = Norm(found, 1 + draw(channels) / 4, draw(channels), 1e-6, True)
-        beside = draw(batch, channels if shortcut else out_channels, height, width)
+            stats = group_stats.group_stats(self.x, GROUPS)
+            self.prologue = Prologue(stats, 1 + draw(channels) / 4, draw(channels), 1e-6, True)
+        residual = draw(batch, channels if shortcut else out_channels, height, width)
         by = (draw(out_channels, channels, 1, 1), draw(out_channels)) if shortcut else None
-        self.after = After(draw(out_channels), draw(batch, out_channels), lying(beside, layout), by)
+        bias, temb = draw(out_channels), draw(batch, out_channels)
+        self.epilogue = Epilogue(bias, temb, lying(residual, layout), by)
 
-    def run(self, tile_rows: int | None = None, scheme: Scheme = PLAIN) -> tuple[Tensor, Tensor]:
-        return fused.winograd_convolution(
-            self.x,
-            self.weight,
-            self.norm,
-            self.after,
-            scheme=scheme,
-            groups=GROUPS,
-            tile_rows=tile_rows,
-        )
+    def run(self, scheme: Scheme = CONV3X3) -> tuple[Tensor, Tensor]:
+        return conv.winograd_conv(self.x, self.weight, scheme, self.prologue, self.epilogue, GROUPS)
 
     def expected(self) -> Tensor:
-        return fused.direct(
+        return conv.direct_conv(
             self.x.double(),
             self.weight.double(),
-            in_float64(self.norm),
-            after_in_float64(self.after),
+            prologue_in_float64(self.prologue),
+            epilogue_in_float64(self.epilogue),
         )
 
 
@@ -127,90 +122,91 @@ cases = st.builds(
 
 @given(case=cases, tile_rows=st.sampled_from([None, 1, 2]))
 @settings(max_examples=60)
-def test_convolution_is_torchs_in_float64(case: Case, tile_rows: int | None) -> None:
-    out, found = case.run(tile_rows)
+def test_winograd_agrees_with_torch_in_float64(case: Case, tile_rows: int | None) -> None:
+    with halos.strips_of(tile_rows):
+        out, found = case.run()
     expected = case.expected()
     within = WITHIN[case.x.dtype]
     assert out.dtype == case.x.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert error(out, expected) < within
-    assert error(found, expected_moments(expected, GROUPS)) < 4 * within
+    assert error(found, expected_stats(expected, GROUPS)) < 4 * within
 
 
-@given(case=cases, rows=st.sampled_from([None, 1, 2]))
+@given(case=cases, tile_rows=st.sampled_from([None, 1, 2]))
 @settings(max_examples=40)
-def test_doubled_convolution_is_torchs_in_float64(case: Case, rows: int | None) -> None:
-    bias = case.after.bias
-    out, found = fused.winograd_convolution(
-        case.x, case.weight, None, After(bias), scheme=DOUBLED, groups=GROUPS, tile_rows=rows
-    )
-    expected = fused.direct_doubled(case.x.double(), case.weight.double(), bias.double())
+def test_winograd_after_upsampling_agrees_with_torch_in_float64(
+    case: Case, tile_rows: int | None
+) -> None:
+    bias = case.epilogue.bias
+    with halos.strips_of(tile_rows):
+        out, found = conv.winograd_conv(
+            case.x, case.weight, UPSAMPLE_CONV, None, Epilogue(bias), GROUPS
+        )
+    expected = conv.direct_upsample_conv(case.x.double(), case.weight.double(), bias.double())
     within = WITHIN[case.x.dtype]
     assert out.dtype == case.x.dtype
     assert error(out, expected) < within
-    assert error(found, expected_moments(expected, GROUPS)) < 4 * within
+    assert error(found, expected_stats(expected, GROUPS)) < 4 * within
 
 
-def test_moments_of_values_far_from_zero() -> None:
+def test_statistics_of_values_far_from_zero() -> None:
     x = torch.randn(2, 8, 33, 21, generator=torch.Generator().manual_seed(0)) + 1000
-    assert error(fused.moments(x, 4), expected_moments(x, 4)) < 1e-9
+    assert error(group_stats.group_stats(x, 4), expected_stats(x, 4)) < 1e-9
 
 
-def test_written_over_its_input() -> None:
+def test_in_place_the_input_is_overwritten_with_the_output() -> None:
     case = Case(channels=8, height=30)
-    expected, moments = case.run()
-    spoilt = case.x.clone(memory_format=torch.channels_last)
-    out, found = fused.winograd_convolution(
-        spoilt,
-        case.weight,
-        case.norm,
-        case.after,
-        groups=GROUPS,
-        in_place=True,
-        tile_rows=2,
-    )
-    assert out is spoilt
+    expected, stats = case.run()
+    x = case.x.clone(memory_format=torch.channels_last)
+    around = CONV3X3, case.prologue, case.epilogue, GROUPS
+    with halos.strips_of(2):
+        out, found = conv.winograd_conv(x, case.weight, *around, in_place=True)
+    assert out is x
     assert error(out, expected) < 1e-6
-    assert error(found, moments) < 1e-6
+    assert error(found, stats) < 1e-6
 
 
-def test_same_bits_each_time_and_for_any_strip() -> None:
+def test_same_bits_each_time_and_nearly_so_for_other_strips() -> None:
     case = Case(height=40, width=33, channels=68)
-    once, found = case.run(2)
-    again, found_again = case.run(2)
+    with halos.strips_of(2):
+        once, found = case.run()
+        again, found_again = case.run()
     assert torch.equal(once, again)
     assert torch.equal(found, found_again)
     for tile_rows in (1, 3, 10):
-        assert error(case.run(tile_rows)[0], once) < 1e-6
+        with halos.strips_of(tile_rows):
+            assert error(case.run()[0], once) < 1e-6
 
 
 def test_several_threads_at_once() -> None:
     case = Case(height=40, width=33, channels=68)
-    expected = case.run(2)[0]
     found: list[Tensor] = []
 
     def work() -> None:
         for _ in range(10):
-            found.append(case.run(2)[0])
+            found.append(case.run()[0])
         scratch.release()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with halos.strips_of(2):
+        expected = case.run()[0]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert len(found) == 40
     assert all(torch.equal(one, expected) for one in found)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_what_is_not_finite_is_not_spread(value: float) -> None:
+def test_an_output_that_is_not_finite_is_an_error(value: float) -> None:
     case = Case(normed=False)
     case.x[0, 3, 5, 6] = value
     with pytest.raises(NotFiniteError):
         case.run()
     with pytest.raises(NotFiniteError):
-        fused.winograd_convolution(case.x, 4 * case.weight, scheme=DOUBLED)
+        conv.winograd_conv(case.x, 4 * case.weight, UPSAMPLE_CONV, None, Epilogue(), GROUPS)
 
 
 def test_the_points_lose_half_as_much_to_rounding_as_the_usual_ones() -> None:
@@ -218,9 +214,9 @@ def test_the_points_lose_half_as_much_to_rounding_as_the_usual_ones() -> None:
     x = torch.randn(1, 256, 32, 32, generator=random)
     weight = torch.randn(32, 256, 3, 3, generator=random)
     exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
-    # by the plain transforms, which take any scheme
+    # by the transforms in torch operations, which take any scheme
     lost = []
-    for scheme in (PLAIN, through(*map(Fraction, (0, 1, -1, 2, -2)))):
+    for scheme in (CONV3X3, toom_cook(*map(Fraction, (0, 1, -1, 2, -2)))):
         rows = torch.nn.functional.pad(x[0].permute(1, 2, 0), (0, 0, 1, 1, 1, 1))
         kernel = scheme.kernel_transform(weight)
         out = scheme.output_transform(scheme.input_transform(rows) @ kernel, 8)
@@ -228,28 +224,42 @@ def test_the_points_lose_half_as_much_to_rounding_as_the_usual_ones() -> None:
     assert 0.3 < float(lost[0] / lost[1]) < 0.6
 
 
-# What a check against float64 must notice.
+# Injected faults, which a check against float64 must show.
 
 
-SCHEMES = pytest.mark.parametrize("scheme", [PLAIN, DOUBLED], ids=["plain", "doubled"])
+SCHEMES = pytest.mark.parametrize("scheme", [CONV3X3, UPSAMPLE_CONV], ids=["conv", "upsample"])
 
 
 def bare(scheme: Scheme, **options: Any) -> tuple[Case, Tensor]:
-    """A convolution with nothing round it, and its truth."""
+    """A convolution without prologue and epilogue, and its output in float64."""
     case = Case(**{"normed": False, **options})
-    case.after = After()
-    if scheme is PLAIN:
+    case.epilogue = Epilogue()
+    if scheme is CONV3X3:
         return case, case.expected()
-    return case, fused.direct_doubled(case.x.double(), case.weight.double(), None)
+    return case, conv.direct_upsample_conv(case.x.double(), case.weight.double(), None)
+
+
+def by_torch_kernels(scheme: Scheme, case: Case) -> Tensor:
+    """A bare convolution by any scheme, in float64."""
+    rows, weight = case.x[0].permute(1, 2, 0).double(), case.weight.double()
+    height, width = (size * OUTPUT_TILE // scheme.step for size in rows.shape[:2])
+    strip = Strip(scheme, height, width, 0, -(-height // OUTPUT_TILE))
+    tiles = rows.new_empty(scheme.positions, strip.tiles, rows.shape[2])
+    torch_kernels.input_transform(strip, rows, 0, None, None, False, tiles)
+    out = rows.new_empty(height, width, len(weight))
+    products, bias = tiles @ scheme.kernel_transform(weight), rows.new_zeros(len(weight))
+    torch_kernels.output_transform(strip, products, bias, None, out, GROUPS)
+    return out.permute(2, 0, 1)[None]
 
 
 @pytest.mark.parametrize("matrix", ["input", "kernel", "output"])
 def test_a_wrong_constant_is_noticed(matrix: str) -> None:
-    case = Case(dtype=torch.float64)
-    assert error(case.run()[0], case.expected()) < 1e-12
-    wrong = [list(row) for row in getattr(PLAIN, matrix)]
+    case, expected = bare(CONV3X3)
+    assert error(by_torch_kernels(CONV3X3, case), expected) < 1e-12
+    wrong = [list(row) for row in getattr(CONV3X3, matrix)]
     wrong[1][2] += 1e-3
-    assert error(case.run(scheme=replace(PLAIN, **{matrix: wrong}))[0], case.expected()) > 1e-5
+    faulty = replace(CONV3X3, **{matrix: wrong})
+    assert error(by_torch_kernels(faulty, case), expected) > 1e-5
 
 
 @SCHEMES
@@ -257,23 +267,24 @@ def test_a_wrong_constant_of_the_weights_is_noticed(
     scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, expected = bare(scheme)
-    assert error(case.run(scheme=scheme)[0], expected) < WITHIN[torch.float32]
+    assert error(case.run(scheme)[0], expected) < WITHIN[torch.float32]
     right = Scheme.kernel_transform
 
-    def wrong(self: Scheme, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def wrong(self: Scheme, weight: Tensor) -> Tensor:
         kernel = [list(row) for row in self.kernel]
         kernel[1][2] *= 1.01
-        return right(replace(self, kernel=kernel), weight, dtype)
+        return right(replace(self, kernel=kernel), weight)
 
     monkeypatch.setattr(Scheme, "kernel_transform", wrong)
-    assert error(case.run(scheme=scheme)[0], expected) > 20 * WITHIN[torch.float32]
+    weight_cache.clear()
+    assert error(case.run(scheme)[0], expected) > 20 * WITHIN[torch.float32]
 
 
 @cache
 def miscompiled() -> Any:
-    """The kernels compiled anew with two of the schemes' points a hundredth off. They are kept: a
-    thread knows its jobs by a kernel's id."""
-    source = Path(kernels().__file__)
+    """The transforms compiled again with two of the schemes' points off by a hundredth. They are
+    kept, since a thread finds its jobs by a kernel's id."""
+    source = Path(transforms().__file__)
     right, where = source.read_text("utf-8"), "_PP, _QQ, _RR = "
     assert right.count(where) == 1
     wrong = right.replace(where, f"_P, _R = f32(1.01) * _P, f32(1.01) * _R\n{where}")
@@ -287,45 +298,45 @@ def miscompiled() -> Any:
     return module
 
 
-def kernels() -> Any:
+def transforms() -> Any:
     pytest.importorskip("numba", reason="compiles the kernels: pip install sdconv[fast]")
     return import_module("sdconv.fast.cpu.numba.transforms")
 
 
 @SCHEMES
-@pytest.mark.parametrize("direction", ["load", "store"])
+@pytest.mark.parametrize("direction", ["input", "output"])
 def test_a_wrong_constant_of_the_kernels_is_noticed(
     scheme: Scheme, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, expected = bare(scheme)
-    kernel = direction if scheme is PLAIN else f"{direction}_doubled"
-    wrong, engine = getattr(miscompiled(), kernel), engines.compiled()[0]
-    in_use = vars(engine)[f"_{direction.upper()}"]
-    assert in_use[scheme] is getattr(kernels(), kernel)
-    assert error(case.run(scheme=scheme)[0], expected) < WITHIN[torch.float32]
+    kernel = f"{direction}_transform"
+    if scheme is UPSAMPLE_CONV:
+        kernel = f"upsample_{kernel}"
+    wrong = getattr(miscompiled(), kernel)
+    in_use = vars(numba_kernels()[0])[f"_{direction.upper()}_TRANSFORM"]
+    assert in_use[scheme] is getattr(transforms(), kernel)
+    assert error(case.run(scheme)[0], expected) < WITHIN[torch.float32]
     monkeypatch.setitem(in_use, scheme, wrong)
-    assert error(case.run(scheme=scheme)[0], expected) > 100 * WITHIN[torch.float32]
+    assert error(case.run(scheme)[0], expected) > 100 * WITHIN[torch.float32]
 
 
-def test_a_doubled_map_without_one_of_its_places_is_noticed() -> None:
-    case = Case(dtype=torch.float64, normed=False)
-    case.after = After()
-    expected = fused.direct_doubled(case.x, case.weight, None)
-    assert error(case.run(scheme=DOUBLED)[0], expected) < 1e-12
+def test_upsampling_without_one_of_its_tile_positions_is_noticed() -> None:
+    case, expected = bare(UPSAMPLE_CONV)
+    assert error(by_torch_kernels(UPSAMPLE_CONV, case), expected) < 1e-12
     short = replace(
-        DOUBLED,
-        input=DOUBLED.input[:-1],
-        kernel=DOUBLED.kernel[:-1],
-        output=tuple(row[:-1] for row in DOUBLED.output),
+        UPSAMPLE_CONV,
+        input=UPSAMPLE_CONV.input[:-1],
+        kernel=UPSAMPLE_CONV.kernel[:-1],
+        output=tuple(row[:-1] for row in UPSAMPLE_CONV.output),
     )
-    assert error(case.run(scheme=short)[0], expected) > 1e-2
+    assert error(by_torch_kernels(short, case), expected) > 1e-2
 
 
 @SCHEMES
 @pytest.mark.parametrize(
     ("layout", "fault"),
     [
-        *(("channels last", fault) for fault in halos.WHERE_THEY_LIE),
+        *(("channels last", fault) for fault in halos.IN_PLACE),
         *(("channels first", fault) for fault in halos.COPIED),
     ],
 )
@@ -333,38 +344,41 @@ def test_a_missing_row_between_strips_is_noticed(
     scheme: Scheme, layout: str, fault: halos.Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, expected = bare(scheme, height=22, layout=layout)
-    borders = halos.border_rows(fault, 2 * OUTPUTS, expected.shape[2])
-    assert len(borders) == (2 if scheme is PLAIN else 5)
+    borders = halos.border_rows(fault, 2 * OUTPUT_TILE, expected.shape[2])
+    assert len(borders) == (2 if scheme is CONV3X3 else 5)
 
     def errors() -> Tensor:
-        """Of each row of the output."""
-        off = (case.run(2, scheme)[0].double() - expected).abs() / expected.abs().max()
-        return off.amax(dim=(0, 1, 3))
+        """The error of each row of the output."""
+        with halos.strips_of(2):
+            out = case.run(scheme)[0]
+        return ((out.double() - expected).abs() / expected.abs().max()).amax(dim=(0, 1, 3))
 
     assert errors().max() < WITHIN[torch.float32]
     fault(monkeypatch)
     found = errors()
     assert found[borders].min() > 1e-2
     found[borders] = 0
-    assert found.max() < WITHIN[torch.float32], "and it is the border that shows it"
+    assert found.max() < WITHIN[torch.float32], "the border alone shows it"
 
 
-def test_moments_of_a_strip_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_one_strip_alone_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(height=40)
-    expected, norm = case.expected(), case.norm
-    assert norm is not None
+    expected, prologue = case.expected(), case.prologue
+    assert prologue is not None
 
     def errors() -> list[float]:
-        """Of a map's moments, of those that come with a convolution, and of what is normalised."""
-        out, found = case.run(2)
-        own = fused.moments(case.x, GROUPS)
-        case.norm = replace(norm, moments=own)
-        normalised = error(case.run(2)[0], expected)
-        own_error = error(own, expected_moments(case.x, GROUPS))
-        return [own_error, error(found, expected_moments(out, GROUPS)), normalised]
+        """The errors of an input's statistics, of an output's, and of a convolution by them."""
+        own = group_stats.group_stats(case.x, GROUPS)
+        with halos.strips_of(2):
+            out, found = case.run()
+            case.prologue = replace(prologue, stats=own)
+            normalised = error(case.run()[0], expected)
+        own_error = error(own, expected_stats(case.x, GROUPS))
+        return [own_error, error(found, expected_stats(out, GROUPS)), normalised]
 
     assert max(errors()) < WITHIN[torch.float32]
-    right = fused.combined
-    # the parts of the first rows, as if there were no others
-    monkeypatch.setattr(fused, "combined", lambda sums, counts: right(sums[:2], counts[:2]))
+    right = group_stats.combine
+    for module in (group_stats, conv):
+        # the parts of the first rows, as if there were no others
+        monkeypatch.setattr(module, "combine", lambda sums, counts: right(sums[:2], counts[:2]))
     assert min(errors()) > 1e-3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdconv.fast.cpu import conv as fused
-from sdconv.fast.cpu import custom_ops as library
+from sdconv.fast.cpu import custom_ops
+from sdconv.fast.cpu.group_stats import group_stats
 
 GROUPS = 4
 
@@ -20,42 +20,42 @@ def drawn(*shape: int) -> Tensor:
 
 
 def around(x: Tensor, out_channels: int, shortcut: bool) -> tuple[Any, ...]:
-    """All that an operator's convolution may have round it."""
+    """The arguments of a convolution's prologue and epilogue."""
     batch, channels, height, width = x.shape
     residual = drawn(batch, channels if shortcut else out_channels, height, width)
-    beside = (drawn(out_channels, channels, 1, 1), drawn(out_channels)) if shortcut else (None,) * 2
-    norm = fused.moments(x.detach(), GROUPS), drawn(channels), drawn(channels), 1e-5, True
-    return drawn(out_channels), *norm, drawn(batch, out_channels), residual, *beside
+    fused = (drawn(out_channels, channels, 1, 1), drawn(out_channels)) if shortcut else (None,) * 2
+    norm = group_stats(x.detach(), GROUPS), drawn(channels), drawn(channels), 1e-5, True
+    return drawn(out_channels), *norm, drawn(batch, out_channels), residual, *fused
 
 
 BARE = (None, None, None, None, 1e-5, False, None, None, None, None)
 
 
-def test_moments() -> None:
-    torch.library.opcheck(library.moments, (drawn(2, 8, 5, 7), GROUPS))
+def test_group_stats() -> None:
+    torch.library.opcheck(custom_ops.group_stats, (drawn(2, 8, 5, 7), GROUPS))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shortcut", [None, False, True])
-def test_convolution(shortcut: bool | None, layout: torch.memory_format) -> None:
+def test_conv3x3(shortcut: bool | None, layout: torch.memory_format) -> None:
     x = drawn(2, 8, 6, 7).detach().contiguous(memory_format=layout).requires_grad_()
-    beside = BARE if shortcut is None else around(x, 12, shortcut)
-    torch.library.opcheck(library.convolution, (x, drawn(12, 8, 3, 3), *beside, GROUPS))
+    fused = BARE if shortcut is None else around(x, 12, shortcut)
+    torch.library.opcheck(custom_ops.conv3x3, (x, drawn(12, 8, 3, 3), *fused, GROUPS))
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_doubled_convolution(bias: bool) -> None:
+def test_upsample_conv(bias: bool) -> None:
     arguments = (drawn(2, 8, 5, 7), drawn(12, 8, 3, 3), drawn(12) if bias else None, GROUPS)
-    torch.library.opcheck(library.doubled_convolution, arguments)
+    torch.library.opcheck(custom_ops.upsample_conv, arguments)
 
 
 def test_a_wrong_shape_is_noticed() -> None:
-    """By the check of what comes out, on an operator that says too little of it."""
+    """Registers an operator whose stated output shape is wrong."""
 
-    @torch.library.custom_op("sdconv_test::moments", mutates_args=())
-    def moments(x: Tensor, groups: int) -> Tensor:
-        return fused.moments(x, groups)
+    @torch.library.custom_op("sdconv_test::group_stats", mutates_args=())
+    def wrong(x: Tensor, groups: int) -> Tensor:
+        return group_stats(x, groups)
 
-    moments.register_fake(lambda x, groups: x.new_empty(len(x), groups, 1, dtype=torch.float64))
+    wrong.register_fake(lambda x, groups: x.new_empty(len(x), groups, 1, dtype=torch.float64))
     with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
-        torch.library.opcheck(moments, (torch.randn(2, 8, 5, 7), GROUPS))
+        torch.library.opcheck(wrong, (torch.randn(2, 8, 5, 7), GROUPS))

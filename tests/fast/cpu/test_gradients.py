@@ -1,4 +1,4 @@
-"""Gradients through the fast backend, in all the ways in which torch takes them."""
+"""Gradients through the fast backend, in all the ways that torch has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 
 
 def block() -> nn.Sequential:
-    """Wide enough that Winograd pays, with a shortcut and a doubling."""
+    """Wide enough for Winograd's method, with a shortcut and upsampling."""
     torch.manual_seed(4)
     return nn.Sequential(
         ResnetBlock2D(128, 96, temb_channels=None, groups=8, eps=1e-6), Upsample2D(96)
@@ -89,10 +89,10 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, ...]]]
 }
 
 
-# which torch's own forward mode calls
+# torch's own forward mode calls it
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_what_transforms_functions_sees_the_reference(transform: str) -> None:
+def test_function_transforms_run_the_reference(transform: str) -> None:
     module, x = block().requires_grad_(False), drawn()[0][..., :9, :10]
     run = TRANSFORMS[transform]
     expected = run(module, x, x.flip(2))

@@ -1,4 +1,4 @@
-"""float16 and bfloat16 on a CPU: storage, between which the fast backend computes in float32."""
+"""float16 and bfloat16 on a CPU: the fast backend stores them and computes in float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import seeded, unets
-from helpers.fake_cuda import placed
+from helpers.fake_cuda import map_tensors
 from torch import Tensor, nn
 
 import sdconv
@@ -16,8 +16,8 @@ from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 LOW = [torch.float16, torch.bfloat16]
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    """The root mean square, of the reference's own."""
+def rms_error(a: Tensor, b: Tensor) -> float:
+    """The root mean square of ``a - b`` over that of ``b``."""
     a, b = a.double(), b.double()
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
@@ -37,9 +37,9 @@ def test_blocks_are_as_near_to_float64_as_the_reference(dtype: torch.dtype) -> N
         with sdconv.backend("fast"):
             out = module(x)
         assert out.dtype is dtype
-        # the rounding of the result alone, of values of every size
-        assert error(out, exact) < torch.finfo(dtype).eps / 2
-        assert error(out, exact) < 1.01 * error(module(x), exact)
+        # the rounding of the result alone
+        assert rms_error(out, exact) < torch.finfo(dtype).eps / 2
+        assert rms_error(out, exact) < 1.01 * rms_error(module(x), exact)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -47,8 +47,8 @@ def test_networks_are_no_further_from_float64_than_the_reference(dtype: torch.dt
     vae = seeded.network(seeded.kl((64, 128), 4, True, layers_per_block=1)).to(dtype)
     latents = torch.randn(1, 4, 21, 18, generator=torch.Generator().manual_seed(1)).to(dtype)
     unet = unets.ours(unets.theirs(unets.smallest("SD1"))).to(dtype)
-    given = [placed(one, dtype, lambda t, own: t.to(own)) for one in unets.inputs(unet.config)]
-    wide = [placed(one, torch.float64, lambda t, own: t.to(own)) for one in given]
+    given = [map_tensors(one, dtype, lambda t, own: t.to(own)) for one in unets.inputs(unet.config)]
+    wide = [map_tensors(one, torch.float64, lambda t, own: t.to(own)) for one in given]
     with torch.no_grad():
         for network, run, exact in (
             (vae, lambda: vae.decode(latents).sample, in_float64(vae).decode(latents.double())),
@@ -59,7 +59,7 @@ def test_networks_are_no_further_from_float64_than_the_reference(dtype: torch.dt
                 out = run()
             assert out.dtype is network.dtype
             assert not torch.equal(out, reference)
-            assert error(out, exact.sample) < 1.1 * error(reference, exact.sample)
+            assert rms_error(out, exact.sample) < 1.1 * rms_error(reference, exact.sample)
 
 
 def test_arithmetic_in_half_would_be_noticed() -> None:
@@ -68,6 +68,6 @@ def test_arithmetic_in_half_would_be_noticed() -> None:
     resnet = ResnetBlock2D(128, 128, temb_channels=None, groups=8, eps=1e-6).bfloat16()
     with torch.no_grad():
         exact = in_float64(resnet)(x.double())
-        # once more rounded on the way than the fast backend does
-        assert error(resnet(x), exact) > torch.finfo(torch.bfloat16).eps / 4
-        assert error(exact.bfloat16(), exact) < torch.finfo(torch.bfloat16).eps / 4
+        # it rounds once more on the way than the fast backend does
+        assert rms_error(resnet(x), exact) > torch.finfo(torch.bfloat16).eps / 4
+        assert rms_error(exact.bfloat16(), exact) < torch.finfo(torch.bfloat16).eps / 4

@@ -1,4 +1,4 @@
-"""The compiled loops against the plain operations, and the ways to run them on several threads."""
+"""The Numba kernels against torch's, and the ways to run them on several threads."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.numbers import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdconv.fast.cpu import kernels as engines
-from sdconv.fast.cpu.group_stats import combined
-from sdconv.fast.cpu.numba import launch as launching
+from sdconv.fast.cpu import torch_kernels
+from sdconv.fast.cpu.group_stats import combine
+from sdconv.fast.cpu.kernels import Kernels, numba_kernels
+from sdconv.fast.cpu.numba import launch
 from sdconv.fast.cpu.tiling import Strip
-from sdconv.fast.cpu.winograd import DOUBLED, PLAIN, Scheme
+from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
-pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return bool((a.double() - b.double()).abs().max() <= 2e-6 * b.abs().max())
+pytest.importorskip("numba", reason="the kernels need numba: pip install sdconv[fast]")
 
 
 def random(*shape: int) -> Tensor:
@@ -35,100 +33,102 @@ def random(*shape: int) -> Tensor:
     height=st.integers(1, 25),
     width=st.integers(1, 70),
     channels=st.sampled_from([4, 64, 72]),
-    scheme=st.sampled_from([PLAIN, DOUBLED]),
+    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV]),
     data=st.data(),
 )
 @settings(max_examples=60)
-def test_load_and_store(
+def test_transforms(
     height: int, width: int, channels: int, scheme: Scheme, data: st.DataObject
 ) -> None:
     rows, affine = random(height, width, channels), (random(channels), random(channels))
     height, width = height * 4 // scheme.step, width * 4 // scheme.step
     whole = -(-height // 4)
     first = data.draw(st.integers(0, whole - 1))
-    strip = Strip(height, width, first, data.draw(st.integers(1, whole - first)))
+    strip = Strip(scheme, height, width, first, data.draw(st.integers(1, whole - first)))
     affine = data.draw(st.sampled_from([affine, None]))
-    row, end = strip.reads(scheme)
+    row, end = strip.input_rows
     above = None
-    if strip.first and scheme is PLAIN and data.draw(st.booleans()):
+    if strip.first and scheme is CONV3X3 and data.draw(st.booleans()):
         above = random(width, channels)
     bias, residual = random(channels), random(strip.end - strip.first, width, channels)
     tiles, outs, sums = [], [], []
-    # by plain operations in float64: in float32 their own transforms lose more
-    for engine, dtype in ((engines.compiled()[0], None), (engines.plain(), torch.float64)):
-        one, over, own_bias, beside = (
+    # torch's in float64: in float32 its transforms lose more than Numba's
+    for kernels, dtype in ((numba_kernels()[0], torch.float32), (torch_kernels, torch.float64)):
+        own_rows, own_above, own_bias, own_residual = (
             None if t is None else t.to(dtype) for t in (rows, above, bias, residual)
         )
         own_affine = None if affine is None else tuple(t.to(dtype) for t in affine)
-        loaded = torch.empty(scheme.places, strip.tiles, channels, dtype=dtype)
-        engine.load(scheme, one[row:end], row, over, strip, own_affine, True, loaded)
-        out = torch.empty_like(beside)
-        sums.append(combined(*engine.store(scheme, loaded, strip, own_bias, beside, out, 4)))
-        tiles.append(loaded)
+        made = torch.empty(scheme.positions, strip.tiles, channels, dtype=dtype)
+        kernels.input_transform(strip, own_rows[row:end], row, own_above, own_affine, True, made)
+        out = torch.empty_like(own_residual)
+        parts = kernels.output_transform(strip, made, own_bias, own_residual, out, 4)
+        tiles.append(made)
         outs.append(out)
-    assert close(*tiles)
-    assert close(*outs)
-    assert close(*sums)
+        sums.append(combine(*parts))
+    assert error(*tiles) <= 2e-6
+    assert error(*outs) <= 2e-6
+    assert error(*sums) <= 2e-6
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, -1e-3, 1.0, -20.0, 86.0, -86.0, 90.0, -90.0, 1e4])
 def test_silu(value: float) -> None:
-    # by the middle tap of a tile: B^T leaves the sum of what it reads in known places
-    strip = Strip(4, 4, 0, 1)
+    strip = Strip(CONV3X3, 4, 4, 0, 1)
     rows = torch.full((4, 4, 1), value)
     tiles = torch.empty(2, 36, 1, 1)
     one = (torch.ones(1), torch.zeros(1))
-    engines.compiled()[0].load(PLAIN, rows, 0, None, strip, one, True, tiles[0])
-    engines.plain().load(PLAIN, rows, 0, None, strip, one, True, tiles[1])
+    numba_kernels()[0].input_transform(strip, rows, 0, None, one, True, tiles[0])
+    torch_kernels.input_transform(strip, rows, 0, None, one, True, tiles[1])
     assert torch.allclose(tiles[0], tiles[1], rtol=1e-6, atol=1e-34)
 
 
 def test_sums_by_python_threads_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the way in which kernels are launched."""
     rows = random(50, 20, 8)
-    expected = engines.compiled()[0].sums(rows, 4)[0]
-    monkeypatch.setattr(launching, "team", lambda: launching.python_threads)
-    monkeypatch.setattr(launching, "threads", lambda: 3)
-    assert torch.equal(engines.compiled()[0].sums(rows, 4)[0], expected)
+    expected = numba_kernels()[0].sums(rows, 4)[0]
+    monkeypatch.setattr(launch, "team", lambda: launch.python_threads)
+    monkeypatch.setattr(launch, "threads", lambda: 3)
+    assert torch.equal(numba_kernels()[0].sums(rows, 4)[0], expected)
 
 
-@pytest.mark.parametrize("engine", [engines.plain(), engines.compiled()[0]])
-def test_a_fingerprint_sees_every_bit_and_every_place(engine: engines.Engine) -> None:
+@pytest.mark.parametrize("kernels", [torch_kernels, numba_kernels()[0]])
+def test_a_fingerprint_depends_on_every_bit_and_every_position(kernels: Kernels) -> None:
     weight = random(40, 30, 3, 3)
-    before = engine.fingerprint(weight)
-    assert engine.fingerprint(weight.clone()) == before
+    before = kernels.fingerprint(weight)
+    assert kernels.fingerprint(weight.clone()) == before
     last = weight.clone()
     last[-1, -1, -1, -1] = torch.nextafter(last[-1, -1, -1, -1], torch.tensor(9.0))
     swapped = weight.flip(0)
-    assert len({before, engine.fingerprint(last), engine.fingerprint(swapped)}) == 3
+    assert len({before, kernels.fingerprint(last), kernels.fingerprint(swapped)}) == 3
 
 
-@pytest.mark.parametrize("engine", [engines.plain(), engines.compiled()[0]])
-def test_a_fingerprint_sees_every_sign(engine: engines.Engine) -> None:
-    # the bits of such signs, times 1, 3, 5 and 7, add up to nothing
+@pytest.mark.parametrize("kernels", [torch_kernels, numba_kernels()[0]])
+def test_a_fingerprint_depends_on_every_sign(kernels: Kernels) -> None:
+    # the bits of these signs, times 1, 3, 5 and 7, add up to 0
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(2700).view(40, 30, 3, 3)
     weight = random(40, 30, 3, 3).abs() * signs
-    assert engine.fingerprint(weight) != engine.fingerprint(-weight)
+    assert kernels.fingerprint(weight) != kernels.fingerprint(-weight)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1023, 1025, (1 << 16) + 1, (1 << 17) + 1027])
-def test_a_fingerprint_sees_the_ends_of_every_size(size: int) -> None:
-    weight, engine = random(size), engines.compiled()[0]
-    seen = {engine.fingerprint(weight)}
-    places = {0, size // 2, size - 1}
-    for place in places:
+def test_a_fingerprint_depends_on_the_ends_of_every_size(size: int) -> None:
+    weight, kernels = random(size), numba_kernels()[0]
+    seen = {kernels.fingerprint(weight)}
+    changes = {0, size // 2, size - 1}
+    for index in changes:
         changed = weight.clone()
-        changed[place] += 1
-        seen.add(engine.fingerprint(changed))
-    assert len(seen) == 1 + len(places)
+        changed[index] += 1
+        seen.add(kernels.fingerprint(changed))
+    assert len(seen) == 1 + len(changes)
 
 
-def test_a_broken_numba_is_told_and_not_needed(tmp_path: Path) -> None:
+def test_with_a_broken_numba_it_warns_and_computes_by_torch(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less')")
     code = """
         import torch
-        from sdconv.fast.cpu import kernels as engines
-        assert engines.compiled()[0] is engines.plain()
-        print(engines.of(torch.float32).fingerprint(torch.ones(3)) != b"")
+        from sdconv.fast.cpu import torch_kernels
+        from sdconv.fast.cpu.kernels import kernels_for
+        assert kernels_for(torch.float32) is torch_kernels
+        print(kernels_for(torch.float32).fingerprint(torch.ones(3)) != b"")
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""The fast backend again and again, and from several threads at once: the same bits, no growth."""
+"""The fast backend called repeatedly and from several threads: the same bits, no growth."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import halos, seeded
+from helpers.numbers import error
 from torch import Tensor, nn
 
 import sdconv
-from sdconv.fast.cpu import conv as fused
-from sdconv.fast.cpu import packed
-from sdconv.fast.cpu.tiling import scratch
-from sdconv.fast.cpu.weight_cache import prepared
-from sdconv.fast.cpu.winograd import DOUBLED, PLAIN
+from sdconv.fast.cpu import conv
+from sdconv.fast.cpu.buffer_pool import scratch
+from sdconv.fast.cpu.conv import Epilogue, winograd_conv
+from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 
@@ -40,8 +41,8 @@ def decoded(vae: Autoencoder, seed: int) -> Tensor:
 def test_the_same_bits_each_time(vae: Autoencoder) -> None:
     once = decoded(vae, 0)
     assert torch.equal(decoded(vae, 0), once)
-    # whether weights are prepared now or were before
-    prepared.clear()
+    # whether weights are packed now or were before
+    weight_cache.clear()
     assert torch.equal(decoded(vae, 0), once)
     scratch.release()
     assert torch.equal(decoded(vae, 0), once)
@@ -52,17 +53,11 @@ def test_any_height_of_strips(rows: int) -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(1, 68, 23, 33, generator=random)
     weight = torch.randn(40, 68, 3, 3, generator=random)
-    for one, other in (
-        (
-            fused.winograd_convolution(x, weight)[0],
-            fused.winograd_convolution(x, weight, tile_rows=rows)[0],
-        ),
-        (
-            fused.winograd_convolution(x, weight, scheme=DOUBLED)[0],
-            fused.winograd_convolution(x, weight, scheme=DOUBLED, tile_rows=rows)[0],
-        ),
-    ):
-        assert float((one - other).abs().max() / one.abs().max()) < 1e-6
+    for scheme in (CONV3X3, UPSAMPLE_CONV):
+        one = winograd_conv(x, weight, scheme, None, Epilogue(), 1)[0]
+        with halos.strips_of(rows):
+            other = winograd_conv(x, weight, scheme, None, Epilogue(), 1)[0]
+        assert error(other, one) < 1e-6
 
 
 def test_several_threads_at_once(vae: Autoencoder) -> None:
@@ -75,7 +70,7 @@ def test_several_threads_at_once(vae: Autoencoder) -> None:
         for _ in range(3):
             together.wait(60)
             if seed == 0:
-                prepared.clear()  # under the others' hands
+                weight_cache.clear()  # while the others use it
             found.append((seed, decoded(vae, seed)))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
@@ -84,16 +79,16 @@ def test_several_threads_at_once(vae: Autoencoder) -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 9
-    assert all(torch.equal(picture, expected[seed]) for seed, picture in found)
+    assert all(torch.equal(image, expected[seed]) for seed, image in found)
 
 
-def test_a_thread_takes_its_working_memory_along() -> None:
+def test_scratch_memory_is_freed_with_its_thread() -> None:
     x, weight = torch.randn(1, 64, 16, 16), torch.randn(64, 64, 3, 3)
     held: list[weakref.ref[Tensor]] = []
 
     def work() -> None:
-        fused.winograd_convolution(x, weight)
-        held.extend(map(weakref.ref, vars(scratch)["_held"].values()))
+        winograd_conv(x, weight, CONV3X3, None, Epilogue(), 1)
+        held.extend(map(weakref.ref, vars(scratch)["_buffers"].values()))
         assert all(one() is not None for one in held)
 
     thread = threading.Thread(target=work)
@@ -104,7 +99,7 @@ def test_a_thread_takes_its_working_memory_along() -> None:
 
 
 class _Mallinfo(ctypes.Structure):
-    """What glibc's ``mallinfo2`` gives."""
+    """The result of glibc's ``mallinfo2``."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -116,19 +111,19 @@ class _Mallinfo(ctypes.Structure):
 
 
 MALLINFO = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
-COUNTED = pytest.mark.skipif(MALLINFO is None, reason="counts what glibc 2.33 or newer handed out")
+COUNTED = pytest.mark.skipif(MALLINFO is None, reason="needs mallinfo2 of glibc 2.33 or newer")
 
 
 def handed_out() -> int:
-    """Bytes that the allocator has handed out and not got back, whatever it keeps beside them and
-    whatever of them the system has put away."""
+    """Bytes allocated and not freed, without what the allocator keeps in reserve, and whether or
+    not they are resident."""
     assert MALLINFO is not None
     MALLINFO.restype = _Mallinfo
     info = MALLINFO()
     return int(info.uordblks + info.hblkhd)
 
 
-PLAINLY, IN_PLACE, DOUBLING = "winograd", "winograd in place", "winograd of a doubled map"
+WINOGRAD, IN_PLACE, UPSAMPLE = "winograd", "winograd in place", "winograd after upsampling"
 
 
 def resnet(channels: int, out_channels: int) -> nn.Module:
@@ -136,28 +131,28 @@ def resnet(channels: int, out_channels: int) -> nn.Module:
 
 
 def methods(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> set[str]:
-    """What convolutions are computed by during a call."""
+    """The methods of convolutions during a call; watches the functions that compute them."""
     found = set()
-    right = fused.winograd_convolution
 
-    def by_winograd(*args: Any, scheme: Any = PLAIN, in_place: bool = False, **options: Any) -> Any:
-        found.add(DOUBLING if scheme is DOUBLED else IN_PLACE if in_place else PLAINLY)
-        return right(*args, scheme=scheme, in_place=in_place, **options)
+    def by_winograd(x: Any, weight: Any, scheme: Any, *others: Any) -> Any:
+        *_, in_place = others
+        found.add(UPSAMPLE if scheme is UPSAMPLE_CONV else IN_PLACE if in_place else WINOGRAD)
+        return winograd_conv(x, weight, scheme, *others)
 
     def by(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: [found.add(name), function(*args)][1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "winograd_convolution", by_winograd)
-        patch.setattr(packed, "convolution", by("packed", packed.convolution))
-        patch.setattr(fused, "direct", by("direct", fused.direct))
+        patch.setattr(conv, "winograd_conv", by_winograd)
+        patch.setattr(conv, "im2col_conv", by("im2col", conv.im2col_conv))
+        patch.setattr(conv, "direct_conv", by("direct", conv.direct_conv))
         run()
     return found
 
 
 def growth(run: Callable[[], object], count: int) -> int:
-    """Bytes that this process holds more after every one of three stretches of so many calls: what
-    is kept for later is in one, what each call leaves is in all."""
+    """The least growth over three series of ``count`` calls: what is kept for later shows in one of
+    them, what each call leaves behind in all."""
     grown = []
     for _ in range(3):
         before = handed_out()
@@ -176,11 +171,11 @@ LITTLE = 16_384
     ("make", "shape", "expected"),
     [
         (lambda: resnet(8, 12), (8, 13, 14), {"direct"}),
-        (lambda: resnet(96, 96), (96, 16, 16), {PLAINLY, IN_PLACE}),
-        (lambda: resnet(128, 128), (128, 4, 3), {"packed"}),
-        (lambda: Upsample2D(12), (12, 13, 14), {DOUBLING}),
+        (lambda: resnet(96, 96), (96, 16, 16), {WINOGRAD, IN_PLACE}),
+        (lambda: resnet(128, 128), (128, 4, 3), {"im2col"}),
+        (lambda: Upsample2D(12), (12, 13, 14), {UPSAMPLE}),
     ],
-    ids=["direct", "winograd", "packed", "doubling"],
+    ids=["direct", "winograd", "im2col", "upsample"],
 )
 def test_no_growth_over_1000_calls(
     make: Callable[[], nn.Module],
@@ -189,17 +184,17 @@ def test_no_growth_over_1000_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gc.collect()
-    before = prepared.memory
+    before = weight_cache.memory
     run = partial(called, make().requires_grad_(False), torch.randn(1, *shape))
     assert methods(monkeypatch, run) == expected
     growth(run, 60)
-    held = prepared.memory
+    held = weight_cache.memory
     assert (held > before) == (expected != {"direct"})
     assert growth(run, 340) < LITTLE
-    assert prepared.memory == held
+    assert weight_cache.memory == held
     del run
     gc.collect()
-    assert prepared.memory == before
+    assert weight_cache.memory == before
 
 
 def called(block: nn.Module, x: Tensor) -> None:
@@ -215,11 +210,11 @@ def test_no_growth_over_many_decodes(vae: Autoencoder, monkeypatch: pytest.Monke
         with torch.inference_mode(), sdconv.backend("fast"):
             vae.decode(latents)
 
-    assert methods(monkeypatch, run) >= {PLAINLY, IN_PLACE, DOUBLING}
+    assert methods(monkeypatch, run) >= {WINOGRAD, IN_PLACE, UPSAMPLE}
     growth(run, 3)
-    held = prepared.memory
+    held = weight_cache.memory
     assert growth(run, 20) < LITTLE
-    assert prepared.memory == held
+    assert weight_cache.memory == held
 
 
 @COUNTED

@@ -1,4 +1,4 @@
-"""The blocks' arithmetic for CUDA, on a CPU and on a real GPU."""
+"""The blocks' implementation for CUDA, on the CPU and on a real GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded, unets
-from helpers.fake_cuda import KINDS, LOW, placed
+from helpers.fake_cuda import AUTOENCODERS, HALF_DTYPES, map_tensors
 from helpers.numbers import error
 from torch import Tensor, nn
 
@@ -23,11 +23,11 @@ from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 def parts(in_channels: int = 12, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     resnet = ResnetBlock2D(in_channels, 8, temb_channels=5, groups=4, eps=1e-5)
-    return nn.ModuleDict({"resnet": resnet, "doubling": Upsample2D(8)}).to(dtype)
+    return nn.ModuleDict({"resnet": resnet, "upsample": Upsample2D(8)}).to(dtype)
 
 
 def through(parts: Any, x: Tensor, temb: Tensor) -> Tensor:
-    return parts["doubling"](parts["resnet"](x, temb))  # type: ignore[no-any-return]
+    return parts["upsample"](parts["resnet"](x, temb))  # type: ignore[no-any-return]
 
 
 def drawn(dtype: torch.dtype = torch.float32, channels: int = 12) -> tuple[Tensor, Tensor]:
@@ -36,16 +36,16 @@ def drawn(dtype: torch.dtype = torch.float32, channels: int = 12) -> tuple[Tenso
     return x.to(dtype), torch.randn(2, 5, generator=random).to(dtype)
 
 
-# --- on a CPU: the same operations, but for the kernel, which is torch's own there
+# --- on the CPU: the same operations, with torch's instead of Triton's kernel
 
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps on a CPU go through what those on CUDA do."""
-    monkeypatch.setitem(blocks._ON, "cpu", cuda)
+    """Tensors on the CPU are computed like those on CUDA."""
+    monkeypatch.setitem(blocks.ARITHMETIC, "cpu", cuda)
 
 
-# of the largest value, against float64
+# relative to the largest value, against float64
 WITHIN = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -65,7 +65,7 @@ def test_blocks(channels: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("as_on_cuda")
 def test_networks() -> None:
-    vae = seeded.network(KINDS["sd1"])
+    vae = seeded.network(AUTOENCODERS["sd1"])
     latents = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(2))
     unet = unets.ours(unets.theirs(unets.smallest("SDXL")))
     given = unets.inputs(unet.config, size=(8, 12))
@@ -127,15 +127,15 @@ def test_compiled_and_exported() -> None:
 
 # --- on a real GPU
 
-# a tensor, in a dtype, to where a network is
-Place = Callable[[Tensor, torch.dtype], Tensor]
+# moves a tensor to a network's device and to a dtype
+Move = Callable[[Tensor, torch.dtype], Tensor]
 
 
-def as_near_as_the_reference(
-    network: nn.Module, dtype: torch.dtype, run: Callable[[Any, Place], Tensor]
+def assert_close_to_the_reference(
+    network: nn.Module, dtype: torch.dtype, run: Callable[[Any, Move], Tensor]
 ) -> None:
-    """Runs a network on CUDA on both backends: fast is at most three times as far from float64 as
-    the reference in the same dtype."""
+    """Runs a network on CUDA on both backends: the error of fast against float64 is at most three
+    times that of the reference in the same dtype."""
     wide = deepcopy(network).double()
     with torch.no_grad():
         exact = run(wide, lambda tensor, own: tensor.to(own).double() if own is dtype else tensor)
@@ -145,30 +145,30 @@ def as_near_as_the_reference(
             out = run(network, lambda tensor, own: tensor.to("cuda", own))
     assert (out.device.type, out.dtype) == ("cuda", dtype)
     assert not torch.equal(out, reference)
-    own, theirs = (error(one.cpu(), exact) for one in (out, reference))
-    assert own <= 3 * max(theirs, torch.finfo(dtype).eps)
+    allowed = 3 * max(error(reference.cpu(), exact), torch.finfo(dtype).eps)
+    assert error(out.cpu(), exact) <= allowed
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("kind", ["sd1", "sd3", "flux2"])
 def test_autoencoders_on_cuda(kind: str, dtype: torch.dtype) -> None:
-    network = seeded.network(KINDS[kind]).to(dtype)
+    network = seeded.network(AUTOENCODERS[kind]).to(dtype)
     random = torch.Generator().manual_seed(3)
     latents = torch.randn(2, network.config["latent_channels"], 9, 13, generator=random).to(dtype)
-    as_near_as_the_reference(
+    assert_close_to_the_reference(
         network, dtype, lambda network, to: network.decode(to(latents, dtype)).sample
     )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("family", ["SD1", "SD2", "SDXL"])
 def test_unets_on_cuda(family: str, dtype: torch.dtype) -> None:
     network = unets.ours(unets.theirs(unets.smallest(family))).to(dtype)
     given = unets.inputs(network.config, size=(16, 24))
 
-    def run(network: Any, to: Place) -> Tensor:
-        return network(*(placed(one, dtype, to) for one in given)).sample  # type: ignore[no-any-return]
+    def run(network: Any, to: Move) -> Tensor:
+        return network(*(map_tensors(one, dtype, to) for one in given)).sample  # type: ignore[no-any-return]
 
-    as_near_as_the_reference(network, dtype, run)
+    assert_close_to_the_reference(network, dtype, run)

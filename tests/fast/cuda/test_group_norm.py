@@ -1,5 +1,5 @@
-"""GroupNorm and SiLU in one: torch's operations, and Triton's kernels by its interpreter on a CPU,
-as code for GPUs, and on one where there is one."""
+"""Fused GroupNorm and SiLU: torch's operations, and the Triton kernels in Triton's interpreter,
+compiled for GPUs, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdconv.fast.cuda import group_norm
 
 KERNELS = "sdconv.fast.cuda.group_norm_triton"
 GROUPS, EPS = 4, 1e-6
-# of the largest value; the interpreter cuts a float32 off to bfloat16, where a GPU rounds it
+# relative to the largest value; the interpreter truncates float32 to bfloat16, a GPU rounds it
 WITHIN = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 Function = Callable[..., Tensor]
@@ -58,7 +58,7 @@ cases = st.builds(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 2),
     channels=st.sampled_from([8, 12, 40]),
-    # of few values the deviation can be small beside the mean
+    # of fewer values the deviation can be small compared with the mean
     height=st.integers(3, 9),
     width=st.integers(2, 8),
     dtype=st.sampled_from(list(WITHIN)),
@@ -73,7 +73,7 @@ def test_by_torch(case: Any) -> None:
     out = group_norm.norm_silu(*case, GROUPS, EPS)
     assert out.dtype == case[0].dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
-    # what is added is rounded to the map's dtype, which here is as large as the whole deviation
+    # the sum with `added` is rounded to the dtype of x, with an error as large as the deviation
     assert error(out, exact(*case)) < (4 * WITHIN[out.dtype] if case[1] is not None else 1e-2)
 
 
@@ -82,12 +82,11 @@ def test_the_operator() -> None:
     torch.library.opcheck(group_norm.operator, (*case, GROUPS, EPS))
 
 
-# --- the kernels in Triton's interpreter: in a process of its own, as it is chosen when Triton is
-# imported
+# --- the kernels in Triton's interpreter; in a separate process, as importing Triton chooses it
 
 
 def in_parts(values: int, channels: int, parts: int, *arguments: Any) -> Tensor:
-    """The kernels' result, with so few values at a time that a small map has several parts."""
+    """The kernels' result with small blocks, so that a small input has several parts."""
     kernels: Any = importlib.import_module(KERNELS)
     kernels._VALUES, kernels._CHANNELS, kernels._PARTS = values, channels, parts
     return kernels.norm_silu(*arguments, GROUPS, EPS)  # type: ignore[no-any-return]
@@ -113,12 +112,12 @@ def test_kernels(interpreted: Function, case: Any, how: tuple[int, int, int]) ->
 
 
 def test_values_far_from_zero(interpreted: Function) -> None:
-    # a float32 of about 1000 is right to 3e-5; sums of squares less squared sums would be to 1e-1
+    # a float32 near 1000 is exact to 3e-5; the variance as E[x^2] - E[x]^2 would be off by 1e-1
     case = drawn(height=16, mean=1000.0, added=False)
     assert error(interpreted(64, 4, 8, *case), exact(*case)) < 1e-5
 
 
-def test_what_is_not_finite(interpreted: Function) -> None:
+def test_nan_and_infinity(interpreted: Function) -> None:
     for value in (float("nan"), float("inf")):
         case = drawn(added=False)
         case[0][0, 4, 3, 2] = value
@@ -129,7 +128,7 @@ def test_what_is_not_finite(interpreted: Function) -> None:
         assert error(out[finite], expected[finite]) < 2e-6
 
 
-def test_statistics_of_a_part_are_noticed(interpreted: Function) -> None:
+def test_statistics_of_a_part_of_the_input_are_noticed(interpreted: Function) -> None:
     case = drawn(height=8, added=False)
     whole = interpreted(64, 16, 8, *case)
     halves = [interpreted(64, 16, 8, half, *case[1:]) for half in case[0].split(4, dim=2)]
@@ -137,10 +136,10 @@ def test_statistics_of_a_part_are_noticed(interpreted: Function) -> None:
     assert error(torch.cat(halves, 2), exact(*case)) > 1e-2
 
 
-# --- the kernels as code for NVIDIA's GPUs
+# --- the kernels compiled for NVIDIA's GPUs
 
 MAP = {"x": "*{}", "added": "*{}", "weight": "*{}", "bias": "*{}", "out": "*{}"}
-SUMS = {"parts": "*fp32", "moments": "*fp32", "eps": "fp32"}
+SUMS = {"parts": "*fp32", "stats": "*fp32", "eps": "fp32"}
 BLOCK = {"HAS_ADDED": True, "PIXELS": 32, "CHANNELS": 128}
 
 
@@ -158,11 +157,11 @@ def test_kernels_compile(architecture: int, dtype: str, pixels: str) -> None:
     kernels: Any = importlib.import_module(KERNELS)
     types = {name: kind.format(dtype) for name, kind in MAP.items()} | SUMS
     for kernel, constants in (
-        (kernels.part_moments, BLOCK),
-        (kernels.group_moments, {"SIZE": 10, "WIDTH": 16, "TOGETHER": 32}),
+        (kernels.part_stats, BLOCK),
+        (kernels.group_stats, {"SIZE": 10, "WIDTH": 16, "MERGED": 32}),
         (kernels.normalise, BLOCK),
     ):
-        # Triton makes a whole number that is 1 a constant
+        # Triton specialises an integer argument of 1 as a constant
         own = constants | ({"pixels": 1} if pixels == "constexpr" else {})
         signature = {
             name: "constexpr" if name in own else types.get(name, "i32")

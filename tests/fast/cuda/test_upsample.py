@@ -1,4 +1,4 @@
-"""Doubling as four phases against torch's own operations in float64."""
+"""Upsampling convolutions by sub-pixel decomposition, against torch's operations in float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdconv.fast.cpu import conv as fused
-from sdconv.fast.cuda import upsample as phases
+from sdconv.fast.cpu.conv import direct_upsample_conv
+from sdconv.fast.cuda import upsample
 
-# of the largest value; the added taps are rounded to the weight's dtype once more
+# relative to the largest value; the summed taps are rounded to the weight's dtype once more
 WITHIN = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 
@@ -40,27 +40,27 @@ def drawn(
     stride=st.sampled_from([1, 2]),
 )
 @settings(max_examples=60)
-def test_is_torchs_in_float64(
+def test_equals_torch_in_float64(
     given_: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, with_bias: bool, stride: int
 ) -> None:
     x, weight, bias = (tensor.to(dtype) for tensor in given_)
     x = x[..., ::stride]
-    out = phases.doubled_convolution(x, weight, bias if with_bias else None)
-    exact = fused.direct_doubled(x.double(), weight.double(), bias.double() if with_bias else None)
+    out = upsample.upsample_conv(x, weight, bias if with_bias else None)
+    exact = direct_upsample_conv(x.double(), weight.double(), bias.double() if with_bias else None)
     assert out.dtype is dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert error(out, exact) < WITHIN[dtype]
 
 
-def test_phases_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias = drawn(0, 1, 3, 2, 5, 6)
-    exact = fused.direct_doubled(x, weight, bias)
-    assert error(phases.doubled_convolution(x, weight, bias), exact) < 2e-6
-    right = phases.kernels
-    monkeypatch.setattr(phases, "kernels", lambda weight: right(weight).transpose(0, 1))
-    assert error(phases.doubled_convolution(x, weight, bias), exact) > 1e-2
+def test_swapped_rows_and_columns_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = drawn(0, 1, 3, 2, 5, 6)  # the fault: kernels of even columns on even rows
+    exact = direct_upsample_conv(x, weight, bias)
+    assert error(upsample.upsample_conv(x, weight, bias), exact) < 2e-6
+    right = upsample.kernels
+    monkeypatch.setattr(upsample, "kernels", lambda weight: right(weight).transpose(0, 1))
+    assert error(upsample.upsample_conv(x, weight, bias), exact) > 1e-2
 
 
 def test_gradients() -> None:
     x, weight, bias = (t.double().requires_grad_() for t in drawn(1, 1, 2, 2, 3, 2))
-    assert torch.autograd.gradcheck(phases.doubled_convolution, (x, weight, bias))
+    assert torch.autograd.gradcheck(upsample.upsample_conv, (x, weight, bias))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import capturing, kinds, pipelines, unets
+from helpers import capturing, implementations, pipelines, unets
 from torch import Tensor, nn
 
 import sdconv
@@ -18,10 +18,10 @@ from sdconv.features.hook_points import hook_points
 FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", implementations.NAMES)
 @pytest.mark.parametrize("name", ["text", "xl", "controlnet"])
-def test_interval_1_is_the_plain_run(kind: str, name: str) -> None:
-    pipe = kinds.pipeline(kind, name)
+def test_every_step_is_the_plain_run(kind: str, name: str) -> None:
+    pipe = implementations.pipeline(kind, name)
     plain = pipelines.run(pipe, name)
     with recipes.deepcache(pipe, 1):
         assert pipelines.run(pipe, name) == plain
@@ -30,13 +30,13 @@ def test_interval_1_is_the_plain_run(kind: str, name: str) -> None:
         assert pipelines.run(pipe, name) == first  # nothing is left from the previous run
     assert torch.equal(first.latents[0], plain.latents[0])
     assert not torch.equal(first.latents[1], plain.latents[1])
-    assert kinds.untouched(pipe.unet)
+    assert implementations.untouched(pipe.unet)
 
 
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        *product(("SD1", "SDXL"), kinds.KINDS),
+        *product(("SD1", "SDXL"), implementations.NAMES),
         ("uneven layers", "diffusers"),
         ("uneven layers", "sdconv"),
         ("KOALA 700M", "diffusers"),  # without a mid block
@@ -47,7 +47,7 @@ def test_between_full_steps_it_equals_replacing_the_deep_feature_map_by_hand(
     family: str, kind: str
 ) -> None:
     config = unets.small(family) if "uneven" in family else unets.smallest(family)
-    network = kinds.unet(kind, config)
+    network = implementations.unet(kind, config)
     sample, _, *rest = unets.inputs(network.config, size=(8, 8))
     calls = [(sample / (1 + number), 900 - number, *rest) for number in range(4)]
     plain = [network(*given)[0] for given in calls]
@@ -60,7 +60,7 @@ def test_between_full_steps_it_equals_replacing_the_deep_feature_map_by_hand(
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         same = [torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
         assert same == [True, False, False, True]
-    assert kinds.untouched(network)
+    assert implementations.untouched(network)
 
 
 def by_hand(network: Any, calls: list[Any], reader: str) -> list[Tensor]:
@@ -126,7 +126,7 @@ def test_a_batch_of_another_size_is_computed() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_fast_backend() -> None:
-    network = kinds.unet("sdconv", capturing.UNET)
+    network = implementations.unet("sdconv", capturing.UNET)
 
     def run() -> Tensor:
         return torch.stack([network(*capturing.at(step))[0] for step in (801, 401, 1)])
@@ -150,7 +150,7 @@ def test_together_with_other_edits() -> None:
     pipe.disable_freeu()
     with recipes.freeu(pipe, **FACTORS), recipes.deepcache(pipe, 2):
         assert pipelines.run(pipe, "text") == expected
-    assert kinds.untouched(pipe.unet)
+    assert implementations.untouched(pipe.unet)
 
 
 @pytest.mark.parametrize(

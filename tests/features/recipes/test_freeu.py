@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import kinds, pipelines, unets
+from helpers import implementations, pipelines, unets
 from torch import Tensor
 
 from sdconv.features import recipes
@@ -14,10 +14,10 @@ from sdconv.features import recipes
 FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", implementations.NAMES)
 @pytest.mark.parametrize("family", ["SD1", "SDXL"])
 def test_a_network(kind: str, family: str) -> None:
-    check(kinds.unet(kind, unets.smallest(family)))
+    check(implementations.unet(kind, unets.smallest(family)))
 
 
 @pytest.mark.parametrize("family", ["KOALA 700M", "one level", "no transformers"])
@@ -38,14 +38,14 @@ def check(network: Any) -> None:
     assert not torch.equal(found, plain)
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", implementations.NAMES)
 @pytest.mark.parametrize("name", ["text", "xl"])
 def test_a_pipeline(kind: str, name: str) -> None:
-    pipe = kinds.pipeline(kind, name)
+    pipe = implementations.pipeline(kind, name)
     plain = pipelines.run(pipe, name)
     with recipes.freeu(pipe, **FACTORS):
         found = pipelines.run(pipe, name)
-    assert kinds.untouched(pipe.unet)
+    assert implementations.untouched(pipe.unet)
     pipe.enable_freeu(**FACTORS)
     assert found == pipelines.run(pipe, name)
     assert found != plain

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import capturing, kinds, pipelines, unets
+from helpers import capturing, implementations, pipelines, unets
 
 import sdconv
 from sdconv.features import recipes
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", implementations.NAMES)
 def test_a_pipeline(kind: str) -> None:
-    pipe = kinds.pipeline(kind, "text")
+    pipe = implementations.pipeline(kind, "text")
     plain = pipelines.run(pipe, "text")
     with recipes.h_space(pipe, torch.zeros(64, 1, 1)):
         assert pipelines.run(pipe, "text") == plain

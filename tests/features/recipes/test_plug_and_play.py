@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import capturing, kinds, pipelines
+from helpers import capturing, implementations, pipelines
 
 import sdconv
 from sdconv.features import recipes
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", implementations.NAMES)
 def test_a_run_into_itself_and_into_another(kind: str) -> None:
-    pipe = kinds.pipeline(kind, "text")
+    pipe = implementations.pipeline(kind, "text")
     places = recipes.plug_and_play_places(pipe)
     assert len(places) == 1 + 2 * 3  # queries and keys of 3 attentions
     assert all(name.startswith("unet.up_blocks.") for name in places)
@@ -29,7 +29,7 @@ def test_a_run_into_itself_and_into_another(kind: str) -> None:
         for name in places:
             pairs = zip(maps.series(name).tensors, source.series(name).tensors, strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
-    assert kinds.untouched(pipe.unet)
+    assert implementations.untouched(pipe.unet)
 
 
 def test_the_calls_that_were_captured() -> None:

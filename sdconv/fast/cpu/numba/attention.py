@@ -1,8 +1,8 @@
-"""Softmax attention of float32 heads, compiled by Numba, without a matrix of all scores.
+"""Softmax attention of float32 heads by Numba, without a matrix of all scores (online softmax).
 
-A panel of queries lies in the lanes of vectors, so that the largest score, the sum and what is
-mixed of values are kept for each lane, and nothing is ever summed across lanes. Keys come in
-chunks; what was mixed before is scaled when a larger score comes.
+The lanes of vectors hold a panel of queries, so that each lane has its own largest score, sum and
+output, and nothing is ever summed across lanes. Keys are read in chunks; the output so far is
+rescaled when a chunk has a larger score.
 
 Source: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao et al. 2022,
 https://arxiv.org/abs/2205.14135.
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdconv.fast.cpu.numba.dsl import carray, exp, f32, floats, inner, job, kernel, take
+from sdconv.fast.cpu.numba.dsl import atomic_next, carray, exp, f32, floats, inner, job, kernel
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, VECTORS, block
 
 ATTENTION = job(
-    *("heads", "queries", "keys", "depth", "wide", "rows"),
+    *("heads", "queries", "keys", "depth", "value_depth", "rows"),
     *("q", "q_batch", "q_head", "q_row"),
     *("k", "k_batch", "k_head", "k_row"),
     *("v", "v_batch", "v_head", "v_row"),
@@ -24,9 +24,9 @@ ATTENTION = job(
     *("scale", "zeros"),
 )
 
-# keys whose scores are kept at once
+# keys in a chunk, whose scores are held at once
 KEYS = 32 * ROWS
-# rows of what is mixed that a block may have, the best first: they must divide a value's numbers
+# numbers of the output that a block may have, the best first: they must divide a value's depth
 BLOCKS = (5, 4)
 
 _LEAST = f32(-3.0e38)
@@ -34,29 +34,31 @@ _scores, _score = block(ROWS, VECTORS), block(1, VECTORS)
 _mix_5, _mix_4 = (block(rows, VECTORS) for rows in BLOCKS)
 
 
-def scratch_size(depth: int, wide: int) -> int:
-    """Floats of each thread's own memory, for queries of ``depth`` and values of ``wide``."""
-    return (depth + wide + KEYS + 3) * PANEL
+def scratch_size(depth: int, value_depth: int) -> int:
+    """Floats of scratch memory for each thread."""
+    return (depth + value_depth + KEYS + 3) * PANEL
 
 
 @inner
 def _score_keys(zeros: Any, k: int, k_row: int, q: Any, depth: int, scores: int, keys: int) -> None:
-    """Scores ``(keys, PANEL)`` of some keys and the packed queries."""
+    """Scores ``(keys, PANEL)`` of a chunk of keys and the packed queries."""
     if keys < ROWS:
         for key in range(keys):
             to = floats(scores + 4 * key * PANEL)
             _score(zeros, 0, floats(k + 4 * key * k_row), k_row, 1, q, depth, to, PANEL)
         return
     for first in range(0, keys, ROWS):
-        # the last block ends with the last key, over some of the block before
+        # the last block ends with the last key and overlaps the block before
         key = min(first, keys - ROWS)
         to = floats(scores + 4 * key * PANEL)
         _scores(zeros, 0, floats(k + 4 * key * k_row), k_row, 1, q, depth, to, PANEL)
 
 
 @inner
-def _weigh(scores: Any, keys: int, mixed: Any, wide: int, most: Any, total: Any, by: Any) -> None:
-    """Scores to weights; scales what was mixed before to the largest score of all."""
+def _softmax(
+    scores: Any, keys: int, mixed: Any, value_depth: int, most: Any, total: Any, by: Any
+) -> None:
+    """Turns a chunk's scores into weights, and rescales the output so far to the largest score."""
     for c in range(PANEL):
         by[c] = most[c]
     for key in range(keys):
@@ -66,13 +68,13 @@ def _weigh(scores: Any, keys: int, mixed: Any, wide: int, most: Any, total: Any,
     for c in range(PANEL):
         by[c] = exp(by[c] - most[c])
         total[c] *= by[c]
-    for d in range(wide):
+    for d in range(value_depth):
         for c in range(PANEL):
             mixed[d * PANEL + c] *= by[c]
     for key in range(keys):
         for c in range(PANEL):
             less = scores[key * PANEL + c] - most[c]
-            # what is not a number stays so, which `exp` would not see to
+            # NaN stays NaN, which `exp` does not ensure
             weight = exp(less) if less == less else less
             scores[key * PANEL + c] = weight
             total[c] += weight
@@ -82,16 +84,17 @@ def _weigh(scores: Any, keys: int, mixed: Any, wide: int, most: Any, total: Any,
 def attention(pointer: Any) -> None:
     """A unit is a panel of queries of one head."""
     job = carray(pointer, 1)[0]
-    mine = job.scratch + 4 * take(pointer, 1) * job.scratch_size
-    depth, wide = job.depth, job.wide
-    packed, mixed_at, scores_at = mine, mine + 4 * depth * PANEL, mine + 4 * (depth + wide) * PANEL
+    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+    depth, value_depth = job.depth, job.value_depth
+    packed, mixed_at = own, own + 4 * depth * PANEL
+    scores_at = mixed_at + 4 * value_depth * PANEL
     after = scores_at + 4 * KEYS * PANEL
     q_panel, mixed, scores = floats(packed), floats(mixed_at), floats(scores_at)
     most, total, by = floats(after), floats(after + 4 * PANEL), floats(after + 8 * PANEL)
     zeros, scale = floats(job.zeros), floats(job.scale)[0]
     panels = (job.queries + PANEL - 1) // PANEL
     while True:
-        unit = take(pointer, 0)
+        unit = atomic_next(pointer, 0)
         if unit >= job.units:
             break
         batch, head = unit // panels // job.heads, unit // panels % job.heads
@@ -104,15 +107,15 @@ def attention(pointer: Any) -> None:
             most[c] = _LEAST
             total[c] = f32(0)
             for d in range(depth):
-                # lanes without a query read the last one's again
+                # lanes without a query read the last one again
                 q_panel[d * PANEL + c] = q[min(c, count - 1) * job.q_row + d] * scale
-        for i in range(wide * PANEL):
+        for i in range(value_depth * PANEL):
             mixed[i] = f32(0)
         for key in range(0, job.keys, KEYS):
             keys = min(KEYS, job.keys - key)
             _score_keys(zeros, k + 4 * key * job.k_row, job.k_row, q_panel, depth, scores_at, keys)
-            _weigh(scores, keys, mixed, wide, most, total, by)
-            for d in range(0, wide, job.rows):
+            _softmax(scores, keys, mixed, value_depth, most, total, by)
+            for d in range(0, value_depth, job.rows):
                 to, values = floats(mixed_at + 4 * d * PANEL), floats(v + 4 * (key * job.v_row + d))
                 if job.rows == 5:
                     _mix_5(to, PANEL, values, 1, job.v_row, scores, keys, to, PANEL)
@@ -120,5 +123,5 @@ def attention(pointer: Any) -> None:
                     _mix_4(to, PANEL, values, 1, job.v_row, scores, keys, to, PANEL)
         out = floats(job.out + 4 * (batch * job.out_batch + head * job.out_head))
         for c in range(count):
-            for d in range(wide):
+            for d in range(value_depth):
                 out[(first + c) * job.out_row + d] = mixed[d * PANEL + c] / total[c]

@@ -1,9 +1,9 @@
-"""What the fast backend's compiled loops are written with: jobs, pointers, sums.
+"""The small language of the Numba kernels: jobs, pointers, atomic counters, sums.
 
-A kernel is called once by every thread of a team with the address of a job, a row of whole numbers
-and addresses. Each call takes units of work by adding to the job's first number until none are left
-(see `launch.py`). The inner loops run over channels, one stored stream each, which
-is what LLVM vectorises.
+Every thread of a team calls a kernel once with the address of the same job: a record of 64-bit
+integers, which are sizes and addresses. Each call claims units of work by incrementing the job's
+first field until none are left (see `launch`). The inner loops run over channels and write one
+stream each, which LLVM vectorises.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -21,24 +21,25 @@ from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# channels that one unit works through at a time
+# channels that a kernel works on at a time
 BLOCK = 64
 
 
 def job(*names: str) -> np.dtype[Any]:
-    """A job's numbers: those that every kernel has, then its own; 0 where an array is not there.
+    """A job's fields: those that every kernel has, then its own. The address of an array that is
+    not given is 0.
 
-    The last one is never used. Its name stands for what all kernels are written with: Numba keeps
-    what it compiled under the names of a job's numbers, but looks for changes in one file only.
+    The last field is unused. Its name is a hash of the sources that kernels are compiled from:
+    Numba caches compiled code by the names of a job's fields, but checks one file for changes.
     """
     every = ("next_unit", "next_thread", "units", "scratch", "scratch_size")
-    return np.dtype([(name, np.int64) for name in (*every, *names, _written_with())])
+    return np.dtype([(name, np.int64) for name in (*every, *names, _source_hash())])
 
 
 @cache
-def _written_with() -> str:
+def _source_hash() -> str:
     here = Path(__file__)
-    # the transforms' numbers are compiled into the kernels
+    # the matrices of the Winograd transforms are compiled into the kernels
     files = (here.parents[1] / "winograd.py", *sorted(here.parent.glob("*.py")))
     contents = b"".join(file.read_bytes() for file in files)
     return f"source_{hashlib.blake2b(contents, digest_size=8).hexdigest()}"
@@ -52,20 +53,20 @@ f32 = np.float32
 
 
 def inner(function: Function) -> Function:
-    """A function that kernels call, compiled into them."""
-    compile_it: Any = njit(fastmath=_MATH, error_model="numpy")
-    return compile_it(function)  # type: ignore[no-any-return]
+    """Compiles a function that kernels call, to be inlined into them."""
+    compiled = njit(fastmath=_MATH, error_model="numpy")(function)
+    return cast(Function, compiled)
 
 
 def kernel(job: np.dtype[Any]) -> Callable[[Callable[[Any], None]], Any]:
-    """Compiles a function that takes the address of such a job."""
+    """Compiles a function that takes the address of a job with these fields."""
     signature = types.void(_CPointer(from_dtype(job)))
-    compile_it: Any = cfunc(signature, cache=True, fastmath=_MATH, error_model="numpy")
-    return compile_it  # type: ignore[no-any-return]
+    compiler: Any = cfunc(signature, cache=True, fastmath=_MATH, error_model="numpy")
+    return cast(Callable[[Callable[[Any], None]], Any], compiler)
 
 
-def spelled(function: Callable[..., Any]) -> Any:
-    """A function that spells out its own LLVM code."""
+def llvm(function: Callable[..., Any]) -> Any:
+    """A function whose LLVM code is written out."""
     return intrinsic(function)
 
 
@@ -76,29 +77,29 @@ def _pointer_to(kind: Any) -> Any:
 
         return _CPointer(kind)(types.int64), codegen
 
-    return spelled(pointer)
+    return llvm(pointer)
 
 
 floats = _pointer_to(types.float32)
 doubles = _pointer_to(types.float64)
-words = _pointer_to(types.uint32)
-whole_numbers = _pointer_to(types.uint64)
+uint32s = _pointer_to(types.uint32)
+uint64s = _pointer_to(types.uint64)
 
 
-@spelled
-def take(typing_context: Any, job: Any, field: Any) -> Any:
-    """Adds 1 to a job's number and gives what it was, whoever else does so at the same time."""
+@llvm
+def atomic_next(typing_context: Any, job: Any, field: Any) -> Any:
+    """Increments a job's field atomically and returns its value before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number = context.get_value_type(_CPointer(types.int64))
-        place = builder.gep(builder.bitcast(args[0], number), [args[1]])
+        integers = context.get_value_type(_CPointer(types.int64))
+        address = builder.gep(builder.bitcast(args[0], integers), [args[1]])
         one = context.get_constant(types.int64, 1)
-        return builder.atomic_rmw("add", place, one, "monotonic")
+        return builder.atomic_rmw("add", address, one, "monotonic")
 
     return types.int64(job, types.int64), codegen
 
 
-@spelled
+@llvm
 def as_float(typing_context: Any, bits: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(types.float32))
@@ -108,8 +109,8 @@ def as_float(typing_context: Any, bits: Any) -> Any:
 
 @inner
 def exp(z: Any) -> Any:
-    """Within 2 units in the last place, by Cody and Waite's reduction and the polynomial of Cephes'
-    ``expf``; NaN is taken for -87."""
+    """The exponential within 2 units in the last place, by Cody and Waite's reduction and the
+    polynomial of Cephes' ``expf``; NaN counts as -87."""
     z = z if z > f32(-87.0) else f32(-87.0)
     z = z if z < f32(87.0) else f32(87.0)
     k = np.floor(z * f32(1.4426950408889634) + f32(0.5))
@@ -139,15 +140,15 @@ def zero(out: Any, to: int, n: int) -> None:
 
 @inner
 def clear(x: Any, at: int, n: int) -> None:
-    """Zeros in float64."""
+    """Fills float64 with zeros."""
     for i in range(n):
         x[at + i] = 0.0
 
 
 @inner
-def count(sums: Any, squares: Any, x: Any, at: int, step: int, pixels: int, n: int) -> None:
-    """Adds the values and their squares of n channels of so many pixels beside one another, in
-    float64; of two pixels at once, since the sums come and go through memory."""
+def accumulate(sums: Any, squares: Any, x: Any, at: int, step: int, pixels: int, n: int) -> None:
+    """Adds the values of n channels of adjacent pixels, and their squares, in float64; two pixels
+    at once, since the sums are read from memory and written back."""
     for pixel in range(0, pixels - 1, 2):
         a = at + pixel * step
         b = a + step
@@ -166,11 +167,11 @@ def count(sums: Any, squares: Any, x: Any, at: int, step: int, pixels: int, n: i
 
 
 @inner
-def gather(into: Any, unit: int, groups: int, size: int, c0: int, n: int, sums: Any) -> None:
-    """Adds n channels' sums to those of their groups, in order, and clears them."""
+def flush_groups(into: Any, unit: int, groups: int, size: int, c0: int, n: int, sums: Any) -> None:
+    """Adds the sums of n channels to those of their groups, in order, and clears them."""
     for c in range(n):
-        place = (unit * groups + (c0 + c) // size) * 2
-        into[place] += sums[c]
-        into[place + 1] += sums[BLOCK + c]
+        group = (unit * groups + (c0 + c) // size) * 2
+        into[group] += sums[c]
+        into[group + 1] += sums[BLOCK + c]
         sums[c] = 0.0
         sums[BLOCK + c] = 0.0

@@ -1,8 +1,8 @@
-"""Matrix products of float32, compiled by Numba: the fast backend's arithmetic itself.
+"""Matrix products of float32 by Numba: most of the fast backend's arithmetic.
 
-The innermost loop is written in LLVM's vectors, because no loop over scalars keeps a block of the
-output in registers: ROWS rows and up to PANEL columns of it stay there while one row of the right
-factor after another is multiplied in. The right factor is packed into panels of that many columns
+The innermost loop is written in LLVM vectors, because a loop over scalars does not keep a block of
+the output in registers: ROWS rows and up to PANEL columns stay there while the rows of the right
+factor are multiplied in one after another. The right factor is packed into panels of PANEL columns
 beforehand, so that it is read in one stream.
 
 The idea is that of Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication".
@@ -15,29 +15,28 @@ from typing import Any
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 
-from sdconv.fast.cpu.numba.dsl import BLOCK, carray, floats, inner, job, kernel, spelled, take
+from sdconv.fast.cpu.numba.dsl import BLOCK, atomic_next, carray, floats, inner, job, kernel, llvm
 
-PRODUCT = job("rows", "depth", "width", "a", "b", "start", "out")
+BMM = job("rows", "depth", "width", "a", "b", "start", "out")
 LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "out")
 
 # floats in a vector register, and vectors in a panel: with ROWS, as many as the registers hold
 LANES, VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
 PANEL = LANES * VECTORS
 ROWS = 6
-# rows of the left factor that a unit of work reads: they stay in the cache that a core has for
-# itself
+# rows of the left factor that a unit of work reads: they stay in a core's own cache
 CHUNK = 40 * ROWS
 
 
 def block(rows: int, vectors: int) -> Any:
     """A function that fills a block of the output, ``rows`` high and ``vectors`` vectors wide.
 
-    ``out[r, v] = start[r, v] + sum over k < depth of a[r, k] * b[k, v]``, where the rows of
-    ``start`` and ``out`` are ``start_step`` and ``step`` numbers apart, those of ``a`` ``a_row``
-    and its columns ``a_column``; ``b`` is a packed panel.
+    ``out[r, v] = start[r, v] + sum over k < depth of a[r, k] * b[k, v]``. Rows of ``start`` and
+    ``out`` are ``start_step`` and ``step`` numbers apart, rows and columns of ``a`` are ``a_row``
+    and ``a_column`` apart; ``b`` is a packed panel.
     """
 
-    def filled(
+    def fill(
         typing_context: Any,
         start: Any,
         start_step: Any,
@@ -56,11 +55,11 @@ def block(rows: int, vectors: int) -> Any:
         given = (start, start_step, a, a_row, a_column, b, depth, out, step)
         return types.void(*given), codegen
 
-    return spelled(filled)
+    return llvm(fill)
 
 
 class _Code:
-    """Writes a block's code."""
+    """Writes the LLVM code of a block."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
@@ -84,11 +83,11 @@ class _Code:
         step: Any,
     ) -> None:
         """See `block`."""
-        builder, whole = self.builder, depth.type
-        places = [(r, v) for r in range(rows) for v in range(vectors)]
+        builder, integer = self.builder, depth.type
+        cells = [(r, v) for r in range(rows) for v in range(vectors)]
         first = {
-            (r, v): self.load(start, builder.mul(start_step, whole(r)), v * LANES)
-            for r, v in places
+            (r, v): self.load(start, builder.mul(start_step, integer(r)), v * LANES)
+            for r, v in cells
         }
         before = builder.block
         loop = builder.append_basic_block()
@@ -96,53 +95,54 @@ class _Code:
         builder.branch(loop)
 
         builder.position_at_end(loop)
-        k = builder.phi(whole)
-        sums = {place: builder.phi(self.vector) for place in places}
-        from_b = builder.mul(k, whole(vectors * LANES))
+        k = builder.phi(integer)
+        sums = {cell: builder.phi(self.vector) for cell in cells}
+        from_b = builder.mul(k, integer(vectors * LANES))
         right = [self.load(b, from_b, v * LANES) for v in range(vectors)]
         column = builder.mul(k, a_column)
-        left = [self.spread(self.at(a, builder.mul(a_row, whole(r)), column)) for r in range(rows)]
-        totals = {
-            (r, v): builder.call(self.fma, [left[r], right[v], sums[r, v]]) for r, v in places
-        }
-        following = builder.add(k, whole(1))
+        left = [
+            self.broadcast(self.at(a, builder.mul(a_row, integer(r)), column)) for r in range(rows)
+        ]
+        totals = {(r, v): builder.call(self.fma, [left[r], right[v], sums[r, v]]) for r, v in cells}
+        following = builder.add(k, integer(1))
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
-        k.add_incoming(whole(0), before)
+        k.add_incoming(integer(0), before)
         k.add_incoming(following, loop)
-        for place in places:
-            sums[place].add_incoming(first[place], before)
-            sums[place].add_incoming(totals[place], loop)
+        for cell in cells:
+            sums[cell].add_incoming(first[cell], before)
+            sums[cell].add_incoming(totals[cell], loop)
 
         builder.position_at_end(after)
         for (r, v), total in totals.items():
-            to = self.at(out, builder.mul(step, whole(r)), v * LANES)
-            builder.store(total, self.wide(to), align=4)
+            to = self.at(out, builder.mul(step, integer(r)), v * LANES)
+            builder.store(total, self.vector_at(to), align=4)
 
     def at(self, base: Any, *offsets: Any) -> Any:
-        """The place so many numbers after another."""
+        """The address that is the sum of ``offsets`` numbers after ``base``."""
         for offset in offsets:
             offset = ir.IntType(64)(offset) if isinstance(offset, int) else offset
             base = self.builder.gep(base, [offset])
         return base
 
     def load(self, base: Any, *offsets: Any) -> Any:
-        """The vector so many numbers after a place."""
-        return self.builder.load(self.wide(self.at(base, *offsets)), align=4)
+        """The vector at an address."""
+        return self.builder.load(self.vector_at(self.at(base, *offsets)), align=4)
 
-    def wide(self, place: Any) -> Any:
-        """A number's place as a vector's."""
-        return self.builder.bitcast(place, self.vector.as_pointer())
+    def vector_at(self, address: Any) -> Any:
+        """A number's address as a vector's."""
+        return self.builder.bitcast(address, self.vector.as_pointer())
 
-    def spread(self, place: Any) -> Any:
-        """The number there in every lane."""
-        blank, index = self.vector(ir.Undefined), ir.IntType(32)
-        first = self.builder.insert_element(blank, self.builder.load(place, align=4), index(0))
+    def broadcast(self, address: Any) -> Any:
+        """A vector with the number at an address in every lane."""
+        undefined, index = self.vector(ir.Undefined), ir.IntType(32)
+        number = self.builder.load(address, align=4)
+        first = self.builder.insert_element(undefined, number, index(0))
         lanes = ir.VectorType(index, LANES)([0] * LANES)
-        return self.builder.shuffle_vector(first, blank, lanes)
+        return self.builder.shuffle_vector(first, undefined, lanes)
 
 
 def _panel(vectors: int) -> Any:
-    """A function that fills one panel's columns of some rows of the output."""
+    """A function that fills some rows of the output, in one panel's columns."""
     several, one = block(ROWS, vectors), block(1, vectors)
 
     @inner
@@ -154,7 +154,7 @@ def _panel(vectors: int) -> Any:
                 one(begin, 0, floats(a + 4 * row * depth), depth, 1, right, depth, to, width)
             return
         for first in range(0, rows, ROWS):
-            # the last block ends with the last row, over some of the block before
+            # the last block ends with the last row and overlaps the block before
             row = min(first, rows - ROWS)
             to = floats(out + 4 * row * width)
             several(begin, 0, floats(a + 4 * row * depth), depth, 1, right, depth, to, width)
@@ -171,7 +171,7 @@ _panel_of_1, _panel_of_2, _panel_of_3, _whole_panel = (
 def _multiply(
     start: int, a: int, b: int, out: int, depth: int, width: int, rows: int, vectors: int
 ) -> None:
-    """One panel's columns, of which there are ``vectors`` vectors or more."""
+    """Fills some rows in one panel's columns, of which ``vectors`` vectors or more are left."""
     if vectors >= VECTORS:
         _whole_panel(start, a, b, out, depth, width, rows)
     elif vectors == 3:
@@ -182,40 +182,40 @@ def _multiply(
         _panel_of_1(start, a, b, out, depth, width, rows)
 
 
-@kernel(PRODUCT)
-def product(pointer: Any) -> None:
-    """``(places, rows, depth)`` times packed ``(places, depth, width)`` for each place; a unit is a
-    panel of a chunk of rows. ``start``: a panel of zeros."""
+@kernel(BMM)
+def bmm(pointer: Any) -> None:
+    """A batch of ``(rows, depth)`` times packed ``(depth, width)``. A unit is a panel of a chunk of
+    rows. ``start``: a panel of zeros."""
     job = carray(pointer, 1)[0]
-    take(pointer, 1)
+    atomic_next(pointer, 1)
     depth, width = job.depth, job.width
     panels = (width + PANEL - 1) // PANEL
     chunks = (job.rows + CHUNK - 1) // CHUNK
     while True:
-        unit = take(pointer, 0)
+        unit = atomic_next(pointer, 0)
         if unit >= job.units:
             break
         column = unit % panels * PANEL
-        place = unit // panels // chunks
+        item = unit // panels // chunks
         row = unit // panels % chunks * CHUNK
-        a = job.a + 4 * (place * job.rows + row) * depth
-        b = job.b + 4 * (place * width + column) * depth
-        out = job.out + 4 * ((place * job.rows + row) * width + column)
+        a = job.a + 4 * (item * job.rows + row) * depth
+        b = job.b + 4 * (item * width + column) * depth
+        out = job.out + 4 * ((item * job.rows + row) * width + column)
         rows = min(CHUNK, job.rows - row)
         _multiply(job.start, a, b, out, depth, width, rows, (width - column) // LANES)
 
 
 @kernel(LINEAR)
 def linear(pointer: Any) -> None:
-    """``(rows, depth)`` times the transpose of ``(width, depth)``, which each unit packs a panel
-    of, and the bias ``start``; a unit is a panel of a chunk of so many rows."""
+    """``(rows, depth)`` times the transpose of ``(width, depth)``, plus the bias ``start``. A unit
+    is a panel of ``chunk`` rows; it packs its panel of the weight first."""
     job = carray(pointer, 1)[0]
-    mine = job.scratch + 4 * take(pointer, 1) * job.scratch_size
+    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
     depth, width = job.depth, job.width
-    packed, weight = floats(mine), floats(job.b)
+    packed, weight = floats(own), floats(job.b)
     panels = (width + PANEL - 1) // PANEL
     while True:
-        unit = take(pointer, 0)
+        unit = atomic_next(pointer, 0)
         if unit >= job.units:
             break
         column = unit % panels * PANEL
@@ -230,4 +230,4 @@ def linear(pointer: Any) -> None:
         out = job.out + 4 * (row * width + column)
         rows = min(job.chunk, job.rows - row)
         start = job.start + 4 * column
-        _multiply(start, a, mine, out, depth, width, rows, columns // LANES)
+        _multiply(start, a, own, out, depth, width, rows, columns // LANES)

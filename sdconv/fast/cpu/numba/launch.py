@@ -1,8 +1,8 @@
-"""Runs a compiled kernel on all of torch's threads.
+"""Runs a Numba kernel on as many threads as torch's own operations use.
 
-Where torch's own pool is GNU OpenMP's, kernels run on that very pool: a second one would wait
-actively beside it and take its cores. Elsewhere plain Python threads call the kernel, which holds
-no lock of Python's. Either way any number of callers may run kernels at the same time.
+Where torch's thread pool is GNU OpenMP's, kernels run on that very pool: a second pool would
+busy-wait and take its cores. Elsewhere Python threads call the kernel, which does not hold the GIL.
+Either way any number of callers may run kernels at the same time.
 """
 
 from __future__ import annotations
@@ -18,33 +18,37 @@ from typing import Any
 import numpy as np
 import torch
 
-# runs `kernel(job)` on some threads at once and returns when all have
+# (kernel, job, count): runs `kernel(job)` on `count` threads and returns when all have
 Team = Callable[[int, int, int], None]
 
 
 def launch(kernel: Any, kind: np.dtype[Any], **values: int) -> None:
-    """Calls ``kernel`` from every thread with one job, whose numbers are ``values``, all of them.
+    """Calls ``kernel`` from every thread with one job, whose fields are ``values``.
 
-    ``scratch`` must have room for ``scratch_size`` floats for each of `threads()`.
+    All fields but the two counters must be given. ``scratch`` needs ``scratch_size`` floats for
+    each of `threads()`.
     """
     job = _jobs.of(kernel, kind)
-    numbers, places = job.numbers, job.places
+    fields, index = job.fields, job.index
     for name, value in values.items():
-        numbers[places[name]] = value
-    numbers[places["next_unit"]] = numbers[places["next_thread"]] = 0
+        fields[index[name]] = value
+    fields[index["next_unit"]] = fields[index["next_thread"]] = 0
     team()(job.kernel, job.address, min(threads(), values["units"]))
 
 
 class _Job:
-    """A kernel's job, filled anew for each call: little Python has to run between kernels, which
-    leave none of it in a cache."""
+    """A kernel's job, filled in for each call.
+
+    Kept from call to call: kernels evict Python's code and data from the caches, so that little of
+    it should run between them.
+    """
 
     def __init__(self, kernel: Any, kind: np.dtype[Any]) -> None:
         job: Any = np.zeros(1, dtype=kind)
         self.kernel: int = kernel.address
         self.address: int = job.ctypes.data
-        self.numbers = memoryview(job.view(np.int64))
-        self.places = {name: place for place, name in enumerate(kind.names or ())}
+        self.fields = memoryview(job.view(np.int64))
+        self.index = {name: position for position, name in enumerate(kind.names or ())}
 
 
 class _Jobs(threading.local):
@@ -64,13 +68,13 @@ _jobs = _Jobs()
 
 
 def threads() -> int:
-    """How many threads share a kernel's work: as many as torch's own operations take."""
+    """How many threads share a kernel's work: as many as torch's own operations use."""
     return torch.get_num_threads()
 
 
 @cache
 def team() -> Team:
-    """The best of the ways to run a kernel on several threads that there are here."""
+    """The best way that this system has to run a kernel on several threads."""
     return _openmp() or python_threads
 
 
@@ -87,13 +91,13 @@ def _openmp() -> Team | None:
 
 
 def python_threads(kernel: int, job: int, count: int) -> None:
-    """The same with threads of Python's."""
+    """A `Team` of Python threads."""
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
     others = [_pool(count).submit(run, job) for _ in range(count - 1)]
     try:
         run(job)
         wait(others)
-    finally:  # an interruption, too, must not leave a kernel at work on memory that is given up
+    finally:  # even after an interruption, no kernel may still write to memory that is freed
         wait(others)
 
 

@@ -1,4 +1,4 @@
-"""One pass over a float32 map or over a weight, compiled by Numba."""
+"""Numba kernels that reduce: sums of a float32 feature map, and a hash of a weight."""
 
 from __future__ import annotations
 
@@ -8,53 +8,54 @@ import numpy as np
 
 from sdconv.fast.cpu.numba.dsl import (
     BLOCK,
+    accumulate,
+    atomic_next,
     carray,
     clear,
-    count,
     doubles,
     floats,
-    gather,
+    flush_groups,
     inner,
     job,
     kernel,
-    take,
-    whole_numbers,
-    words,
+    uint32s,
+    uint64s,
 )
 
-SUM = job("width", "channels", "x", "groups", "sums")
-HASH = job("words", "size", "keys", "sums")
-SUM_SCRATCH = 4 * BLOCK
+SUMS = job("width", "channels", "x", "groups", "sums")
+HASH = job("words", "size", "keys", "hashes")
+SUMS_SCRATCH = 4 * BLOCK
+# 32-bit words that one hash covers; words of the key
 WORDS, KEYS = 1 << 16, 1 << 10
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
-@kernel(SUM)
-def add_up(pointer: Any) -> None:
-    """Each group's sum and sum of squares, in float64; a unit is a row of a map in channels-last
-    order."""
+@kernel(SUMS)
+def group_sums(pointer: Any) -> None:
+    """Each group's sum and sum of squares in float64. A unit is a row of a feature map in
+    channels-last order."""
     job = carray(pointer, 1)[0]
     x, sums = floats(job.x), doubles(job.sums)
-    mine = job.scratch + 4 * take(pointer, 1) * job.scratch_size
-    counts, squares = doubles(mine), doubles(mine + 8 * BLOCK)
+    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+    channel_sums, squares = doubles(own), doubles(own + 8 * BLOCK)
     size = job.channels // job.groups
-    clear(counts, 0, 2 * BLOCK)
+    clear(channel_sums, 0, 2 * BLOCK)
     while True:
-        unit = take(pointer, 0)
+        unit = atomic_next(pointer, 0)
         if unit >= job.units:
             break
         clear(sums, 2 * unit * job.groups, 2 * job.groups)
         for c0 in range(0, job.channels, BLOCK):
             n = min(BLOCK, job.channels - c0)
             at = unit * job.width * job.channels + c0
-            count(counts, squares, x, at, job.channels, job.width, n)
-            gather(sums, unit, job.groups, size, c0, n, counts)
+            accumulate(channel_sums, squares, x, at, job.channels, job.width, n)
+            flush_groups(sums, unit, job.groups, size, c0, n, channel_sums)
 
 
 @inner
-def _products(x: Any, at: int, n: int, keys: Any) -> Any:
-    """``NH`` of 2 n words: Black and others 1999, "UMAC", section 4. No linear sum: those of
-    weights whose signs alternate in certain ways stay the same when all change."""
+def _nh(x: Any, at: int, n: int, keys: Any) -> Any:
+    """``NH`` of 2 n words: Black and others 1999, "UMAC", section 4. A linear sum would not do: for
+    weights whose signs alternate in certain ways, it stays the same when all of them change."""
     half = KEYS // 2
     total = np.uint64(0)
     for i in range(n):
@@ -66,12 +67,12 @@ def _products(x: Any, at: int, n: int, keys: Any) -> Any:
 
 @kernel(HASH)
 def fingerprint(pointer: Any) -> None:
-    """Of every ``WORDS`` 32-bit words, 64 bits that depend on ``KEYS`` words of the caller's."""
+    """A 64-bit hash of every ``WORDS`` 32-bit words, by ``KEYS`` words of key."""
     job = carray(pointer, 1)[0]
-    x, keys, sums = words(job.words), words(job.keys), whole_numbers(job.sums)
-    take(pointer, 1)
+    x, keys, hashes = uint32s(job.words), uint32s(job.keys), uint64s(job.hashes)
+    atomic_next(pointer, 1)
     while True:
-        unit = take(pointer, 0)
+        unit = atomic_next(pointer, 0)
         if unit >= job.units:
             break
         at = unit * WORDS
@@ -80,9 +81,9 @@ def fingerprint(pointer: Any) -> None:
         while at < last:
             n = min(KEYS, last - at) // 2
             if n > 0:
-                found = found * _ODD + _products(x, at, n, keys)
+                found = found * _ODD + _nh(x, at, n, keys)
                 at += 2 * n
             else:
                 found = found * _ODD + np.uint64(x[at])
                 at += 1
-        sums[unit] = found
+        hashes[unit] = found

@@ -1,7 +1,7 @@
-"""Winograd's two transforms on strips of float32 maps in channels-last order, compiled by Numba.
+"""Winograd's input and output transforms by Numba, on strips of rows in float32, channels last.
 
-What they compute is written plainly, in torch's operations, in :mod:`sdconv.fast.cpu.winograd`.
-Importing this module compiles the kernels, or reads what an earlier import left in Numba's cache.
+:mod:`sdconv.fast.cpu.winograd` computes the same in torch operations. Importing this module
+compiles the kernels, or reads them from Numba's cache.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from typing import Any
 
 from sdconv.fast.cpu.numba.dsl import (
     BLOCK,
+    accumulate,
+    atomic_next,
     carray,
     clear,
     copy,
-    count,
     doubles,
     exp,
     f32,
     floats,
-    gather,
+    flush_groups,
     inner,
     job,
     kernel,
-    take,
     zero,
 )
-from sdconv.fast.cpu.winograd import DOUBLED, PLAIN, Scheme
+from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
 _STRIP = ("height", "width", "channels", "tile_row", "tile_rows", "tile_columns")
-LOAD = job(*_STRIP, "x", "x_row", "above", "scale", "shift", "silu", "tiles")
-STORE = job(
+INPUT = job(*_STRIP, "x", "x_row", "above", "scale", "shift", "silu", "tiles")
+OUTPUT = job(
     *_STRIP,
-    "step",
-    "tiles",
+    "products_step",
+    "products",
     "bias",
     "residual",
     "residual_step",
@@ -42,14 +42,18 @@ STORE = job(
     "sums",
 )
 
-# tiles beside one another in a unit of work
+# adjacent tiles in a unit of work
 TILES = 8
-# floats of each thread's own memory: for the plain scheme, which takes more
-LOAD_SCRATCH = 6 * BLOCK + 6 * (4 * TILES + 2) * BLOCK
-STORE_SCRATCH = 28 * BLOCK + 4 * BLOCK
+# floats of scratch memory for each thread: as CONV3X3 needs, which needs more
+INPUT_SCRATCH = 6 * BLOCK + 6 * (4 * TILES + 2) * BLOCK
+OUTPUT_SCRATCH = 28 * BLOCK + 4 * BLOCK
 
 # the schemes' points, as in `sdconv.fast.cpu.winograd`, and what the transforms need of them
-_P, _Q, _R = f32(PLAIN.output[1][1]), f32(PLAIN.output[1][3]), f32(DOUBLED.output[1][2])
+_P, _Q, _R = (
+    f32(CONV3X3.output[1][1]),
+    f32(CONV3X3.output[1][3]),
+    f32(UPSAMPLE_CONV.output[1][2]),
+)
 _PP, _QQ, _RR = _P * _P, _Q * _Q, _R * _R
 _PPQQ, _PP_QQ = _PP * _QQ, _PP + _QQ
 
@@ -69,8 +73,8 @@ def _silu(x: Any, at: int, n: int) -> None:
 
 
 @inner
-def _input_transform(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Six numbers to six by the plain scheme's ``B^T``, for n channels."""
+def _input_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
+    """Six numbers to six by ``B^T`` of CONV3X3, for n channels."""
     a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
     for c in range(n):
         out[to + c] = _PPQQ * x[a + c] - _PP_QQ * x[d + c] + x[f + c]
@@ -92,10 +96,10 @@ def _input_transform(out: Any, to: int, out_step: int, x: Any, at: int, step: in
 
 
 @inner
-def _doubled_input_transform(
+def _upsample_input_1d(
     out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int
 ) -> None:
-    """Four numbers to five by the doubled scheme's ``B^T``, for n channels."""
+    """Four numbers to five by ``B^T`` of UPSAMPLE_CONV, for n channels."""
     a, b, d, e = at, at + step, at + 2 * step, at + 3 * step
     for c in range(n):
         out[to + c] = _RR * x[a + c] - (_RR + f32(1)) * x[b + c] + x[d + c]
@@ -114,8 +118,8 @@ def _doubled_input_transform(
 
 
 @inner
-def _output_transform(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Six numbers to four by the plain scheme's ``A^T``, for n channels."""
+def _output_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
+    """Six numbers to four by ``A^T`` of CONV3X3, for n channels."""
     a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
     for c in range(n):
         out[to + c] = x[a + c] + (x[b + c] + x[d + c]) + (x[e + c] + x[f + c])
@@ -132,10 +136,10 @@ def _output_transform(out: Any, to: int, out_step: int, x: Any, at: int, step: i
 
 
 @inner
-def _doubled_output_transform(
+def _upsample_output_1d(
     out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int
 ) -> None:
-    """Five numbers to four by the doubled scheme's ``A^T``, for n channels."""
+    """Five numbers to four by ``A^T`` of UPSAMPLE_CONV, for n channels."""
     a, b, d, e, f = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step
     for c in range(n):
         out[to + c] = x[a + c] + x[b + c] + (x[d + c] + x[e + c])
@@ -150,23 +154,23 @@ def _doubled_output_transform(
         out[to + c] = x[b + c] + _R * _RR * (x[d + c] - x[e + c]) + x[f + c]
 
 
-def _loading(scheme: Scheme, transform: Any) -> Any:
-    """A function that fills a strip's tiles."""
-    step, reads, side = scheme.step, scheme.reads, len(scheme.input)
+def _input_kernel(scheme: Scheme, transform: Any) -> Any:
+    """The input transform by a scheme, whose transform along one axis is given."""
+    step, size, side = scheme.step, scheme.input_tile, len(scheme.input)
     longest = step * TILES + 2
 
     @inner
-    def loading(pointer: Any) -> None:
+    def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
         x, above, tiles = floats(job.x), floats(job.above), floats(job.tiles)
         scale, shift = floats(job.scale), floats(job.shift)
-        scratch = floats(job.scratch + 4 * take(pointer, 1) * job.scratch_size)
+        scratch = floats(job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size)
         channels, width, columns = job.channels, job.width, job.tile_columns
         plane = job.tile_rows * columns * channels
         chunks = (columns + TILES - 1) // TILES
         first_row = job.tile_row * step - 1
         while True:
-            unit = take(pointer, 0)
+            unit = atomic_next(pointer, 0)
             if unit >= job.units:
                 break
             tile_row = unit // chunks
@@ -177,7 +181,7 @@ def _loading(scheme: Scheme, transform: Any) -> Any:
                 n = min(BLOCK, channels - c0)
                 for j in range((last - first) * step + 2):
                     column = first * step - 1 + j
-                    for i in range(reads):
+                    for i in range(size):
                         row = top + i
                         if row < 0 or row >= job.height or column < 0 or column >= width:
                             zero(scratch, i * BLOCK, n)
@@ -191,42 +195,42 @@ def _loading(scheme: Scheme, transform: Any) -> Any:
                                 _silu(scratch, i * BLOCK, n)
                         else:
                             copy(scratch, i * BLOCK, source, at, n)
-                    transform(scratch, (reads + j) * BLOCK, longest * BLOCK, scratch, 0, BLOCK, n)
+                    transform(scratch, (size + j) * BLOCK, longest * BLOCK, scratch, 0, BLOCK, n)
                 for tile in range(first, last):
                     for i in range(side):
                         to = i * side * plane + (tile_row * columns + tile) * channels + c0
-                        at = (reads + i * longest + (tile - first) * step) * BLOCK
+                        at = (size + i * longest + (tile - first) * step) * BLOCK
                         transform(tiles, to, plane, scratch, at, BLOCK, n)
 
-    return loading
+    return body
 
 
-def _storing(scheme: Scheme, transform: Any) -> Any:
-    """A function that writes a strip's outputs."""
+def _output_kernel(scheme: Scheme, transform: Any) -> Any:
+    """The output transform by a scheme, whose transform along one axis is given."""
     side = len(scheme.input)
 
     @inner
-    def storing(pointer: Any) -> None:
+    def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
-        tiles, bias, residual, out = (
-            floats(job.tiles),
+        products, bias, residual, out = (
+            floats(job.products),
             floats(job.bias),
             floats(job.residual),
             floats(job.out),
         )
-        mine = job.scratch + 4 * take(pointer, 1) * job.scratch_size
-        # float64 first: addresses of them are multiples of 8
-        counts, squares = doubles(mine), doubles(mine + 8 * BLOCK)
-        scratch, sums = floats(mine + 16 * BLOCK), doubles(job.sums)
+        own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+        # float64 first: their addresses must be multiples of 8
+        channel_sums, squares = doubles(own), doubles(own + 8 * BLOCK)
+        scratch, sums = floats(own + 16 * BLOCK), doubles(job.sums)
         channels, width, columns = job.channels, job.width, job.tile_columns
-        plane = job.tile_rows * columns * job.step
+        plane = job.tile_rows * columns * job.products_step
         chunks = (columns + TILES - 1) // TILES
-        size = channels // job.groups
-        # a tile's four rows of outputs, made of as many rows of places
+        group_size = channels // job.groups
+        # where a row of the output tile begins: after the columns transformed along the first axis
         value = 4 * side
-        clear(counts, 0, 2 * BLOCK)
+        clear(channel_sums, 0, 2 * BLOCK)
         while True:
-            unit = take(pointer, 0)
+            unit = atomic_next(pointer, 0)
             if unit >= job.units:
                 break
             clear(sums, 2 * unit * job.groups, 2 * job.groups)
@@ -236,18 +240,18 @@ def _storing(scheme: Scheme, transform: Any) -> Any:
             for c0 in range(0, channels, BLOCK):
                 n = min(BLOCK, channels - c0)
                 for tile in range(first, min(first + TILES, columns)):
-                    at = (tile_row * columns + tile) * job.step + c0
-                    beside = min(4, width - tile * 4)
+                    at = (tile_row * columns + tile) * job.products_step + c0
+                    across = min(4, width - tile * 4)
                     for j in range(side):
                         to = j * BLOCK
-                        transform(scratch, to, side * BLOCK, tiles, at, side * plane, n)
+                        transform(scratch, to, side * BLOCK, products, at, side * plane, n)
                         at += plane
                     for i in range(min(4, job.height - top)):
                         transform(
                             scratch, value * BLOCK, BLOCK, scratch, i * side * BLOCK, BLOCK, n
                         )
                         pixel = (top + i - job.out_row) * width + tile * 4
-                        for j in range(beside):
+                        for j in range(across):
                             to, made = (pixel + j) * channels + c0, (value + j) * BLOCK
                             if job.residual != 0:
                                 by = (pixel + j) * job.residual_step + c0
@@ -258,36 +262,39 @@ def _storing(scheme: Scheme, transform: Any) -> Any:
                             else:
                                 for c in range(n):
                                     out[to + c] = scratch[made + c] + bias[c0 + c]
-                        count(counts, squares, out, pixel * channels + c0, channels, beside, n)
-                gather(sums, unit, job.groups, size, c0, n, counts)
+                        at = pixel * channels + c0
+                        accumulate(channel_sums, squares, out, at, channels, across, n)
+                flush_groups(sums, unit, job.groups, group_size, c0, n, channel_sums)
 
-    return storing
-
-
-_load, _store = _loading(PLAIN, _input_transform), _storing(PLAIN, _output_transform)
-_load_doubled = _loading(DOUBLED, _doubled_input_transform)
-_store_doubled = _storing(DOUBLED, _doubled_output_transform)
+    return body
 
 
-@kernel(LOAD)
-def load(pointer: Any) -> None:
-    """Normalisation, SiLU and F(4x4,3x3)'s input transform of a strip of tile rows."""
-    _load(pointer)
+_input_body = _input_kernel(CONV3X3, _input_1d)
+_output_body = _output_kernel(CONV3X3, _output_1d)
+_upsample_input_body = _input_kernel(UPSAMPLE_CONV, _upsample_input_1d)
+_upsample_output_body = _output_kernel(UPSAMPLE_CONV, _upsample_output_1d)
 
 
-@kernel(STORE)
-def store(pointer: Any) -> None:
-    """F(4x4,3x3)'s output transform of a strip, bias, residual, and each group's sums."""
-    _store(pointer)
+@kernel(INPUT)
+def input_transform(pointer: Any) -> None:
+    """Normalisation, SiLU and the input transform of a strip by CONV3X3. A unit is TILES tiles."""
+    _input_body(pointer)
 
 
-@kernel(LOAD)
-def load_doubled(pointer: Any) -> None:
-    """What `load` does, of the doubled map from the small one."""
-    _load_doubled(pointer)
+@kernel(OUTPUT)
+def output_transform(pointer: Any) -> None:
+    """The output transform of a strip by CONV3X3, bias, residual, and each group's sums. A unit is
+    TILES tiles."""
+    _output_body(pointer)
 
 
-@kernel(STORE)
-def store_doubled(pointer: Any) -> None:
-    """What `store` does, of a doubled map's places."""
-    _store_doubled(pointer)
+@kernel(INPUT)
+def upsample_input_transform(pointer: Any) -> None:
+    """`input_transform` by UPSAMPLE_CONV, from the input before upsampling."""
+    _upsample_input_body(pointer)
+
+
+@kernel(OUTPUT)
+def upsample_output_transform(pointer: Any) -> None:
+    """`output_transform` by UPSAMPLE_CONV."""
+    _upsample_output_body(pointer)

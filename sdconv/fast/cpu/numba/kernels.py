@@ -1,6 +1,6 @@
-"""The same functions as `torch_kernels.py`'s, by the compiled kernels; float32 only.
+"""The kernels of :class:`sdconv.fast.cpu.kernels.Kernels` by Numba, for float32 only.
 
-Importing it compiles them: seconds, once for a machine and a version of Numba.
+Importing this module compiles them: seconds, once for each machine and version of Numba.
 """
 
 from __future__ import annotations
@@ -13,42 +13,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.numba import attention as attention_kernel
-from sdconv.fast.cpu.numba import gemm as product_kernel
-from sdconv.fast.cpu.numba import reductions as sum_kernels
-from sdconv.fast.cpu.numba import transforms as kernels
+from sdconv.fast.cpu.numba import gemm, reductions, transforms
 from sdconv.fast.cpu.numba.launch import launch, threads
-from sdconv.fast.cpu.tiling import Strip, scratch
-from sdconv.fast.cpu.torch_kernels import Affine
-from sdconv.fast.cpu.winograd import DOUBLED, OUTPUTS, PLAIN, Scheme
+from sdconv.fast.cpu.tiling import Strip
+from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
 
-_KEYS = np.frombuffer(secrets.token_bytes(4 * sum_kernels.KEYS), dtype=np.uint32)
+_HASH_KEYS = np.frombuffer(secrets.token_bytes(4 * reductions.KEYS), dtype=np.uint32)
+_ZEROS = torch.zeros(gemm.PANEL)
+_INPUT_TRANSFORM = {
+    CONV3X3: transforms.input_transform,
+    UPSAMPLE_CONV: transforms.upsample_input_transform,
+}
+_OUTPUT_TRANSFORM = {
+    CONV3X3: transforms.output_transform,
+    UPSAMPLE_CONV: transforms.upsample_output_transform,
+}
+# with fewer, packing a panel of the weight in each call takes longer than it saves
+_LEAST_ROWS = 256
 
-_ZEROS = torch.zeros(product_kernel.PANEL)
-_LOAD = {PLAIN: kernels.load, DOUBLED: kernels.load_doubled}
-_STORE = {PLAIN: kernels.store, DOUBLED: kernels.store_doubled}
-# fewer are multiplied before a panel of the weight has been put in order
-_MANY_ROWS = 256
 
-
-def load(
-    scheme: Scheme,
+def input_transform(
+    strip: Strip,
     rows: Tensor,
     row: int,
     above: Tensor | None,
-    strip: Strip,
-    affine: Affine | None,
+    affine: tuple[Tensor, Tensor] | None,
     silu: bool,
     tiles: Tensor,
 ) -> None:
-    """See the plain one."""
     launch(
-        _LOAD[scheme],
-        kernels.LOAD,
-        units=strip.tile_rows * -(-strip.tile_columns // kernels.TILES),
-        **_working(kernels.LOAD_SCRATCH),
+        _INPUT_TRANSFORM[strip.scheme],
+        transforms.INPUT,
+        units=strip.tile_rows * -(-strip.tile_columns // transforms.TILES),
+        **_scratch(transforms.INPUT_SCRATCH),
         **_tiles(strip),
-        height=strip.height * scheme.step // OUTPUTS,
+        height=strip.input_height,
         width=rows.shape[1],
         channels=rows.shape[2],
         x=rows.data_ptr(),
@@ -61,49 +62,46 @@ def load(
     )
 
 
-def store(
-    scheme: Scheme,
-    products: Tensor,
+def output_transform(
     strip: Strip,
+    products: Tensor,
     bias: Tensor,
     residual: Tensor | None,
     out: Tensor,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """See the plain one."""
-    chunks = -(-strip.tile_columns // kernels.TILES)
-    sums = torch.empty(strip.tile_rows * chunks, groups, 2, dtype=torch.float64)
+    chunks = -(-strip.tile_columns // transforms.TILES)
+    found = torch.empty(strip.tile_rows * chunks, groups, 2, dtype=torch.float64)
     launch(
-        _STORE[scheme],
-        kernels.STORE,
-        units=len(sums),
-        **_working(kernels.STORE_SCRATCH),
+        _OUTPUT_TRANSFORM[strip.scheme],
+        transforms.OUTPUT,
+        units=len(found),
+        **_scratch(transforms.OUTPUT_SCRATCH),
         **_tiles(strip),
         height=strip.height,
         width=strip.width,
         channels=out.shape[2],
-        step=products.shape[2],
-        tiles=products.data_ptr(),
+        products_step=products.shape[2],
+        products=products.data_ptr(),
         bias=bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
         residual_step=0 if residual is None else residual.stride(1),
         out=out.data_ptr(),
         out_row=strip.first,
         groups=groups,
-        sums=sums.data_ptr(),
+        sums=found.data_ptr(),
     )
-    return sums, _counts(strip.end - strip.first, strip.width, out.shape[2] // groups)
+    return found, _counts(strip.end - strip.first, strip.width, out.shape[2] // groups)
 
 
 def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """See the plain one."""
     height, width, channels = rows.shape
     found = torch.empty(height, groups, 2, dtype=torch.float64)
     launch(
-        sum_kernels.add_up,
-        sum_kernels.SUM,
+        reductions.group_sums,
+        reductions.SUMS,
         units=height,
-        **_working(sum_kernels.SUM_SCRATCH),
+        **_scratch(reductions.SUMS_SCRATCH),
         width=width,
         channels=channels,
         x=rows.data_ptr(),
@@ -113,31 +111,28 @@ def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return found, torch.full((height,), width * channels // groups, dtype=torch.float64)
 
 
-def width(channels: int) -> int:
-    """See the plain one."""
-    return -(-channels // product_kernel.LANES) * product_kernel.LANES
+def padded(channels: int) -> int:
+    return -(-channels // gemm.LANES) * gemm.LANES
 
 
 def pack(right: Tensor) -> Tensor:
-    """See the plain one: panel after panel."""
-    missing = width(right.shape[2]) - right.shape[2]
+    missing = padded(right.shape[2]) - right.shape[2]
     right = functional.pad(right, (0, missing)) if missing else right
-    places, depth, columns = right.shape
-    packed = right.new_empty(places, depth * columns)
-    for first in range(0, columns, product_kernel.PANEL):
-        panel = right[:, :, first : first + product_kernel.PANEL]
+    count, depth, columns = right.shape
+    packed = right.new_empty(count, depth * columns)
+    for first in range(0, columns, gemm.PANEL):
+        panel = right[:, :, first : first + gemm.PANEL]
         packed[:, depth * first :][:, : panel[0].numel()].view(panel.shape).copy_(panel)
     return packed
 
 
-def product(left: Tensor, packed: Tensor, out: Tensor) -> None:
-    """See the plain one."""
-    places, rows, depth = left.shape
-    panels = -(-out.shape[2] // product_kernel.PANEL)
+def bmm(left: Tensor, packed: Tensor, out: Tensor) -> None:
+    count, rows, depth = left.shape
+    panels = -(-out.shape[2] // gemm.PANEL)
     launch(
-        product_kernel.product,
-        product_kernel.PRODUCT,
-        units=places * panels * -(-rows // product_kernel.CHUNK),
+        gemm.bmm,
+        gemm.BMM,
+        units=count * panels * -(-rows // gemm.CHUNK),
         rows=rows,
         depth=depth,
         width=out.shape[2],
@@ -149,21 +144,20 @@ def product(left: Tensor, packed: Tensor, out: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """See the plain one: of many rows and whole vectors of columns."""
     columns, depth = weight.shape
     rows = x.numel() // depth
-    if rows < _MANY_ROWS or columns % product_kernel.LANES:
+    if rows < _LEAST_ROWS or columns % gemm.LANES:
         return None
-    panels = -(-columns // product_kernel.PANEL)
+    panels = -(-columns // gemm.PANEL)
     # as many rows as leave each thread some units
     chunk = -(-rows // max(1, 4 * threads() // panels))
     start = x.new_zeros(columns) if bias is None else bias
     out = x.new_empty(*x.shape[:-1], columns)
     launch(
-        product_kernel.linear,
-        product_kernel.LINEAR,
+        gemm.linear,
+        gemm.LINEAR,
         units=panels * -(-rows // chunk),
-        **_working(depth * product_kernel.PANEL),
+        **_scratch(depth * gemm.PANEL),
         rows=rows,
         chunk=chunk,
         depth=depth,
@@ -177,63 +171,64 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
-    """See the plain one: of heads whose numbers lie beside one another, of many queries."""
     batch, heads, queries, depth = query.shape
-    wide = value.shape[3]
-    rows = next((rows for rows in attention_kernel.BLOCKS if wide % rows == 0), 0)
+    value_depth = value.shape[3]
+    rows = next((rows for rows in attention_kernel.BLOCKS if value_depth % rows == 0), 0)
     if rows == 0 or any(one.stride(3) != 1 for one in (query, key, value)):
         return None
-    # as torch's own: a head's rows beside the other heads'
-    out = query.new_empty(batch, queries, heads, wide).transpose(1, 2)
-    by = torch.tensor(scale, dtype=torch.float32)
+    # in the memory layout of torch's own: a query's heads next to each other
+    out = query.new_empty(batch, queries, heads, value_depth).transpose(1, 2)
+    scale_in_memory = torch.tensor(scale, dtype=torch.float32)
     launch(
         attention_kernel.attention,
         attention_kernel.ATTENTION,
-        units=batch * heads * -(-queries // product_kernel.PANEL),
-        **_working(attention_kernel.scratch_size(depth, wide)),
+        units=batch * heads * -(-queries // gemm.PANEL),
+        **_scratch(attention_kernel.scratch_size(depth, value_depth)),
         heads=heads,
         queries=queries,
         keys=key.shape[2],
         depth=depth,
-        wide=wide,
+        value_depth=value_depth,
         rows=rows,
         **_heads("q", query),
         **_heads("k", key),
         **_heads("v", value),
         **_heads("out", out),
-        scale=by.data_ptr(),
+        scale=scale_in_memory.data_ptr(),
         zeros=_ZEROS.data_ptr(),
     )
     return out
 
 
 def fingerprint(weight: Tensor) -> bytes:
-    """See the plain one; 64 bits of every 2^16 words, by keys that differ from process to process,
-    so that no kind of edit can be blind to it."""
+    """64 bits of every 2^16 words, by keys that differ from process to process, so that no pattern
+    of edits goes unnoticed in all of them."""
     size = weight.numel() * weight.element_size() // 4
-    parts = -(-size // sum_kernels.WORDS)
+    parts = -(-size // reductions.WORDS)
     found = torch.empty(parts, dtype=torch.int64)
     launch(
-        sum_kernels.fingerprint,
-        sum_kernels.HASH,
+        reductions.fingerprint,
+        reductions.HASH,
         units=parts,
         words=weight.data_ptr(),
         size=size,
-        keys=_KEYS.ctypes.data,
-        sums=found.data_ptr(),
+        keys=_HASH_KEYS.ctypes.data,
+        hashes=found.data_ptr(),
     )
     return found.numpy().tobytes()
 
 
 @lru_cache(maxsize=256)
 def _counts(height: int, width: int, channels: int) -> Tensor:
-    """Values of each part that `store` sums up."""
-    parts = torch.outer(_lengths(height, OUTPUTS), _lengths(width, OUTPUTS * kernels.TILES))
+    """How many values each part of `output_transform`'s sums has."""
+    parts = torch.outer(
+        _lengths(height, OUTPUT_TILE), _lengths(width, OUTPUT_TILE * transforms.TILES)
+    )
     return parts.flatten() * channels
 
 
 def _lengths(size: int, step: int) -> Tensor:
-    """How ``size`` divides into steps, the last one shorter."""
+    """Lengths of the pieces that ``size`` divides into: ``step`` each, the last one shorter."""
     starts = torch.arange(0, size, step, dtype=torch.float64)
     return (size - starts).clamp(max=step)
 
@@ -252,7 +247,7 @@ def _tiles(strip: Strip) -> dict[str, int]:
     }
 
 
-def _working(floats: int) -> dict[str, int]:
-    """Memory for each thread, in whole cache lines."""
+def _scratch(floats: int) -> dict[str, int]:
+    """Scratch memory of ``floats`` for each thread."""
     memory = scratch.block("threads", 4 * threads() * floats)
     return {"scratch": memory.data_ptr(), "scratch_size": floats}

@@ -1,4 +1,4 @@
-"""What is no LoRA, or not for this network: an error in words, and not a weight changed."""
+"""A file that is not a LoRA, or a LoRA for another network, is an error that changes no weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded, unets
-from helpers.loras import assert_equal, dotted, kohya, matrices, of_original, state
+from helpers.loras import assert_equal, dotted, kohya, matrices, original_names, state
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
@@ -25,7 +25,7 @@ GOOD = {DOWN: torch.ones(2, 24), UP: torch.ones(96, 2)}
 
 
 def bad(**given: Tensor | None) -> dict[str, Tensor]:
-    """What fits, with other matrices (``down``, ``up``, ``mid``, ``alpha``) or keys."""
+    """``GOOD`` with other matrices (``down``, ``up``, ``mid``, ``alpha``) or keys; None drops."""
     names = {"down": DOWN, "up": UP, "mid": MID, "alpha": f"{LAYER}.alpha"}
     tensors = {**GOOD, **{names.get(key, key): tensor for key, tensor in given.items()}}
     return {key: tensor for key, tensor in tensors.items() if tensor is not None}
@@ -34,25 +34,29 @@ def bad(**given: Tensor | None) -> dict[str, Tensor]:
 ONE = torch.ones(())
 SOME = torch.ones(2, 2)
 BAD: Mapping[str, tuple[Any, type[SdconvError], str]] = {
-    "no layer": (bad(**{"unet.conv_on.lora_A.weight": SOME}), WeightsMismatchError, "conv_on"),
-    "a stray key": (bad(**{"unet.conv_in.weight": SOME}), CheckpointError, r"unet\.conv_in\.w"),
-    "no up": (bad(up=None), CheckpointError, "attn2.to_k is not whole"),
-    "an alpha alone": (bad(up=None, down=None, alpha=ONE), CheckpointError, "only alpha"),
-    "another text": (bad(down=torch.ones(2, 2048)), WeightsMismatchError, "2048 wide, as in SDXL"),
+    "unknown layer": (bad(**{"unet.conv_on.lora_A.weight": SOME}), WeightsMismatchError, "conv_on"),
+    "stray key": (bad(**{"unet.conv_in.weight": SOME}), CheckpointError, r"unet\.conv_in\.w"),
+    "no up": (bad(up=None), CheckpointError, "attn2.to_k lacks a matrix"),
+    "only an alpha": (bad(up=None, down=None, alpha=ONE), CheckpointError, "only alpha"),
+    "another prompt width": (
+        bad(down=torch.ones(2, 2048)),
+        WeightsMismatchError,
+        "2048 wide, as in SDXL",
+    ),
     "another width": (bad(up=torch.ones(95, 2)), WeightsMismatchError, r"\(95, 2\)"),
     "two ranks": (bad(up=torch.ones(96, 3)), WeightsMismatchError, r"\(96, 3\)"),
-    "a norm": (
+    "norm": (
         bad(**{f"unet.conv_norm_out.lora_{k}.weight": SOME for k in "AB"}),
         WeightsMismatchError,
         r"conv_norm_out: \(32,\)",
     ),
-    "a kernel": (bad(down=torch.ones(2, 24, 3, 3)), WeightsMismatchError, "24, 3, 3"),
+    "kernel": (bad(down=torch.ones(2, 24, 3, 3)), WeightsMismatchError, "24, 3, 3"),
     "no rank": (bad(down=torch.ones(0, 24), up=torch.ones(96, 0)), CheckpointError, "no rank"),
-    "no axes": (bad(down=ONE), CheckpointError, "no rank"),
-    "a middle without axes": (bad(mid=ONE), WeightsMismatchError, "do not fit"),
-    "NaN": (bad(down=torch.full((2, 24), torch.nan)), CheckpointError, "not made of finite"),
-    "infinity": (bad(alpha=ONE * torch.inf), CheckpointError, "alpha of .* not made of finite"),
-    "two alphas": (bad(alpha=torch.ones(2)), CheckpointError, "no number"),
+    "scalar matrix": (bad(down=ONE), CheckpointError, "no rank"),
+    "scalar mid": (bad(mid=ONE), WeightsMismatchError, "do not fit"),
+    "NaN": (bad(down=torch.full((2, 24), torch.nan)), CheckpointError, "not finite real"),
+    "infinity": (bad(alpha=ONE * torch.inf), CheckpointError, "alpha of .* not finite real"),
+    "two alphas": (bad(alpha=torch.ones(2)), CheckpointError, "not a single number"),
     "only text encoders": (
         {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": ONE},
         CheckpointError,
@@ -67,34 +71,33 @@ BAD: Mapping[str, tuple[Any, type[SdconvError], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_nothing_is_merged_of_a_bad_file(case: str, network: Any) -> None:
+def test_a_bad_file_changes_no_weight(case: str, network: Any) -> None:
     lora, kind, words = BAD[case]
-    whole = sdconv.merge_lora(network, GOOD)  # the control: this much fits
-    whole.unmerge()
+    sdconv.merge_lora(network, GOOD).unmerge()  # control
     before = state(network)
     with pytest.raises(kind, match=words):
         sdconv.merge_lora(network, lora)
     assert_equal(network.state_dict(), before)
-    with pytest.raises(InputError, match="no LoRA to take out"):
+    with pytest.raises(InputError, match="no LoRA to unmerge"):
         sdconv.unmerge_lora(network)
 
 
-TEXT_WIDTHS = {"SD1": 768, "SD2": 1024, "SDXL": 2048}
+PROMPT_WIDTHS = {"SD1": 768, "SD2": 1024, "SDXL": 2048}
 
 
-@pytest.mark.parametrize(("own", "other"), [*itertools.permutations(TEXT_WIDTHS, 2)])
+@pytest.mark.parametrize(("own", "other"), [*itertools.permutations(PROMPT_WIDTHS, 2)])
 def test_a_lora_of_another_family(own: str, other: str) -> None:
     network, foreign = (
-        unets.theirs(unets.smallest(family) | {"cross_attention_dim": TEXT_WIDTHS[family]})
+        unets.theirs(unets.smallest(family) | {"cross_attention_dim": PROMPT_WIDTHS[family]})
         for family in (own, other)
     )
     before = state(network)
-    tensors = kohya(matrices(foreign), of_original(foreign))
+    tensors = kohya(matrices(foreign), original_names(foreign))
     with pytest.raises(WeightsMismatchError) as caught:
         sdconv.merge_lora(network, tensors)
     for words in (
-        f"the LoRA is for one that reads text {TEXT_WIDTHS[other]} wide, as in {other}",
-        f"UNet2DConditionModel that reads text {TEXT_WIDTHS[own]} wide, as in {own}",
+        f"LoRA is for a network with prompt embeddings {PROMPT_WIDTHS[other]} wide, as in {other}",
+        f"UNet2DConditionModel with prompt embeddings {PROMPT_WIDTHS[own]} wide, as in {own}",
     ):
         assert words in str(caught.value)
     assert_equal(network.state_dict(), before)
@@ -103,12 +106,12 @@ def test_a_lora_of_another_family(own: str, other: str) -> None:
 def test_a_lora_of_a_vae(network: Any) -> None:
     vae = seeded.network(seeded.kl((32, 64), 4, True, layers_per_block=1))
     before = state(network)
-    with pytest.raises(WeightsMismatchError, match="layers that this network has not"):
+    with pytest.raises(WeightsMismatchError, match="layers that this network does not have"):
         sdconv.merge_lora(network, dotted(matrices(vae), "vae.{}.lora_[A|B].weight", False))
     assert_equal(network.state_dict(), before)
 
 
-def test_files_cut_short_and_spoilt(tmp_path: Path) -> None:
+def test_truncated_and_corrupted_files(tmp_path: Path) -> None:
     layer = nn.Linear(4, 5)
     before, path = layer.weight.detach().clone(), tmp_path / "lora.safetensors"
     tensors = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(5, 2)}
@@ -119,12 +122,14 @@ def test_files_cut_short_and_spoilt(tmp_path: Path) -> None:
     @settings(max_examples=300)
     @given(
         keep=st.integers(0, len(content)),
-        spoilt=st.dictionaries(st.integers(0, len(content) - 1), st.integers(0, 255), max_size=3),
+        corrupted=st.dictionaries(
+            st.integers(0, len(content) - 1), st.integers(0, 255), max_size=3
+        ),
     )
-    @example(keep=len(content), spoilt={})
-    @example(keep=len(content) - 1, spoilt={})
-    def merge(keep: int, spoilt: dict[int, int]) -> None:
-        path.write_bytes(bytes(spoilt.get(i, byte) for i, byte in enumerate(content[:keep])))
+    @example(keep=len(content), corrupted={})
+    @example(keep=len(content) - 1, corrupted={})
+    def merge(keep: int, corrupted: dict[int, int]) -> None:
+        path.write_bytes(bytes(corrupted.get(i, byte) for i, byte in enumerate(content[:keep])))
         try:
             merged = sdconv.merge_lora(model, path)
         except SdconvError as error:
@@ -139,7 +144,7 @@ def test_files_cut_short_and_spoilt(tmp_path: Path) -> None:
     assert {None, CheckpointError} <= outcomes
 
 
-def test_more_than_a_dtype_holds() -> None:
+def test_overflow_of_the_dtype() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}).half()
     before = state(model)
     ones = {f"{k}.lora_{part}.weight": torch.ones(4, 4) for k in "ab" for part in "AB"}
@@ -147,12 +152,12 @@ def test_more_than_a_dtype_holds() -> None:
     with pytest.raises(InputError, match="float16 can hold"):
         sdconv.merge_lora(model, tensors, 6.0)
     assert_equal(model.state_dict(), before)
-    sdconv.merge_lora(model, tensors, 5.0).unmerge()  # the control
+    sdconv.merge_lora(model, tensors, 5.0).unmerge()  # control
     assert_equal(model.state_dict(), before)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "metadata",
     [
         "[]",
         "no JSON",
@@ -164,28 +169,28 @@ def test_more_than_a_dtype_holds() -> None:
         100_000 * "[",
     ],
 )
-def test_damaged_metadata(said: str, network: Any, tmp_path: Path) -> None:
+def test_invalid_metadata(metadata: str, network: Any, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    save_file(GOOD, path, metadata={"lora_adapter_metadata": said})
+    save_file(GOOD, path, metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(CheckpointError):
         sdconv.merge_lora(network, path)
 
 
-def test_arguments_of_no_use(network: Any) -> None:
+def test_invalid_arguments(network: Any) -> None:
     for model, scale, words in (
         ("unet", 1.0, "not a network"),
-        (network, float("nan"), "not a scale"),
-        (network, "1", "not a scale"),
-        (network, 10**400, "not a scale"),
+        (network, float("nan"), "not a finite number"),
+        (network, "1", "not a finite number"),
+        (network, 10**400, "not a finite number"),
         (unets.blank(unets.smallest("SD1")), 1.0, "meta device"),
-        (nn.Module(), 1.0, "layers that this network has not"),
+        (nn.Module(), 1.0, "layers that this network does not have"),
     ):
         with pytest.raises(SdconvError, match=words):
             sdconv.merge_lora(model, GOOD, scale)
-    with pytest.raises(InputError, match="no LoRA to take out"):
+    with pytest.raises(InputError, match="no LoRA to unmerge"):
         sdconv.unmerge_lora("unet")
     merged = sdconv.merge_lora(network, GOOD, True)  # any real number
     for other in ("merged", object()):
-        with pytest.raises(InputError, match="no LoRA to take out"):
+        with pytest.raises(InputError, match="no LoRA to unmerge"):
             sdconv.unmerge_lora(network, other)
     merged.unmerge()

@@ -1,4 +1,4 @@
-"""What merging leaves as it was, and what taking out gives back: every bit."""
+"""Unmerging restores every bit, and merging changes the weights' values only."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import pipelines, unets
-from helpers.loras import assert_equal, error, fused, kohya, layers, matrices, state
+from helpers.loras import assert_equal, fused, kohya, largest_error, layers, matrices, state
 from torch import nn
 
 import sdconv
 from sdconv.errors import InputError
 
 
-def test_several_come_out_in_any_order(network: Any) -> None:
+def test_several_are_unmerged_in_any_order(network: Any) -> None:
     network.half()
     before = state(network)
     first = kohya(matrices(network, 1))
@@ -33,12 +33,12 @@ def test_several_come_out_in_any_order(network: Any) -> None:
     one.unmerge()
     assert_equal(network.state_dict(), only_second)
     three = sdconv.merge_lora(network, first)
-    assert error(network.state_dict(), both) < 1e-3
+    assert largest_error(network.state_dict(), both) < 1e-3
     sdconv.unmerge_lora(network, two)
     three.unmerge()
     assert_equal(network.state_dict(), before)
     for again in (one.unmerge, lambda: sdconv.unmerge_lora(network)):
-        with pytest.raises(InputError, match="no LoRA to take out"):
+        with pytest.raises(InputError, match="no LoRA to unmerge"):
             again()
 
 
@@ -48,16 +48,16 @@ def test_weights_mapped_from_a_file(dtype: torch.dtype, network: Any, tmp_path: 
     sdconv.save(network.to(dtype), path)
     content = path.read_bytes()
     mapped = sdconv.load(path)
-    places = {name: weight.data_ptr() for name, weight in layers(mapped).items()}
+    addresses = {name: weight.data_ptr() for name, weight in layers(mapped).items()}
     merged = sdconv.merge_lora(mapped, kohya(matrices(mapped)))
-    assert all(weight.data_ptr() != places[name] for name, weight in layers(mapped).items())
+    assert all(weight.data_ptr() != addresses[name] for name, weight in layers(mapped).items())
     assert path.read_bytes() == content
     merged.unmerge()
-    assert {name: weight.data_ptr() for name, weight in layers(mapped).items()} == places
+    assert {name: weight.data_ptr() for name, weight in layers(mapped).items()} == addresses
     assert_equal(mapped.state_dict(), network.state_dict())
 
 
-def test_a_network_that_changes_dtype_meanwhile(network: Any) -> None:
+def test_after_a_change_of_dtype(network: Any) -> None:
     expected = {name: tensor.half() for name, tensor in state(network).items()}
     merged = sdconv.merge_lora(network, kohya(matrices(network)))
     network.half()
@@ -75,7 +75,7 @@ def test_parameters_stay_the_same_objects(network: Any) -> None:
     merged.unmerge()
 
 
-def test_the_network_can_be_let_go() -> None:
+def test_a_merged_network_can_be_garbage_collected() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4)})
     sdconv.merge_lora(
         model, {"a.lora_A.weight": torch.ones(1, 4), "a.lora_B.weight": torch.ones(4, 1)}
@@ -86,7 +86,7 @@ def test_the_network_can_be_let_go() -> None:
     assert gone() is None
 
 
-def test_on_diffusers_network_wrapped_by_peft_and_patched() -> None:
+def test_on_a_patched_network_of_diffusers_that_peft_wrapped() -> None:
     pipe = pipelines.pipeline("text")
     before = state(pipe.unet)
     tensors = kohya(matrices(pipe.unet, alpha=1.0))
@@ -97,7 +97,7 @@ def test_on_diffusers_network_wrapped_by_peft_and_patched() -> None:
     merged = sdconv.merge_lora(pipe.unet, tensors)
     pipe.unload_lora_weights()
     sdconv.remove_patch(pipe)
-    assert error(pipe.unet.state_dict(), expected) < 1e-6
+    assert largest_error(pipe.unet.state_dict(), expected) < 1e-6
     merged.unmerge()
     assert_equal(pipe.unet.state_dict(), before)
 
@@ -125,9 +125,7 @@ def test_on_a_gpu(dtype: torch.dtype, network: Any) -> None:
     expected = state(network)
     sdconv.unmerge_lora(network)
     merged = sdconv.merge_lora(network.to("cuda"), tensors, 0.5)  # matrices on the CPU
-    assert (
-        error({k: v.cpu() for k, v in state(network).items()}, expected)
-        < 4 * torch.finfo(dtype).eps
-    )
+    on_cpu = {name: tensor.cpu() for name, tensor in state(network).items()}
+    assert largest_error(on_cpu, expected) < 4 * torch.finfo(dtype).eps
     merged.unmerge()
     assert_equal(network.cpu().state_dict(), before)

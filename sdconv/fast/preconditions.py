@@ -1,4 +1,4 @@
-"""What the fast arithmetic may take a module's weights from, without calling the module."""
+"""Whether the fast backend may compute with a module's weights instead of calling the module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def takes(x: Tensor) -> bool:
-    """Whether a map is one that the fast arithmetic takes, in a dtype that it knows."""
+    """Whether the fast arithmetic can process a feature map: shape and dtype are supported, and
+    neither autocast nor a transformation of torch.func is active."""
     return (
         x.ndim == 4
         and x.dtype in _DTYPES
@@ -24,7 +25,7 @@ def takes(x: Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode gradients are at work, which need torch's operations."""
+    """Whether torch.func or forward-mode gradients are active; they need torch's operations."""
     if torch.compiler.is_compiling():
         return False
     functions: Any = torch._C._functorch
@@ -32,8 +33,8 @@ def _is_transformed() -> bool:
 
 
 def is_conv3x3(module: nn.Module | None, x: Tensor, *, stride: int = 1, padding: int = 1) -> bool:
-    """Whether a module is a bare 3x3 convolution of this stride, so many rows of zeros round it, in
-    ``x``'s dtype."""
+    """Whether a module is a bare 3x3 convolution with this stride and zero padding, in the dtype of
+    ``x``."""
     return (
         isinstance(module, nn.Conv2d)
         and is_bare(module, nn.Conv2d)
@@ -48,7 +49,7 @@ def is_conv3x3(module: nn.Module | None, x: Tensor, *, stride: int = 1, padding:
 
 
 def is_conv1x1(module: nn.Module | None, x: Tensor) -> bool:
-    """Whether a module is a bare 1x1 convolution, stride 1, in ``x``'s dtype."""
+    """Whether a module is a bare 1x1 convolution with stride 1, in the dtype of ``x``."""
     return (
         isinstance(module, nn.Conv2d)
         and is_bare(module, nn.Conv2d)
@@ -61,21 +62,23 @@ def is_conv1x1(module: nn.Module | None, x: Tensor) -> bool:
 
 
 def is_norm(module: nn.Module | None, x: Tensor) -> bool:
-    """Whether a module is a bare GroupNorm with weights in ``x``'s dtype."""
+    """Whether a module is a bare GroupNorm with weights in the dtype of ``x``."""
     return (
         isinstance(module, nn.GroupNorm)
         and is_bare(module, nn.GroupNorm)
         and module.affine
         and _fits(module.weight, x)
-        # torch refuses to normalise a single value
+        # torch refuses to normalise a single value, with an error that must stay
         and x.shape[2] * x.shape[3] * module.num_channels > module.num_groups
     )
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its class does and nothing else: no class derived from it
-    (LoRA layers, parametrisations), no hook, no forward of its own (offloading), not compiled by
-    itself."""
+    """Whether calling a module runs the ``forward`` of class ``kind`` and nothing else.
+
+    It does not if the module is of a subclass (LoRA layers, parametrizations), has hooks, has a
+    ``forward`` of its own (offloading), or is compiled.
+    """
     return (
         type(module) is kind
         and module._compiled_call_impl is None
@@ -88,6 +91,22 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
             or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
         )
     )
+
+
+def is_eager(*given: Tensor | nn.Conv2d | None) -> bool:
+    """Whether plain tensors are computed with here and now: nothing is traced, no mode intercepts
+    torch's operations, and no gradient is recorded. Otherwise torch must see custom operators."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    tensors: list[Tensor] = []
+    for one in given:
+        if isinstance(one, nn.Conv2d):
+            tensors += one.parameters(recurse=False)
+        elif one is not None:
+            tensors.append(one)
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _fits(weight: Tensor, x: Tensor) -> bool:

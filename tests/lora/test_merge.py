@@ -1,16 +1,17 @@
-"""The sum itself, against the convolutions one after another that it stands for."""
+"""The arithmetic of a merge, against the LoRA's layers run as layers of their own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.numbers import error
 from torch import nn
 
 import sdconv
 
 
-def test_kernels_in_the_middle() -> None:
-    # LoCon's third matrix: a 1x1 convolution, one with the kernel, and a 1x1 convolution again
+def test_locon_with_a_mid_matrix() -> None:
+    # a 1x1 convolution, one with the kernel, and a 1x1 convolution again
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1))
     parts = [nn.Conv2d(6, 3, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1)]
@@ -36,9 +37,7 @@ def test_kernels_in_the_middle() -> None:
         (1, {}, (8, 3, 1, 1)),
     ],
 )
-def test_convolutions_one_after_another(
-    kernel: int, given: dict[str, int], up: tuple[int, ...]
-) -> None:
+def test_convolutions(kernel: int, given: dict[str, int], up: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     layer, down = (nn.Conv2d(6, channels, kernel, **given) for channels in (8, 3))
     model, x, after = nn.ModuleDict({"a": layer}), torch.randn(2, 6, 9, 7), torch.randn(8, 3)
@@ -51,7 +50,7 @@ def test_convolutions_one_after_another(
         assert torch.allclose(layer(x), before + added, atol=1e-5)
 
 
-def test_a_linear_layers_matrices_on_a_1x1_convolution_and_the_other_way() -> None:
+def test_linear_matrices_on_a_1x1_convolution_and_vice_versa() -> None:
     torch.manual_seed(2)
     a, b = torch.randn(3, 6), torch.randn(8, 3)
     for layer, extra in ((nn.Conv2d(6, 8, 1), ()), (nn.Linear(6, 8), (1, 1))):
@@ -63,14 +62,14 @@ def test_a_linear_layers_matrices_on_a_1x1_convolution_and_the_other_way() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_added_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+def test_summed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     model = nn.ModuleDict({"a": nn.Linear(64, 48)}).to(dtype)
     down, up = torch.randn(4, 64).half(), torch.randn(48, 4).half()
     before = model["a"].weight.detach().clone()
     sdconv.merge_lora(model, {"a.lora_A.weight": down, "a.lora_B.weight": up}, 1 / 3)
     wide = before.double() + (up.double() @ down.double()) / 3
-    off = (model["a"].weight.double() - wide).abs().max() / wide.abs().max()
-    # half a unit in the last place, and what the arithmetic adds to it
-    assert off < torch.finfo(dtype).eps / 2 + (2e-15 if dtype == torch.float64 else 3e-7)
+    # half a unit in the last place, plus the error of the arithmetic
+    least = 2e-15 if dtype == torch.float64 else 3e-7
+    assert error(model["a"].weight, wide) < torch.finfo(dtype).eps / 2 + least
     assert model["a"].weight.dtype == dtype

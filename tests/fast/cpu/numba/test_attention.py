@@ -1,4 +1,4 @@
-"""The compiled attention against torch's in float64, and what must make such a check fail."""
+"""Numba's attention against torch's in float64, and faults that this must show."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.fast.cpu import kernels as engines
+from sdconv.fast.cpu.kernels import numba_kernels
 
-pytest.importorskip("numba", reason="the compiled loops need numba: pip install sdconv[fast]")
+pytest.importorskip("numba", reason="the kernels need numba: pip install sdconv[fast]")
 
 
-def drawn(batch: int, heads: int, queries: int, keys: int, depth: int, wide: int) -> list[Tensor]:
-    """Queries, keys and values, each head's rows beside the other heads'."""
+def drawn(
+    batch: int, heads: int, queries: int, keys: int, depth: int, value_depth: int
+) -> list[Tensor]:
+    """Queries, keys and values, in memory row by row with the heads of a row together."""
     random = torch.Generator().manual_seed(queries + keys)
-    sizes = ((queries, depth), (keys, depth), (keys, wide))
+    sizes = ((queries, depth), (keys, depth), (keys, value_depth))
     return [
         torch.randn(batch, rows, heads, width, generator=random).transpose(1, 2)
         for rows, width in sizes
@@ -26,7 +28,7 @@ def drawn(batch: int, heads: int, queries: int, keys: int, depth: int, wide: int
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    out = engines.compiled()[0].attention(query, key, value, scale)
+    out = numba_kernels()[0].attention(query, key, value, scale)
     assert out is not None
     return out
 
@@ -42,20 +44,20 @@ def exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     queries=st.integers(1, 150),
     keys=st.sampled_from([1, 5, 6, 7, 77, 192, 193, 400]),
     depth=st.sampled_from([1, 40, 64]),
-    wide=st.sampled_from([4, 5, 40, 64]),
+    value_depth=st.sampled_from([4, 5, 40, 64]),
     scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
 )
 @settings(max_examples=60)
 def test_any_shape(
-    batch: int, heads: int, queries: int, keys: int, depth: int, wide: int, scale: float
+    batch: int, heads: int, queries: int, keys: int, depth: int, value_depth: int, scale: float
 ) -> None:
-    given = drawn(batch, heads, queries, keys, depth, wide)
-    # large scores are as inexact as they are large
+    given = drawn(batch, heads, queries, keys, depth, value_depth)
+    # the error of a score grows with the score
     assert error(ours(*given, scale), exact(*given, scale)) < 5e-6 * max(1.0, scale)
     assert torch.equal(ours(*given, scale), ours(*given, scale))
 
 
-def test_heads_that_lie_otherwise() -> None:
+def test_other_memory_layouts() -> None:
     given = drawn(2, 3, 70, 90, 8, 8)
     expected = ours(*given, 0.3)
     assert torch.equal(ours(*(one.contiguous() for one in given), 0.3), expected)
@@ -65,7 +67,7 @@ def test_heads_that_lie_otherwise() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_what_is_not_a_number_comes_out_where_torch_has_it(which: int) -> None:
+def test_nan_comes_out_where_torch_has_it(which: int) -> None:
     given = drawn(1, 2, 70, 80, 8, 8)
     given[which][0, 1, 66, 3] = float("nan")
     out, expected = ours(*given, 0.3), exact(*given, 0.3)
@@ -73,7 +75,7 @@ def test_what_is_not_a_number_comes_out_where_torch_has_it(which: int) -> None:
     assert 0 < int(out.isnan().sum()) <= out[0, 1].numel()
 
 
-def test_what_a_check_must_notice() -> None:
+def test_another_scale_and_missing_keys_are_noticed() -> None:
     given = drawn(1, 2, 70, 200, 40, 40)
     out = ours(*given, 0.2)
     assert error(out, exact(*given, 0.2)) < 5e-6
@@ -83,8 +85,8 @@ def test_what_a_check_must_notice() -> None:
     assert error(out, exact(query, key[:, :, :192], value[:, :, :192], 0.2)) > 1e-3
 
 
-def test_leaves_to_torch_what_it_has_no_blocks_for() -> None:
+def test_value_depths_and_layouts_without_a_kernel_are_left_to_torch() -> None:
     query, key, value = drawn(1, 1, 3, 3, 4, 7)
-    assert engines.compiled()[0].attention(query, key, value, 1.0) is None
+    assert numba_kernels()[0].attention(query, key, value, 1.0) is None
     turned = key.transpose(2, 3).contiguous().transpose(2, 3)
-    assert engines.compiled()[0].attention(query, turned, key, 1.0) is None
+    assert numba_kernels()[0].attention(query, turned, key, 1.0) is None

@@ -1,4 +1,4 @@
-"""Every spelling of a layer's name, each key used or told of."""
+"""Every spelling of a layer's name; each key is used or listed as skipped."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ import diffusers
 import pytest
 import torch
 from helpers import seeded
-from helpers.loras import assert_equal, dotted, error, kohya, layers, matrices, of_original, state
+from helpers.loras import (
+    assert_equal,
+    dotted,
+    kohya,
+    largest_error,
+    layers,
+    matrices,
+    original_names,
+    state,
+)
 from safetensors.torch import save_file
 
 import sdconv
 from sdconv.checkpoint.save import original_tensors
 from sdconv.errors import CheckpointError
-from sdconv.lora.names import spellings
+from sdconv.lora.names import layer_spellings
 
 FORMS = (
     "unet.{}.lora_[A|B].weight",
@@ -32,24 +41,23 @@ FORMS = (
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_spelling(form: str, network: Any) -> None:
-    made = matrices(network)
-    sdconv.merge_lora(network, kohya(made))
+    lora = matrices(network)
+    sdconv.merge_lora(network, kohya(lora))
     expected = state(network)
     sdconv.unmerge_lora(network)
-    names = of_original(network) if form.startswith("diffusion_model") else str
-    spelt = dotted({names(k): v for k, v in made.items()}, form)
-    merged = sdconv.merge_lora(network, spelt)
+    names = original_names(network) if form.startswith("diffusion_model") else str
+    merged = sdconv.merge_lora(network, dotted({names(k): v for k, v in lora.items()}, form))
     assert set(merged.layers) == set(layers(network))
     assert_equal(network.state_dict(), expected)
 
 
 def test_attention_processors(network: Any) -> None:
-    made = matrices(network, only=r"\.to_(q|k|v|out\.0)$")
-    sdconv.merge_lora(network, kohya(made))
+    lora = matrices(network, only=r"\.to_(q|k|v|out\.0)$")
+    sdconv.merge_lora(network, kohya(lora))
     expected = state(network)
     sdconv.unmerge_lora(network)
     old = {}
-    for name, tensor in dotted(made, "unet.{}_lora.[down|up].weight").items():
+    for name, tensor in dotted(lora, "unet.{}_lora.[down|up].weight").items():
         name = name.replace("to_out.0", "to_out").replace(".alpha", "_lora.alpha")
         old[re.sub(r"\.(to_\w+)\.", r".processor.\1.", name)] = tensor
     assert (
@@ -72,30 +80,30 @@ def test_every_layer_of_the_full_networks_has_kohyas_names(family: str, shared_d
     config = sdconv.infer({name: shape for name, (shape, _) in header.items()})["unet"]
     with torch.device("meta"):
         network = diffusers.UNet2DConditionModel.from_config(config.to_json())
-    own = layers(network)
-    table = spellings([name for name, _ in network.named_modules()])
-    assert {table[name.replace(".", "_")] for name in originals} == set(own)
-    assert {table[name.replace(".", "_")] for name in own} == set(own)
+    names = set(layers(network))
+    spellings = layer_spellings([name for name, _ in network.named_modules()])
+    assert {spellings[name.replace(".", "_")] for name in originals} == names
+    assert {spellings[name.replace(".", "_")] for name in names} == names
 
 
 def test_a_vae_in_either_layout(tmp_path: Path) -> None:
     config = seeded.kl((32, 64), 4, True, layers_per_block=1)
     vae = seeded.network(config)
     before = state(vae)
-    made = matrices(vae)
-    blank = {f"{name}.weight": weight for name, weight in layers(vae).items()}
-    renamed = dict(zip(made, original_tensors(blank, config), strict=True))
-    sdconv.merge_lora(vae, dotted(made, "vae.{}.lora_[A|B].weight", False))
+    lora = matrices(vae)
+    weights = {f"{name}.weight": weight for name, weight in layers(vae).items()}
+    original = dict(zip(lora, original_tensors(weights, config), strict=True))
+    sdconv.merge_lora(vae, dotted(lora, "vae.{}.lora_[A|B].weight", False))
     expected = state(vae)
-    assert error(expected, before) > 0.1
+    assert largest_error(expected, before) > 0.1
     sdconv.unmerge_lora(vae)
-    spelt = {
-        f"lora_vae_{renamed[name].removesuffix('.weight').replace('.', '_')}.{part}": matrix
-        for name, matrices_ in made.items()
-        for part, matrix in zip(("lora_down.weight", "lora_up.weight"), matrices_[:2], strict=True)
+    tensors = {
+        f"lora_vae_{original[name].removesuffix('.weight').replace('.', '_')}.{part}": matrix
+        for name, (down, up, _) in lora.items()
+        for part, matrix in (("lora_down.weight", down), ("lora_up.weight", up))
     }
-    assert "lora_vae_decoder_mid_attn_1_q.lora_down.weight" in spelt
-    save_file(spelt, tmp_path / "lora.safetensors")
+    assert "lora_vae_decoder_mid_attn_1_q.lora_down.weight" in tensors
+    save_file(tensors, tmp_path / "lora.safetensors")
     merged = sdconv.merge_lora(vae, tmp_path / "lora.safetensors")
     assert_equal(vae.state_dict(), expected)
     merged.unmerge()
@@ -111,23 +119,23 @@ TEXT_KEYS = (
 )
 
 
-def test_text_encoders_are_named_as_skipped(network: Any) -> None:
-    made = kohya(matrices(network, only="mid_block"))
-    merged = sdconv.merge_lora(network, made | dict.fromkeys(TEXT_KEYS, torch.ones(2, 2)))
+def test_text_encoders_are_listed_as_skipped(network: Any) -> None:
+    tensors = kohya(matrices(network, only="mid_block"))
+    merged = sdconv.merge_lora(network, tensors | dict.fromkeys(TEXT_KEYS, torch.ones(2, 2)))
     assert merged.skipped == TEXT_KEYS
-    assert len(merged.layers) == len(made) / 3
+    assert len(merged.layers) == len(tensors) / 3
 
 
 def test_a_layer_named_twice(network: Any) -> None:
-    # some files hold a layer by the names of both layouts
-    made = matrices(network, only="mid_block")
-    tensors = kohya(made) | kohya(made, of_original(network))
+    # some files have a layer under the names of both layouts
+    lora = matrices(network, only="mid_block")
+    tensors = kohya(lora) | kohya(lora, original_names(network))
     merged = sdconv.merge_lora(network, tensors)
-    assert len(merged.layers) == len(made)
-    assert len(merged.skipped) == 3 * len(made)
+    assert len(merged.layers) == len(lora)
+    assert len(merged.skipped) == 3 * len(lora)
     expected = state(network)
     merged.unmerge()
-    sdconv.merge_lora(network, kohya(made))
+    sdconv.merge_lora(network, kohya(lora))
     assert_equal(network.state_dict(), expected)
     repeated = next(k for k in reversed(tensors) if k.endswith("up.weight"))
     tensors[repeated] = tensors[repeated] + 1

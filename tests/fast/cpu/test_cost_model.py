@@ -1,0 +1,40 @@
+"""Each shape gets its method, and the next best where there is no room for its packed weight."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdconv.fast.cpu.cost_model import plan_conv
+
+
+@pytest.mark.parametrize(
+    "shape, method",
+    [
+        ((1, 1280, 1280, 8, 8), "im2col"),
+        ((1, 2560, 1280, 16, 16), "winograd"),
+        ((1, 128, 128, 512, 512), "winograd"),
+        ((1, 4, 320, 64, 64), "direct"),
+        ((1, 128, 3, 512, 512), "direct"),
+    ],
+)
+def test_each_shape_has_its_method(shape: tuple[int, int, int, int, int], method: str) -> None:
+    plan = plan_conv("conv3x3", *shape)
+    assert plan.method == method
+    assert min(plan.costs, key=lambda cost: cost[1])[0] == method
+    assert "times as long" in plan.reason
+
+
+def test_without_room_the_next_best_is_taken_and_said() -> None:
+    small = plan_conv("conv3x3", 1, 1280, 1280, 8, 8, False, ("winograd",))
+    assert small.method == "winograd"
+    plan = plan_conv("conv3x3", 1, 512, 512, 64, 64, False, ())
+    assert plan.method == "direct"
+    assert "no room for the packed weight of winograd" in plan.reason
+
+
+def test_upsampling_and_downsampling_have_plans_too() -> None:
+    upsample = plan_conv("upsample_conv", 1, 512, 512, 64, 64)
+    assert (upsample.method, upsample.packed_bytes) == ("winograd", 25 * 4 * 512 * 512)
+    assert plan_conv("upsample_conv", 1, 512, 512, 64, 64, False, ()).method == "direct"
+    downsample = plan_conv("downsample_conv", 1, 128, 128, 64, 64)
+    assert (downsample.method, downsample.packed_bytes) == ("direct", 0)
