@@ -52,7 +52,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         InputError: unknown backend.
     """
-    token = _in_context.set(check_backend(name))
+    token = _in_context.set(_ready(name))
     try:
         yield
     finally:
@@ -65,7 +65,7 @@ def set_backend(module: nn.Module, name: str) -> None:
     Raises:
         InputError: unknown backend.
     """
-    check_backend(name)
+    _ready(name)
     for part in module.modules():
         if name == BACKENDS[0]:
             vars(part).pop(_ATTRIBUTE, None)
@@ -125,7 +125,7 @@ def dispatched(plain: Method) -> Method:
     @functools.wraps(plain)
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
         if is_fast(module):
-            if not _fast_is_loaded:
+            if not _fast_is_loaded:  # the module was unpickled with its backend
                 _load_fast()
             if fast is not None:
                 out = fast(module, *args, **kwargs)
@@ -153,6 +153,13 @@ def implements(function: Callable[..., Any]) -> Callable[[Method], Method]:
         return implementation
 
     return register
+
+
+def _ready(name: str) -> str:
+    """Checks a backend's name and imports its implementations, which torch.compile cannot trace."""
+    if check_backend(name) == "fast" and not _fast_is_loaded:
+        _load_fast()
+    return name
 
 
 def _load_fast() -> None:
