@@ -138,7 +138,7 @@ class _StepBuilder:
         self, kind: Kind, conv: nn.Conv2d, *, normalised: bool = False
     ) -> type[StreamLayer] | None:
         """The fast backend's class of layer, None where that backend is not in force."""
-        if not (is_fast(conv) and fused.takes(conv.weight)):
+        if not (is_fast(conv) and fused.can_run(conv.weight)):
             return None
         height, width = self.current.height, self.current.width
         return fused.layer_for(kind, conv, height, width, normalised=normalised)

@@ -1,6 +1,7 @@
-"""The blocks on a CPU: Winograd's convolutions, with normalisation and sums in the same pass.
+"""The blocks on a CPU: each convolution is fused with the normalisation before it and the sums for
+the next one.
 
-Maps are ``(B, C, H, W)``; moments are those of :mod:`sdconv.fast.cpu.group_stats`.
+Feature maps are ``(B, C, H, W)``; statistics are those of :mod:`sdconv.fast.cpu.group_stats`.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from sdconv.fast.preconditions import is_eager
 
 def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
     """A ResNet block."""
-    added = None
+    projected = None
     if block.time_emb_proj is not None:
-        added = block.time_emb_proj(block.nonlinearity(temb))
+        projected = block.time_emb_proj(block.nonlinearity(temb))
     shortcut = block.conv_shortcut
-    after = Epilogue(
+    epilogue1 = Epilogue(block.conv1.bias, projected)
+    epilogue2 = Epilogue(
         block.conv2.bias,
         residual=x,
         shortcut=None if shortcut is None else (shortcut.weight, shortcut.bias),
     )
     try:
-        norm = _norm(block.norm1, x)
-        before = Epilogue(block.conv1.bias, added)
-        hidden, found = convolution(x, block.conv1, norm, before, block.norm2.num_groups)
-        norm = _norm(block.norm2, hidden, found)
-        # what is hidden has no other reader
-        return convolution(hidden, block.conv2, norm, after, 1, in_place=True)[0]
+        prologue = _prologue(block.norm1, x)
+        hidden, stats = fused_conv3x3(x, block.conv1, prologue, epilogue1, block.norm2.num_groups)
+        prologue = _prologue(block.norm2, hidden, stats)
+        # nothing else reads `hidden`
+        return fused_conv3x3(hidden, block.conv2, prologue, epilogue2, 1, in_place=True)[0]
     except NotFiniteError:
-        hidden = cpu_conv.direct_conv(x, block.conv1.weight, _norm(block.norm1, x), before)
-        return cpu_conv.direct_conv(hidden, block.conv2.weight, _norm(block.norm2, hidden), after)
+        prologue = _prologue(block.norm1, x)
+        hidden = cpu_conv.direct_conv(x, block.conv1.weight, prologue, epilogue1)
+        prologue = _prologue(block.norm2, hidden)
+        return cpu_conv.direct_conv(hidden, block.conv2.weight, prologue, epilogue2)
 
 
 def upsample(block: Any, x: Tensor) -> Tensor:
@@ -50,60 +53,62 @@ def upsample(block: Any, x: Tensor) -> Tensor:
 
 
 def normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """GroupNorm in channels-last order, from float64 statistics, so that streaming rounds alike."""
-    scale, shift = (one[:, None, None] for one in _norm(norm, x).affine())
+    """GroupNorm in channels-last order, from float64 statistics: it rounds as in streaming."""
+    scale, shift = (one[:, None, None] for one in _prologue(norm, x).affine())
     rows = torch.addcmul(shift, x.permute(0, 2, 3, 1).to(scale.dtype), scale)
     return rows.to(x.dtype).permute(0, 3, 1, 2)
 
 
 def output(norm: Any, conv: Any, x: Tensor) -> Tensor:
     """A network's last GroupNorm, SiLU and convolution."""
-    return convolution(x, conv, _norm(norm, x), Epilogue(conv.bias), 1)[0]
+    return fused_conv3x3(x, conv, _prologue(norm, x), Epilogue(conv.bias), 1)[0]
 
 
-def convolution(
+def fused_conv3x3(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: Prologue,
-    after: Epilogue,
+    prologue: Prologue,
+    epilogue: Epilogue,
     groups: int,
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution by the method that its shape is best served by, and its moments.
+    """A 3x3 convolution by the fastest method for its shape, and the statistics of its output.
 
     Raises:
-        NotFiniteError: the output is not finite and ``x`` was spoilt by writing ``in_place``.
+        NotFiniteError: the output is not finite, and ``x`` was overwritten.
     """
-    shortcut = after.shortcut or (None, None)
-    if is_eager(x, conv, norm.weight, norm.bias, after.temb, after.residual, *shortcut):
+    norm = (prologue.weight, prologue.bias)
+    shortcut = epilogue.shortcut or (None, None)
+    if is_eager(x, conv, *norm, epilogue.temb, epilogue.residual, *shortcut):
         in_place = in_place and x.shape[1] == len(conv.weight) and _is_channels_last(x)
-        return cpu_conv.conv3x3(x, conv.weight, norm, after, groups=groups, in_place=in_place)
-    out, found = custom_ops.conv3x3(
+        return cpu_conv.conv3x3(
+            x, conv.weight, prologue, epilogue, groups=groups, in_place=in_place
+        )
+    out, stats = custom_ops.conv3x3(
         x,
         conv.weight,
-        after.bias,
-        norm.stats,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        norm.silu,
-        after.temb,
-        after.residual,
+        epilogue.bias,
+        prologue.stats,
+        *norm,
+        prologue.eps,
+        prologue.silu,
+        epilogue.temb,
+        epilogue.residual,
         *shortcut,
         groups,
     )
-    return out, found
+    return out, stats
 
 
-def _norm(norm: nn.GroupNorm, x: Tensor, moments: Tensor | None = None) -> Prologue:
-    """A normalisation and SiLU of ``x``, whose moments are given if they are known."""
-    if moments is None:
-        moments = _moments(x, norm.num_groups)
-    return Prologue(moments, norm.weight, norm.bias, norm.eps, silu=True)
+def _prologue(norm: nn.GroupNorm, x: Tensor, stats: Tensor | None = None) -> Prologue:
+    """GroupNorm and SiLU of ``x``; its statistics are computed if they are not given."""
+    if stats is None:
+        stats = _group_stats(x, norm.num_groups)
+    return Prologue(stats, norm.weight, norm.bias, norm.eps, silu=True)
 
 
-def _moments(x: Tensor, groups: int) -> Tensor:
+def _group_stats(x: Tensor, groups: int) -> Tensor:
     return group_stats(x, groups) if is_eager(x) else custom_ops.group_stats(x, groups)
 
 
