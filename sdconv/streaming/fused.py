@@ -1,8 +1,8 @@
 """Layers that run on strips of rows with the fast backend's convolutions for CPUs.
 
 The arithmetic is that of :mod:`sdconv.fast.cpu.conv`. It reads the source's rows in place,
-normalises them as it reads, and writes bias and residual with the output, so these layers need
-neither a window nor a copy of the strip.
+normalises them as it reads, and adds bias and residual as it writes, so these layers need neither a
+window nor a copy of the strip.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def layer_for(
 
 
 class _WinogradLayer(StreamLayer):
-    """A convolution by Winograd's F(4x4,3x3); a unit is a row of tiles, four rows of the output."""
+    """A convolution by Winograd's F(4x4, 3x3); a unit is a row of tiles: four rows of output."""
 
     scheme: ClassVar[Scheme]
 
@@ -179,7 +179,7 @@ def _groups(stats: RunningGroupStats | None, channels: int) -> int:
 
 
 def _update(stats: RunningGroupStats | None, sums: Tensor, counts: Tensor) -> None:
-    """Add a strip's sums, which are finite if and only if the strip is.
+    """Adds a strip's sums to the statistics; they are finite if and only if the strip is.
 
     Raises:
         NotFiniteError: they are not.
