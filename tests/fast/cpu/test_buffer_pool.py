@@ -28,8 +28,8 @@ def test_the_next_feature_map_reuses_the_memory_of_one_that_is_gone() -> None:
         first = empty_nhwc(*SMALL, torch.float32)
         assert first.shape == SMALL and first.is_contiguous(memory_format=torch.channels_last)
         where = first.data_ptr()
-        beside = empty_nhwc(*SMALL, torch.float32)
-        assert beside.data_ptr() != where, "the control: the first one is still there"
+        second = empty_nhwc(*SMALL, torch.float32)
+        assert second.data_ptr() != where, "the control: the first one is still there"
         view = first[:, :8]
         del first
         other = empty_nhwc(*SMALL, torch.float32)
