@@ -1,4 +1,4 @@
-"""Infers configs from shapes, and from the family what shapes leave open."""
+"""Infers configs from shapes, and from the family where shapes leave something open."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _with_config(
     family: str | None,
     where: object,
 ) -> Identified:
-    """The network with the config that the folder or the file gives for it."""
+    """Identifies a network by its given config, which is compared with the shapes."""
     name = given.get("_class_name", found.kind)
     if name != found.kind:
         raise UnknownNetworkError(
@@ -287,7 +287,7 @@ def _one(value: Any) -> Any:
 
 
 def warn_if_open(identified: Identified, *, stacklevel: int = 3) -> None:
-    """Warns if neither the weights nor the caller decided the family.
+    """Warns if neither the weights nor the caller determined the family.
 
     Args:
         stacklevel: as in ``warnings.warn``: 3 names the caller of the function that calls this one.

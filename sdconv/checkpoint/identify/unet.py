@@ -36,7 +36,7 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
         InputError: the family does not fit.
     """
     _check_levels(shapes)
-    channels = _levels(shapes, "down_blocks")
+    channels = shapes.block_channels("down_blocks")
     depths = _Depths.read(shapes, len(channels))
     linear = any(len(shapes[k]) == 2 for k in shapes if k.endswith(".proj_in.weight"))
     added = _width(shapes, "add_embedding.linear_1")
@@ -122,16 +122,10 @@ def _check_levels(shapes: NetworkShapes) -> None:
         )
 
 
-def _levels(shapes: NetworkShapes, blocks: str) -> tuple[int, ...]:
-    """Output channels of each block, in order, up to the first gap in their numbers."""
-    levels = range(how_many(f"{blocks}.{{}}", shapes.modules))
-    return tuple(shapes.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
-
-
 @dataclass(frozen=True)
 class _Depths:
-    """The number of blocks in each transformer, for each level and layer; empty for a level without
-    transformers. ``mid``, ``mid_type``: the same for the mid block, and its type."""
+    """Transformer depths: the number of blocks in each transformer, by level and layer; empty for a
+    level without transformers. ``mid``, ``mid_type``: the mid block's depth, and its type."""
 
     layers: tuple[int, ...]
     down: tuple[tuple[int, ...], ...]
@@ -196,7 +190,7 @@ class _Depths:
 
     @property
     def _mirrored(self) -> bool:
-        """Whether one number is enough for each level."""
+        """Whether all transformers of a level, down and up, have the same depth."""
         return all(
             len({*down, *up}) <= 1 for down, up in zip(self.down, self.up[::-1], strict=True)
         )
