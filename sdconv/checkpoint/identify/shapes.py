@@ -32,6 +32,11 @@ class InferredConfig:
     guess: str | None = None
 
 
+def collapsed(value: Any) -> Any:
+    """A tuple whose elements are all equal as that one element; anything else unchanged."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
 class NetworkShapes(Mapping[str, Shape]):
     """The shapes of one network's tensors, by diffusers' names.
 

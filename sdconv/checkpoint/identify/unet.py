@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
+from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, collapsed
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS
@@ -74,7 +73,7 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
         up_block_types=tuple(CROSS_UP if d else UP for d in depths.up),
         only_cross_attention=crosses,
         block_out_channels=channels,
-        layers_per_block=_short(depths.layers),
+        layers_per_block=collapsed(depths.layers),
         norm_num_groups=NORM_NUM_GROUPS,
         cross_attention_dim=context or UNet2DConditionConfig.assumed["cross_attention_dim"],
         transformer_layers_per_block=depths.per_block,
@@ -180,7 +179,7 @@ class _Depths:
         if not self._mirrored:
             return tuple(d or one for d, one in zip(self.down, spare, strict=True))
         return tuple(
-            _short(down or up) if down or up else one
+            collapsed(down or up) if down or up else one
             for down, up, one in zip(self.down, self.up[::-1], spare, strict=True)
         )
 
@@ -273,8 +272,3 @@ def _family(
     if inputs == 7 and "class_embedding.weight" in shapes:
         return "x4-upscaler", "7 channels in and a list of class embeddings", fitting
     return "sd2", "proj_in is linear", fitting
-
-
-def _short(values: tuple[int, ...]) -> Any:
-    """One number if all are the same."""
-    return values[0] if len(set(values)) == 1 else values
