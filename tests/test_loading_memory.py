@@ -58,8 +58,8 @@ def sdxl_unet(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
     }
     config = UNet2DConditionConfig(**{**UNet2DConditionConfig.assumed, **own})
     with torch.device("meta"):
-        blank = build(config).state_dict()
-    tensors = original_tensors(blank, config)
+        on_meta = build(config).state_dict()
+    tensors = original_tensors(on_meta, config)
     return {
         f"model.diffusion_model.{name}": torch.ones(tensor.shape, dtype=torch.float16)
         for name, tensor in tensors.items()

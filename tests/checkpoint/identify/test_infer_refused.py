@@ -145,7 +145,7 @@ def test_a_unets_embedding_without_its_weight(part: str) -> None:
 
 @cache
 def shapes_of_unet(family: str, layout: str = "diffusers") -> Shapes:
-    network = unets.blank(unets.smallest(family))
+    network = unets.on_meta(unets.smallest(family))
     tensors = network.state_dict()
     if layout == "original":
         tensors = original_tensors(tensors, network.config)
