@@ -69,7 +69,7 @@ def test_what_no_block_reads_may_say_anything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "told"),
+    ("name", "changed", "message"),
     [
         ("AutoencoderKL", {"latent_channels": 16}, "latent_channels = 16 where the shapes say 4"),
         ("AutoencoderKL", {"layers_per_block": 1}, "layers_per_block = 1 where the shapes say 2"),
@@ -87,7 +87,7 @@ def test_what_no_block_reads_may_say_anything() -> None:
     ],
 )
 def test_a_config_that_contradicts_the_shapes_is_named(
-    name: str, changed: dict[str, Any], told: str
+    name: str, changed: dict[str, Any], message: str
 ) -> None:
     config = CONFIGS[name]
     shapes = {k: tuple(v.shape) for k, v in seeded.tensors(config).items()}
@@ -95,7 +95,7 @@ def test_a_config_that_contradicts_the_shapes_is_named(
     assert right.contradicted == ()
     (wrong,) = identify(shapes, config=config.to_json() | changed)
     assert len(wrong.contradicted) == 1
-    assert wrong.contradicted[0].startswith(told.replace("\\", ""))
+    assert wrong.contradicted[0].startswith(message.replace("\\", ""))
     # what shapes cannot tell contradicts nothing
     beyond = {"sample_size": 7} if "sample_size" in config else {"latent_shift": 7}
     (other,) = identify(shapes, config=config.to_json() | beyond)

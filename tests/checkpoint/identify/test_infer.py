@@ -113,7 +113,7 @@ def test_headers_of_real_checkpoints(header: str, shared_dir: Path) -> None:
     assert vae.found.shapes(shapes) == shapes_of(on_meta(config))
 
 
-BESIDE = {
+OTHERS = {
     "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
     "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,),
     "model_ema.decay": (),
@@ -136,8 +136,8 @@ BESIDE = {
 @pytest.mark.filterwarnings("ignore::sdconv.SdconvWarning")
 def test_what_stands_beside_is_passed_over(prefix: str) -> None:
     own = {prefix + k: v for k, v in shapes_in(CONFIGS["sd1"], "original").items()}
-    losses = {prefix + k: v for k, v in BESIDE.items() if k.startswith("loss.")}
-    shapes = {**own, **BESIDE, **losses}
+    losses = {prefix + k: v for k, v in OTHERS.items() if k.startswith("loss.")}
+    shapes = {**own, **OTHERS, **losses}
     (found,) = find_networks(shapes)
     assert sorted(found.names.values()) == sorted(own)
     assert found.unexpected == ()
@@ -177,7 +177,7 @@ def test_the_decoder_is_numbered_from_the_other_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "family", "factor"),
+    ("others", "family", "factor"),
     [
         ({"x.transformer_blocks.0.attn2.to_k.weight": (320, 768)}, "sd1", 0.18215),
         ({"x.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}, "sd2", 0.18215),
@@ -188,10 +188,10 @@ def test_the_decoder_is_numbered_from_the_other_end() -> None:
     ],
 )
 def test_the_rest_of_the_file_names_the_family(
-    beside: dict[str, tuple[int, ...]], family: str, factor: float
+    others: dict[str, tuple[int, ...]], family: str, factor: float
 ) -> None:
     prefix = "first_stage_model."
-    shapes = {prefix + k: v for k, v in shapes_in(CONFIGS["sd1"], "original").items()} | beside
+    shapes = {prefix + k: v for k, v in shapes_in(CONFIGS["sd1"], "original").items()} | others
     (vae,) = identify(shapes)
     assert (vae.family, vae.config["scaling_factor"], vae.open_to) == (family, factor, ())
 
@@ -242,8 +242,8 @@ def test_flux2_is_known_by_its_statistics() -> None:
     original = original_tensors(on_meta(config).state_dict(), config)
     assert "encoder.quant_conv.weight" in original
     assert sdconv.infer({k: tuple(v.shape) for k, v in original.items()}) == {"vae": config}
-    (told,) = identify(shapes, config=config.to_json())
-    assert (told.family, told.config) == ("flux2", config)
+    (identified,) = identify(shapes, config=config.to_json())
+    assert (identified.family, identified.config) == ("flux2", config)
     assert sdconv.infer(shapes, family="flux2") == {"vae": config}
     with pytest.raises(sdconv.InputError, match="does not fit"):
         sdconv.infer(shapes, family="flux1")

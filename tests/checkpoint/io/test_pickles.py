@@ -60,8 +60,8 @@ def test_a_state_dict_comes_back(tmp_path: Path, new: bool) -> None:
 @FORMATS
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_weights_are_found_under_their_usual_names(tmp_path: Path, wrapper: str, new: bool) -> None:
-    beside = {"epoch": 3, "optimizer_states": [{"state": {0: torch.ones(2)}}], "lr": 1e-4}
-    file = saved(tmp_path / "a.ckpt", {**beside, wrapper: OrderedDict(WEIGHTS)}, new)
+    others = {"epoch": 3, "optimizer_states": [{"state": {0: torch.ones(2)}}], "lr": 1e-4}
+    file = saved(tmp_path / "a.ckpt", {**others, wrapper: OrderedDict(WEIGHTS)}, new)
     assert same(read_pickle(file), WEIGHTS)
 
 
