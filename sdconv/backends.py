@@ -1,5 +1,4 @@
-"""Two backends that compute the same networks, the one switch between them, and the one place
-where a lower floor gets what only a higher one can import.
+"""The two backends, the switch between them, and providers of modules of higher floors.
 
 ``reference`` runs the plain torch code of :mod:`sdconv.models`, which uses diffusers' operations in
 diffusers' order: on a CPU in float32 the results are equal bit for bit. ``fast`` runs other
@@ -30,14 +29,14 @@ _ATTRIBUTE = "backend"
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _in_context: ContextVar[str | None] = ContextVar("sdconv_backend", default=None)
-# By name, what imports it.
+# Functions that import a module of a higher floor, by its name here.
 _providers: dict[str, Callable[[], Any]] = {}
 _fast_is_loaded = False
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs every network in this thread on one backend, whichever it was loaded with.
+    """Runs every network in this thread on one backend, regardless of which it was loaded with.
 
     ::
 
@@ -52,7 +51,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         InputError: unknown backend.
     """
-    token = _in_context.set(check_backend(name))
+    token = _in_context.set(_ready(name))
     try:
         yield
     finally:
@@ -65,7 +64,7 @@ def set_backend(module: nn.Module, name: str) -> None:
     Raises:
         InputError: unknown backend.
     """
-    check_backend(name)
+    _ready(name)
     for part in module.modules():
         if name == BACKENDS[0]:
             vars(part).pop(_ATTRIBUTE, None)
@@ -74,7 +73,7 @@ def set_backend(module: nn.Module, name: str) -> None:
 
 
 def is_fast(module: nn.Module) -> bool:
-    """Whether the module runs on the fast backend here and now."""
+    """Whether the fast backend is in force for a module: by the context, or by its own backend."""
     return (_from_context() or vars(module).get(_ATTRIBUTE)) == "fast"
 
 
@@ -125,7 +124,7 @@ def dispatched(plain: Method) -> Method:
     @functools.wraps(plain)
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
         if is_fast(module):
-            if not _fast_is_loaded:
+            if not _fast_is_loaded:  # the module was unpickled with its backend
                 _load_fast()
             if fast is not None:
                 out = fast(module, *args, **kwargs)
@@ -153,6 +152,13 @@ def implements(function: Callable[..., Any]) -> Callable[[Method], Method]:
         return implementation
 
     return register
+
+
+def _ready(name: str) -> str:
+    """Checks a backend's name and imports its implementations, which torch.compile cannot trace."""
+    if check_backend(name) == "fast" and not _fast_is_loaded:
+        _load_fast()
+    return name
 
 
 def _load_fast() -> None:

@@ -85,7 +85,7 @@ LAYOUTS = {
         k: v[:, :, None, None].clone() if ".to_" in k and v.ndim == 2 else v
         for k, v in state.items()
     },
-    "next to a text encoder's tensor and a schedule": lambda state: {
+    "next to a U-Net's tensor and a schedule": lambda state: {
         **{f"vae.{k}": v for k, v in state.items()},
         "alphas_cumprod": torch.ones(1000),
         "text_encoders.clip_l.logit_scale": torch.ones(()),
@@ -170,8 +170,8 @@ def test_config_json_that_contradicts_the_weights(state: State, tmp_path: Path) 
     with pytest.raises(sdconv.WeightsMismatchError, match="of the wrong shape") as caught:
         sdconv.load(folder_of(state, tmp_path / "vae", config))
     assert "(96, 32, 3, 3)" in str(caught.value) and "(64, 32, 3, 3)" in str(caught.value)
-    words = "whose config says block_out_channels = (32, 96) where the shapes say (32, 64)"
-    assert words in str(caught.value)
+    message = "whose config says block_out_channels = (32, 96) where the shapes say (32, 64)"
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def _order(block: str) -> list[tuple[int, int, str]]:
 
 
 def _named(checkpoint: Checkpoint) -> dict[str, OutputTensor]:
-    """Every tensor by the name under which it is compared."""
+    """The tensors by the names under which they are compared."""
     networks = list(checkpoint.networks())
     kinds = [found.component for _, found in networks]
     # two networks of one kind are ambiguous: their tensors keep their own names

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
-from sdconv.sizes import count, format_pair, in_bytes
+from sdconv.sizes import count, format_padding, in_bytes
 
 if TYPE_CHECKING:
     from sdconv.analysis.anatomy import Anatomy, Block, Operation
@@ -228,7 +228,7 @@ def _operation_row(anatomy: Anatomy, operation: Operation) -> tuple[str, ...]:
         f"{_short(operation.name)} ({operation.role})",
         _sides(operation.kernel),
         _both(operation.stride),
-        _padding(operation.padding) if operation.kernel else "",
+        format_padding(operation.padding) if operation.kernel else "",
         _change(operation.in_channels, operation.out_channels),
         _sides(operation.out_size),
         count(operation.parameters),
@@ -246,7 +246,9 @@ def _block_row(anatomy: Anatomy, block: Block) -> tuple[str, ...]:
         " ".join(_sides(one.kernel) for one in convolutions) or block.class_name,
         " ".join(dict.fromkeys(_both(one.stride) for one in convolutions)),
         # a 1x1 shortcut has no padding, which need not be said
-        " ".join(dict.fromkeys(_padding(c.padding) for c in convolutions if c.kernel != (1, 1))),
+        " ".join(
+            dict.fromkeys(format_padding(c.padding) for c in convolutions if c.kernel != (1, 1))
+        ),
         _change(block.in_channels, block.out_channels),
         _sides(block.out_size),
         count(block.parameters),
@@ -297,13 +299,6 @@ def _both(pair: tuple[object, object] | None) -> str:
 
 def _receptive_field(operation: Operation) -> str:
     return _both(operation.receptive_field) + ("*" if operation.global_receptive_field else "")
-
-
-def _padding(padding: tuple[int, int, int, int]) -> str:
-    top, bottom, left, right = padding
-    if top == bottom == left == right:
-        return str(top)
-    return f"{top},{bottom}" if (top, bottom) == (left, right) else f"{top},{bottom}/{left},{right}"
 
 
 def _change(before: object, after: object) -> str:

@@ -1,4 +1,4 @@
-"""Whole checkpoints there and back: names, bytes, other tensors; no file is held in memory."""
+"""Whole checkpoints there and back: names, bytes and other tensors; no file is held in memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from sdconv.checkpoint.io.header import DTYPE_BITS
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
 VAE, UNET = "first_stage_model.", "model.diffusion_model."
-# as Lightning saves them next to the networks, and as other programs add them
-OTHER_TENSORS = {
+# as Lightning saves them with the networks, and as others have put them there
+OTHERS = {
     "betas": torch.linspace(0, 1, 10, dtype=torch.float64),
     "global_step": torch.tensor(470000),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
@@ -63,7 +63,7 @@ def vae_alone() -> dict[str, Tensor]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint in the original layout."""
     path = tmp_path_factory.mktemp("whole") / "model.safetensors"
-    save_file(originals() | OTHER_TENSORS, path, metadata={"modelspec.title": "Über\n\u20ac"})
+    save_file(originals() | OTHERS, path, metadata={"modelspec.title": "Über\n\u20ac"})
     return path
 
 
@@ -84,8 +84,8 @@ def test_round_trip_is_the_same_file(whole: Path, tmp_path: Path) -> None:
     convert(tmp_path / "between.safetensors", back, "original")
     assert raw(back) == raw(whole)
     assert metadata(back) == metadata(whole)
-    # the control: the file in between is another one, and one changed bit is noticed
-    assert set(raw(tmp_path / "between.safetensors")) & set(raw(whole)) == set(OTHER_TENSORS)
+    # the control: the file between is another one, and a bit more would be seen
+    assert set(raw(tmp_path / "between.safetensors")) & set(raw(whole)) == set(OTHERS)
     data = bytearray(back.read_bytes())
     data[-1] ^= 1
     back.write_bytes(data)
@@ -110,10 +110,8 @@ def test_the_file_between(whole: Path, tmp_path: Path) -> None:
         left_out={},
     )
     written, before = raw(out), raw(whole)
-    assert {name: written[name] for name in OTHER_TENSORS} == {
-        name: before[name] for name in OTHER_TENSORS
-    }
-    # exactly diffusers' own names
+    assert {name: written[name] for name in OTHERS} == {name: before[name] for name in OTHERS}
+    # diffusers' own names, all of them and no more
     tensors, source = load_file(out), originals()
     for component, prefix in (("vae", VAE), ("unet", UNET)):
         state = {k: v for k, v in source.items() if k.startswith(prefix)}
@@ -183,7 +181,7 @@ TENSORS = st.dictionaries(
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(others=TENSORS, said=st.dictionaries(NAMES, NAMES, max_size=2), data=st.binary())
-def test_all_other_tensors_are_carried_over(
+def test_anything_beside_is_carried_over(
     others: dict[str, tuple[str, list[int]]], said: dict[str, str], data: bytes, tmp_path: Path
 ) -> None:
     # also dtypes that torch lacks, such as two numbers in a byte
@@ -231,7 +229,7 @@ def test_dtype_of_converted_tensors(whole: Path, tmp_path: Path) -> None:
     written, before = load_file(out), load_file(whole)
     assert set(written) == set(before)
     for name, tensor in before.items():
-        assert written[name].dtype == (tensor.dtype if name in OTHER_TENSORS else torch.float32)
+        assert written[name].dtype == (tensor.dtype if name in OTHERS else torch.float32)
         assert torch.equal(written[name].to(tensor.dtype), tensor), name
 
 
@@ -253,7 +251,7 @@ def test_to_folders_for_diffusers(whole: Path, tmp_path: Path) -> None:
         for component in ("vae", "unet")
         for name in ("config.json", weights)
     )
-    assert sum(result.left_out.values()) == len(OTHER_TENSORS)
+    assert sum(result.left_out.values()) == len(OTHERS)
     for component, kind in (("vae", "AutoencoderKL"), ("unet", "UNet2DConditionModel")):
         theirs = getattr(diffusers, kind).from_pretrained(tmp_path / "model" / component)
         ours = sdconv.load(tmp_path / "model" / component).state_dict()

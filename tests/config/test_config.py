@@ -69,7 +69,7 @@ def test_fields_that_no_block_reads_may_have_any_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "words"),
+    ("name", "changed", "message"),
     [
         ("AutoencoderKL", {"latent_channels": 16}, "latent_channels = 16 where the shapes say 4"),
         ("AutoencoderKL", {"layers_per_block": 1}, "layers_per_block = 1 where the shapes say 2"),
@@ -87,7 +87,7 @@ def test_fields_that_no_block_reads_may_have_any_value() -> None:
     ],
 )
 def test_a_config_that_contradicts_the_shapes_is_named(
-    name: str, changed: dict[str, Any], words: str
+    name: str, changed: dict[str, Any], message: str
 ) -> None:
     config = CONFIGS[name]
     shapes = {k: tuple(v.shape) for k, v in seeded.tensors(config).items()}
@@ -95,8 +95,8 @@ def test_a_config_that_contradicts_the_shapes_is_named(
     assert right.contradicted == ()
     (wrong,) = identify(shapes, config=config.to_json() | changed)
     assert len(wrong.contradicted) == 1
-    assert wrong.contradicted[0].startswith(words.replace("\\", ""))
-    # a field that shapes do not determine contradicts nothing
+    assert wrong.contradicted[0].startswith(message.replace("\\", ""))
+    # what shapes cannot tell contradicts nothing
     beyond = {"sample_size": 7} if "sample_size" in config else {"latent_shift": 7}
     (other,) = identify(shapes, config=config.to_json() | beyond)
     assert other.contradicted == ()

@@ -235,7 +235,7 @@ def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
         network("AutoencoderKL").state_dict(), family="sdxl"
     )
     assert decided.config.scaling_factor == 0.13025
-    # the name of a repository is not a path, and nothing is downloaded
+    # a repository id is not a path, and nothing is fetched
     with pytest.raises(sdconv.CheckpointError, match="madebyollin"):
         sdconv.AutoencoderTiny.from_pretrained("madebyollin/taesd")
     for config in (None, "config.json", 3):

@@ -299,7 +299,7 @@ def test_a_fault_shows_against_the_original(fault: Callable[[UNet2DConditionMode
 
 @pytest.mark.parametrize("family", unets.FAMILIES)
 def test_dry_run_on_fake_cuda(family: str) -> None:
-    network = unets.blank(unets.smallest(family))
+    network = unets.on_meta(unets.smallest(family))
     for dtype in HALF_DTYPES:
         outputs = record_outputs(network)
         with FakeTensorMode(), WithoutDriver(), torch.no_grad():
@@ -371,7 +371,7 @@ def test_folders_written_by_diffusers_and_for_diffusers(tmp_path: Path) -> None:
 
 
 def config_of(family: str) -> UNet2DConditionConfig:
-    return unets.blank(unets.small(family)).config
+    return unets.on_meta(unets.small(family)).config
 
 
 def test_without_transformers() -> None:

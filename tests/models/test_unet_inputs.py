@@ -14,11 +14,11 @@ import sdconv
 from sdconv.models.unet import UNet2DConditionModel
 
 NETWORKS = {
-    "plain": unets.blank(unets.small("one level")),
-    "SDXL": unets.blank(unets.smallest("SDXL")),
-    "x4": unets.blank(unets.smallest("x4 upscaler")),
-    "unCLIP": unets.blank(unets.smallest("SD2 unCLIP")),
-    "LCM": unets.blank(unets.smallest("LCM")),
+    "plain": unets.on_meta(unets.small("one level")),
+    "SDXL": unets.on_meta(unets.smallest("SDXL")),
+    "x4": unets.on_meta(unets.smallest("x4 upscaler")),
+    "unCLIP": unets.on_meta(unets.smallest("SD2 unCLIP")),
+    "LCM": unets.on_meta(unets.smallest("LCM")),
 }
 
 

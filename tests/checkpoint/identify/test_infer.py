@@ -113,7 +113,7 @@ def test_headers_of_real_checkpoints(header: str, shared_dir: Path) -> None:
     assert vae.found.shapes(shapes) == shapes_of(on_meta(config))
 
 
-OTHER_TENSORS = {
+OTHERS = {
     "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
     "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,),
     "model_ema.decay": (),
@@ -136,8 +136,8 @@ OTHER_TENSORS = {
 @pytest.mark.filterwarnings("ignore::sdconv.SdconvWarning")
 def test_other_tensors_are_ignored(prefix: str) -> None:
     own = {prefix + k: v for k, v in shapes_in(CONFIGS["sd1"], "original").items()}
-    losses = {prefix + k: v for k, v in OTHER_TENSORS.items() if k.startswith("loss.")}
-    shapes = {**own, **OTHER_TENSORS, **losses}
+    losses = {prefix + k: v for k, v in OTHERS.items() if k.startswith("loss.")}
+    shapes = {**own, **OTHERS, **losses}
     (found,) = find_networks(shapes)
     assert sorted(found.names.values()) == sorted(own)
     assert found.unexpected == ()
@@ -242,8 +242,8 @@ def test_flux2_is_known_by_its_statistics() -> None:
     original = original_tensors(on_meta(config).state_dict(), config)
     assert "encoder.quant_conv.weight" in original
     assert sdconv.infer({k: tuple(v.shape) for k, v in original.items()}) == {"vae": config}
-    (found,) = identify(shapes, config=config.to_json())
-    assert (found.family, found.config) == ("flux2", config)
+    (identified,) = identify(shapes, config=config.to_json())
+    assert (identified.family, identified.config) == ("flux2", config)
     assert sdconv.infer(shapes, family="flux2") == {"vae": config}
     with pytest.raises(sdconv.InputError, match="does not fit"):
         sdconv.infer(shapes, family="flux1")

@@ -145,7 +145,7 @@ def test_a_unets_embedding_without_its_weight(part: str) -> None:
 
 @cache
 def shapes_of_unet(family: str, layout: str = "diffusers") -> Shapes:
-    network = unets.blank(unets.smallest(family))
+    network = unets.on_meta(unets.smallest(family))
     tensors = network.state_dict()
     if layout == "original":
         tensors = original_tensors(tensors, network.config)
@@ -184,7 +184,7 @@ def attention_in_a_level() -> Shapes:
     return {**shapes(), "encoder.down.1.attn.0.q.weight": (64, 64, 1, 1)}
 
 
-# names that only other VAEs have: Allegro, Stable Video Diffusion (in
+# names in other VAEs that those built here do not have: of Allegro, Stable Video Diffusion (in
 # both layouts), diffusers' asymmetric one, Qwen-Image 2.1 and KVAE
 OTHERS = {
     "decoder.mid_block.temp_convs.0.conv1.0.weight": r"for videos",
@@ -233,7 +233,7 @@ def test_originals_that_diffusers_class_cannot_be(
 
 
 def test_a_damaged_width_is_still_a_wrong_shape() -> None:
-    """The control: other shapes are not taken for such an original."""
+    """The control: anything else is not taken for such an original."""
     for name, shape in (
         ("encoder.conv_in.weight", (64, 3, 3, 3)),
         ("post_quant_conv.weight", (5, 5, 1, 1)),
@@ -250,8 +250,8 @@ def test_flux2_patches_that_are_not_square(patch: tuple[int, int], count: int) -
         sdconv.infer(named)
     assert "32 latent channels" in str(caught.value) and f"({count},)" in str(caught.value)
     assert "config.json" in str(caught.value)
-    (found,) = identify(named, config=config.to_json())
-    assert (found.config, found.family, found.contradicted) == (config, "flux2", ())
+    (identified,) = identify(named, config=config.to_json())
+    assert (identified.config, identified.family, identified.contradicted) == (config, "flux2", ())
 
 
 @pytest.mark.parametrize(("side", "count"), [(1, 32), (2, 128), (3, 288)])

@@ -74,7 +74,7 @@ def test_names_survive_the_original_layout(family: tuple[dict[str, Any], Shapes]
     ("width", "added"), [(2048, False), (1536, False), (40, False), (16 + 5 * 256, True)]
 )
 def test_the_original_label_is_recognised_by_its_width(width: int, added: bool) -> None:
-    """In U-Nets with one-block transformers at every level, as in unCLIP."""
+    """Where the first level also has transformers of one block each, as in unCLIP."""
     label = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     shapes = shapes_of({**FAMILIES["SD2"], **label})
     keys = keys_of_canonical(shapes)
@@ -208,8 +208,8 @@ def test_heads_that_no_family_has_are_open() -> None:
     with pytest.warns(sdconv.SdconvWarning, match="differ in the number of attention heads"):
         config = sdconv.infer(shapes)["unet"]
     assert config.attention_head_dim == (1, 1, 1)
-    given = sdconv.infer(shapes, family="x4-upscaler")["unet"]
-    assert given.attention_head_dim == 8
+    config = sdconv.infer(shapes, family="x4-upscaler")["unet"]
+    assert config.attention_head_dim == 8
 
 
 def test_family_that_does_not_fit() -> None:

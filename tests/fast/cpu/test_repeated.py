@@ -114,7 +114,7 @@ MALLINFO = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "lin
 COUNTED = pytest.mark.skipif(MALLINFO is None, reason="needs mallinfo2 of glibc 2.33 or newer")
 
 
-def handed_out() -> int:
+def allocated() -> int:
     """Bytes allocated and not freed, without what the allocator keeps in reserve, and whether or
     not they are resident."""
     assert MALLINFO is not None
@@ -155,10 +155,10 @@ def growth(run: Callable[[], object], count: int) -> int:
     them, what each call leaves behind in all."""
     grown = []
     for _ in range(3):
-        before = handed_out()
+        before = allocated()
         for _ in range(count):
             run()
-        grown.append(handed_out() - before)
+        grown.append(allocated() - before)
     return min(grown)
 
 
