@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 from sdconv.features.dry_run import PointFacts, dry_run
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.targets import target_of
-from sdconv.sizes import count, format_padding
+from sdconv.sizes import count, format_padding, format_pair
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -178,8 +178,4 @@ def _convolution(point: Point) -> str:
     if point.kernel is None or point.stride is None or point.padding is None:
         return ""
     rows, columns = point.kernel
-    return f"{rows}x{columns} s{_sides(point.stride)} p{format_padding(point.padding)}"
-
-
-def _sides(pair: tuple[object, object]) -> str:
-    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
+    return f"{rows}x{columns} s{format_pair(point.stride)} p{format_padding(point.padding)}"

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
-from sdconv.sizes import count, format_padding, in_bytes
+from sdconv.sizes import count, format_padding, format_pair, in_bytes
 
 if TYPE_CHECKING:
     from sdconv.analysis.anatomy import Anatomy, Block, Operation
@@ -80,7 +80,7 @@ def anatomy_report(anatomy: Anatomy, *, every: bool) -> RenderableType:
         plain(f"{anatomy.class_name} on an image of {rows}x{columns} (rows x columns)", "bold")
     ]
     for path in ("encode", "decode"):
-        if blocks := anatomy.half(path):
+        if blocks := anatomy.blocks_of(path):
             parts.append(_half(anatomy, path, blocks, every))
     return Group(*parts, _totals(anatomy), plain(_EXPLAINED, "dim"))
 

@@ -28,7 +28,7 @@ from sdconv.checkpoint.io.header import DTYPE_BITS
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
 VAE, UNET = "first_stage_model.", "model.diffusion_model."
-# as Lightning saves them with the networks, and as others have put them there
+# as Lightning saves them with the networks, and as other programs add them
 OTHERS = {
     "betas": torch.linspace(0, 1, 10, dtype=torch.float64),
     "global_step": torch.tensor(470000),
@@ -84,7 +84,7 @@ def test_round_trip_is_the_same_file(whole: Path, tmp_path: Path) -> None:
     convert(tmp_path / "between.safetensors", back, "original")
     assert raw(back) == raw(whole)
     assert metadata(back) == metadata(whole)
-    # the control: the file between is another one, and a bit more would be seen
+    # the control: the file in between is another one, and one changed bit is noticed
     assert set(raw(tmp_path / "between.safetensors")) & set(raw(whole)) == set(OTHERS)
     data = bytearray(back.read_bytes())
     data[-1] ^= 1
@@ -111,7 +111,7 @@ def test_the_file_between(whole: Path, tmp_path: Path) -> None:
     )
     written, before = raw(out), raw(whole)
     assert {name: written[name] for name in OTHERS} == {name: before[name] for name in OTHERS}
-    # diffusers' own names, all of them and no more
+    # exactly diffusers' own names
     tensors, source = load_file(out), originals()
     for component, prefix in (("vae", VAE), ("unet", UNET)):
         state = {k: v for k, v in source.items() if k.startswith(prefix)}
@@ -181,7 +181,7 @@ TENSORS = st.dictionaries(
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(others=TENSORS, said=st.dictionaries(NAMES, NAMES, max_size=2), data=st.binary())
-def test_anything_beside_is_carried_over(
+def test_all_other_tensors_are_carried_over(
     others: dict[str, tuple[str, list[int]]], said: dict[str, str], data: bytes, tmp_path: Path
 ) -> None:
     # also dtypes that torch lacks, such as two numbers in a byte

@@ -96,7 +96,7 @@ def test_a_config_that_contradicts_the_shapes_is_named(
     (wrong,) = identify(shapes, config=config.to_json() | changed)
     assert len(wrong.contradicted) == 1
     assert wrong.contradicted[0].startswith(message.replace("\\", ""))
-    # what shapes cannot tell contradicts nothing
+    # a field that shapes do not determine contradicts nothing
     beyond = {"sample_size": 7} if "sample_size" in config else {"latent_shift": 7}
     (other,) = identify(shapes, config=config.to_json() | beyond)
     assert other.contradicted == ()

@@ -49,7 +49,7 @@ def test_what_is_reused_and_what_is_not_computed(network: Any) -> None:
 
 
 @torch.no_grad()
-def test_what_is_changed_in_place_later_is_given_as_it_was(network: Any) -> None:
+def test_an_output_changed_in_place_later_is_reused_unchanged(network: Any) -> None:
     # diffusers multiplies the mid block's output in place
     network.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.4)
     given = inputs(network, 801)

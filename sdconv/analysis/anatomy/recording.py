@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
 from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
-from sdconv.errors import InputError, SdconvError
+from sdconv.errors import InputError
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import (
@@ -149,15 +149,8 @@ def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int])
     recorder = Recorder(path)
     x = torch.empty(1, channels, *size, device="meta")
     recorder.track(x, TensorGeometry.of_input(size))
-    try:
-        with recorder.following_modules(network), recorder:
-            getattr(network, path)(x)
-    except SdconvError:
-        raise  # some are ValueErrors too
-    except ValueError as error:  # torch's normalisation, if a group has a single value
-        raise InputError(
-            "the image is too small for this network's normalisation", where="size", got=error
-        ) from error
+    with recorder.following_modules(network), recorder:
+        getattr(network, path)(x)
     return recorder.operations
 
 

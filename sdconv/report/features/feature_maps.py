@@ -138,15 +138,11 @@ def _convolution(point: Point) -> str | None:
     else:
         sides = zip(point.padding, ("above", "below", "left", "right"), strict=True)
         padding = ", ".join(f"{zeros} {side}" for zeros, side in sides if zeros)
-    return f"{kernel}, stride {_sides(*point.stride)}, padding {padding}"
+    return f"{kernel}, stride {format_pair(point.stride, _TIMES)}, padding {padding}"
 
 
 def _scale(downscale: tuple[Fraction, Fraction]) -> dict[str, str]:
     """How much smaller or larger the feature map is than the network's input."""
     if all(factor < 1 for factor in downscale):
-        return {"upscale": _sides(1 / downscale[0], 1 / downscale[1])}
-    return {"downscale": _sides(*downscale)}
-
-
-def _sides(rows: Fraction | int, columns: Fraction | int) -> str:
-    return str(rows) if rows == columns else f"{rows} \u00d7 {columns}"
+        return {"upscale": format_pair((1 / downscale[0], 1 / downscale[1]), _TIMES)}
+    return {"downscale": format_pair(downscale, _TIMES)}

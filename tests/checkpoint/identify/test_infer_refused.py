@@ -184,7 +184,7 @@ def attention_in_a_level() -> Shapes:
     return {**shapes(), "encoder.down.1.attn.0.q.weight": (64, 64, 1, 1)}
 
 
-# names in other VAEs that those built here do not have: of Allegro, Stable Video Diffusion (in
+# names that only other VAEs have: of Allegro, Stable Video Diffusion (in
 # both layouts), diffusers' asymmetric one, Qwen-Image 2.1 and KVAE
 OTHERS = {
     "decoder.mid_block.temp_convs.0.conv1.0.weight": r"for videos",

@@ -129,7 +129,7 @@ def test_a_pipeline_is_not_one_component(tmp_path: Path) -> None:
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
     names = ["text_encoder", "unet", "vae"]
     assert components_in(tmp_path) == {name: tmp_path / name for name in names}
-    for _ in range(2):  # as it is, then with the file that says so next to a whole checkpoint
+    for _ in range(2):  # without model_index.json, then with it and a whole checkpoint
         with pytest.raises(CheckpointError, match="a whole pipeline") as error:
             open_source(tmp_path)
         assert "text_encoder, unet, vae" in str(error.value)
