@@ -336,7 +336,7 @@ def test_networks_that_diffusers_lacks(kind: str) -> None:
         ({"size": (0, 8)}, "not a batch of images"),
         ({"size": (8, 8, 8)}, "not a batch of images"),
         ({"batch": 0}, "not a batch of images"),
-        ({"size": (3, 8)}, "images of the wrong shape"),
+        ({"size": (3, 8)}, "images have the wrong shape"),
     ],
 )
 def test_invalid_arguments(options: dict[str, Any], message: str) -> None:

@@ -219,7 +219,9 @@ def _half(value: Any) -> Any:
 
 
 def test_what_diffusers_cannot_convert() -> None:
-    with pytest.raises(sdconv.SdconvError, match=r"cannot convert these names(.|\n)*sdconv conv"):
+    with pytest.raises(
+        sdconv.SdconvError, match=r"cannot convert these tensor names(.|\n)*sdconv conv"
+    ):
         check(made(unets.small("uneven layers"), "original"), size=SIZE)
 
 
