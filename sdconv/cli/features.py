@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +26,7 @@ from sdconv.cli.common import (
     say,
 )
 from sdconv.cli.running import running
-from sdconv.errors import InputError, SdconvError
+from sdconv.errors import InputError
 
 if TYPE_CHECKING:
     from sdconv.features import Maps, Points
@@ -136,6 +131,7 @@ def features(
     kept = _calls(keep, steps)
     _check_folder(out, force)
     from sdconv.features.drivers import Request, prepare_run
+    from sdconv.features.zarr_store import atomic_folder
 
     request = Request(
         source=source,
@@ -154,7 +150,7 @@ def features(
     for note in run.notes:
         say(note, "note")
     weights = ", ".join(one.name or str(one) for one in model)
-    with _atomic_folder(out) as part:
+    with atomic_folder(out) as part:
         points, maps = _capture(run, layers, exclude or (), kept, part / MAPS)
         page = _write_page(run, points, maps, part / PAGE, weights, dtype)
         names = list(maps)
@@ -279,45 +275,3 @@ def _check_folder(out: Path, force: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("is not a folder", where=out, hint="give --out another name")
     check_output(out, force)
-
-
-@contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``out`` at the end, and removed after an error.
-
-    Raises:
-        SdconvError: an error about a file in the folder, under the name ``out``.
-    """
-    from sdconv.features.zarr_store import remove_folder
-
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"))
-    try:
-        yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o777 & ~umask)
-        _put_in_place(part, out)
-    except SdconvError as error:
-        if str(part) not in str(error):
-            raise
-        raise SdconvError(
-            "cannot be written, and nothing is left of it",
-            where=out,
-            got=error.__cause__ or error,
-            hint="make room, or choose an --out on another disk",
-        ) from error
-    finally:
-        remove_folder(part)
-
-
-def _put_in_place(part: Path, out: Path) -> None:
-    """Give a complete folder its name, or move its contents into a folder that is not empty."""
-    if not out.is_dir() or not any(out.iterdir()):
-        part.rename(out)
-        return
-    for new in list(part.iterdir()):
-        if (old := out / new.name).is_dir():
-            shutil.rmtree(old)
-        new.replace(old)
-    part.rmdir()

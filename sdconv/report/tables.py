@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from math import isnan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
-from sdconv.sizes import count, format_padding, format_pair, in_bytes
+from sdconv.sizes import count, format_bytes, format_padding, format_pair, in_bytes
 
 if TYPE_CHECKING:
     from sdconv.analysis.anatomy import Anatomy, Block, Operation
@@ -307,3 +307,21 @@ def _change(before: object, after: object) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}"
+
+
+def plan_table(answers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """What streaming takes in each direction, as ``sdconv plan`` computes it."""
+    heads = ("", ">memory", ">on disk", ">strips", ">seconds", ">least", ">without spilling")
+    table = table_of(*heads)
+    for direction, found in answers.items():
+        seconds = "" if found["seconds"] is None else f"{found['seconds']:.3g}"
+        table.add_row(
+            direction,
+            format_bytes(found["peak"]),
+            format_bytes(found["spilled"]),
+            str(found["strips"]),
+            seconds,
+            format_bytes(found["least"]),
+            format_bytes(found["least_without_spill"]),
+        )
+    return table
