@@ -212,6 +212,20 @@ def test_compiled_and_exported() -> None:
     assert error(program.module()(*given), expected) < 2e-6
 
 
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_compiled_decoder_is_one_graph() -> None:
+    vae = seeded.network(AUTOENCODERS["sd1"])
+    sizes = [(5, 6), (6, 4)]
+    compiled = torch.compile(vae.decoder, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for size in sizes:
+            z = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(2))
+            expected = vae.decoder(z)
+            with sdconv.backend("fast"):
+                assert error(compiled(z), expected) < 1e-5
+    torch._dynamo.reset()
+
+
 # --- on a real GPU
 
 # moves a tensor to a network's device and to a dtype
