@@ -87,7 +87,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(module) is kind
         and module._compiled_call_impl is None
-        and getattr(module.forward, "__func__", None) is kind.forward
+        and "forward" not in vars(module)
         and not (
             module._forward_hooks
             or module._forward_pre_hooks
