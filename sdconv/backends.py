@@ -61,6 +61,9 @@ def backend(name: str) -> Iterator[None]:
 def set_backend(module: nn.Module, name: str) -> None:
     """Sets the backend of a module and of all modules inside it.
 
+    On CUDA, the weights of convolutions that are to run on the fast backend are converted to
+    channels-last order in place, and back for the reference; their values stay.
+
     Raises:
         InputError: unknown backend.
     """
@@ -70,6 +73,8 @@ def set_backend(module: nn.Module, name: str) -> None:
             vars(part).pop(_ATTRIBUTE, None)
         else:
             vars(part)[_ATTRIBUTE] = name
+    if _fast_is_loaded:
+        provided("fast").arrange_weights(module, name == "fast")
 
 
 def is_fast(module: nn.Module) -> bool:

@@ -251,6 +251,6 @@ def test_a_heavy_import_is_noticed() -> None:
 
 def test_import_sdconv_registers_no_operator() -> None:
     assert operators_after("import torch, sdconv; dir(sdconv)") == set()
-    names = ("group_stats", "conv3x3", "upsample_conv", "group_norm_silu")
+    names = ("group_stats", "conv3x3", "upsample_conv", "group_norm_nhwc", "epilogue")
     registered = {f"sdconv::{name}" for name in names}
     assert operators_after("import sdconv.fast") == registered, "the control"

@@ -17,6 +17,7 @@ from sdconv.config import Config
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
 from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
+from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
@@ -180,7 +181,8 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
         # the fast backend takes a 3x3 convolution together with the normalisation before it
         normalised = kind == "conv3x3"
         shape = batch, channels, out_channels, height, width
-        plan = plan_conv(kind, *shape, normalised, available)
+        rate = direct_rate(conv.weight.dtype)
+        plan = plan_conv(kind, *shape, normalised, available, rate)
         method, costs, reason = plan.method, dict(plan.costs), plan.reason
     return Explained(
         name=call.name,

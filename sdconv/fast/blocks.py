@@ -8,14 +8,15 @@ feature map is on: :mod:`sdconv.fast.cpu.blocks` or :mod:`sdconv.fast.cuda.block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sdconv.backends import implements
+from sdconv.backends import implements, is_fast
 from sdconv.fast.cpu import blocks as cpu
 from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cuda import blocks as cuda
@@ -24,6 +25,7 @@ from sdconv.fast.preconditions import (
     is_conv1x1,
     is_conv3x3,
     is_eager,
+    is_linear,
     is_norm,
     is_supported,
 )
@@ -31,6 +33,7 @@ from sdconv.models.blocks import (
     AsymmetricDownsample2D,
     Attention,
     DownEncoderBlock2D,
+    MidBlock2D,
     ResnetBlock2D,
     UpDecoderBlock2D,
     Upsample2D,
@@ -102,10 +105,25 @@ def can_run_downsample(block: Any, x: Tensor) -> bool:
     return plain and _can_run(x) and min(x.shape[2:]) > 1
 
 
+@implements(Attention.forward)
+def attention(block: Any, x: Tensor) -> Tensor | None:
+    if not _is_cuda(x) or not can_run_attention(block, x):
+        return None
+    return cuda.attention(block, x)
+
+
+def can_run_attention(block: Any, x: Tensor) -> bool:
+    """Whether the parts of an attention block are plain layers that CUDA's arithmetic can
+    replace."""
+    projections = (block.to_q, block.to_k, block.to_v, block.to_out[0])
+    plain = is_norm(block.group_norm, x) and all(is_linear(one, x) for one in projections)
+    return plain and _can_run(x)
+
+
 @implements(Attention.normalised)
 def attention_norm(block: Any, x: Tensor) -> Tensor | None:
     norm = block.group_norm
-    if not (x.device.type == "cpu" and is_supported(x) and is_norm(norm, x)):
+    if not (ARITHMETIC.get(x.device.type) is cpu and is_supported(x) and is_norm(norm, x)):
         return None
     if not is_eager(x, *norm.parameters()):
         return None
@@ -126,6 +144,8 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
     """Runs an encoder or decoder; its feature maps reuse memory if no gradient needs them."""
     if not _can_run(x):
         return None
+    if _is_cuda(x) and not torch.is_grad_enabled():
+        return _half_on_cuda(network, x, blocks)
     x = network.conv_in(x.contiguous(memory_format=torch.channels_last))
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         for block in blocks:
@@ -135,6 +155,52 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
             for block in flatten_stages(blocks):
                 x = block(x)
     return _output(network, x)
+
+
+def _half_on_cuda(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
+    """Half of a VAE in which each layer passes on the statistics that the next one needs."""
+    layers = [network.conv_in]
+    for layer in flatten_stages(blocks):
+        if is_bare(layer, MidBlock2D):
+            mid = cast(MidBlock2D, layer)
+            layers += (mid.resnets[0], *mid.attentions, mid.resnets[1])
+        else:
+            layers.append(layer)
+    norm, activation, conv = network.conv_norm_out, network.conv_act, network.conv_out
+    stats = None
+    for layer, following in pairwise([*layers, norm]):
+        with_stats = _with_stats(layer, x)
+        if with_stats is None:
+            x, stats = layer(x), None
+        else:
+            x, stats = with_stats(layer, x, stats, _groups(following))
+    if can_run_output(norm, activation, conv, x):
+        return cuda.output(norm, conv, x, stats)
+    return _output(network, x)
+
+
+def _with_stats(layer: Any, x: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """CUDA's function for a layer that is computed without being called, or None."""
+    if not is_fast(layer):
+        return None
+    if is_bare(layer, ResnetBlock2D) and can_run_resnet(layer, x) and layer.time_emb_proj is None:
+        return cuda.resnet_with_stats
+    if is_bare(layer, Upsample2D) and can_run_upsample(layer, x, None):
+        return cuda.upsample_with_stats
+    if is_bare(layer, Attention) and can_run_attention(layer, x):
+        return cuda.attention_with_stats
+    if is_conv3x3(layer, x):
+        return cuda.conv_with_stats
+    return None
+
+
+def _groups(layer: nn.Module) -> int:
+    """The number of groups of a layer's first GroupNorm; 0 if it does not begin with one."""
+    if isinstance(layer, ResnetBlock2D):
+        layer = layer.norm1
+    elif isinstance(layer, Attention):
+        layer = layer.group_norm
+    return layer.num_groups if isinstance(layer, nn.GroupNorm) else 0
 
 
 def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
@@ -181,5 +247,8 @@ def can_run_output(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: T
 
 
 def _can_run(x: Tensor) -> bool:
-    """Whether the fast backend has arithmetic for a feature map on its device."""
     return x.device.type in ARITHMETIC and is_supported(x)
+
+
+def _is_cuda(x: Tensor) -> bool:
+    return ARITHMETIC.get(x.device.type) is cuda

@@ -61,6 +61,11 @@ def is_conv1x1(module: nn.Module | None, x: Tensor) -> bool:
     )
 
 
+def is_linear(module: nn.Module | None, x: Tensor) -> bool:
+    """Whether a module is a bare linear layer in the dtype of ``x``."""
+    return isinstance(module, nn.Linear) and is_bare(module, nn.Linear) and _fits(module.weight, x)
+
+
 def is_norm(module: nn.Module | None, x: Tensor) -> bool:
     """Whether a module is a bare GroupNorm with weights in the dtype of ``x``."""
     return (
@@ -82,7 +87,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(module) is kind
         and module._compiled_call_impl is None
-        and getattr(module.forward, "__func__", None) is kind.forward
+        and "forward" not in vars(module)
         and not (
             module._forward_hooks
             or module._forward_pre_hooks

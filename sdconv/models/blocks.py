@@ -145,6 +145,7 @@ class Attention(nn.Module):
         # A list with one element, for diffusers' names of the weights: `to_out.0.weight`.
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    @dispatched
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         tokens = self.normalised(x).transpose(1, 2)

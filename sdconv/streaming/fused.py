@@ -22,6 +22,7 @@ from sdconv.fast.cpu.conv import (
     pack_pointwise,
 )
 from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
+from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
@@ -50,7 +51,8 @@ def layer_for(
     """The class of layer for the plan of a convolution whose input has this size."""
     sizes = conv.in_channels, conv.out_channels, height, width
     # Packed weights are not kept, so they need no room.
-    plan = plan_conv(kind, 1, *sizes, normalised, ("winograd",))
+    rate = direct_rate(conv.weight.dtype)
+    plan = plan_conv(kind, 1, *sizes, normalised, ("winograd",), rate)
     return _LAYERS[plan.kind, plan.method]
 
 

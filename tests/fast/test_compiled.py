@@ -13,7 +13,7 @@ from helpers.numbers import error, randn
 from torch import Tensor, nn
 
 import sdconv
-from sdconv.models.blocks import Upsample2D
+from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 
 WITHIN = 2e-5
 
@@ -77,6 +77,24 @@ def test_compiled(name: str, gradients: bool) -> None:
         loss = network(*given).square().sum()
         (reference,) = torch.autograd.grad(loss, [first])
         assert error(found, reference) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["reference", "fast"])
+def test_the_graph_has_the_fast_operators(name: str) -> None:
+    """Blocks that decline under torch.compile give the right result too, by torch's operations."""
+    nodes: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    network = Decode().requires_grad_(False)
+    resnets = sum(isinstance(module, ResnetBlock2D) for module in network.vae.decoder.modules())
+    with sdconv.backend(name):
+        torch.compile(network, fullgraph=True, backend=record)(*NETWORKS["decode"][1])
+    convolutions = nodes.count("sdconv.conv3x3.default")
+    # two in each ResNet block, and the last one
+    assert convolutions == (2 * resnets + 1 if name == "fast" else 0)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, row
 from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_conv
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats
 from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strips
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
@@ -138,7 +139,8 @@ def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPla
         for method, pack in _PACK[kind].items()
         if weight_cache.has_room(weight, pack, size[method])
     )
-    return plan_conv(kind, batch, channels, out_channels, height, width, normalised, available)
+    shape = batch, channels, out_channels, height, width
+    return plan_conv(kind, *shape, normalised, available, direct_rate(x.dtype))
 
 
 def conv3x3(

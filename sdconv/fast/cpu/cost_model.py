@@ -65,6 +65,7 @@ def plan_conv(
     width: int,
     normalised: bool = False,
     available: tuple[str, ...] = ("winograd", "im2col"),
+    direct_rate: float = 1.0,
 ) -> ConvPlan:
     """The fastest available method for a convolution of this kind and shape.
 
@@ -72,8 +73,10 @@ def plan_conv(
         height, width: of the input.
         normalised: whether GroupNorm and SiLU come before it; they cost Winograd's method nothing.
         available: the methods for whose packed weights there is room; "direct" needs none.
+        direct_rate: how many times as many products a time torch's kernel computes in the feature
+            map's dtype as in float32, see :mod:`sdconv.fast.cpu.processor`.
     """
-    costs = _costs(kind, batch, channels, out_channels, height, width, normalised)
+    costs = _costs(kind, batch, channels, out_channels, height, width, normalised, direct_rate)
     best, *others = sorted(costs, key=lambda method: costs[method])
     method = min(
         (method for method in costs if method in available or method == "direct"),
@@ -85,6 +88,8 @@ def plan_conv(
         reason = f"{others[0]} would take {costs[others[0]] / costs[best]:.2f} times as long"
     else:
         reason = "the only method for stride 2"
+    if method == "direct" and direct_rate > 1:
+        reason += "; the processor has matrix units for this dtype"
     return ConvPlan(
         kind,
         method,
@@ -102,22 +107,23 @@ def _costs(
     height: int,
     width: int,
     normalised: bool,
+    direct_rate: float,
 ) -> dict[str, float]:
     """The modelled time of each method for a kind of convolution."""
     pairs, pixels = channels * out_channels, batch * height * width
     if kind == "upsample_conv":
         return {
             "winograd": UPSAMPLE_CONV.positions / UPSAMPLE_CONV.step**2 * pixels * pairs,
-            "direct": 36.0 * pixels * pairs,
+            "direct": 36.0 * pixels * pairs / direct_rate,
         }
     if kind == "downsample_conv":
-        return {"direct": 9 * pairs * batch * (height // 2) * (width // 2)}
+        return {"direct": 9 * pairs * batch * (height // 2) * (width // 2) / direct_rate}
     tiles = batch * -(-height // OUTPUT_TILE) * -(-width // OUTPUT_TILE)
-    products = 9 * pairs * pixels + normalised * channels * pixels * _NORMALISE
+    products, norm = 9 * pairs * pixels, normalised * channels * pixels * _NORMALISE
     return {
         "winograd": CONV3X3.positions * pairs * (tiles + _READ)
         + CONV3X3.positions * (channels + out_channels) * tiles * _TRANSFORM
         + _CALL,
-        "im2col": products + 9 * pairs * _READ + 9 * channels * pixels * _TRANSFORM + _CALL,
-        "direct": products + 9 * pairs * _REORDER,
+        "im2col": products + norm + 9 * pairs * _READ + 9 * channels * pixels * _TRANSFORM + _CALL,
+        "direct": products / direct_rate + norm + 9 * pairs * _REORDER,
     }

@@ -1,6 +1,6 @@
 """GroupNorm and SiLU in one operation on channels-last feature maps, for CUDA.
 
-Importing this module registers the operator ``sdconv::group_norm_silu``, which has a gradient and
+Importing this module registers the operator ``sdconv::group_norm_nhwc``, which has a gradient and
 which torch.compile and torch.export see as one node.
 """
 
@@ -15,52 +15,102 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdconv.fast import gradients
+from sdconv.fast.cuda.choices import tiling
 
 
-def norm_silu(
-    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+def group_norm(
+    x: Tensor,
+    offset: Tensor | None,
+    added: Tensor | None,
+    stats: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
 ) -> Tensor:
-    """Applies GroupNorm and SiLU; on CUDA by Triton kernels, if Triton is installed.
+    """Normalises ``x + offset + added``, a sum that is not written to memory; on CUDA by Triton
+    kernels, if Triton is installed.
 
     Args:
-        x: ``(B, C, H, W)``.
-        added: ``(B, C)``, added to every pixel before the normalisation; or None.
-        weight, bias: ``(C,)``.
+        x: ``(B, C, H, W)``, such as a convolution's output without its bias.
+        offset: ``(C,)``, such as that bias; or None.
+        added: ``(B, C)``, such as a time embedding; or None.
+        stats: the sum's mean and variance, ``(B, groups, 2)`` in float32, if they are known.
+        weight, bias: ``(C,)``, of the normalisation.
         groups: number of groups.
         eps: added to each group's variance.
+        silu: applies SiLU to the result.
 
     Returns:
         ``(B, C, H, W)`` in the dtype of ``x`` and channels-last order.
     """
-    if x.device.type != "cuda" or not _has_triton():
-        return by_torch(x, added, weight, bias, groups, eps)
-    from sdconv.fast.cuda import group_norm_triton
+    if x.device.type != "cuda" or not has_triton():
+        return by_torch(x, offset, added, stats, weight, bias, groups, eps, silu)
+    from sdconv.fast.cuda import triton_kernels as kernels
 
-    return group_norm_triton.norm_silu(x, added, weight, bias, groups, eps)
+    x = x.contiguous(memory_format=torch.channels_last)
+    tiles = tiling(x.shape[1], x.shape[2] * x.shape[3])
+    if stats is None:
+        stats = kernels.run_sum_and_stats(x, offset, added, None, None, None, groups, tiles)
+    return kernels.run_normalise(x, offset, added, stats, weight, bias, groups, eps, silu, tiles)
 
 
 def by_torch(
-    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+    x: Tensor,
+    offset: Tensor | None,
+    added: Tensor | None,
+    stats: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
 ) -> Tensor:
-    """``norm_silu`` by torch's own operations."""
-    if added is not None:
-        x = x + added[:, :, None, None]
-    out = functional.silu(functional.group_norm(x, groups, weight, bias, eps))
+    """`group_norm` by torch's own operations, in float32 or wider."""
+    wide = total(x, offset, added)
+    scale, shift = weight.to(wide.dtype), bias.to(wide.dtype)
+    if stats is None:
+        out = functional.group_norm(wide, groups, scale, shift, eps)
+    else:
+        size = x.shape[1] // groups
+        mean, variance = stats.to(wide.dtype).repeat_interleave(size, 1)[..., None, None].unbind(2)
+        scale = scale[:, None, None] / (variance + eps).sqrt()
+        out = (wide - mean) * scale + shift[:, None, None]
+    out = functional.silu(out) if silu else out
     # On CUDA, torch's GroupNorm returns the contiguous layout.
-    return out.contiguous(memory_format=torch.channels_last)
+    return out.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def total(x: Tensor, *per_channel: Tensor | None) -> Tensor:
+    """``x`` with all of ``per_channel``, ``(C,)`` or ``(B, C)``, added; in float32 or wider."""
+    wide = x if x.dtype is torch.float64 else x.float()
+    for one in per_channel:
+        if one is not None:
+            wide = wide + one.to(wide.dtype)[..., None, None]
+    return wide
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
-@torch.library.custom_op("sdconv::group_norm_silu", mutates_args=())
+@torch.library.custom_op("sdconv::group_norm_nhwc", mutates_args=())
 def operator(
-    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+    x: Tensor,
+    offset: Tensor | None,
+    added: Tensor | None,
+    stats: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
 ) -> Tensor:
-    """``norm_silu`` as a torch operator."""
-    return norm_silu(x, added, weight, bias, groups, eps)
+    """`group_norm` as a torch operator."""
+    return group_norm(x, offset, added, stats, weight, bias, groups, eps, silu)
 
 
 @operator.register_fake
@@ -68,4 +118,14 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-operator.register_autograd(gradients.gradient_of(by_torch), setup_context=gradients.save_inputs)
+def _without_stats(
+    x: Tensor, offset: Tensor | None, added: Tensor | None, stats: Tensor | None, *others: Any
+) -> Tensor:
+    """The computation whose gradient is taken: that of the feature map accounts for what its
+    statistics depend on."""
+    return by_torch(x, offset, added, None, *others)
+
+
+operator.register_autograd(
+    gradients.gradient_of(_without_stats), setup_context=gradients.save_inputs
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdconv.fast.cpu.cost_model import plan_conv
+from sdconv.fast.cpu.cost_model import Kind, plan_conv
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,15 @@ def test_upsampling_and_downsampling_have_plans_too() -> None:
     assert plan_conv("upsample_conv", 1, 512, 512, 64, 64, False, ()).method == "direct"
     downsample = plan_conv("downsample_conv", 1, 128, 128, 64, 64)
     assert (downsample.method, downsample.packed_bytes) == ("direct", 0)
+
+
+@pytest.mark.parametrize("kind", ["conv3x3", "upsample_conv"])
+def test_a_processor_with_matrix_units_computes_directly(kind: Kind) -> None:
+    shape = (1, 512, 512, 64, 64)
+    with_amx = plan_conv(kind, *shape, True, direct_rate=8.0)
+    assert with_amx.method == "direct" and with_amx.packed_bytes == 0
+    assert "matrix units" in with_amx.reason
+    # twice the rate of float32 is less than what Winograd saves
+    for rate in (1.0, 2.0):
+        plan = plan_conv(kind, *shape, True, direct_rate=rate)
+        assert plan.method == "winograd" and "matrix units" not in plan.reason

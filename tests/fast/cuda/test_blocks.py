@@ -15,8 +15,10 @@ from helpers.numbers import error
 from torch import Tensor, nn
 
 import sdconv
+from sdconv.backends import set_backend
 from sdconv.fast import blocks
 from sdconv.fast.cuda import blocks as cuda
+from sdconv.fast.cuda import choices, group_norm
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 
 
@@ -79,6 +81,89 @@ def test_networks() -> None:
 
 
 @pytest.mark.usefixtures("as_on_cuda")
+def test_statistics_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder takes the statistics of each feature map as it is written; of those that are never
+    written, it takes them apart."""
+    vae = seeded.network(AUTOENCODERS["sd1"])
+    latents = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(2))
+    right, known = group_norm.group_norm, []
+
+    def record(*args: Any) -> Tensor:
+        known.append(args[3] is not None)
+        return right(*args)
+
+    def decode() -> Tensor:
+        known.clear()
+        with torch.no_grad(), sdconv.backend("fast"):
+            return vae.decode(latents).sample  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(group_norm, "group_norm", record)
+    expected = decode()
+    resnets = sum(isinstance(module, ResnetBlock2D) for module in vae.decoder.modules())
+    # the first norms, that of attention, and the last one; the ResNet blocks' second norms
+    assert Counter(known) == {True: resnets + 2, False: resnets}
+
+    # a block with a hook is called: it takes its own statistics, and passes none on
+    seen: list[Tensor] = []
+    block = vae.decoder.up_blocks[0].resnets[1]
+    handle = block.register_forward_hook(lambda _, args, out: seen.append(out))
+    hooked = decode()
+    handle.remove()
+    assert len(seen) == 1 and error(hooked, expected) < 1e-5
+    assert Counter(known) == {True: resnets, False: resnets + 2}
+
+    # a block whose own backend is the reference runs on it
+    set_backend(vae, "fast")
+    set_backend(block, "reference")
+    known.clear()
+    with torch.no_grad():
+        mixed = vae.decode(latents).sample
+    assert error(mixed, expected) < 1e-5
+    assert Counter(known) == {True: resnets, False: resnets}
+    set_backend(vae, "reference")
+
+    # the fault: the statistics of another feature map
+    finish = cuda._finish
+    monkeypatch.setattr(
+        cuda,
+        "_finish",
+        lambda x, bias, groups, **more: (
+            finish(x, bias, groups, **more)[0],
+            finish(x.clone(), None, groups)[1],
+        ),
+    )
+    assert error(decode(), expected) > 1e-3
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_hooks_that_edit_a_feature_map_are_respected() -> None:
+    vae = seeded.network(AUTOENCODERS["sd1"])
+    latents = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(2))
+    for name in ("conv_in", "mid_block", "mid_block.attentions.0", "up_blocks.1.upsamplers.0"):
+        module = vae.decoder.get_submodule(name)
+        handle = module.register_forward_hook(lambda _, args, out: out.mul_(1.5).add_(1.0))
+        with torch.no_grad():
+            expected = vae.decode(latents).sample
+            with sdconv.backend("fast"):
+                out = vae.decode(latents).sample
+        handle.remove()
+        assert error(out, expected) < 1e-5
+        with torch.no_grad():
+            assert error(vae.decode(latents).sample, expected) > 1e-3
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_every_choice_computes_the_same() -> None:
+    module, given = parts(), drawn()
+    with torch.no_grad():
+        expected = through(module, *given)
+        for operation in ("bias", "upsample"):
+            for variant in choices.VARIANTS[operation]:
+                with sdconv.backend("fast"), choices.using({operation: variant}):
+                    assert error(through(module, *given), expected) < 2e-6
+
+
+@pytest.mark.usefixtures("as_on_cuda")
 def test_gradients_and_gradients_of_gradients() -> None:
     module = parts()
     x, temb = (tensor.requires_grad_() for tensor in drawn())
@@ -121,8 +206,24 @@ def test_compiled_and_exported() -> None:
     del compiled
     torch._dynamo.reset()
     ran = Counter(str(node.target) for node in program.graph.nodes)
-    assert ran["sdconv.group_norm_silu.default"] == 2
+    # the two norms; residual and bias; bias of the upsampling's convolution
+    assert ran["sdconv.group_norm_nhwc.default"] == 2
+    assert ran["sdconv.epilogue.default"] == 2
     assert error(program.module()(*given), expected) < 2e-6
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_compiled_decoder_is_one_graph() -> None:
+    vae = seeded.network(AUTOENCODERS["sd1"])
+    sizes = [(5, 6), (6, 4)]
+    compiled = torch.compile(vae.decoder, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for size in sizes:
+            z = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(2))
+            expected = vae.decoder(z)
+            with sdconv.backend("fast"):
+                assert error(compiled(z), expected) < 1e-5
+    torch._dynamo.reset()
 
 
 # --- on a real GPU

@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sdconv
 from sdconv.fast.cuda import blocks as cuda
-from sdconv.models.blocks import ResnetBlock2D, Upsample2D
+from sdconv.models.blocks import Attention, ResnetBlock2D, Upsample2D
+from sdconv.models.vae import AutoencoderKL
 
 
 class CountOperators(RefuseCpu):
@@ -53,11 +54,18 @@ def dry_run(network: Any, dtype: torch.dtype, run: Callable[[], Tensor]) -> Coun
     return operators.counts
 
 
-def norms_and_upsamplers(network: nn.Module) -> tuple[int, int]:
+def norms_and_epilogues(network: nn.Module) -> tuple[int, int]:
+    """How many GroupNorms and how many epilogues of a convolution are one operator each."""
     modules = [*network.modules()]
-    resnets = sum(isinstance(module, ResnetBlock2D) for module in modules)
-    last = sum(hasattr(module, "conv_norm_out") for module in modules)
-    return 2 * resnets + last, sum(isinstance(module, Upsample2D) for module in modules)
+    resnets, attentions, upsamplers = (
+        sum(isinstance(module, kind) for module in modules)
+        for kind in (ResnetBlock2D, Attention, Upsample2D)
+    )
+    # the VAE's halves; a U-Net's first convolution keeps its bias
+    halves = sum(hasattr(module, "conv_norm_out") for module in modules)
+    first = halves if isinstance(network, AutoencoderKL) else 0
+    norms = 2 * resnets + attentions + halves
+    return norms, resnets + attentions + upsamplers + first
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
@@ -71,11 +79,10 @@ def test_dry_run_of_autoencoders(kind: str, dtype: torch.dtype) -> None:
         network.encode(x)
         return network.decode(x.new_empty(2, channels, 2, 3)).sample  # type: ignore[no-any-return]
 
-    norms, upsamplers = norms_and_upsamplers(network)
+    norms, epilogues = norms_and_epilogues(network)
     ran = dry_run(network, dtype, run)
-    assert ran["sdconv.group_norm_silu.default"] == norms
-    # four sub-pixel convolutions each
-    assert ran["aten.copy_.default"] >= 4 * upsamplers
+    assert ran["sdconv.group_norm_nhwc.default"] == norms
+    assert ran["sdconv.epilogue.default"] == epilogues
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
@@ -89,15 +96,15 @@ def test_dry_run_of_unets(family: str, dtype: torch.dtype) -> None:
         sample, _, *rest = (map_tensors(one, dtype, fake_cuda) for one in given)
         return network(sample, 981, *rest).sample  # type: ignore[no-any-return]
 
-    norms, upsamplers = norms_and_upsamplers(network)
+    norms, epilogues = norms_and_epilogues(network)
     ran = dry_run(network, dtype, run)
-    assert ran["sdconv.group_norm_silu.default"] == norms
-    assert ran["aten.copy_.default"] >= 4 * upsamplers
+    assert ran["sdconv.group_norm_nhwc.default"] == norms
+    assert ran["sdconv.epilogue.default"] == epilogues
     assert ran["aten.upsample_nearest2d.default"] == 0
 
 
 def test_dry_run_notices_an_injected_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_norm_silu", lambda norm, x, added=None: x.float())
+    monkeypatch.setattr(cuda, "_norm", lambda norm, x, *_, **__: x.float())
     network = seeded.network(AUTOENCODERS["sd1"])
     with pytest.raises((AssertionError, RuntimeError), match=r"dtype|same|type"):
         dry_run(

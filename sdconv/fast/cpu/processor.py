@@ -1,0 +1,46 @@
+"""What a processor computes natively in 16 bits, which decides whether torch's own convolution is
+faster there than the fast backend's float32 arithmetic.
+
+The rates are the processors' peak rates, halved where a matrix unit waits for its operands. They
+are not measured here: no machine of the project has these units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from functools import cache
+
+import torch
+
+# By dtype, features and how many times as many products as in float32 they compute, fastest first.
+_RATES: dict[torch.dtype, tuple[tuple[str, float], ...]] = {
+    torch.bfloat16: (("amx_bf16", 8.0), ("avx512_bf16", 2.0)),
+    torch.float16: (("amx_fp16", 8.0),),
+}
+# torch's names for what it asks the processor.
+_QUESTIONS = {
+    "amx_bf16": "_is_amx_tile_supported",
+    "amx_fp16": "_is_amx_fp16_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+}
+
+
+@cache
+def features() -> frozenset[str]:
+    """Which of ``amx_bf16``, ``amx_fp16`` and ``avx512_bf16`` the processor has; those that this
+    version of torch cannot tell are left out."""
+    return frozenset(
+        name
+        for name, question in _QUESTIONS.items()
+        if getattr(torch.cpu, question, lambda: False)()
+    )
+
+
+def direct_rate(dtype: torch.dtype, found: Set[str] | None = None) -> float:
+    """How many times as fast as in float32 torch's direct convolution is in a dtype.
+
+    Args:
+        found: the processor's features; None for this processor's.
+    """
+    found = features() if found is None else found
+    return next((rate for name, rate in _RATES.get(dtype, ()) if name in found), 1.0)
