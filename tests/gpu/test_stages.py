@@ -155,10 +155,10 @@ def test_a_mistake_fails_the_row_and_is_named(
 class Doubles(nn.Module):
     def __init__(self, shift: float = 0.0) -> None:
         super().__init__()
-        self.double, self.shift = Double(), shift
+        self.part, self.shift = Double(), shift
 
     def forward(self, x: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-        return (self.double(x + self.shift),)
+        return (self.part(x + self.shift),)
 
 
 class Double(nn.Module):
@@ -177,9 +177,9 @@ class Double(nn.Module):
 )
 def test_why_a_module_differs(shift: float, noise: Any, reason: str) -> None:
     ours, theirs = Doubles(shift), Doubles()
-    theirs.double.noise = noise and iter(noise)
+    theirs.part.noise = noise and iter(noise)
     trio = parity.Trio(ours, theirs, theirs, {"forward": (torch.ones(1),)})
-    row = ModuleDifference("double", 1, (1,), 1.0, 1.0, 1, False, 0.0)
+    row = ModuleDifference("part", 1, (1,), 1.0, 1.0, 1, False, 0.0)
     assert reason in parity.reason(trio, row)
 
 

@@ -101,7 +101,7 @@ def trio_of(options: Options, name: str, dtype: torch.dtype, tensors: Any) -> Tr
     theirs = theirs.to(options.device)
     size = None
     if options.small:
-        size = (12, 16) if "U-Net" in name else (32, 48)
+        size = (6, 8) if "U-Net" in name else (16, 24)
     inputs = inputs_for(ours, size, Noise(1, 0, dtype, ours.device))
     return Trio(ours, theirs, copy.deepcopy(theirs).double(), inputs)
 
