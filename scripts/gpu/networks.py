@@ -70,6 +70,11 @@ def empty(name: str, options: Options) -> Any:
         return case(name, options).build(case(name, options).config)
 
 
+def label(name: str) -> str:
+    """A network's name in a table."""
+    return f"{name} VAE" if name in (SDXL_VAE, FLUX1_VAE, FLUX2_VAE) else name
+
+
 def family(name: str) -> str | None:
     """A network's family, where its shapes leave it open."""
     return None if name == SHIPPED else FULL[name].family

@@ -159,7 +159,11 @@ def facts(content: Content) -> str:
     """A stage's single figures."""
     known = {name: value for name, value in content["facts"].items() if value is not None}
     rows = [{"name": name, "value": value} for name, value in known.items()]
-    return table({"": field("name"), "value": field("value")}, rows)
+    return table({"": field("name"), "value": lambda row: _rounded(row["value"])}, rows)
+
+
+def _rounded(value: Any) -> Any:
+    return format(value, ".4g") if isinstance(value, float) else value
 
 
 def environment(content: Content) -> str:
@@ -223,6 +227,7 @@ STREAMING = {
     "seconds": field("seconds", ".2f"),
     "peak, GiB": scaled("peak_bytes", 2**30, ".2f"),
     "reserved, GiB": scaled("reserved_bytes", 2**30, ".2f"),
+    "from the unstreamed": field("from_unstreamed", ".2g"),
     "error": field("distance", ".2g"),
     "failed": field("error"),
 }

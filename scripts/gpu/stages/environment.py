@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -77,6 +78,7 @@ def software() -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
+    found["C compiler"] = shutil.which("cc") or shutil.which("gcc")  # Triton needs one
     return found | {"cores": os.cpu_count(), "platform": f"{sys.platform} {platform.machine()}"}
 
 

@@ -53,19 +53,19 @@ class Trio:
 
 def run(record: Record, options: Options) -> None:
     record.facts(against=version(), order="cheapest and most telling first")
-    names = (networks.SHIPPED, *networks.FULL)
-    for name in names:
-        network_rows(record, options, name)
+    every = precisions(options.device)
+    for group in (every[:2], every[2:]):
+        for name in (networks.SHIPPED, *networks.FULL):
+            network_rows(record, options, name, group)
 
 
-def network_rows(record: Record, options: Options, name: str) -> None:
-    """The rows of one network."""
-    done = [record.has(f"{name}, {one.name}") for one in precisions(options.device)]
-    if all(done):
+def network_rows(record: Record, options: Options, name: str, group: tuple[Precision, ...]) -> None:
+    """The rows of one network in these dtypes."""
+    if all(record.has(f"{name}, {precision.name}") for precision in group):
         return
     tensors = networks.tensors_of(name, options)
-    for precision in precisions(options.device):
-        what = {"network": name, "dtype": precision.name}
+    for precision in group:
+        what = {"network": networks.label(name), "dtype": precision.name}
         least = 0.5 if options.small else SECONDS.get(name, 3.0)
 
         def measure(precision: Precision = precision) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def control(
             return judged_control(rows, planted, fast(trio, precision.dtype))
 
     key = f"control: {name}, {precision.name}"
-    what = {"network": f"control: {name}", "dtype": precision.name}
+    what = {"network": f"control: {networks.label(name)}", "dtype": precision.name}
     found = record.measure(key, measure, **what)
     if found is not None and not found["noticed"]:
         record.complain(f"{key}: the fault planted in {found['planted']} was not noticed")

@@ -63,7 +63,7 @@ class Work:
     def values(self) -> dict[str, Any]:
         """The columns of a row."""
         return {
-            "network": self.network,
+            "network": networks.label(self.network),
             "method": {"forward": "one step"}.get(self.method, self.method),
             "size": self.size,
             "batch": self.batch,
