@@ -340,7 +340,49 @@ def test_bounds() -> None:
     assert profile.bound("aten::mm", ((1, 1), (1, 1)), 2, {"rate": None, "bandwidth": 1}) is None
 
 
+def test_a_decode_is_profiled(tmp_path: Path) -> None:
+    environment = Record(tmp_path, "environment")
+    environment.row("matrix product, float32", rate=1.0)
+    environment.row("copy", rate=100.0)
+    record = Record(tmp_path, "profile")
+    profile.run(record, SMALL)
+    found, facts = list(rows(record).values()), record.content["facts"]
+    assert facts["rate"] == 1.0 and facts["bandwidth"] == 100.0
+    assert 0 < facts["share"] < 2
+    times = [row["milliseconds"] for row in found]
+    assert times == sorted(times, reverse=True) and len(times) > 3
+    assert sum(row["of_total"] for row in found) <= 1 + 1e-6
+    (attention,) = (row for row in found if "scaled_dot_product" in row["operation"])
+    assert attention["bound_milliseconds"] > 0
+
+
+def test_without_ceilings_there_is_no_bound(record: Record) -> None:
+    ceilings = profile.ceilings_of(record, "float32")
+    assert ceilings == {"rate": None, "bandwidth": None}
+    assert profile.bound("aten::mm", ((1, 1), (1, 1)), 2, ceilings) is None
+
+
 # --- streaming
+
+
+def test_streaming_is_compared_with_tiles(record: Record) -> None:
+    streaming.run(record, SMALL)
+    assert complaints(record) == []
+    found = rows(record)
+    allowed = record.content["facts"]["allowed_error"]
+    assert found[streaming.STREAMED]["distance"] <= allowed
+    assert found[streaming.STREAMED]["from_unstreamed"] < 2 * allowed
+    assert found[streaming.TILED]["distance"] > 1e-2
+
+
+def test_a_streamed_decode_that_fails_is_a_complaint(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "memory_held_to", None)
+    streaming.run(record, SMALL)
+    assert complaints(record) == ["the streamed decode failed"]
+    found = rows(record)
+    assert "error" in found[streaming.STREAMED] and found[streaming.TILED]["distance"] > 0
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def by_kernel(events: Iterable[Any]) -> Spent:
     numbers: Counter[tuple[str, Shapes]] = Counter()
     for event in events:
         if "CUDA" in str(event.device_type):
-            if event.is_user_annotation:
+            if getattr(event, "is_user_annotation", False):
                 continue  # a span of kernels that are counted on their own
             every[event.name, ()] += event.time_range.elapsed_us()
             numbers[event.name, ()] += 1
