@@ -203,7 +203,7 @@ SPEED = {
     "size": field("size"),
     "batch": field("batch"),
     "dtype": field("dtype"),
-    "side": field("side"),
+    "side": lambda row: row.get("side") or row["key"],
     "ms": field("milliseconds", ".2f"),
     "over sdconv fast": field("ratio", ".2f"),
     "compile, s": field("compile_seconds", ".1f"),

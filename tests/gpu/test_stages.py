@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from scripts.gpu import networks
 from scripts.gpu.options import Options
 from scripts.gpu.precision import BFLOAT16, FLOAT32, float32_by_tf32
 from scripts.gpu.record import DeviceLostError, Record
-from scripts.gpu.stages import parity, profile, speed, streaming, tests
+from scripts.gpu.stages import parity, profile, speed, streaming, tests, variants
 from sdconv.analysis.parity import ModuleDifference
 
 SMALL = Options("cpu", small=True, compiled=False)
@@ -276,7 +277,9 @@ def test_a_fast_wrong_answer_is_a_complaint(
 
 
 def test_the_most_valuable_rows_come_first_and_none_comes_twice() -> None:
-    rows = [(work, side) for work, sides in speed.plan(Options()) for side in sides]
+    plan = list(speed.plan(Options()))
+    assert sum(sides is speed.VARIANTS for _, sides in plan) == 1
+    rows = [(work, side) for work, sides in plan for side in sides]
     assert len(set(rows)) == len(rows)
     first = rows[0][0]
     assert (first.network, first.method, first.size) == (networks.SDXL_VAE, "decode", 1024)
@@ -285,7 +288,69 @@ def test_the_most_valuable_rows_come_first_and_none_comes_twice() -> None:
     for network in (networks.SDXL_VAE, networks.FLUX1_VAE):
         assert sum(work.network == network for work in works) == 2 * 3 * 2 * 2
     for work in works:
-        assert {side for one, side in rows if one == work} == set(speed.SIDES)
+        assert {side for one, side in rows if one == work} >= set(speed.SIDES)
+
+
+# --- variants
+
+
+class Choices:
+    """A table of choices, with the functions of the fast backend's."""
+
+    VARIANTS: ClassVar = {"tiling": ("small", "large"), "upsample": ("four", "one", "direct")}
+
+    def __init__(self) -> None:
+        self.table = {"tiling": "small", "upsample": "four"}
+        self.written: dict[str, str] = {}
+
+    def current(self) -> dict[str, str]:
+        return dict(self.table)
+
+    @contextmanager
+    def using(self, chosen: dict[str, str]) -> Iterator[None]:
+        before, self.table = self.table, self.table | chosen
+        yield
+        self.table = before
+
+    def write(self, path: Path, chosen: dict[str, str]) -> None:
+        self.written = chosen
+
+
+@pytest.mark.parametrize(
+    ("times", "right", "written"),
+    [
+        ({"large": -5, "one": -1, "direct": -2}, True, {"tiling": "large", "upsample": "direct"}),
+        ({"large": 5, "one": -1, "direct": 2}, True, {"tiling": "small", "upsample": "one"}),
+        ({"large": 5, "one": 1, "direct": 2}, True, {}),
+        ({"large": -0.01, "one": 0, "direct": 0}, True, {}),
+        ({"large": -5, "one": -1, "direct": -2}, False, {}),
+    ],
+)
+def test_the_fastest_variants_become_the_table(
+    record: Record, times: dict[str, float], right: bool, written: dict[str, str]
+) -> None:
+    choices = Choices()
+
+    def measure() -> dict[str, Any]:
+        taken = 20 + sum(times.get(variant, 0) for variant in choices.table.values())
+        return {"milliseconds": taken, "right": right}
+
+    variants.add(record, choices, measure, least=0)
+    assert choices.written == written
+    assert choices.current() == {"tiling": "small", "upsample": "four"}
+    assert len(rows(record)) == 1 + 3 + bool(written)
+    assert ("faster_choices" in record.content["facts"]) is bool(written)
+
+
+def test_variants_are_those_of_the_fast_backend() -> None:
+    choices = pytest.importorskip("sdconv.fast.cuda.choices", reason="this backend has no choice")
+    found = set(variants.others(choices))
+    assert found == {
+        (operation, variant)
+        for operation, every in choices.VARIANTS.items()
+        for variant in every
+        if variant != choices.current()[operation]
+    }
 
 
 # --- profile

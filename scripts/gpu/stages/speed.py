@@ -20,7 +20,8 @@ from scripts.bench.sides import theirs
 from scripts.gpu import networks
 from scripts.gpu.options import Options
 from scripts.gpu.precision import BFLOAT16, FLOAT16, FLOAT32, Precision
-from scripts.gpu.record import Record
+from scripts.gpu.record import DeviceLostError, Record, sentence
+from scripts.gpu.stages import variants
 from scripts.gpu.timing import once, timed
 from sdconv.backends import set_backend
 from sdconv.models.dummy_inputs import Noise, inputs_for
@@ -32,12 +33,14 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 @dataclass(frozen=True)
 class Side:
-    """Whose network, in which memory format, and whether torch.compile compiles it."""
+    """Whose network, in which memory format, and whether torch.compile compiles it or a CUDA graph
+    of it is recorded."""
 
     name: str
     ours: bool = False
     channels_last: bool = False
     compiled: bool = False
+    recorded: bool = False
 
 
 EAGER = Side("diffusers")
@@ -45,7 +48,12 @@ CHANNELS_LAST = Side("diffusers, channels_last", channels_last=True)
 COMPILED = Side("diffusers, channels_last, compiled", channels_last=True, compiled=True)
 FAST = Side("sdconv fast", ours=True, channels_last=True)
 FAST_COMPILED = Side("sdconv fast, compiled", ours=True, channels_last=True, compiled=True)
+RECORDED = Side("sdconv fast, CUDA graph", ours=True, channels_last=True, recorded=True)
 SIDES = (EAGER, FAST, COMPILED, CHANNELS_LAST, FAST_COMPILED)
+
+
+# in the plan, in place of sides: the variants of the fast backend's operations
+VARIANTS: tuple[Side, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,9 @@ def run(record: Record, options: Options) -> None:
     record.facts(runs=RUNS, cores=torch.get_num_threads())
     bench = Bench(record, options)
     for work, sides in plan(options):
+        if sides is VARIANTS:
+            bench.add_variants(work)
+            continue
         for side in sides:
             if options.compiled or not side.compiled:
                 bench.add(work, side)
@@ -91,11 +102,16 @@ def plan(options: Options) -> Iterator[tuple[Work, Sequence[Side]]]:
     headline, important, rest = works()
     plain = [side for side in SIDES if not side.compiled]
     compiled = [side for side in SIDES if side.compiled]
-    yield headline, SIDES
-    for group in (important, rest):
-        for sides in (plain, compiled):
-            for work in group:
-                yield work, sides
+    yield headline, (*SIDES, RECORDED)
+    for work in important:
+        # a graph is recorded of functions of tensors alone
+        yield work, plain if work.method == "forward" else (*plain, RECORDED)
+    yield headline, VARIANTS
+    for work in important:
+        yield work, compiled
+    for sides in (plain, compiled):
+        for work in rest:
+            yield work, sides
 
 
 def works() -> tuple[Work, list[Work], list[Work]]:
@@ -145,6 +161,24 @@ class Bench:
         elif found["difference"] is not None:
             self._check(key, found["difference"], work.precision)
 
+    def add_variants(self, work: Work) -> None:
+        """Adds the rows of the variants that the fast backend chooses from."""
+
+        def measure() -> dict[str, Any]:
+            found = self._measured(work, FAST)
+            difference = found["difference"]
+            right = difference is not None and difference <= ROUNDING[work.precision.dtype]
+            return {**work.values, **found, "right": right}
+
+        try:
+            from sdconv.fast.cuda import choices
+
+            variants.add(self._record, choices, measure, least=1.0 if self._options.small else 4.0)
+        except DeviceLostError:
+            raise
+        except Exception as error:  # the sides that come after are worth more
+            self._record.row("variants", error=sentence(error))
+
     def _check(self, key: str, difference: float, precision: Precision) -> None:
         if not difference <= ROUNDING[precision.dtype]:
             self._record.complain(f"{key}: differs from diffusers by {difference:.2g}")
@@ -189,7 +223,7 @@ class Bench:
         """From the first side's output, over its largest value; None for that one."""
         if side == EAGER:
             # on the CPU: it must not add to the memory of the sides
-            self._outputs = {work: output.cpu()} | dict(list(self._outputs.items())[-8:])
+            self._outputs[work] = output.cpu()
         if side == EAGER or work not in self._outputs:
             return None
         expected = self._outputs[work].to(output.device).float()
@@ -206,6 +240,13 @@ def caller(network: Any, work: Work, side: Side, options: Options) -> Callable[[
     def run() -> Tensor:
         return networks.call(network, work.method, inputs)
 
+    if side.recorded:
+        from sdconv.fast.cuda import graphs
+
+        recording = graphs.record(
+            network, lambda x: networks.call(network, work.method, (x,)), *inputs
+        )
+        return lambda: recording(*inputs)
     return torch.compile(run, dynamic=False) if side.compiled else run
 
 
