@@ -78,14 +78,15 @@ UNETS: Mapping[str, Case] = {
 }
 
 
-def weights(case: Case, seed: int) -> dict[str, torch.Tensor]:
-    """Random tensors of about the scale of trained ones, in the original layout."""
-    random = torch.Generator().manual_seed(seed)
+def weights(case: Case, seed: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Random tensors of about the scale of trained ones, in the original layout. Each kind of
+    device draws its own."""
+    random = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         empty = case.build(case.config).state_dict()
     drawn = {}
     for name, shape in ((name, tensor.shape) for name, tensor in empty.items()):
-        noise = torch.randn(shape, generator=random)
+        noise = torch.randn(shape, generator=random, device=device)
         if noise.ndim > 1:
             drawn[name] = noise.div_(math.sqrt(math.prod(shape[1:])))
         elif name.endswith("num_batches_tracked"):

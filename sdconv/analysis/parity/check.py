@@ -131,7 +131,7 @@ def check(
             "unknown reference", where="against", expected="'diffusers'", got=repr(against)
         )
     ours = load(path, component, dtype=dtype, device=device, family=family)
-    other = _reference(path, component, family, dtype, ours)
+    other = reference_network(path, ours, component=component, family=family, dtype=dtype)
     exact = device.type == "cpu" and dtype in _EXACT
     truth = None if exact else copy.deepcopy(other.network).double()
     inputs = inputs_for(ours, size, Noise(batch, seed, dtype, device))
@@ -162,8 +162,12 @@ def components(path: Weights) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """Another library's network, built from a file on the CPU, and where it comes from."""
+class Reference:
+    """Another library's network, built from a file, and where it comes from.
+
+    ``version``: the library's. ``conversion``: how the file's names became the library's.
+    ``label``: the file.
+    """
 
     network: nn.Module
     version: str
@@ -172,9 +176,25 @@ class _Reference:
     component: str
 
 
-def _reference(
-    path: Weights, component: str | None, family: str | None, dtype: torch.dtype, ours: Network
-) -> _Reference:
+def reference_network(
+    path: Weights,
+    ours: Network,
+    *,
+    component: str | None = None,
+    family: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Reference:
+    """diffusers' network of a file, in eval mode, where the file's tensors are.
+
+    Args:
+        path, component, family: those that ``ours`` was loaded with.
+        ours: sdconv's network of the same file. Tensors that hold the same values on the same
+            device are shared with it.
+        dtype: the dtype of its weights.
+
+    Raises:
+        SdconvError: diffusers has no such network, or the file cannot be opened.
+    """
     from sdconv.integrations.peers import VERSION, peer
 
     # sdconv.load has opened the same file, so the component exists, and is the only one if unnamed
@@ -188,7 +208,7 @@ def _reference(
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             tensors[name.removeprefix(one.found.prefix)] = _share(tensor, state[canonical])
         network, conversion = peer(one.config, source.config, tensors, one.found.layout)
-    return _Reference(network, VERSION, conversion, source.label, one.component)
+    return Reference(network, VERSION, conversion, source.label, one.component)
 
 
 def _share(tensor: Tensor, twin: Tensor) -> Tensor:

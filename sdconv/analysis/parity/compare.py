@@ -65,7 +65,7 @@ def compare(
     Args:
         ours, theirs: networks in eval mode, on one device and in one dtype.
         inputs: the methods to call on both, in this order, each with its arguments.
-        truth: ``theirs`` in float64 on the CPU. Without it only equality passes. With it a
+        truth: ``theirs`` in float64, on any device. Without it only equality passes. With it a
             difference passes if it is at most twice ``theirs``' own error at that module,
             ``max|theirs - truth| / max|truth|``, or twice the dtype's rounding unit if that is
             more: two results that each err by no more than this are no further apart.
@@ -81,7 +81,9 @@ def compare(
             return stack.enter_context(closing(module_outputs(network, given, names)))
 
         reference = _ReferenceOutputs(run(theirs, inputs))
-        exact = _ReferenceOutputs(run(truth, _in_float64(inputs))) if truth is not None else None
+        exact = (
+            _ReferenceOutputs(run(truth, in_float64(inputs, truth))) if truth is not None else None
+        )
         rows = []
         for own in run(ours, inputs):
             expected = reference.matching(own)
@@ -167,13 +169,18 @@ def _ulps(a: Tensor, b: Tensor) -> int:
     return int(torch.where(a_negative == b_negative, (a - b).abs(), across_zero).max())
 
 
-def _in_float64(given: Any) -> Any:
-    """The arguments for a network in float64 on the CPU."""
-    match given:
-        case Tensor():
-            return given.double().cpu() if given.is_floating_point() else given.cpu()
-        case tuple():
-            return tuple(_in_float64(value) for value in given)
-        case Mapping():
-            return {name: _in_float64(value) for name, value in given.items()}
-    return given
+def in_float64(inputs: Inputs, network: nn.Module) -> Inputs:
+    """The same inputs for a network in float64, on its device."""
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+
+    def moved(given: Any) -> Any:
+        match given:
+            case Tensor():
+                return given.to(device, torch.float64 if given.is_floating_point() else None)
+            case tuple():
+                return tuple(moved(value) for value in given)
+            case Mapping():
+                return {name: moved(value) for name, value in given.items()}
+        return given
+
+    return {method: moved(given) for method, given in inputs.items()}

@@ -91,11 +91,11 @@ def test_the_seed_decides_the_input() -> None:
 
 def test_two_networks_take_the_memory_of_one() -> None:
     """From a file that each side converts. Two copies of SDXL's U-Net would be 20 GB."""
-    from sdconv.analysis.parity.check import _reference
+    from sdconv.analysis.parity.check import reference_network
 
     tensors = {name: t.half() for name, t in made(unets.smallest("SD1"), "original").items()}
     ours = sdconv.load(tensors, dtype=torch.float32)
-    theirs = _reference(tensors, None, None, torch.float32, ours).network.state_dict()
+    theirs = reference_network(tensors, ours).network.state_dict()
     for name, tensor in ours.state_dict().items():
         assert tensor.dtype == torch.float32
         assert tensor.data_ptr() == theirs[name].data_ptr(), name

@@ -1,0 +1,1 @@
+"""The project's scripts. This file is here so that no installed package of the name comes first."""
