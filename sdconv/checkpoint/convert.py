@@ -36,7 +36,7 @@ from sdconv.checkpoint.whole import (
     opened,
 )
 from sdconv.config import Config
-from sdconv.errors import CheckpointError, InputError, UnknownNetworkError
+from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
 ORIGIN_KEY = "sdconv.original"
 """The metadata key for how the original of a file in diffusers' layout differed from the usual."""
@@ -59,7 +59,8 @@ class Converted:
     ``moved``: the number of tensors of each component that are now in the layout. ``dtypes``:
     torch's names of their dtypes. ``carried``: the number of other tensors that are in the file
     unchanged, by the first word of their names (empty for names of one word). ``left_out``: the
-    same for those that are not part of any folder.
+    same for those that are not part of any folder. ``dequantised``: the number of scaled fp8
+    weights that are now float32, or the dtype asked for.
     """
 
     files: tuple[Path, ...]
@@ -68,6 +69,7 @@ class Converted:
     dtypes: tuple[str, ...]
     carried: Mapping[str, int]
     left_out: Mapping[str, int]
+    dequantised: int = 0
 
 
 def convert(
@@ -87,7 +89,8 @@ def convert(
     ``first_stage_model.``, or ``unet.`` and ``vae.``; a network without a prefix remains without,
     and one that is alone in its file has none in diffusers' layout). All other tensors keep their
     names and bytes. A file converted from the original to diffusers' layout and back is the same:
-    names, shapes, dtypes and values.
+    names, shapes, dtypes and values. Only scaled fp8 weights are not: they are multiplied by their
+    scales, and written in float32 unless ``dtype`` says otherwise.
 
     A pipeline's folder becomes one file. In the original layout, CLIP text encoders get the names
     that original files of the U-Net's family use, and OpenCLIP's layout if those use it. Tensors of
@@ -111,7 +114,9 @@ def convert(
     Raises:
         CheckpointError: something cannot be read as weights, or not be written.
         UnknownNetworkError: there is no network that sdconv knows, or two of one component.
-        WeightsMismatchError: tensors of a network are missing or of the wrong shape.
+        WeightsMismatchError: tensors of a network are missing or of the wrong shape, or quantised
+            in a way that is not undone; or a folder or a single component has no place for tensors
+            under the network's prefix, which are never dropped.
         InputError: an argument has a value that is not allowed.
 
     Warns:
@@ -134,6 +139,8 @@ def convert(
         known = _identified(checkpoint, component, family)
         for network in known:
             _check(network, build)
+        if component is not None or not is_file:
+            _refuse_unexpected(known)
         job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor)
         return job.to_file(out) if is_file else job.to_folders(out)
 
@@ -170,6 +177,25 @@ def _identified(checkpoint: Checkpoint, component: str | None, family: str | Non
             got=", ".join(part.name for part in checkpoint.parts) or "no folder with weights",
         )
     return known
+
+
+def _refuse_unexpected(known: Sequence[_Known]) -> None:
+    """Refuses tensors under a network's prefix that would be left out.
+
+    Raises:
+        WeightsMismatchError: there are some.
+    """
+    for one in known:
+        if names := one.one.found.unexpected:
+            raise WeightsMismatchError(
+                f"tensors under the {one.one.component}'s prefix are not the network's, and would "
+                "be lost",
+                where=one.part.view.source.label,
+                expected="nothing more than the network's own tensors",
+                got=f"{len(names)}: {', '.join(names[:4])}",
+                hint="convert the whole file to a single file, which carries them over, or remove "
+                "them first",
+            )
 
 
 def _check(known: _Known, build: Build) -> None:
@@ -254,7 +280,8 @@ class _Job:
 
     def _entries(self, renaming: Renaming, *, placed: bool) -> list[OutputTensor]:
         networks = [(network.part, network.one.found) for network in self.known]
-        return entries(self.checkpoint, networks, renaming, placed=placed)
+        family = next((n.one.family for n in self.known if n.one.component == "unet"), None)
+        return entries(self.checkpoint, networks, renaming, placed=placed, family=family)
 
     def _summary(
         self,
@@ -270,6 +297,7 @@ class _Job:
             dtypes=tuple(sorted({_torch_name(entry.written_as(self.dtype)) for entry, _ in moved})),
             carried=left_over(written),
             left_out=left_out or {},
+            dequantised=sum(len(part.view.dequantised) for part in self.checkpoint.parts),
         )
 
 

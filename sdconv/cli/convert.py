@@ -48,7 +48,8 @@ def convert(
     """Write weights in another layout or dtype.
 
     The VAE and the U-Net are converted. Everything else in a file (text encoders, noise schedules,
-    EMA copies) is carried over unchanged, so that converting there and back gives the same file. A
+    EMA copies) is carried over unchanged, so that converting there and back gives the same file.
+    Scaled fp8 weights are multiplied by their scales and stored in float32, or in --dtype. A
     pipeline's folder becomes one file, with its CLIP text encoders in the original layout too.
     Tensors are copied one at a time; no file is held in memory. An output that exists is replaced
     with --force, once the new one is complete.
@@ -76,6 +77,8 @@ def convert(
             on_tensor=progress,
         )
     names = [str(file) for file in result.files]
+    if result.dequantised:
+        say(f"{result.dequantised} scaled fp8 weights were multiplied by their scales", "note")
     _note("carried over unchanged", result.carried)
     _note("left out, because these folders have no place for them", result.left_out)
     if as_json:
@@ -87,6 +90,7 @@ def convert(
                 "moved": result.moved,
                 "carried": result.carried,
                 "left_out": result.left_out,
+                "dequantised": result.dequantised,
             }
         )
         return

@@ -256,10 +256,15 @@ def _heads(channels: tuple[int, ...], facts: UNetFacts) -> int | tuple[int, ...]
     return tuple(max(1, count // facts.head_channels) for count in channels)
 
 
+# The width of the prompt embedding decides the family, and so the number of heads. Whether proj_in
+# is linear or a 1x1 convolution does not: converters write either.
+_WIDTHS = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
+
+
 def _family(
     shapes: NetworkShapes, linear: bool, added: int | None, context: int | None
 ) -> tuple[str, str, list[str]]:
-    """The family, what decided it, and all families that fit the shapes."""
+    """The family, what decided it, and all families that the caller may say instead."""
     inputs = shapes.axes("conv_in.weight", 4)[1]
     if added is not None:
         # next to 1280 channels of text, the refiner embeds five numbers and SDXL six
@@ -268,17 +273,28 @@ def _family(
         return name, f"added embedding (text and sizes) of width {added}", ["sdxl", "sdxl-refiner"]
     if context is None:
         return "sd1", "no transformers", list(UNET_FACTS)
-    if not linear:
-        kinds = {9: " (inpainting)", 8: " (InstructPix2Pix)"}
-        return (
-            "sd1",
-            f"proj_in is a convolution; {inputs} channels in{kinds.get(inputs, '')}",
-            ["sd1"],
-        )
-    fitting = ["sd2", "x4-upscaler"]
+    kinds = {9: " (inpainting)", 8: " (InstructPix2Pix)"}
+    said = f"{inputs} channels in{kinds.get(inputs, '')}"
+    fitting = ["sd1", "sd2", "x4-upscaler"]
     if inputs == 7 and "class_embedding.weight" in shapes:
         return "x4-upscaler", "7 channels in and a list of class embeddings", fitting
-    return "sd2", "proj_in is linear", fitting
+    name = family_of_width(context, linear)
+    if context in _WIDTHS:
+        evidence = f"prompt embeddings of width {context}; {said}"
+        return name, evidence, fitting if name in fitting else list(UNET_FACTS)
+    how = "linear" if linear else "a convolution"
+    return name, f"proj_in is {how}, the width {context} of no known family; {said}", fitting
+
+
+def family_of_width(context: int | None, linear: bool) -> str:
+    """The family of a U-Net without an added embedding.
+
+    Args:
+        context: the width of the prompt embedding that it reads; None without transformers.
+        linear: whether its ``proj_in`` is linear, which decides only for a width that no published
+            model has: SD1's own code writes convolutions, SD2's linear layers.
+    """
+    return _WIDTHS.get(context or 768, "sd2" if linear else "sd1")
 
 
 def _short(values: tuple[int, ...]) -> Any:
