@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
-from sdconv.checkpoint.io.source import TORCH_DTYPES
+from sdconv.checkpoint.io.source import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights
@@ -35,7 +35,8 @@ from sdconv.checkpoint.whole import (
     left_over,
     opened,
 )
-from sdconv.config import Config
+from sdconv.config import AutoencoderKLConfig, Config
+from sdconv.config.facts import EDM_STATISTICS
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
 ORIGIN_KEY = "sdconv.original"
@@ -225,6 +226,8 @@ class _Job:
         names = _FileNames(self)
         everything = self._entries(names, placed=self.layout == "original")
         written = [one for one in everything if self.component in (None, one.component)]
+        if self.layout == "original":
+            written += self._statistics({one.name for one in written})
         metadata = {"format": "pt"}
         if not self.checkpoint.is_pipeline:
             metadata = self.checkpoint.parts[0].view.source.metadata
@@ -264,7 +267,29 @@ class _Job:
             stream(own, weights, {"format": "pt"}, dtype=self.dtype, on_tensor=self.on_tensor)
             files += [write_config(network.one.config, folder), weights]
         moved = [entry for entry in everything if entry.component in folders]
-        return self._summary(files, moved, left_over(everything))
+        in_config = any(n.one.config.get("latents_mean") is not None for n in self.known)
+        rest = [e for e in everything if not (in_config and e.name in EDM_STATISTICS)]
+        return self._summary(files, moved, left_over(rest))
+
+    def _statistics(self, written: Collection[str]) -> list[OutputTensor]:
+        """The statistics of the latents as tensors, where single files of the family have them and
+        the source has them in the VAE's config."""
+        for known in self.known:
+            config = known.one.config
+            if not isinstance(config, AutoencoderKLConfig) or config.latents_mean is None:
+                continue
+            values = (config.latents_mean, config.latents_std)
+            tensors = {
+                name: torch.tensor(value)
+                for name, value in zip(EDM_STATISTICS, values, strict=True)
+                if name not in written and value is not None
+            }
+            file = TensorsFile(known.part.view.source.label, tensors)
+            return [
+                OutputTensor(name=name, shape=tuple(tensor.shape), pieces=((file, name),))
+                for name, tensor in tensors.items()
+            ]
+        return []
 
     @cached_property
     def is_alone(self) -> bool:

@@ -17,7 +17,7 @@ from sdconv.checkpoint.identify.find import (
     is_bare_half,
     tiny_half,
 )
-from sdconv.checkpoint.identify.infer import Identified, identify
+from sdconv.checkpoint.identify.infer import Identified, identify, numbers_in
 from sdconv.checkpoint.identify.quantised import (
     ScaledWeights,
     check_quantised,
@@ -27,6 +27,7 @@ from sdconv.checkpoint.identify.quantised import (
 from sdconv.checkpoint.io.dequantise import DequantisedFile
 from sdconv.checkpoint.io.folder import Folder, folder_at
 from sdconv.checkpoint.io.source import Source, SourceFile, open_files, open_folder
+from sdconv.config.facts import EDM_STATISTICS
 from sdconv.errors import SdconvWarning, UnknownNetworkError
 
 Weights = str | Path | Sequence[str | Path] | Mapping[str, Tensor]
@@ -107,6 +108,7 @@ class SourceView:
             family=family,
             component=component,
             config=self.source.config,
+            statistics=self._statistics(),
             where=self.source.label,
         )
         return [replace(one, found=self.dequantise(one.found)) for one in identified]
@@ -140,6 +142,12 @@ class SourceView:
                 stacklevel=5,
             )
         return replace(found, unexpected=kept)
+
+    def _statistics(self) -> dict[str, tuple[float, ...]]:
+        """The values of the file's ``edm_mean`` and ``edm_std``; empty without them."""
+        if not all(name in self._homes for name in EDM_STATISTICS):
+            return {}
+        return {name: numbers_in(self.tensor(name)) for name in EDM_STATISTICS}
 
     def _bytes(self, name: str) -> bytes:
         values = self.tensor(name).contiguous().reshape(-1).view(torch.uint8)

@@ -288,6 +288,13 @@ UNET_FACTS: Mapping[str, UNetFacts] = {
         upcast_attention=False,
         source="stabilityai/stable-diffusion-xl-refiner-1.0",
     ),
+    "playground-v2.5": UNetFacts(
+        heads=None,
+        head_channels=64,
+        sample_size=128,
+        upcast_attention=False,
+        source="playgroundai/playground-v2.5-1024px-aesthetic",
+    ),
     "x4-upscaler": UNetFacts(
         heads=8,
         head_channels=None,

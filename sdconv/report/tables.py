@@ -171,6 +171,9 @@ def _network(found: InspectedNetwork) -> RenderableType:
         ("wrong shape", found.misshapen),
         ("not floating-point", found.not_floating),
     )
+    if found.guess:
+        words = f"the {found.component} {found.guess}".replace("pass family=", "pass --family")
+        facts["doubt"] = plain(words, "yellow")
     facts |= {what: plain(some(names), "bold red") for what, names in lacks if names}
     return facts_of(facts)
 

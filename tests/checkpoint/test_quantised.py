@@ -1,4 +1,4 @@
-"""Scaled fp8: what is loaded and converted is the weight times its scale, or an error says why not."""
+"""Scaled fp8: what is loaded and converted is the weight times its scale, or it is refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def quantised(
     dtype: torch.dtype = E4M3,
     prefix: str = PREFIX,
 ) -> tuple[State, State]:
-    """A VAE file whose convolutions are scaled fp8, and the right state dict by diffusers' names."""
+    """A VAE file whose convolutions are scaled fp8, and the right state dict."""
     config, right = CONFIG, {}
     tensors = seeded.tensors(config)
     file: State = {}
@@ -221,7 +221,7 @@ def test_a_marker_whose_scales_are_gone() -> None:
     # without the marker these are plain fp8 weights
     sdconv.load(file, family="sd1")
     file[f"{PREFIX}scaled_fp8"] = torch.empty(0, dtype=E4M3)
-    with pytest.raises(sdconv.WeightsMismatchError, match="scaled fp8(?s:.*)has a scale"):
+    with pytest.raises(sdconv.WeightsMismatchError, match=r"scaled fp8(?s:.*)has a scale"):
         sdconv.load(file, family="sd1")
 
 

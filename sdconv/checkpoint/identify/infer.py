@@ -12,8 +12,17 @@ from typing import Any
 from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks
 from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
-from sdconv.checkpoint.identify.unet import read_unet
-from sdconv.checkpoint.identify.vae import check_family, check_kind, misfit, read_flux2, read_vae
+from sdconv.checkpoint.identify.unet import open_unet, read_unet
+from sdconv.checkpoint.identify.vae import (
+    Surroundings,
+    check_family,
+    check_kind,
+    family_of_unets,
+    misfit,
+    open_vae,
+    read_flux2,
+    read_vae,
+)
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.header import Header
 from sdconv.checkpoint.io.write import CONFIG_KEY
@@ -24,7 +33,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.config.facts import VAE_FACTS
+from sdconv.config.facts import EDM_STATISTICS, VAE_FACTS
 from sdconv.config.unet import UNET_FACTS
 from sdconv.errors import (
     CheckpointError,
@@ -82,10 +91,12 @@ def infer(
     Warns:
         SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
     """
+    statistics: Mapping[str, tuple[float, ...]] = {}
     if isinstance(shapes, Header):
         metadata = shapes.metadata if metadata is None else metadata
+        statistics = _statistics_in(shapes)
         shapes = shapes.shapes
-    identified = identify(shapes, metadata=metadata, family=family)
+    identified = identify(shapes, metadata=metadata, family=family, statistics=statistics)
     for one in identified:
         warn_if_open(one)
     return {one.component: one.config for one in identified}
@@ -99,6 +110,7 @@ def identify(
     family: str | None = None,
     component: str | None = None,
     config: Mapping[str, Any] | None = None,
+    statistics: Mapping[str, tuple[float, ...]] | None = None,
     where: object = None,
 ) -> list[Identified]:
     """Like ``infer``, but also returns where each network was found and what decided its family. It
@@ -109,6 +121,7 @@ def identify(
         networks: what ``find_networks`` found among the shapes, if that is known already.
         component: the only one to identify; the others may then be of any kind.
         config: the content of a ``config.json`` next to the weights.
+        statistics: the values of the file's ``edm_mean`` and ``edm_std``.
         where: the weights' name, for messages.
     """
     if family is not None and family not in FAMILIES:
@@ -146,14 +159,15 @@ def identify(
                 ),
                 hint="pass a state dict that holds one of them",
             )
+    around = Surroundings(
+        shapes=shapes, networks=everything, metadata=metadata, statistics=statistics or {}
+    )
     result = []
     for one in found:
         if given := dict(config or {}) or _config_in(metadata, one.component, where):
-            result.append(_with_config(one, shapes, given, family, where))
+            result.append(_with_config(one, around, given, family, where))
         else:
-            result.append(
-                Identified(found=one, **vars(_read(one, shapes, metadata, family, where)))
-            )
+            result.append(Identified(found=one, **vars(_read(one, around, family, where))))
     return result
 
 
@@ -218,7 +232,7 @@ def _config_in(metadata: Mapping[str, str], component: str, where: object) -> di
 
 def _with_config(
     found: DetectedNetwork,
-    shapes: Shapes,
+    around: Surroundings,
     given: Mapping[str, Any],
     family: str | None,
     where: object,
@@ -242,19 +256,63 @@ def _with_config(
     if isinstance(config, AutoencoderKLFlux2Config) and family not in (None, "flux2"):
         raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
     if facts is not None and isinstance(config, AutoencoderKLConfig):
+        own = config.scaling_factor == facts.scaling_factor and config.latents_mean is not None
         config = dataclasses.replace(
-            config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
+            config,
+            scaling_factor=facts.scaling_factor,
+            shift_factor=facts.shift_factor,
+            latents_mean=config.latents_mean if own else facts.latents_mean,
+            latents_std=config.latents_std if own else facts.latents_std,
         )
     try:
-        read = _read(found, shapes, {}, None, where)
+        read = _read(found, around, None, where)
+        if config.open_to and family is not None and isinstance(config, UNet2DConditionConfig):
+            config = _decided(config, _read(found, around, family, where).config)
+    except InputError:
+        raise
     except SdconvError:  # a network of an unknown shape, which only its config can describe
         read = None
+    guess = _doubt_about(config, around) if family is None else None
     return Identified(
         found=found,
         config=config,
         family=family or _named_by(config, read),
         evidence="its config",
+        open_to=config.open_to if family is None else (),
+        guess=guess,
         contradicted=() if read is None else tuple(_contradicted(config, read.config)),
+    )
+
+
+def _decided(config: UNet2DConditionConfig, read: Config) -> UNet2DConditionConfig:
+    """An open config with what the caller's family decides."""
+    decided = {name: read[name] for name in ("attention_head_dim", "upcast_attention")}
+    return dataclasses.replace(config, **decided)
+
+
+def _doubt_about(config: Config, around: Surroundings) -> str | None:
+    """Why a given config leaves the family open, in words that follow the component's name; None if
+    it does not."""
+    if isinstance(config, UNet2DConditionConfig):
+        return open_unet(config) if config.open_to else None
+    if not isinstance(config, AutoencoderKLConfig):
+        return None
+    if config.open_to:
+        return open_vae(config)
+    shown = family_of_unets(around)
+    facts = VAE_FACTS.get(shown[0]) if shown else None
+    if (
+        shown is None
+        or facts is None
+        or facts.latent_channels != config.latent_channels
+        or facts.scaling_factor == config.scaling_factor
+        or config.latents_mean is not None
+    ):
+        return None
+    return (
+        f"has a config with scaling_factor {config.scaling_factor}, but {shown[1]}, as in "
+        f"{shown[0]} (scaling_factor {facts.scaling_factor}); the config was taken: pass family= "
+        "to decide"
     )
 
 
@@ -299,22 +357,21 @@ def warn_if_open(identified: Identified, *, stacklevel: int = 3) -> None:
 
 def _read(
     found: DetectedNetwork,
-    shapes: Shapes,
-    metadata: Mapping[str, str],
+    around: Surroundings,
     family: str | None,
     where: object,
 ) -> InferredConfig:
-    own = NetworkShapes(found, shapes, where)
+    own = NetworkShapes(found, around.shapes, where)
     match found.kind:
         case "AutoencoderKL":
             check_kind(found, where)
-            return read_vae(own, shapes, metadata, family)
+            return read_vae(own, around, family)
         case "AutoencoderKLFlux2":
             check_kind(found, where)
             return read_flux2(own, family)
         case "AutoencoderTiny":
             return read_tiny(own, family)
-    return read_unet(own, family)
+    return read_unet(own, around.metadata, family)
 
 
 _CONFIGS: Mapping[str, type[Config]] = {
@@ -323,6 +380,21 @@ _CONFIGS: Mapping[str, type[Config]] = {
     "AutoencoderTiny": AutoencoderTinyConfig,
     "UNet2DConditionModel": UNet2DConditionConfig,
 }
+
+
+def _statistics_in(header: Header) -> dict[str, tuple[float, ...]]:
+    """The values of a file's ``edm_mean`` and ``edm_std``; empty without them."""
+    if not all(name in header.tensors for name in EDM_STATISTICS):
+        return {}
+    from sdconv.checkpoint.io.source import open_source  # which imports torch
+
+    with open_source(header.path) as source:
+        return {name: numbers_in(source.tensor(name)) for name in EDM_STATISTICS}
+
+
+def numbers_in(tensor: Any) -> tuple[float, ...]:
+    """A small tensor's values."""
+    return tuple(map(float, tensor.float().flatten().tolist())) if tensor.numel() <= 64 else ()
 
 
 def _glimpse(names: list[str]) -> str:
