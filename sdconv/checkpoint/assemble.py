@@ -13,20 +13,14 @@ from torch import Tensor, nn
 from sdconv.checkpoint.identify.find import is_vae_projection
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
+from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype
 from sdconv.checkpoint.io.source import TORCH_DTYPES
 from sdconv.checkpoint.open import SourceView, Weights, one_of, open_component
 from sdconv.config import Config
 from sdconv.devices import usable_device
-from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
+from sdconv.errors import UnknownNetworkError, WeightsMismatchError
 
 Module = TypeVar("Module", bound=nn.Module)
-
-# one-byte floats are for storage: nothing computes in them
-_STORAGE_ONLY = frozenset(
-    getattr(torch, name)
-    for name in dir(torch)
-    if name.startswith("float8") or name == "float4_e2m1fn_x2"
-)
 
 
 def assemble(
@@ -38,20 +32,22 @@ def assemble(
     device: str | torch.device = "cpu",
     family: str | None = None,
     ema: bool = False,
+    clamp: bool = False,
+    mmap: bool = True,
 ) -> Module:
     """Opens a network from a checkpoint, in eval mode.
 
     Args:
-        path, component, dtype, device, family, ema: as for ``sdconv.load``.
+        path, component, dtype, device, family, ema, clamp, mmap: as for ``sdconv.load``.
         build: makes the network for a config; it is called on the meta device.
 
     Raises:
         SdconvError: as ``sdconv.load``, and what ``build`` raises.
 
     Warns:
-        SdconvWarning: the family is open, and one was chosen.
+        SdconvWarning: the family is open, and one was chosen; or values were clamped.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     target = usable_device(device)
     with open_component(path, component) as source:
         view = SourceView(source)
@@ -65,27 +61,18 @@ def assemble(
         with torch.device("meta"):
             network = build(chosen.config)
         fit(chosen, view.shapes, view.dtype, shapes_in(network)).check(chosen, source.label)
-        network.load_state_dict(
-            _tensors(network, chosen, view, dtype, target), strict=True, assign=True
-        )
+        caster = Caster(source.label, clamp=clamp)
+        state = _tensors(network, chosen, view, dtype, target, caster)
+        if not mmap:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+        network.load_state_dict(state, strict=True, assign=True)
+        caster.warn(stacklevel=4)
     return network.eval()
 
 
 def shapes_in(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's tensors."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not (
-        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in _STORAGE_ONLY
-    ):
-        raise InputError(
-            "networks do not compute in this dtype",
-            where="dtype",
-            expected="torch.float32, float16, bfloat16 or float64",
-            got=dtype,
-        )
 
 
 def _averaged(chosen: Identified, where: object) -> Identified:
@@ -107,6 +94,7 @@ def _tensors(
     view: SourceView,
     dtype: torch.dtype | None,
     device: torch.device,
+    caster: Caster,
 ) -> dict[str, Tensor]:
     """The network's state dict, read from the checkpoint."""
     names: Mapping[str, str] = chosen.found.names
@@ -128,7 +116,8 @@ def _tensors(
             )
         if tensor.ndim == 4 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)
-        state[canonical] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        state[canonical] = caster.cast(tensor, wanted, names[canonical], device)
     return state
 
 
@@ -136,7 +125,7 @@ def _common_dtype(names: Iterable[str]) -> torch.dtype:
     """The widest of these floating-point dtypes; one-byte floats count as float32."""
     stored = {TORCH_DTYPES[name] for name in names if name in TORCH_DTYPES}
     floats = {
-        torch.float32 if dtype in _STORAGE_ONLY else dtype
+        torch.float32 if dtype in STORAGE_ONLY else dtype
         for dtype in stored
         if dtype.is_floating_point
     }

@@ -21,6 +21,7 @@ from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
+from sdconv.checkpoint.io.narrow import Caster
 from sdconv.checkpoint.io.source import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
@@ -82,6 +83,7 @@ def convert(
     build: Build,
     family: str | None = None,
     dtype: torch.dtype | None = None,
+    clamp: bool = False,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Converted:
     """Writes a checkpoint in another layout, one tensor after another.
@@ -110,10 +112,13 @@ def convert(
         family: the family, if shapes leave it open; it decides the configs that are written.
         dtype: for the floating-point tensors of the converted components, which include a folder's
             text encoders; None keeps theirs. All other tensors always keep theirs.
+        clamp: whether values beyond the range of ``dtype`` become its largest finite one; they are
+            an error otherwise, which names the tensor and the value.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
-        CheckpointError: something cannot be read as weights, or not be written.
+        CheckpointError: something cannot be read as weights, or not be written; or a value is too
+            large for ``dtype``.
         UnknownNetworkError: there is no network that sdconv knows, or two of one component.
         WeightsMismatchError: tensors of a network are missing or of the wrong shape, or quantised
             in a way that is not undone; or a folder or a single component has no place for tensors
@@ -121,7 +126,8 @@ def convert(
         InputError: an argument has a value that is not allowed.
 
     Warns:
-        SdconvWarning: the family is open, and a config was written for one.
+        SdconvWarning: the family is open, and a config was written for one; or values were
+            clamped.
     """
     out, is_file = output_path(out)
     if layout not in LAYOUTS:
@@ -143,7 +149,10 @@ def convert(
         if component is not None or not is_file:
             _refuse_unexpected(known)
         job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor)
-        return job.to_file(out) if is_file else job.to_folders(out)
+        caster = Caster(checkpoint.label, clamp=clamp)
+        result = job.to_file(out, caster) if is_file else job.to_folders(out, caster)
+        caster.warn()
+        return result
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,7 @@ class _Job:
     dtype: torch.dtype | None
     on_tensor: OnTensor
 
-    def to_file(self, out: Path) -> Converted:
+    def to_file(self, out: Path, caster: Caster) -> Converted:
         """Everything, or the one component, in one file."""
         names = _FileNames(self)
         everything = self._entries(names, placed=self.layout == "original")
@@ -247,10 +256,10 @@ class _Job:
             metadata[ORIGIN_KEY] = json.dumps(names.origins)
         for one in described:
             warn_if_open(one)
-        stream(written, out, metadata, dtype=self.dtype, on_tensor=self.on_tensor)
+        stream(written, out, metadata, dtype=self.dtype, caster=caster, on_tensor=self.on_tensor)
         return self._summary([out], written)
 
-    def to_folders(self, out: Path) -> Converted:
+    def to_folders(self, out: Path, caster: Caster) -> Converted:
         """Each component in a folder, with its config."""
         everything = self._entries(_canonical, placed=False)
         folders = {
@@ -264,7 +273,14 @@ class _Job:
             folder = folders[network.one.component]
             own = [entry for entry in everything if entry.component == network.one.component]
             weights = folder / f"{DIFFUSERS_NAME}.safetensors"
-            stream(own, weights, {"format": "pt"}, dtype=self.dtype, on_tensor=self.on_tensor)
+            stream(
+                own,
+                weights,
+                {"format": "pt"},
+                dtype=self.dtype,
+                caster=caster,
+                on_tensor=self.on_tensor,
+            )
             files += [write_config(network.one.config, folder), weights]
         moved = [entry for entry in everything if entry.component in folders]
         in_config = any(n.one.config.get("latents_mean") is not None for n in self.known)

@@ -6,9 +6,11 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from sdconv.checkpoint.identify.find import is_vae_projection
+from sdconv.checkpoint.io.narrow import Caster, check_dtype
 from sdconv.checkpoint.io.write import CONFIG_KEY, output_path, write_folder, write_tensors
 from sdconv.checkpoint.keys.keymap import KeyMap
 from sdconv.checkpoint.keys.unet import keys_of_canonical
@@ -24,7 +26,13 @@ from sdconv.errors import InputError
 LAYOUTS = ("diffusers", "original")
 
 
-def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[Path]:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    layout: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    clamp: bool = False,
+) -> list[Path]:
     """Writes a network's weights; loading them again gives the same tensors and the same config.
 
     Args:
@@ -35,6 +43,9 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
         layout: ``"diffusers"``, or ``"original"`` for the names of the original implementation,
             without a prefix. A tiny autoencoder's original layout is one file with the prefixes
             ``encoder.`` and ``decoder.``.
+        dtype: for the floating-point tensors in the file; None keeps the network's.
+        clamp: let values beyond the range of ``dtype`` become its largest finite one; they are an
+            error otherwise, which names the tensor and the value.
 
     Returns:
         The files written. A file gets its name only once it is complete.
@@ -43,7 +54,10 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
         InputError: the model is not a network of sdconv's or has no values (on the meta device),
             the layout is unknown, the path is for another kind of file, or it is a folder and the
             layout is the original one.
-        CheckpointError: the path cannot be written.
+        CheckpointError: the path cannot be written, or a value is too large for ``dtype``.
+
+    Warns:
+        SdconvWarning: values were clamped.
     """
     out, is_file = output_path(path)
     if layout not in LAYOUTS:
@@ -60,6 +74,16 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
             got=type(model).__name__,
         )
     tensors = model.state_dict()
+    if dtype is not None:
+        check_dtype(dtype)
+        caster = Caster(type(model).__name__, clamp=clamp)
+        tensors = {
+            name: tensor
+            if tensor.is_meta or not tensor.is_floating_point()
+            else caster.cast(tensor, dtype, name, tensor.device)
+            for name, tensor in tensors.items()
+        }
+        caster.warn()
     if not is_file:
         if layout == "original":
             raise InputError(

@@ -42,6 +42,14 @@ def convert(
     ] = None,
     family: Family = None,
     dtype: StorageDtype = None,
+    clamp: Annotated[
+        bool,
+        typer.Option(
+            "--clamp",
+            help="Let values beyond the range of --dtype become its largest finite one; they are "
+            "an error otherwise.",
+        ),
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -74,6 +82,7 @@ def convert(
             build=build,
             family=family,
             dtype=None if dtype is None else dtype.in_torch(),
+            clamp=clamp,
             on_tensor=progress,
         )
     names = [str(file) for file in result.files]
