@@ -38,6 +38,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
 ) -> Autoencoder: ...
@@ -50,6 +51,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
 ) -> UNet2DConditionModel: ...
@@ -62,6 +64,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
 ) -> Network: ...
@@ -73,6 +76,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
 ) -> Network:
@@ -95,6 +99,8 @@ def load(
         backend: the network's own, see ``sdconv.backend``: ``"reference"`` or ``"fast"``.
         ema: load the running averages of the weights that an original checkpoint may also hold
             (``model_ema.*``), instead of the weights.
+        prefix: that of the network's names in the file, where the file has several copies
+            (``"first_stage_model."``); None for the checkpoint's own.
         clamp: let values beyond the range of ``dtype`` become its largest finite one; they are an
             error otherwise, since a weight of 70000 is infinite in float16.
         mmap: False reads every tensor into memory. Do so if the file may change or vanish while the
@@ -124,6 +130,7 @@ def load(
         device=device,
         family=family,
         ema=ema,
+        prefix=prefix,
         clamp=clamp,
         mmap=mmap,
     )

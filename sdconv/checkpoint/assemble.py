@@ -32,13 +32,14 @@ def assemble(
     device: str | torch.device = "cpu",
     family: str | None = None,
     ema: bool = False,
+    prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
 ) -> Module:
     """Opens a network from a checkpoint, in eval mode.
 
     Args:
-        path, component, dtype, device, family, ema, clamp, mmap: as for ``sdconv.load``.
+        path, component, dtype, device, family, ema, prefix, clamp, mmap: as for ``sdconv.load``.
         build: makes the network for a config; it is called on the meta device.
 
     Raises:
@@ -51,10 +52,12 @@ def assemble(
     target = usable_device(device)
     with open_component(path, component) as source:
         view = SourceView(source)
-        if view.networks:
+        if view.networks and prefix is None:
             names = {found.component: found for found in view.networks}
             component = one_of(names, component, source.label)
-        (chosen,) = view.identify(family, component)
+        chosen, *more = view.identify(family, component, prefix)
+        if more:  # both networks without a prefix
+            one_of({one.component: one for one in (chosen, *more)}, None, source.label)
         if ema:
             chosen = _averaged(chosen, source.label)
         warn_if_open(chosen, stacklevel=4)  # the caller of `load` or `from_pretrained`
@@ -84,6 +87,17 @@ def _averaged(chosen: Identified, where: object) -> Identified:
             expected="tensors under model_ema.",
             got=f"{len(chosen.found.names)} weights without any",
             hint="leave ema=True out: many files hold the averages as their only weights",
+        )
+    gone = [name for name in chosen.found.names if name not in chosen.found.ema]
+    if gone:
+        every = chosen.found.averages
+        raise WeightsMismatchError(
+            f"{len(gone)} of the {len(chosen.found.names)} running averages of the "
+            f"{chosen.component} are missing",
+            where=where,
+            expected=", ".join(every.get(name, f"the average of {name}") for name in gone[:4]),
+            got=f"{len(chosen.found.ema)} averages",
+            hint="leave ema=True out to load the weights themselves",
         )
     return replace(chosen, found=replace(chosen.found, names=chosen.found.ema))
 

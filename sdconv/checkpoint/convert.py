@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sdconv.checkpoint.assemble import shapes_in
-from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.find import DetectedNetwork, is_extra
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.files import short
@@ -84,6 +84,7 @@ def convert(
     family: str | None = None,
     dtype: torch.dtype | None = None,
     clamp: bool = False,
+    prefix: str | None = None,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Converted:
     """Writes a checkpoint in another layout, one tensor after another.
@@ -114,6 +115,7 @@ def convert(
             text encoders; None keeps theirs. All other tensors always keep theirs.
         clamp: whether values beyond the range of ``dtype`` become its largest finite one; they are
             an error otherwise, which names the tensor and the value.
+        prefix: as for ``sdconv.load``; only the network under it is then converted.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
@@ -143,7 +145,7 @@ def convert(
         )
     with ExitStack() as stack:
         checkpoint = opened(path, stack, component)
-        known = _identified(checkpoint, component, family)
+        known = _identified(checkpoint, component, family, prefix)
         for network in known:
             _check(network, build)
         if component is not None or not is_file:
@@ -169,15 +171,17 @@ class _Known:
         return source.config is not None or CONFIG_KEY in source.metadata
 
 
-def _identified(checkpoint: Checkpoint, component: str | None, family: str | None) -> list[_Known]:
+def _identified(
+    checkpoint: Checkpoint, component: str | None, family: str | None, prefix: str | None
+) -> list[_Known]:
     if not checkpoint.is_pipeline:
         (part,) = checkpoint.parts
-        return [_Known(part, one) for one in part.view.identify(family, component)]
+        return [_Known(part, one) for one in part.view.identify(family, component, prefix)]
     known = [
         _Known(part, one)
         for part in checkpoint.parts
         if part.name in COMPONENTS
-        for one in part.view.identify(family, part.name)
+        for one in part.view.identify(family, part.name, prefix)
     ]
     if not known:
         raise UnknownNetworkError(
@@ -314,7 +318,7 @@ class _Job:
             return True
         taken = {name for network in self.known for name in network.one.found.names.values()}
         return len(self.known) == 1 and all(
-            not part.name and name in taken
+            not part.name and (name in taken or is_extra(name, part.view.shapes[name]))
             for part in self.checkpoint.parts
             for name in part.view.shapes
         )
@@ -365,14 +369,24 @@ class _FileNames:
     def __call__(self, found: DetectedNetwork, view: SourceView) -> Renamed:
         """The new names and shapes, as ``whole.Renaming`` asks for them."""
         prefix = self._prefix(found)
-        if found.layout == self._job.layout and not self._job.checkpoint.is_pipeline:
+        original = self._job.layout == "original"
+        if found.layout == "diffusers" and not original:
+            shapes = found.shapes(view.shapes)
+            return {name: (prefix + name, shape) for name, shape in shapes.items()}
+        usual = self._original(found, view)
+        if found.layout == "original" and original:
             kept = found.prefix if self._job.component is None else ""
-            return {
+            result = {
                 name: (kept + place.removeprefix(found.prefix), view.shapes[place])
                 for name, place in found.names.items()
             }
-        usual = self._original(found, view)
-        if self._job.layout == "original":
+            # an attention whose layers have diffusers' names or shapes, in the original's
+            return result | {
+                name: (kept + usual[name][0], usual[name][1])
+                for name in result
+                if found.component == "vae" and ".attentions." in name
+            }
+        if original:
             return _remembered(found.component, view, usual, prefix)
         if found.layout == "original":
             self._remember(found, view, usual)

@@ -89,8 +89,13 @@ class SourceView:
         file, own = self._homes[name]
         return file.tensor(own)
 
-    def identify(self, family: str | None, component: str | None = None) -> list[Identified]:
+    def identify(
+        self, family: str | None, component: str | None = None, prefix: str | None = None
+    ) -> list[Identified]:
         """The networks with their configs, or only the component that is asked for.
+
+        Args:
+            family, component, prefix: as for ``identify``.
 
         Raises:
             SdconvError: as ``identify``; or the weights are quantised in a way that is not undone.
@@ -99,7 +104,7 @@ class SourceView:
             SdconvWarning: some fp8 weights have a scale, others do not.
         """
         for found in self.networks:
-            if component in (None, found.component):
+            if component in (None, found.component) and prefix in (None, found.prefix):
                 check_quantised(found.component, found, self.dtype, self.source.label)
         identified = identify(
             self.shapes,
@@ -107,6 +112,7 @@ class SourceView:
             metadata=self.source.metadata,
             family=family,
             component=component,
+            prefix=prefix,
             config=self.source.config,
             statistics=self._statistics(),
             where=self.source.label,

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
+
 from sdconv.checkpoint.identify.find import DetectedNetwork
 from sdconv.checkpoint.identify.unet import family_of_width
 from sdconv.checkpoint.io.files import read_json
 from sdconv.checkpoint.io.folder import Folder, folder_at
-from sdconv.checkpoint.io.source import open_files, open_folder
+from sdconv.checkpoint.io.source import TensorsFile, open_files, open_folder
 from sdconv.checkpoint.io.stream import OutputTensor
-from sdconv.checkpoint.keys.clip import TRANSPOSED, long_name, open_clip_names
+from sdconv.checkpoint.keys.clip import POSITIONS, TRANSPOSED, long_name, open_clip_names
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights, network_folders
 
 
@@ -206,10 +208,14 @@ def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
     if made is None:
         return []
     if not place.is_open_clip:
-        return [
-            part.entry(place.prefix + long_name(name), [name], component=part.name)
-            for name in part.view.shapes
-        ]
+        pairs = ((place.prefix + long_name(name), name) for name in part.view.shapes)
+        written = (
+            _positions(part, new, old)
+            if old.endswith(POSITIONS)
+            else part.entry(new, [old], component=part.name)
+            for new, old in pairs
+        )
+        return [entry for entry in written if entry is not None]
     result = []
     for name, pieces in made.items():
         transposed = name == TRANSPOSED
@@ -219,6 +225,20 @@ def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
         entry = part.entry(place.prefix + name, pieces, shape, part.name)
         result.append(replace(entry, shape=shape[::-1], transposed=True) if transposed else entry)
     return result
+
+
+def _positions(part: Part, new: str, old: str) -> OutputTensor | None:
+    """The numbers of the positions, as integers also where merging has made them floats
+    (40.9999); None if they are not 0, 1, 2, ..., which every reader assumes anyway."""
+    if not part.view.dtype(old).startswith(("F", "BF")):
+        return part.entry(new, [old], component=part.name)
+    rounded = part.view.tensor(old).double().round().to(torch.int64)
+    if not torch.equal(rounded.flatten(), torch.arange(rounded.numel())):
+        return None
+    file = TensorsFile(part.view.source.label, {old: rounded})
+    return OutputTensor(
+        name=new, shape=tuple(rounded.shape), pieces=((file, old),), component=part.name
+    )
 
 
 def _joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:

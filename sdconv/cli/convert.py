@@ -14,6 +14,7 @@ from sdconv.cli.common import (
     Json,
     Layout,
     Paths,
+    Prefix,
     StorageDtype,
     check_output,
     one_or_all,
@@ -50,6 +51,7 @@ def convert(
             "an error otherwise.",
         ),
     ] = False,
+    prefix: Prefix = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +85,7 @@ def convert(
             family=family,
             dtype=None if dtype is None else dtype.in_torch(),
             clamp=clamp,
+            prefix=prefix,
             on_tensor=progress,
         )
     names = [str(file) for file in result.files]

@@ -126,6 +126,8 @@ def _source(source: InspectedSource) -> Iterator[RenderableType]:
         else f"{value[:200]} ... ({len(value)} characters)"
         for key, value in source.metadata.items()
     }
+    if source.notes:
+        facts["notes"] = plain("; ".join(source.notes))
     yield facts_of(facts)
     for network in source.networks:
         yield Text()

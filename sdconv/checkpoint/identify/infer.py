@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks
+from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks, main_network
+from sdconv.checkpoint.identify.others import other_kind, tiny_video
 from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import open_unet, read_unet
@@ -41,6 +42,7 @@ from sdconv.errors import (
     SdconvError,
     SdconvWarning,
     UnknownNetworkError,
+    WeightsMismatchError,
 )
 
 # the values that ``family=`` accepts
@@ -109,6 +111,7 @@ def identify(
     metadata: Mapping[str, str] | None = None,
     family: str | None = None,
     component: str | None = None,
+    prefix: str | None = None,
     config: Mapping[str, Any] | None = None,
     statistics: Mapping[str, tuple[float, ...]] | None = None,
     where: object = None,
@@ -120,6 +123,7 @@ def identify(
         shapes, metadata, family: as for ``infer``.
         networks: what ``find_networks`` found among the shapes, if that is known already.
         component: the only one to identify; the others may then be of any kind.
+        prefix: that of its names in the file, where there are several; None for the usual one.
         config: the content of a ``config.json`` next to the weights.
         statistics: the values of the file's ``edm_mean`` and ``edm_std``.
         where: the weights' name, for messages.
@@ -132,24 +136,16 @@ def identify(
     metadata = _checked_metadata(metadata)
     everything = find_networks(shapes, where) if networks is None else networks
     found = [one for one in everything if component in (None, one.component)]
-    if everything and not found:
-        raise UnknownNetworkError(
-            f"there is no component {component!r}",
-            where=where,
-            expected=repr(component),
-            got=", ".join(sorted({one.component for one in everything})),
-        )
+    if prefix is not None:
+        found = _under(found, prefix, where)
     if not found:
-        raise UnknownNetworkError(
-            "no network that sdconv knows",
-            where=where,
-            expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
-            got=_glimpse(list(shapes)),
-            hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
-        )
-    for name in {one.component for one in found}:
+        raise _not_found(shapes, everything, component, where)
+    if component in (None, "vae") and prefix is None:
+        _check_first_stage(shapes, found, where)
+    for name in sorted({one.component for one in found}):
         several = [one for one in found if one.component == name]
-        if len(several) > 1:
+        chosen = main_network(several) if len(several) > 1 else several[0]
+        if chosen is None:
             raise UnknownNetworkError(
                 f"several networks that could be the {name}",
                 where=where,
@@ -157,18 +153,118 @@ def identify(
                 got=", ".join(
                     f"{one.kind} under {short(one.prefix or 'no prefix')}" for one in several
                 ),
-                hint="pass a state dict that holds one of them",
+                hint="pass " + " or ".join(f"prefix={one.prefix!r}" for one in several[:4]),
             )
+        found = [one for one in found if one.component != name or one is chosen]
+        _check_halves(chosen, several, shapes, where)
     around = Surroundings(
         shapes=shapes, networks=everything, metadata=metadata, statistics=statistics or {}
     )
     result = []
     for one in found:
+        if one.kind in ("AutoencoderKL", "AutoencoderKLFlux2"):
+            check_kind(one, one.shapes(shapes), where)
+        if one.kind == "AutoencoderTiny" and tiny_video(shapes, one.prefix):
+            raise _not_found(shapes, (), component, where)
         if given := dict(config or {}) or _config_in(metadata, one.component, where):
             result.append(_with_config(one, around, given, family, where))
         else:
             result.append(Identified(found=one, **vars(_read(one, around, family, where))))
     return result
+
+
+def _under(found: Sequence[DetectedNetwork], prefix: str, where: object) -> list[DetectedNetwork]:
+    """The networks under the prefix that the caller names."""
+    wanted = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
+    if chosen := [one for one in found if one.prefix == wanted]:
+        return chosen
+    raise UnknownNetworkError(
+        f"there is no network under the prefix {prefix!r}",
+        where=where,
+        expected=" or ".join(repr(one.prefix) for one in found[:8]) or "a network",
+        got=repr(prefix),
+    )
+
+
+def _not_found(
+    shapes: Shapes, everything: Sequence[DetectedNetwork], component: str | None, where: object
+) -> UnknownNetworkError:
+    """The error for a checkpoint without the network that is asked for, which names what it holds
+    instead."""
+    kind = other_kind(shapes) if component in (None, "vae") or not everything else None
+    if kind is not None:
+        return UnknownNetworkError(
+            f"no network that sdconv knows: this is {kind}",
+            where=where,
+            expected="a VAE or a tiny autoencoder for images, or a U-Net",
+            got=_glimpse(list(shapes)),
+            hint="run it with diffusers, or with the code that it was trained with",
+        )
+    if everything:
+        return UnknownNetworkError(
+            f"there is no component {component!r}",
+            where=where,
+            expected=repr(component),
+            got=", ".join(sorted({one.component for one in everything})),
+        )
+    return UnknownNetworkError(
+        "no network that sdconv knows",
+        where=where,
+        expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
+        got=_glimpse(list(shapes)),
+        hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
+    )
+
+
+def _check_first_stage(shapes: Shapes, found: Sequence[DetectedNetwork], where: object) -> None:
+    """Refuses a copy of a VAE somewhere else in a file whose own VAE is for videos."""
+    first = "first_stage_model."
+    if not any(one.component == "vae" for one in found) or any(
+        one.prefix == first for one in found
+    ):
+        return
+    if any(len(shape) == 5 and name.startswith(first) for name, shape in shapes.items()):
+        others = [one.prefix for one in found if one.component == "vae"]
+        raise UnknownNetworkError(
+            f"the vae under {first} is {other_kind(shapes, first) or 'for videos'}, which sdconv "
+            "does not build",
+            where=where,
+            expected="a VAE for images",
+            got=f"another VAE under {others[0] or 'no prefix'}, which is not the file's own",
+            hint=f"to use that one, pass prefix={others[0]!r}",
+        )
+
+
+def _check_halves(
+    chosen: DetectedNetwork, several: Sequence[DetectedNetwork], shapes: Shapes, where: object
+) -> None:
+    """Refuses half of a VAE, and says where a whole one lies."""
+    if chosen.kind not in ("AutoencoderKL", "AutoencoderKLFlux2"):
+        return
+    halves = {half: _has_half(chosen, half) for half in ("encoder", "decoder")}
+    if all(halves.values()):
+        return
+    there, gone = ("decoder", "encoder") if halves["decoder"] else ("encoder", "decoder")
+    whole = [
+        one
+        for one in several
+        if one is not chosen and _has_half(one, "encoder") and _has_half(one, "decoder")
+    ]
+    raise WeightsMismatchError(
+        f"the VAE is incomplete: under {chosen.prefix or 'no prefix'} there is the {there} alone, "
+        f"and its {gone} is missing",
+        where=where,
+        expected="an encoder and a decoder",
+        got=f"{len(chosen.names)} tensors of the {there}",
+        hint=f"a whole VAE lies under {whole[0].prefix or 'no prefix'}: pass "
+        f"prefix={whole[0].prefix!r}"
+        if whole
+        else "load a file with the whole VAE",
+    )
+
+
+def _has_half(found: DetectedNetwork, half: str) -> bool:
+    return any(name.startswith(f"{half}.") for name in found.names)
 
 
 def _checked_shapes(shapes: object) -> dict[str, tuple[int, ...]]:
@@ -364,10 +460,8 @@ def _read(
     own = NetworkShapes(found, around.shapes, where)
     match found.kind:
         case "AutoencoderKL":
-            check_kind(found, where)
             return read_vae(own, around, family)
         case "AutoencoderKLFlux2":
-            check_kind(found, where)
             return read_flux2(own, family)
         case "AutoencoderTiny":
             return read_tiny(own, family)

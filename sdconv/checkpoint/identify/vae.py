@@ -46,12 +46,29 @@ _OTHER_KINDS = (
 )
 
 
-def check_kind(found: DetectedNetwork, where: object) -> None:
+def check_kind(found: DetectedNetwork, shapes: Mapping[str, Shape], where: object) -> None:
     """Refuses a VAE with parts that ``AutoencoderKL`` does not have, and says what it is.
+
+    Args:
+        shapes: of its tensors, by diffusers' names.
 
     Raises:
         UnknownNetworkError: it has such a part.
     """
+    # a distribution has a mean and a variance for each channel, a codebook's vectors have neither
+    given, taken = (
+        shapes.get(f"{end}.weight", ()) for end in ("encoder.conv_out", "decoder.conv_in")
+    )
+    if len(given) == len(taken) == 4 and given[0] == taken[1]:
+        raise UnknownNetworkError(
+            "the vae is a VQ model, with a codebook in place of a distribution, which diffusers' "
+            "AutoencoderKL cannot represent",
+            where=where,
+            expected=f"{2 * taken[1]} channels out of the encoder, a mean and a variance for each "
+            f"of the {taken[1]} that the decoder takes",
+            got=f"{given[0]} channels out of the encoder",
+            hint="run it with the code that it was trained with",
+        )
     for name in found.unexpected:
         for pattern, what in _OTHER_KINDS:
             if pattern.fullmatch(name.removeprefix(found.prefix)):
