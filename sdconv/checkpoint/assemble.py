@@ -68,6 +68,7 @@ def assemble(
         state = _tensors(network, chosen, view, dtype, target, caster)
         if not mmap:
             state = {name: tensor.clone() for name, tensor in state.items()}
+        source.check_unchanged()
         network.load_state_dict(state, strict=True, assign=True)
         caster.warn(stacklevel=4)
     return network.eval()

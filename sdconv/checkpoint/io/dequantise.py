@@ -43,6 +43,10 @@ class DequantisedFile(SourceFile):
         }
         self._weights, self._scales = weights, scales
 
+    def check_unchanged(self) -> None:
+        for file, _ in (*self._weights.values(), *self._scales.values()):
+            file.check_unchanged()
+
     def _read(self, name: str) -> torch.Tensor:
         (file, own), (scale_file, scale_name) = self._weights[name], self._scales[name]
         weight, scale = file.tensor(own).float(), scale_file.tensor(scale_name).float()

@@ -15,10 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.io.files import os_errors, short
+from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.header import DTYPE_BITS, TensorInfo
 from sdconv.checkpoint.io.narrow import Caster
-from sdconv.checkpoint.io.source import TORCH_DTYPES, SafetensorsFile, SourceFile
+from sdconv.checkpoint.io.source import TORCH_DTYPES, SourceFile
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import CheckpointError
 
@@ -26,7 +26,7 @@ OnTensor = Callable[[str, int, int], None]
 """Called before each tensor with its name, the bytes done so far and all bytes."""
 
 _NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_PIECE = 1 << 22  # bytes, or values, that are in memory at a time
+_PIECE = 1 << 22  # values that are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,8 @@ def stream(
                 for piece in _bytes(entry, targets[entry.name], caster):
                     handle.write(piece)
                 done += sum(info.nbytes for info in entry.infos)
+        for file in {id(file): file for entry in ordered for file, _ in entry.pieces}.values():
+            file.check_unchanged()
         on_tensor("", total, total)
 
     write_whole(path, write)
@@ -173,22 +175,11 @@ def _bytes(entry: OutputTensor, target: str, caster: Caster) -> Iterator[bytes |
         yield from _values(entry.tensor(), target, entry.pieces[0][1], caster)
         return
     for file, name in entry.pieces:
-        if target == entry.dtype and isinstance(file, SafetensorsFile):
-            yield from _copied(file, file.entries[name])
+        stored = file.stored_bytes(name) if target == entry.dtype else None
+        if stored is not None:
+            yield from stored
         else:
             yield from _values(file.tensor(name), target, name, caster)
-
-
-def _copied(file: SafetensorsFile, info: TensorInfo) -> Iterator[bytes]:
-    path, left = Path(file.label), info.nbytes
-    with os_errors(path), path.open("rb") as handle:
-        handle.seek(info.start)
-        while left:
-            piece = handle.read(min(left, _PIECE))
-            if not piece:
-                raise CheckpointError("became shorter while it was read", where=path)
-            left -= len(piece)
-            yield piece
 
 
 def _values(tensor: Tensor, target: str, name: str, caster: Caster) -> Iterator[memoryview]:
