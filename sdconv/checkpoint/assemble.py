@@ -93,8 +93,8 @@ def _averaged(chosen: Identified, where: object) -> Identified:
     if gone:
         every = chosen.found.averages
         raise WeightsMismatchError(
-            f"{len(gone)} of the {len(chosen.found.names)} running averages of the "
-            f"{chosen.component} are missing",
+            f"{len(gone)} missing of the {len(chosen.found.names)} running averages of the "
+            f"{chosen.component}",
             where=where,
             expected=", ".join(every.get(name, f"the average of {name}") for name in gone[:4]),
             got=f"{len(chosen.found.ema)} averages",

@@ -26,7 +26,7 @@ from sdconv.checkpoint.io.source import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights
-from sdconv.checkpoint.save import LAYOUTS, original_tensors
+from sdconv.checkpoint.save import LAYOUTS, edm_tensors, original_tensors
 from sdconv.checkpoint.whole import (
     Checkpoint,
     Part,
@@ -298,12 +298,7 @@ class _Job:
             config = known.one.config
             if not isinstance(config, AutoencoderKLConfig) or config.latents_mean is None:
                 continue
-            values = (config.latents_mean, config.latents_std)
-            tensors = {
-                name: torch.tensor(value)
-                for name, value in zip(EDM_STATISTICS, values, strict=True)
-                if name not in written and value is not None
-            }
+            tensors = {k: v for k, v in edm_tensors(config).items() if k not in written}
             file = TensorsFile(known.part.view.source.label, tensors)
             return [
                 OutputTensor(name=name, shape=tuple(tensor.shape), pieces=((file, name),))

@@ -21,6 +21,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
+from sdconv.config.facts import EDM_STATISTICS
 from sdconv.errors import InputError
 
 LAYOUTS = ("diffusers", "original")
@@ -94,7 +95,7 @@ def save(
             )
         return write_folder(tensors, config, out)
     if layout == "original":
-        tensors = original_tensors(tensors, config)
+        tensors = original_tensors(tensors, config) | edm_tensors(config)
     # A single entry: safetensors writes several in any order, and the same network should give the
     # same bytes.
     write_tensors(tensors, out, {CONFIG_KEY: json.dumps(config.to_json())})
@@ -125,6 +126,14 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
             )
         result[original] = tensor[:, :, None, None] if is_vae_projection(name) else tensor
     return result
+
+
+def edm_tensors(config: Config) -> dict[str, Tensor]:
+    """The statistics of the latents as tensors, as single files of Playground v2.5 have them; empty
+    if the config has none."""
+    values = (config.get("latents_mean"), config.get("latents_std"))
+    pairs = zip(EDM_STATISTICS, values, strict=True)
+    return {name: torch.tensor(value) for name, value in pairs if value is not None}
 
 
 def _keys(names: Collection[str], config: Config) -> KeyMap:

@@ -23,6 +23,11 @@ FEWEST_ADDED_TIMES = 5
 # stabilityai/stable-diffusion-2-1-unclip).
 UNCLIP_WIDTHS = frozenset({2 * 768, 2 * 1024})
 
+# The family that the width of the prompt embedding belongs to, by the text encoders of each:
+# CLIP ViT-L (SD1), OpenCLIP ViT-H (SD2), OpenCLIP ViT-bigG (SDXL's refiner), and ViT-L next to
+# ViT-bigG (SDXL); `cross_attention_dim` in their unet/config.json. The number of heads follows.
+TEXT_WIDTHS: Mapping[int, str] = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
+
 # The noise schedule of Stable Diffusion 1, 2 and XL: over these timesteps, the square root of beta
 # rises linearly between the square roots of these two (`linear_start` and `linear_end` in their
 # configs; `make_beta_schedule` in ldm's util.py).

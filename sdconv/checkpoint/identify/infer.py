@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks, main_network
-from sdconv.checkpoint.identify.others import other_kind, tiny_video
+from sdconv.checkpoint.identify.others import other_kind, other_unet, tiny_video
 from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import open_unet, read_unet
@@ -164,6 +164,8 @@ def identify(
     for one in found:
         if one.kind in ("AutoencoderKL", "AutoencoderKLFlux2"):
             check_kind(one, one.shapes(shapes), where)
+        if one.component == "unet":
+            _check_unet(one, where)
         if one.kind == "AutoencoderTiny" and tiny_video(shapes, one.prefix):
             raise _not_found(shapes, (), component, where)
         if given := dict(config or {}) or _config_in(metadata, one.component, where):
@@ -214,6 +216,18 @@ def _not_found(
         got=_glimpse(list(shapes)),
         hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
     )
+
+
+def _check_unet(found: DetectedNetwork, where: object) -> None:
+    """Refuses a U-Net with modules that sdconv does not build, and names it."""
+    if kind := other_unet(name.removeprefix(found.prefix) for name in found.unexpected):
+        raise UnknownNetworkError(
+            f"the unet is {kind[0]}, which sdconv does not build",
+            where=where,
+            expected="the U-Net of Stable Diffusion 1, 2 or XL, or one distilled from it",
+            got=short(kind[1]),
+            hint="run it with diffusers, or with the code that it was trained with",
+        )
 
 
 def _check_first_stage(shapes: Shapes, found: Sequence[DetectedNetwork], where: object) -> None:

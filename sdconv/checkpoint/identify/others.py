@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -117,9 +117,24 @@ _KINDS: tuple[tuple[str, tuple[_Sign, ...]], ...] = (
         "a VAE for videos, with convolutions over time",
         (_Sign(r"(quant_conv|post_quant_conv)\.weight", _AXES_OF_VIDEO),),
     ),
+)
+# names of modules that only other U-Nets have
+_UNETS: tuple[tuple[str, str], ...] = (
     (
-        "the latent upscaler's U-Net (K-diffusion blocks)",
-        (_Sign(r"(down|up)_blocks\.[0-9]+\.resnets\.[0-9]+\.norm1\.linear\.weight"),),
+        r"(down|up)_blocks\.[0-9]+\.resnets\.[0-9]+\.norm[12]\.linear\..+",
+        "the latent upscaler's U-Net, with K-diffusion's blocks",
+    ),
+    (r".+\.(add_k_proj|add_v_proj)\..+", "a U-Net of Kandinsky 2 or DeepFloyd IF"),
+    (r"(position_net|.+\.fuser)\..+", "GLIGEN's U-Net, which also reads boxes"),
+    (r".+\.(to_k_ip|to_v_ip)\..+", "a U-Net with an IP-Adapter in it"),
+    (r"encoder_hid_proj\..+", "a U-Net that projects its prompt embedding first, as Kolors' does"),
+    (
+        r"(down_blocks|up_blocks|mid_block)\..*attentions\.[0-9]+\.(to_q|query|group_norm)\..+",
+        "an unconditional U-Net (diffusers' UNet2DModel)",
+    ),
+    (
+        r"(input_blocks|output_blocks|middle_block)\..*\.qkv\.weight",
+        "an unconditional U-Net of the original code",
     ),
 )
 _COMPILED = tuple(
@@ -130,6 +145,20 @@ _ROOTS = re.compile(
     r"(?:^|\.)(?=(?:encoder|decoder|quant_conv|post_quant_conv|quantize|per_channel_statistics"
     r"|vquantizer|decoder_unet|down_blocks|up_blocks|in_block)\.)"
 )
+
+
+def other_unet(names: Iterable[str]) -> tuple[str, str] | None:
+    """What a U-Net is that sdconv does not build, and the name that shows it; None if it is not
+    recognised.
+
+    Args:
+        names: under its prefix, without the prefix.
+    """
+    for name in names:
+        for pattern, what in _UNETS:
+            if re.fullmatch(pattern, name):
+                return what, name
+    return None
 
 
 def other_kind(shapes: Shapes, prefix: str = "") -> str | None:

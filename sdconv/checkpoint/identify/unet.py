@@ -11,7 +11,7 @@ from sdconv.checkpoint.identify.metadata import family_in
 from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import UNet2DConditionConfig
-from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS
+from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS, TEXT_WIDTHS
 from sdconv.config.unet import (
     CROSS_DOWN,
     CROSS_MID,
@@ -258,6 +258,7 @@ def _context_width(shapes: NetworkShapes) -> int | None:
             "the transformers read prompt embeddings of different widths",
             expected="one width",
             got=sorted(widths),
+            hint="run it with the code that it was trained with",
         )
     return widths.pop() if widths else None
 
@@ -288,11 +289,6 @@ def _heads(channels: tuple[int, ...], facts: UNetFacts) -> int | tuple[int, ...]
     return tuple(max(1, count // facts.head_channels) for count in channels)
 
 
-# The width of the prompt embedding decides the family, and so the number of heads. Whether proj_in
-# is linear or a 1x1 convolution does not: converters write either.
-_WIDTHS = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
-
-
 def _family(
     shapes: NetworkShapes, linear: bool, added: int | None, context: int | None
 ) -> tuple[str, str, list[str]]:
@@ -314,8 +310,9 @@ def _family(
     fitting = ["sd1", "sd2", "x4-upscaler"]
     if inputs == 7 and "class_embedding.weight" in shapes:
         return "x4-upscaler", "7 channels in and a list of class embeddings", fitting
+    # Whether proj_in is linear or a 1x1 convolution does not decide: converters write either.
     name = family_of_width(context, linear)
-    if context in _WIDTHS:
+    if context in TEXT_WIDTHS:
         evidence = f"prompt embeddings of width {context}; {said}"
         return name, evidence, fitting if name in fitting else list(UNET_FACTS)
     how = "linear" if linear else "a convolution"
@@ -330,7 +327,7 @@ def family_of_width(context: int | None, linear: bool) -> str:
         linear: whether its ``proj_in`` is linear, which decides only for a width that no published
             model has: SD1's own code writes convolutions, SD2's linear layers.
     """
-    return _WIDTHS.get(context or 768, "sd2" if linear else "sd1")
+    return TEXT_WIDTHS.get(context or 768, "sd2" if linear else "sd1")
 
 
 def _short(values: tuple[int, ...]) -> Any:

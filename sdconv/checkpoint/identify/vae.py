@@ -14,7 +14,7 @@ from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, Sha
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
-from sdconv.config.facts import EDM_STATISTICS, NORM_NUM_GROUPS, VAE_FACTS, VaeFacts
+from sdconv.config.facts import EDM_STATISTICS, NORM_NUM_GROUPS, TEXT_WIDTHS, VAE_FACTS, VaeFacts
 from sdconv.errors import InputError, UnknownNetworkError
 
 _ATTENTION = "mid_block.attentions.0"
@@ -370,9 +370,6 @@ def _compared(choice: _FamilyChoice, said: str, fitting: Sequence[str]) -> _Fami
     return replace(choice, open_to=tuple(dict.fromkeys(candidates)), doubt=doubt)
 
 
-# The width of the prompt embedding that a U-Net reads. Others' transformers have tensors of the
-# same name, so that only a U-Net's own count.
-_WIDTHS = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 # tensors by which a transformer of a known family is recognised, all under one prefix
 _TRANSFORMERS: Mapping[str, tuple[str, ...]] = {
     "sd3": ("joint_blocks.0.x_block.attn.qkv.weight", "context_embedder.weight"),
@@ -403,14 +400,15 @@ def family_of_unets(around: Surroundings) -> tuple[str, str] | None:
     for one in around.networks:
         if one.component != "unet":
             continue
+        # others' transformers have tensors of the same names
         own = one.shapes(around.shapes)
         if own.get("conv_in.weight", ())[1:2] == (7,):
             families["x4-upscaler"] = f"{one.names['conv_in.weight']} takes 7 channels"
             continue
         for name, shape in own.items():
-            if name.endswith("attn2.to_k.weight") and shape and shape[-1] in _WIDTHS:
+            if name.endswith("attn2.to_k.weight") and shape and shape[-1] in TEXT_WIDTHS:
                 said = f"the U-Net reads prompt embeddings of width {shape[-1]}"
-                families[_WIDTHS[shape[-1]]] = said
+                families[TEXT_WIDTHS[shape[-1]]] = said
                 break
     return next(iter(families.items())) if len(families) == 1 else None
 

@@ -179,7 +179,9 @@ def test_averages_after_a_layout_change_and_one_missing(dotted: bool, tmp_path: 
     assert same(sdconv.load(tmp_path / "d.safetensors", ema=True), averages)
     gone = next(name for name in ema if "out" in name and "2" in name and "bias" in name)
     left = {k: v for k, v in ema.items() if k != gone}
-    with pytest.raises(sdconv.WeightsMismatchError, match=r"1 of the .* averages") as caught:
+    with pytest.raises(
+        sdconv.WeightsMismatchError, match=r"1 missing of the .* averages"
+    ) as caught:
         sdconv.load(state | left, ema=True)
     assert f"expected: {gone}\n" in str(caught.value)
     with pytest.raises(sdconv.UnknownNetworkError, match="no running averages of the unet"):

@@ -226,6 +226,9 @@ def test_playground_there_and_back(tmp_path: Path) -> None:
     # also where no metadata says so
     assert of_playground(sdconv.load(back, "vae").config)
 
+    sdconv.save(loaded, tmp_path / "saved.safetensors", layout="original")
+    assert of_playground(sdconv.load(load_file(tmp_path / "saved.safetensors")).config)
+
     convert(path, tmp_path / "d.safetensors", "diffusers")
     assert of_playground(sdconv.load(tmp_path / "d.safetensors", "vae").config)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import seeded, unets
 from safetensors.torch import save_file
 
 import sdconv
@@ -130,6 +130,26 @@ def test_refused_by_name(name: str, tmp_path: Path) -> None:
         assert "whole" not in str(caught.value)
         assert "complete" not in str(caught.value)
     assert words in (inspect(path).complaint or "")
+
+
+UNETS = {
+    "down_blocks.0.resnets.0.norm1.linear.weight": "latent upscaler",
+    "down_blocks.0.attentions.0.add_k_proj.weight": "Kandinsky 2 or DeepFloyd IF",
+    "position_net.linears.0.weight": "GLIGEN",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.weight": "IP-Adapter",
+    "encoder_hid_proj.weight": "Kolors",
+    "mid_block.attentions.0.to_q.weight": "unconditional",
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_other_unets(name: str) -> None:
+    network = unets.blank(unets.smallest("SD1"))
+    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    assert set(sdconv.infer(shapes)) == {"unet"}  # the control
+    with pytest.raises(sdconv.UnknownNetworkError, match=UNETS[name]) as caught:
+        sdconv.infer(shapes | {name: (64, 64)})
+    assert f"got: '{name}'" in str(caught.value)
 
 
 def test_the_controls_are_opened() -> None:
