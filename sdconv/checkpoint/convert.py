@@ -261,7 +261,7 @@ class _Job:
         for one in described:
             warn_if_open(one)
         stream(written, out, metadata, dtype=self.dtype, caster=caster, on_tensor=self.on_tensor)
-        return self._summary([out], written)
+        return self._summary([out], written, self._lost(everything, written))
 
     def to_folders(self, out: Path, caster: Caster) -> Converted:
         """Each component in a folder, with its config."""
@@ -290,6 +290,17 @@ class _Job:
         in_config = any(n.one.config.get("latents_mean") is not None for n in self.known)
         rest = [e for e in everything if not (in_config and e.name in EDM_STATISTICS)]
         return self._summary(files, moved, left_over(rest))
+
+    def _lost(
+        self, everything: Sequence[OutputTensor], written: Sequence[OutputTensor]
+    ) -> Mapping[str, int]:
+        """Tensors under the prefix of a single component that are not written: losses and averages,
+        which are not weights of the network."""
+        names = {entry.pieces[0][1] for entry in written if entry.pieces}
+        dropped = {name for known in self.known for name in known.one.found.dropped} - names
+        return left_over(
+            entry for entry in everything if self.component and entry.pieces[0][1] in dropped
+        )
 
     def _statistics(self, written: Collection[str]) -> list[OutputTensor]:
         """The statistics of the latents as tensors, where single files of the family have them and

@@ -103,8 +103,9 @@ class SourceView:
         Warns:
             SdconvWarning: some fp8 weights have a scale, others do not.
         """
+        wanted = f"{prefix.removesuffix('.')}." if prefix else prefix
         for found in self.networks:
-            if component in (None, found.component) and prefix in (None, found.prefix):
+            if component in (None, found.component) and wanted in (None, found.prefix):
                 check_quantised(found.component, found, self.dtype, self.source.label)
         identified = identify(
             self.shapes,

@@ -92,7 +92,7 @@ def convert(
     if result.dequantised:
         say(f"{result.dequantised} scaled fp8 weights were multiplied by their scales", "note")
     _note("carried over unchanged", result.carried)
-    _note("left out, because these folders have no place for them", result.left_out)
+    _note("left out, because what was asked for has no place for them", result.left_out)
     if as_json:
         print_json(
             {

@@ -191,7 +191,7 @@ def other_kind(shapes: Shapes, prefix: str = "") -> str | None:
     return None
 
 
-_NUMBERED = r"(?:(?:.*\.)?(?:encoder|decoder)\.)?(?:layers\.)?[0-9]{1,4}"
+_NUMBERED = r"(?:(?:.*\.)?[a-z_]*(?:encoder|decoder)\.)?(?:layers\.)?[0-9]{1,4}"
 _MEMORY_BLOCK = re.compile(rf"{_NUMBERED}\.conv\.0\.weight")
 _TEMPORAL = re.compile(rf"{_NUMBERED}\.conv\.weight")
 
@@ -200,12 +200,14 @@ def tiny_video(shapes: Shapes, prefix: str = "") -> bool:
     """Whether the tensors are those of a tiny autoencoder for videos: its blocks read the frame
     before too, twice as many channels as they give. That remains where its layers over time have
     been removed."""
-    return any(
-        name.startswith(prefix)
-        and len(shape) == 4
-        and (
-            (bool(_MEMORY_BLOCK.fullmatch(name)) and shape[1] == 2 * shape[0])
-            or bool(_TEMPORAL.fullmatch(name))
-        )
-        for name, shape in shapes.items()
-    )
+    for name, shape in shapes.items():
+        if not name.startswith(prefix) or len(shape) != 4:
+            continue
+        if _TEMPORAL.fullmatch(name):
+            return True
+        if _MEMORY_BLOCK.fullmatch(name):
+            # a block that changes the number of channels has a convolution around it
+            skip = shapes.get(name.removesuffix("conv.0.weight") + "skip.weight", shape[:1] * 2)
+            if len(skip) > 1 and shape[1] == 2 * skip[1]:
+                return True
+    return False
