@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -222,6 +222,21 @@ def _check(known: _Known, build: Build) -> None:
     replace(found, unexpected=()).check(known.one, view.source.label)
 
 
+@contextmanager
+def _all_or_none(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[None]:
+    """Removes the files again if the work fails, and those of the folders that were not there."""
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in new:
+            with suppress(OSError):  # not there, or something else is in it
+                folder.rmdir()
+        raise
+
+
 @dataclass(frozen=True)
 class _Job:
     """A checkpoint, and how it is to be written."""
@@ -272,20 +287,22 @@ class _Job:
         for network in self.known:
             check_in_diffusers(network.one.config, folders[network.one.component])
         files: list[Path] = []
-        for network in self.known:
-            warn_if_open(network.one)
-            folder = folders[network.one.component]
-            own = [entry for entry in everything if entry.component == network.one.component]
-            weights = folder / f"{DIFFUSERS_NAME}.safetensors"
-            stream(
-                own,
-                weights,
-                {"format": "pt"},
-                dtype=self.dtype,
-                caster=caster,
-                on_tensor=self.on_tensor,
-            )
-            files += [write_config(network.one.config, folder), weights]
+        with _all_or_none(files, [*folders.values(), out]):
+            for network in self.known:
+                warn_if_open(network.one)
+                folder = folders[network.one.component]
+                own = [entry for entry in everything if entry.component == network.one.component]
+                weights = folder / f"{DIFFUSERS_NAME}.safetensors"
+                stream(
+                    own,
+                    weights,
+                    {"format": "pt"},
+                    dtype=self.dtype,
+                    caster=caster,
+                    on_tensor=self.on_tensor,
+                )
+                files.append(weights)
+                files.insert(-1, write_config(network.one.config, folder))
         moved = [entry for entry in everything if entry.component in folders]
         in_config = any(n.one.config.get("latents_mean") is not None for n in self.known)
         rest = [e for e in everything if not (in_config and e.name in EDM_STATISTICS)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import seeded, unets
 from helpers.weight_files import convert, is_mapped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -117,3 +117,22 @@ def test_without_a_mapping(tmp_path: Path) -> None:
     assert is_mapped(mapped, path)
     assert not is_mapped(copied, path)
     assert torch.equal(mapped, copied)
+
+
+def test_a_model_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    network = unets.blank(unets.smallest("SD1"))
+    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    weights = {f"unet.{k}": v for k, v in seeded.weights(shapes).items()}
+    whole = weights | {f"vae.{k}": v for k, v in seeded.tensors(KL).items()}
+    weights["unet.conv_in.bias"].view(-1)[0] = 70000
+    out = tmp_path / "model"
+    with pytest.raises(sdconv.CheckpointError, match=r"unet\.conv_in\.bias holds 70000"):
+        convert(whole, out, "diffusers", family="sd1", dtype=F16)
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").touch()
+    with pytest.raises(sdconv.CheckpointError, match="infinite"):
+        convert(whole, out, "diffusers", family="sd1", dtype=F16)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    convert(whole, out, "diffusers", family="sd1", dtype=BF16)
+    assert (out / "unet" / "config.json").exists()
