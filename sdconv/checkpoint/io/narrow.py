@@ -52,14 +52,15 @@ class Caster:
         value = float(worst[worst.abs().argmax()])
         if not self._clamp:
             short = str(dtype).removeprefix("torch.")
+            half = dtype == torch.float16
+            wider = "bfloat16 or float32" if half else "float32 or float64"
             raise CheckpointError(
                 f"{name} holds {value:g}, which is infinite in {short}",
                 where=self._where,
                 expected=f"values from {-limit:g} to {limit:g}",
                 got=f"{int(overflowed.sum())} beyond that",
-                hint="use bfloat16 or float32, or pass clamp= for the largest finite value instead"
-                if dtype == torch.float16
-                else "use float32 or float64, or pass clamp= for the largest finite value instead",
+                hint=f"use {wider}, or pass clamp= (`sdconv convert --clamp`) for the largest "
+                "finite value",
             )
         if name not in self._clamped or abs(value) > abs(self._clamped[name]):
             self._clamped[name] = value
