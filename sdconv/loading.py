@@ -38,6 +38,9 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
+    clamp: bool = False,
+    mmap: bool = True,
 ) -> Autoencoder: ...
 @overload
 def load(
@@ -48,6 +51,9 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
+    clamp: bool = False,
+    mmap: bool = True,
 ) -> UNet2DConditionModel: ...
 @overload
 def load(
@@ -58,6 +64,9 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
+    clamp: bool = False,
+    mmap: bool = True,
 ) -> Network: ...
 def load(
     path: Weights,
@@ -67,6 +76,9 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    prefix: str | None = None,
+    clamp: bool = False,
+    mmap: bool = True,
 ) -> Network:
     """Opens a network from a checkpoint, in eval mode; nothing is downloaded.
 
@@ -88,24 +100,40 @@ def load(
             ``sdconv.backend``.
         ema: load the running averages of the weights that an original checkpoint may also hold
             (``model_ema.*``), instead of the weights.
+        prefix: that of the network's names in the file, where the file has several copies
+            (``"first_stage_model."``); None for the checkpoint's own.
+        clamp: let values beyond the range of ``dtype`` become its largest finite one; they are an
+            error otherwise, since a weight of 70000 is infinite in float16.
+        mmap: False reads every tensor into memory. Do so if the file may change or vanish while the
+            network is in use, as on a network drive: a mapped file that is cut short ends the
+            process (SIGBUS) when the missing part is used.
 
     Returns:
         ``AutoencoderKL``, ``AutoencoderKLFlux2``, ``AutoencoderTiny`` or ``UNet2DConditionModel``;
         the last with diffusers' transformers in its slots, for which diffusers is imported.
 
     Raises:
-        CheckpointError: the path cannot be read as weights; ``MissingFileError`` if it does not
-            exist.
+        CheckpointError: the path cannot be read as weights, or a value is too large for ``dtype``;
+            ``MissingFileError`` if it does not exist.
         UnknownNetworkError: no network that sdconv knows, several, or not the component asked for.
         WeightsMismatchError: a tensor is missing, unexpected or of the wrong shape.
         InputError: an argument has a value that is not allowed.
 
     Warns:
-        SdconvWarning: the family is open, and one was chosen.
+        SdconvWarning: the family is open, and one was chosen; or values were clamped.
     """
     check_backend(backend)
     network = assemble(
-        path, build, component=component, dtype=dtype, device=device, family=family, ema=ema
+        path,
+        build,
+        component=component,
+        dtype=dtype,
+        device=device,
+        family=family,
+        ema=ema,
+        prefix=prefix,
+        clamp=clamp,
+        mmap=mmap,
     )
     set_backend(network, backend)
     return network

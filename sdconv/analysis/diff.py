@@ -232,7 +232,11 @@ def _named(checkpoint: Checkpoint) -> dict[str, OutputTensor]:
     networks = list(checkpoint.networks())
     kinds = [found.component for _, found in networks]
     # two networks of one kind are ambiguous: their tensors keep their own names
-    single = [(part, found) for part, found in networks if kinds.count(found.component) == 1]
+    single = [
+        (part, part.view.dequantise(found))
+        for part, found in networks
+        if kinds.count(found.component) == 1
+    ]
     named: dict[str, OutputTensor] = {}
     for entry in entries(checkpoint, single, _by_component, placed=True):
         if entry.name in named:

@@ -13,20 +13,14 @@ from torch import Tensor, nn
 from sdconv.checkpoint.identify.find import is_vae_projection
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
+from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype
 from sdconv.checkpoint.io.source import TORCH_DTYPES
 from sdconv.checkpoint.open import SourceView, Weights, one_of, open_component
 from sdconv.config import Config
 from sdconv.devices import usable_device
-from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
+from sdconv.errors import UnknownNetworkError, WeightsMismatchError
 
 Module = TypeVar("Module", bound=nn.Module)
-
-# one-byte floats, in which weights are stored but no network computes
-_STORAGE_ONLY = frozenset(
-    getattr(torch, name)
-    for name in dir(torch)
-    if name.startswith("float8") or name == "float4_e2m1fn_x2"
-)
 
 
 def assemble(
@@ -38,36 +32,45 @@ def assemble(
     device: str | torch.device = "cpu",
     family: str | None = None,
     ema: bool = False,
+    prefix: str | None = None,
+    clamp: bool = False,
+    mmap: bool = True,
 ) -> Module:
     """Opens a network from a checkpoint, in eval mode.
 
     Args:
-        path, component, dtype, device, family, ema: as for ``sdconv.load``.
+        path, component, dtype, device, family, ema, prefix, clamp, mmap: as for ``sdconv.load``.
         build: makes the network for a config; it is called on the meta device.
 
     Raises:
         SdconvError: as ``sdconv.load``, and what ``build`` raises.
 
     Warns:
-        SdconvWarning: the family is open, and one was chosen.
+        SdconvWarning: the family is open, and one was identified; or values were clamped.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     target = usable_device(device)
     with open_component(path, component) as source:
         view = SourceView(source)
-        if view.networks:
+        if view.networks and prefix is None:
             names = {found.component: found for found in view.networks}
             component = one_of(names, component, source.label)
-        (identified,) = view.identify(family, component)
+        identified, *more = view.identify(family, component, prefix)
+        if more:  # both networks without a prefix
+            one_of({one.component: one for one in (identified, *more)}, None, source.label)
         if ema:
             identified = _averaged(identified, source.label)
         warn_if_open(identified, stacklevel=4)  # the caller of `load` or `from_pretrained`
         with torch.device("meta"):
             network = build(identified.config)
         fit(identified, view.shapes, view.dtype, shapes_in(network)).check(identified, source.label)
-        network.load_state_dict(
-            _tensors(network, identified, view, dtype, target), strict=True, assign=True
-        )
+        caster = Caster(source.label, clamp=clamp)
+        state = _tensors(network, identified, view, dtype, target, caster)
+        if not mmap:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+        source.check_unchanged()
+        network.load_state_dict(state, strict=True, assign=True)
+        caster.warn(stacklevel=4)
     return network.eval()
 
 
@@ -76,20 +79,8 @@ def shapes_in(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not (
-        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in _STORAGE_ONLY
-    ):
-        raise InputError(
-            "networks do not compute in this dtype",
-            where="dtype",
-            expected="torch.float32, float16, bfloat16 or float64",
-            got=dtype,
-        )
-
-
 def _averaged(identified: Identified, where: object) -> Identified:
-    """The same network, with the names of its weights' running averages (EMA) as its tensors."""
+    """The same network with the names of its weights' running averages."""
     if not identified.found.ema:
         raise UnknownNetworkError(
             f"there are no running averages of the {identified.component}",
@@ -97,6 +88,17 @@ def _averaged(identified: Identified, where: object) -> Identified:
             expected="tensors under model_ema.",
             got=f"{len(identified.found.names)} weights without any",
             hint="leave ema=True out: many files hold the averages as their only weights",
+        )
+    gone = [name for name in identified.found.names if name not in identified.found.ema]
+    if gone:
+        every = identified.found.averages
+        raise WeightsMismatchError(
+            f"{len(gone)} missing of the {len(identified.found.names)} running averages of the "
+            f"{identified.component}",
+            where=where,
+            expected=", ".join(every.get(name, f"the average of {name}") for name in gone[:4]),
+            got=f"{len(identified.found.ema)} averages",
+            hint="leave ema=True out to load the weights themselves",
         )
     return replace(identified, found=replace(identified.found, names=identified.found.ema))
 
@@ -107,6 +109,7 @@ def _tensors(
     view: SourceView,
     dtype: torch.dtype | None,
     device: torch.device,
+    caster: Caster,
 ) -> dict[str, Tensor]:
     """The network's state dict, read from the checkpoint."""
     names: Mapping[str, str] = identified.found.names
@@ -128,7 +131,8 @@ def _tensors(
             )
         if tensor.ndim == 4 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)
-        state[canonical] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        state[canonical] = caster.cast(tensor, wanted, names[canonical], device)
     return state
 
 
@@ -136,7 +140,7 @@ def _common_dtype(names: Iterable[str]) -> torch.dtype:
     """The widest of these floating-point dtypes; one-byte floats count as float32."""
     stored = {TORCH_DTYPES[name] for name in names if name in TORCH_DTYPES}
     floats = {
-        torch.float32 if dtype in _STORAGE_ONLY else dtype
+        torch.float32 if dtype in STORAGE_ONLY else dtype
         for dtype in stored
         if dtype.is_floating_point
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -16,16 +16,17 @@ import torch
 from torch import nn
 
 from sdconv.checkpoint.assemble import shapes_in
-from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.find import DetectedNetwork, is_extra
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
-from sdconv.checkpoint.io.source import TORCH_DTYPES
+from sdconv.checkpoint.io.narrow import Caster
+from sdconv.checkpoint.io.source import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights
-from sdconv.checkpoint.save import LAYOUTS, original_tensors
+from sdconv.checkpoint.save import LAYOUTS, edm_tensors, original_tensors
 from sdconv.checkpoint.whole import (
     Checkpoint,
     Part,
@@ -35,8 +36,9 @@ from sdconv.checkpoint.whole import (
     left_over,
     opened,
 )
-from sdconv.config import Config
-from sdconv.errors import CheckpointError, InputError, UnknownNetworkError
+from sdconv.config import AutoencoderKLConfig, Config
+from sdconv.config.facts import EDM_STATISTICS
+from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
 ORIGIN_KEY = "sdconv.original"
 """The metadata key for how the original of a file in diffusers' layout differed from the usual."""
@@ -59,7 +61,8 @@ class Converted:
     ``moved``: the number of tensors of each component that are now in the layout. ``dtypes``:
     torch's names of their dtypes. ``carried``: the number of other tensors that are in the file
     unchanged, by the first word of their names (empty for names of one word). ``left_out``: the
-    same for those that are not part of any folder.
+    same for those that are not part of any folder. ``dequantised``: the number of scaled fp8
+    weights that are now float32, or the dtype asked for.
     """
 
     files: tuple[Path, ...]
@@ -68,6 +71,7 @@ class Converted:
     dtypes: tuple[str, ...]
     carried: Mapping[str, int]
     left_out: Mapping[str, int]
+    dequantised: int = 0
 
 
 def convert(
@@ -79,6 +83,8 @@ def convert(
     build: Build,
     family: str | None = None,
     dtype: torch.dtype | None = None,
+    clamp: bool = False,
+    prefix: str | None = None,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Converted:
     """Writes a checkpoint in another layout, one tensor after another.
@@ -87,7 +93,8 @@ def convert(
     ``first_stage_model.``, or ``unet.`` and ``vae.``; a network without a prefix remains without,
     and one that is alone in its file has none in diffusers' layout). All other tensors keep their
     names and bytes. A file converted from the original to diffusers' layout and back is the same:
-    names, shapes, dtypes and values.
+    names, shapes, dtypes and values. Only scaled fp8 weights are not: they are multiplied by their
+    scales, and written in float32 unless ``dtype`` says otherwise.
 
     A pipeline's folder becomes one file. In the original layout, CLIP text encoders get the names
     that original files of the U-Net's family use, and OpenCLIP's layout if those use it. Tensors of
@@ -106,16 +113,23 @@ def convert(
         family: the family, if shapes leave it open; it decides the configs that are written.
         dtype: for the floating-point tensors of the converted components, which include a folder's
             text encoders; None keeps theirs. All other tensors always keep theirs.
+        clamp: whether values beyond the range of ``dtype`` become its largest finite one; they are
+            an error otherwise, which names the tensor and the value.
+        prefix: as for ``sdconv.load``; only the network under it is then converted.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
-        CheckpointError: something cannot be read as weights, or cannot be written.
+        CheckpointError: something cannot be read as weights or written; or a value is too
+            large for ``dtype``.
         UnknownNetworkError: there is no network that sdconv knows, or two of one component.
-        WeightsMismatchError: tensors of a network are missing or of the wrong shape.
+        WeightsMismatchError: tensors of a network are missing or of the wrong shape, or quantised
+            in a way that is not undone; or a folder or a single component has no place for tensors
+            under the network's prefix, which are never dropped.
         InputError: an argument has a value that is not allowed.
 
     Warns:
-        SdconvWarning: the family is open, and a config was written for one.
+        SdconvWarning: the family is open, and a config was written for one; or values were
+            clamped.
     """
     out, is_file = output_path(out)
     if layout not in LAYOUTS:
@@ -131,11 +145,16 @@ def convert(
         )
     with ExitStack() as stack:
         checkpoint = opened(path, stack, component)
-        known = _identified(checkpoint, component, family)
+        known = _identified(checkpoint, component, family, prefix)
         for network in known:
             _check(network, build)
+        if component is not None or not is_file:
+            _refuse_unexpected(known)
         job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor)
-        return job.to_file(out) if is_file else job.to_folders(out)
+        caster = Caster(checkpoint.label, clamp=clamp)
+        result = job.to_file(out, caster) if is_file else job.to_folders(out, caster)
+        caster.warn()
+        return result
 
 
 @dataclass(frozen=True)
@@ -152,15 +171,17 @@ class _Known:
         return source.config is not None or CONFIG_KEY in source.metadata
 
 
-def _identified(checkpoint: Checkpoint, component: str | None, family: str | None) -> list[_Known]:
+def _identified(
+    checkpoint: Checkpoint, component: str | None, family: str | None, prefix: str | None
+) -> list[_Known]:
     if not checkpoint.is_pipeline:
         (part,) = checkpoint.parts
-        return [_Known(part, one) for one in part.view.identify(family, component)]
+        return [_Known(part, one) for one in part.view.identify(family, component, prefix)]
     known = [
         _Known(part, one)
         for part in checkpoint.parts
         if part.name in COMPONENTS
-        for one in part.view.identify(family, part.name)
+        for one in part.view.identify(family, part.name, prefix)
     ]
     if not known:
         raise UnknownNetworkError(
@@ -172,6 +193,25 @@ def _identified(checkpoint: Checkpoint, component: str | None, family: str | Non
     return known
 
 
+def _refuse_unexpected(known: Sequence[_Known]) -> None:
+    """Refuses tensors under a network's prefix that would be left out.
+
+    Raises:
+        WeightsMismatchError: there are some.
+    """
+    for one in known:
+        if names := one.one.found.unexpected:
+            raise WeightsMismatchError(
+                f"tensors under the {one.one.component}'s prefix are not the network's, and would "
+                "be lost",
+                where=one.part.view.source.label,
+                expected="nothing more than the network's own tensors",
+                got=f"{len(names)}: {', '.join(names[:4])}",
+                hint="convert the whole file to a single file, which carries them over, or remove "
+                "them first",
+            )
+
+
 def _check(known: _Known, build: Build) -> None:
     """Refuses a network with tensors that are missing, of the wrong shape or integers; unexpected
     tensors are carried over."""
@@ -180,6 +220,21 @@ def _check(known: _Known, build: Build) -> None:
     view = known.part.view
     found = fit(known.one, view.shapes, view.dtype, wanted)
     replace(found, unexpected=()).check(known.one, view.source.label)
+
+
+@contextmanager
+def _all_or_none(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[None]:
+    """Removes the files again if the work fails, and those of the folders that were not there."""
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in new:
+            with suppress(OSError):  # not there, or something else is in it
+                folder.rmdir()
+        raise
 
 
 @dataclass(frozen=True)
@@ -194,11 +249,13 @@ class _Job:
     dtype: torch.dtype | None
     on_tensor: OnTensor
 
-    def to_file(self, out: Path) -> Converted:
+    def to_file(self, out: Path, caster: Caster) -> Converted:
         """Everything, or the one component, in one file."""
         names = _FileNames(self)
         everything = self._entries(names, placed=self.layout == "original")
         written = [one for one in everything if self.component in (None, one.component)]
+        if self.layout == "original":
+            written += self._statistics({one.name for one in written})
         metadata = {"format": "pt"}
         if not self.checkpoint.is_pipeline:
             metadata = self.checkpoint.parts[0].view.source.metadata
@@ -218,10 +275,10 @@ class _Job:
             metadata[ORIGIN_KEY] = json.dumps(names.origins)
         for one in described:
             warn_if_open(one)
-        stream(written, out, metadata, dtype=self.dtype, on_tensor=self.on_tensor)
-        return self._summary([out], written)
+        stream(written, out, metadata, dtype=self.dtype, caster=caster, on_tensor=self.on_tensor)
+        return self._summary([out], written, self._lost(everything, written))
 
-    def to_folders(self, out: Path) -> Converted:
+    def to_folders(self, out: Path, caster: Caster) -> Converted:
         """Each component in a folder, with its config."""
         everything = self._entries(_canonical, placed=False)
         folders = {
@@ -230,15 +287,52 @@ class _Job:
         for network in self.known:
             check_in_diffusers(network.one.config, folders[network.one.component])
         files: list[Path] = []
-        for network in self.known:
-            warn_if_open(network.one)
-            folder = folders[network.one.component]
-            own = [entry for entry in everything if entry.component == network.one.component]
-            weights = folder / f"{DIFFUSERS_NAME}.safetensors"
-            stream(own, weights, {"format": "pt"}, dtype=self.dtype, on_tensor=self.on_tensor)
-            files += [write_config(network.one.config, folder), weights]
+        with _all_or_none(files, [*folders.values(), out]):
+            for network in self.known:
+                warn_if_open(network.one)
+                folder = folders[network.one.component]
+                own = [entry for entry in everything if entry.component == network.one.component]
+                weights = folder / f"{DIFFUSERS_NAME}.safetensors"
+                stream(
+                    own,
+                    weights,
+                    {"format": "pt"},
+                    dtype=self.dtype,
+                    caster=caster,
+                    on_tensor=self.on_tensor,
+                )
+                files.append(weights)
+                files.insert(-1, write_config(network.one.config, folder))
         moved = [entry for entry in everything if entry.component in folders]
-        return self._summary(files, moved, left_over(everything))
+        in_config = any(n.one.config.get("latents_mean") is not None for n in self.known)
+        rest = [e for e in everything if not (in_config and e.name in EDM_STATISTICS)]
+        return self._summary(files, moved, left_over(rest))
+
+    def _lost(
+        self, everything: Sequence[OutputTensor], written: Sequence[OutputTensor]
+    ) -> Mapping[str, int]:
+        """Tensors under the prefix of a single component that are not written: losses and averages,
+        which are not weights of the network."""
+        names = {entry.pieces[0][1] for entry in written if entry.pieces}
+        dropped = {name for known in self.known for name in known.one.found.dropped} - names
+        return left_over(
+            entry for entry in everything if self.component and entry.pieces[0][1] in dropped
+        )
+
+    def _statistics(self, written: Collection[str]) -> list[OutputTensor]:
+        """The statistics of the latents as tensors, where single files of the family have them and
+        the source has them in the VAE's config."""
+        for known in self.known:
+            config = known.one.config
+            if not isinstance(config, AutoencoderKLConfig) or config.latents_mean is None:
+                continue
+            tensors = {k: v for k, v in edm_tensors(config).items() if k not in written}
+            file = TensorsFile(known.part.view.source.label, tensors)
+            return [
+                OutputTensor(name=name, shape=tuple(tensor.shape), pieces=((file, name),))
+                for name, tensor in tensors.items()
+            ]
+        return []
 
     @cached_property
     def is_alone(self) -> bool:
@@ -247,14 +341,15 @@ class _Job:
             return True
         taken = {name for network in self.known for name in network.one.found.names.values()}
         return len(self.known) == 1 and all(
-            not part.name and name in taken
+            not part.name and (name in taken or is_extra(name, part.view.shapes[name]))
             for part in self.checkpoint.parts
             for name in part.view.shapes
         )
 
     def _entries(self, renaming: Renaming, *, placed: bool) -> list[OutputTensor]:
         networks = [(network.part, network.one.found) for network in self.known]
-        return entries(self.checkpoint, networks, renaming, placed=placed)
+        family = next((n.one.family for n in self.known if n.one.component == "unet"), None)
+        return entries(self.checkpoint, networks, renaming, placed=placed, family=family)
 
     def _summary(
         self,
@@ -270,6 +365,7 @@ class _Job:
             dtypes=tuple(sorted({_torch_name(entry.written_as(self.dtype)) for entry, _ in moved})),
             carried=left_over(written),
             left_out=left_out or {},
+            dequantised=sum(len(part.view.dequantised) for part in self.checkpoint.parts),
         )
 
 
@@ -296,14 +392,24 @@ class _FileNames:
     def __call__(self, found: DetectedNetwork, view: SourceView) -> Renamed:
         """The new names and shapes, as ``whole.Renaming`` asks for them."""
         prefix = self._prefix(found)
-        if found.layout == self._job.layout and not self._job.checkpoint.is_pipeline:
-            kept = found.prefix if self._job.component is None else ""
-            return {
-                name: (kept + stored.removeprefix(found.prefix), view.shapes[stored])
-                for name, stored in found.names.items()
-            }
+        original = self._job.layout == "original"
+        if found.layout == "diffusers" and not original:
+            shapes = found.shapes(view.shapes)
+            return {name: (prefix + name, shape) for name, shape in shapes.items()}
         usual = self._original(found, view)
-        if self._job.layout == "original":
+        if found.layout == "original" and original:
+            kept = found.prefix if self._job.component is None else ""
+            result = {
+                name: (kept + place.removeprefix(found.prefix), view.shapes[place])
+                for name, place in found.names.items()
+            }
+            # an attention whose layers have diffusers' names or shapes, in the original's
+            return result | {
+                name: (kept + usual[name][0], usual[name][1])
+                for name in result
+                if found.component == "vae" and ".attentions." in name
+            }
+        if original:
             return _remembered(found.component, view, usual, prefix)
         if found.layout == "original":
             self._remember(found, view, usual)

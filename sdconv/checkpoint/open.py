@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sdconv.checkpoint.identify.find import (
@@ -14,10 +17,18 @@ from sdconv.checkpoint.identify.find import (
     is_bare_half,
     tiny_half,
 )
-from sdconv.checkpoint.identify.infer import Identified, identify
+from sdconv.checkpoint.identify.infer import Identified, identify, numbers_in
+from sdconv.checkpoint.identify.quantised import (
+    ScaledWeights,
+    check_quantised,
+    companions_of,
+    scaled_weights,
+)
+from sdconv.checkpoint.io.dequantise import DequantisedFile
 from sdconv.checkpoint.io.folder import Folder, folder_at
 from sdconv.checkpoint.io.source import Source, SourceFile, open_files, open_folder
-from sdconv.errors import UnknownNetworkError
+from sdconv.config.facts import EDM_STATISTICS
+from sdconv.errors import SdconvWarning, UnknownNetworkError
 
 Weights = str | Path | Sequence[str | Path] | Mapping[str, Tensor]
 """Anything that ``sdconv.load`` opens: a path, several files of one network, or a state dict."""
@@ -31,6 +42,10 @@ class SourceView:
 
     Both halves of a tiny autoencoder number their layers from 0 in files of their own. Here their
     names begin with ``encoder.`` and ``decoder.``; the shapes show which is which.
+
+    Scaled fp8 weights of the networks that were identified are float32 here, multiplied by their
+    scales. ``dequantised``: their names. ``companions``: the names of their scales, which are then
+    no tensors of their own.
     """
 
     def __init__(self, source: Source) -> None:
@@ -43,6 +58,8 @@ class SourceView:
             names = list(source.entries)
             owners = {name: file for file in files for name in file.entries}
             self._homes = {name: (owners[name], name) for name in names}
+        self.dequantised: frozenset[str] = frozenset()
+        self.companions: frozenset[str] = frozenset()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,21 +89,76 @@ class SourceView:
         file, own = self._homes[name]
         return file.tensor(own)
 
-    def identify(self, family: str | None, component: str | None = None) -> list[Identified]:
+    def identify(
+        self, family: str | None, component: str | None = None, prefix: str | None = None
+    ) -> list[Identified]:
         """The networks with their configs, or only the component that is asked for.
 
+        Args:
+            family, component, prefix: as for ``identify``.
+
         Raises:
-            SdconvError: as ``identify``.
+            SdconvError: as ``identify``; or the weights are quantised in a way that is not undone.
+
+        Warns:
+            SdconvWarning: some fp8 weights have a scale, others do not.
         """
-        return identify(
+        wanted = f"{prefix.removesuffix('.')}." if prefix else prefix
+        for found in self.networks:
+            if component in (None, found.component) and wanted in (None, found.prefix):
+                check_quantised(found.component, found, self.dtype, self.source.label)
+        identified = identify(
             self.shapes,
             networks=self.networks,
             metadata=self.source.metadata,
             family=family,
             component=component,
+            prefix=prefix,
             config=self.source.config,
+            statistics=self._statistics(),
             where=self.source.label,
         )
+        return [replace(one, found=self.dequantise(one.found)) for one in identified]
+
+    def dequantise(self, found: DetectedNetwork) -> DetectedNetwork:
+        """The network without its scales, which ``home`` and ``tensor`` apply from here on.
+
+        Raises:
+            WeightsMismatchError: the scales do not fit, or the format is unknown.
+        """
+        where, known = self.source.label, companions_of(found)
+        kept = tuple(name for name in found.unexpected if name not in known)
+        scaled = ScaledWeights()
+        if not self.dequantised.intersection(found.names.values()):
+            scaled = scaled_weights(found, self.shapes, self.dtype, self._bytes, where)
+        if scaled.scales:
+            file = DequantisedFile(
+                where,
+                {weight: self._homes[weight] for weight in scaled.scales},
+                {weight: self._homes[scale] for weight, scale in scaled.scales.items()},
+            )
+            self._homes |= {weight: (file, weight) for weight in scaled.scales}
+            self.dequantised |= set(scaled.scales)
+            self.companions |= scaled.companions
+        if scaled.scales and scaled.unscaled:
+            warnings.warn(
+                f"{where}: {len(scaled.unscaled)} fp8 weights of the {found.component} have no "
+                f"scale and are taken as they are, such as {scaled.unscaled[0]}; "
+                f"{len(scaled.scales)} have one",
+                SdconvWarning,
+                stacklevel=5,
+            )
+        return replace(found, unexpected=kept)
+
+    def _statistics(self) -> dict[str, tuple[float, ...]]:
+        """The values of the file's ``edm_mean`` and ``edm_std``; empty without them."""
+        if not all(name in self._homes for name in EDM_STATISTICS):
+            return {}
+        return {name: numbers_in(self.tensor(name)) for name in EDM_STATISTICS}
+
+    def _bytes(self, name: str) -> bytes:
+        values = self.tensor(name).contiguous().reshape(-1).view(torch.uint8)
+        return bytes(values.cpu().numpy())
 
 
 def open_component(path: Weights, component: str | None) -> Source:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from sdconv.checkpoint.identify.find import is_vae_projection
+from sdconv.checkpoint.io.narrow import Caster, check_dtype
 from sdconv.checkpoint.io.write import CONFIG_KEY, output_path, write_folder, write_tensors
 from sdconv.checkpoint.keys.keymap import KeyMap
 from sdconv.checkpoint.keys.unet import keys_of_canonical
@@ -19,12 +21,19 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
+from sdconv.config.facts import EDM_STATISTICS
 from sdconv.errors import InputError
 
 LAYOUTS = ("diffusers", "original")
 
 
-def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[Path]:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    layout: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    clamp: bool = False,
+) -> list[Path]:
     """Writes a network's weights; loading them again gives the same tensors and the same config.
 
     Args:
@@ -35,6 +44,9 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
         layout: ``"diffusers"``, or ``"original"`` for the names of the original implementation,
             without a prefix. A tiny autoencoder's original layout is one file with the prefixes
             ``encoder.`` and ``decoder.``.
+        dtype: for the floating-point tensors in the file; None keeps the network's.
+        clamp: let values beyond the range of ``dtype`` become its largest finite one; they are an
+            error otherwise, which names the tensor and the value.
 
     Returns:
         The files written. A file gets its name only once it is complete.
@@ -43,7 +55,10 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
         InputError: the model is not a network of sdconv's or has no values (on the meta device),
             the layout is unknown, the path is for another kind of file, or it is a folder and the
             layout is the original one.
-        CheckpointError: the path cannot be written.
+        CheckpointError: the path cannot be written, or a value is too large for ``dtype``.
+
+    Warns:
+        SdconvWarning: values were clamped.
     """
     out, is_file = output_path(path)
     if layout not in LAYOUTS:
@@ -60,6 +75,16 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
             got=type(model).__name__,
         )
     tensors = model.state_dict()
+    if dtype is not None:
+        check_dtype(dtype)
+        caster = Caster(type(model).__name__, clamp=clamp)
+        tensors = {
+            name: tensor
+            if tensor.is_meta or not tensor.is_floating_point()
+            else caster.cast(tensor, dtype, name, tensor.device)
+            for name, tensor in tensors.items()
+        }
+        caster.warn()
     if not is_file:
         if layout == "original":
             raise InputError(
@@ -70,7 +95,7 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
             )
         return write_folder(tensors, config, out)
     if layout == "original":
-        tensors = original_tensors(tensors, config)
+        tensors = original_tensors(tensors, config) | edm_tensors(config)
     # A single entry: safetensors writes several in any order, and the same network should give the
     # same bytes.
     write_tensors(tensors, out, {CONFIG_KEY: json.dumps(config.to_json())})
@@ -101,6 +126,14 @@ def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Te
             )
         result[original] = tensor[:, :, None, None] if is_vae_projection(name) else tensor
     return result
+
+
+def edm_tensors(config: Config) -> dict[str, Tensor]:
+    """The statistics of the latents as tensors, as single files of Playground v2.5 have them; empty
+    if the config has none."""
+    values = (config.get("latents_mean"), config.get("latents_std"))
+    pairs = zip(EDM_STATISTICS, values, strict=True)
+    return {name: torch.tensor(value) for name, value in pairs if value is not None}
 
 
 def _keys(names: Collection[str], config: Config) -> KeyMap:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
+
 from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.unet import family_of_width
 from sdconv.checkpoint.io.files import read_json
 from sdconv.checkpoint.io.folder import Folder, folder_at
-from sdconv.checkpoint.io.source import open_files, open_folder
+from sdconv.checkpoint.io.source import TensorsFile, open_files, open_folder
 from sdconv.checkpoint.io.stream import OutputTensor
-from sdconv.checkpoint.keys.clip import TRANSPOSED, long_name, open_clip_names
+from sdconv.checkpoint.keys.clip import POSITIONS, TRANSPOSED, long_name, open_clip_names
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights, network_folders
 
 
@@ -110,19 +113,22 @@ def entries(
     renaming: Renaming,
     *,
     placed: bool,
+    family: str | None = None,
 ) -> list[OutputTensor]:
     """Every tensor of a checkpoint once: those of ``networks`` renamed, the others unchanged.
 
     The other tensors of a pipeline have their component's name as a prefix (``safety_checker.``).
+    Scales that were multiplied into their weights are left out.
 
     Args:
         checkpoint: open.
         networks: those to rename.
         renaming: returns their new names and shapes.
         placed: whether text encoders get the names and the layout of original files.
+        family: the U-Net's, which decides what those are; None to read it from its shapes.
     """
     networks = list(networks)
-    places = _text_places(networks, checkpoint.parts) if placed else {}
+    places = _text_places(networks, checkpoint.parts, family) if placed else {}
     result: list[OutputTensor] = []
     for part in checkpoint.parts:
         taken: set[str] = set()
@@ -133,6 +139,7 @@ def entries(
                 result.append(part.entry(name, [stored], shape, found.component))
         text = _text(part, places[part.name]) if part.name in places else []
         prefix = f"{part.name}." if part.name else ""
+        taken |= part.view.companions
         rest = [name for name in part.view.shapes if name not in taken]
         result += text or [part.entry(prefix + name, [name]) for name in rest]
     return result
@@ -168,8 +175,12 @@ _TEXT_PLACES: Mapping[str, Mapping[str, _TextPlace]] = {
 }
 
 
+# families whose text encoder is another one's, in the same place
+_SAME_TEXT: Mapping[str, str] = {"x4-upscaler": "sd2"}
+
+
 def _text_places(
-    networks: Sequence[tuple[Part, DetectedNetwork]], parts: Sequence[Part]
+    networks: Sequence[tuple[Part, DetectedNetwork]], parts: Sequence[Part], family: str | None
 ) -> Mapping[str, _TextPlace]:
     """The place of each text encoder in an original file; the pipeline's U-Net decides it."""
     for part, found in networks:
@@ -177,10 +188,17 @@ def _text_places(
             if "add_embedding.linear_1.weight" in found.names:
                 both = any(one.name == "text_encoder" for one in parts)
                 return _TEXT_PLACES["sdxl" if both else "sdxl-refiner"]
-            shapes = found.shapes(part.view.shapes)
-            linear = any(len(v) == 2 for k, v in shapes.items() if k.endswith(".proj_in.weight"))
-            return _TEXT_PLACES["sd2" if linear else "sd1"]
+            if family not in _TEXT_PLACES and family not in _SAME_TEXT:
+                family = _read_family(found.shapes(part.view.shapes))
+            return _TEXT_PLACES[_SAME_TEXT.get(family or "", family or "sd1")]
     return {}
+
+
+def _read_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family of a U-Net by diffusers' names of its tensors."""
+    linear = any(len(v) == 2 for k, v in shapes.items() if k.endswith(".proj_in.weight"))
+    widths = [v[-1] for k, v in shapes.items() if k.endswith(".attn2.to_k.weight") and v]
+    return family_of_width(widths[0] if widths else None, linear)
 
 
 def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
@@ -190,10 +208,14 @@ def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
     if made is None:
         return []
     if not place.is_open_clip:
-        return [
-            part.entry(place.prefix + long_name(name), [name], component=part.name)
-            for name in part.view.shapes
-        ]
+        pairs = ((place.prefix + long_name(name), name) for name in part.view.shapes)
+        written = (
+            _positions(part, new, old)
+            if old.endswith(POSITIONS)
+            else part.entry(new, [old], component=part.name)
+            for new, old in pairs
+        )
+        return [entry for entry in written if entry is not None]
     result = []
     for name, pieces in made.items():
         transposed = name == TRANSPOSED
@@ -203,6 +225,20 @@ def _text(part: Part, place: _TextPlace) -> list[OutputTensor]:
         entry = part.entry(place.prefix + name, pieces, shape, part.name)
         result.append(replace(entry, shape=shape[::-1], transposed=True) if transposed else entry)
     return result
+
+
+def _positions(part: Part, new: str, old: str) -> OutputTensor | None:
+    """The numbers of the positions, as integers also where merging has made them floats
+    (40.9999); None if they are not 0, 1, 2, ..., which every reader assumes anyway."""
+    if not part.view.dtype(old).startswith(("F", "BF")):
+        return part.entry(new, [old], component=part.name)
+    rounded = part.view.tensor(old).double().round().to(torch.int64)
+    if not torch.equal(rounded.flatten(), torch.arange(rounded.numel())):
+        return None
+    file = TensorsFile(part.view.source.label, {old: rounded})
+    return OutputTensor(
+        name=new, shape=tuple(rounded.shape), pieces=((file, old),), component=part.name
+    )
 
 
 def _joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -100,6 +100,15 @@ Family = Annotated[
         show_default=False,
     ),
 ]
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PREFIX",
+        help="The beginning of the network's names, if a file has several copies of one: "
+        "first_stage_model.",
+        show_default=False,
+    ),
+]
 ComputeDtype = Annotated[
     Dtype,
     typer.Option(

@@ -14,6 +14,7 @@ from sdconv.cli.common import (
     Json,
     Layout,
     Paths,
+    Prefix,
     StorageDtype,
     check_output,
     one_or_all,
@@ -42,13 +43,23 @@ def convert(
     ] = None,
     family: Family = None,
     dtype: StorageDtype = None,
+    clamp: Annotated[
+        bool,
+        typer.Option(
+            "--clamp",
+            help="Let values beyond the range of --dtype become its largest finite one; they are "
+            "an error otherwise.",
+        ),
+    ] = False,
+    prefix: Prefix = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write weights in another layout or dtype.
 
     The VAE and the U-Net are converted. Everything else in a file (text encoders, noise schedules,
-    EMA copies) is carried over unchanged, so that converting there and back gives the same file. A
+    EMA copies) is carried over unchanged, so that converting there and back gives the same file.
+    Scaled fp8 weights are multiplied by their scales and stored in float32, or in --dtype. A
     pipeline's folder becomes one file, with its CLIP text encoders in the original layout too.
     Tensors are copied one at a time; no file is held in memory. An output that exists is replaced
     with --force, once the new one is complete.
@@ -73,11 +84,15 @@ def convert(
             build=build,
             family=family,
             dtype=None if dtype is None else dtype.in_torch(),
+            clamp=clamp,
+            prefix=prefix,
             on_tensor=progress,
         )
     names = [str(file) for file in result.files]
+    if result.dequantised:
+        say(f"{result.dequantised} scaled fp8 weights were multiplied by their scales", "note")
     _note("carried over unchanged", result.carried)
-    _note("left out, because these folders have no place for them", result.left_out)
+    _note("left out, because what was asked for has no place for them", result.left_out)
     if as_json:
         print_json(
             {
@@ -87,6 +102,7 @@ def convert(
                 "moved": result.moved,
                 "carried": result.carried,
                 "left_out": result.left_out,
+                "dequantised": result.dequantised,
             }
         )
         return

@@ -19,6 +19,7 @@ from sdconv.cli.common import (
     InputSize,
     Json,
     Paths,
+    Prefix,
     one_or_all,
     print_json,
     reading,
@@ -40,6 +41,7 @@ def inspect(
         ),
     ] = False,
     family: Family = None,
+    prefix: Prefix = None,
     as_json: Json = False,
 ) -> None:
     """Show what weights contain, from their headers.
@@ -58,7 +60,7 @@ def inspect(
     from sdconv.analysis.inspection import inspect as look
 
     where = one_or_all(paths)
-    found = look(where, family=family)
+    found = look(where, family=family, prefix=prefix)
     report = None
     if values:
         with reading("reading") as progress:

@@ -11,10 +11,13 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self, cast
 
 from sdconv.errors import CheckpointError, SdconvWarning
+
+OPEN_KEY = "_sdconv_open_to"
+"""The key of a ``config.json`` for the families between which nothing decided."""
 
 MOST_LEVELS, MOST_LAYERS, WIDEST = 64, 64, 1 << 20
 
@@ -61,6 +64,19 @@ class Config(Mapping[str, Any]):
         # the subclasses are dataclasses, which the type checker cannot know here
         return [field.name for field in dataclasses.fields(cast(Any, cls))]
 
+    @property
+    def open_to(self) -> tuple[str, ...]:
+        """The families between which nothing decided when this config was inferred; empty if the
+        family is certain. It is written with the config, and does not count for equality."""
+        families: tuple[str, ...] = vars(self).get("_open_to", ())
+        return families
+
+    def left_open(self, families: Iterable[str]) -> Self:
+        """The same config, which says that its family is open."""
+        same = dataclasses.replace(cast(Any, self))
+        object.__setattr__(same, "_open_to", tuple(families))
+        return cast(Self, same)
+
     def __getattr__(self, name: str) -> Any:
         if name in type(self).constant:
             return type(self).constant[name]
@@ -71,7 +87,9 @@ class Config(Mapping[str, Any]):
         silent = {k for k in self.extensions if self[k] == self.assumed[k]}
         kept = {k: v for k, v in self.items() if k not in silent}
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
-        return {"_class_name": self.class_name, **lists}
+        # diffusers ignores keys that begin with an underscore
+        doubt = {OPEN_KEY: list(self.open_to)} if self.open_to else {}
+        return {"_class_name": self.class_name, **doubt, **lists}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: object) -> Self:
@@ -144,6 +162,9 @@ class Config(Mapping[str, Any]):
                     hint=f"if the weights belong to this network, remove {key} from config.json; "
                     "otherwise use diffusers",
                 )
+        families = content.get(OPEN_KEY)
+        if isinstance(families, list) and all(isinstance(name, str) for name in families):
+            return config.left_open(families)
         return config
 
 

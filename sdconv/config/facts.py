@@ -23,6 +23,11 @@ FEWEST_ADDED_TIMES = 5
 # stabilityai/stable-diffusion-2-1-unclip).
 UNCLIP_WIDTHS = frozenset({2 * 768, 2 * 1024})
 
+# The family that the width of the prompt embedding belongs to, by the text encoders of each:
+# CLIP ViT-L (SD1), OpenCLIP ViT-H (SD2), OpenCLIP ViT-bigG (SDXL's refiner), and ViT-L next to
+# ViT-bigG (SDXL); `cross_attention_dim` in their unet/config.json. The number of heads follows.
+TEXT_WIDTHS: Mapping[int, str] = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
+
 # The noise schedule of Stable Diffusion 1, 2 and XL: over these timesteps, the square root of beta
 # rises linearly between the square roots of these two (`linear_start` and `linear_end` in their
 # configs; `make_beta_schedule` in ldm's util.py).
@@ -32,7 +37,11 @@ BETAS = (0.00085, 0.012)
 
 @dataclass(frozen=True, kw_only=True)
 class VaeFacts:
-    """What a VAE's shapes do not show; ``source``: the model whose ``vae/config.json`` has it."""
+    """What a VAE's shapes do not show; ``source``: the model whose ``vae/config.json`` has it.
+
+    ``latents_mean``, ``latents_std``: per channel; a diffusion model's input is
+    ``(latents - latents_mean) * scaling_factor / latents_std``.
+    """
 
     latent_channels: int
     scaling_factor: float
@@ -40,7 +49,12 @@ class VaeFacts:
     sample_size: int
     force_upcast: bool
     source: str
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
+
+# the names under which a single file of Playground v2.5 has the statistics of its latents
+EDM_STATISTICS = ("edm_mean", "edm_std")
 
 VAE_FACTS: Mapping[str, VaeFacts] = {
     "sd1": VaeFacts(
@@ -74,6 +88,17 @@ VAE_FACTS: Mapping[str, VaeFacts] = {
         sample_size=1024,
         force_upcast=True,
         source="stabilityai/stable-diffusion-xl-refiner-1.0",
+    ),
+    # the weights are SDXL's
+    "playground-v2.5": VaeFacts(
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=None,
+        sample_size=1024,
+        force_upcast=True,
+        source="playgroundai/playground-v2.5-1024px-aesthetic",
+        latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+        latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
     ),
     "x4-upscaler": VaeFacts(
         latent_channels=4,

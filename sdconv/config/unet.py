@@ -161,8 +161,10 @@ class UNet2DConditionConfig(Config):
             check_positive(addition_time_embed_dim=self.addition_time_embed_dim)
         depths = [d for level in (*self.down_depths, *self.up_depths) for d in level]
         check_layers(transformer_layers_per_block=tuple(depths))
-        for heads, channels in zip(self.heads, self.block_out_channels, strict=True):
-            if channels % heads:
+        for heads, channels, attends in zip(
+            self.heads, self.block_out_channels, self.attends, strict=True
+        ):
+            if attends and channels % heads:
                 raise ValueError(f"{channels} channels cannot be split into {heads} heads")
 
     @property
@@ -182,6 +184,13 @@ class UNet2DConditionConfig(Config):
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each level."""
         return self._per_level(self.attention_head_dim)
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """For each level, whether it has transformers; the mid block counts as the last level."""
+        types = zip(self.down_block_types, self.up_block_types[::-1], strict=True)
+        *levels, last = (down == CROSS_DOWN or up == CROSS_UP for down, up in types)
+        return (*levels, last or self.mid_block_type == CROSS_MID)
 
     @property
     def context_dims(self) -> tuple[int, ...]:
@@ -278,6 +287,13 @@ UNET_FACTS: Mapping[str, UNetFacts] = {
         sample_size=128,
         upcast_attention=False,
         source="stabilityai/stable-diffusion-xl-refiner-1.0",
+    ),
+    "playground-v2.5": UNetFacts(
+        heads=None,
+        head_channels=64,
+        sample_size=128,
+        upcast_attention=False,
+        source="playgroundai/playground-v2.5-1024px-aesthetic",
     ),
     "x4-upscaler": UNetFacts(
         heads=8,

@@ -126,6 +126,8 @@ def _source(source: InspectedSource) -> Iterator[RenderableType]:
         else f"{value[:200]} ... ({len(value)} characters)"
         for key, value in source.metadata.items()
     }
+    if source.notes:
+        facts["notes"] = plain("; ".join(source.notes))
     yield facts_of(facts)
     for network in source.networks:
         yield Text()
@@ -171,6 +173,9 @@ def _network(found: InspectedNetwork) -> RenderableType:
         ("wrong shape", found.misshapen),
         ("not floating-point", found.not_floating),
     )
+    if found.guess:
+        words = f"the {found.component} {found.guess}".replace("pass family=", "pass --family")
+        facts["doubt"] = plain(words, "yellow")
     facts |= {what: plain(some(names), "bold red") for what, names in lacks if names}
     return facts_of(facts)
 

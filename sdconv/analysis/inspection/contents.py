@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sdconv.analysis.inspection.notes import notes_on
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified
 from sdconv.checkpoint.io.folder import folder_at
@@ -116,7 +117,8 @@ class OtherTensors:
 class InspectedSource:
     """One file, several files of one network, or one folder of a pipeline.
 
-    ``problem``: why no network was found in it; None if one was.
+    ``problem``: why no network was found in it; None if one was. ``notes``: what tensors next to a
+    network's weights mean, in words.
     """
 
     name: str
@@ -126,6 +128,7 @@ class InspectedSource:
     networks: tuple[InspectedNetwork, ...]
     unused: tuple[OtherTensors, ...]
     problem: str | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,13 +180,14 @@ class Inspection:
         }
 
 
-def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
+def inspect(paths: Paths, *, family: str | None = None, prefix: str | None = None) -> Inspection:
     """What weights contain, from their headers alone.
 
     Args:
         paths: a file, a component's folder, a whole pipeline's folder, or several files of one
             network.
         family: the family, if the caller knows it.
+        prefix: that of a network's names, where a file has several copies.
 
     Raises:
         CheckpointError: something cannot be read as weights.
@@ -193,7 +197,7 @@ def inspect(paths: Paths, *, family: str | None = None) -> Inspection:
         sources = open_all(paths, stack)
         return Inspection(
             path=str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths)),
-            parts=tuple(_inspect_source(name, one, family) for name, one in sources),
+            parts=tuple(_inspect_source(name, one, family, prefix) for name, one in sources),
         )
 
 
@@ -209,18 +213,23 @@ def open_all(paths: Paths, stack: ExitStack) -> list[tuple[str, Source]]:
     return [(source.label, source)]
 
 
-def _inspect_source(name: str, source: Source, family: str | None) -> InspectedSource:
+def _inspect_source(
+    name: str, source: Source, family: str | None, prefix: str | None
+) -> InspectedSource:
     problem: str | None = None
+    notes: tuple[str, ...] = ()
     identified: list[Identified] = []
     entries = {info.name: info for file in source.files for info in file.entries.values()}
     try:
         view = SourceView(source)
-        identified = view.identify(family)
+        identified = view.identify(family, prefix=prefix)
         entries = {name: _entry(view, name) for name in view.shapes}
+        notes = notes_on(view)
     except (UnknownNetworkError, WeightsMismatchError) as error:
         problem = str(error)
     taken = {name for one in identified for name in one.found.names.values()}
     taken |= {name for one in identified for name in one.found.unexpected}
+    taken |= view.companions if identified else set()
     rest = [info for name, info in entries.items() if name not in taken]
     return InspectedSource(
         name=name,
@@ -230,6 +239,7 @@ def _inspect_source(name: str, source: Source, family: str | None) -> InspectedS
         networks=tuple(_network(one, view, entries) for one in identified),
         unused=_unused(rest),
         problem=problem,
+        notes=notes,
     )
 
 

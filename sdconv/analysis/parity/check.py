@@ -201,7 +201,9 @@ def reference_network(
     parts = {k: v for k, v in pipeline_parts(path).items() if component in (None, k)}
     with open_source(next(iter(parts.values()), path)) as source:
         view = SourceView(source)
-        (one,) = (one for one in view.identify(family) if component in (None, one.component))
+        (one,) = (
+            one for one in view.identify(family, component) if component in (None, one.component)
+        )
         state, tensors = ours.state_dict(), {}
         for canonical, name in one.found.names.items():
             tensor = view.tensor(name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import SortedNames, prefixes, sorted_prefixes
@@ -14,7 +15,7 @@ from sdconv.checkpoint.keys.vae import (
     FLUX2_RULES,
     TINY_KEYS,
     VAE_RULES,
-    modern_attention,
+    attention_name,
     vae_keys,
 )
 from sdconv.errors import UnknownNetworkError
@@ -31,7 +32,8 @@ class DetectedNetwork:
     diffusers' name -> the name in the file. ``dropped``: names under the prefix that are
     deliberately not loaded (losses, EMA copies). ``unexpected``: other names under the prefix that
     the network does not have. ``ema``: diffusers' name -> the name of its running average, if the
-    file has one. ``in_layout``: diffusers' name -> the layout's, without the prefix; None if the
+    file has one. ``averages``: the same for every tensor, whether the file has it or not, if the
+    names are known. ``in_layout``: diffusers' name -> the layout's, without the prefix; None if the
     network has no such tensor.
     """
 
@@ -43,6 +45,7 @@ class DetectedNetwork:
     dropped: tuple[str, ...]
     unexpected: tuple[str, ...]
     ema: Mapping[str, str] = field(default_factory=dict)
+    averages: Mapping[str, str] = field(default_factory=dict)
     in_layout: Callable[[str], str | None] = field(compare=False, repr=False)
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -74,6 +77,7 @@ class DetectedNetwork:
         return name if name.endswith(canonical) else f"{name} ({canonical})"
 
 
+EMA_PREFIX = "model_ema."
 _EMBEDDINGS = ("add_embedding.linear_", "class_embedding.linear_")
 # the beginnings of the names in a VAE's levels
 _VAE_LEVELS: Mapping[str, Collection[str]] = {
@@ -105,6 +109,10 @@ _SCHEDULE = re.compile(
 )
 # under a VAE's prefix: the discriminator and the perceptual network of its training, and EMA copies
 _DROPPED = re.compile(r"(loss|model_ema)\..*|logvar")
+# statistics and schedules under names of their own
+_EXTRAS = re.compile(
+    r"edm_(mean|std)|edm_vpred\..+|(model_)?sampling\..+|denoiser\..+|sigmas?|timesteps"
+)
 _VAE_ROOTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv|bn)\..*")
 _ATTENTION_LINEAR = re.compile(r".+\.attentions\.[0-9]{1,4}\.to_(q|k|v|out\.0)\.weight")
 # a tiny autoencoder's scale, which some files store next to its halves
@@ -138,11 +146,57 @@ def find_networks(shapes: Shapes, where: object = None) -> list[DetectedNetwork]
             networks than any checkpoint has.
     """
     names = SortedNames(shapes)
-    return [
-        *_find_vaes(shapes, names, where),
-        *_find_tiny(shapes, names, where),
-        *_find_unets(shapes, names, where),
-    ]
+    return _with_averages(
+        [
+            *_find_vaes(shapes, names, where),
+            *_find_tiny(shapes, names, where),
+            *_find_unets(shapes, names, where),
+        ]
+    )
+
+
+def _with_averages(found: list[DetectedNetwork]) -> list[DetectedNetwork]:
+    """The networks, of which those under ``model_ema.`` (with dots in their names) are the running
+    averages of others, if there are others."""
+    averages = [one for one in found if EMA_PREFIX in one.prefix]
+    result = [one for one in found if EMA_PREFIX not in one.prefix]
+    for ema in averages:
+        same = [n for n, one in enumerate(result) if one.component == ema.component]
+        usual = [n for n in same if result[n].prefix in _averaged_prefixes(ema.prefix)] or same
+        if len(usual) == 1:
+            (n,) = usual
+            every = {
+                canonical: ema.prefix + (ema.in_layout(canonical) or canonical)
+                for canonical in result[n].names
+            }
+            own = {k: name for k, name in ema.names.items() if k in every}
+            result[n] = replace(result[n], ema=own, averages=every)
+        else:
+            result.append(ema)
+    return result
+
+
+# where whole checkpoints keep their own networks, and where they keep others for conditioning
+_OWN: Mapping[str, tuple[str, ...]] = {
+    "vae": ("first_stage_model.", "vae."),
+    "unet": ("model.diffusion_model.", "unet."),
+}
+_COPIES = ("conditioner.", "cond_stage_model.", "embedder", "model_ema.", "ema.", "text_encoder")
+
+
+def main_network(several: Sequence[DetectedNetwork]) -> DetectedNetwork | None:
+    """Of several networks of one component, the checkpoint's own; None if that is not clear."""
+    own = [one for one in several if one.prefix in _OWN[one.component]]
+    if own:
+        return own[0] if len(own) == 1 else None
+    others = [one for one in several if not one.prefix.startswith(_COPIES)]
+    return others[0] if len(others) == 1 else None
+
+
+def _averaged_prefixes(prefix: str) -> tuple[str, ...]:
+    """Prefixes of the network whose running averages are under ``prefix``, in Lightning's layout
+    and in diffusers'."""
+    return prefix.replace(EMA_PREFIX, ""), prefix.replace(EMA_PREFIX, "model.")
 
 
 def _find_vaes(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
@@ -157,10 +211,10 @@ def _find_vaes(shapes: Shapes, names: SortedNames, where: object) -> Iterable[De
                 layouts[prefix] = layout
                 break
     for prefix in sorted_prefixes("vae", layouts, where):
-        yield _vae(prefix, layouts[prefix], names.under(prefix))
+        yield _vae(prefix, layouts[prefix], names.under(prefix), shapes)
 
 
-def _vae(prefix: str, layout: str, inside: list[str]) -> DetectedNetwork:
+def _vae(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> DetectedNetwork:
     levels = 1 + max(
         (
             int(m[1])
@@ -178,15 +232,24 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> DetectedNetwork:
     unexpected: list[str] = []
     for name in inside:
         if layout == "diffusers":
-            canonical = modern_attention(name) if keys.original(modern_attention(name)) else None
+            usual = attention_name(name, layout)
+            canonical = usual if keys.original(usual) else None
         else:
-            canonical = keys.canonical(name) or repacked.canonical(name)
+            usual = attention_name(name, layout)
+            canonical = keys.canonical(usual) or repacked.canonical(usual)
         if canonical is not None and canonical not in names:
             names[canonical] = prefix + name
         elif _DROPPED.fullmatch(name):
             dropped.append(prefix + name)
-        elif prefix or _VAE_ROOTS.fullmatch(name) or not _is_of_another_part(name):
+        elif prefix or _VAE_ROOTS.fullmatch(name) or not _is_of_another_part(name, shapes):
             unexpected.append(prefix + name)
+    averages: dict[str, str] = {}
+    for canonical, name in names.items():
+        for own in (name.removeprefix(prefix), keys.original(canonical) or ""):
+            for place in (prefix, "first_stage_model."):
+                average = f"{place}model_ema.{own.replace('.', '')}"
+                if average in shapes:
+                    averages.setdefault(canonical, average)
     has_statistics = any(name.startswith("bn.") for name in names)
     kind = "AutoencoderKLFlux2" if has_statistics else "AutoencoderKL"
     return DetectedNetwork(
@@ -197,13 +260,28 @@ def _vae(prefix: str, layout: str, inside: list[str]) -> DetectedNetwork:
         names=names,
         dropped=tuple(dropped),
         unexpected=tuple(unexpected),
+        ema=averages,
         in_layout=str if layout == "diffusers" else keys.original,
     )
 
 
-def _is_of_another_part(name: str) -> bool:
-    """Whether a name without a prefix belongs to another part of a whole checkpoint."""
-    return name.startswith(_OTHER_PARTS) or bool(_SCHEDULE.fullmatch(name))
+def _is_of_another_part(name: str, shapes: Shapes) -> bool:
+    """Whether a name without a prefix belongs to another part of a whole checkpoint, or says
+    something about the training."""
+    return (
+        name.startswith(_OTHER_PARTS)
+        or bool(_SCHEDULE.fullmatch(name))
+        or is_extra(name, tuple(shapes[name]))
+    )
+
+
+def is_extra(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor next to a network without a prefix is not a weight: a mark such as
+    ``v_pred``, a counter such as ``iteration``, or a number of the noise schedule."""
+    if name == "scaled_fp8":  # which belongs to the weights
+        return False
+    alone = "." not in name and prod(shape) <= 1
+    return alone or bool(_EXTRAS.fullmatch(name))
 
 
 _TINY_NAME = re.compile(
@@ -241,7 +319,7 @@ def _find_tiny(shapes: Shapes, names: SortedNames, where: object) -> Iterable[De
             for name in names.under(prefix)
             if prefix + name not in known
             and prefix + name not in _TINY_SCALARS
-            and (prefix or not _is_of_another_part(name))
+            and (prefix or not _is_of_another_part(name, shapes))
         ]
         in_layout = str if layout == "diffusers" else partial(_tiny_name, is_bare=False)
         yield _tiny(prefix, layout, own, tuple(rest), in_layout)
@@ -355,9 +433,15 @@ def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Detect
             canonical = keys.canonical(name)
         if canonical is not None:
             names[canonical] = prefix + name
-        elif prefix or not _is_of_another_part(name):
+        elif prefix or not _is_of_another_part(name, shapes):
             unexpected.append(prefix + name)
     averages = {canonical: ema_name(name) for canonical, name in names.items()}
+    if layout == "diffusers" and not any(name in shapes for name in averages.values()):
+        # converted from the original layout, whose names the averages still have
+        averages = {
+            canonical: ema_name(f"model.diffusion_model.{keys.original(canonical)}")
+            for canonical in names
+        }
     return DetectedNetwork(
         component="unet",
         kind="UNet2DConditionModel",
@@ -367,5 +451,6 @@ def _unet(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Detect
         dropped=(),
         unexpected=tuple(unexpected),
         ema={canonical: name for canonical, name in averages.items() if name in shapes},
+        averages=averages,
         in_layout=str if layout == "diffusers" else keys.original,
     )

@@ -61,10 +61,24 @@ class Fit:
             where=where,
             expected=_some(expected) or "nothing more than the network's own tensors",
             got=_some([*actual, *integers, *self.unexpected]) or "nothing under these names",
-            hint="dequantise the weights with the software that wrote them"
-            if integers
-            else "check that the file is complete and of one network; `sdconv inspect` lists "
-            "its tensors",
+            hint=self._hint,
+        )
+
+    @property
+    def _hint(self) -> str:
+        """What to do; that the file may be incomplete is said only where a tensor is missing."""
+        if self.not_floating:
+            return "dequantise the weights with the software that wrote them"
+        if self.missing and not self.unexpected and not self.misshapen:
+            return "check that the file is whole; `sdconv inspect` lists its tensors"
+        if self.missing:
+            return (
+                "check that the file is whole and of one network; `sdconv inspect` lists its "
+                "tensors"
+            )
+        return (
+            "these are the weights of another kind of network, or of more than one; "
+            "`sdconv inspect` lists them"
         )
 
 

@@ -9,11 +9,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks
+from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks, main_network
+from sdconv.checkpoint.identify.others import other_kind, other_unet, tiny_video
 from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, collapsed
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
-from sdconv.checkpoint.identify.unet import read_unet
-from sdconv.checkpoint.identify.vae import check_family, check_kind, misfit, read_flux2, read_vae
+from sdconv.checkpoint.identify.unet import open_unet, read_unet
+from sdconv.checkpoint.identify.vae import (
+    Surroundings,
+    check_family,
+    check_kind,
+    family_of_unets,
+    misfit,
+    open_vae,
+    read_flux2,
+    read_vae,
+)
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.header import Header
 from sdconv.checkpoint.io.write import CONFIG_KEY
@@ -24,7 +34,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.config.facts import VAE_FACTS
+from sdconv.config.facts import EDM_STATISTICS, VAE_FACTS
 from sdconv.config.unet import UNET_FACTS
 from sdconv.errors import (
     CheckpointError,
@@ -32,6 +42,7 @@ from sdconv.errors import (
     SdconvError,
     SdconvWarning,
     UnknownNetworkError,
+    WeightsMismatchError,
 )
 
 # the values that ``family=`` accepts
@@ -82,10 +93,12 @@ def infer(
     Warns:
         SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
     """
+    statistics: Mapping[str, tuple[float, ...]] = {}
     if isinstance(shapes, Header):
         metadata = shapes.metadata if metadata is None else metadata
+        statistics = _statistics_in(shapes)
         shapes = shapes.shapes
-    identified = identify(shapes, metadata=metadata, family=family)
+    identified = identify(shapes, metadata=metadata, family=family, statistics=statistics)
     for one in identified:
         warn_if_open(one)
     return {one.component: one.config for one in identified}
@@ -98,7 +111,9 @@ def identify(
     metadata: Mapping[str, str] | None = None,
     family: str | None = None,
     component: str | None = None,
+    prefix: str | None = None,
     config: Mapping[str, Any] | None = None,
+    statistics: Mapping[str, tuple[float, ...]] | None = None,
     where: object = None,
 ) -> list[Identified]:
     """Like ``infer``, but also returns where each network was found and what decided its family. It
@@ -108,7 +123,9 @@ def identify(
         shapes, metadata, family: as for ``infer``.
         networks: what ``find_networks`` found among the shapes, if that is known already.
         component: the only one to identify; the others may then be of any kind.
+        prefix: that of its names in the file, where there are several; None for the usual one.
         config: the content of a ``config.json`` next to the weights.
+        statistics: the values of the file's ``edm_mean`` and ``edm_std``.
         where: the weights' name, for messages.
     """
     if family is not None and family not in FAMILIES:
@@ -119,24 +136,16 @@ def identify(
     metadata = _checked_metadata(metadata)
     everything = find_networks(shapes, where) if networks is None else networks
     found = [one for one in everything if component in (None, one.component)]
-    if everything and not found:
-        raise UnknownNetworkError(
-            f"there is no component {component!r}",
-            where=where,
-            expected=repr(component),
-            got=", ".join(sorted({one.component for one in everything})),
-        )
+    if prefix is not None:
+        found = _under(found, prefix, where)
     if not found:
-        raise UnknownNetworkError(
-            "no network that sdconv knows",
-            where=where,
-            expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
-            got=_glimpse(list(shapes)),
-            hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
-        )
-    for name in {one.component for one in found}:
+        raise _not_found(shapes, everything, component, where)
+    if component in (None, "vae") and prefix is None:
+        _check_first_stage(shapes, found, where)
+    for name in sorted({one.component for one in found}):
         several = [one for one in found if one.component == name]
-        if len(several) > 1:
+        chosen = main_network(several) if len(several) > 1 else several[0]
+        if chosen is None:
             raise UnknownNetworkError(
                 f"several networks that could be the {name}",
                 where=where,
@@ -144,17 +153,132 @@ def identify(
                 got=", ".join(
                     f"{one.kind} under {short(one.prefix or 'no prefix')}" for one in several
                 ),
-                hint="pass a state dict that holds one of them",
+                hint="pass " + " or ".join(f"prefix={one.prefix!r}" for one in several[:4]),
             )
+        found = [one for one in found if one.component != name or one is chosen]
+        _check_halves(chosen, several, shapes, where)
+    around = Surroundings(
+        shapes=shapes, networks=everything, metadata=metadata, statistics=statistics or {}
+    )
     result = []
     for one in found:
+        if one.kind in ("AutoencoderKL", "AutoencoderKLFlux2"):
+            check_kind(one, one.shapes(shapes), where)
+        if one.component == "unet":
+            _check_unet(one, where)
+        if one.kind == "AutoencoderTiny" and tiny_video(shapes, one.prefix):
+            raise _not_found(shapes, (), component, where)
         if given := dict(config or {}) or _config_in(metadata, one.component, where):
-            result.append(_with_config(one, shapes, given, family, where))
+            result.append(_with_config(one, around, given, family, where))
         else:
-            result.append(
-                Identified(found=one, **vars(_read(one, shapes, metadata, family, where)))
-            )
+            result.append(Identified(found=one, **vars(_read(one, around, family, where))))
     return result
+
+
+def _under(found: Sequence[DetectedNetwork], prefix: str, where: object) -> list[DetectedNetwork]:
+    """The networks under the prefix that the caller names."""
+    wanted = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
+    if chosen := [one for one in found if one.prefix == wanted]:
+        return chosen
+    raise UnknownNetworkError(
+        f"there is no network under the prefix {prefix!r}",
+        where=where,
+        expected=" or ".join(repr(one.prefix) for one in found[:8]) or "a network",
+        got=repr(prefix),
+    )
+
+
+def _not_found(
+    shapes: Shapes, everything: Sequence[DetectedNetwork], component: str | None, where: object
+) -> UnknownNetworkError:
+    """The error for a checkpoint without the network that is asked for, which names what it holds
+    instead."""
+    kind = other_kind(shapes) if component in (None, "vae") or not everything else None
+    if kind is not None:
+        return UnknownNetworkError(
+            f"no network that sdconv knows: this is {kind}",
+            where=where,
+            expected="a VAE or a tiny autoencoder for images, or a U-Net",
+            got=_glimpse(list(shapes)),
+            hint="run it with diffusers, or with the code that it was trained with",
+        )
+    if everything:
+        return UnknownNetworkError(
+            f"there is no component {component!r}",
+            where=where,
+            expected=repr(component),
+            got=", ".join(sorted({one.component for one in everything})),
+        )
+    return UnknownNetworkError(
+        "no network that sdconv knows",
+        where=where,
+        expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
+        got=_glimpse(list(shapes)),
+        hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
+    )
+
+
+def _check_unet(found: DetectedNetwork, where: object) -> None:
+    """Refuses a U-Net with modules that sdconv does not build, and names it."""
+    if kind := other_unet(name.removeprefix(found.prefix) for name in found.unexpected):
+        raise UnknownNetworkError(
+            f"the unet is {kind[0]}, which sdconv does not build",
+            where=where,
+            expected="the U-Net of Stable Diffusion 1, 2 or XL, or one distilled from it",
+            got=short(kind[1]),
+            hint="run it with diffusers, or with the code that it was trained with",
+        )
+
+
+def _check_first_stage(shapes: Shapes, found: Sequence[DetectedNetwork], where: object) -> None:
+    """Refuses a copy of a VAE somewhere else in a file whose own VAE is for videos."""
+    first = "first_stage_model."
+    if not any(one.component == "vae" for one in found) or any(
+        one.prefix == first for one in found
+    ):
+        return
+    if any(len(shape) == 5 and name.startswith(first) for name, shape in shapes.items()):
+        others = [one.prefix for one in found if one.component == "vae"]
+        raise UnknownNetworkError(
+            f"the vae under {first} is {other_kind(shapes, first) or 'for videos'}, which sdconv "
+            "does not build",
+            where=where,
+            expected="a VAE for images",
+            got=f"another VAE under {others[0] or 'no prefix'}, which is not the file's own",
+            hint=f"to use that one, pass prefix={others[0]!r}",
+        )
+
+
+def _check_halves(
+    chosen: DetectedNetwork, several: Sequence[DetectedNetwork], shapes: Shapes, where: object
+) -> None:
+    """Refuses half of a VAE, and says where a whole one lies."""
+    if chosen.kind not in ("AutoencoderKL", "AutoencoderKLFlux2"):
+        return
+    halves = {half: _has_half(chosen, half) for half in ("encoder", "decoder")}
+    if all(halves.values()):
+        return
+    there, gone = ("decoder", "encoder") if halves["decoder"] else ("encoder", "decoder")
+    whole = [
+        one
+        for one in several
+        if one is not chosen and _has_half(one, "encoder") and _has_half(one, "decoder")
+    ]
+    raise WeightsMismatchError(
+        f"the VAE is incomplete: under {chosen.prefix or 'no prefix'} there is the {there} alone, "
+        f"and its {gone} is missing",
+        where=where,
+        expected="an encoder and a decoder",
+        got=f"{len(chosen.names)} tensors of the {there}",
+        hint=f"a whole VAE lies under {whole[0].prefix or 'no prefix'}: pass "
+        f"prefix={whole[0].prefix!r}"
+        if whole
+        else "load a file with the whole VAE",
+    )
+
+
+def _has_half(found: DetectedNetwork, half: str) -> bool:
+    return any(name.startswith(f"{half}.") for name in found.names)
 
 
 def _checked_shapes(shapes: object) -> dict[str, tuple[int, ...]]:
@@ -218,7 +342,7 @@ def _config_in(metadata: Mapping[str, str], component: str, where: object) -> di
 
 def _with_config(
     found: DetectedNetwork,
-    shapes: Shapes,
+    around: Surroundings,
     given: Mapping[str, Any],
     family: str | None,
     where: object,
@@ -242,19 +366,63 @@ def _with_config(
     if isinstance(config, AutoencoderKLFlux2Config) and family not in (None, "flux2"):
         raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
     if facts is not None and isinstance(config, AutoencoderKLConfig):
+        own = config.scaling_factor == facts.scaling_factor and config.latents_mean is not None
         config = dataclasses.replace(
-            config, scaling_factor=facts.scaling_factor, shift_factor=facts.shift_factor
+            config,
+            scaling_factor=facts.scaling_factor,
+            shift_factor=facts.shift_factor,
+            latents_mean=config.latents_mean if own else facts.latents_mean,
+            latents_std=config.latents_std if own else facts.latents_std,
         )
     try:
-        read = _read(found, shapes, {}, None, where)
+        read = _read(found, around, None, where)
+        if config.open_to and family is not None and isinstance(config, UNet2DConditionConfig):
+            config = _decided(config, _read(found, around, family, where).config)
+    except InputError:
+        raise
     except SdconvError:  # a network of an unknown shape, which only its config can describe
         read = None
+    guess = _doubt_about(config, around) if family is None else None
     return Identified(
         found=found,
         config=config,
         family=family or _named_by(config, read),
         evidence="its config",
+        open_to=config.open_to if family is None else (),
+        guess=guess,
         contradicted=() if read is None else tuple(_contradicted(config, read.config)),
+    )
+
+
+def _decided(config: UNet2DConditionConfig, read: Config) -> UNet2DConditionConfig:
+    """An open config with what the caller's family decides."""
+    decided = {name: read[name] for name in ("attention_head_dim", "upcast_attention")}
+    return dataclasses.replace(config, **decided)
+
+
+def _doubt_about(config: Config, around: Surroundings) -> str | None:
+    """Why a given config leaves the family open, in words that follow the component's name; None if
+    it does not."""
+    if isinstance(config, UNet2DConditionConfig):
+        return open_unet(config) if config.open_to else None
+    if not isinstance(config, AutoencoderKLConfig):
+        return None
+    if config.open_to:
+        return open_vae(config)
+    shown = family_of_unets(around)
+    facts = VAE_FACTS.get(shown[0]) if shown else None
+    if (
+        shown is None
+        or facts is None
+        or facts.latent_channels != config.latent_channels
+        or facts.scaling_factor == config.scaling_factor
+        or config.latents_mean is not None
+    ):
+        return None
+    return (
+        f"has a config with scaling_factor {config.scaling_factor}, but {shown[1]}, as in "
+        f"{shown[0]} (scaling_factor {facts.scaling_factor}); the config was taken: pass family= "
+        "to decide"
     )
 
 
@@ -294,22 +462,19 @@ def warn_if_open(identified: Identified, *, stacklevel: int = 3) -> None:
 
 def _read(
     found: DetectedNetwork,
-    shapes: Shapes,
-    metadata: Mapping[str, str],
+    around: Surroundings,
     family: str | None,
     where: object,
 ) -> InferredConfig:
-    own = NetworkShapes(found, shapes, where)
+    own = NetworkShapes(found, around.shapes, where)
     match found.kind:
         case "AutoencoderKL":
-            check_kind(found, where)
-            return read_vae(own, shapes, metadata, family)
+            return read_vae(own, around, family)
         case "AutoencoderKLFlux2":
-            check_kind(found, where)
             return read_flux2(own, family)
         case "AutoencoderTiny":
             return read_tiny(own, family)
-    return read_unet(own, family)
+    return read_unet(own, around.metadata, family)
 
 
 _CONFIGS: Mapping[str, type[Config]] = {
@@ -318,6 +483,21 @@ _CONFIGS: Mapping[str, type[Config]] = {
     "AutoencoderTiny": AutoencoderTinyConfig,
     "UNet2DConditionModel": UNet2DConditionConfig,
 }
+
+
+def _statistics_in(header: Header) -> dict[str, tuple[float, ...]]:
+    """The values of a file's ``edm_mean`` and ``edm_std``; empty without them."""
+    if not all(name in header.tensors for name in EDM_STATISTICS):
+        return {}
+    from sdconv.checkpoint.io.source import open_source  # which imports torch
+
+    with open_source(header.path) as source:
+        return {name: numbers_in(source.tensor(name)) for name in EDM_STATISTICS}
+
+
+def numbers_in(tensor: Any) -> tuple[float, ...]:
+    """A small tensor's values."""
+    return tuple(map(float, tensor.float().flatten().tolist())) if tensor.numel() <= 64 else ()
 
 
 def _glimpse(names: list[str]) -> str:

@@ -12,6 +12,8 @@ from sdconv.config import Config
 from sdconv.config.facts import NORM_NUM_GROUPS
 from sdconv.errors import WeightsMismatchError
 
+_OTHER_NETWORK = "these are the weights of another kind of network; `sdconv inspect` lists them"
+
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 Shape = tuple[int, ...]
 
@@ -80,6 +82,7 @@ class NetworkShapes(Mapping[str, Shape]):
                 f"{self._name_in_file(name)} has a shape that it cannot have",
                 expected=f"{count} axes, none of them empty",
                 got=shape,
+                hint=_OTHER_NETWORK,
             )
         return shape
 
@@ -118,7 +121,7 @@ class NetworkShapes(Mapping[str, Shape]):
         *,
         expected: object = None,
         got: object = None,
-        hint: str = "check that the file is complete; `sdconv inspect` lists its tensors",
+        hint: str = "check that the file is whole; `sdconv inspect` lists its tensors",
     ) -> WeightsMismatchError:
         """The error for shapes that do not fit a network."""
         return WeightsMismatchError(what, where=self._where, expected=expected, got=got, hint=hint)

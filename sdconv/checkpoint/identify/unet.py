@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sdconv.checkpoint.identify.metadata import family_in
 from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, collapsed
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import UNet2DConditionConfig
-from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS
+from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS, TEXT_WIDTHS
 from sdconv.config.unet import (
     CROSS_DOWN,
     CROSS_MID,
@@ -23,11 +25,14 @@ from sdconv.config.unet import (
 from sdconv.errors import InputError
 
 
-def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfig:
+def read_unet(
+    shapes: NetworkShapes, metadata: Mapping[str, str], family: str | None = None
+) -> InferredConfig:
     """The config of a U-Net.
 
     Args:
         shapes: of its tensors.
+        metadata: the file's own, which may contradict them.
         family: a key of ``UNET_FACTS``, if the caller knows it.
 
     Raises:
@@ -90,17 +95,44 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
         time_cond_proj_dim=_width(shapes, "time_embedding.cond_proj"),
     )
     split = [c for c, attends in zip(channels, depths.attends, strict=True) if attends]
-    unsure = family is None and facts.head_channels and any(c % facts.head_channels for c in split)
+    guess: str | None = None
+    open_to: tuple[str, ...] = ()
+    if family is None:
+        if facts.head_channels and any(c % facts.head_channels for c in split):
+            open_to = tuple(dict.fromkeys((name, *fitting)))
+        elif (said := family_in(metadata)) and _differ(said, name, context):
+            open_to = (name, said)
+            guess = (
+                f"is of {name} ({evidence}), but the metadata says {said}; {name} was taken "
+                f"({heads_of(config)}): pass family= to decide"
+            )
+    if open_to:
+        config = config.left_open(open_to)
+        guess = guess or open_unet(config)
     return InferredConfig(
-        config=config,
-        family=name,
-        evidence=evidence,
-        open_to=tuple(fitting) if unsure else (),
-        guess=f"could be of {' or '.join(fitting)}, which differ in the number of attention heads; "
-        f"{name} was taken (attention_head_dim {config.attention_head_dim}): pass family= to decide"
-        if unsure
-        else None,
+        config=config, family=name, evidence=evidence, open_to=open_to, guess=guess
     )
+
+
+def open_unet(config: UNet2DConditionConfig) -> str:
+    """The doubt about a U-Net's family, in words that follow the component's name."""
+    return (
+        f"could be of {' or '.join(config.open_to)}, which differ in the number of attention "
+        f"heads; {config.open_to[0]} was taken ({heads_of(config)}): pass family= to decide"
+    )
+
+
+def heads_of(config: UNet2DConditionConfig) -> str:
+    """What a config says about the heads."""
+    return f"attention_head_dim {config.attention_head_dim}"
+
+
+def _differ(said: str, name: str, context: int | None) -> bool:
+    """Whether metadata that names a family contradicts the one that the shapes show."""
+    if context is None or said == name:
+        return False
+    one, other = UNET_FACTS.get(said), UNET_FACTS[name]
+    return one is None or (one.heads, one.head_channels) != (other.heads, other.head_channels)
 
 
 def _width(shapes: NetworkShapes, module: str) -> int | None:
@@ -219,6 +251,7 @@ def _context_width(shapes: NetworkShapes) -> int | None:
             "the transformers read prompt embeddings of different widths",
             expected="one width",
             got=sorted(widths),
+            hint="run it with the code that it was trained with",
         )
     return widths.pop() if widths else None
 
@@ -252,23 +285,39 @@ def _heads(channels: tuple[int, ...], facts: UNetFacts) -> int | tuple[int, ...]
 def _family(
     shapes: NetworkShapes, linear: bool, added: int | None, context: int | None
 ) -> tuple[str, str, list[str]]:
-    """The family, what decided it, and all families that fit the shapes."""
+    """The family, what decided it, and all families that the caller may say instead."""
     inputs = shapes.axes("conv_in.weight", 4)[1]
     if added is not None:
         # next to 1280 channels of text, the refiner embeds five numbers and SDXL six
         refiner = added == 1280 + 5 * ADDED_TIME_DIM or context == 1280
         name = "sdxl-refiner" if refiner else "sdxl"
-        return name, f"added embedding (text and sizes) of width {added}", ["sdxl", "sdxl-refiner"]
+        return (
+            name,
+            f"added embedding (text and sizes) of width {added}",
+            [*("sdxl", "sdxl-refiner", "playground-v2.5")],
+        )
     if context is None:
         return "sd1", "no transformers", list(UNET_FACTS)
-    if not linear:
-        kinds = {9: " (inpainting)", 8: " (InstructPix2Pix)"}
-        return (
-            "sd1",
-            f"proj_in is a convolution; {inputs} channels in{kinds.get(inputs, '')}",
-            ["sd1"],
-        )
-    fitting = ["sd2", "x4-upscaler"]
+    kinds = {9: " (inpainting)", 8: " (InstructPix2Pix)"}
+    said = f"{inputs} channels in{kinds.get(inputs, '')}"
+    fitting = ["sd1", "sd2", "x4-upscaler"]
     if inputs == 7 and "class_embedding.weight" in shapes:
         return "x4-upscaler", "7 channels in and a list of class embeddings", fitting
-    return "sd2", "proj_in is linear", fitting
+    # Whether proj_in is linear or a 1x1 convolution does not decide: converters write either.
+    name = family_of_width(context, linear)
+    if context in TEXT_WIDTHS:
+        evidence = f"prompt embeddings of width {context}; {said}"
+        return name, evidence, fitting if name in fitting else list(UNET_FACTS)
+    how = "linear" if linear else "a convolution"
+    return name, f"proj_in is {how}, the width {context} of no known family; {said}", fitting
+
+
+def family_of_width(context: int | None, linear: bool) -> str:
+    """The family of a U-Net without an added embedding.
+
+    Args:
+        context: the width of the prompt embedding that it reads; None without transformers.
+        linear: whether its ``proj_in`` is linear, which decides only for a width that no published
+            model has: SD1's own code writes convolutions, SD2's linear layers.
+    """
+    return TEXT_WIDTHS.get(context or 768, "sd2" if linear else "sd1")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.metadata import KEY, family_in
 from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, Shape
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
-from sdconv.config.facts import NORM_NUM_GROUPS, VAE_FACTS, VaeFacts
+from sdconv.config.facts import EDM_STATISTICS, NORM_NUM_GROUPS, TEXT_WIDTHS, VAE_FACTS, VaeFacts
 from sdconv.errors import InputError, UnknownNetworkError
 
 _ATTENTION = "mid_block.attentions.0"
@@ -45,12 +46,29 @@ _OTHER_KINDS = (
 )
 
 
-def check_kind(found: DetectedNetwork, where: object) -> None:
+def check_kind(found: DetectedNetwork, shapes: Mapping[str, Shape], where: object) -> None:
     """Refuses a VAE with parts that ``AutoencoderKL`` does not have, and says what it is.
+
+    Args:
+        shapes: of its tensors, by diffusers' names.
 
     Raises:
         UnknownNetworkError: it has such a part.
     """
+    # a distribution has a mean and a variance for each channel, a codebook's vectors have neither
+    given, taken = (
+        shapes.get(f"{end}.weight", ()) for end in ("encoder.conv_out", "decoder.conv_in")
+    )
+    if len(given) == len(taken) == 4 and given[0] == taken[1]:
+        raise UnknownNetworkError(
+            "the vae is a VQ model, with a codebook in place of a distribution, which diffusers' "
+            "AutoencoderKL cannot represent",
+            where=where,
+            expected=f"{2 * taken[1]} channels out of the encoder, a mean and a variance for each "
+            f"of the {taken[1]} that the decoder takes",
+            got=f"{given[0]} channels out of the encoder",
+            hint="run it with the code that it was trained with",
+        )
     for name in found.unexpected:
         for pattern, what in _OTHER_KINDS:
             if pattern.fullmatch(name.removeprefix(found.prefix)):
@@ -64,18 +82,29 @@ def check_kind(found: DetectedNetwork, where: object) -> None:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What else a checkpoint holds, which may show a VAE's family.
+
+    ``shapes``: of all of its tensors. ``networks``: every network in it that was found.
+    ``metadata``: the file's own. ``statistics``: the values of ``edm_mean`` and ``edm_std``, if
+    they were read.
+    """
+
+    shapes: Mapping[str, Shape]
+    networks: Sequence[DetectedNetwork] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    statistics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
 def read_vae(
-    shapes: NetworkShapes,
-    checkpoint: Mapping[str, Shape],
-    metadata: Mapping[str, str],
-    family: str | None = None,
+    shapes: NetworkShapes, around: Surroundings, family: str | None = None
 ) -> InferredConfig:
     """The config of a VAE.
 
     Args:
         shapes: of its own tensors.
-        checkpoint: the shapes of the whole checkpoint, which may show the family.
-        metadata: the file's own, which may name the family.
+        around: the rest of the checkpoint, which may show the family.
         family: a key of ``VAE_FACTS``, if the caller knows it.
 
     Raises:
@@ -84,7 +113,7 @@ def read_vae(
     """
     structure = _vae_structure(shapes)
     latent = structure["latent_channels"]
-    choice = _vae_family(structure, checkpoint, metadata, family)
+    choice = _vae_family(structure, around, family)
     facts = VAE_FACTS.get(choice.family) or VaeFacts(
         latent_channels=latent,
         scaling_factor=1.0,
@@ -93,33 +122,68 @@ def read_vae(
         force_upcast=True,
         source="no known family has this number of latent channels",
     )
-    taken = f"scaling_factor {facts.scaling_factor}, shift_factor {facts.shift_factor}"
-    guess = None
-    if choice.open_to:
-        guess = (
-            f"could be of {' or '.join(choice.open_to)}, which differ in the scaling factor; "
-            f"{choice.family} was taken ({taken}): pass family= to decide"
-        )
-    elif choice.family not in VAE_FACTS:
-        guess = (
-            f"has {latent} latent channels, unlike any known family: {taken} were taken; a "
-            "config.json next to the weights would decide"
-        )
+    mean, std = facts.latents_mean, facts.latents_std
+    if mean is not None and around.statistics:
+        mean, std = (_statistic(shapes, around, name, latent) for name in EDM_STATISTICS)
     config = shapes.config(
         AutoencoderKLConfig,
         **structure,
         scaling_factor=facts.scaling_factor,
         shift_factor=facts.shift_factor,
+        latents_mean=mean,
+        latents_std=std,
         sample_size=facts.sample_size,
         force_upcast=facts.force_upcast,
     )
+    if choice.open_to:
+        config = config.left_open(choice.open_to)
     return InferredConfig(
         config=config,
         family=choice.family,
         evidence=choice.evidence,
         open_to=choice.open_to,
-        guess=guess,
+        guess=open_vae(config, choice.doubt) if choice.open_to else None,
     )
+
+
+def open_vae(config: AutoencoderKLConfig, doubt: str = "") -> str:
+    """The doubt about a VAE's family, in words that follow the component's name: every candidate's
+    factors, which one was taken, and how to decide.
+
+    Args:
+        config: with the families that are open.
+        doubt: why they are, in words that follow the component's name; empty if nothing decides.
+    """
+    taken = f"scaling_factor {config.scaling_factor}, shift_factor {config.shift_factor}"
+    known = [name for name in config.open_to if name in VAE_FACTS]
+    if not known:
+        return (
+            f"has {config.latent_channels} latent channels, unlike any known family: {taken} were "
+            "taken; a config.json next to the weights would decide"
+        )
+    factors: dict[str, list[str]] = {}
+    for name in known:
+        facts = VAE_FACTS[name]
+        shift = "" if facts.shift_factor is None else f" with shift_factor {facts.shift_factor}"
+        factors.setdefault(f"{facts.scaling_factor}{shift}", []).append(name)
+    listed = ", ".join(f"{factor} for {' and '.join(names)}" for factor, names in factors.items())
+    doubt = doubt or f"could be of {' or '.join(known)}, which differ in the scaling factor"
+    return f"{doubt} ({listed}); {known[0]} was taken ({taken}): pass family= to decide"
+
+
+def _statistic(
+    shapes: NetworkShapes, around: Surroundings, name: str, latent: int
+) -> tuple[float, ...]:
+    values = around.statistics.get(name, ())
+    sound = len(values) == latent and all(map(math.isfinite, values))
+    if not sound or (name == EDM_STATISTICS[1] and min(values) <= 0):
+        raise shapes.mismatch(
+            f"{name} does not hold statistics of this VAE's latents",
+            expected=f"{latent} finite numbers, and standard deviations above 0",
+            got=values or "nothing",
+            hint="pass family= to leave the statistics out",
+        )
+    return values
 
 
 def read_flux2(shapes: NetworkShapes, family: str | None = None) -> InferredConfig:
@@ -221,22 +285,7 @@ class _FamilyChoice:
     family: str
     evidence: str
     open_to: tuple[str, ...] = ()
-
-
-# beginnings of modelspec.architecture in a file's metadata, the most specific first
-_METADATA_WORDS: Sequence[tuple[str, str]] = (
-    ("stable-diffusion-xl-v1-refiner", "sdxl-refiner"),
-    ("stable-diffusion-xl", "sdxl"),
-    ("sdxl", "sdxl"),
-    ("stable-diffusion-v3", "sd3"),
-    ("stable-diffusion-3", "sd3"),
-    ("sd3", "sd3"),
-    ("flux", "flux1"),
-    ("stable-diffusion-v2", "sd2"),
-    ("sd_v2", "sd2"),
-    ("stable-diffusion-v1", "sd1"),
-    ("sd_v1", "sd1"),
-)
+    doubt: str = ""
 
 
 def _fitting(latent_channels: int) -> tuple[str, ...]:
@@ -264,52 +313,129 @@ def misfit(family: str | None, network: str, fitting: Sequence[str]) -> InputErr
 
 
 def _vae_family(
-    structure: Mapping[str, Any],
-    shapes: Mapping[str, Shape],
-    metadata: Mapping[str, str],
-    family: str | None,
+    structure: Mapping[str, Any], around: Surroundings, family: str | None
 ) -> _FamilyChoice:
     latent = structure["latent_channels"]
     fitting = _fitting(latent)
     if family is not None:
         check_family(family, latent)
         return _FamilyChoice(family, "given by the caller")
-    said = metadata.get("modelspec.architecture", "").lower()
-    for word, named in _METADATA_WORDS:
-        if said.startswith(word) and named in fitting:
-            return _FamilyChoice(named, f"metadata: modelspec.architecture = {said}")
-    if (other := _family_of_others(shapes)) and other[0] in fitting:
-        return _FamilyChoice(*other)
+    said = family_in(around.metadata)
+    shown = _shown(around, fitting)
+    if shown is not None:
+        return shown if said is None else _compared(shown, said, fitting)
+    choice = _by_itself(structure)
+    if said is None:
+        return choice
+    if said in fitting:
+        spoken = around.metadata[KEY]
+        return _FamilyChoice(said, f"metadata: {KEY} = {spoken}")
+    return _compared(choice, said, fitting)
+
+
+def _by_itself(structure: Mapping[str, Any]) -> _FamilyChoice:
+    """What a VAE's own shapes show."""
+    latent = structure["latent_channels"]
     if latent == 4:
         if len(structure["block_out_channels"]) == 3:
             return _FamilyChoice("x4-upscaler", "4 latent channels and three levels")
         return _FamilyChoice("sd1", "4 latent channels", open_to=("sd1", "sd2", "sdxl"))
     if latent == 16:
         return _FamilyChoice("flux1", "16 latent channels", open_to=("flux1", "sd3"))
-    return _FamilyChoice(f"{latent}-channel", f"{latent} latent channels, unlike any known family")
+    name = f"{latent}-channel"
+    evidence = f"{latent} latent channels, unlike any known family"
+    return _FamilyChoice(name, evidence, open_to=(name,))
 
 
-def _family_of_others(shapes: Mapping[str, Shape]) -> tuple[str, str] | None:
-    """The family of the other networks in the checkpoint, and the evidence for it; None if nothing
-    shows it."""
-    for name, shape in shapes.items():
-        if name.endswith(("input_blocks.0.0.weight", "conv_in.weight")) and shape[1:2] == (7,):
-            return "x4-upscaler", f"{name} takes 7 channels"
-    # the width of the prompt embedding that the U-Net's first cross-attention reads
-    widths = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
-    for name, shape in shapes.items():
-        if name.endswith("attn2.to_k.weight") and shape and shape[-1] in widths:
-            return widths[shape[-1]], f"the U-Net reads prompt embeddings of width {shape[-1]}"
-    for word, named in (("joint_blocks.", "sd3"), ("double_blocks.", "flux1")):
-        if any(word in name for name in shapes):
-            return named, f"{word}* in the same file"
-    prefixes = (
-        ("conditioner.embedders.1.", "sdxl"),
-        ("conditioner.embedders.0.model.", "sdxl-refiner"),
-        ("cond_stage_model.model.", "sd2"),
-        ("cond_stage_model.transformer.", "sd1"),
+def _compared(choice: _FamilyChoice, said: str, fitting: Sequence[str]) -> _FamilyChoice:
+    """The choice, left open if the metadata names a family with other factors."""
+    if choice.family not in VAE_FACTS:
+        return choice
+    one, other = VAE_FACTS[choice.family], VAE_FACTS.get(said)
+    same = other is not None and (one.scaling_factor, one.shift_factor) == (
+        other.scaling_factor,
+        other.shift_factor,
     )
-    for prefix, named in prefixes:
-        if any(name.startswith(prefix) for name in shapes):
-            return named, f"the text encoder under {prefix}"
+    # Playground's own files name the architecture that it shares with SDXL
+    if same or (choice.family, said) == ("playground-v2.5", "sdxl"):
+        return choice
+    candidates = (choice.family, *choice.open_to, *((said,) if said in fitting else ()))
+    doubt = f"is of {choice.family} ({choice.evidence}), but the metadata says {said}"
+    return replace(choice, open_to=tuple(dict.fromkeys(candidates)), doubt=doubt)
+
+
+# tensors by which a transformer of a known family is recognised, all under one prefix
+_TRANSFORMERS: Mapping[str, tuple[str, ...]] = {
+    "sd3": ("joint_blocks.0.x_block.attn.qkv.weight", "context_embedder.weight"),
+    "flux1": ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"),
+}
+# text encoders, which show the family where there is no unknown network that might read them too
+_TEXT_ENCODERS = (
+    ("conditioner.embedders.1.", "sdxl"),
+    ("conditioner.embedders.0.model.", "sdxl-refiner"),
+    ("cond_stage_model.model.", "sd2"),
+    ("cond_stage_model.transformer.", "sd1"),
+)
+# prefixes of parts that are no network which reads latents
+_NOT_READERS = (
+    *("cond_stage_model.", "conditioner.", "text_encoder", "clip_", "loss.", "model_ema."),
+    *("ema.", "first_stage_model.", "vae.", "safety_checker.", "image_encoder."),
+)
+
+
+# parts of names in which a network's layers are counted, or its attention is
+_STACK = re.compile(r"attn|attention|block|layer|transformer")
+
+
+def family_of_unets(around: Surroundings) -> tuple[str, str] | None:
+    """The family that the U-Nets in a checkpoint belong to, by their own tensors, and what shows
+    it; None if they are of several, or of none that is known."""
+    families: dict[str, str] = {}
+    for one in around.networks:
+        if one.component != "unet":
+            continue
+        # others' transformers have tensors of the same names
+        own = one.shapes(around.shapes)
+        if own.get("conv_in.weight", ())[1:2] == (7,):
+            families["x4-upscaler"] = f"{one.names['conv_in.weight']} takes 7 channels"
+            continue
+        for name, shape in own.items():
+            if name.endswith("attn2.to_k.weight") and shape and shape[-1] in TEXT_WIDTHS:
+                said = f"the U-Net reads prompt embeddings of width {shape[-1]}"
+                families[TEXT_WIDTHS[shape[-1]]] = said
+                break
+    return next(iter(families.items())) if len(families) == 1 else None
+
+
+def _shown(around: Surroundings, fitting: Sequence[str]) -> _FamilyChoice | None:
+    """The family that the rest of the checkpoint shows."""
+    if all(name in around.shapes for name in EDM_STATISTICS) and "playground-v2.5" in fitting:
+        said = " and ".join(EDM_STATISTICS)
+        if around.statistics:
+            return _FamilyChoice("playground-v2.5", f"{said} in the file")
+        doubt = f"has {said}, whose values are not known from shapes alone"
+        return _FamilyChoice("playground-v2.5", said, ("playground-v2.5",), doubt)
+    if (shown := family_of_unets(around)) and shown[0] in fitting:
+        return _FamilyChoice(*shown)
+    for family, (first, *others) in _TRANSFORMERS.items():
+        for name in around.shapes:
+            prefix = name.removesuffix(first)
+            if prefix != name and all(prefix + other in around.shapes for other in others):
+                if family in fitting:
+                    return _FamilyChoice(family, f"{name} in the same file")
+    if _holds_unknown(around):
+        return None
+    for prefix, named in _TEXT_ENCODERS:
+        if named in fitting and any(name.startswith(prefix) for name in around.shapes):
+            return _FamilyChoice(named, f"the text encoder under {prefix}")
     return None
+
+
+def _holds_unknown(around: Surroundings) -> bool:
+    """Whether a checkpoint holds weights of a network that sdconv does not know."""
+    known = {name for one in around.networks for name in one.names.values()}
+    return any(
+        name not in known and len(shape) > 1 and _STACK.search(name)
+        for name, shape in around.shapes.items()
+        if not name.startswith(_NOT_READERS)
+    )

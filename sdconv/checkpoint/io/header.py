@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,27 @@ def read_header(path: str | Path) -> Header:
             describe its data; ``MissingFileError`` if it does not exist.
         InputError: ``path`` is not a path.
     """
-    file, size = regular_file(path)
+    header, descriptor = open_header(path)
+    os.close(descriptor)
+    return header
+
+
+def open_header(path: str | Path) -> tuple[Header, int]:
+    """``read_header``, and the descriptor of the open file that the header was read from; the
+    caller closes it.
+
+    Raises:
+        SdconvError: as ``read_header``.
+    """
+    file, _ = regular_file(path)
     with os_errors(file), file.open("rb") as handle:
-        text = _header_text(file, size, handle)
+        # of the file that is open, which may have been replaced since
+        size = os.fstat(handle.fileno()).st_size
+        header = _header(file, size, _header_text(file, size, handle))
+        return header, os.dup(handle.fileno())
+
+
+def _header(file: Path, size: int, text: bytes) -> Header:
     data_start = _LENGTH_BYTES + len(text)
     fields = _parsed(file, text)
     metadata = fields.pop("__metadata__", None)

@@ -11,8 +11,10 @@ are those of one network, so a name in two files is an error.
 
 from __future__ import annotations
 
+import os
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +22,7 @@ from typing import Any, Self
 
 import torch
 
-from sdconv.checkpoint.io.files import as_path, short
+from sdconv.checkpoint.io.files import as_path, os_errors, short
 from sdconv.checkpoint.io.folder import (
     Folder,
     FolderWeights,
@@ -30,7 +32,7 @@ from sdconv.checkpoint.io.folder import (
     folder_at,
     weights_of_index,
 )
-from sdconv.checkpoint.io.header import TensorInfo, read_header
+from sdconv.checkpoint.io.header import TensorInfo, open_header
 from sdconv.checkpoint.io.pickles import PICKLE_SUFFIXES, read_pickle
 from sdconv.errors import CheckpointError, InputError
 
@@ -68,6 +70,10 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType(
 """safetensors' name of each of torch's dtypes."""
 
 
+_FIELDS = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+_PIECE = 1 << 22  # bytes that are in memory at a time
+
+
 class SourceFile(ABC):
     """The tensors of one file, or of one state dict in memory.
 
@@ -96,6 +102,22 @@ class SourceFile(ABC):
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Closes the file; tensors that were read remain valid."""
 
+    def check_unchanged(self) -> None:  # noqa: B027 - memory does not change
+        """Checks that the file is still what it was when it was opened.
+
+        Raises:
+            CheckpointError: something has written to it.
+        """
+
+    def stored_bytes(self, name: str) -> Iterator[bytes] | None:
+        """A tensor's bytes in pieces, as they are in the file; None if they are not to be had
+        without the tensor.
+
+        Raises:
+            CheckpointError: the file has changed.
+        """
+        return None
+
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor: ...
 
@@ -104,17 +126,63 @@ class SafetensorsFile(SourceFile):
     """A safetensors file: its tensors are views of one private mapping of the file.
 
     ``safe_open``'s own mapping would read a page of every tensor that it returns.
+
+    The file is opened once, so that header and tensors are of one file also where another is put in
+    its place meanwhile. A file that is written to meanwhile is an error.
     """
 
     def __init__(self, path: Path) -> None:
-        header = read_header(path)
+        header, descriptor = open_header(path)
         self.label = str(path)
         self.entries = header.tensors
         self.metadata = header.metadata
         self._mapping: Any = None  # an UntypedStorage of the whole file
+        self._path = path
+        self._hold(descriptor)
+        self._state = _state(descriptor)
 
     def close(self) -> None:
         self._mapping = None  # the last tensor that was read from it unmaps it
+        self._finalizer()
+
+    def check_unchanged(self) -> None:
+        if _state(self._open()) != self._state:
+            raise self._changed("changed while it was read")
+
+    def stored_bytes(self, name: str) -> Iterator[bytes]:
+        info, descriptor = self.entries[name], self._open()
+        place = info.start
+        while place < info.end:
+            with os_errors(self._path):
+                piece = os.pread(descriptor, min(info.end - place, _PIECE), place)
+            if not piece:
+                raise self._changed("became shorter while it was read")
+            place += len(piece)
+            yield piece
+        self.check_unchanged()
+
+    def _hold(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        # also where nobody closes the source
+        self._finalizer = weakref.finalize(self, os.close, descriptor)
+
+    def _open(self) -> int:
+        """The descriptor; a file that was closed is opened again, if it is still the same."""
+        if not self._finalizer.alive:
+            with os_errors(self._path):
+                self._hold(os.open(self._path, os.O_RDONLY))
+            if _state(self._descriptor) != self._state:
+                self._finalizer()
+                raise self._changed("is not the file any more that was opened")
+        return self._descriptor
+
+    def _changed(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            what,
+            where=self.label,
+            expected="the same file from its header to its last tensor",
+            hint="check that nothing is writing to it, and try again",
+        )
 
     def _read(self, name: str) -> torch.Tensor:
         info = self.entries[name]
@@ -133,8 +201,17 @@ class SafetensorsFile(SourceFile):
     def _mapped(self) -> Any:
         if self._mapping is None:
             size = max(info.end for info in self.entries.values())
+            descriptor = self._open()
+            # Linux opens the same file again by its descriptor, under whatever name it is now
+            same = f"/proc/self/fd/{descriptor}"
+            by_name = not Path(same).exists()
             try:
-                self._mapping = torch.UntypedStorage.from_file(self.label, False, size)
+                self.check_unchanged()
+                self._mapping = torch.UntypedStorage.from_file(
+                    self.label if by_name else same, False, size
+                )
+                if by_name and not os.path.samestat(self._path.stat(), os.fstat(descriptor)):
+                    raise self._changed("was replaced while it was read")
             except Exception as error:  # the file changed meanwhile, or memory cannot be had
                 raise CheckpointError(
                     "cannot be mapped into memory",
@@ -144,6 +221,12 @@ class SafetensorsFile(SourceFile):
                     hint="check that nothing is writing to it, and try again",
                 ) from error
         return self._mapping
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    """What changes when a file is written to, or is another one."""
+    status = os.fstat(descriptor)
+    return tuple(getattr(status, field) for field in _FIELDS)
 
 
 class TensorsFile(SourceFile):
@@ -190,6 +273,15 @@ class Source:
         """Closes the files; tensors that were read remain valid."""
         for file in self.files:
             file.close()
+
+    def check_unchanged(self) -> None:
+        """Checks that no file was written to since it was opened.
+
+        Raises:
+            CheckpointError: one was.
+        """
+        for file in self.files:
+            file.check_unchanged()
 
     @cached_property
     def entries(self) -> Mapping[str, TensorInfo]:
@@ -319,7 +411,18 @@ def _open_file(path: Path) -> SourceFile:
             hint="name the folder that it is in",
         )
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        return TensorsFile(str(path), read_pickle(path))
+        with os_errors(path):
+            before = path.stat()
+        tensors = read_pickle(path)
+        with os_errors(path):
+            after = path.stat()
+        if any(getattr(before, field) != getattr(after, field) for field in _FIELDS):
+            raise CheckpointError(
+                "changed while it was read",
+                where=path,
+                hint="check that nothing is writing to it, and try again",
+            )
+        return TensorsFile(str(path), tensors)
     return SafetensorsFile(path)
 
 

@@ -15,16 +15,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.io.files import os_errors, short
+from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.header import DTYPE_BITS, TensorInfo
-from sdconv.checkpoint.io.source import DTYPE_NAMES, TORCH_DTYPES, SafetensorsFile, SourceFile
+from sdconv.checkpoint.io.narrow import Caster
+from sdconv.checkpoint.io.source import DTYPE_NAMES, TORCH_DTYPES, SourceFile
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import CheckpointError
 
 OnTensor = Callable[[str, int, int], None]
 """Called before each tensor with its name, the bytes done so far and all bytes."""
 
-_PIECE = 1 << 22  # bytes, or values, that are in memory at a time
+_PIECE = 1 << 22  # values that are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ def stream(
     metadata: Mapping[str, str],
     *,
     dtype: torch.dtype | None = None,
+    caster: Caster | None = None,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> None:
     """Writes a safetensors file, which gets its name only once it is complete.
@@ -99,11 +101,12 @@ def stream(
         path: folders above it are created.
         metadata: the file's own.
         dtype: for floating-point tensors of a component; None keeps theirs.
+        caster: casts them.
         on_tensor: called for progress.
 
     Raises:
         CheckpointError: two entries have the same name, a source cannot be read, safetensors does
-            not have a dtype, or the file cannot be written.
+            not have a dtype, a value is too large for the dtype, or the file cannot be written.
     """
     targets = {entry.name: entry.written_as(dtype) for entry in entries}
     if len(targets) < len(entries):
@@ -131,6 +134,8 @@ def stream(
         start = end
     text = _text(header, path)
 
+    caster = caster or Caster(path)
+
     def write(part: Path) -> None:
         done = 0
         with part.open("wb") as handle:
@@ -138,9 +143,11 @@ def stream(
             handle.write(text)
             for entry in ordered:
                 on_tensor(entry.name, done, total)
-                for piece in _bytes(entry, targets[entry.name]):
+                for piece in _bytes(entry, targets[entry.name], caster):
                     handle.write(piece)
                 done += sum(info.nbytes for info in entry.infos)
+        for file in {id(file): file for entry in ordered for file, _ in entry.pieces}.values():
+            file.check_unchanged()
         on_tensor("", total, total)
 
     write_whole(path, write)
@@ -162,33 +169,22 @@ def _size(entry: OutputTensor, target: str) -> int:
     return nbytes * DTYPE_BITS[target] // DTYPE_BITS[entry.dtype]
 
 
-def _bytes(entry: OutputTensor, target: str) -> Iterator[bytes | memoryview]:
+def _bytes(entry: OutputTensor, target: str, caster: Caster) -> Iterator[bytes | memoryview]:
     if entry.transposed:
-        yield from _values(entry.tensor(), target)
+        yield from _values(entry.tensor(), target, entry.pieces[0][1], caster)
         return
     for file, name in entry.pieces:
-        if target == entry.dtype and isinstance(file, SafetensorsFile):
-            yield from _copied(file, file.entries[name])
+        stored = file.stored_bytes(name) if target == entry.dtype else None
+        if stored is not None:
+            yield from stored
         else:
-            yield from _values(file.tensor(name), target)
+            yield from _values(file.tensor(name), target, name, caster)
 
 
-def _copied(file: SafetensorsFile, info: TensorInfo) -> Iterator[bytes]:
-    path, left = Path(file.label), info.nbytes
-    with os_errors(path), path.open("rb") as handle:
-        handle.seek(info.start)
-        while left:
-            piece = handle.read(min(left, _PIECE))
-            if not piece:
-                raise CheckpointError("became shorter while it was read", where=path)
-            left -= len(piece)
-            yield piece
-
-
-def _values(tensor: Tensor, target: str) -> Iterator[memoryview]:
+def _values(tensor: Tensor, target: str, name: str, caster: Caster) -> Iterator[memoryview]:
     # a view of the mapping if possible, so that only one piece is in memory
     for piece in torch.split(tensor.reshape(-1), _PIECE):
-        values = piece.to("cpu", TORCH_DTYPES[target]).contiguous()
+        values = caster.cast(piece, TORCH_DTYPES[target], name).contiguous()
         if values.numel():
             # numpy's stubs declare the buffer protocol only from Python 3.12 on
             yield memoryview(cast(bytearray, values.view(torch.uint8).numpy()))

@@ -38,8 +38,8 @@ _KEYS = KeyMap(
         "tail": "weight|bias",
     },
 )
-# the numbers 0, 1, 2, ..., which old versions of transformers saved
-_POSITIONS = "embeddings.position_ids"
+POSITIONS = "embeddings.position_ids"
+"""The end of the name of the numbers 0, 1, 2, ..., which old versions of transformers saved."""
 
 TRANSPOSED = "text_projection"
 """The one matrix of OpenCLIP that is the transpose of transformers'."""
@@ -56,7 +56,7 @@ def open_clip_names(names: Collection[str]) -> dict[str, tuple[str, ...]] | None
     made: dict[str, list[str]] = {}
     for name in sorted(names):
         short = long_name(name).removeprefix("text_model.")
-        if short == _POSITIONS:
+        if short == POSITIONS:
             continue
         if (target := _KEYS.original(short)) is None:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from sdconv.checkpoint.keys.keymap import NUMBER, Fields, KeyMap, Rules, of_tensors
@@ -80,19 +81,28 @@ TINY_KEYS = KeyMap(
     {"layer": NUMBER, "rest": ".+"},
 )
 
-# what diffusers called the projections of its own layout before 0.17
-_OLD_ATTENTION = KeyMap(
-    of_tensors([("{block}.attentions.{layer}.{old}", "{block}.attentions.{layer}.{old}")]),
-    {
-        "block": ".+",
-        "layer": NUMBER,
-        "old": {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"},
-        "tail": _TAIL,
-    },
+# Every name that converters have given to a layer of the attention, by diffusers' present one:
+# diffusers' before 0.17, and the original's.
+_ATTENTION_NAMES: Mapping[str, tuple[str, ...]] = {
+    "to_q": ("to_q", "query", "q"),
+    "to_k": ("to_k", "key", "k"),
+    "to_v": ("to_v", "value", "v"),
+    "to_out.0": ("to_out.0", "proj_attn", "proj_out", "to_out"),
+    "group_norm": ("group_norm", "norm"),
+}
+_ATTENTION = re.compile(
+    rf"(?P<block>.+\.(?:attn_1|attentions\.{NUMBER}))\."
+    rf"(?P<leaf>{'|'.join(re.escape(n) for names in _ATTENTION_NAMES.values() for n in names)})"
+    rf"\.(?P<tail>{_TAIL})"
 )
 
 
-def modern_attention(name: str) -> str:
-    """Replaces the attention's old names in diffusers' layout: ``query`` becomes ``to_q``, and so
-    on."""
-    return _OLD_ATTENTION.canonical(name) or name
+def attention_name(name: str, layout: str) -> str:
+    """A name with the layout's own name for a layer of an attention: ``query`` becomes ``to_q`` or
+    ``q``, and so on; any other name unchanged."""
+    match = _ATTENTION.fullmatch(name)
+    if match is None:
+        return name
+    ours = next(key for key, names in _ATTENTION_NAMES.items() if match["leaf"] in names)
+    leaf = ours if layout == "diffusers" else LEAVES["attention"][ours]
+    return f"{match['block']}.{leaf}.{match['tail']}"

@@ -179,10 +179,6 @@ def test_the_decoder_is_numbered_from_the_other_end() -> None:
 @pytest.mark.parametrize(
     ("others", "family", "factor"),
     [
-        ({"x.transformer_blocks.0.attn2.to_k.weight": (320, 768)}, "sd1", 0.18215),
-        ({"x.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}, "sd2", 0.18215),
-        ({"x.transformer_blocks.0.attn2.to_k.weight": (640, 2048)}, "sdxl", 0.13025),
-        ({"x.transformer_blocks.0.attn2.to_k.weight": (768, 1280)}, "sdxl-refiner", 0.13025),
         ({"conditioner.embedders.1.model.ln_final.weight": (1280,)}, "sdxl", 0.13025),
         ({"cond_stage_model.model.ln_final.weight": (1024,)}, "sd2", 0.18215),
     ],

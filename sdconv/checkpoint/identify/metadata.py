@@ -1,0 +1,29 @@
+"""The family that a file's metadata names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+KEY = "modelspec.architecture"
+
+# beginnings of modelspec.architecture, the most specific first
+_WORDS: Sequence[tuple[str, str]] = (
+    ("stable-diffusion-xl-v1-refiner", "sdxl-refiner"),
+    ("stable-diffusion-xl", "sdxl"),
+    ("sdxl", "sdxl"),
+    ("stable-diffusion-v3", "sd3"),
+    ("stable-diffusion-3", "sd3"),
+    ("sd3", "sd3"),
+    ("flux", "flux1"),
+    ("stable-diffusion-v2", "sd2"),
+    ("sd_v2", "sd2"),
+    ("stable-diffusion-v1", "sd1"),
+    ("sd_v1", "sd1"),
+    ("playground-v2.5", "playground-v2.5"),
+)
+
+
+def family_in(metadata: Mapping[str, str]) -> str | None:
+    """The family; None if the metadata names none that sdconv knows."""
+    said = metadata.get(KEY, "").lower()
+    return next((named for word, named in _WORDS if said.startswith(word)), None)

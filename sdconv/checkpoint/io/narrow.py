@@ -1,0 +1,104 @@
+"""Casts of weights that never turn a number into infinity unnoticed."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from sdconv.errors import CheckpointError, InputError, SdconvWarning
+
+# one-byte floats are for storage: nothing computes in them
+STORAGE_ONLY = frozenset(
+    getattr(torch, name)
+    for name in dir(torch)
+    if name.startswith("float8") or name == "float4_e2m1fn_x2"
+)
+
+
+class Caster:
+    """Casts floating-point tensors, and refuses or clamps values beyond the new dtype's range.
+
+    Args:
+        where: the weights' name, for messages.
+        clamp: whether such values become the largest finite one; infinity stays infinity.
+    """
+
+    def __init__(self, where: object, *, clamp: bool = False) -> None:
+        self._where, self._clamp = where, clamp
+        self._clamped: dict[str, float] = {}
+        self._limit = 0.0
+
+    def cast(
+        self, tensor: Tensor, dtype: torch.dtype, name: str, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The tensor in ``dtype`` on ``device``.
+
+        Args:
+            name: the tensor's, for messages.
+
+        Raises:
+            CheckpointError: a finite value would become infinite, and ``clamp`` is not set.
+        """
+        result = tensor.to(device, dtype)
+        if not (tensor.is_floating_point() and _is_narrower(dtype, tensor.dtype)):
+            return result
+        if not (overflowed := result.isinf() & ~tensor.isinf().to(device)).any():
+            return result
+        source = tensor.to(device)
+        limit = torch.finfo(dtype).max
+        worst = source[overflowed]
+        value = float(worst[worst.abs().argmax()])
+        if not self._clamp:
+            short = str(dtype).removeprefix("torch.")
+            half = dtype == torch.float16
+            wider = "bfloat16 or float32" if half else "float32 or float64"
+            raise CheckpointError(
+                f"{name} holds {value:g}, which is infinite in {short}",
+                where=self._where,
+                expected=f"values from {-limit:g} to {limit:g}",
+                got=f"{int(overflowed.sum())} beyond that",
+                hint=f"use {wider}, or pass clamp= (`sdconv convert --clamp`) for the largest "
+                "finite value",
+            )
+        if name not in self._clamped or abs(value) > abs(self._clamped[name]):
+            self._clamped[name] = value
+        self._limit = limit
+        return torch.where(overflowed, torch.full_like(result, limit).copysign(result), result)
+
+    def warn(self, stacklevel: int = 3) -> None:
+        """Says which tensors were clamped, if any were.
+
+        Warns:
+            SdconvWarning: some were.
+        """
+        if self._clamped:
+            name, value = next(iter(self._clamped.items()))
+            warnings.warn(
+                f"{self._where}: {len(self._clamped)} tensors hold values beyond {self._limit:g} "
+                f"and were clamped, first {name} (which holds {value:g})",
+                SdconvWarning,
+                stacklevel=stacklevel,
+            )
+
+
+def _is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
+    return torch.finfo(dtype).max < torch.finfo(source).max
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Refuses a dtype that networks do not compute in.
+
+    Raises:
+        InputError: it is one.
+    """
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in STORAGE_ONLY
+    ):
+        raise InputError(
+            "networks do not compute in this dtype",
+            where="dtype",
+            expected="torch.float32, float16, bfloat16 or float64",
+            got=dtype,
+        )
