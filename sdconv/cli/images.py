@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -31,6 +33,15 @@ from sdconv.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+class Axes(StrEnum):
+    """The axes along which an image is seamless."""
+
+    x = "x"
+    y = "y"
+    xy = "xy"
+
 
 ImageFile = Annotated[
     Path,
@@ -171,6 +182,14 @@ def decode(
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    seamless: Annotated[
+        Axes | None,
+        typer.Option(
+            help="Let opposite edges fit together, as a texture's: left and right (x), top and "
+            "bottom (y), or both (xy).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn latents into an image.
@@ -183,9 +202,11 @@ def decode(
       sdconv decode latents.safetensors --model vae.safetensors
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
       sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
+      sdconv decode panorama.safetensors -m vae.safetensors --seamless x
     """
     from sdconv.images import image_format, to_image, write_image
     from sdconv.latents import check_scaled, read_latents, unscale
+    from sdconv.models.seamless import seamless as made_seamless
 
     image_format(out)
     z, stated = read_latents(latents, key)
@@ -204,7 +225,8 @@ def decode(
     options = RunOptions(component, family, dtype, device, backend, memory, spill)
     network = open_autoencoder(model, options)
     check_scaled(network, z, is_scaled)
-    with running("decoding", network):
+    wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
+    with running("decoding", network), wraps:
         z = z.to(network.device)
         z = unscale(network, z) if is_scaled else z
         if memory is None:

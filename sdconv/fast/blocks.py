@@ -91,7 +91,7 @@ def downsample(block: Any, x: Tensor) -> Tensor | None:
 def can_run_downsample(block: Any, x: Tensor) -> bool:
     """Whether a downsampling block has a plain convolution, and several rows and columns to
     process."""
-    plain = is_conv3x3(block.conv, x, stride=2, padding=0)
+    plain = not block.seamless_axes and is_conv3x3(block.conv, x, stride=2, padding=0)
     return plain and _takes(x) and min(x.shape[2:]) > 1
 
 

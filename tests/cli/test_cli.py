@@ -326,6 +326,24 @@ def test_encode_and_decode(
     assert float((cropped(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
 
 
+@torch.no_grad()
+def test_seamless(here: Path, tmp_path: Path) -> None:
+    """Rolled latents give the rolled image."""
+    z = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    images = {}
+    for name, latents in (("a", z), ("rolled", z.roll(3, 3))):
+        save_file({"latents": latents}, tmp_path / f"{name}.safetensors")
+        for options in ((), ("--seamless", "x")):
+            out = tmp_path / "a.png"
+            model = ["-m", here / "vae.safetensors", *options, "--force"]
+            answer("decode", tmp_path / f"{name}.safetensors", *model, "-o", out)
+            with Image.open(out) as image:
+                images[name, bool(options)] = to_tensor(image)
+    by = 3 * images["a", True].shape[3] // 8
+    assert (images["rolled", True] - images["a", True].roll(by, 3)).abs().max() <= 1.01 / 127.5
+    assert (images["rolled", False] - images["a", False].roll(by, 3)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("options", [
     (), ("--memory", "1GiB"), ("--memory", "1GiB", "--spill", "FOLDER", "--backend", "reference"),
 ])  # fmt: skip
