@@ -46,8 +46,20 @@ ARITHMETIC: dict[str, Arithmetic] = {"cpu": cpu, "cuda": cuda}
 @implements(ResnetBlock2D.forward)
 def resnet(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor | None:
     if not can_run_resnet(block, x):
-        return None
+        return _plain(ResnetBlock2D.forward, block, x, temb)
     return ARITHMETIC[x.device.type].resnet(block, x, temb)
+
+
+def _plain(function: Any, module: Any, x: Tensor, *args: Any) -> Tensor | None:
+    """A dispatched function's plain body, for a feature map that this backend has put into
+    channels-last order; None for others.
+
+    In that order, torch's GroupNorm for CPUs takes the variance as ``E[x^2] - E[x]^2`` in float32.
+    """
+    if x.device.type != "cpu" or x.ndim != 4 or x.is_contiguous():
+        return None
+    out: Tensor = function.__wrapped__(module, x.contiguous(), *args)
+    return out
 
 
 def can_run_resnet(block: Any, x: Tensor) -> bool:
@@ -165,6 +177,8 @@ def _output(network: Any, x: Tensor) -> Tensor:
     norm, activation, conv = network.conv_norm_out, network.conv_act, network.conv_out
     if can_run_output(norm, activation, conv, x):
         return ARITHMETIC[x.device.type].output(norm, conv, x)
+    if x.device.type == "cpu":  # see _plain
+        x = x.contiguous()
     return cast(Tensor, conv(activation(norm(x))))
 
 
