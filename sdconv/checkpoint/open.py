@@ -17,6 +17,7 @@ from sdconv.checkpoint.identify.find import (
 from sdconv.checkpoint.identify.infer import Identified, identify
 from sdconv.checkpoint.io.folder import Folder, folder_at
 from sdconv.checkpoint.io.source import Source, SourceFile, open_files, open_folder
+from sdconv.checkpoint.keys.adapters import adapter_in
 from sdconv.errors import UnknownNetworkError
 
 Weights = str | Path | Sequence[str | Path] | Mapping[str, Tensor]
@@ -54,8 +55,10 @@ class SourceView:
         """The networks among the tensors.
 
         Raises:
-            UnknownNetworkError: as ``find_networks``.
+            UnknownNetworkError: as ``find_networks``; or the file is an adapter (a LoRA).
         """
+        if (kind := adapter_in(self.shapes)) is not None:
+            raise _is_adapter(kind, self.source.label)
         return find_networks(self.shapes, self.source.label)
 
     def dtype(self, name: str) -> str:
@@ -142,6 +145,22 @@ def one_of(known: Mapping[str, object], component: str | None, where: object) ->
             f"there is no component {component!r}", where=where, expected=repr(component), got=names
         )
     return component
+
+
+def _is_adapter(kind: str, where: str) -> UnknownNetworkError:
+    if kind == "LoRA":
+        return UnknownNetworkError(
+            "this is a LoRA file; merge it with sdconv.merge_lora",
+            where=where,
+            expected="weights of a network",
+            hint="load the network that it was trained on: sdconv.merge_lora(network, file)",
+        )
+    return UnknownNetworkError(
+        f"this is not a network but an adapter of another kind: {kind}",
+        where=where,
+        expected="weights of a network",
+        hint="sdconv.merge_lora merges LoRA and LoCon files only",
+    )
 
 
 def _named_halves(source: Source) -> dict[str, tuple[SourceFile, str]]:
