@@ -9,6 +9,7 @@ import torch
 
 from sdconv.backends import check_backend, set_backend
 from sdconv.checkpoint.assemble import assemble
+from sdconv.checkpoint.io.pickles import weights_key
 from sdconv.checkpoint.open import Weights
 from sdconv.config import Config
 from sdconv.models.base import Autoencoder, Network
@@ -38,6 +39,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    key: str | None = None,
 ) -> Autoencoder: ...
 @overload
 def load(
@@ -48,6 +50,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    key: str | None = None,
 ) -> UNet2DConditionModel: ...
 @overload
 def load(
@@ -58,6 +61,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    key: str | None = None,
 ) -> Network: ...
 def load(
     path: Weights,
@@ -67,6 +71,7 @@ def load(
     family: str | None = None,
     backend: str = "reference",
     ema: bool = False,
+    key: str | None = None,
 ) -> Network:
     """Opens a network from a checkpoint, in eval mode, never through a network connection.
 
@@ -87,6 +92,8 @@ def load(
         backend: the network's own, see ``sdconv.backend``: ``"reference"`` or ``"fast"``.
         ema: load the running averages of the weights that an original checkpoint may also hold
             (``model_ema.*``), instead of the weights.
+        key: which weights of a pickle that holds several, such as ``"params_ema"`` or
+            ``"model.state_dict"``.
 
     Returns:
         ``AutoencoderKL``, ``AutoencoderKLFlux2``, ``AutoencoderTiny`` or ``UNet2DConditionModel``;
@@ -103,8 +110,9 @@ def load(
         SdconvWarning: the family is open, and one was chosen.
     """
     check_backend(backend)
-    network = assemble(
-        path, build, component=component, dtype=dtype, device=device, family=family, ema=ema
-    )
+    with weights_key(key):
+        network = assemble(
+            path, build, component=component, dtype=dtype, device=device, family=family, ema=ema
+        )
     set_backend(network, backend)
     return network
