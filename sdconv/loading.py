@@ -27,7 +27,8 @@ _NETWORKS: Mapping[str, type[Network]] = {
 
 def build(config: Config) -> Network:
     """The network for a config, with torch's random weights; a U-Net's imports diffusers."""
-    return _NETWORKS[config.class_name].from_config(config)
+    network: Network = _NETWORKS[config.class_name].from_config(config)
+    return network
 
 
 @overload

@@ -17,6 +17,7 @@ from sdconv.checkpoint.identify.find import (
 from sdconv.checkpoint.identify.infer import Identified, identify
 from sdconv.checkpoint.io.folder import Folder, folder_at
 from sdconv.checkpoint.io.source import Source, SourceFile, open_files, open_folder
+from sdconv.checkpoint.io.write import AVERAGING_FIELDS
 from sdconv.checkpoint.keys.adapters import adapter_in
 from sdconv.errors import UnknownNetworkError
 
@@ -81,13 +82,16 @@ class SourceView:
         Raises:
             SdconvError: as ``identify``.
         """
+        config = self.source.config
+        if config is not None:
+            config = {k: v for k, v in config.items() if k not in AVERAGING_FIELDS}
         return identify(
             self.shapes,
             networks=self.networks,
             metadata=self.source.metadata,
             family=family,
             component=component,
-            config=self.source.config,
+            config=config,
             where=self.source.label,
         )
 

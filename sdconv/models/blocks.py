@@ -47,6 +47,8 @@ class ResnetBlock2D(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
+        # diffusers' ControlNet-XS reads these
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = (
