@@ -22,6 +22,8 @@ class Output(Mapping[str, Any]):
     """
 
     def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # which cannot trace what follows
+            return
         first, *others = self._names()
         given = getattr(self, first)
         if isinstance(given, Mapping) and set(given) == {first, *others}:
@@ -45,9 +47,8 @@ class Output(Mapping[str, Any]):
         """Returns the values in order, as diffusers' results do."""
         return tuple(getattr(self, name) for name in self._names())
 
-    @classmethod
-    def _names(cls) -> tuple[str, ...]:
-        return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    def _names(self) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
 
 
 Result = TypeVar("Result")
