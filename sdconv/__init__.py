@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.loading import load
     from sdconv.lora.merge import merge_lora, unmerge_lora
+    from sdconv.models.seamless import seamless
     from sdconv.models.tiny import AutoencoderTiny
     from sdconv.models.unet import UNet2DConditionModel
     from sdconv.models.vae import AutoencoderKL, AutoencoderKLFlux2
@@ -60,6 +61,7 @@ _HOME = {
     "remove_patch": "sdconv.integrations.patch",
     "run_until": "sdconv.features.capture",
     "save": "sdconv.checkpoint.save",
+    "seamless": "sdconv.models.seamless",
     "unmerge_lora": "sdconv.lora.merge",
 }
 
@@ -91,6 +93,7 @@ __all__ = [
     "remove_patch",
     "run_until",
     "save",
+    "seamless",
     "unmerge_lora",
 ]
 

@@ -1,7 +1,17 @@
-"""Raw latents, and latents as diffusion models use them: scaled, or normalised in patches."""
+"""Raw latents, and latents as diffusion models use them: scaled, or normalised in patches.
+
+A VAE's own latents are raw. A tiny autoencoder's are scaled already: it was trained on what the
+diffusion model sees. So the raw latents of a VAE and a tiny autoencoder's are related by that VAE's
+scale, which files carry along.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +19,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sdconv.checkpoint.io.files import as_path
+from sdconv.checkpoint.io.files import as_path, short
 from sdconv.checkpoint.io.source import open_source
 from sdconv.checkpoint.io.write import write_tensors
-from sdconv.errors import InputError
+from sdconv.config.facts import VAE_FACTS
+from sdconv.errors import InputError, SdconvWarning
 from sdconv.models.base import Autoencoder
 from sdconv.models.inputs import check_tensor
+from sdconv.models.tiny import AutoencoderTiny
 from sdconv.models.vae import AutoencoderKLFlux2
 
 KEY = "latents"
@@ -23,7 +35,126 @@ KEY = "latents"
 SCALED_KEY = "sdconv.latents"
 """The metadata key in such files whose value is ``scaled`` or ``raw``."""
 
+SCALE_KEY = "sdconv.latents.scale"
+"""The metadata key for the scale of the VAE that the latents come from, in JSON: see
+``LatentScale``."""
+
 _TO_PATCHES = "b c (h p) (w q) -> b (c p q) h w"
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How a VAE's raw latents become scaled: ``(raw - shift) * factor``, or with ``mean`` and
+    ``std``, one number for each channel, ``(raw - mean) * factor / std``."""
+
+    factor: float
+    shift: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, network: Autoencoder) -> LatentScale | None:
+        """The scale of a VAE; None for a tiny autoencoder, and for FLUX.2, which normalises
+        patches."""
+        config = network.config
+        if isinstance(network, AutoencoderTiny | AutoencoderKLFlux2):
+            return None
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        factor = float(config["scaling_factor"])
+        if mean and std:
+            return cls(factor, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+        return cls(factor, float(config.get("shift_factor") or 0.0))
+
+    def scale(self, raw: Tensor) -> Tensor:
+        """Raw latents ``(B, C, h, w)`` as the diffusion model sees them."""
+        shift, factor = self._affine(raw)
+        return (raw - shift) * factor
+
+    def unscale(self, scaled: Tensor) -> Tensor:
+        """The inverse of ``scale``."""
+        shift, factor = self._affine(scaled)
+        return scaled / factor + shift
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        factor = like.new_tensor(self.factor)
+        if self.mean is None or self.std is None:
+            return like.new_tensor(self.shift), factor
+        per_channel = (1, -1, 1, 1)
+        std = like.new_tensor(self.std).view(per_channel)
+        return like.new_tensor(self.mean).view(per_channel), factor / std
+
+    def __str__(self) -> str:
+        if self.mean is not None:
+            return f"factor {self.factor:g}, with a mean and a deviation of each channel"
+        return f"factor {self.factor:g}" + (f", shift {self.shift:g}" if self.shift else "")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLatents:
+    """Latents from a file.
+
+    ``values``: ``(B, C, h, w)`` in float32. ``scaled``: True if they are scaled, False if raw, None
+    if the file does not say. ``made_by``: the scale of the VAE that they come from, if the file
+    says so.
+    """
+
+    values: Tensor
+    scaled: bool | None
+    made_by: LatentScale | None = None
+
+    def for_decoder(self, network: Autoencoder, scaled: bool | None = None) -> Tensor:
+        """What ``network.decode`` takes.
+
+        Args:
+            network: any autoencoder.
+            scaled: whether they are scaled, where the file does not say; None: raw for a VAE, and
+                scaled for a tiny autoencoder.
+
+        Raises:
+            InputError: they cannot be related to this network: other channels; raw ones of an
+                unknown VAE for a tiny autoencoder; scaled by another VAE's scale.
+
+        Warns:
+            SdconvWarning: raw latents of a VAE with another scale.
+        """
+        form = self.scaled if self.scaled is not None else scaled
+        if isinstance(network, AutoencoderTiny):
+            return self._for_tiny(network, form)
+        check_scaled(network, self.values, bool(form))
+        own = LatentScale.of(network)
+        other = self.made_by is not None and own is not None and self.made_by != own
+        if other and form:
+            raise InputError(
+                "these latents were scaled for another VAE",
+                where=network.config.class_name,
+                expected=own,
+                got=self.made_by,
+                hint="open the VAE that they come from, or say its family (--family, family=)",
+            )
+        if other:
+            what = f"these raw latents come from a VAE with {self.made_by}; this one has {own}"
+            hint = "colours are wrong if it is another VAE"
+            warnings.warn(SdconvWarning(f"{what}. hint: {hint}"), stacklevel=2)
+        return unscale(network, self.values) if form else self.values
+
+    def for_diffusion(self) -> Tensor | None:
+        """The scaled latents; None where they are raw and the file does not name a scale."""
+        if self.scaled is not False:
+            return self.values
+        return None if self.made_by is None else self.made_by.scale(self.values)
+
+    def _for_tiny(self, network: AutoencoderTiny, form: bool | None) -> Tensor:
+        if form is not False:
+            return unscale(network, self.values)
+        if self.made_by is None:
+            raise InputError(
+                "these latents are raw, and a tiny autoencoder decodes scaled ones",
+                where=network.config.class_name,
+                expected="scaled latents, or a file that names the scale",
+                hint="write them with `sdconv encode`, or scale them with the VAE that made them: "
+                "sdconv.latents.scale(vae, latents)",
+            )
+        return unscale(network, self.made_by.scale(self.values))
 
 
 def encode(
@@ -112,8 +243,7 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
     """
     _check(network, latents, network.config["latent_channels"])
     if not isinstance(network, AutoencoderKLFlux2):
-        shift, factor = _affine(network, latents)
-        return (latents - shift) * factor
+        return _scale_of(network).scale(latents)
     p, q = network.config.patch_size
     if latents.shape[2] % p or latents.shape[3] % q:
         raise InputError(
@@ -143,8 +273,7 @@ def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
     """
     if not isinstance(network, AutoencoderKLFlux2):
         _check(network, latents, network.config["latent_channels"])
-        shift, factor = _affine(network, latents)
-        return latents / factor + shift
+        return _scale_of(network).unscale(latents)
     p, q = network.config.patch_size
     _check(network, latents, p * q * network.config.latent_channels)
     mean, std = _statistics(network, latents)
@@ -153,16 +282,24 @@ def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool | None]:
-    """Reads latents, and whether they are scaled, from a file.
+    """Read latents, and whether they are scaled, from a file: see ``read_stored``."""
+    stored = read_stored(path, key)
+    return stored.values, stored.scaled
+
+
+def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
+    """Read latents from a file.
+
+    Files of ComfyUI (``.latent``) are raw; old ones, without its mark, were multiplied by 0.18215
+    and are divided by it.
 
     Args:
         path: a safetensors file, or a pickle of tensors.
-        key: the tensor's name; None for the only tensor, or the one named ``KEY`` if there are
-            several.
+        key: the tensor's name; None for the only tensor, the one named ``latents``,
+            ``latent_tensor`` or ``samples``, or the only one with four axes.
 
     Returns:
-        The latents, ``(B, C, h, w)`` (a single ``(C, h, w)`` gets a batch axis), and True if they
-        are scaled, False if they are raw, None if the file does not say.
+        The latents, ``(B, C, h, w)`` (a single ``(C, h, w)`` gets a batch axis).
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -172,7 +309,7 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
     with open_source(path) as source:
         names = list(source.entries)
         if key is None:
-            key = names[0] if len(names) == 1 else KEY
+            key = _latents_among({name: info.shape for name, info in source.entries.items()})
         if key not in names:
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise InputError(
@@ -183,7 +320,8 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
                 hint="name it: --key NAME",
             )
         latents = source.tensor(key)
-        form = source.metadata.get(SCALED_KEY)
+        form, made_by = source.metadata.get(SCALED_KEY), _made_by(source.metadata, path)
+    scaled = None if form is None else form == "scaled"
     latents = latents[None] if latents.ndim == 3 else latents
     if latents.ndim != 4 or not latents.is_floating_point() or not latents.numel():
         raise InputError(
@@ -196,17 +334,74 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
     latents = latents.float()
     if not torch.isfinite(latents).all():
         raise InputError("the latents hold NaN or infinity", where=f"{path}: {key}")
-    return latents, None if form is None else form == "scaled"
+    if form is None and key == _COMFYUI:
+        if _COMFYUI_RAW not in names:
+            latents, made_by = latents * (1 / _SD_FACTOR), LatentScale(_SD_FACTOR)
+        scaled = False
+    elif form is None and key == "samples" and "noise_mask" in names:  # ComfyUI's latents
+        scaled = False
+    return StoredLatents(latents, scaled, made_by)
 
 
-def write_latents(latents: Tensor, path: str | Path, *, scaled: bool) -> None:
-    """Writes a safetensors file with one tensor, ``KEY``, completely or not at all.
+def _latents_among(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The name of the tensor that holds latents, ``KEY`` if that is open."""
+    if len(shapes) == 1:
+        return next(iter(shapes))
+    known = [name for name in (KEY, _COMFYUI, "samples") if name in shapes]
+    images = [name for name, shape in shapes.items() if len(shape) == 4]
+    return known[0] if known else images[0] if len(images) == 1 else KEY
+
+
+# the tensor in ComfyUI's files, and the empty one that marks those in its present format
+_COMFYUI, _COMFYUI_RAW = "latent_tensor", "latent_format_version_0"
+# by which it multiplied before, whatever the family
+_SD_FACTOR = VAE_FACTS["sd1"].scaling_factor
+
+
+def _made_by(metadata: Mapping[str, str], path: object) -> LatentScale | None:
+    text = metadata.get(SCALE_KEY)
+    if text is None:
+        return None
+    try:
+        given = json.loads(text)
+        lists = (given.get("mean"), given.get("std"))
+        mean, std = (None if one is None else tuple(map(float, one)) for one in lists)
+        scale = LatentScale(float(given["factor"]), float(given.get("shift", 0.0)), mean, std)
+        numbers = (scale.factor, scale.shift, *(mean or ()), *(std or ()))
+        if not all(map(math.isfinite, numbers)) or 0.0 in (scale.factor, *(std or ())):
+            raise ValueError(text)
+        if (mean is None) != (std is None):
+            raise ValueError(text)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"its metadata {SCALE_KEY} is not a latent scale",
+            where=path,
+            expected='{"factor": 0.18215, "shift": 0.0}',
+            got=short(text),
+        ) from error
+    return scale
+
+
+def write_latents(
+    latents: Tensor, path: str | Path, *, scaled: bool, network: Autoencoder | None = None
+) -> None:
+    """Write a safetensors file with one tensor, ``KEY``, completely or not at all.
+
+    Args:
+        latents: ``(B, C, h, w)``.
+        path: the file.
+        scaled: whether they are scaled, as a tiny autoencoder's always are.
+        network: the autoencoder that they come from, whose scale is written too.
 
     Raises:
         InputError: ``path`` is not a path.
         CheckpointError: the file cannot be written.
     """
     metadata = {"format": "pt", SCALED_KEY: "scaled" if scaled else "raw"}
+    made_by = None if network is None else LatentScale.of(network)
+    if made_by is not None:
+        given = {name: value for name, value in asdict(made_by).items() if value is not None}
+        metadata[SCALE_KEY] = json.dumps(given)
     write_tensors({KEY: latents.cpu()}, as_path(path), metadata)
 
 
@@ -226,15 +421,11 @@ def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:
         )
 
 
-def _affine(network: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
-    """``shift`` and ``factor`` in ``(latents - shift) * factor``, the scaled latents."""
+def _scale_of(network: Autoencoder) -> LatentScale:
+    """A VAE's scale, or a tiny autoencoder's own, which its config may give."""
     config = network.config
-    factor, shift = like.new_tensor(config["scaling_factor"]), config.get("shift_factor") or 0.0
-    if (mean := config.get("latents_mean")) and (std := config.get("latents_std")):
-        per_channel = (1, -1, 1, 1)
-        shift_tensor = like.new_tensor(mean).view(per_channel)
-        return shift_tensor, factor / like.new_tensor(std).view(per_channel)
-    return like.new_tensor(shift), factor
+    own = LatentScale(float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0))
+    return LatentScale.of(network) or own
 
 
 def _statistics(network: AutoencoderKLFlux2, like: Tensor) -> tuple[Tensor, Tensor]:

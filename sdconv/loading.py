@@ -9,6 +9,7 @@ import torch
 
 from sdconv.backends import check_backend, set_backend
 from sdconv.checkpoint.assemble import assemble
+from sdconv.checkpoint.io.pickles import weights_key
 from sdconv.checkpoint.open import Weights
 from sdconv.config import Config
 from sdconv.models.base import Autoencoder, Network
@@ -26,7 +27,8 @@ _NETWORKS: Mapping[str, type[Network]] = {
 
 def build(config: Config) -> Network:
     """Builds the network for a config, with torch's random weights; a U-Net's imports diffusers."""
-    return _NETWORKS[config.class_name].from_config(config)
+    network: Network = _NETWORKS[config.class_name].from_config(config)
+    return network
 
 
 @overload
@@ -41,6 +43,7 @@ def load(
     prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
+    key: str | None = None,
 ) -> Autoencoder: ...
 @overload
 def load(
@@ -54,6 +57,7 @@ def load(
     prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
+    key: str | None = None,
 ) -> UNet2DConditionModel: ...
 @overload
 def load(
@@ -67,6 +71,7 @@ def load(
     prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
+    key: str | None = None,
 ) -> Network: ...
 def load(
     path: Weights,
@@ -79,6 +84,7 @@ def load(
     prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
+    key: str | None = None,
 ) -> Network:
     """Opens a network from a checkpoint, in eval mode; nothing is downloaded.
 
@@ -107,6 +113,8 @@ def load(
         mmap: False reads every tensor into memory. Do so if the file may change or vanish while the
             network is in use, as on a network drive: a mapped file that is cut short ends the
             process (SIGBUS) when the missing part is used.
+        key: which weights of a pickle that holds several, such as ``"params_ema"`` or
+            ``"model.state_dict"``.
 
     Returns:
         ``AutoencoderKL``, ``AutoencoderKLFlux2``, ``AutoencoderTiny`` or ``UNet2DConditionModel``;
@@ -123,17 +131,18 @@ def load(
         SdconvWarning: the family is open, and one was chosen; or values were clamped.
     """
     check_backend(backend)
-    network = assemble(
-        path,
-        build,
-        component=component,
-        dtype=dtype,
-        device=device,
-        family=family,
-        ema=ema,
-        prefix=prefix,
-        clamp=clamp,
-        mmap=mmap,
-    )
+    with weights_key(key):
+        network = assemble(
+            path,
+            build,
+            component=component,
+            dtype=dtype,
+            device=device,
+            family=family,
+            ema=ema,
+            prefix=prefix,
+            clamp=clamp,
+            mmap=mmap,
+        )
     set_backend(network, backend)
     return network

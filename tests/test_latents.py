@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sdconv
-from sdconv.latents import read_latents, scale, unscale, write_latents
+from sdconv.latents import (
+    LatentScale,
+    StoredLatents,
+    read_latents,
+    read_stored,
+    scale,
+    unscale,
+    write_latents,
+)
 
 SD3 = seeded.kl((32, 32), 16, False, scaling_factor=1.5305, shift_factor=0.0609)
 SPREAD = seeded.kl(
@@ -118,7 +126,8 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "key", "words"),
     [
-        ({"a": torch.zeros(1, 4, 2, 2), "b": torch.zeros(1)}, None, "which tensor"),
+        ({"a": torch.zeros(1, 4, 2, 2), "b": torch.zeros(1, 4, 2, 2)}, None, "which tensor"),
+        ({"a": torch.zeros(4, 2, 2), "b": torch.zeros(1)}, None, "which tensor"),
         ({"a": torch.zeros(1, 4, 2, 2)}, "b", "which tensor"),
         ({"a": torch.zeros(4)}, None, "not latents"),
         ({"a": torch.zeros(1, 4, 0, 2)}, None, "not latents"),
@@ -133,3 +142,106 @@ def test_not_latents(
     save_file(tensors, path)
     with pytest.raises(sdconv.InputError, match=words):
         read_latents(path, key)
+
+
+EMPTY = torch.tensor([])
+KL = seeded.SMALL_KL
+
+
+@pytest.mark.parametrize(
+    ("tensors", "factor", "scaled"),
+    [
+        # ComfyUI's files: today's, and those before they were marked
+        ({"latent_tensor": latents(4), "latent_format_version_0": EMPTY}, 1.0, False),
+        ({"latent_tensor": latents(4)}, 1 / 0.18215, False),
+        ({"samples": latents(4), "noise_mask": torch.ones(2, 1, 32, 48)}, 1.0, False),
+        ({"samples": latents(4), "noise_mask": torch.ones(32, 48)}, 1.0, False),
+        # the only tensor with four axes, and a known name
+        ({"z": latents(4), "sigma": torch.ones(3), "mask": torch.ones(2, 4, 6)}, 1.0, None),
+        ({"samples": latents(4), "other": latents(4)}, 1.0, None),
+        ({"latents": latents(4), "samples": latents(4) + 1}, 1.0, None),
+    ],
+)
+def test_which_tensor_and_what_it_is(
+    tensors: dict[str, Tensor], factor: float, scaled: bool | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "z.latent"
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    read, said = read_latents(path)
+    assert torch.allclose(read, latents(4) * factor, rtol=1e-6)
+    assert said is scaled
+    if "latent_tensor" in tensors:
+        assert torch.equal(read_latents(path, "latent_tensor")[0], read)
+
+
+def test_old_files_of_comfyui_have_a_known_scale(tmp_path: Path) -> None:
+    """So a tiny autoencoder can decode them; today's do not name their model."""
+    path, tiny = tmp_path / "z.latent", seeded.network(seeded.tiny())
+    save_file({"latent_tensor": latents(4)}, path)
+    assert torch.allclose(read_stored(path).for_decoder(tiny), latents(4), rtol=1e-5)
+    save_file({"latent_tensor": latents(4), "latent_format_version_0": EMPTY}, path)
+    with pytest.raises(sdconv.InputError, match="raw, and a tiny autoencoder decodes scaled"):
+        read_stored(path).for_decoder(tiny)
+    assert torch.equal(read_stored(path).for_decoder(seeded.network(KL)), latents(4))
+
+
+@pytest.mark.parametrize("config", [SD3, SPREAD, KL])
+def test_a_vaes_latents_through_a_tiny_autoencoder(
+    config: sdconv.AutoencoderKLConfig, tmp_path: Path
+) -> None:
+    vae, path = seeded.network(config), tmp_path / "z.safetensors"
+    tiny = seeded.network(seeded.tiny(latent_channels=config.latent_channels))
+    raw = latents(config.latent_channels)
+    for scaled in (False, True):
+        written = scale(vae, raw) if scaled else raw
+        write_latents(written, path, scaled=scaled, network=vae)
+        stored = read_stored(path)
+        assert stored.made_by == LatentScale.of(vae)
+        assert torch.allclose(stored.for_decoder(tiny), scale(vae, raw), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(stored.for_decoder(vae), raw, rtol=1e-5, atol=1e-6)
+        diffused = stored.for_diffusion()
+        assert diffused is not None
+        assert torch.allclose(diffused, scale(vae, raw), rtol=1e-5, atol=1e-6)
+    # a tiny autoencoder's through the VAE
+    write_latents(raw, path, scaled=True, network=tiny)
+    stored = read_stored(path)
+    assert stored.made_by is None
+    assert torch.equal(stored.for_decoder(vae), unscale(vae, raw))
+    assert torch.equal(stored.for_decoder(tiny), raw)
+
+
+def test_latents_of_another_vae(tmp_path: Path) -> None:
+    path, z = tmp_path / "z.safetensors", latents(4)
+    sd1 = seeded.network(KL)
+    sdxl = seeded.network(seeded.kl((32, 64), 4, True, layers_per_block=1, scaling_factor=0.13025))
+    write_latents(z, path, scaled=True, network=sd1)
+    with pytest.raises(sdconv.InputError, match=r"scaled for another VAE\n.*0\.13025\n.*0\.18215"):
+        read_stored(path).for_decoder(sdxl)
+    write_latents(z, path, scaled=False, network=sd1)
+    with pytest.warns(sdconv.SdconvWarning, match=r"a VAE with factor 0\.18215; .* 0\.13025"):
+        assert torch.equal(read_stored(path).for_decoder(sdxl), z)
+    assert torch.equal(read_stored(path).for_decoder(sd1), z), "the control warns of nothing"
+
+
+def test_raw_latents_without_a_scale() -> None:
+    stored = StoredLatents(latents(4), scaled=False)
+    assert stored.for_diffusion() is None
+    with pytest.raises(sdconv.InputError, match="a tiny autoencoder decodes scaled ones"):
+        stored.for_decoder(seeded.network(seeded.tiny()))
+    unsaid = StoredLatents(latents(4), scaled=None)
+    assert torch.equal(unsaid.for_decoder(seeded.network(seeded.tiny())), latents(4))
+    assert torch.equal(unsaid.for_decoder(seeded.network(KL)), latents(4))
+    assert torch.equal(
+        unsaid.for_decoder(seeded.network(KL), scaled=True), unscale(seeded.network(KL), latents(4))
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"factor": "a"}', '{"factor": 0}', '{"factor": 1, "mean": [1]}', "[" * 9999],
+)
+def test_a_damaged_scale(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "z.safetensors"
+    save_file({"latents": latents(4)}, path, {"sdconv.latents.scale": text})
+    with pytest.raises(sdconv.InputError, match="not a latent scale"):
+        read_stored(path)

@@ -19,6 +19,7 @@ from sdconv.fast import blocks as fast
 from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.preconditions import has_plain_methods
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
@@ -210,6 +211,10 @@ def _kind(module: nn.Module, parent: nn.Module) -> Kind | None:
 def _declined(module: Any, parent: Any, call: _Call) -> str | None:
     """Why the fast backend leaves a call to the layer itself, None if it does not."""
     x = _like(call.input)
+    conv = module if isinstance(module, nn.Conv2d) else module.conv
+    pads_zeros = conv.padding_mode == "zeros" and not getattr(module, "seamless_axes", "")
+    if not (pads_zeros and has_plain_methods(conv, nn.Conv2d)):
+        return "another padding than zeros, or a forward of its own"
     if isinstance(module, Upsample2D):
         if fast.can_run_upsample(module, x, (call.output[2], call.output[3])):
             return None

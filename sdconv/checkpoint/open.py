@@ -27,6 +27,8 @@ from sdconv.checkpoint.identify.quantised import (
 from sdconv.checkpoint.io.dequantise import DequantisedFile
 from sdconv.checkpoint.io.folder import Folder, folder_at
 from sdconv.checkpoint.io.source import Source, SourceFile, open_files, open_folder
+from sdconv.checkpoint.io.write import AVERAGING_FIELDS
+from sdconv.checkpoint.keys.adapters import adapter_in
 from sdconv.config.facts import EDM_STATISTICS
 from sdconv.errors import SdconvWarning, UnknownNetworkError
 
@@ -71,8 +73,10 @@ class SourceView:
         """The networks among the tensors.
 
         Raises:
-            UnknownNetworkError: as ``find_networks``.
+            UnknownNetworkError: as ``find_networks``; or the file is an adapter (a LoRA).
         """
+        if (kind := adapter_in(self.shapes)) is not None:
+            raise _is_adapter(kind, self.source.label)
         return find_networks(self.shapes, self.source.label)
 
     def dtype(self, name: str) -> str:
@@ -107,6 +111,9 @@ class SourceView:
         for found in self.networks:
             if component in (None, found.component) and wanted in (None, found.prefix):
                 check_quantised(found.component, found, self.dtype, self.source.label)
+        config = self.source.config
+        if config is not None:
+            config = {k: v for k, v in config.items() if k not in AVERAGING_FIELDS}
         identified = identify(
             self.shapes,
             networks=self.networks,
@@ -114,7 +121,7 @@ class SourceView:
             family=family,
             component=component,
             prefix=prefix,
-            config=self.source.config,
+            config=config,
             statistics=self._statistics(),
             where=self.source.label,
         )
@@ -214,6 +221,22 @@ def one_of(known: Mapping[str, object], component: str | None, where: object) ->
             f"there is no component {component!r}", where=where, expected=repr(component), got=names
         )
     return component
+
+
+def _is_adapter(kind: str, where: str) -> UnknownNetworkError:
+    if kind == "LoRA":
+        return UnknownNetworkError(
+            "this is a LoRA file; merge it with sdconv.merge_lora",
+            where=where,
+            expected="weights of a network",
+            hint="load the network that it was trained on: sdconv.merge_lora(network, file)",
+        )
+    return UnknownNetworkError(
+        f"this is not a network but an adapter of another kind: {kind}",
+        where=where,
+        expected="weights of a network",
+        hint="sdconv.merge_lora merges LoRA and LoCon files only",
+    )
 
 
 def _named_halves(source: Source) -> dict[str, tuple[SourceFile, str]]:

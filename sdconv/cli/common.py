@@ -109,6 +109,14 @@ Prefix = Annotated[
         show_default=False,
     ),
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which weights of a pickle that holds several: params_ema, model.state_dict, ...",
+        show_default=False,
+    ),
+]
 ComputeDtype = Annotated[
     Dtype,
     typer.Option(

@@ -12,6 +12,7 @@ from sdconv.cli.common import (
     Family,
     Force,
     Json,
+    Key,
     Layout,
     Paths,
     Prefix,
@@ -52,6 +53,7 @@ def convert(
         ),
     ] = False,
     prefix: Prefix = None,
+    key: Key = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -72,10 +74,11 @@ def convert(
       sdconv convert v1-5-pruned-emaonly.safetensors vae/ --layout diffusers --component vae
     """
     from sdconv.checkpoint.convert import convert as write
+    from sdconv.checkpoint.io.pickles import weights_key
     from sdconv.loading import build
 
     check_output(out, force, paths)
-    with reading("writing") as progress:
+    with reading("writing") as progress, weights_key(key):
         result = write(
             one_or_all(paths),
             out,

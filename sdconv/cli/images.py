@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -31,6 +33,15 @@ from sdconv.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+class Axes(StrEnum):
+    """The axes along which an image is seamless."""
+
+    x = "x"
+    y = "y"
+    xy = "xy"
+
 
 ImageFile = Annotated[
     Path,
@@ -86,7 +97,8 @@ def encode(
 
     They are written to a safetensors file with one tensor, "latents". The image is cropped
     around its centre to multiples of the downscale factor (8 for most autoencoders). The file says
-    whether the latents are raw or scaled.
+    whether the latents are raw or scaled, and for which scale; a tiny autoencoder's are always
+    scaled.
 
     \b
     Examples:
@@ -98,6 +110,7 @@ def encode(
 
     from sdconv.latents import encode as encode_image
     from sdconv.latents import scale, write_latents
+    from sdconv.models.tiny import AutoencoderTiny
 
     if out.suffix.lower() != ".safetensors":
         raise InputError(
@@ -113,13 +126,14 @@ def encode(
         latents = encode_image(network, x, generator).float()
         if scaled:
             latents = scale(network, latents)
+    scaled = scaled or isinstance(network, AutoencoderTiny)  # whose latents always are
     if not torch.isfinite(latents).all():
         raise InputError(
             "the latents contain NaN or infinity",
             where=network.config.class_name,
             hint="compute in a wider dtype: --dtype float32",
         )
-    write_latents(latents, out, scaled=scaled)
+    write_latents(latents, out, scaled=scaled, network=network)
     shape = tuple(latents.shape)
     if as_json:
         print_json(
@@ -160,7 +174,7 @@ def decode(
             "--scaled/--raw",
             help="Whether they are scaled and shifted as a diffusion model reads them; for FLUX.2 "
             "2x2 patches (B, 128, h, w) normalised with bn's statistics.  Default: what the file "
-            "says, else raw.",
+            "says, else raw; scaled for a tiny autoencoder.",
             show_default=False,
         ),
     ] = None,
@@ -171,6 +185,14 @@ def decode(
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    seamless: Annotated[
+        Axes | None,
+        typer.Option(
+            help="Let opposite edges fit together, as a texture's: left and right (x), top and "
+            "bottom (y), or both (xy).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn latents into an image.
@@ -183,12 +205,16 @@ def decode(
       sdconv decode latents.safetensors --model vae.safetensors
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
       sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
+      sdconv decode panorama.safetensors -m vae.safetensors --seamless x
     """
     from sdconv.images import image_format, to_image, write_image
-    from sdconv.latents import check_scaled, read_latents, unscale
+    from sdconv.latents import read_stored
+    from sdconv.models.seamless import seamless as made_seamless
+    from sdconv.models.tiny import AutoencoderTiny
 
     image_format(out)
-    z, stated = read_latents(latents, key)
+    stored = read_stored(latents, key)
+    z, stated = stored.values, stored.scaled
     outs = [out] if len(z) == 1 else _numbered(out, len(z))
     for path in outs:
         check_output(path, force, [latents, *model])
@@ -200,13 +226,14 @@ def decode(
             got="--scaled" if scaled else "--raw",
             hint="leave it to the file: give neither",
         )
-    is_scaled = bool(stated if scaled is None else scaled)
     options = RunOptions(component, family, dtype, device, backend, memory, spill)
     network = open_autoencoder(model, options)
-    check_scaled(network, z, is_scaled)
-    with running("decoding", network):
+    z = stored.for_decoder(network, scaled)
+    form = stated if scaled is None else scaled
+    is_scaled = isinstance(network, AutoencoderTiny) if form is None else form
+    wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
+    with running("decoding", network), wraps:
         z = z.to(network.device)
-        z = unscale(network, z) if is_scaled else z
         if memory is None:
             sides = tuple(network.downscale * side for side in z.shape[2:])
             check_memory(network, sides, images=len(z), options=("memory", "dtype"))

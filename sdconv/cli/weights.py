@@ -18,6 +18,7 @@ from sdconv.cli.common import (
     Force,
     InputSize,
     Json,
+    Key,
     Paths,
     Prefix,
     one_or_all,
@@ -42,6 +43,7 @@ def inspect(
     ] = False,
     family: Family = None,
     prefix: Prefix = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Show what weights contain, from their headers.
@@ -58,13 +60,16 @@ def inspect(
     """
     from sdconv.analysis.inspection import check_values
     from sdconv.analysis.inspection import inspect as look
+    from sdconv.checkpoint.io.pickles import weights_key
 
     where = one_or_all(paths)
     found = look(where, family=family, prefix=prefix)
     report = None
-    if values:
-        with reading("reading") as progress:
-            report = check_values(where, on_tensor=progress)
+    with weights_key(key):
+        found = look(where, family=family)
+        if values:
+            with reading("reading") as progress:
+                report = check_values(where, on_tensor=progress)
     if as_json:
         content = found.to_json()
         print_json(content | {"values": None if report is None else report.to_json()})

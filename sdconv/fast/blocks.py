@@ -56,8 +56,20 @@ ARITHMETIC: dict[str, Arithmetic] = {"cpu": cpu, "cuda": cuda}
 @implements(ResnetBlock2D.forward)
 def resnet(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor | None:
     if not can_run_resnet(block, x):
-        return None
+        return _plain(ResnetBlock2D.forward, block, x, temb)
     return ARITHMETIC[x.device.type].resnet(block, x, temb)
+
+
+def _plain(function: Any, module: Any, x: Tensor, *args: Any) -> Tensor | None:
+    """A dispatched function's plain body, for a feature map that this backend has put into
+    channels-last order; None for others.
+
+    In that order, torch's GroupNorm for CPUs takes the variance as ``E[x^2] - E[x]^2`` in float32.
+    """
+    if x.device.type != "cpu" or x.ndim != 4 or x.is_contiguous():
+        return None
+    out: Tensor = function.__wrapped__(module, x.contiguous(), *args)
+    return out
 
 
 def can_run_resnet(block: Any, x: Tensor) -> bool:
@@ -101,7 +113,7 @@ def downsample(block: Any, x: Tensor) -> Tensor | None:
 def can_run_downsample(block: Any, x: Tensor) -> bool:
     """Whether a downsampling block has a plain convolution, and several rows and columns to
     process."""
-    plain = is_conv3x3(block.conv, x, stride=2, padding=0)
+    plain = not block.seamless_axes and is_conv3x3(block.conv, x, stride=2, padding=0)
     return plain and _can_run(x) and min(x.shape[2:]) > 1
 
 
@@ -238,6 +250,8 @@ def _output(network: Any, x: Tensor) -> Tensor:
     norm, activation, conv = network.conv_norm_out, network.conv_act, network.conv_out
     if can_run_output(norm, activation, conv, x):
         return ARITHMETIC[x.device.type].output(norm, conv, x)
+    if x.device.type == "cpu":  # see _plain
+        x = x.contiguous()
     return cast(Tensor, conv(activation(norm(x))))
 
 

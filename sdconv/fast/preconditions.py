@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,26 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _originals(kind: Any) -> tuple[Any, Any]:
+    """``forward`` and ``_conv_forward`` of a class of torch's; ``...``, which equals neither, for
+    a method that was replaced before sdconv was imported."""
+    file = sys.modules[kind.__module__].__file__
+    methods = (getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+    forward, conv_forward = (
+        ...
+        if m is not None and getattr(m, "__code__", None) and m.__code__.co_filename != file
+        else m
+        for m in methods
+    )
+    return forward, conv_forward
+
+
+# Programs replace methods of torch's classes, for instance to make images seamless.
+_METHODS: dict[type[nn.Module], tuple[Any, Any]] = {
+    kind: _originals(kind) for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU)
+}
 
 
 def is_supported(x: Tensor) -> bool:
@@ -82,12 +103,37 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module runs the ``forward`` of class ``kind`` and nothing else.
 
     It does not if the module is of a subclass (LoRA layers, parametrizations), has hooks, has a
-    ``forward`` of its own (offloading), or is compiled.
+    ``forward`` of its own (offloading), or is compiled; nor if the ``forward`` of torch's class was
+    replaced. The same goes for a convolution's ``_conv_forward``, which ``forward`` calls.
     """
+    return is_called_plainly(module, kind) and has_plain_methods(module, kind)
+
+
+def has_plain_methods(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's ``forward`` and ``_conv_forward`` are those of class ``kind``, and torch's
+    own if that is a class of torch's."""
+    if not has_plain_forward(module, kind):
+        return False
+    own: Any = module
+    _, conv_forward = _METHODS.get(kind, (None, None))
+    return conv_forward is None or getattr(own._conv_forward, "__func__", None) is conv_forward
+
+
+def has_plain_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's ``forward`` is that of class ``kind``, and torch's own if that is a class
+    of torch's."""
+    forward, _ = _METHODS.get(kind, (kind.forward, None))
+    if "forward" not in vars(module):  # torch.compile cannot compare a bound method's function
+        return kind.forward is forward
+    return getattr(module.forward, "__func__", None) is forward
+
+
+def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module of this very class runs its ``forward`` only: it has no hooks and is
+    not compiled."""
     return (
         type(module) is kind
         and module._compiled_call_impl is None
-        and "forward" not in vars(module)
         and not (
             module._forward_hooks
             or module._forward_pre_hooks

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sdconv.backends import implements
+from sdconv.fast.cpu.group_stats import group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for
 from sdconv.fast.preconditions import is_eager, is_supported
 from sdconv.models.unet_blocks import Conditions, run_transformer
@@ -22,7 +23,11 @@ from sdconv.models.unet_blocks import Conditions, run_transformer
 @implements(run_transformer)
 def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor | None:
     if not (x.device.type == "cpu" and is_supported(x) and is_eager(x)):
-        return None
+        # in channels-first order, in which torch's GroupNorm is accurate
+        if x.device.type != "cpu" or x.ndim != 4 or x.is_contiguous():
+            return None
+        plain: Tensor = module(x.contiguous(), return_dict=False, **conditions)[0]
+        return plain
     with _FastFunctions():
         out: Tensor = module(x, return_dict=False, **conditions)[0]
     return out
@@ -70,6 +75,23 @@ def _conv1x1(
     return None if out is None else out.permute(0, 3, 1, 2)
 
 
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """GroupNorm of a feature map, with statistics in float64."""
+    if input.ndim != 4 or not is_supported(input):
+        return None
+    grouped = input.shape[1] % num_groups == 0 and input[0].numel() > num_groups
+    if not grouped or weight is None or bias is None or not is_eager(input, weight, bias):
+        # in channels-first order, in which torch's is accurate
+        return functional.group_norm(input.contiguous(), num_groups, weight, bias, eps)
+    return normalise(input, group_stats(input, num_groups), weight, bias, eps)
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -97,5 +119,6 @@ def _attention(
 _IMPLEMENTATIONS: dict[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear,
     functional.conv2d: _conv1x1,
+    functional.group_norm: _group_norm,
     functional.scaled_dot_product_attention: _attention,
 }

@@ -16,13 +16,13 @@ from torch import Tensor
 from sdconv.analysis.memory import check_free_memory, check_memory
 from sdconv.errors import InputError
 from sdconv.images import LoadedImage, read_image, to_tensor
-from sdconv.latents import check_scaled, encode, read_latents, scale, unscale
+from sdconv.latents import encode, read_stored, scale
 from sdconv.loading import load
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.dummy_inputs import Noise, inputs_for
 from sdconv.models.unet import UNet2DConditionModel
 
-LATENT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+LATENT_SUFFIXES = (".safetensors", ".latent", ".pt", ".pth", ".bin", ".ckpt")
 # prompt embeddings of at most this width come from no text encoder: the tiny U-Net's are unit
 # vectors
 _UNIT_VECTORS = 16
@@ -84,7 +84,7 @@ def prepare_run(request: Request) -> Run:
     """Load the network, and check and prepare its input.
 
     Raises:
-        SdconvError: as ``sdconv.load``, ``read_image`` and ``read_latents``; or the input is not
+        SdconvError: as ``sdconv.load``, ``read_image`` and ``read_stored``; or the input is not
             one for this network, or too large for the free memory.
     """
     source = request.source
@@ -114,10 +114,7 @@ def prepare_run(request: Request) -> Run:
 
 
 def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
-    z, scaled = read_latents(source, key)
-    check_scaled(network, z, bool(scaled))
-    z = z[:1].to(network.device)
-    z = (unscale(network, z) if scaled else z).to(network.dtype)
+    z = read_stored(source, key).for_decoder(network)[:1].to(network.device, network.dtype)
     return Run(
         network=network,
         size=(z.shape[2] * network.downscale, z.shape[3] * network.downscale),
@@ -214,7 +211,8 @@ def _latents_of(
     if request.source is None:
         return None, None, ()
     if loaded is None:
-        z, scaled = read_latents(request.source, request.key)
+        stored = read_stored(request.source, request.key)
+        z = stored.values
         if z.shape[1] != channels:
             raise InputError(
                 "these latents have another number of channels than this U-Net's",
@@ -222,13 +220,14 @@ def _latents_of(
                 expected=f"(B, {channels}, h, w)",
                 got=tuple(z.shape),
             )
-        if scaled is False:
+        scaled = stored.for_diffusion()
+        if scaled is None:
             raise InputError(
                 "these latents are raw, and a U-Net takes scaled ones",
                 where=request.source,
                 hint="write them with `sdconv encode --scaled`",
             )
-        return z[:1].to(unet.device, unet.dtype), None, ()
+        return scaled[:1].to(unet.device, unet.dtype), None, ()
     if not request.vae:
         raise InputError(
             "a U-Net takes latents, not images",

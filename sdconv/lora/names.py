@@ -33,7 +33,13 @@ _PREFIX = re.compile(
     r"|lora_unet_|lora_vae_|lycoris_"
 )
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))")
-_TEXT_ENCODER = re.compile(r"(?:lora_te\d*_|text_encoder(?:_\d+)?\.|te\d*\.).+")
+# text encoders, and embeddings that were trained with them
+_TEXT_ENCODER = re.compile(
+    r"(?:lora_(?:te\d*|prior_te|text_encoders?(?:_\d+)?|clip_[lg]|t5xxl)_"
+    r"|(?:text_encoders?(?:_\d+)?|te\d*|clip_[lgh]|t5xxl|cond_stage_model|conditioner)[._]"
+    r"|lycoris_(?:te\d*_)?(?:text_model|text_encoder|te\d+)_"
+    r"|(?:transformer\.)?text_model\.|bundle_emb\.).+|emb_params|clip_[lg]|string_to_param\..+"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def parse_key(name: str) -> LoraKey | None:
 
 
 def is_text_encoder_key(name: str) -> bool:
-    """Whether a key of a LoRA file belongs to a text encoder."""
+    """Whether a key of a LoRA file belongs to a text encoder, or is an embedding for one."""
     return bool(_TEXT_ENCODER.fullmatch(_without(_WRAPPER, name)))
 
 

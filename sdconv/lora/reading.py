@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdconv.checkpoint.identify.find import find_networks
 from sdconv.checkpoint.io.files import os_errors, read_json, short
 from sdconv.checkpoint.io.source import Source, open_source
+from sdconv.checkpoint.keys.adapters import adapter_kinds
 from sdconv.checkpoint.open import Weights
-from sdconv.errors import CheckpointError, WeightsMismatchError
+from sdconv.errors import (
+    CheckpointError,
+    SdconvWarning,
+    UnknownNetworkError,
+    WeightsMismatchError,
+)
 from sdconv.lora.names import LoraKey, is_text_encoder_key, layer_spellings, parse_key
 
-# part of a key -> the method that uses it: methods whose updates are not a product of matrices
-_OTHER_METHODS: Mapping[str, str] = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    ".diff": "a full weight difference",
-    ".w_norm": "LyCORIS with trained norms",
-}
 # width of the prompt embeddings, which is the input width of attn2.to_k -> the family
 _PROMPT_WIDTHS: Mapping[int, str] = {
     768: "SD1",
@@ -37,6 +35,12 @@ _PROMPT_WIDTHS: Mapping[int, str] = {
     2048: "SDXL",
 }
 _METADATA_KEY = "lora_adapter_metadata"
+_CONFIG_FILE = "adapter_config.json"
+# in PEFT's names, alphas are in a config, which may be lost; kohya's files without an alpha mean
+# that it equals the rank
+_PEFT_UP = re.compile(r"\.lora_B(?:\.\w+)?\.weight$")
+# PEFT's initialisations that also change the weights of the network, which such an adapter needs
+_CHANGES_THE_NETWORK = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,23 +141,42 @@ def read_lora(lora: Weights, shapes: Mapping[str, tuple[int, ...]], network: str
             layer: _update(source, layer, tensors, config) for layer, tensors in by_layer.items()
         }
         _check_shapes(source, updates, shapes, network)
+        named_by_peft = any(_PEFT_UP.search(name) for name in names)
+        if isinstance(lora, str | Path) and named_by_peft and not config.gives_alpha:
+            _warn_without_alpha(source, [k for k, v in by_layer.items() if "alpha" not in v])
         return Lora(label=source.label, updates=updates, skipped=tuple(skipped))
 
 
 def _check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey]) -> None:
     unknown = [name for name in names if name not in keys]
     if unknown or not keys:
-        others = {m for part, m in _OTHER_METHODS.items() if any(part in k for k in unknown)}
+        others = adapter_kinds(names)
+        if not others and not keys and (networks := _networks(source)):
+            raise CheckpointError(
+                f"this is a whole checkpoint, not a LoRA: it has a {' and a '.join(networks)}",
+                where=source.label,
+                expected="names that end in .lora_down.weight, .lora_A.weight and the like",
+                hint="open it with sdconv.load",
+            )
         raise CheckpointError(
             "has keys that are not a LoRA's" if unknown else "has no LoRA for this network",
             where=source.label,
             expected="names that end in .lora_down.weight, .lora_up.weight, .lora_mid.weight, "
             ".alpha, .lora_A.weight, .lora_B.weight, .lora.down.weight or .lora.up.weight",
             got=_first(unknown) or f"only {len(source.entries)} keys of text encoders",
-            hint=f"this looks like {' and '.join(sorted(others))}, which sdconv does not support"
+            hint=f"this looks like {' and '.join(others)}, which sdconv does not merge"
             if others
             else None,
         )
+
+
+def _networks(source: Source) -> list[str]:
+    """The networks that a file has, by component."""
+    try:
+        found = find_networks({name: info.shape for name, info in source.entries.items()})
+    except UnknownNetworkError:
+        return []
+    return [{"vae": "VAE", "unet": "U-Net"}[one.component] for one in found]
 
 
 def _check_layers(
@@ -254,6 +277,21 @@ def _update(
     )
 
 
+def _warn_without_alpha(source: Source, layers: Sequence[str]) -> None:
+    """Warns of layers for which neither the file nor a config gives an alpha."""
+    if layers:
+        what = (
+            f"{source.label}: alpha is unknown for {len(layers)} layers: the file has PEFT's "
+            "names, no alphas and no config. It is taken to equal the rank, so that the LoRA may "
+            f"be merged too strongly or weakly. hint: put {_CONFIG_FILE} next to "
+            "adapter_model.safetensors, or divide alpha by the rank and pass scale="
+        )
+        warnings.warn(SdconvWarning(what), stacklevel=4)  # the caller of merge_lora
+
+
+_PEFT_TYPES = {"IA3": "(IA)3", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}
+
+
 class _AdapterConfig:
     """PEFT's config of an adapter, from its folder or from the file's metadata: the scaling of
     layers without an ``.alpha`` key."""
@@ -261,11 +299,25 @@ class _AdapterConfig:
     def __init__(self, lora: Weights, source: Source) -> None:
         self._where = source.label
         self._config = self._read(lora, source)
-        if self._config.get("use_dora") or self._config.get("fan_in_fan_out"):
+        flags = ("use_dora", "fan_in_fan_out", "lora_bias")
+        unsupported = [flag for flag in flags if self._config.get(flag)]
+        kind = str(self._config.get("peft_type") or "LORA")
+        if kind.upper() != "LORA":
+            unsupported.append(_PEFT_TYPES.get(kind.upper(), kind))
+        initial = str(self._config.get("init_lora_weights") or "").lower()
+        if initial.startswith(_CHANGES_THE_NETWORK):
+            unsupported.append(f"init_lora_weights={initial!r} (it changes the network's weights)")
+        if unsupported:
             raise CheckpointError(
-                "uses use_dora or fan_in_fan_out, which sdconv does not support",
+                f"its config says {' and '.join(unsupported)}, which sdconv does not merge",
                 where=self._where,
+                expected="LoRA",
             )
+
+    @property
+    def gives_alpha(self) -> bool:
+        """Whether it says anything about alpha."""
+        return self._config.get("lora_alpha") is not None
 
     def factor(self, layer: str, rank: int) -> float:
         """Alpha over rank, for rank-stabilised LoRA over its square root, as in PEFT; 1 without an
@@ -293,9 +345,11 @@ class _AdapterConfig:
 
     def _read(self, lora: Weights, source: Source) -> Mapping[str, Any]:
         if isinstance(lora, str | Path):
-            file = Path(lora) / "adapter_config.json"
-            with os_errors(file):
-                exists = Path(lora).is_dir() and file.exists()
+            path = Path(lora)
+            with os_errors(path):
+                file = path / _CONFIG_FILE if path.is_dir() else path.with_name(_CONFIG_FILE)
+                # next to a file of another name, it may belong to another file
+                exists = (path.is_dir() or path.stem == "adapter_model") and file.exists()
             if exists:
                 return read_json(file)
         try:

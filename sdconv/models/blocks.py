@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdconv.backends import dispatched
+from sdconv.models.padding import ZEROS, modes_for, pad
 
 
 class ResnetBlock2D(nn.Module):
@@ -46,6 +47,8 @@ class ResnetBlock2D(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
+        # diffusers' ControlNet-XS reads these
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = (
@@ -94,13 +97,17 @@ class AsymmetricDownsample2D(nn.Module):
     Shape: ``(B, C, H, W)`` to ``(B, C, floor(H/2), floor(W/2))``.
     """
 
+    # Set by sdconv.seamless: axes along which padding is circular.
+    seamless_axes: str = ""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0)
 
     @dispatched
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))
+        padded = pad(x, (0, 1, 0, 1), modes_for(self.seamless_axes, ZEROS))
+        return cast(Tensor, self.conv(padded))
 
 
 class Upsample2D(nn.Module):

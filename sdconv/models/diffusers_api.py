@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -20,9 +21,9 @@ from sdconv.backends import provided
 from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.io.files import as_path, os_errors, read_json
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
-from sdconv.checkpoint.io.write import write_config, write_folder
+from sdconv.checkpoint.io.write import AVERAGING_FIELDS, write_config, write_folder
 from sdconv.config import Config
-from sdconv.errors import CheckpointError, InputError
+from sdconv.errors import CheckpointError, InputError, SdconvWarning
 
 # options of diffusers for the hub and for filling a model, which have no effect here
 _IGNORED = frozenset(
@@ -132,16 +133,22 @@ class DiffusersModel(nn.Module):
         return _rebuild, (own.__base__ if isinstance(own, _EqualToPeer) else own,), self.__dict__
 
     @classmethod
-    def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
-        """Builds a network with torch's random weights.
+    def from_config(
+        cls, config: Config | Mapping[str, Any] | str | Path, return_unused_kwargs: bool = False
+    ) -> Any:
+        """A network with torch's random weights.
 
         Args:
-            config: sdconv's, or the content of a ``config.json``.
+            config: sdconv's, the content of a ``config.json``, or the folder of one.
+            return_unused_kwargs: also returns the fields that are not the network's, such as those
+                of ``diffusers.training_utils.EMAModel``.
 
         Raises:
-            InputError: it is neither.
+            InputError: it is none of these.
             CheckpointError: it does not describe this kind of network.
         """
+        if isinstance(config, str | Path) and as_path(config).is_dir():
+            config = cls.load_config(config)
         if not isinstance(config, Mapping):
             raise InputError(
                 "not a config",
@@ -150,9 +157,13 @@ class DiffusersModel(nn.Module):
                 got=type(config).__name__,
                 hint="from_pretrained opens a path",
             )
+        unused: dict[str, Any] = {}
         if not isinstance(config, cls.config_class):
-            config = cls.config_class.from_json(config, "config")
-        return cls._build(config)
+            unused = {name: config[name] for name in AVERAGING_FIELDS if name in config}
+            known = {name: value for name, value in config.items() if name not in unused}
+            config = cls.config_class.from_json(known, "config")
+        network = cls._build(config)
+        return (network, unused) if return_unused_kwargs else network
 
     @classmethod
     def _build(cls, config: Any) -> Self:
@@ -234,12 +245,16 @@ class DiffusersModel(nn.Module):
     def register_to_config(self, **fields: Any) -> None:
         """Changes fields of the config.
 
-        Some pipelines change the VAE's scaling factor, and training scripts set all fields.
+        Some pipelines change the VAE's scaling factor, and training scripts set all fields. The
+        state of diffusers' ``EMAModel`` is kept apart, and saved with the config.
 
         Raises:
             InputError: a field does not exist, or this network cannot have its value.
         """
         fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+        averaging = {name: fields.pop(name) for name in AVERAGING_FIELDS if name in fields}
+        if averaging:
+            vars(self)["averaging"] = averaging
         kind = type(self.config)
         if unknown := set(fields) - set(self.config) - kind.unused:
             raise InputError(
@@ -255,7 +270,7 @@ class DiffusersModel(nn.Module):
 
     def to_json_string(self) -> str:
         """The config as the text of a ``config.json``."""
-        return json.dumps(self.config.to_json(), indent=2) + "\n"
+        return json.dumps({**self.config.to_json(), **self._averaging}, indent=2) + "\n"
 
     def save_config(self, save_directory: str | Path) -> None:
         """Writes ``config.json`` into a folder, which is created if it does not exist.
@@ -263,7 +278,13 @@ class DiffusersModel(nn.Module):
         Raises:
             CheckpointError: it cannot be written.
         """
-        write_config(self.config, as_path(save_directory))
+        write_config(self.config, as_path(save_directory), self._averaging)
+
+    @property
+    def _averaging(self) -> Mapping[str, Any]:
+        """Fields of diffusers' ``EMAModel``, which it registers before it saves."""
+        given: Mapping[str, Any] = vars(self).get("averaging", {})
+        return given
 
     def save_pretrained(
         self,
@@ -272,19 +293,21 @@ class DiffusersModel(nn.Module):
         save_function: Callable[..., Any] | None = None,
         safe_serialization: bool = True,
         variant: str | None = None,
-        max_shard_size: int | str | None = None,
+        max_shard_size: int | str | None = "10GB",
         push_to_hub: bool = False,
         use_flashpack: bool = False,
         **options: Any,
     ) -> None:
-        """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``.
+        """Writes ``config.json`` and ``diffusion_pytorch_model[.variant].safetensors``, or its
+        shards and their index.
 
         Args:
             save_directory: the component's folder; created if it does not exist.
             is_main_process: False writes nothing, because another process does.
             variant: a word for the file's name, such as ``"fp16"``.
-            max_shard_size: ignored: the weights are one file of any size.
-            safe_serialization: must be True; sdconv does not write pickles.
+            max_shard_size: most bytes of a file, or a size such as ``"5GB"``; None for one file.
+            safe_serialization: False is answered with a warning: sdconv writes no pickles, and
+                diffusers prefers safetensors when it opens a folder.
             save_function, push_to_hub, use_flashpack: not supported.
 
         Raises:
@@ -293,15 +316,25 @@ class DiffusersModel(nn.Module):
         """
         asked = {
             "save_function": save_function is not None,
-            "safe_serialization=False": not safe_serialization,
             "push_to_hub": push_to_hub,
             "use_flashpack": use_flashpack,
         }
         _refuse(
             {name for name, is_asked in asked.items() if is_asked} | set(options), "save_pretrained"
         )
-        if is_main_process:
-            write_folder(self.state_dict(), self.config, as_path(save_directory), variant=variant)
+        if not is_main_process:
+            return
+        if not safe_serialization:
+            what = "safetensors are written, not pickles, whatever safe_serialization says"
+            warnings.warn(SdconvWarning(what), stacklevel=2)
+        write_folder(
+            self.state_dict(),
+            self.config,
+            as_path(save_directory),
+            variant=variant,
+            max_shard_size=max_shard_size,
+            extra=self._averaging,
+        )
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of elements in its parameters.
@@ -349,8 +382,10 @@ def _refuse(options: set[str], method: str) -> None:
 def _check_variant(folder: Path, variant: str) -> None:
     """Refuses a variant that does not exist, or that is not what sdconv reads from the folder."""
     name = f"{DIFFUSERS_NAME}.{variant}.safetensors"
+    forms = ("safetensors.index.{}", "{}.safetensors.index", "safetensors.{}.index")
+    indices = [f"{DIFFUSERS_NAME}.{form.format(variant)}.json" for form in forms]
     with os_errors(folder):
-        exists = (folder / name).is_file()
+        exists = any((folder / one).is_file() for one in (name, *indices))
         has_plain = (folder / f"{DIFFUSERS_NAME}.safetensors").exists()
     if not exists:
         raise InputError(

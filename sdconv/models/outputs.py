@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,38 +14,41 @@ from torch import Tensor
 from sdconv.errors import InputError
 
 
-class Output:
+class Output(Mapping[str, Any]):
     """A result that can be read as ``out.sample``, ``out["sample"]`` or ``out[0]``.
 
-    Like diffusers' results, which are dictionaries, it iterates over names: ``dict(out)`` and
-    ``**out`` work. It is not a ``Mapping``, because accelerate's hooks rebuild a mapping by calling
-    its class with a dictionary.
+    Like diffusers' results, it is a mapping from names to values, and may be made from one:
+    accelerate converts a mapping's tensors, or moves them, and calls its class with a dictionary.
     """
 
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # which cannot trace what follows
+            return
+        first, *others = self._names()
+        given = getattr(self, first)
+        if isinstance(given, Mapping) and set(given) == {first, *others}:
+            for name, value in given.items():
+                object.__setattr__(self, name, value)
+
     def __getitem__(self, key: str | int | slice) -> Any:
-        return dict(self.items())[key] if isinstance(key, str) else self.to_tuple()[key]
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self._names():
+            raise KeyError(key)
+        return getattr(self, key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+        return iter(self._names())
 
     def __len__(self) -> int:
-        return len(self.keys())
-
-    def keys(self) -> tuple[str, ...]:
-        """Returns the names of the fields."""
-        return tuple(field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
-
-    def values(self) -> tuple[Any, ...]:
-        """Returns the values in order."""
-        return tuple(getattr(self, name) for name in self.keys())
-
-    def items(self) -> tuple[tuple[str, Any], ...]:
-        """Returns names and values in order."""
-        return tuple(zip(self.keys(), self.values(), strict=True))
+        return len(self._names())
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Returns the values in order, as diffusers' results do."""
-        return self.values()
+        return tuple(getattr(self, name) for name in self._names())
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
 
 
 Result = TypeVar("Result")

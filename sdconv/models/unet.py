@@ -169,7 +169,7 @@ class UNet2DConditionModel(Network):
             down_block_additional_residuals, mid_block_additional_residual: a ControlNet's, added to
                 the skip connections and to the mid block's output.
             down_intrablock_additional_residuals: a T2I-Adapter's, added inside each down block
-                and, if there is one more, to the mid block's output.
+                and, if there is one more of its shape, to the mid block's output.
             return_dict: False returns a plain tuple.
 
         Returns:
@@ -187,8 +187,8 @@ class UNet2DConditionModel(Network):
         if self.reads_text:
             check_text(self.config, self, len(sample), encoder_hidden_states)
         check_added(self.config, self, sample, added, self.encoder_hid_proj is not None)
-        check_residuals(self.config, down, mid, down_intrablock_additional_residuals)
-        check_attention(masks, cross_attention_kwargs)
+        check_residuals(self.config, sample, down, mid, down_intrablock_additional_residuals)
+        check_attention(sample, encoder_hidden_states, masks, cross_attention_kwargs)
         adapter = list(down_intrablock_additional_residuals or ())
 
         temb = self.time_embedding(self.get_time_embed(sample, timestep), timestep_cond)
@@ -211,8 +211,8 @@ class UNet2DConditionModel(Network):
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
         if self.mid_block is not None:
             x = self.mid_block(x, temb, conditions)
-        if adapter:
-            x = _plus(x, adapter.pop())
+            if adapter and adapter[0].shape == x.shape:  # a light adapter's has half the size
+                x = _plus(x, adapter[0])
         if mid is not None:
             x = x + mid
         x = self._up(x, temb, conditions, skips)

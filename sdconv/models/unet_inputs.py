@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.config import UNet2DConditionConfig
+from sdconv.config.unet import DOWN
 from sdconv.errors import InputError
 from sdconv.models.inputs import check_device, check_like, check_room, check_tensor
 
@@ -66,7 +67,8 @@ def _check_guidance(
         return
     width = config.time_cond_proj_dim
     expected = "None" if width is None else f"({batch}, {width})"
-    if not isinstance(condition, Tensor) or width is None or condition.shape[-1:] != (width,):
+    fits = isinstance(condition, Tensor) and width is not None
+    if not fits or condition.shape not in ((batch, width), (1, width), (width,)):
         raise _wrong("timestep_cond does not fit this U-Net", expected, condition)
     check_like(condition, part, "timestep_cond", NAME)
 
@@ -142,7 +144,9 @@ def check_added(
         check_device(added[name], sample.device, part, f"added_cond_kwargs: {name}", NAME)
 
 
-def check_residuals(config: UNet2DConditionConfig, down: Any, mid: Any, adapter: Any) -> None:
+def check_residuals(
+    config: UNet2DConditionConfig, sample: Tensor, down: Any, mid: Any, adapter: Any
+) -> None:
     """Checks the residuals of a ControlNet, ``down`` and ``mid``, and those of a T2I-Adapter."""
     for given in (down, adapter):
         several = isinstance(given, list | tuple)
@@ -158,12 +162,12 @@ def check_residuals(config: UNet2DConditionConfig, down: Any, mid: Any, adapter:
             "one without the other",
             "pass a T2I-Adapter's as down_intrablock_additional_residuals",
         )
-    channels, skips = config.block_out_channels, _skip_channels(config)
+    channels, skips = config.block_out_channels, _skip_shapes(config, sample)
     if down is not None and len(down) != len(skips):
         raise _wrong(
             "the ControlNet's residuals do not fit this U-Net", f"{len(skips)}", f"{len(down)}"
         )
-    most = len(channels) + (config.mid_block_type is not None)
+    most = len(channels) + 1  # the mid block's, which does not have to fit
     if len(adapter or ()) > most:
         raise _wrong(
             "the T2I-Adapter's residuals do not fit this U-Net",
@@ -171,36 +175,77 @@ def check_residuals(config: UNet2DConditionConfig, down: Any, mid: Any, adapter:
             f"{len(adapter)}",
         )
     if down is not None:
-        _check_channels("ControlNet's", (*down, mid), (*skips, channels[-1]))
-    _check_channels("T2I-Adapter's", adapter or (), (*channels, channels[-1]))
+        _check_shapes("ControlNet's", (*down, mid), (*skips, skips[-1]), len(sample))
+    _check_shapes("T2I-Adapter's", adapter or (), _adapter_shapes(config, sample), len(sample))
 
 
-def _skip_channels(config: UNet2DConditionConfig) -> list[int]:
-    """Returns the channels of each skip connection, in the order of the down path."""
-    channels = config.block_out_channels
-    # one after each layer, and one after the downsampling that the last stage lacks
-    levels = zip(channels, config.layers, strict=True)
-    own = [count for count, layers in levels for _ in range(layers + 1)]
-    return [channels[0], *own[:-1]]
+# channels, rows, columns
+_Shape = tuple[int, int, int]
 
 
-def _check_channels(whose: str, residuals: Sequence[Tensor], channels: Sequence[int]) -> None:
-    for number, (residual, count) in enumerate(zip(residuals, channels, strict=False)):
-        # A single channel is broadcast.
-        if residual.ndim != 4 or (residual.shape[1] != count and residual.shape[1] != 1):
-            raise _wrong(
-                f"the {whose} residuals do not fit: number {number} has the wrong channels",
-                f"(B, {count}, H, W)",
-                residual,
-            )
+def _level_shapes(config: UNet2DConditionConfig, sample: Tensor) -> list[_Shape]:
+    """The feature map of each level, before its downsampling."""
+    height, width = sample.shape[2:]
+    shapes = []
+    for channels in config.block_out_channels:
+        shapes.append((channels, height, width))
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return shapes
 
 
-def check_attention(masks: Mapping[str, Any], kwargs: Mapping[str, Any] | None) -> None:
-    """Checks the attention masks, and refuses GLIGEN in ``cross_attention_kwargs``; the attention
-    processors check the rest."""
+def _skip_shapes(config: UNet2DConditionConfig, sample: Tensor) -> list[_Shape]:
+    """Each skip connection, in the order of the down path."""
+    levels = _level_shapes(config, sample)
+    shapes = [levels[0]]
+    for number, (level, layers) in enumerate(zip(levels, config.layers, strict=True)):
+        shapes += [level] * layers
+        if number < len(levels) - 1:  # after the downsampling, which the last stage lacks
+            shapes.append((level[0], *levels[number + 1][1:]))
+    return shapes
+
+
+def _adapter_shapes(config: UNet2DConditionConfig, sample: Tensor) -> list[_Shape]:
+    """What each residual of a T2I-Adapter is added to: in stages with transformers, before the
+    downsampling; in others, after it."""
+    levels = _level_shapes(config, sample)
+    shapes = []
+    for number, level in enumerate(levels):
+        after = config.down_block_types[number] == DOWN
+        size = levels[min(number + after, len(levels) - 1)][1:]
+        shapes.append((level[0], *size))
+    return shapes
+
+
+def _check_shapes(
+    whose: str, residuals: Sequence[Tensor], shapes: Sequence[_Shape], batch: int
+) -> None:
+    for number, (residual, shape) in enumerate(zip(residuals, shapes, strict=False)):
+        given, wrong = tuple(residual.shape), None
+        # a single image, channel, row or column is broadcast
+        if len(given) != 4 or given[1] not in (shape[0], 1):
+            wrong, expected = "the wrong channels", f"(B, {shape[0]}, H, W)"
+        elif any(own not in (one, 1) for own, one in zip(given, (batch, *shape), strict=True)):
+            wrong, expected = "the wrong shape", str((batch, *shape))
+        if wrong is not None:
+            what = f"the {whose} residuals do not fit: number {number} has {wrong}"
+            raise _wrong(what, expected, residual)
+
+
+def check_attention(
+    sample: Tensor, text: Any, masks: Mapping[str, Any], kwargs: Mapping[str, Any] | None
+) -> None:
+    """Checks the attention masks, and that ``cross_attention_kwargs`` ask for nothing that is not
+    built; the attention processors check the rest."""
     for name, mask in masks.items():
-        if mask is not None:
-            check_tensor(mask, name, NAME, "(B, tokens)")
+        if mask is None:
+            continue
+        check_tensor(mask, name, NAME, "(B, tokens)")
+        tokens = text.shape[1] if name == "encoder_attention_mask" and text is not None else None
+        batch = len(sample)
+        fits = mask.ndim == 2 and (len(mask) == batch or len(mask) == 1)
+        if not fits or (tokens is not None and mask.shape[1] != tokens):
+            shape = f"({batch}, {'tokens' if tokens is None else tokens})"
+            raise _wrong(f"{name} has the wrong shape", shape, mask)
     if kwargs and "gligen" in kwargs:
         raise _wrong("GLIGEN is not supported", "no such entry", "gligen")
 

@@ -13,6 +13,7 @@ from torch import nn
 from sdconv.streaming.buffers import AllocatedBuffers, lay_out
 from sdconv.streaming.executor import make_runner
 from sdconv.streaming.group_stats import RunningGroupStats
+from sdconv.streaming.layers import WholeConv
 from sdconv.streaming.planner import StreamPlan, lifetimes
 from sdconv.streaming.steps import AttentionStep, StreamStep
 
@@ -50,7 +51,9 @@ def _kind(step: StreamStep, units: int) -> object:
     layer = step.layer
     shortcut = None if layer.shortcut is None else layer.shortcut.weight.shape
     facts = (layer.norm is None, layer.silu, step.collects_stats, step.residual is None, shortcut)
-    return type(layer), layer.module.weight.shape, step.source.width, units, facts
+    whole = step.source.height if isinstance(layer, WholeConv) else None
+    sizes = layer.module.weight.shape, step.source.width, units, whole
+    return type(layer), layer.modes, sizes, facts
 
 
 def _time_step(step: StreamStep, units: int, device: torch.device) -> tuple[float, float]:

@@ -39,7 +39,8 @@ class RunningGroupStats:
         for chunk in torch.split(rows.flatten(0, 1), max(1, CHUNK // rows.shape[2])):
             mean = chunk.sum(0, dtype=torch.float64) / len(chunk)
             squares = torch.linalg.vector_norm(chunk, dim=0, dtype=torch.float64).square()
-            self._combine(len(chunk), mean, squares - mean.square() * len(chunk))
+            deviations = (squares - mean.square() * len(chunk)).clamp_min(0)
+            self._combine(len(chunk), mean, deviations)
 
     def update_from_sums(self, sums: Tensor, counts: Tensor) -> None:
         """Adds rows that are known by their sums only.

@@ -7,14 +7,17 @@ contiguous piece of memory or of a file. All convolutions by torch's own kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdconv.errors import InputError
+from sdconv.models.blocks import AsymmetricDownsample2D, Upsample2D
+from sdconv.models.padding import ZEROS, Modes, pad
 from sdconv.streaming.arena import mmap_zeros, trim_heap
 from sdconv.streaming.group_stats import RunningGroupStats, norm_dtype
 
@@ -60,9 +63,19 @@ class StepRunner(Protocol):
         """Computes units ``first`` up to ``last`` and write them into the target."""
 
 
+def row_beyond(mode: str, height: int) -> Mapping[int, int]:
+    """Which row of a feature map stands for the one above it, number -1, and for the one below it,
+    number ``height``; neither in mode ``zeros``."""
+    return {
+        "zeros": {},
+        "circular": {-1: height - 1, height: 0},
+        "reflect": {-1: 1, height: height - 2},
+        "replicate": {-1: 0, height: height - 1},
+    }[mode]
+
+
 class SlidingWindow:
-    """A window that slides down a feature map: rows that are prepared for a convolution, with rows
-    of zeros above and below the feature map.
+    """Prepared rows of a feature map, with rows of zeros, or other padding, above and below it.
 
     Each row is prepared once. Rows that two strips share are carried over from one to the next, so
     that a step may overwrite the feature map that it reads.
@@ -73,6 +86,8 @@ class SlidingWindow:
         right_padding: columns of zeros on the right.
         prepare: called with source rows and the slice of the window to write them to.
         device: of the window.
+        beyond: see `row_beyond`. These rows are prepared first of all, since a step may overwrite
+            them before it needs them.
     """
 
     def __init__(
@@ -82,12 +97,18 @@ class SlidingWindow:
         right_padding: int,
         prepare: Callable[[Tensor, Tensor], None],
         device: torch.device,
+        beyond: Mapping[int, int],
     ) -> None:
         self._source, self._prepare = source, prepare
         self._height, self._width, channels = source.shape
         shape = rows, self._width + right_padding, channels
         self._buffer = mmap_zeros(shape, source.dtype, device)
         self._first = self._last = -rows
+        self._beyond: dict[int, Tensor] = {}
+        for number, row in beyond.items():
+            kept = source.new_zeros(1, *shape[1:], device=device)
+            prepare(source[row : row + 1].to(device), kept[:, : self._width])
+            self._beyond[number] = kept[0]
 
     def slide(self, first: int, last: int) -> Tensor:
         """Rows ``first`` up to ``last``; neither may be less than in the call before."""
@@ -102,6 +123,9 @@ class SlidingWindow:
             rows = self._source[top:bottom].to(self._buffer.device)
             self._prepare(rows, window[top - first : bottom - first, : self._width])
         window[max(bottom - first, kept) :] = 0
+        for number, row in self._beyond.items():
+            if first + kept <= number < last:
+                window[number - first] = row
         self._first, self._last = first, last
         return window
 
@@ -118,12 +142,14 @@ class StreamLayer:
         norm: applied to the input first.
         silu: whether SiLU follows the normalisation.
         shortcut: convolution applied to the residual before it is added.
+        modes: how rows and columns are padded.
     """
 
     module: nn.Conv2d | nn.Linear
     norm: nn.GroupNorm | None = None
     silu: bool = False
     shortcut: nn.Conv2d | None = None
+    modes: Modes = ZEROS
 
     # columns of zeros on the right that the window adds to the input
     right_padding = 0
@@ -149,6 +175,10 @@ class StreamLayer:
         """First row, and last row plus one, that units ``first`` up to ``last`` produce."""
         return first, last
 
+    def rows_beyond(self, height: int) -> Mapping[int, int]:
+        """See `row_beyond`, for an input of ``height`` rows."""
+        return row_beyond(self.modes[0], height)
+
     def apply(self, window: Tensor) -> Tensor:
         """The module's output for a window of prepared input rows."""
         raise NotImplementedError
@@ -161,10 +191,13 @@ class StreamLayer:
     def convolve(self, window: Tensor, stride: int = 1, side_padding: int = 1) -> Tensor:
         """The module's convolution of a window, ``(rows, W, C)``, in the same order.
 
-        No rows are padded (the window has them); ``side_padding`` columns of zeros are added on
-        the left and on the right.
+        No rows are padded (the window has them); ``side_padding`` columns are added on the left and
+        on the right.
         """
         x = window[None].permute(0, 3, 1, 2)
+        if side_padding and self.modes[1] != "zeros":
+            sides = (side_padding, side_padding, 0, 0)
+            x, side_padding = pad(x, sides, ("zeros", self.modes[1])), 0
         if self.channels_first and x.device.type == "cpu":
             x = x.contiguous()
         y = F.conv2d(x, self.module.weight, self.module.bias, stride, (0, side_padding))
@@ -209,6 +242,9 @@ class StreamLayer:
         weights = 2 * weight.numel()  # the kernel reorders them at each call
         # copies for normalising 16-bit rows in float32
         wide = 0 if norm_dtype(weight.dtype) == weight.dtype else 2 * window
+        if self.modes != ZEROS:  # the rows beyond the edges, and a copy with padded columns
+            window += 2 * (width + self.right_padding) * weight.shape[1]
+            scratch += self.conv_input_numel(rows, width + 2)
         own = (window + scratch + weights) * weight.dtype.itemsize
         return own + wide * norm_dtype(weight.dtype).itemsize
 
@@ -264,6 +300,7 @@ class _TorchRunner:
             layer.right_padding,
             lambda rows, out: layer.prepare(rows, out, context.source_stats),
             context.device,
+            layer.rows_beyond(context.source.shape[0]),
         )
 
     def run_strip(self, first: int, last: int) -> None:
@@ -328,7 +365,7 @@ class AttentionLayer(Projection):
 
 
 class Conv3x3(StreamLayer):
-    """A 3x3 convolution at stride 1, padded with one row or column of zeros on every side."""
+    """A 3x3 convolution at stride 1, padded with one row or column on every side."""
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
         return first - 1, last + 1
@@ -352,6 +389,11 @@ class UpsampleConv(StreamLayer):
     def output_rows(self, first: int, last: int) -> tuple[int, int]:
         return 2 * first, 2 * last
 
+    def rows_beyond(self, height: int) -> Mapping[int, int]:
+        # The upsampled feature map's second row is a copy of the input's first.
+        mode = self.modes[0]
+        return row_beyond("replicate" if mode == "reflect" else mode, height)
+
     def apply(self, window: Tensor) -> Tensor:
         rows, width, channels = window.shape
         squares = window[:, None, :, None].expand(rows, 2, width, 2, channels)
@@ -367,7 +409,7 @@ class UpsampleConv(StreamLayer):
 
 
 class DownsampleConv(StreamLayer):
-    """A 3x3 convolution at stride 2, padded with zeros on the right and at the bottom only."""
+    """A 3x3 convolution at stride 2, padded on the right and at the bottom only."""
 
     right_padding = 1
 
@@ -378,4 +420,69 @@ class DownsampleConv(StreamLayer):
         return 2 * first, 2 * last + 1
 
     def apply(self, window: Tensor) -> Tensor:
+        if self.modes[1] == "circular":
+            window[:, -1] = window[:, 0]
         return self.convolve(window, stride=2, side_padding=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeConv(StreamLayer):
+    """A convolution that strips cannot do justice to (another size or dilation, a ``_conv_forward``
+    of its own): the module is called with the whole feature map, in one strip.
+
+    Attributes:
+        block: what calls the module: the module itself, or the block that resizes first.
+        height: rows of the input.
+    """
+
+    block: nn.Module
+    height: int
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        conv, factor = cast(nn.Conv2d, self.module), 2 if isinstance(self.block, Upsample2D) else 1
+        more = 1 if isinstance(self.block, AsymmetricDownsample2D) else 0
+        sides = []
+        for axis, side in enumerate((height, width)):
+            size, stride = factor * side + more, conv.stride[axis]
+            reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            if isinstance(conv.padding, str):
+                padding = reach if conv.padding == "same" else 0
+            else:
+                padding = 2 * conv.padding[axis]
+            sides.append((size + padding - reach - 1) // stride + 1)
+        return sides[0], sides[1]
+
+    def units(self, height: int) -> int:
+        return 1
+
+    def input_rows(self, first: int, last: int) -> tuple[int, int]:
+        return 0, self.height
+
+    def output_rows(self, first: int, last: int) -> tuple[int, int]:
+        return 0, self.output_size(self.height, 1)[0]
+
+    def compute(
+        self, window: Tensor, residual: Tensor | None, resident: Sequence[Tensor]
+    ) -> Tensor:
+        out = self.block(window.permute(2, 0, 1)[None].contiguous())
+        if residual is not None:
+            residual = residual.permute(2, 0, 1)[None].contiguous()
+            out = (residual if self.shortcut is None else self.shortcut(residual)) + out
+        if out.shape[2:] != (size := self.output_size(*window.shape[:2])):
+            raise InputError(
+                "a convolution's output has an unexpected size",
+                where="streaming",
+                expected=size,
+                got=tuple(out.shape[2:]),
+                hint="call disable_streaming()",
+            )
+        return cast(Tensor, out[0].permute(1, 2, 0))
+
+    def workspace(self, units: int, width: int) -> int:
+        (out_channels, channels), pixels = self.module.weight.shape[:2], self.height * width
+        rows, columns = self.output_size(self.height, width)
+        larger = max(pixels, rows * columns)
+        # input, padded copy and normalisation; output, shortcut and sum; torch's own copies
+        values = pixels * channels + 4 * larger * (channels + out_channels)
+        values += 2 * self.module.weight.numel()
+        return units * values * norm_dtype(self.module.weight.dtype).itemsize

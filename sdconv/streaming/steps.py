@@ -18,8 +18,14 @@ from torch import nn
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
 from sdconv.fast.cpu.cost_model import Kind
-from sdconv.fast.preconditions import is_bare
+from sdconv.fast.preconditions import (
+    has_plain_forward,
+    has_plain_methods,
+    is_bare,
+    is_called_plainly,
+)
 from sdconv.models.blocks import AsymmetricDownsample2D, Attention, ResnetBlock2D, Upsample2D
+from sdconv.models.padding import ZEROS, Modes, is_seamless, modes_for, padding_modes
 from sdconv.streaming import fused
 from sdconv.streaming.buffers import FeatureBuffer
 from sdconv.streaming.layers import (
@@ -30,6 +36,7 @@ from sdconv.streaming.layers import (
     Projection,
     StreamLayer,
     UpsampleConv,
+    WholeConv,
 )
 
 Direction = Literal["encode", "decode"]
@@ -121,23 +128,56 @@ class _StepBuilder:
     def conv3x3(self, conv: nn.Conv2d, norm: nn.GroupNorm | None, **options: Any) -> StreamLayer:
         """The layer for a 3x3 convolution of the current feature map, after ``norm`` and SiLU if
         there is a norm."""
+        shortcut: nn.Conv2d | None = options.get("shortcut")
+        plain_shortcut = shortcut is None or _is_plain(shortcut, kernel=1)
+        options |= {"norm": norm, "silu": norm is not None}
+        # torch refuses to reflect a single row or column
+        wide = min(self.current.height, self.current.width) > 1 or conv.padding_mode != "reflect"
+        if not (_is_plain(conv, padding=1) and plain_shortcut and wide):
+            return self._whole(conv, conv, **options)
         layer = self._fast_layer("conv3x3", conv, normalised=norm is not None) or Conv3x3
-        return layer(conv, norm, silu=norm is not None, **options)
+        return layer(conv, modes=padding_modes(conv), **options)
 
-    def add_upsample(self, name: str, conv: nn.Conv2d) -> None:
-        """Adds nearest upsampling and its convolution."""
+    def _whole(self, conv: nn.Conv2d, block: nn.Module, **options: Any) -> StreamLayer:
+        return WholeConv(module=conv, block=block, height=self.current.height, **options)
+
+    def add_upsample(self, name: str, block: Upsample2D) -> None:
+        """Nearest upsampling and its convolution."""
+        conv = block.conv
+        if not _is_plain(conv, padding=1):
+            self.add_layer(name, self._whole(conv, block))
+            return
         layer = self._fast_layer("upsample_conv", conv) or UpsampleConv
-        self.add_layer(name, layer(conv))
+        self.add_layer(name, layer(conv, modes=padding_modes(conv)))
 
-    def add_downsample(self, name: str, conv: nn.Conv2d) -> None:
-        """Adds a convolution at stride 2."""
-        layer = self._fast_layer("downsample_conv", conv) or DownsampleConv
-        self.add_layer(name, layer(conv))
+    def add_downsample(self, name: str, block: AsymmetricDownsample2D) -> None:
+        """A convolution at stride 2."""
+        conv = block.conv
+        if not _is_plain(conv, stride=2):
+            self.add_layer(name, self._whole(conv, block))
+            return
+        # The convolution pads nothing; the block does.
+        modes = modes_for(block.seamless_axes, ZEROS)
+        layer = self._fast_layer("downsample_conv", conv, modes=modes) or DownsampleConv
+        self.add_layer(name, layer(conv, modes=modes))
+
+    def add_pointwise(self, name: str, conv: nn.Conv2d) -> None:
+        """A 1x1 convolution."""
+        plain = _is_plain(conv, kernel=1)
+        self.add_layer(name, Conv1x1(conv) if plain else self._whole(conv, conv))
 
     def _fast_layer(
-        self, kind: Kind, conv: nn.Conv2d, *, normalised: bool = False
+        self,
+        kind: Kind,
+        conv: nn.Conv2d,
+        *,
+        normalised: bool = False,
+        modes: Modes | None = None,
     ) -> type[StreamLayer] | None:
-        """The fast backend's class of layer; None where that backend is not in force."""
+        """The fast backend's class of layer; None where that backend is not in force, or does not
+        pad with zeros."""
+        if (modes or padding_modes(conv)) != ZEROS:
+            return None
         if not (is_fast(conv) and fused.can_run(conv.weight)):
             return None
         height, width = self.current.height, self.current.width
@@ -221,11 +261,11 @@ def steps_of(
         elif isinstance(module, Attention):
             builder.add_attention(name, module)
         elif isinstance(module, Upsample2D):
-            builder.add_upsample(f"{name}.conv", module.conv)
+            builder.add_upsample(f"{name}.conv", module)
         elif isinstance(module, AsymmetricDownsample2D):
-            builder.add_downsample(f"{name}.conv", module.conv)
+            builder.add_downsample(f"{name}.conv", module)
         elif name.endswith("quant_conv"):
-            builder.add_layer(name, Conv1x1(module))
+            builder.add_pointwise(name, module)
         else:
             norm = network.get_submodule(name.replace("conv_out", "conv_norm_out"))
             group_norm = norm if isinstance(norm, nn.GroupNorm) else None
@@ -263,9 +303,30 @@ def _check(modules: Mapping[str, nn.Module]) -> None:
                     got=type(module).__name__,
                     hint="merge adapters into the weights, or call disable_streaming()",
                 )
-            if not is_bare(module, type(module)):
+            if isinstance(module, nn.Conv2d) and "forward" not in vars(module):
+                called = is_called_plainly(module, nn.Conv2d)  # its methods may be replaced
+            else:
+                called = is_bare(module, type(module))
+            if not called:
                 raise InputError(
-                    "the module has a hook, which streaming would not call",
+                    "the module has a hook, or a forward of its own, which streaming would not "
+                    "call",
                     where=name,
-                    hint="remove the hook, or call disable_streaming()",
+                    hint="remove it, or call disable_streaming()",
                 )
+
+
+def _is_plain(conv: nn.Conv2d, *, kernel: int = 3, stride: int = 1, padding: int = 0) -> bool:
+    """Whether strips can compute a convolution: it is torch's own or seamless, of this size."""
+    return (
+        (
+            has_plain_methods(conv, nn.Conv2d)
+            or (is_seamless(conv) and has_plain_forward(conv, nn.Conv2d))
+        )
+        and conv.kernel_size == (kernel, kernel)
+        and conv.stride == (stride, stride)
+        and conv.padding == (padding, padding)
+        and (conv.dilation == (1, 1) or kernel == 1)
+        and conv.groups == 1
+        and (padding == 0 or conv.padding_mode in ("zeros", "circular", "reflect", "replicate"))
+    )

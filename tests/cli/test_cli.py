@@ -86,7 +86,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"z": torch.zeros(1, 7, 4, 5)}, folder / "z7.safetensors")
     save_file({"z": torch.zeros(1, 4, 1, 1)}, folder / "spot.safetensors")
     save_file({"z": torch.zeros(3)}, folder / "z1.safetensors")
-    save_file({"a": torch.zeros(1, 4, 2, 2), "b": torch.zeros(1)}, folder / "z2.safetensors")
+    two = {"a": torch.zeros(1, 4, 2, 2), "b": torch.zeros(1, 4, 2, 2)}
+    save_file(two, folder / "z2.safetensors")
     save_file({"z": torch.zeros(1, 128, 4, 5)}, folder / "patches.safetensors")
     return folder
 
@@ -314,7 +315,8 @@ def test_encode_and_decode(
     answer("encode", here / "photo.png", *options, "-o", z, "--size", 32, *flags)
     # the file itself says whether they are scaled
     said = answer("decode", z, *options, "-o", out)
-    assert (said["files"], said["scaled"]) == ([str(out)], scaled)
+    # a tiny autoencoder's always are
+    assert (said["files"], said["scaled"]) == ([str(out)], scaled or name == "tiny")
     network = seeded.network(config)
     with Image.open(here / "photo.png") as image:
         small = image.resize((32, 24), Image.Resampling.LANCZOS)
@@ -324,6 +326,48 @@ def test_encode_and_decode(
     decoded = network.decode(latents).sample.clamp(-1, 1)
     # one step of 8 bits: rounding, and what scaling there and back leaves
     assert float((cropped(out, (0, 0, 32, 24)) - decoded).abs().max()) <= 1.01 / 127.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", [(), ("--scaled",)])
+def test_latents_of_a_vae_through_a_tiny_autoencoder_and_back(
+    flags: tuple[str, ...], here: Path, tmp_path: Path
+) -> None:
+    """Raw latents of the VAE times its factor are what a tiny autoencoder makes."""
+    z, out, photo = tmp_path / "z.safetensors", tmp_path / "a.png", here / "photo.png"
+    vae, tiny = (["-m", here / f"{name}.safetensors"] for name in ("vae", "tiny"))
+    answer("encode", photo, *vae, "-o", z, "--size", 32, *flags)
+    said = answer("decode", z, *tiny, "-o", out, "--backend", "reference")
+    assert said["scaled"] is bool(flags)
+    raw = load_file(z)["latents"] / (0.25 if flags else 1)
+    expected = seeded.network(TINY).decode(raw * 0.25).sample.clamp(-1, 1)
+    with Image.open(out) as image:
+        assert (to_tensor(image) - expected).abs().max() <= 1.01 / 127.5
+    assert (seeded.network(TINY).decode(raw).sample.clamp(-1, 1) - expected).abs().max() > 0.05
+
+    answer("encode", photo, *tiny, "-o", z, "--size", 32, "--force", *flags)
+    answer("decode", z, *vae, "-o", out, "--backend", "reference", "--force")
+    decoded = seeded.network(KL).decode(load_file(z)["latents"] / 0.25).sample.clamp(-1, 1)
+    with Image.open(out) as image:
+        assert (to_tensor(image) - decoded).abs().max() <= 1.01 / 127.5
+
+
+@torch.no_grad()
+def test_seamless(here: Path, tmp_path: Path) -> None:
+    """Rolled latents give the rolled image."""
+    z = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    images = {}
+    for name, latents in (("a", z), ("rolled", z.roll(3, 3))):
+        save_file({"latents": latents}, tmp_path / f"{name}.safetensors")
+        for options in ((), ("--seamless", "x")):
+            out = tmp_path / "a.png"
+            model = ["-m", here / "vae.safetensors", *options, "--force"]
+            answer("decode", tmp_path / f"{name}.safetensors", *model, "-o", out)
+            with Image.open(out) as image:
+                images[name, bool(options)] = to_tensor(image)
+    by = 3 * images["a", True].shape[3] // 8
+    assert (images["rolled", True] - images["a", True].roll(by, 3)).abs().max() <= 1.01 / 127.5
+    assert (images["rolled", False] - images["a", False].roll(by, 3)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("options", [

@@ -110,9 +110,15 @@ def test_folder_of_a_peft_adapter(
     theirs = wrapped.merge_and_unload().state_dict()
     sdconv.merge_lora(network, tmp_path)
     assert largest_error(network.state_dict(), theirs) < 1e-6
-    # control: without the config, alpha equals the rank
+    # the file itself: the config next to it counts
     sdconv.unmerge_lora(network)
     sdconv.merge_lora(network, tmp_path / "adapter_model.safetensors")
+    assert largest_error(network.state_dict(), theirs) < 1e-6
+    # control: without the config, alpha is unknown, and taken to equal the rank
+    sdconv.unmerge_lora(network)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.warns(sdconv.SdconvWarning, match="alpha is unknown for"):
+        sdconv.merge_lora(network, tmp_path / "adapter_model.safetensors")
     assert largest_error(network.state_dict(), theirs) > 1e-2
 
 

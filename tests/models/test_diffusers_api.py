@@ -17,6 +17,7 @@ import torch
 from diffusers.models import attention_processor
 from helpers import pipelines, seeded, unets
 from helpers.paths import ROOT
+from safetensors.torch import load_file
 from torch import nn
 
 import sdconv
@@ -254,15 +255,120 @@ def test_options_of_save_pretrained(tmp_path: Path) -> None:
     ours = network("AutoencoderKL")
     ours.save_pretrained(tmp_path / "a", is_main_process=False)
     assert not (tmp_path / "a").exists()
-    ours.save_pretrained(tmp_path / "a", max_shard_size="1KB", push_to_hub=False)
+    ours.save_pretrained(tmp_path / "a", max_shard_size="1GB", push_to_hub=False)
     assert same(sdconv.load(tmp_path / "a"), ours)
     for option in ({"push_to_hub": True}, {"save_function": print}, {"repo_id": "a/b"}):
         with pytest.raises(sdconv.InputError, match="does not support") as caught:
             ours.save_pretrained(tmp_path / "b", **option)
         assert f"got: {next(iter(option))}\n" in str(caught.value)
-    with pytest.raises(sdconv.InputError, match="safe_serialization=False"):
-        ours.save_pretrained(tmp_path / "b", safe_serialization=False)
+    with pytest.raises(sdconv.InputError, match="not a size"):
+        ours.save_pretrained(tmp_path / "b", max_shard_size="much")
     assert not (tmp_path / "b").exists()
+    with pytest.warns(sdconv.SdconvWarning, match="safetensors are written, not pickles"):
+        ours.save_pretrained(tmp_path / "b", safe_serialization=False)
+    assert same(sdconv.load(tmp_path / "b"), ours)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("size", ["1KB", "20KB", 100_000])
+def test_shards_are_diffusers(size: int | str, variant: str | None, tmp_path: Path) -> None:
+    ours, theirs = pair("AutoencoderKL", tmp_path / "first")
+    for name, one in (("ours", ours), ("theirs", theirs)):
+        one.save_pretrained(tmp_path / name, max_shard_size=size, variant=variant)
+    names, expected = (
+        sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("ours", "theirs")
+    )
+    assert names == expected and len(names) > 3
+    (index,) = (name for name in names if "index" in name)
+    read = [json.loads((tmp_path / name / index).read_text()) for name in ("ours", "theirs")]
+    assert read[0]["weight_map"] == read[1]["weight_map"]
+    for name in names:
+        if name.endswith(".safetensors"):
+            assert list(load_file(tmp_path / "ours" / name)) == list(
+                load_file(tmp_path / "theirs" / name)
+            )
+    again = type(theirs).from_pretrained(tmp_path / "ours", variant=variant)
+    assert same(again, ours)
+    assert same(sdconv.AutoencoderKL.from_pretrained(tmp_path / "ours", variant=variant), ours)
+
+
+def test_a_save_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    ours = network("AutoencoderKL")
+    whole = ["config.json", "diffusion_pytorch_model.safetensors"]
+    ours.save_pretrained(tmp_path, variant="fp16")
+    for size in ("20KB", "1GB", "50KB", "20KB", None):
+        ours.save_pretrained(tmp_path, max_shard_size=size)
+        assert same(sdconv.load(tmp_path), ours)
+    names = sorted(path.name for path in tmp_path.iterdir() if "fp16" not in path.name)
+    assert names == whole
+    assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").exists(), "another variant"
+
+
+@torch.no_grad()
+def test_results_survive_accelerate() -> None:
+    """It converts and moves what is in a mapping, and calls the class with a dictionary."""
+    from accelerate.utils import convert_outputs_to_fp32, send_to_device
+
+    unet, vae, tiny = (
+        network(kind).to(torch.bfloat16)
+        for kind in ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny")
+    )
+    z, x = torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(1, 3, 16, 16).bfloat16()
+    text = torch.zeros(1, 7, UNET["cross_attention_dim"]).bfloat16()
+    for run, name in (
+        (lambda: unet(z, 1, text), "sample"),
+        (lambda: vae.decode(z), "sample"),
+        (lambda: tiny.encode(x), "latents"),
+    ):
+        out = run()
+        assert out[name].dtype is torch.bfloat16
+        for found in (convert_outputs_to_fp32(run)(), send_to_device(out, "meta")):
+            assert type(found) is type(out) and list(found) == [name]
+            assert found[name] is getattr(found, name) is found[0] is found.to_tuple()[0]
+        assert convert_outputs_to_fp32(run)()[name].dtype is torch.float32
+        assert send_to_device(out, "meta")[name].is_meta
+        assert dict(**out)[name] is out[name] and "other" not in out
+    posterior = vae.encode(x)
+    moved = send_to_device(posterior, "cpu")
+    assert moved.latent_dist is posterior.latent_dist
+
+
+@pytest.mark.parametrize("kind", ["SD1", "SDXL"])
+def test_controlnet_xs_reads_the_blocks(kind: str) -> None:
+    theirs = unets.theirs(unets.small(kind))
+    ours: Any = unets.ours(theirs)
+    facts = []
+    for unet in (ours, theirs):
+        named = dict(unet.named_modules())
+        resnets = [named[name] for name in named if name.rpartition(".")[0].endswith("resnets")]
+        facts.append([(one.in_channels, one.out_channels) for one in resnets])
+    assert facts[0] == facts[1] and len(facts[0]) > 10
+
+
+def test_ema_model(tmp_path: Path) -> None:
+    from diffusers.training_utils import EMAModel
+
+    ours = network("AutoencoderKL")
+    kind: Any = sdconv.AutoencoderKL
+    average = EMAModel(
+        ours.parameters(), decay=0.5, power=0.7, model_cls=kind, model_config=ours.config
+    )
+    with torch.no_grad():
+        moved = [parameter + 1 for parameter in ours.parameters()]
+    average.step(moved)
+    average.save_pretrained(tmp_path)
+    again = EMAModel.from_pretrained(tmp_path, kind)
+    assert (again.decay, again.power, again.optimization_step) == (0.5, 0.7, 1)
+    pairs = zip(again.shadow_params, average.shadow_params, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert json.loads((tmp_path / "config.json").read_text())["decay"] == 0.5
+    with pytest.warns(FutureWarning, match="name or path to `from_config`"):
+        theirs = EMAModel.from_pretrained(tmp_path, diffusers.AutoencoderKL)
+    assert theirs.optimization_step == 1
+    assert sdconv.load(tmp_path).config == ours.config
+    _, unused = kind.from_config(str(tmp_path), return_unused_kwargs=True)
+    assert unused["power"] == 0.7
+    assert kind.from_config(ours.config, return_unused_kwargs=True)[1] == {}
 
 
 def test_a_pipeline_saves_with_its_options(tmp_path: Path) -> None:

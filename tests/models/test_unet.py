@@ -104,8 +104,18 @@ def test_controlnet_residuals(family: str) -> None:
     assert first_failure(found) is None
 
 
-@pytest.mark.parametrize("extra", [0, 1], ids=["levels", "levels and mid block"])
-@pytest.mark.parametrize("family", ["SD1", "SDXL"])
+@pytest.mark.parametrize("family", ["LCM"])
+@pytest.mark.parametrize("shape", [(2, 256), (1, 256), (256,)])
+def test_guidance_of_one_image_is_for_all(family: str, shape: tuple[int, ...]) -> None:
+    ours, peer = pair(family)
+    arguments = list(unets.inputs(peer.config))
+    arguments[4] = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(ours(*arguments).sample, peer(*arguments).sample)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2], ids=["levels", "mid block", "light"])
+@pytest.mark.parametrize("family", ["SD1", "SDXL", "tiny SD"])
 def test_t2i_adapter_residuals(family: str, extra: int) -> None:
     ours, peer = pair(family)
     levels = len(peer.config.block_out_channels)
@@ -117,9 +127,9 @@ def test_t2i_adapter_residuals(family: str, extra: int) -> None:
         factor = 2 ** (level + after)
         shape = (math.ceil(8 / factor), math.ceil(12 / factor))
         by_level.append(torch.randn(2, peer.config.block_out_channels[level], *shape))
-    by_level += [
-        torch.randn(2, peer.config.block_out_channels[-1], *by_level[-1].shape[2:])
-    ] * extra
+    if extra:  # a light adapter's last residual has half the size, and is ignored
+        shape = tuple(side // extra for side in by_level[-1].shape[2:])
+        by_level.append(torch.randn(2, peer.config.block_out_channels[-1], *shape))
     arguments = unets.inputs(peer.config)
     with torch.no_grad():
         given = {"down_intrablock_additional_residuals": tuple(by_level)}

@@ -20,7 +20,7 @@ _PICKLES = ("bin", "ckpt", "pt", "pth")
 _NAME = re.compile(
     r"(?P<base>[^.]+)(\.(?P<variant>.+?))?"
     rf"\.(?P<kind>{'|'.join(_SAFETENSORS + _PICKLES)})"
-    r"((?P<index>\.index)(\.(?P<late_variant>.+))?\.json)?",
+    r"((\.(?P<mid_variant>[^.]+))??(?P<index>\.index)(\.(?P<late_variant>.+))?\.json)?",
     re.IGNORECASE,
 )
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}")
@@ -112,7 +112,7 @@ class Folder:
             if group := [c for c in candidates if c.kind in kinds]:
                 chosen = _choose(self.path, group)
                 if chosen.is_index:
-                    return _indexed(self.path, chosen)
+                    return _indexed(self.path, chosen, _same_but_whole(chosen, group))
                 return FolderWeights(files=(chosen.path,), weight_map=None)
         names = [child.name for child in self.children]
         raise CheckpointError(
@@ -205,7 +205,7 @@ def _candidates(children: Iterable[Path]) -> list[_Candidate]:
             _Candidate(
                 path=child,
                 base=match["base"],
-                variant=match["variant"] or match["late_variant"] or "",
+                variant=match["variant"] or match["mid_variant"] or match["late_variant"] or "",
                 kind=match["kind"].lower(),
                 is_index=match["index"] is not None,
             )
@@ -237,7 +237,16 @@ def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
     return best[0]
 
 
-def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
+def _same_but_whole(index: _Candidate, group: list[_Candidate]) -> Path | None:
+    """The file that holds all of an index's weights, going by the names."""
+    for one in group:
+        named = (one.base, one.variant, one.kind) == (index.base, index.variant, index.kind)
+        if named and not one.is_index:
+            return one.path
+    return None
+
+
+def _indexed(folder: Path, index: _Candidate, whole: Path | None = None) -> FolderWeights:
     listed = read_json(index.path).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(
@@ -259,6 +268,16 @@ def _indexed(folder: Path, index: _Candidate) -> FolderWeights:
     shards = {shard: folder / shard for shard in sorted(set(listed.values()))}
     with os_errors(folder):
         absent = [shard for shard, path in shards.items() if not path.exists()]
+    if absent and whole is not None:
+        raise CheckpointError(
+            f"lists {len(shards)} shards, {len(absent)} of them missing, and lies next to a whole "
+            f"file, {whole.name}",
+            where=index.path,
+            expected="either the index with all of its shards, or the whole file",
+            got=f"no {short(absent)}",
+            hint=f"if {whole.name} is what you want, delete {index.path.name}, or name the file; "
+            "otherwise download the missing shards",
+        )
     if absent:
         raise CheckpointError(
             f"lists {len(shards)} shards, {len(absent)} of them missing",

@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import sys
 import warnings
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
@@ -31,7 +34,7 @@ import torch
 
 from sdconv.checkpoint.io.files import AGAIN, LARGEST_TEXT, foreign, os_errors, regular_file, short
 from sdconv.checkpoint.io.header import read_header
-from sdconv.errors import CheckpointError
+from sdconv.errors import CheckpointError, InputError
 
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
 """The suffixes of files that are read as pickles."""
@@ -69,7 +72,33 @@ STAND_INS = frozenset(
 """Names that get a stand-in although they are Python's own, or are not capitalised."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
-"""Names under which training code stores the weights, in the order of preference."""
+"""Names under which training code often stores the weights."""
+
+# training code's own state, whose tensors are not weights
+_NOT_WEIGHTS = re.compile(r"(optim|opt_|scheduler|lr_|rng|loops|scaler|amp).*|opt", re.IGNORECASE)
+_OUTERMOST = "."
+_LONGEST_PATH = 200
+_key: ContextVar[str | None] = ContextVar("sdconv_pickle_key", default=None)
+
+
+@contextmanager
+def weights_key(key: str | None) -> Iterator[None]:
+    """Chooses among several sets of weights in one pickle, in this thread.
+
+    Args:
+        key: where the weights are, such as ``"params_ema"`` or ``"model.state_dict"``; ``"."`` for
+            the outermost dict. None for the only ones.
+    """
+    if key is not None and not isinstance(key, str):
+        raise InputError(
+            "not a name", where="key", expected="'ema', 'model.state_dict' or the like", got=key
+        )
+    token = _key.set(key)
+    try:
+        yield
+    finally:
+        _key.reset(token)
+
 
 _ONE_AT_A_TIME = Lock()  # torch has one list of safe globals for all threads
 _MOST_STAND_INS = 1000  # far more than training code has classes
@@ -83,12 +112,13 @@ _SAFER = (
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a torch checkpoint, on the CPU; memory-mapped in the zip format.
 
-    The weights are under one of ``WRAPPERS``, or in the outermost dict. Everything else in the file
-    is dropped.
+    The weights are a dict of tensors, in dicts of any depth. Everything else in the file is
+    dropped.
 
     Raises:
         CheckpointError: the file cannot be read, is not a torch checkpoint, asks for more than
-            tensors and plain containers, or has no weights.
+            tensors and plain containers, or has no weights, or several and ``weights_key`` does
+            not choose one of them.
         InputError: ``path`` is not a path.
     """
     file, _ = regular_file(path)
@@ -319,20 +349,63 @@ def _reason(error: Exception) -> str:
 
 
 def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
-    candidates = [content]
-    if isinstance(content, Mapping):
-        candidates = [content[name] for name in WRAPPERS if name in content] + candidates
-    for candidate in candidates:
-        if isinstance(candidate, Mapping) and (found := _tensors(candidate)):
-            return found
+    dicts = _dicts_of_tensors(content)
+    # the weights of a network have names of several parts
+    candidates = {k: v for k, v in dicts.items() if any("." in name for name in v)}
+    key = _key.get()
+    if key is not None:
+        if key in dicts:
+            return dicts[key]
+        raise CheckpointError(
+            f"holds no weights under {short(key)}",
+            where=file,
+            expected=_listed(candidates or dicts),
+            hint="leave the key out" if len(candidates) == 1 else None,
+        )
+    if len(candidates) > 1:
+        names = list(candidates)
+        raise CheckpointError(
+            "holds several sets of weights, and it is unclear which one is meant",
+            where=file,
+            expected="one set of weights",
+            got=_listed(candidates),
+            hint=f"choose: sdconv.load(path, key={names[0]!r}), --key {names[0]}",
+        )
+    usual = [dicts[name] for name in (*WRAPPERS, _OUTERMOST) if name in dicts]
+    others = list(dicts.values()) if len(dicts) == 1 else []
+    for found in (*candidates.values(), *usual, *others):
+        return found
     keys = sorted(map(str, content)) if isinstance(content, Mapping) else None
     raise CheckpointError(
         "is a pickle without weights",
         where=file,
-        expected=f"tensors by name, bare or under one of {', '.join(WRAPPERS)}",
+        expected=f"tensors by name, bare or in a dict, such as {', '.join(WRAPPERS)}",
         got=type(content).__name__ if keys is None else f"a dict of {short(keys)}",
         hint="check that it is a checkpoint of a network, and which part of it is the weights",
     )
+
+
+def _dicts_of_tensors(content: object) -> dict[str, dict[str, torch.Tensor]]:
+    """Every dict that holds tensors, by the names that lead to it, joined by dots."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    seen: set[int] = set()
+    queue: deque[tuple[str, object]] = deque([("", content)])
+    while queue:
+        path, one = queue.popleft()
+        if not isinstance(one, Mapping) or id(one) in seen or len(path) > _LONGEST_PATH:
+            continue
+        seen.add(id(one))
+        if tensors := _tensors(one):
+            found[path or _OUTERMOST] = tensors
+        for name, value in one.items():
+            if isinstance(name, str) and not _NOT_WEIGHTS.fullmatch(name):
+                queue.append((f"{path}.{name}" if path else name, value))
+    return found
+
+
+def _listed(dicts: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    listed = [f"{short(name)} ({len(tensors)} tensors)" for name, tensors in dicts.items()]
+    return ", ".join(listed[:10]) + (", ..." if len(listed) > 10 else "") or "weights"
 
 
 def _tensors(candidate: Mapping[Any, Any]) -> dict[str, torch.Tensor]:

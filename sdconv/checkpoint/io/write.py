@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdconv.checkpoint.io.files import as_path
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 
 # the metadata key for a single file's config
 CONFIG_KEY = "sdconv.config"
+# the state of diffusers.training_utils.EMAModel, which it keeps in a network's config.json
+AVERAGING_FIELDS = (
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+    "inv_gamma",
+    "power",
+)
 # suffixes of other kinds of files, which are not written
 _NOT_WRITTEN = frozenset(".ckpt .pth .pt .pkl .bin .sft .gguf .onnx .h5 .npz .msgpack".split())
 
@@ -43,29 +54,83 @@ def output_path(path: str | Path) -> tuple[Path, bool]:
 
 
 def write_folder(
-    tensors: Mapping[str, Tensor], config: Config, folder: Path, *, variant: str | None = None
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    folder: Path,
+    *,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes one component in diffusers' form: ``config.json`` and
-    ``diffusion_pytorch_model.safetensors``.
+    ``diffusion_pytorch_model.safetensors``, or its shards and their index.
 
     Args:
         tensors: by diffusers' names.
         config: the network's.
         folder: created if it does not exist.
         variant: a word for the file's name, such as ``"fp16"``.
+        max_shard_size: most bytes of a file, or ``"5GB"``; None for one file of any size. A larger
+            tensor gets a file of its own.
+        extra: more fields for ``config.json``.
 
     Returns:
         The files written.
 
     Raises:
+        InputError: the size of a shard is not a size.
         SdconvError: diffusers has no class for this network.
         CheckpointError: the folder cannot be written.
     """
     check_in_diffusers(config, folder)
-    suffix = f".{variant}" if variant else ""
-    weights = folder / f"{DIFFUSERS_NAME}{suffix}.safetensors"
-    write_tensors(tensors, weights, {"format": "pt"})
-    return [write_config(config, folder), weights]
+    stem = f"{DIFFUSERS_NAME}.{variant}" if variant else DIFFUSERS_NAME
+    late = f".{variant}" if variant else ""
+    index = folder / f"{DIFFUSERS_NAME}.safetensors.index{late}.json"
+    shards = _shards(tensors, stem, max_shard_size)
+    files = []
+    for name, keys in shards.items():
+        files.append(folder / name)
+        write_tensors({key: tensors[key] for key in keys}, files[-1], {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        weight_map = {key: name for name, keys in shards.items() for key in keys}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        write_whole(index, lambda part: part.write_text(text, encoding="utf-8"))
+        files.append(index)
+    _remove_earlier(folder, stem, index, files)
+    return [write_config(config, folder, extra), *files]
+
+
+def _shards(
+    tensors: Mapping[str, Tensor], stem: str, most: int | str | None
+) -> dict[str, list[str]]:
+    """The names of each file's tensors, by the file's name: diffusers' division."""
+    if most is None:
+        return {f"{stem}.safetensors": list(tensors)}
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
+            max_shard_size=most,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "not a size", where="max_shard_size", expected="'5GB', or a number of bytes", got=most
+        ) from error
+    return dict(split.filename_to_tensors)
+
+
+def _remove_earlier(folder: Path, stem: str, index: Path, written: list[Path]) -> None:
+    """Removes what an earlier save of the same variant has left, in one file or in shards."""
+    shard = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    for path in folder.iterdir():
+        old = shard.fullmatch(path.name) is not None or path == index
+        if old and path not in written and path.is_file():
+            path.unlink()
 
 
 def check_in_diffusers(config: Config, folder: Path) -> None:
@@ -84,13 +149,14 @@ def check_in_diffusers(config: Config, folder: Path) -> None:
         )
 
 
-def write_config(config: Config, folder: Path) -> Path:
-    """Writes a component's ``config.json`` and returns its path.
+def write_config(config: Config, folder: Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Writes a component's ``config.json``, with ``extra`` fields, and returns its path.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    path, content = folder / "config.json", json.dumps(config.to_json(), indent=2) + "\n"
+    fields = {**config.to_json(), **(extra or {})}
+    path, content = folder / "config.json", json.dumps(fields, indent=2) + "\n"
     write_whole(path, lambda part: part.write_text(content, encoding="utf-8"))
     return path
 

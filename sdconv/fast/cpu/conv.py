@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, rows_of, scratch
 from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_conv
-from sdconv.fast.cpu.group_stats import affine, combine, group_stats
+from sdconv.fast.cpu.group_stats import affine, combine, group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strips
@@ -53,9 +53,21 @@ class Prologue:
         return affine(self.stats, self.weight, self.bias, self.eps, COMPUTE_DTYPE)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Normalises by torch's own operations."""
+        """Normalises by these statistics; no gradient flows through them.
+
+        torch's GroupNorm is not used: of a channels-last feature map it takes the variance as
+        ``E[x^2] - E[x]^2`` in float32, which loses it where the mean is large.
+        """
+        x = normalise(x, self.stats, self.weight, self.bias, self.eps)
+        return functional.silu(x) if self.silu else x
+
+    def differentiable(self, x: Tensor) -> Tensor:
+        """Normalises by torch's own operations, through which gradients flow.
+
+        In channels-first order, whose kernel takes the variance by Welford's method.
+        """
         groups = self.stats.shape[1]
-        x = functional.group_norm(x, groups, self.weight, self.bias, self.eps)
+        x = functional.group_norm(x.contiguous(), groups, self.weight, self.bias, self.eps)
         return functional.silu(x) if self.silu else x
 
 
@@ -220,6 +232,14 @@ def _with_stats(out: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def direct_conv(x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue) -> Tensor:
     """A 3x3 convolution by torch's own operations, in any dtype."""
     x = x if prologue is None else prologue.apply(x)
+    return epilogue.apply(functional.conv2d(x, weight, epilogue.bias, padding=1))
+
+
+def differentiable_conv(
+    x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue
+) -> Tensor:
+    """`direct_conv`, but for gradients, which also flow through the statistics."""
+    x = x if prologue is None else prologue.differentiable(x)
     return epilogue.apply(functional.conv2d(x, weight, epilogue.bias, padding=1))
 
 

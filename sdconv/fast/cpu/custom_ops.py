@@ -87,7 +87,7 @@ def _fused(*args: Any) -> tuple[Prologue | None, Epilogue]:
 
 
 def _direct(x: Tensor, weight: Tensor, *fused_and_groups: Any) -> Tensor:
-    return conv.direct_conv(x, weight, *_fused(*fused_and_groups[:-1]))
+    return conv.differentiable_conv(x, weight, *_fused(*fused_and_groups[:-1]))
 
 
 def _direct_upsample(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

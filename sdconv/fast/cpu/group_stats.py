@@ -37,7 +37,7 @@ def combine(sums: Tensor, counts: Tensor) -> Tensor:
     counts = counts.unsqueeze(1)
     total, squares = sums.unbind(-1)
     means = total / counts
-    within = squares - total * means
+    within = (squares - total * means).clamp_min(0)  # of constant values, rounding may be all
     mean = total.sum(0) / counts.sum()
     between = counts * (means - mean) ** 2
     return torch.stack([mean, (within + between).sum(0) / counts.sum()], dim=-1)
@@ -48,6 +48,8 @@ def affine(
 ) -> tuple[Tensor, Tensor]:
     """GroupNorm as ``x * scale + shift``: computed in float64, returned in ``dtype``.
 
+    The shift is that of the scale as rounded, so that this rounding does not grow with the mean.
+
     Args:
         stats: of the input, ``(..., G, 2)``. weight, bias: GroupNorm's, ``(C,)``.
 
@@ -57,5 +59,18 @@ def affine(
     weight, bias = weight.double(), bias.double()
     size = len(weight) // stats.shape[-2]
     mean, variance = stats.repeat_interleave(size, dim=-2).unbind(-1)
-    scale = weight * (variance + eps).rsqrt()
-    return scale.to(dtype), (bias - mean * scale).to(dtype)
+    scale = (weight * (variance + eps).rsqrt()).to(dtype)
+    return scale, (bias - mean * scale.double()).to(dtype)
+
+
+def normalise(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm of ``(B, C, H, W)`` in float32 and in its own dtype and memory layout.
+
+    The mean is subtracted first, which is exact where it is large.
+    """
+    rounded = stats[..., :1].float().double()
+    rest = torch.cat([stats[..., :1] - rounded, stats[..., 1:]], dim=-1)
+    scale, shift = affine(rest, weight, bias, eps, torch.float32)
+    mean = rounded[..., 0].repeat_interleave(len(weight) // stats.shape[-2], dim=-1)
+    mean, scale, shift = (one.float()[:, :, None, None] for one in (mean, scale, shift))
+    return torch.addcmul(shift, x.float() - mean, scale).to(x.dtype)

@@ -170,7 +170,12 @@ def test_a_folder_without_permission(inner: str) -> None:
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize(
     "form",
-    ["{base}.{kind}.index.json", "{base}.fp16.{kind}.index.json", "{base}.{kind}.index.fp16.json"],
+    [
+        "{base}.{kind}.index.json",
+        "{base}.fp16.{kind}.index.json",
+        "{base}.{kind}.fp16.index.json",
+        "{base}.{kind}.index.fp16.json",
+    ],
 )
 def test_shards_are_read_through_their_index(tmp_path: Path, kind: str, form: str) -> None:
     index = sharded(tmp_path, kind)
@@ -181,6 +186,30 @@ def test_shards_are_read_through_their_index(tmp_path: Path, kind: str, form: st
             assert torch.equal(source.tensor("a"), A)
             assert torch.equal(source.tensor("b"), B)
             assert len(source.files) == 2
+
+
+def test_a_plain_file_goes_before_a_late_variant(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    index.rename(tmp_path / f"{PLAIN}.fp16.index.json")
+    put(tmp_path / PLAIN, whole=A)
+    assert list(open_source(tmp_path).shapes) == ["whole"]
+
+
+def test_a_stale_index_next_to_a_whole_file(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    put(tmp_path / PLAIN, whole=A)
+    for shard in tmp_path.glob("*-of-*"):
+        shard.unlink()
+    with pytest.raises(CheckpointError) as error:
+        open_source(tmp_path)
+    for words in (
+        f"{index}: lists 2 shards, 2 of them missing, and lies next to a whole file, {PLAIN}",
+        f"if {PLAIN} is what you want, delete {index.name}",
+    ):
+        assert words in str(error.value)
+    assert list(open_source(tmp_path / PLAIN).shapes) == ["whole"]
+    index.unlink()
+    assert list(open_source(tmp_path).shapes) == ["whole"]
 
 
 def test_a_shard_may_be_a_link_to_elsewhere_and_lie_in_a_subfolder(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.weight_files import is_mapped
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from sdconv.checkpoint.io.pickles import WRAPPERS, read_pickle
+import sdconv
+from sdconv.checkpoint.io.pickles import WRAPPERS, read_pickle, weights_key
 from sdconv.errors import CheckpointError, InputError
 
 FORMATS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
@@ -292,3 +293,101 @@ def test_newer_protocols_raise_no_warning(tmp_path: Path) -> None:
     assert same(read_pickle(saved(tmp_path / "a.ckpt", WEIGHTS, protocol=3)), WEIGHTS)
     with pytest.raises(CheckpointError, match="restricted reader does not accept"):
         read_pickle(saved(tmp_path / "b.ckpt", WEIGHTS, protocol=4))
+
+
+OTHERS = {"conv.weight": torch.zeros(2, 2, 2), "conv.bias": torch.zeros(2).half()}
+
+
+def nested(path: str, value: object) -> dict[str, object]:
+    """``value`` in dicts under the names in ``path``."""
+    for name in reversed(path.split(".")):
+        value = {name: value, "epoch": 3}
+    assert isinstance(value, dict)
+    return value
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "path",
+    ["ema", "params_ema", "net", "model.state_dict", "a.b.c.d.e", "checkpoint.model.module"],
+)
+def test_weights_at_any_depth(tmp_path: Path, path: str, new: bool) -> None:
+    content = nested(path, WEIGHTS)
+    content |= {"step": torch.tensor(3), "optimizer": {"a.b": torch.ones(2)}}
+    content["optimizer_states"] = [{"state": {0: {"exp.avg": torch.ones(2)}}}]
+    file = saved(tmp_path / "a.pth", content, new)
+    assert same(read_pickle(file), WEIGHTS)
+    with weights_key(path):
+        assert same(read_pickle(file), WEIGHTS)
+    with (
+        weights_key("other"),
+        pytest.raises(CheckpointError, match="no weights under 'other'") as error,
+    ):
+        read_pickle(file)
+    assert f"'{path}' (2 tensors)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("params", "params_ema"),
+        ("state_dict", "ema"),
+        ("model.state_dict", "model.ema"),
+        ("gen.net", "disc.net"),
+    ],
+)
+def test_several_sets_of_weights(tmp_path: Path, one: str, other: str) -> None:
+    content: dict[str, Any] = {"epoch": 3}
+    for path, weights in ((one, WEIGHTS), (other, OTHERS)):
+        *outer, last = path.split(".")
+        place = content
+        for name in outer:
+            place = place.setdefault(name, {})
+        place[last] = weights
+    file = saved(tmp_path / "a.pth", content)
+    with pytest.raises(CheckpointError, match="several sets of weights") as error:
+        read_pickle(file)
+    assert f"'{one}' (2 tensors), '{other}' (2 tensors)" in str(error.value)
+    assert f"choose: sdconv.load(path, key='{one}'), --key {one}" in str(error.value)
+    for path, weights in ((one, WEIGHTS), (other, OTHERS)):
+        with weights_key(path):
+            assert same(read_pickle(file), weights)
+
+
+def test_the_outermost_dict_has_a_key_too(tmp_path: Path) -> None:
+    file = saved(tmp_path / "a.pth", {**WEIGHTS, "ema": OTHERS})
+    with pytest.raises(CheckpointError, match=r"'\.' \(2 tensors\), 'ema' \(2 tensors\)"):
+        read_pickle(file)
+    with weights_key("."):
+        assert same(read_pickle(file), WEIGHTS)
+
+
+def test_one_set_under_two_names_and_in_a_circle(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"model": WEIGHTS, "state_dict": WEIGHTS}
+    content["self"] = content
+    assert same(read_pickle(saved(tmp_path / "a.pth", content)), WEIGHTS)
+
+
+def test_a_key_is_a_name() -> None:
+    with pytest.raises(InputError, match="not a name"), weights_key(3):  # type: ignore[arg-type]
+        pass
+
+
+def test_keys_of_load_and_the_commands(tmp_path: Path) -> None:
+    from helpers import commands, seeded
+
+    one, other = (seeded.tensors(seeded.SMALL_KL, seed) for seed in (0, 1))
+    file = saved(tmp_path / "a.pth", {"params": one, "params_ema": other})
+    with pytest.raises(CheckpointError, match="several sets of weights"):
+        sdconv.load(file, family="sd1")
+    for key, tensors in (("params", one), ("params_ema", other)):
+        network = sdconv.load(file, family="sd1", key=key)
+        assert torch.equal(network.encoder.conv_in.weight, tensors["encoder.conv_in.weight"])
+    shown = commands.run("inspect", file, "--key", "params_ema", "--family", "sd1")
+    assert shown.exit_code == 0, shown.output
+    out = tmp_path / "b.safetensors"
+    to = ("--layout", "diffusers", "--family", "sd1", "--key", "params_ema")
+    assert commands.run("convert", file, out, *to).exit_code == 0
+    assert torch.equal(load_file(out)["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+    refused = commands.run("convert", file, out, *to[:4], "--force")
+    assert refused.exit_code != 0 and "--key params" in refused.stderr
