@@ -23,11 +23,11 @@ from sdconv.fast.preconditions import is_eager
 def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
     """A ResNet block."""
     x = x.to(memory_format=torch.channels_last)
-    added = None
+    projected = None
     if block.time_emb_proj is not None:
-        added = block.time_emb_proj(block.nonlinearity(temb))
+        projected = block.time_emb_proj(block.nonlinearity(temb))
     hidden = block.conv1(_norm_silu(block.norm1, x))
-    out: Tensor = block.conv2(_norm_silu(block.norm2, hidden, added))
+    out: Tensor = block.conv2(_norm_silu(block.norm2, hidden, projected))
     if block.conv_shortcut is not None:
         x = block.conv_shortcut(x)
     # In place: no gradient needs the convolution's output.

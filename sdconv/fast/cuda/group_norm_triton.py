@@ -1,10 +1,10 @@
-"""GroupNorm and SiLU of channels-last feature maps in Triton: ``group_norm.by_torch`` with one pass
-for the statistics and one over the feature map.
+"""GroupNorm and SiLU of channels-last feature maps in Triton: two passes over the feature map, one
+for the statistics and one to normalise.
 
-Arithmetic is in float32, sums over a group in float64. Each part of a feature map has squared
-deviations from its own mean, and they are combined by the formula of Chan, Golub and LeVeque
+Arithmetic is in float32, sums over a group in float64. Each part of a feature map has its own mean
+and squared deviations from it, which are combined by the formula of Chan, Golub and LeVeque
 (1979), so that values far from zero lose little precision. The order of all sums is fixed, so the
-result is the same bits each time.
+result is the same each time, bit for bit.
 
 The kernels run on a CPU in Triton's interpreter and compile for NVIDIA's architectures. They have
 not run on a GPU yet, and nothing here says how fast they are.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values that a program holds at a time, channels among them, and the most parts of a feature map.
+# The values and the channels that a program holds at a time, and the most parts of a feature map.
 _VALUES, _CHANNELS, _PARTS = 4096, 128, 256
 # Parts that are combined at a time.
 _MERGED = 32

@@ -1,12 +1,12 @@
 """Nearest-neighbour upsampling and a 3x3 convolution by sub-pixel decomposition, for GPUs.
 
-The 3x3 window of an output pixel covers 2x2 input pixels, which ones depends on whether its row and
+The 3x3 window of an output pixel covers 2x2 input pixels; which ones depends on whether its row and
 its column are even or odd. For each of these four cases, the kernel's taps that fall on the same
-input pixel are added beforehand: 16 products instead of 36, and no upsampled feature map. All four
-are one convolution of torch's.
+input pixel are added beforehand: 16 products instead of 36, and no upsampled feature map. One call
+of torch's convolution computes all four.
 
-On CPUs, Winograd's convolution of the upsampled feature map takes 25 products for 16 outputs where
-this takes 64, see :mod:`sdconv.fast.cpu.winograd`.
+On CPUs, Winograd's convolution of the upsampled feature map takes 25 products for 16 outputs, and
+this would take 64: see :mod:`sdconv.fast.cpu.winograd`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def kernels(weight: Tensor) -> Tensor:
+def sub_pixel_weights(weight: Tensor) -> Tensor:
     """Adds taps that fall on the same pixel: ``(O, C, 3, 3)`` to ``(2, 2, O, C, 2, 2)``, for even
     and odd rows and columns. Sums are rounded once, from float32 or wider."""
     wide = weight if weight.dtype is torch.float64 else weight.float()
@@ -32,7 +32,7 @@ def _along(weight: Tensor, axis: int) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Upsamples and convolves ``(B, C, H, W)``; gives ``(B, O, 2H, 2W)`` in channels-last order.
+    """Upsamples and convolves: ``(B, C, H, W)`` to ``(B, O, 2H, 2W)`` in channels-last order.
 
     Args:
         x: the feature map.
@@ -43,7 +43,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out_channels = len(weight)
     parts = functional.conv2d(
         x.to(memory_format=torch.channels_last),
-        kernels(weight).flatten(0, 2),
+        sub_pixel_weights(weight).flatten(0, 2),
         None if bias is None else bias.repeat(4),
         padding=1,
     )

@@ -56,8 +56,9 @@ def test_swapped_rows_and_columns_are_noticed(monkeypatch: pytest.MonkeyPatch) -
     x, weight, bias = drawn(0, 1, 3, 2, 5, 6)  # the fault: kernels of even columns on even rows
     exact = direct_upsample_conv(x, weight, bias)
     assert error(upsample.upsample_conv(x, weight, bias), exact) < 2e-6
-    right = upsample.kernels
-    monkeypatch.setattr(upsample, "kernels", lambda weight: right(weight).transpose(0, 1))
+    right = upsample.sub_pixel_weights
+    swapped = lambda weight: right(weight).transpose(0, 1)  # noqa: E731
+    monkeypatch.setattr(upsample, "sub_pixel_weights", swapped)
     assert error(upsample.upsample_conv(x, weight, bias), exact) > 1e-2
 
 
