@@ -93,6 +93,7 @@ class Record:
         *,
         least: float = 0.0,
         most: float = math.inf,
+        must_work: bool = False,
         **what: Any,
     ) -> dict[str, Any] | None:
         """Adds the row that ``measure`` returns, or one that says why there is none.
@@ -102,6 +103,7 @@ class Record:
             measure: returns the row's values.
             least: seconds that it will take at least; with fewer left, the row is left out.
             most: seconds after which it is given up.
+            must_work: complain if ``measure`` raises, unless because the stage's time is up.
             what: values of the row in any case.
 
         Returns:
@@ -117,11 +119,14 @@ class Record:
                 self.content["left_out"].append(key)
                 self.save()
             return None
+        limit = min(most, self.left)
         try:
-            with time_limit(min(most, self.left)):
+            with time_limit(limit):
                 values = measure()
         except Exception as error:
             self.row(key, **what, error=sentence(error), traceback=traceback.format_exc())
+            if must_work and not (isinstance(error, TimeoutError) and limit < most):
+                self.complain(f"{key}: {sentence(error)}")
         else:
             self.row(key, **what, **values)
             return values

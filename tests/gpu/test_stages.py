@@ -52,6 +52,9 @@ def test_a_row_that_fails_is_a_row_and_the_next_one_goes_on(record: Record) -> N
     assert found["first"]["error"] == "ValueError: no such thing"
     assert "in two lines" in found["first"]["traceback"]
     assert found["first"]["side"] == "a"
+    assert complaints(record) == []
+    record.measure("third", fail, must_work=True)
+    assert complaints(record) == ["third: ValueError: no such thing"]
     assert found["second"] == {"key": "second", "figure": "nan"}
 
 
@@ -62,6 +65,11 @@ def test_a_row_is_given_up_or_left_out_for_want_of_time(record: Record) -> None:
 
     record.measure("slow", wait, most=0.2)
     assert rows(record)["slow"]["error"].startswith("TimeoutError: given up after 0")
+    record.measure("too slow", wait, most=0.1, must_work=True)
+    assert complaints(record) == ["too slow: TimeoutError: given up after 0 s"]
+    late = Record(record.folder, "speed", 0.2)
+    late.measure("late", wait, must_work=True)
+    assert "late" in rows(late) and complaints(late) == [], "its time was up: no fault of the row"
     record.measure("long", dict, least=1e6)
     assert "long" not in rows(record)
     assert record.content["left_out"] == ["long"]
@@ -253,11 +261,13 @@ def test_sides_are_compared_and_a_side_that_fails_is_a_row(
     bench = speed.Bench(record, SMALL)
     for side in (speed.EAGER, speed.CHANNELS_LAST, speed.FAST):
         bench.add(WORK, side)
-    eager, failed, fast = rows(record).values()
+    assert complaints(record) == []
+    bench.add(WORK, speed.RECORDED)  # which there is on a GPU only
+    assert len(complaints(record)) == 1 and speed.RECORDED.name in complaints(record)[0]
+    eager, failed, fast, _ = rows(record).values()
     assert "no room for 2 GiB" in failed["error"] and "milliseconds" not in failed
     assert eager["milliseconds"] > 0 and eager["difference"] is None
     assert 0 < fast["difference"] < 1e-4
-    assert complaints(record) == []
 
 
 def test_a_fast_wrong_answer_is_a_complaint(

@@ -72,11 +72,12 @@ def network_rows(record: Record, options: Options, name: str, group: tuple[Preci
             with float32_by_tf32(precision.tf32), torch.no_grad():
                 return measured(record, options, name, precision, tensors)
 
-        found = record.measure(f"{name}, {precision.name}", measure, least=least, **what)
+        key = f"{name}, {precision.name}"
+        found = record.measure(key, measure, least=least, must_work=True, **what)
         if found is not None:
             for side in ("reference", "fast"):
                 if found[side] == "failed":
-                    record.complain(f"{name}, {precision.name}: {side} {found[f'{side}_why']}")
+                    record.complain(f"{key}: {side} {found[f'{side}_why']}")
         controlled = name == networks.SHIPPED and precision in (BFLOAT16, FLOAT32)
         if controlled and found is not None:
             control(record, options, name, precision, tensors)
@@ -256,7 +257,7 @@ def control(
 
     key = f"control: {name}, {precision.name}"
     what = {"network": f"control: {networks.label(name)}", "dtype": precision.name}
-    found = record.measure(key, measure, **what)
+    found = record.measure(key, measure, must_work=True, **what)
     if found is not None and not found["noticed"]:
         record.complain(f"{key}: the fault planted in {found['planted']} was not noticed")
 
