@@ -29,7 +29,8 @@ class Recording:
         self._inputs = tuple(one.detach().clone() for one in examples)
         self._graph = torch.cuda.CUDAGraph()
         with self._on_device(), torch.no_grad():
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
                 for _ in range(_WARMUP):
@@ -69,7 +70,7 @@ class Recording:
 
     def _on_device(self) -> AbstractContextManager[None]:
         # The tensors' device need not be the current one.
-        return torch.cuda.device_of(self._inputs[0])  # type: ignore[no-any-return,no-untyped-call]
+        return torch.cuda.device_of(self._inputs[0])  # type: ignore[no-untyped-call]
 
 
 def record(network: nn.Module, function: Callable[..., Tensor], *examples: Tensor) -> Recording:
