@@ -84,10 +84,13 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     It does not if the module is of a subclass (LoRA layers, parametrizations), has hooks, has a
     ``forward`` of its own (offloading), or is compiled.
     """
+    # A removed hook of accelerate's leaves the bound method here. torch.compile cannot compare the
+    # functions of methods, and need not, where there is none.
+    own = vars(module).get("forward")
     return (
         type(module) is kind
         and module._compiled_call_impl is None
-        and "forward" not in vars(module)
+        and (own is None or getattr(own, "__func__", None) is kind.forward)
         and not (
             module._forward_hooks
             or module._forward_pre_hooks
