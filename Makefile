@@ -41,7 +41,7 @@ demo: $(SETUP)
 		--vae weights/tiny-vae.safetensors --out out/unet-maps --force
 	@echo "made: out/reconstruct.png out/anatomy.png out/vae-maps/report.html out/unet-maps/report.html"
 
-# mkdocs-material prints a notice about a successor, which is no warning of ours
+# mkdocs-material prints a notice about a successor, which is not a warning of ours
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(SETUP)
 	$(BIN)/python -m scripts.docs.pictures

@@ -1,5 +1,4 @@
-"""Two backends that compute the same networks, the one switch between them, and the one place
-where a lower floor gets what only a higher one can import.
+"""The two backends, the switch between them, and providers of modules of higher floors.
 
 ``reference`` runs the plain torch code of :mod:`sdconv.models`, which uses diffusers' operations in
 diffusers' order: on a CPU in float32 the results are equal bit for bit. ``fast`` runs other
@@ -30,14 +29,14 @@ _ATTRIBUTE = "backend"
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _in_context: ContextVar[str | None] = ContextVar("sdconv_backend", default=None)
-# By name, what imports it.
+# Functions that import a module of a higher floor, by its name here.
 _providers: dict[str, Callable[[], Any]] = {}
 _fast_is_loaded = False
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs every network in this thread on one backend, whichever it was loaded with.
+    """Runs every network in this thread on one backend, regardless of which it was loaded with.
 
     ::
 
@@ -79,7 +78,7 @@ def set_backend(module: nn.Module, name: str) -> None:
 
 
 def is_fast(module: nn.Module) -> bool:
-    """Whether the module runs on the fast backend here and now."""
+    """Whether the fast backend is in force for a module: by the context, or by its own backend."""
     return (_from_context() or vars(module).get(_ATTRIBUTE)) == "fast"
 
 

@@ -84,7 +84,7 @@ def load_manifest(path: Path | None = None) -> dict[str, KnownCheckpoint]:
 def fetch(
     name: str, *, directory: Path | None = None, overwrite: bool = False, progress: bool = True
 ) -> Path:
-    """Download a known checkpoint, or find an earlier download, and check its sha256.
+    """Downloads a known checkpoint, or find an earlier download, and check its sha256.
 
     When the hub does not answer (no network, offline mode, terms not accepted), an earlier download
     is used: one in the hub's cache is checked against the hash under which it is stored; one in
@@ -192,7 +192,7 @@ def _stated_sha256(known: KnownCheckpoint) -> str:
         "the hub states no sha256 for this file, so it cannot be checked",
         where=known,
         got=f"ETag {metadata.etag}",
-        hint="check HF_ENDPOINT, or download the file by hand and give its path",
+        hint="check HF_ENDPOINT, or download the file by hand and pass its path",
     )
 
 
@@ -304,7 +304,7 @@ def _bars(progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _hub_errors(known: KnownCheckpoint) -> Iterator[None]:
-    """Translate any exception of the hub's client into an error that says what to do.
+    """Translates any exception of the hub's client into an error that says what to do.
 
     The client raises its own errors, its HTTP library's, the operating system's and those of its
     compiled downloader; Exception is their only common base.

@@ -94,7 +94,7 @@ class LoadedImage:
 
 
 def read_image(path: str | Path) -> LoadedImage:
-    """Read an image file as upright RGB with 8 bits per channel.
+    """Reads an image file as upright RGB with 8 bits per channel.
 
     The camera's orientation is applied, transparency is blended with white, 16 bits are scaled to
     8, and of an animation the first frame is read. Colour profiles are not applied.
@@ -236,7 +236,7 @@ def image_format(path: Path) -> str:
 
 
 def write_image(image: Image.Image, path: str | Path) -> None:
-    """Write an image, completely or not at all, in the format of the path's suffix.
+    """Writes an image, completely or not at all, in the format of the path's suffix.
 
     Raises:
         InputError: ``path`` is not a path, or its suffix is not in ``WRITE_FORMATS``.

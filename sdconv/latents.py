@@ -68,7 +68,7 @@ def image_multiple(network: Autoencoder, *, scaled: bool = False) -> int:
 
 
 def check_scaled(network: Autoencoder, latents: Tensor, scaled: bool) -> None:
-    """Refuse FLUX.2's raw latents where ``scaled`` says patches, and the other way round.
+    """Refuses FLUX.2's raw latents where ``scaled`` says patches, and the other way round.
 
     Raises:
         InputError: they are the other kind.
@@ -91,7 +91,7 @@ def _has_patches(network: Autoencoder) -> bool:
 
 
 def scale(network: Autoencoder, latents: Tensor) -> Tensor:
-    """Convert raw latents to the form that the diffusion model uses.
+    """Converts raw latents to the form that the diffusion model uses.
 
     For most families this is ``(latents - shift_factor) * scaling_factor``, or with
     ``latents_mean`` and ``latents_std`` ``(latents - mean) * scaling_factor / std``. A tiny
@@ -129,7 +129,7 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
-    """Convert latents of the diffusion model to raw ones: the inverse of ``scale``.
+    """Converts latents of the diffusion model to raw ones: the inverse of ``scale``.
 
     Args:
         network: the autoencoder that the latents belong to.
@@ -153,7 +153,7 @@ def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool | None]:
-    """Read latents, and whether they are scaled, from a file.
+    """Reads latents, and whether they are scaled, from a file.
 
     Args:
         path: a safetensors file, or a pickle of tensors.
@@ -200,7 +200,7 @@ def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool
 
 
 def write_latents(latents: Tensor, path: str | Path, *, scaled: bool) -> None:
-    """Write a safetensors file with one tensor, ``KEY``, completely or not at all.
+    """Writes a safetensors file with one tensor, ``KEY``, completely or not at all.
 
     Raises:
         InputError: ``path`` is not a path.

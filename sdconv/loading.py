@@ -1,4 +1,4 @@
-"""``sdconv.load``, and which network belongs to which config."""
+"""``sdconv.load``, and the table from a config's class to its network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NETWORKS: Mapping[str, type[Network]] = {
 
 
 def build(config: Config) -> Network:
-    """The network for a config, with torch's random weights; a U-Net's imports diffusers."""
+    """Builds the network for a config, with torch's random weights; a U-Net's imports diffusers."""
     return _NETWORKS[config.class_name].from_config(config)
 
 
@@ -68,7 +68,7 @@ def load(
     backend: str = "reference",
     ema: bool = False,
 ) -> Network:
-    """Opens a network from a checkpoint, in eval mode, never through a network connection.
+    """Opens a network from a checkpoint, in eval mode; nothing is downloaded.
 
     On the CPU, in the file's own dtype, safetensors weights are memory-mapped: nothing is read
     until it is used. Otherwise each tensor is read once, straight to the device and dtype.
@@ -79,12 +79,13 @@ def load(
             (shards, or a tiny autoencoder's two halves in any order); or a state dict, whose
             tensors are shared, not copied.
         component: ``"vae"`` or ``"unet"``; None for the only one there is.
-        dtype: a floating-point dtype; None keeps the file's. A network computes in one dtype, so a
-            file with several gives the widest, and one-byte floats become float32.
+        dtype: a floating-point dtype; None keeps the file's. A network computes in one dtype, so
+            the widest is taken of a file with several, and one-byte floats become float32.
         device: where the weights go.
         family: the family, if shapes leave it open (``"sd1"``, ``"sdxl"``, ``"sd3"``,
             ``"flux1"``, ...).
-        backend: the network's own, see ``sdconv.backend``: ``"reference"`` or ``"fast"``.
+        backend: the network's own backend, ``"reference"`` or ``"fast"``; see
+            ``sdconv.backend``.
         ema: load the running averages of the weights that an original checkpoint may also hold
             (``model_ema.*``), instead of the weights.
 

@@ -1,4 +1,5 @@
-"""Numbers as people write and read them: amounts of memory, sizes of images, large counts."""
+"""Numbers as people write and read them: amounts of memory, sizes of images, padding, large
+counts."""
 
 from __future__ import annotations
 
@@ -49,6 +50,17 @@ def format_bytes(size: int) -> str:
     return f"{size} bytes"
 
 
+def format_pair(pair: tuple[object, object], times: str = "x") -> str:
+    """``2`` if rows and columns have the same, otherwise both, as ``2x1``.
+
+    Args:
+        pair: the values for rows and for columns.
+        times: put between two different values.
+    """
+    rows, columns = pair
+    return str(rows) if rows == columns else f"{rows}{times}{columns}"
+
+
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
     """``"512x768"`` as (rows, columns); ``"512"`` is a square.
 
@@ -67,6 +79,15 @@ def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
     if max(map(len, parts)) > 9 or not all(int(part) for part in parts):
         raise InputError("not a size", where=name, expected="1 to 999999999", got=repr(text))
     return int(parts[0]), int(parts[-1])
+
+
+def format_padding(padding: tuple[int, int, int, int]) -> str:
+    """Zeros above, below, left and right as ``1`` if all are the same, as ``0,1`` (before, after)
+    if rows and columns have the same, and else as ``0,1/1,1``."""
+    top, bottom, left, right = padding
+    if top == bottom == left == right:
+        return str(top)
+    return f"{top},{bottom}" if (top, bottom) == (left, right) else f"{top},{bottom}/{left},{right}"
 
 
 def count(number: int) -> str:

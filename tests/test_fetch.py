@@ -291,7 +291,7 @@ def test_a_hub_out_of_reach(client: Client) -> None:
     assert client.path(NAME, HF_ENDPOINT="http://127.0.0.1:9") == path
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean sdxl-vae-fp16-fix") as caught:
         fetch("sdxl-vae-fp16fix")
     assert all(name in str(caught.value) for name in load_manifest())

@@ -98,8 +98,8 @@ def _targets(node: ast.AST, package: str, sources: dict[str, str]) -> Iterator[s
             yield target
 
 
-def place(name: str) -> str:
-    """The name in FLOORS that stands for the module ``name``."""
+def top_level(name: str) -> str:
+    """The entry of FLOORS that the module ``name`` belongs to."""
     return name.partition(".")[0]
 
 
@@ -109,7 +109,10 @@ def complaints(sources: dict[str, str]) -> list[str]:
     graph: dict[str, set[str]] = {}
     for arrow in arrows(sources):
         where = f"{arrow.importer or '__init__'}:{arrow.line}"
-        if arrow.target.split(".")[0] == "diffusers" and place(arrow.importer) != IMPORTS_DIFFUSERS:
+        if (
+            arrow.target.split(".")[0] == "diffusers"
+            and top_level(arrow.importer) != IMPORTS_DIFFUSERS
+        ):
             found.append(f"{where} imports {arrow.target}: only {IMPORTS_DIFFUSERS} may")
         if arrow.target.split(".")[0] != "sdconv":
             continue
@@ -117,7 +120,7 @@ def complaints(sources: dict[str, str]) -> list[str]:
         if arrow.lazy and (arrow.importer, target) == UPWARD:
             continue
         graph.setdefault(arrow.importer, set()).add(target)
-        own, other = place(arrow.importer), place(target)
+        own, other = top_level(arrow.importer), top_level(target)
         strangers = [name for name in (own, other) if name not in FLOOR]
         if strangers:
             found.append(f"{where} imports {target}: {strangers[0]!r} is on no floor")
@@ -137,7 +140,7 @@ def test_imports_point_one_way() -> None:
 
 
 def test_every_module_is_on_a_floor() -> None:
-    assert {place(name) for name in modules(PACKAGE)} == set(FLOOR)
+    assert {top_level(name) for name in modules(PACKAGE)} == set(FLOOR)
 
 
 @pytest.mark.parametrize(

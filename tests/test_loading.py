@@ -1,4 +1,4 @@
-"""From every layout that people have to one network; and what is refused, with what words."""
+"""Every layout loads as the same network; what is refused, and with which message."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ LAYOUTS = {
         k: v[:, :, None, None].clone() if ".to_" in k and v.ndim == 2 else v
         for k, v in state.items()
     },
-    "beside a U-Net's tensor and a schedule": lambda state: {
+    "next to a U-Net's tensor and a schedule": lambda state: {
         **{f"vae.{k}": v for k, v in state.items()},
         "alphas_cumprod": torch.ones(1000),
         "text_encoders.clip_l.logit_scale": torch.ones(()),
@@ -170,8 +170,8 @@ def test_config_json_that_contradicts_the_weights(state: State, tmp_path: Path) 
     with pytest.raises(sdconv.WeightsMismatchError, match="of the wrong shape") as caught:
         sdconv.load(folder_of(state, tmp_path / "vae", config))
     assert "(96, 32, 3, 3)" in str(caught.value) and "(64, 32, 3, 3)" in str(caught.value)
-    told = "whose config says block_out_channels = (32, 96) where the shapes say (32, 64)"
-    assert told in str(caught.value)
+    message = "whose config says block_out_channels = (32, 96) where the shapes say (32, 64)"
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_pipeline_folder(state: State, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_asked_dtype(dtype: torch.dtype, state: State, tmp_path: Path) -> None:
+def test_requested_dtype(dtype: torch.dtype, state: State, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(state, path)
     loaded = sdconv.load(path, dtype=dtype, family="sd1")
@@ -369,7 +369,7 @@ def test_a_language_model_is_named_as_unknown(tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_paths(tmp_path: Path) -> None:
     with pytest.raises(sdconv.CheckpointError, match="does not exist"):
         sdconv.load(tmp_path / "absent.safetensors")
     with pytest.raises(sdconv.CheckpointError):
@@ -413,7 +413,7 @@ def test_opening_does_not_import_diffusers_networks(state: State, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
-def test_weights_that_are_no_floats(dtype: torch.dtype, state: State) -> None:
+def test_weights_that_are_not_floating_point(dtype: torch.dtype, state: State) -> None:
     broken = {**state, "encoder.conv_in.weight": state["encoder.conv_in.weight"].to(dtype)}
     with pytest.raises(sdconv.WeightsMismatchError, match="1 not floating-point") as caught:
         sdconv.load(broken, family="sd1")

@@ -27,7 +27,7 @@ MB = 1 << 20
 
 
 def vae(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """A float32 VAE as it stands in a whole checkpoint."""
+    """A float32 VAE as a whole checkpoint stores it."""
     config = AutoencoderKLConfig(
         **{
             **AutoencoderKLConfig.assumed,
@@ -42,7 +42,7 @@ def vae(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 def sdxl_unet(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """A float16 U-Net like SDXL's, its transformers shorter, as it stands in a whole checkpoint."""
+    """A float16 U-Net like SDXL's, its transformers shorter, as a whole checkpoint stores it."""
     own = {
         "sample_size": 128,
         "block_out_channels": channels,
@@ -58,16 +58,16 @@ def sdxl_unet(channels: tuple[int, ...]) -> dict[str, torch.Tensor]:
     }
     config = UNet2DConditionConfig(**{**UNet2DConditionConfig.assumed, **own})
     with torch.device("meta"):
-        blank = build(config).state_dict()
-    tensors = original_tensors(blank, config)
+        on_meta = build(config).state_dict()
+    tensors = original_tensors(on_meta, config)
     return {
         f"model.diffusion_model.{name}": torch.ones(tensor.shape, dtype=torch.float16)
         for name, tensor in tensors.items()
     }
 
 
-def whole_checkpoint(path: Path, own: dict[str, torch.Tensor], beside: int) -> int:
-    """A file with a network's tensors and ``beside`` bytes of another one before and after them.
+def whole_checkpoint(path: Path, own: dict[str, torch.Tensor], other: int) -> int:
+    """A file with a network's tensors and ``other`` bytes of another one before and after them.
 
     The other network's bytes are a hole in the file. Returns the network's bytes.
     """
@@ -77,21 +77,21 @@ def whole_checkpoint(path: Path, own: dict[str, torch.Tensor], beside: int) -> i
     header = json.loads(data[8 : 8 + length])
     body = data[8 + length :]
     for entry in header.values():
-        entry["data_offsets"] = [offset + beside for offset in entry["data_offsets"]]
-    end = beside + len(body)
+        entry["data_offsets"] = [offset + other for offset in entry["data_offsets"]]
+    end = other + len(body)
     for name, start in (("a", 0), ("z", end)):
         header[f"cond_stage_model.{name}"] = {
             "dtype": "U8",
-            "shape": [beside],
-            "data_offsets": [start, start + beside],
+            "shape": [other],
+            "data_offsets": [start, start + other],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.seek(beside, 1)
+        file.seek(other, 1)
         file.write(body)
-        file.truncate(file.tell() + beside)
+        file.truncate(file.tell() + other)
     return len(body)
 
 
@@ -149,15 +149,15 @@ def opened(
 
 
 def seen(touched: int, again: Iterable[int], least: float) -> bool:
-    """Whether that much was seen to be touched, at once or on looking again: on a busy machine the
-    watching thread may get no turn."""
+    """Whether at least ``least`` bytes were touched, in this run or in one of ``again``: on a busy
+    machine the watching thread may not run."""
     return touched >= least or any(other >= least for other in again)
 
 
 @pytest.mark.parametrize("dtype", ["None", "float16", "float64"])
 def test_only_the_component_is_read(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    own = whole_checkpoint(path, vae((64, 128, 128)), beside=512 * MB)
+    own = whole_checkpoint(path, vae((64, 128, 128)), other=512 * MB)
     peak, touched, weights, largest = opened(path, dtype)
     # the kernel maps the pages around each one that is used, 64 kB at most on either side
     assert touched <= own + 8 * MB
@@ -171,7 +171,7 @@ def test_only_the_component_is_read(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["None", "float16", "float64"])
 def test_full_size_peak_memory(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    own = whole_checkpoint(path, vae((128, 256, 512, 512)), beside=2048 * MB)
+    own = whole_checkpoint(path, vae((128, 256, 512, 512)), other=2048 * MB)
     peak, touched, weights, largest = opened(path, dtype)
     assert touched <= own + 16 * MB
     assert peak <= (0 if dtype == "None" else weights) + largest + 60 * MB
@@ -181,7 +181,7 @@ def test_full_size_peak_memory(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["None", "float32"])
 def test_only_the_unet_is_read(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    own = whole_checkpoint(path, sdxl_unet((128, 256, 512)), beside=512 * MB)
+    own = whole_checkpoint(path, sdxl_unet((128, 256, 512)), other=512 * MB)
     peak, touched, weights, largest = opened(path, dtype, "unet", "sdxl")
     assert own > 150 * MB, "the control: it is more than the allowance"
     assert touched <= own + 16 * MB

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sdconv
-from sdconv.sizes import format_bytes, parse_bytes, parse_size
+from sdconv.sizes import format_bytes, format_padding, parse_bytes, parse_size
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -60,3 +60,11 @@ def test_image_sizes_are_rows_by_columns(written: str, size: tuple[int, int]) ->
 def test_not_an_image_size(written: str) -> None:
     with pytest.raises(sdconv.InputError, match="--size: not a size"):
         parse_size(written)
+
+
+@pytest.mark.parametrize(
+    ("padding", "written"),
+    [((1, 1, 1, 1), "1"), ((0, 1, 0, 1), "0,1"), ((0, 1, 1, 1), "0,1/1,1")],
+)
+def test_padding_is_written_shortly(padding: tuple[int, int, int, int], written: str) -> None:
+    assert format_padding(padding) == written

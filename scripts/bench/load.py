@@ -129,8 +129,8 @@ def made_unet(folder: Path) -> dict[str, Path]:
     from sdconv.loading import build
 
     with torch.device("meta"):
-        blank = build(SDXL).state_dict()
-    own = {name: tuple(tensor.shape) for name, tensor in blank.items()}
+        on_meta = build(SDXL).state_dict()
+    own = {name: tuple(tensor.shape) for name, tensor in on_meta.items()}
     (folder / "unet").mkdir()
     content = {**SDXL.to_json(), "_class_name": SDXL.class_name}
     (folder / "unet" / "config.json").write_text(json.dumps(content))
@@ -138,7 +138,7 @@ def made_unet(folder: Path) -> dict[str, Path]:
     # two text encoders and a VAE, which loading the U-Net should not touch
     shapes: dict[str, tuple[int, ...]] = {"first_stage_model.filler": (83653863,)}
     shapes |= {f"conditioner.filler.{i}": (1 << 26,) for i in range(12)}
-    for name, tensor in original_tensors(blank, SDXL).items():
+    for name, tensor in original_tensors(on_meta, SDXL).items():
         shapes[f"model.diffusion_model.{name}"] = tuple(tensor.shape)
     write_sparse(folder / "checkpoint.safetensors", shapes)
     return {"folder": folder / "unet", "checkpoint": folder / "checkpoint.safetensors"}

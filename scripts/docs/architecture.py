@@ -57,7 +57,7 @@ USED, NETWORKS = 5, 8
 
 @dataclass(frozen=True)
 class Box:
-    """One package at its place, in pixels from the top left."""
+    """A package's rectangle, in pixels from the top left."""
 
     name: str
     lines: tuple[str, ...]

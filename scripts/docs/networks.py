@@ -75,7 +75,7 @@ def receptive_fields(photo: Tensor, vae: AutoencoderKL) -> Figure:
     """The receptive field on the photo of one number in the centre of each level."""
     anatomy = dissect(vae.config, photo.shape[-1])
     levels: dict[str, tuple[int, tuple[int, int]]] = {}
-    for block in anatomy.half("encode"):
+    for block in anatomy.blocks_of("encode"):
         level = ".".join(block.name.split(".")[:3])
         if "down_blocks" in level and "downsamplers" not in block.name:
             levels[level] = block.last.receptive_field[0], block.out_size

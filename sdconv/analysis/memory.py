@@ -23,7 +23,7 @@ _REMEDIES = {
 
 
 def memory_hint(options: Iterable[str]) -> str | None:
-    """How to make do with less memory, by those of a command's options that help; else None."""
+    """Advice on which of a command's options save memory; None if none does."""
     given = set(options)
     return ", or ".join(words for option, words in _REMEDIES.items() if option in given) or None
 
@@ -42,13 +42,13 @@ def check_memory(
         options: the caller's options that can save memory, of ``memory``, ``size`` and ``dtype``.
 
     Raises:
-        InputError: they do.
+        InputError: the feature maps exceed the free memory.
     """
     from sdconv.analysis.anatomy import dissect
 
     pixels = images * size[0] * size[1]
     if network.device.type == "cpu" and pixels > _SMALL:
-        # feature maps grow with the image, so that one size tells what each pixel takes
+        # feature maps grow with the image, so that one size shows what each pixel takes
         values_per_pixel = dissect(network.config, _SIDE).peak_values / _SIDE**2
         least = round(pixels * values_per_pixel * network.dtype.itemsize)
         several = "" if images == 1 else f"{images} of "
@@ -66,7 +66,7 @@ def check_free_memory(least: int, where: str, options: Iterable[str]) -> None:
         options: as for ``check_memory``.
 
     Raises:
-        InputError: it does.
+        InputError: ``least`` exceeds the free memory.
     """
     free = _free_memory()
     if free is not None and least > free:

@@ -1,4 +1,4 @@
-"""From a path to a filled network, for whoever can build one from a config."""
+"""Assembles a network: builds it from a config, and fills it with a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# one-byte floats are for storage: nothing computes in them
+# one-byte floats, in which weights are stored but no network computes
 _STORAGE_ONLY = frozenset(
     getattr(torch, name)
     for name in dir(torch)
@@ -58,15 +58,15 @@ def assemble(
         if view.networks:
             names = {found.component: found for found in view.networks}
             component = one_of(names, component, source.label)
-        (chosen,) = view.identify(family, component)
+        (identified,) = view.identify(family, component)
         if ema:
-            chosen = _averaged(chosen, source.label)
-        warn_if_open(chosen, stacklevel=4)  # the caller of `load` or `from_pretrained`
+            identified = _averaged(identified, source.label)
+        warn_if_open(identified, stacklevel=4)  # the caller of `load` or `from_pretrained`
         with torch.device("meta"):
-            network = build(chosen.config)
-        fit(chosen, view.shapes, view.dtype, shapes_in(network)).check(chosen, source.label)
+            network = build(identified.config)
+        fit(identified, view.shapes, view.dtype, shapes_in(network)).check(identified, source.label)
         network.load_state_dict(
-            _tensors(network, chosen, view, dtype, target), strict=True, assign=True
+            _tensors(network, identified, view, dtype, target), strict=True, assign=True
         )
     return network.eval()
 
@@ -88,34 +88,34 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         )
 
 
-def _averaged(chosen: Identified, where: object) -> Identified:
-    """The same network with the names of its weights' running averages."""
-    if not chosen.found.ema:
+def _averaged(identified: Identified, where: object) -> Identified:
+    """The same network, with the names of its weights' running averages (EMA) as its tensors."""
+    if not identified.found.ema:
         raise UnknownNetworkError(
-            f"there are no running averages of the {chosen.component}",
+            f"there are no running averages of the {identified.component}",
             where=where,
             expected="tensors under model_ema.",
-            got=f"{len(chosen.found.names)} weights without any",
+            got=f"{len(identified.found.names)} weights without any",
             hint="leave ema=True out: many files hold the averages as their only weights",
         )
-    return replace(chosen, found=replace(chosen.found, names=chosen.found.ema))
+    return replace(identified, found=replace(identified.found, names=identified.found.ema))
 
 
 def _tensors(
     network: nn.Module,
-    chosen: Identified,
+    identified: Identified,
     view: SourceView,
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
     """The network's state dict, read from the checkpoint."""
-    names: Mapping[str, str] = chosen.found.names
+    names: Mapping[str, str] = identified.found.names
     if dtype is None:
         dtype = _common_dtype({view.dtype(name) for name in names.values()})
     state = {}
-    for canonical, blank in network.state_dict().items():
+    for canonical, on_meta in network.state_dict().items():
         if canonical not in names:
-            state[canonical] = torch.zeros_like(blank, device=device)
+            state[canonical] = torch.zeros_like(on_meta, device=device)
             continue
         tensor = view.tensor(names[canonical])
         if tensor.layout is not torch.strided:

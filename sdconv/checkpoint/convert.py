@@ -54,7 +54,7 @@ Build = Callable[[Config], nn.Module]
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What was written.
+    """A summary of what ``convert`` wrote.
 
     ``moved``: the number of tensors of each component that are now in the layout. ``dtypes``:
     torch's names of their dtypes. ``carried``: the number of other tensors that are in the file
@@ -109,7 +109,7 @@ def convert(
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
-        CheckpointError: something cannot be read as weights, or not be written.
+        CheckpointError: something cannot be read as weights, or cannot be written.
         UnknownNetworkError: there is no network that sdconv knows, or two of one component.
         WeightsMismatchError: tensors of a network are missing or of the wrong shape.
         InputError: an argument has a value that is not allowed.
@@ -184,7 +184,7 @@ def _check(known: _Known, build: Build) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """A checkpoint, and how it is to be written."""
+    """A conversion: a checkpoint, and how it is to be written."""
 
     checkpoint: Checkpoint
     known: Sequence[_Known]
@@ -283,7 +283,7 @@ def _canonical(found: DetectedNetwork, view: SourceView) -> Renamed:
 
 
 class _FileNames:
-    """The names in a single file of one layout.
+    """Names tensors for a single file of one layout.
 
     ``origins``: by component, how the original's names and shapes differed from the usual ones.
     """
@@ -299,8 +299,8 @@ class _FileNames:
         if found.layout == self._job.layout and not self._job.checkpoint.is_pipeline:
             kept = found.prefix if self._job.component is None else ""
             return {
-                name: (kept + place.removeprefix(found.prefix), view.shapes[place])
-                for name, place in found.names.items()
+                name: (kept + stored.removeprefix(found.prefix), view.shapes[stored])
+                for name, stored in found.names.items()
             }
         usual = self._original(found, view)
         if self._job.layout == "original":
@@ -320,9 +320,9 @@ class _FileNames:
     def _original(self, found: DetectedNetwork, view: SourceView) -> Renamed:
         """diffusers' name -> name and shape in the usual original layout, without prefix."""
         shapes = found.shapes(view.shapes)
-        blank = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        made = original_tensors(blank, self._configs[found.component])
-        pairs = zip(blank, made.items(), strict=True)
+        on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        made = original_tensors(on_meta, self._configs[found.component])
+        pairs = zip(on_meta, made.items(), strict=True)
         return {name: (original, tuple(one.shape)) for name, (original, one) in pairs}
 
     def _remember(self, found: DetectedNetwork, view: SourceView, usual: Renamed) -> None:

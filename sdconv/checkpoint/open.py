@@ -1,4 +1,4 @@
-"""From a path to named tensors: which component of a pipeline, and which networks are in it."""
+"""Opens weights by path and component, and lists the networks among their tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPONENTS = ("unet", "vae")
 
 
 class SourceView:
-    """A source's tensors, under names that are unique even for two files.
+    """The tensors of a source under unique names, even if it has two files.
 
     Both halves of a tiny autoencoder number their layers from 0 in files of their own. Here their
     names begin with ``encoder.`` and ``decoder.``; the shapes show which is which.

@@ -78,7 +78,7 @@ def save(model: nn.Module, path: str | Path, layout: str = "diffusers") -> list[
 
 
 def original_tensors(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """A network's tensors by the original layout's names, with attention projections as 1x1
+    """Renames a network's tensors to the original layout's names, with attention projections as 1x1
     convolutions.
 
     Args:

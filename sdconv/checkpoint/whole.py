@@ -1,4 +1,4 @@
-"""Everything in a checkpoint, as one list of tensors with the names that are asked for.
+"""Lists all tensors of a checkpoint, under new names, to be written to one file or folder.
 
 A checkpoint is a file with one network or with a whole model, or the folder of a pipeline, whose
 subfolders are its parts.
@@ -118,8 +118,8 @@ def entries(
     Args:
         checkpoint: open.
         networks: those to rename.
-        renaming: gives their names and shapes.
-        placed: whether text encoders get the names and the layout that original files use.
+        renaming: returns their new names and shapes.
+        placed: whether text encoders get the names and the layout of original files.
     """
     networks = list(networks)
     places = _text_places(networks, checkpoint.parts) if placed else {}
@@ -129,8 +129,8 @@ def entries(
         for found in (found for home, found in networks if home is part):
             taken |= set(found.names.values())
             for canonical, (name, shape) in renaming(found, part.view).items():
-                place = found.names[canonical]
-                result.append(part.entry(name, [place], shape, found.component))
+                stored = found.names[canonical]
+                result.append(part.entry(name, [stored], shape, found.component))
         text = _text(part, places[part.name]) if part.name in places else []
         prefix = f"{part.name}." if part.name else ""
         rest = [name for name in part.view.shapes if name not in taken]
@@ -151,7 +151,7 @@ def left_over(found: Iterable[OutputTensor]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _TextPlace:
-    """The prefix of a text encoder in an original file, and whether it has OpenCLIP's layout."""
+    """Where an original file has a text encoder: its prefix, and whether in OpenCLIP's layout."""
 
     prefix: str
     is_open_clip: bool
@@ -171,7 +171,7 @@ _TEXT_PLACES: Mapping[str, Mapping[str, _TextPlace]] = {
 def _text_places(
     networks: Sequence[tuple[Part, DetectedNetwork]], parts: Sequence[Part]
 ) -> Mapping[str, _TextPlace]:
-    """Where each text encoder goes, by component; the pipeline's U-Net decides that."""
+    """The place of each text encoder in an original file; the pipeline's U-Net decides it."""
     for part, found in networks:
         if found.component == "unet" and part.name:
             if "add_embedding.linear_1.weight" in found.names:

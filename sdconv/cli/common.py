@@ -19,6 +19,7 @@ from sdconv.sizes import parse_size
 if TYPE_CHECKING:
     import torch
     from rich.console import Console, RenderableType
+    from rich.progress import ProgressColumn
 
 
 class Dtype(StrEnum):
@@ -163,10 +164,10 @@ LARGEST_SEED = 2**63 - 1
 
 
 def parse_resize(text: str | None) -> int | tuple[int, int] | None:
-    """``512`` as the longer side, ``512x768`` as (rows, columns), None as it is.
+    """``512`` as the longer side, ``512x768`` as (rows, columns), None for no resizing.
 
     Raises:
-        InputError: none of these.
+        InputError: another form.
     """
     if text is None:
         return None
@@ -262,15 +263,40 @@ def working(words: str) -> Iterator[None]:
 
 @contextmanager
 def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, if that is a terminal.
+    """A progress bar in bytes on standard error, if that is a terminal.
 
     Yields:
-        What advances it, called with a tensor's name, the bytes done so far and all bytes.
+        A function that advances it, called with a tensor's name, the bytes done so far and the
+        bytes in all.
     """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import DownloadColumn, TimeRemainingColumn
+
+    with _progress_bar(words, DownloadColumn(), TimeRemainingColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar in counted items on standard error, if that is a terminal.
+
+    Yields:
+        A function that advances it, called with a name, the number done so far and the number in
+        all.
+    """
+    from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+
+    with _progress_bar(words, MofNCompleteColumn(), TimeElapsedColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _progress_bar(
+    words: str, *columns: ProgressColumn
+) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn
 
     console = errors_console()
-    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    every = (TextColumn(words), BarColumn(), *columns)
+    with Progress(*every, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(words, total=None)
         yield lambda name, done, total: progress.update(task, completed=done, total=total)

@@ -48,7 +48,7 @@ class Commands(TyperGroup):
             except KeyboardInterrupt:
                 fail("interrupted; nothing half-written was kept", status=130)
             except BrokenPipeError:
-                raise  # whoever reads the output has gone: typer ends in silence
+                raise  # the reader of the output is gone: typer exits silently
             except OSError as error:
                 fail(f"{error.filename or 'the system'}: {error.strerror or error}")
             except Exception as error:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,14 +19,14 @@ from sdconv.cli.common import (
     Model,
     Resize,
     check_output,
-    errors_console,
+    counting,
     one_or_all,
     parse_resize,
     print_json,
     say,
 )
 from sdconv.cli.running import running
-from sdconv.errors import InputError, SdconvError
+from sdconv.errors import InputError
 
 if TYPE_CHECKING:
     from sdconv.features import Maps, Points
@@ -136,6 +131,7 @@ def features(
     kept = _calls(keep, steps)
     _check_folder(out, force)
     from sdconv.features.drivers import Request, prepare_run
+    from sdconv.features.zarr_store import atomic_folder
 
     request = Request(
         source=source,
@@ -154,7 +150,7 @@ def features(
     for note in run.notes:
         say(note, "note")
     weights = ", ".join(one.name or str(one) for one in model)
-    with _atomic_folder(out) as part:
+    with atomic_folder(out) as part:
         points, maps = _capture(run, layers, exclude or (), kept, part / MAPS)
         page = _write_page(run, points, maps, part / PAGE, weights, dtype)
         names = list(maps)
@@ -197,10 +193,10 @@ def _capture(
     single = len(run.calls) == 1
     calls = run.calls if single else run.calls[: max(kept) + 1]
     with (
-        _counting("computing") as progress,
+        counting("computing") as progress,
         capture(
             run.network,
-            layers or _of_halves(block_outputs(points), run.halves),
+            layers or _of_methods(block_outputs(points), run.methods),
             exclude=exclude,
             steps=None if single else kept,
             dtype=torch.float16,
@@ -224,7 +220,7 @@ def _write_page(
     from sdconv.report.features.write import write_page
 
     drawing = drawing_of(points, maps)
-    with _counting("drawing") as progress:
+    with counting("drawing") as progress:
         return write_page(
             path,
             feature_maps(maps, points, drawing),
@@ -237,12 +233,12 @@ def _write_page(
         )
 
 
-def _of_halves(names: list[str], halves: tuple[str, ...]) -> list[str]:
-    """The blocks of an autoencoder's halves that are run; all blocks of other networks."""
+def _of_methods(names: list[str], methods: tuple[str, ...]) -> list[str]:
+    """The blocks that an autoencoder's methods run; all blocks of other networks."""
     inside = {"encode": ("encoder.", "quant_conv"), "decode": ("decoder.", "post_quant_conv")}
-    if not halves:
+    if not methods:
         return names
-    starts = tuple(start for half in halves for start in inside[half])
+    starts = tuple(start for name in methods for start in inside[name])
     return [name for name in names if name.startswith(starts)]
 
 
@@ -279,57 +275,3 @@ def _check_folder(out: Path, force: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError("is not a folder", where=out, hint="give --out another name")
     check_output(out, force)
-
-
-@contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``out`` at the end, and removed after an error.
-
-    Raises:
-        SdconvError: an error about a file in the folder, under the name ``out``.
-    """
-    from sdconv.features.zarr_store import remove_folder
-
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"))
-    try:
-        yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o777 & ~umask)
-        _put_in_place(part, out)
-    except SdconvError as error:
-        if str(part) not in str(error):
-            raise
-        raise SdconvError(
-            "cannot be written, and nothing is left of it",
-            where=out,
-            got=error.__cause__ or error,
-            hint="make room, or choose an --out on another disk",
-        ) from error
-    finally:
-        remove_folder(part)
-
-
-def _put_in_place(part: Path, out: Path) -> None:
-    """Give a complete folder its name, or move its contents into a folder that is not empty."""
-    if not out.is_dir() or not any(out.iterdir()):
-        part.rename(out)
-        return
-    for new in list(part.iterdir()):
-        if (old := out / new.name).is_dir():
-            shutil.rmtree(old)
-        new.replace(old)
-    part.rmdir()
-
-
-@contextmanager
-def _counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, if that is a terminal; call it with (name, done, total)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = errors_console()
-    columns = (TextColumn(words), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(words, total=None)
-        yield lambda name, done, total: progress.update(task, completed=done, total=total)

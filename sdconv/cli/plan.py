@@ -21,7 +21,7 @@ from sdconv.cli.common import (
     working,
 )
 from sdconv.errors import InputError
-from sdconv.sizes import format_bytes, parse_bytes, parse_size
+from sdconv.sizes import parse_bytes, parse_size
 
 if TYPE_CHECKING:
     from sdconv.models.vae import AutoencoderKL
@@ -76,6 +76,7 @@ def plan(
     import torch
 
     from sdconv.backends import set_backend
+    from sdconv.report.tables import plan_table
     from sdconv.streaming import check_disk_space, least_memory, make_plan, spill_folder, steps_of
     from sdconv.streaming.calibration import predict_seconds
 
@@ -129,7 +130,7 @@ def plan(
             }
         )
     else:
-        show(_table(answers))
+        show(plan_table(answers))
 
 
 def _without_weights(paths: list[Path] | None, family: str | None) -> AutoencoderKL:
@@ -159,22 +160,3 @@ def _without_weights(paths: list[Path] | None, family: str | None) -> Autoencode
         )
     with torch.device("meta"):
         return AutoencoderKL(config)
-
-
-def _table(answers: dict[str, dict[str, Any]]) -> Any:
-    from sdconv.report.pieces import table_of
-
-    heads = ("", ">memory", ">on disk", ">strips", ">seconds", ">least", ">without spilling")
-    table = table_of(*heads)
-    for direction, found in answers.items():
-        seconds = "" if found["seconds"] is None else f"{found['seconds']:.3g}"
-        table.add_row(
-            direction,
-            format_bytes(found["peak"]),
-            format_bytes(found["spilled"]),
-            str(found["strips"]),
-            seconds,
-            format_bytes(found["least"]),
-            format_bytes(found["least_without_spill"]),
-        )
-    return table

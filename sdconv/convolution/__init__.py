@@ -1,1 +1,1 @@
-"""The discrete convolution itself: what it computes, and the arithmetic of its sizes."""
+"""The discrete convolution: reference implementations, and the arithmetic of its sizes."""

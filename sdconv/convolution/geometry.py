@@ -1,6 +1,6 @@
-"""Output size, receptive field and counts of a convolution: all that follows from its sizes alone.
+"""Output size, receptive field, parameters and multiplications of convolutions, from sizes alone.
 
-Pure Python, one axis at a time, because the rows and the columns of a convolution are independent.
+Pure Python. Sizes are for one axis at a time, because rows and columns are independent.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ReceptiveField:
     """The input pixels that each output of a chain of layers depends on, along one axis.
 
     ``ReceptiveField()`` belongs to the input itself, where every pixel depends on one pixel. Each
-    layer of the chain, from the input towards the output, makes a new receptive field of the last::
+    layer of the chain, from the input to the output, turns one receptive field into the next::
 
         ReceptiveField().through(kernel=3).through(kernel=3, stride=2, padding=(0, 1)).upsampled(2)
 
@@ -129,7 +129,7 @@ class ReceptiveField:
 
     @property
     def offset(self) -> int:
-        """The first input pixel that output 0 depends on; negative if that is padding."""
+        """The first input pixel that output 0 depends on; negative if it is padding."""
         return self.firsts[0]
 
     def span(self, index: int) -> tuple[int, int]:

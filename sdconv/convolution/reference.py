@@ -1,4 +1,4 @@
-"""What a convolution is, written to be read: the sum itself, and the layer built on it.
+"""Reference implementations of convolution, written to be read: the sum, and the layer.
 
 The networks compute with torch's own kernels. These functions define what those kernels compute,
 and tests compare the two.
@@ -32,7 +32,7 @@ def convolve(a: Sequence[float], b: Sequence[float]) -> list[float]:
     out the flip: their "convolution" reads the kernel forwards, ``sum over m of a[n + m] * w[m]``,
     which is called cross-correlation. Because the kernel is learned, nothing is lost. Flipping the
     kernel by hand makes the two agree: `conv2d_reference` of one row ``a`` with the kernel
-    ``b[::-1]`` and padding "valid" gives the part of ``convolve(a, b)`` in which ``b`` overlaps
+    ``b[::-1]`` and padding "valid" is the part of ``convolve(a, b)`` in which ``b`` overlaps
     ``a`` completely.
 
     Raises:
@@ -119,7 +119,7 @@ def conv2d_reference(
 
     Returns:
         (B, out, H', W'); with ``channels_last`` (B, H', W', out).
-        `sdconv.convolution.geometry.output_size` gives H' and W'.
+        `sdconv.convolution.geometry.output_size` computes H' and W'.
 
     Raises:
         InputError: shapes, channels, dtypes or devices do not match; the kernel is larger than the
@@ -165,7 +165,7 @@ def conv2d_reference(
 
 
 def _require_numbers(name: str, sequence: object) -> None:
-    """Raise InputError unless ``sequence`` has one real number or more."""
+    """Raises InputError unless ``sequence`` has one real number or more."""
     elements = list(sequence) if isinstance(sequence, Iterable) else []
     if not elements or not all(isinstance(element, Real) for element in elements):
         raise InputError(
@@ -177,7 +177,7 @@ def _require_numbers(name: str, sequence: object) -> None:
 
 
 def _require_tensor(name: str, value: object, dimensions: str, *, like: Tensor) -> None:
-    """Raise InputError unless ``value`` is a floating-point tensor with these dimensions, and the
+    """Raises InputError unless ``value`` is a floating-point tensor with these dimensions, and the
     dtype and device of ``like``."""
     if not isinstance(value, Tensor):
         raise InputError("not a tensor", where=name, got=type(value).__name__)

@@ -1,4 +1,4 @@
-"""The fast backend: other implementations of what :mod:`sdconv.models` computes.
+"""The fast backend: faster implementations of what :mod:`sdconv.models` computes.
 
 Importing it registers them with :mod:`sdconv.backends`. Read :mod:`sdconv.fast.blocks` first.
 """

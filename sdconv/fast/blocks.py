@@ -27,7 +27,7 @@ from sdconv.fast.preconditions import (
     is_eager,
     is_linear,
     is_norm,
-    takes,
+    is_supported,
 )
 from sdconv.models.blocks import (
     AsymmetricDownsample2D,
@@ -43,7 +43,7 @@ from sdconv.models.vae import Decoder, Encoder
 
 
 class Arithmetic(Protocol):
-    """The functions of a device's module."""
+    """The functions that a device's module of blocks provides."""
 
     def resnet(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor: ...
     def upsample(self, block: Any, x: Tensor) -> Tensor: ...
@@ -63,7 +63,7 @@ def resnet(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor | None:
 def can_run_resnet(block: Any, x: Tensor) -> bool:
     """Whether the parts of a ResNet block are plain layers that the fast arithmetic can replace."""
     return (
-        _takes(x)
+        _can_run(x)
         and is_norm(block.norm1, x)
         and is_conv3x3(block.conv1, x)
         and is_norm(block.norm2, x)
@@ -81,15 +81,15 @@ def upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None = None) 
 
 
 def can_run_upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None) -> bool:
-    """Whether an upsampling block has a plain 3x3 convolution and doubles height and width."""
-    doubles = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
-    return doubles and _takes(x) and is_conv3x3(block.conv, x)
+    """Whether an upsampling block has a plain 3x3 convolution and upsamples by exactly 2."""
+    by_two = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
+    return by_two and _can_run(x) and is_conv3x3(block.conv, x)
 
 
 @implements(AsymmetricDownsample2D.forward)
 def downsample(block: Any, x: Tensor) -> Tensor | None:
-    """Convolves with two zeros on every side, which needs no padded copy of the feature map, and
-    drops the first row and column: every other output is the same."""
+    """Convolves with padding 2 on every side, which needs no padded copy of the feature map, and
+    drops the first row and column; the other outputs are the same."""
     if not can_run_downsample(block, x):
         return None
     conv = block.conv
@@ -102,7 +102,7 @@ def can_run_downsample(block: Any, x: Tensor) -> bool:
     """Whether a downsampling block has a plain convolution, and several rows and columns to
     process."""
     plain = is_conv3x3(block.conv, x, stride=2, padding=0)
-    return plain and _takes(x) and min(x.shape[2:]) > 1
+    return plain and _can_run(x) and min(x.shape[2:]) > 1
 
 
 @implements(Attention.forward)
@@ -117,13 +117,13 @@ def can_run_attention(block: Any, x: Tensor) -> bool:
     replace."""
     projections = (block.to_q, block.to_k, block.to_v, block.to_out[0])
     plain = is_norm(block.group_norm, x) and all(is_linear(one, x) for one in projections)
-    return plain and _takes(x)
+    return plain and _can_run(x)
 
 
 @implements(Attention.normalised)
 def attention_norm(block: Any, x: Tensor) -> Tensor | None:
     norm = block.group_norm
-    if not (ARITHMETIC.get(x.device.type) is cpu and takes(x) and is_norm(norm, x)):
+    if not (ARITHMETIC.get(x.device.type) is cpu and is_supported(x) and is_norm(norm, x)):
         return None
     if not is_eager(x, *norm.parameters()):
         return None
@@ -141,8 +141,8 @@ def decoder(network: Any, z: Tensor) -> Tensor | None:
 
 
 def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None:
-    """Half of a VAE, whose feature maps reuse one another's memory if no gradient needs them."""
-    if not _takes(x):
+    """Runs an encoder or decoder; its feature maps reuse memory if no gradient needs them."""
+    if not _can_run(x):
         return None
     if _is_cuda(x) and not torch.is_grad_enabled():
         return _half_on_cuda(network, x, blocks)
@@ -204,10 +204,10 @@ def _groups(layer: nn.Module) -> int:
 
 
 def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Yields the layers of down and up blocks instead of the blocks, except of a block with hooks.
+    """Yields the layers of down and up blocks in place of the blocks; a block with hooks is kept.
 
-    The caller of a whole block holds the block's input until its last layer is done, which is a
-    quarter of the VAE's memory at its highest resolution.
+    A call of a whole block keeps the block's input alive until its last layer is done: a quarter of
+    the VAE's memory at its highest resolution.
     """
     for block in blocks:
         if is_bare(block, DownEncoderBlock2D):
@@ -222,7 +222,7 @@ def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 @implements(UNet2DConditionModel.project_in)
 def unet_input(network: Any, sample: Tensor) -> Tensor | None:
-    if not _takes(sample):
+    if not _can_run(sample):
         return None
     out: Tensor = network.conv_in(sample.contiguous(memory_format=torch.channels_last))
     return out
@@ -243,11 +243,12 @@ def _output(network: Any, x: Tensor) -> Tensor:
 
 def can_run_output(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:
     """Whether a network's last layers are plain ones that the fast arithmetic can replace."""
-    return _takes(x) and is_norm(norm, x) and is_bare(activation, nn.SiLU) and is_conv3x3(conv, x)
+    return _can_run(x) and is_norm(norm, x) and is_bare(activation, nn.SiLU) and is_conv3x3(conv, x)
 
 
-def _takes(x: Tensor) -> bool:
-    return x.device.type in ARITHMETIC and takes(x)
+def _can_run(x: Tensor) -> bool:
+    """Whether the fast backend has arithmetic for a feature map on its device."""
+    return x.device.type in ARITHMETIC and is_supported(x)
 
 
 def _is_cuda(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def takes(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Whether the fast arithmetic can process a feature map: shape and dtype are supported, and
     neither autocast nor a transformation of torch.func is active."""
     return (
@@ -101,17 +101,18 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def is_eager(*given: Tensor | nn.Conv2d | None) -> bool:
-    """Whether plain tensors are computed with here and now: nothing is traced, no mode intercepts
-    torch's operations, and no gradient is recorded. Otherwise torch must see custom operators."""
+def is_eager(*operands: Tensor | nn.Conv2d | None) -> bool:
+    """Whether kernels may be called directly: the tensors are plain, nothing is traced, no mode
+    intercepts torch's operations, and no gradient is recorded. Otherwise custom operators are
+    called in their place."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     tensors: list[Tensor] = []
-    for one in given:
-        if isinstance(one, nn.Conv2d):
-            tensors += one.parameters(recurse=False)
-        elif one is not None:
-            tensors.append(one)
+    for operand in operands:
+        if isinstance(operand, nn.Conv2d):
+            tensors += operand.parameters(recurse=False)
+        elif operand is not None:
+            tensors.append(operand)
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

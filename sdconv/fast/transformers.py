@@ -1,6 +1,6 @@
 """The U-Net's transformers on a CPU: linear layers, 1x1 convolutions and attention in float32.
 
-The transformers are diffusers' own modules, so their torch functions are intercepted.
+The transformers are diffusers' own modules, so the torch functions that they call are intercepted.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from sdconv.backends import implements
 from sdconv.fast.cpu.kernels import kernels_for
-from sdconv.fast.preconditions import is_eager, takes
+from sdconv.fast.preconditions import is_eager, is_supported
 from sdconv.models.unet_blocks import Conditions, run_transformer
 
 
 @implements(run_transformer)
 def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor | None:
-    if not (x.device.type == "cpu" and takes(x) and is_eager(x)):
+    if not (x.device.type == "cpu" and is_supported(x) and is_eager(x)):
         return None
     with _FastFunctions():
         out: Tensor = module(x, return_dict=False, **conditions)[0]
@@ -44,14 +44,16 @@ class _FastFunctions(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    given = [one for one in (input, weight, bias) if one is not None]
-    dense = all(one.dtype is torch.float32 and one.is_contiguous() for one in given)
-    if not dense or not is_eager(*given) or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+    tensors = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    dense = all(x.dtype is torch.float32 and x.is_contiguous() for x in tensors)
+    if not dense or not is_eager(*tensors):
+        return None
+    if weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
         return None
     return kernels_for(torch.float32).linear(input, weight, bias)
 
 
-def _pointwise(
+def _conv1x1(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -79,14 +81,14 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Attention with one key and value head for each query head, and without a mask."""
-    given = (query, key, value)
+    inputs = (query, key, value)
     plain = attn_mask is None and not dropout_p and not is_causal
-    if not plain or any(one.ndim != 4 or one.dtype is not torch.float32 for one in given):
+    if not plain or any(x.ndim != 4 or x.dtype is not torch.float32 for x in inputs):
         return None
     agree = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3]
     if not agree or query.shape[3] != key.shape[3] or 0 in (*query.shape, *value.shape):
         return None
-    if not is_eager(*given):
+    if not is_eager(*inputs):
         return None
     factor = query.shape[3] ** -0.5 if scale is None else scale
     return kernels_for(torch.float32).attention(query, key, value, factor)
@@ -94,6 +96,6 @@ def _attention(
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Tensor | None]] = {
     functional.linear: _linear,
-    functional.conv2d: _pointwise,
+    functional.conv2d: _conv1x1,
     functional.scaled_dot_product_attention: _attention,
 }

@@ -42,11 +42,11 @@ def capture(
 
     Each feature map is copied at once: later in-place operations do not show in the copy, and
     writing to the copy does not change the network's results. Captures and edits run in the order
-    in which their blocks were entered: a capture sees the changes of the edits around it, not of
-    those inside it. They belong to the network, so calls from any thread count. What gradient
-    checkpointing recomputes is not captured twice; networks compiled by ``torch.compile`` run
-    uncompiled inside the block, because compiled code calls no hooks; and the fast backend leaves a
-    layer with a hook to the reference, from which it differs by rounding.
+    in which their blocks were entered: a capture shows what the edits around it have changed, not
+    what those inside it change. They belong to the network, so calls from any thread count. What
+    gradient checkpointing recomputes is not captured twice; networks compiled by ``torch.compile``
+    run uncompiled inside the block, because compiled code calls no hooks; and the fast backend
+    leaves a layer with a hook to the reference, from which it differs by rounding.
 
     Args:
         target: a network, any module, or a diffusers pipeline, in which names begin with the

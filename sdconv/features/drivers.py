@@ -64,7 +64,7 @@ class Run:
     Attributes:
         network: the network.
         size: rows and columns of its input.
-        halves: the methods of an autoencoder that are called, ``"encode"`` and ``"decode"``.
+        methods: the methods of an autoencoder that are called, ``"encode"`` and ``"decode"``.
         calls: functions that each run the network once, in order.
         facts: label -> text about the input.
         notes: choices that were made.
@@ -73,7 +73,7 @@ class Run:
 
     network: Network
     size: tuple[int, int]
-    halves: tuple[str, ...]
+    methods: tuple[str, ...]
     calls: Sequence[Callable[[], object]]
     facts: dict[str, str]
     notes: tuple[str, ...]
@@ -90,7 +90,7 @@ def prepare_run(request: Request) -> Run:
     source = request.source
     # the image before the weights, which take longer
     is_image = source is not None and source.suffix.lower() not in LATENT_SUFFIXES
-    picture = read_image(source) if source is not None and is_image else None
+    loaded = read_image(source) if source is not None and is_image else None
     network = load(
         request.model,
         request.component,
@@ -99,7 +99,7 @@ def prepare_run(request: Request) -> Run:
         family=request.family,
     )
     if isinstance(network, UNet2DConditionModel):
-        return _unet_run(network, request, picture)
+        return _unet_run(network, request, loaded)
     network = cast(Autoencoder, network)
     if source is None:
         raise InputError(
@@ -108,9 +108,9 @@ def prepare_run(request: Request) -> Run:
             expected="an image or a file of latents",
             hint="leave --noise out, or give a U-Net with --model",
         )
-    if picture is None:
+    if loaded is None:
         return _decoder_run(network, source, request.key)
-    return _autoencoder_run(network, source, picture.fitted(network.downscale, request.size))
+    return _autoencoder_run(network, source, loaded.fitted(network.downscale, request.size))
 
 
 def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
@@ -121,7 +121,7 @@ def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
     return Run(
         network=network,
         size=(z.shape[2] * network.downscale, z.shape[3] * network.downscale),
-        halves=("decode",),
+        methods=("decode",),
         calls=[lambda: cast(Any, network).decode(z)],
         facts={"input": f"{source.name}, latents {_shape(z)}"},
         notes=(),
@@ -129,39 +129,39 @@ def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
     )
 
 
-def _autoencoder_run(network: Autoencoder, source: Path, picture: LoadedImage) -> Run:
-    check_memory(network, picture.image.size[::-1], options=("size", "dtype"))
-    x = to_tensor(picture.image).to(network.device, network.dtype)
-    halves = [half for half in ("encode", "decode") if getattr(network, f"{half}r", None)]
+def _autoencoder_run(network: Autoencoder, source: Path, loaded: LoadedImage) -> Run:
+    check_memory(network, loaded.image.size[::-1], options=("size", "dtype"))
+    x = to_tensor(loaded.image).to(network.device, network.dtype)
+    methods = [name for name in ("encode", "decode") if getattr(network, f"{name}r", None)]
 
     def run() -> None:
         z = encode(network, x)
-        if "decode" in halves:
+        if "decode" in methods:
             cast(Any, network).decode(z)
 
     return Run(
         network=network,
         size=(x.shape[2], x.shape[3]),
-        halves=tuple(halves),
+        methods=tuple(methods),
         calls=[run],
         facts={"input": f"{source.name}, {x.shape[2]} \u00d7 {x.shape[3]}"},
-        notes=picture.notes,
-        image=picture.image,
+        notes=loaded.notes,
+        image=loaded.image,
     )
 
 
-def _unet_run(unet: UNet2DConditionModel, request: Request, picture: LoadedImage | None) -> Run:
+def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage | None) -> Run:
     from sdconv.integrations.schedule import Schedule  # imports diffusers
 
     config = _scheduler_file(request.model)
     schedule = Schedule(request.steps, config)
     generator = torch.Generator().manual_seed(request.seed)
-    z, image, notes = _latents_of(unet, request, picture)
+    z, image, notes = _latents_of(unet, request, loaded)
     channels = unet.config.out_channels
     rows, columns = _sides(unet, request.size) if z is None else (z.shape[2], z.shape[3])
     if unet.device.type == "cpu":
         least = unet.config.block_out_channels[0] * rows * columns * unet.dtype.itemsize
-        resizable = request.source is None or picture is not None
+        resizable = request.source is None or loaded is not None
         options = ("size", "dtype") if resizable else ("dtype",)
         check_free_memory(least, f"latents {rows}x{columns}", options)
     shape = (1, channels, rows, columns)
@@ -184,7 +184,7 @@ def _unet_run(unet: UNet2DConditionModel, request: Request, picture: LoadedImage
     return Run(
         network=unet,
         size=(rows, columns),
-        halves=(),
+        methods=(),
         calls=[partial(call, timestep) for timestep in schedule.timesteps],
         facts={
             "input": f"{source}, latents {_shape(noise)}, {how}",
@@ -206,14 +206,14 @@ def _sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tu
 
 
 def _latents_of(
-    unet: UNet2DConditionModel, request: Request, picture: LoadedImage | None
+    unet: UNet2DConditionModel, request: Request, loaded: LoadedImage | None
 ) -> tuple[Tensor | None, Image.Image | None, tuple[str, ...]]:
     """The latents that noise is added to (None for a run from noise), the image that they are of,
     and notes."""
     channels = unet.config.out_channels
     if request.source is None:
         return None, None, ()
-    if picture is None:
+    if loaded is None:
         z, scaled = read_latents(request.source, request.key)
         if z.shape[1] != channels:
             raise InputError(
@@ -240,10 +240,10 @@ def _latents_of(
     )
     if not isinstance(vae, Autoencoder):
         raise InputError("this is not an autoencoder", where="--vae", got=vae.config.class_name)
-    picture = picture.fitted(vae.downscale, request.size)
-    check_memory(vae, picture.image.size[::-1], options=("size", "dtype"))
+    loaded = loaded.fitted(vae.downscale, request.size)
+    check_memory(vae, loaded.image.size[::-1], options=("size", "dtype"))
     with torch.inference_mode():
-        z = scale(vae, encode(vae, to_tensor(picture.image).to(vae.device, vae.dtype)))
+        z = scale(vae, encode(vae, to_tensor(loaded.image).to(vae.device, vae.dtype)))
     if z.shape[1] != channels:
         raise InputError(
             "this autoencoder's latents do not fit the U-Net",
@@ -251,7 +251,7 @@ def _latents_of(
             expected=f"{channels} channels",
             got=z.shape[1],
         )
-    return z.to(unet.dtype), picture.image, picture.notes
+    return z.to(unet.dtype), loaded.image, loaded.notes
 
 
 def _conditions(

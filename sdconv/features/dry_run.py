@@ -1,9 +1,9 @@
 """Facts of a network's hook points, measured by a run on the meta device: sizes, downscale factors,
-receptive fields, multiplies."""
+receptive fields, convolutions, multiplies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -53,6 +53,9 @@ class PointFacts:
     downscale: tuple[Fraction, Fraction] | None
     receptive_field: tuple[int, int] | None
     global_receptive_field: bool | None
+    kernel: tuple[int, int] | None
+    stride: tuple[int, int] | None
+    padding: tuple[int, int, int, int] | None
     multiplies: int
 
 
@@ -162,6 +165,7 @@ def _facts(
 ) -> PointFacts:
     if geometry is not None and not geometry.spatial:
         geometry = None
+    convolution = _convolution(work.get(point.name, []))
     return PointFacts(
         channels=x.shape[channel_axis(x)],
         size=None if geometry is None else geometry.size,
@@ -170,8 +174,18 @@ def _facts(
         else (geometry.rows.downscale, geometry.columns.downscale),
         receptive_field=None if geometry is None else (geometry.rows.size, geometry.columns.size),
         global_receptive_field=None if geometry is None else geometry.is_global,
+        kernel=None if convolution is None else convolution.kernel,
+        stride=None if convolution is None else convolution.stride,
+        padding=None if convolution is None else convolution.padding,
         multiplies=_multiplies(point, work),
     )
+
+
+def _convolution(operations: Sequence[Operation]) -> Operation | None:
+    """The only convolution of a module that does nothing else but upsample; None for others."""
+    convolutions = [one for one in operations if one.role != "upsampling"]
+    alone = len(convolutions) == 1 and convolutions[0].role == "convolution"
+    return convolutions[0] if alone else None
 
 
 def _multiplies(point: HookPoint, work: Mapping[str, list[Operation]]) -> int:

@@ -65,7 +65,7 @@ def figure_of(tensors: Mapping[str, Tensor], channels: int) -> Figure:
     return figure
 
 
-def table_of(rows: Sequence[tuple[str, int, Tensor]], more: int) -> str:
+def html_table(rows: Sequence[tuple[str, int, Tensor]], more: int) -> str:
     """The HTML table that a notebook shows of ``Maps``.
 
     Args:

@@ -53,7 +53,7 @@ _LAST_PARTS = ("motion_modules", "attentions", "resnets")
 
 @dataclass(frozen=True, kw_only=True)
 class HookPoint:
-    """A place in a network where a feature map can be read and replaced.
+    """A point in a network where a feature map can be read and replaced.
 
     Attributes:
         name: as in the module's docstring.
@@ -118,10 +118,10 @@ def _readers(network: nn.Module) -> Mapping[str, nn.Module]:
     found = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.Sequential):
-            for (key, one), (_, behind) in pairwise(module._modules.items()):
-                several = uses[id(one)] > 1 and uses[id(behind)] == 1
-                if several and one is not None and behind is not None and not one._parameters:
-                    found[f"{name}.{key}".removeprefix(".")] = behind
+            for (key, one), (_, following) in pairwise(module._modules.items()):
+                several = uses[id(one)] > 1 and uses[id(following)] == 1
+                if several and one is not None and following is not None and not one._parameters:
+                    found[f"{name}.{key}".removeprefix(".")] = following
     return found
 
 

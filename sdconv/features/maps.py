@@ -205,13 +205,13 @@ class Maps(Mapping[str, "Tensor | Series"]):
 
     def _repr_html_(self) -> str:
         """The table that a notebook shows."""
-        from sdconv.features.figures import SHOWN, table_of
+        from sdconv.features.figures import SHOWN, html_table
 
         rows = []
         for name in list(self)[:SHOWN]:
             series = self.series(name)
             rows.append((name, len(series), series[-1].tensor))
-        return table_of(rows, more=len(self) - len(rows))
+        return html_table(rows, more=len(self) - len(rows))
 
     def save(self, path: str | Path) -> None:
         """Write all feature maps to a zarr folder, which ``sdconv.open_maps`` opens; needs the

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from sdconv.features.dry_run import PointFacts, dry_run
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.targets import target_of
-from sdconv.sizes import count
+from sdconv.sizes import count, format_padding, format_pair
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +35,11 @@ class Point:
         receptive_field: input pixels that one pixel of the feature map depends on through
             convolutions (rows, columns).
         global_receptive_field: attention makes it depend on the whole input.
+        kernel: rows and columns of the convolution's kernel. It, ``stride`` and ``padding`` are
+            None unless the module is one convolution, or up- or downsampling with one.
+        stride: of that convolution (rows, columns).
+        padding: zeros above, below, left and right of that convolution's input, including those
+            that a downsampling block adds.
         parameters: of the module.
         multiplies: of the module, a block's operations all together, for one sample.
     """
@@ -48,6 +53,9 @@ class Point:
     downscale: tuple[Fraction, Fraction] | None = None
     receptive_field: tuple[int, int] | None = None
     global_receptive_field: bool | None = None
+    kernel: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    padding: tuple[int, int, int, int] | None = None
     parameters: int = 0
     multiplies: int | None = None
 
@@ -91,40 +99,40 @@ class Points(Sequence[Point]):
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        # long names are folded, so that the short columns need not be
+        # long names and convolutions are folded, so that the short columns need not be
         table.add_column("name", overflow="fold")
-        for words, justify in _COLUMNS:
-            table.add_column(words, justify=justify, no_wrap=True)
-        if any(point.global_receptive_field for point in self):
-            table.caption = "* the whole input, through attention"
+        table.add_column("kind", no_wrap=True)
+        table.add_column("convo-\nlution", min_width=6, overflow="fold")
+        for words in _NUMBERS:
+            table.add_column(words, justify="right", no_wrap=True)
+        table.caption = "\n".join(self._legend())
         for point in self:
-            field = "" if point.receptive_field is None else _sides(point.receptive_field)
+            field = "" if point.receptive_field is None else format_pair(point.receptive_field)
             table.add_row(
                 Text(point.name),
                 point.kind,
+                _convolution(point),
                 "" if point.channels is None else str(point.channels),
                 "" if point.size is None else "x".join(map(str, point.size)),
-                "" if point.downscale is None else _sides(point.downscale),
+                "" if point.downscale is None else format_pair(point.downscale),
                 f"{field}*" if point.global_receptive_field else field,
                 count(point.parameters) if point.parameters else "",
                 count(point.multiplies) if point.multiplies else "",
             )
         return table
 
+    def _legend(self) -> Iterator[str]:
+        if any(point.kernel is not None for point in self):
+            yield "s: stride, p: padding; p0,1 is at the bottom and on the right only"
+        if any(point.global_receptive_field for point in self):
+            yield "* the whole input, through attention"
+
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for ``json.dump``."""
         return [point.to_json() for point in self]
 
 
-_COLUMNS: Sequence[tuple[str, Literal["left", "right"]]] = (
-    ("kind", "left"),
-    ("channels", "right"),
-    ("size", "right"),
-    ("downscale", "right"),
-    ("receptive\nfield", "right"),
-    ("parameters", "right"),
-    ("multiplies", "right"),
-)
+_NUMBERS = ("chan-\nnels", "size", "down-\nscale", "receptive\nfield", "parameters", "multiplies")
 
 
 def points_of(target: Any, size: int | tuple[int, int] | None = None) -> Points:
@@ -166,5 +174,8 @@ def _point(point: HookPoint, facts: PointFacts | None) -> Point:
     )
 
 
-def _sides(pair: tuple[object, object]) -> str:
-    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
+def _convolution(point: Point) -> str:
+    if point.kernel is None or point.stride is None or point.padding is None:
+        return ""
+    rows, columns = point.kernel
+    return f"{rows}x{columns} s{format_pair(point.stride)} p{format_padding(point.padding)}"

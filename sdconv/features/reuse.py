@@ -77,7 +77,7 @@ class CachedForward(NotCopied):
 
     Args:
         module: its ``forward`` is replaced at once.
-        reused: tells at each call whether to return the last output.
+        reused: asked at each call whether to return the last output.
     """
 
     def __init__(self, module: nn.Module, reused: Callable[[], bool]) -> None:
@@ -91,12 +91,12 @@ class CachedForward(NotCopied):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed or recomputing():
             return self._forward(*args, **kwargs)
-        kind = _kind(first_tensor((args, kwargs)))
-        if self._reused() and self._kept is not None and self._kept[0] == kind:
+        signature = _signature(first_tensor((args, kwargs)))
+        if self._reused() and self._kept is not None and self._kept[0] == signature:
             return _copied(self._kept[1])
         output = self._forward(*args, **kwargs)
         # a copy, because diffusers changes some outputs in place
-        self._kept = (kind, _copied(output))
+        self._kept = (signature, _copied(output))
         return output
 
     def remove(self) -> None:
@@ -150,7 +150,8 @@ def _around(name: str) -> Iterator[str]:
         yield name
 
 
-def _kind(x: Tensor | None) -> object:
+def _signature(x: Tensor | None) -> object:
+    """What must be the same for an output to be reused: the input's shape, dtype and device."""
     return None if x is None else (x.shape, x.dtype, x.device)
 
 

@@ -92,7 +92,7 @@ class Attention(blocks.Attention, attention_processor.Attention):  # type: ignor
 
 
 class Encoder(vae.Encoder):
-    """Images ``(B, in_channels, H, W)`` to the moments of their latents."""
+    """Images ``(B, in_channels, H, W)`` to the moments (mean and log-variance) of their latents."""
 
     def forward(self, sample: Tensor) -> Tensor:
         return vae.Encoder.forward(self, sample)

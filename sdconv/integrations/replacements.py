@@ -156,8 +156,9 @@ def restore_class(block: nn.Module) -> None:
 
 
 def _bound_forwards(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """The places that hold the ``forward`` of a block's class as a bound method: accelerate's hooks
-    keep it in ``_old_forward``, and in ``forward`` once removed; diffusers' hooks in a registry."""
+    """The attributes that hold the ``forward`` of a block's class as a bound method: accelerate's
+    hooks keep it in ``_old_forward``, and in ``forward`` once removed; diffusers' hooks in a
+    registry."""
     registry = vars(block).get("_diffusers_hook")
     for holder in (block, *getattr(registry, "_fn_refs", ())):
         for name in ("forward", "_old_forward", "original_forward"):

@@ -1,4 +1,4 @@
-"""The methods that all networks share, and those that the two kinds of autoencoder share."""
+"""Base classes of the networks: ``Network``, and ``Autoencoder`` for the VAE and the tiny one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def apply_forward_hook(method: Method) -> Method:
-    """Lets accelerate's CPU offload act on a call of ``method`` as on a call of ``forward``."""
+    """Runs accelerate's CPU offload hook before ``method``, as it runs before ``forward``."""
 
     @functools.wraps(method)
     def wrapper(self: Network, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +44,8 @@ class Network(DiffusersModel):
     """
 
     if TYPE_CHECKING:
-        # `load(path)` may return any network: what not all of them have is not checked statically.
-        # torch's own annotation says that an unknown attribute is a tensor or a module.
+        # `load(path)` may return any network, so attributes that only some of them have are not
+        # checked statically. torch's own annotation makes each a tensor or a module.
         def __getattr__(self, name: str) -> Any: ...
 
     @property
@@ -78,14 +78,14 @@ class Network(DiffusersModel):
 
 
 class Autoencoder(Network):
-    """What the VAE and the tiny autoencoder share: slicing, and the checks of their input."""
+    """Base class of the VAE and the tiny autoencoder: slicing, and checks of the input."""
 
     component: ClassVar[str] = "vae"
     use_slicing: bool = False
 
     @property
     def downscale(self) -> int:
-        """Height and width of an image over those of its latents."""
+        """The factor by which an image is higher and wider than its latents."""
         raise NotImplementedError
 
     def enable_slicing(self) -> None:
@@ -97,7 +97,7 @@ class Autoencoder(Network):
         self.use_slicing = False
 
     def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """Refuses to tile: a tile has other normalisation statistics than the image, so the result
+        """Refuses to tile: a tile's normalisation statistics are not the image's, so the result
         would differ.
 
         Args:
@@ -115,11 +115,11 @@ class Autoencoder(Network):
         )
 
     def disable_tiling(self) -> None:
-        """Nothing hint: tiling is never on."""
+        """Does nothing: tiling is never on."""
 
     @property
     def use_tiling(self) -> bool:
-        """Whether images are processed in parts; assigning calls ``enable_tiling(value)``."""
+        """Whether images are processed in strips; assigning calls ``enable_tiling(value)``."""
         return getattr(self, "streaming", None) is not None
 
     @use_tiling.setter
@@ -127,7 +127,7 @@ class Autoencoder(Network):
         self.enable_tiling(value)
 
     def fuse_qkv_projections(self) -> None:
-        """Nothing hint: the one attention layer in each half is left as it is."""
+        """Does nothing: the one attention layer in each half is left as it is."""
 
     def unfuse_qkv_projections(self) -> None:
         """Does nothing."""
@@ -154,11 +154,11 @@ class Autoencoder(Network):
             )
 
     def set_default_attn_processor(self) -> None:
-        """Nothing hint: it computes as diffusers does with its default processor."""
+        """Does nothing: the network computes as diffusers does with its default processor."""
 
     def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
-        """Nothing hint: where it has attention, that is torch's fused kernel, whose memory grows
-        with the number of positions and not with its square."""
+        """Does nothing: attention is torch's fused kernel, whose memory grows with the number of
+        positions and not with its square."""
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Does nothing."""

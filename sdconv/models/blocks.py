@@ -142,7 +142,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        # A list with one element gives the weights the names that they have in diffusers.
+        # A list with one element, for diffusers' names of the weights: `to_out.0.weight`.
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     @dispatched
@@ -161,7 +161,7 @@ class Attention(nn.Module):
 
     @dispatched
     def normalised(self, x: Tensor) -> Tensor:
-        """Applies GroupNorm to ``(B, C, H, W)``; gives ``(B, C, H*W)``."""
+        """Applies GroupNorm: ``(B, C, H, W)`` to ``(B, C, H*W)``."""
         # Flattened first: rounding in the projections depends on this memory layout of diffusers'.
         return cast(Tensor, self.group_norm(x.flatten(2)))
 
@@ -268,7 +268,7 @@ class UpDecoderBlock2D(nn.Module):
 def vae_resnets(
     in_channels: int, out_channels: int, layers: int, groups: int, eps: float
 ) -> nn.ModuleList:
-    """``layers`` ResNet blocks without a time embedding, of which the first changes the number of
+    """``layers`` ResNet blocks without a time embedding; the first changes the number of
     channels."""
     inputs: Iterable[int] = (in_channels, *(out_channels,) * (layers - 1))
     return nn.ModuleList(

@@ -1,7 +1,7 @@
 """The mixin that makes a network usable as diffusers' model of the same name.
 
-It has the methods by which pipelines and scripts open, save and measure a model of diffusers', and
-it lets pipelines recognise the network.
+It has the methods with which pipelines and scripts open, save and measure a diffusers model, and it
+lets pipelines recognise the network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sdconv.checkpoint.io.write import write_config, write_folder
 from sdconv.config import Config
 from sdconv.errors import CheckpointError, InputError
 
-# options for the hub and for how diffusers fills a model, which have no effect here
+# options of diffusers for the hub and for filling a model, which have no effect here
 _IGNORED = frozenset(
     "cache_dir force_download local_files_only low_cpu_mem_usage proxies revision token"
     " use_safetensors".split()
@@ -133,7 +133,7 @@ class DiffusersModel(nn.Module):
 
     @classmethod
     def from_config(cls, config: Config | Mapping[str, Any]) -> Self:
-        """A network with torch's random weights.
+        """Builds a network with torch's random weights.
 
         Args:
             config: sdconv's, or the content of a ``config.json``.

@@ -1,4 +1,4 @@
-"""Dummy inputs of a network: standard normal noise in the shapes that it takes."""
+"""Dummy inputs for a network: standard normal noise in the shapes that it takes."""
 
 from __future__ import annotations
 

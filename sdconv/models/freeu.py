@@ -16,7 +16,7 @@ def amplified(x: Tensor, factor: float) -> Tensor:
 
 def low_frequencies_scaled(x: Tensor, factor: float) -> Tensor:
     """Multiplies the lowest frequencies of ``x`` ``(B, C, H, W)``, 0 and -1 cycles along each axis,
-    by ``factor``; computes in float32."""
+    by ``factor``, in float32."""
     waves = fftshift(fftn(x.float(), dim=(-2, -1)), dim=(-2, -1))
     row, column = waves.shape[-2] // 2, waves.shape[-1] // 2
     mask = torch.ones(waves.shape, device=x.device)

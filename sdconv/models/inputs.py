@@ -1,5 +1,5 @@
-"""Checks that all networks make of their input before any arithmetic: that it is a floating-point
-tensor with the dtype and device of the weights, and large enough for the normalisation."""
+"""Input checks of all networks, before any arithmetic: a floating-point tensor with the dtype and
+device of the weights, large enough for the normalisation."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def check_tensor(x: object, what: str, where: str, expected: str) -> Tensor:
 def check_like(x: Tensor, part: nn.Module, what: str, where: str) -> None:
     """Refuses a tensor that the first layer of ``part`` cannot compute with.
 
-    Under autocast, other floating-point dtypes pass. Torch itself has to judge while a graph is
-    traced, and where hooks may move or cast the input.
+    Under autocast, other floating-point dtypes pass. While a graph is traced, and where hooks may
+    move or cast the input, the check is left to torch.
 
     Raises:
         InputError: it is not floating-point, or its device or dtype is not that of the weights.

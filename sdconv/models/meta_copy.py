@@ -1,4 +1,4 @@
-"""A copy of a network on the meta device: its runs compute shapes and dtypes, and cost nothing."""
+"""Copies a network to the meta device, where a forward pass computes shapes and dtypes only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 
 class NotCopied:
-    """Base class of objects that replace a module's ``forward`` and are left out of
-    ``meta_copy``."""
+    """Base class of replacements for a module's ``forward`` that ``meta_copy`` leaves out."""
 
 
 def meta_copy(network: nn.Module) -> nn.Module:

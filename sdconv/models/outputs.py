@@ -1,4 +1,4 @@
-"""The networks' results, which are read by attribute, by key or by position as diffusers' are."""
+"""The networks' output classes, which are read by attribute, key or position as diffusers' are."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class PooledTinyBlock(TinyBlock):
 
 
 class EncoderTiny(Checkpointed):
-    """Images to latents: a stem, then stages, each of which but the first begins with a convolution
+    """Images to latents: a stem, then stages, all but the first of which begin with a convolution
     with stride 2.
 
     Shape: ``(B, in_channels, H, W)`` in [-1, 1] to ``(B, latent_channels, H/f, W/f)``, f = 2^n
@@ -130,7 +130,7 @@ class AutoencoderTiny(Autoencoder):
     """TAESD, TAESDXL, TAESD3, TAEF1, TAEF2 and TAESANA: encoder, decoder, or both.
 
     Images are in [-1, 1]; ``decode`` does not clamp. Latents are those that the diffusion model
-    sees, so a pipeline's scaling factor is 1.
+    takes, so a pipeline's scaling factor is 1.
 
     Args:
         config: channels and numbers of blocks of each half; a half without blocks is absent.
@@ -146,7 +146,7 @@ class AutoencoderTiny(Autoencoder):
 
     @property
     def downscale(self) -> int:
-        """Height and width of an image over those of its latents."""
+        """The factor by which an image is higher and wider than its latents."""
         if self.config.num_encoder_blocks:
             stem = len(self.config.encoder_stem_channels)
             return int(2 ** (len(self.config.num_encoder_blocks) - 1 + stem))
@@ -197,7 +197,7 @@ class AutoencoderTiny(Autoencoder):
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encodes images, rounds the latents to bytes as TAESD's command does, and decodes them."""
         stored = self.scale_latents(self._latents(sample)).mul_(255).round_().byte()
-        # Dividing bytes gives float32.
+        # Bytes divided by a float are float32.
         latents = self.unscale_latents((stored / 255.0).to(self.dtype))
         return self.decode(latents, return_dict=return_dict)
 

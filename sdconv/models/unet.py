@@ -291,12 +291,14 @@ class UNet2DConditionModel(Network):
 
     @dispatched
     def project_in(self, sample: Tensor) -> Tensor:
+        """Runs the first convolution."""
         return cast(Tensor, self.conv_in(sample))
 
     def _down(
         self, x: Tensor, temb: Tensor, conditions: Conditions, adapter: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Runs the down path, which uses up residuals of ``adapter``; also gives the skips."""
+        """Runs the down path, and returns its output and the skip connections; residuals that are
+        added are removed from ``adapter``."""
         skips = [x]
         for block in cast(Iterable[DownBlock2D], self.down_blocks):
             residual = adapter.pop(0) if adapter else None
@@ -320,6 +322,7 @@ class UNet2DConditionModel(Network):
 
     @dispatched
     def project_out(self, x: Tensor) -> Tensor:
+        """Runs the last normalisation, SiLU and convolution."""
         return cast(Tensor, self.conv_out(self.conv_act(self.conv_norm_out(x))))
 
 

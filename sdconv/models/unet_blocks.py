@@ -142,12 +142,12 @@ class UNetStage(Checkpointed):
 
 @dispatched
 def run_transformer(transformer: nn.Module, x: Tensor, conditions: Conditions) -> Tensor:
-    """Runs a slot's module on ``(B, C, H, W)``; gives the same shape."""
+    """Runs the module in a slot: ``(B, C, H, W)`` to the same shape."""
     return cast(Tensor, transformer(x, return_dict=False, **conditions)[0])
 
 
 class DownBlock2D(UNetStage):
-    """A down block: its layers, then strided downsampling in all blocks but the last.
+    """A U-Net's down block: its layers, then strided downsampling in all blocks but the last.
 
     Shape: ``(B, in, H, W)`` and ``(B, T)`` to ``(B, out, H, W)``, or half that height and width if
     it downsamples. It also returns the skip connections for the up path: the feature maps after
@@ -179,8 +179,8 @@ class DownBlock2D(UNetStage):
 
 
 class UNetMidBlock2D(UNetStage):
-    """The mid block: a ResNet block, in most networks followed by a transformer and another ResNet
-    block.
+    """The U-Net's mid block: a ResNet block, in most networks followed by a transformer and another
+    ResNet block.
 
     Shape: ``(B, C, H, W)`` and ``(B, T)`` to ``(B, C, H, W)``.
     """
@@ -194,8 +194,8 @@ class UNetMidBlock2D(UNetStage):
 
 
 class UpBlock2D(UNetStage):
-    """An up block: each layer takes a skip connection as additional channels; then upsampling, to
-    the size of the next skip connection, in all blocks but the last.
+    """A U-Net's up block: each layer takes a skip connection as additional channels; then
+    upsampling, to the size of the next skip connection, in all blocks but the last.
 
     Shape: ``(B, in, H, W)``, ``(B, T)`` and one skip connection for each layer to ``(B, out, H,
     W)``, or ``(B, out, *size)`` if it upsamples.
@@ -246,13 +246,13 @@ class StageBuilder:
     def resnets(self, inputs: Sequence[int], channels: int) -> list[nn.Module]:
         return [
             ResnetBlock2D(
-                given,
+                in_channels,
                 channels,
                 temb_channels=self._time,
                 groups=self._config.norm_num_groups,
                 eps=UNET_NORM_EPS,
             )
-            for given in inputs
+            for in_channels in inputs
         ]
 
     def transformers(

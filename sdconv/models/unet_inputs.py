@@ -1,4 +1,4 @@
-"""Checks of a U-Net's arguments, before any arithmetic."""
+"""Checks the arguments of a U-Net's ``forward``, before any arithmetic."""
 
 from __future__ import annotations
 
@@ -196,8 +196,8 @@ def _check_channels(whose: str, residuals: Sequence[Tensor], channels: Sequence[
 
 
 def check_attention(masks: Mapping[str, Any], kwargs: Mapping[str, Any] | None) -> None:
-    """Checks the attention masks, and that ``cross_attention_kwargs`` ask for nothing that is not
-    built; the attention processors check the rest."""
+    """Checks the attention masks, and refuses GLIGEN in ``cross_attention_kwargs``; the attention
+    processors check the rest."""
     for name, mask in masks.items():
         if mask is not None:
             check_tensor(mask, name, NAME, "(B, tokens)")

@@ -83,8 +83,8 @@ class Decoder(Checkpointed):
     Args:
         latent_channels: channels of the latents.
         out_channels: channels of the image.
-        block_out_channels: channels of each up block, from the image's resolution downwards: the
-            encoder's order, which the decoder runs through backwards.
+        block_out_channels: channels of each up block in the encoder's order, from the image's
+            resolution downwards; the decoder runs through them backwards.
         layers_per_block: as in the encoder; an up block has one ResNet block more.
         groups: number of groups of GroupNorm.
         attention: whether the mid block has attention.
@@ -135,7 +135,7 @@ class Decoder(Checkpointed):
 class AutoencoderKL(Autoencoder):
     """The VAE of Stable Diffusion 1, 2, XL and 3, of FLUX.1 and of the x4 upscaler.
 
-    Images are in [-1, 1]; ``decode`` does not clamp. Latents are raw: a diffusion model sees
+    Images are in [-1, 1]; ``decode`` does not clamp. Latents are raw: a diffusion model takes
     ``(latents - config.shift_factor) * config.scaling_factor``.
 
     Args:
@@ -146,7 +146,7 @@ class AutoencoderKL(Autoencoder):
     config: AutoencoderKLConfig | AutoencoderKLFlux2Config
     # Set by enable_streaming: computes the output of "encode" or "decode".
     streaming: Callable[..., Tensor] | None = None
-    # Whole halves, since `encode` and `decode` do not call `forward`.
+    # The whole encoder and decoder, since `encode` and `decode` do not call `forward`.
     _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
 
     def __init__(self, config: AutoencoderKLConfig | AutoencoderKLFlux2Config) -> None:
@@ -173,7 +173,7 @@ class AutoencoderKL(Autoencoder):
 
     @property
     def downscale(self) -> int:
-        """Height and width of an image over those of its latents."""
+        """The factor by which an image is higher and wider than its latents."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
 
     def enable_streaming(
@@ -212,13 +212,13 @@ class AutoencoderKL(Autoencoder):
         self.streaming = None
 
     def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """Saves memory as pipelines ask for it, by streaming: with the settings of an earlier
+        """Enables streaming in place of tiling, with the settings of an earlier
         ``enable_streaming``, otherwise without a memory limit.
 
         Args:
             use_tiling: False switches it off.
-            args, kwargs: diffusers' sizes of tiles, which are ignored: streaming is exact, whereas
-                tiles would change the image.
+            args, kwargs: diffusers' tile sizes, which are ignored: streaming is exact, but tiles
+                would change the image.
         """
         if not use_tiling:
             self.disable_streaming()

@@ -102,9 +102,9 @@ def _draw_bars(axes: Axes, blocks: Sequence[BlockDifference]) -> None:
     logarithmic = longest > 100 * shortest
     least = shortest / 3 if logarithmic else 0.0
     end = longest * (longest / least) ** 0.02 if logarithmic else longest * 1.02
-    places = range(len(blocks))
+    positions = range(len(blocks))
     axes.barh(
-        places,
+        positions,
         [end if math.isinf(one) else max(one if one == one else 0.0, least) for one in lengths],
         color=[_COLOURS.get(block.name.partition(".")[0], _OTHER) for block in blocks],
         height=0.72,
@@ -113,12 +113,13 @@ def _draw_bars(axes: Axes, blocks: Sequence[BlockDifference]) -> None:
     if logarithmic:
         axes.set_xscale("log")
     axes.set_xlim(least, end)
-    axes.set_yticks(places, [_label(block.name) for block in blocks], fontsize=9, parse_math=False)
+    labels = [_label(block.name) for block in blocks]
+    axes.set_yticks(positions, labels, fontsize=9, parse_math=False)
     axes.set_ylim(len(blocks) - 0.4, -0.6)  # the first block on top
-    for place, block in zip(places, blocks, strict=True):
+    for position, block in zip(positions, blocks, strict=True):
         axes.text(
             1.01,
-            place,
+            position,
             f"{_number(block.relative)}  ({block.changed} of {len(block.tensors)} tensors)",
             transform=axes.get_yaxis_transform(),
             fontsize=8.5,

@@ -23,17 +23,17 @@ PLOT_FORMATS: Mapping[str, str] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 
 @dataclass(frozen=True)
-class _Half:
-    """The labels around the encoder or the decoder: title, input and output."""
+class _Labels:
+    """The labels of the encoder's or the decoder's row: title, input and output."""
 
     title: str
     source: str
     result: str
 
 
-_HALVES = {
-    "encode": _Half("Encoder", "image", "latents"),
-    "decode": _Half("Decoder", "latents", "image"),
+_LABELS = {
+    "encode": _Labels("Encoder", "image", "latents"),
+    "decode": _Labels("Decoder", "latents", "image"),
 }
 
 
@@ -59,7 +59,7 @@ _EXPLAINED = (
     "attention. The sides of the boxes are square roots of rows and channels."
 )
 
-# y positions in the axes of one half; the tallest box is 1 high and centred on 0
+# y positions in the axes of the boxes; the tallest box is 1 high and centred on 0
 _ROWS = (("channels", -0.62), ("kernel", -0.74), ("stride", -0.86), ("rec. field", -0.98))
 _TOP, _BOTTOM = 0.66, -1.05
 
@@ -106,11 +106,11 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    boxes = {name: shown for name in _HALVES if (shown := _shown(anatomy.half(name)))}
+    boxes = {name: shown for name in _LABELS if (shown := _shown(anatomy.blocks_of(name)))}
     slots = max(map(len, boxes.values())) + 2
     width, height = max(11.0, 1.2 + 0.68 * slots), 1.9 + 4.7 * len(boxes)
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
-    halves = figure.add_gridspec(
+    rows_of_boxes = figure.add_gridspec(
         len(boxes),
         1,
         left=0.9 / width,
@@ -119,11 +119,12 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
         bottom=1.45 / height,
         hspace=0.2,
     )
-    peak = max(block.multiplies for half in boxes.values() for block in half) / anatomy.multiplies
+    most = max(block.multiplies for blocks in boxes.values() for block in blocks)
+    peak = most / anatomy.multiplies
     for number, (name, blocks) in enumerate(boxes.items()):
-        place = halves[number].subgridspec(2, 1, height_ratios=[3.2, 1], hspace=0.04)
-        _draw_boxes(figure.add_subplot(place[0]), anatomy, _HALVES[name], blocks, slots)
-        _draw_shares(figure.add_subplot(place[1]), anatomy, blocks, slots, peak)
+        cells = rows_of_boxes[number].subgridspec(2, 1, height_ratios=[3.2, 1], hspace=0.04)
+        _draw_boxes(figure.add_subplot(cells[0]), anatomy, _LABELS[name], blocks, slots)
+        _draw_shares(figure.add_subplot(cells[1]), anatomy, blocks, slots, peak)
     rows, columns = anatomy.size
     left = 0.2 / width
     figure.text(
@@ -171,7 +172,7 @@ def _kind(block: Block) -> _Kind:
 
 
 def _draw_boxes(
-    axes: Axes, anatomy: Anatomy, half: _Half, blocks: Sequence[Block], slots: int
+    axes: Axes, anatomy: Anatomy, labels: _Labels, blocks: Sequence[Block], slots: int
 ) -> None:
     tallest = max(max(block.in_size[0], block.out_size[0]) for block in anatomy.blocks)
     widest = max(max(block.in_channels, block.out_channels) for block in anatomy.blocks)
@@ -191,7 +192,7 @@ def _draw_boxes(
     _draw_bands(axes, blocks)
     first, last = blocks[0], blocks[-1]
     box(0, first.in_channels, first.in_size[0], first.in_size[0], _DATA)
-    _write(axes, 0, str(first.in_channels), half.source)
+    _write(axes, 0, str(first.in_channels), labels.source)
     for slot, block in enumerate(blocks, 1):
         channels = max(block.in_channels, block.out_channels)
         box(slot, channels, block.in_size[0], block.out_size[0], _kind(block))
@@ -201,10 +202,10 @@ def _draw_boxes(
     if last.out_channels == 2 * anatomy.latent_channels:
         _write(axes, end, str(last.out_channels), "means and", "variances")
     else:
-        _write(axes, end, str(last.out_channels), half.result)
+        _write(axes, end, str(last.out_channels), labels.result)
     for label, y in _ROWS:
         axes.text(-0.62, y, label, fontsize=8.5, color="0.35", ha="right", va="center")
-    title = f"{half.title}: {half.source} to {half.result}"
+    title = f"{labels.title}: {labels.source} to {labels.result}"
     axes.set_title(title, loc="left", x=0.0, fontsize=12, fontweight="bold", pad=6)
     _plain_axes(axes, slots)
     axes.set_ylim(_BOTTOM, _TOP)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from math import isnan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
-from sdconv.sizes import count, in_bytes
+from sdconv.sizes import count, format_bytes, format_padding, format_pair, in_bytes
 
 if TYPE_CHECKING:
     from sdconv.analysis.anatomy import Anatomy, Block, Operation
@@ -80,7 +80,7 @@ def anatomy_report(anatomy: Anatomy, *, every: bool) -> RenderableType:
         plain(f"{anatomy.class_name} on an image of {rows}x{columns} (rows x columns)", "bold")
     ]
     for path in ("encode", "decode"):
-        if blocks := anatomy.half(path):
+        if blocks := anatomy.blocks_of(path):
             parts.append(_half(anatomy, path, blocks, every))
     return Group(*parts, _totals(anatomy), plain(_EXPLAINED, "dim"))
 
@@ -228,7 +228,7 @@ def _operation_row(anatomy: Anatomy, operation: Operation) -> tuple[str, ...]:
         f"{_short(operation.name)} ({operation.role})",
         _sides(operation.kernel),
         _both(operation.stride),
-        _padding(operation.padding) if operation.kernel else "",
+        format_padding(operation.padding) if operation.kernel else "",
         _change(operation.in_channels, operation.out_channels),
         _sides(operation.out_size),
         count(operation.parameters),
@@ -246,7 +246,9 @@ def _block_row(anatomy: Anatomy, block: Block) -> tuple[str, ...]:
         " ".join(_sides(one.kernel) for one in convolutions) or block.class_name,
         " ".join(dict.fromkeys(_both(one.stride) for one in convolutions)),
         # a 1x1 shortcut has no padding, which need not be said
-        " ".join(dict.fromkeys(_padding(c.padding) for c in convolutions if c.kernel != (1, 1))),
+        " ".join(
+            dict.fromkeys(format_padding(c.padding) for c in convolutions if c.kernel != (1, 1))
+        ),
         _change(block.in_channels, block.out_channels),
         _sides(block.out_size),
         count(block.parameters),
@@ -291,21 +293,12 @@ def _sides(pair: tuple[int, int] | None) -> str:
 
 
 def _both(pair: tuple[object, object] | None) -> str:
-    """``2`` if rows and columns have the same, else ``2x1``."""
-    if pair is None:
-        return ""
-    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
+    """The value for rows and columns; empty for what has none."""
+    return "" if pair is None else format_pair(pair)
 
 
 def _receptive_field(operation: Operation) -> str:
     return _both(operation.receptive_field) + ("*" if operation.global_receptive_field else "")
-
-
-def _padding(padding: tuple[int, int, int, int]) -> str:
-    top, bottom, left, right = padding
-    if top == bottom == left == right:
-        return str(top)
-    return f"{top},{bottom}" if (top, bottom) == (left, right) else f"{top},{bottom}/{left},{right}"
 
 
 def _change(before: object, after: object) -> str:
@@ -314,3 +307,21 @@ def _change(before: object, after: object) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}"
+
+
+def plan_table(answers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """What streaming takes in each direction, as ``sdconv plan`` computes it."""
+    heads = ("", ">memory", ">on disk", ">strips", ">seconds", ">least", ">without spilling")
+    table = table_of(*heads)
+    for direction, found in answers.items():
+        seconds = "" if found["seconds"] is None else f"{found['seconds']:.3g}"
+        table.add_row(
+            direction,
+            format_bytes(found["peak"]),
+            format_bytes(found["spilled"]),
+            str(found["strips"]),
+            seconds,
+            format_bytes(found["least"]),
+            format_bytes(found["least_without_spill"]),
+        )
+    return table

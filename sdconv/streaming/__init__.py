@@ -1,4 +1,4 @@
-"""The exact VAE within a memory limit: it computes strips of rows, layer by layer.
+"""Runs a VAE within a memory limit: layer by layer, in strips of rows.
 
 GroupNorm's statistics and attention are those of the whole feature map, so there are no seams; the
 result differs from an ordinary run by rounding only.
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Streaming:
-    """How a network streams.
+    """The streaming settings of a network; calling them encodes or decodes.
 
     Attributes:
         limit: bytes of memory without weights and input (on CUDA, of the device's memory); None for
@@ -52,7 +52,7 @@ class Streaming:
     def of(
         cls, memory_limit: int | str | None, spill: str | Path | None, progress: bool
     ) -> Streaming:
-        """Check the arguments of ``enable_streaming``.
+        """Checks the arguments of ``enable_streaming``.
 
         Raises:
             InputError: the limit is not an amount of memory, or the folder is not writable.
@@ -76,8 +76,8 @@ class Streaming:
         )
 
     def __call__(self, network: nn.Module, direction: Direction, x: Tensor) -> Tensor:
-        """Encode images to the moments of their latents, or decode latents to images, ``(B, C, H,
-        W)``. Autocast changes nothing: the network computes in its own dtype.
+        """Encodes images to the moments of their latents, or decodes latents to images: ``(B, C, H,
+        W)``. Autocast has no effect: the network computes in its own dtype.
 
         Raises:
             InputError: the input requires gradients, or has another dtype or device than the
@@ -92,7 +92,7 @@ class Streaming:
                 return self._run(self.plan(network, direction, x), direction, x)
             except NotFiniteError as error:
                 layer = str(error)
-            # outside the handler, in which the first run's buffers are still alive
+            # after the handler, because inside it the first run's buffers are still alive
             plan = self._plan_with_reference(network, direction, x, layer)
             return self._run(plan, direction, x)
 
@@ -102,7 +102,7 @@ class Streaming:
     def _plan_with_reference(
         self, network: nn.Module, direction: Direction, x: Tensor, layer: str
     ) -> StreamPlan:
-        """A plan for the reference backend, the only one that gives NaN and infinity exactly where
+        """A plan for the reference backend, the only one that puts NaN and infinity exactly where
         they belong.
 
         Raises:

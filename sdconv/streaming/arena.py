@@ -33,10 +33,10 @@ def round_up_to_pages(size: int) -> int:
 
 
 class Arena:
-    """Bytes numbered from 0, of which the first ``memory`` are in memory and the rest are spilled.
+    """A range of bytes from 0 on: the first ``memory`` are in memory, and the rest are spilled.
 
-    An arena is created once per run and reused from one feature map to the next, because the first
-    touch of a page is what costs time. Its file never has a name (``O_TMPFILE``, or unlinked at
+    An arena is created once per image and reused from one feature map to the next, because the
+    first touch of a page costs time. Its file never has a name (``O_TMPFILE``, or unlinked at
     once), so it cannot outlive the process, however that ends. The file's space is reserved on
     creation and freed with the last tensor that uses it.
 
@@ -76,7 +76,7 @@ class Arena:
         raise IndexError(start)
 
     def release_pages(self, first: int, last: int) -> None:
-        """Drop the file's pages among bytes ``first`` up to ``last`` from the process's memory."""
+        """Drops the file's pages among bytes ``first`` up to ``last`` from the process's memory."""
         if self._file is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         start = round_up_to_pages(max(first, self._memory)) - self._before
@@ -94,8 +94,8 @@ def mmap_zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.de
 
 
 def trim_heap() -> None:
-    """Return freed memory that glibc's allocator keeps, up to 64 MiB, to the system; do nothing
-    where there is no glibc."""
+    """Returns freed memory that glibc's allocator keeps, up to 64 MiB, to the system; does nothing
+    without glibc."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -111,11 +111,11 @@ def _anonymous(size: int, device: torch.device) -> Tensor:
 
 
 def _mapped_file(memory: int, spilled: int, folder: Path) -> mmap.mmap:
-    """Map ``memory`` bytes of memory, followed by a file of ``spilled`` bytes, as one range.
+    """Maps ``memory`` bytes of memory, followed by a file of ``spilled`` bytes, as one range.
 
     The file begins with a hole of ``memory`` bytes, and memory is mapped over it. One anonymous
-    mapping of the whole length would fail: a system refuses to promise more memory than it has, but
-    maps a file of any length.
+    mapping of the whole length would fail: a system does not commit more memory than it has, but
+    it maps a file of any length.
     """
     size = memory + spilled
     try:
@@ -138,7 +138,7 @@ def _mapped_file(memory: int, spilled: int, folder: Path) -> mmap.mmap:
 
 
 def _map_memory_over(address: int, size: int) -> None:
-    """Replace the mapping at ``address`` by private memory of the process."""
+    """Replaces the mapping at ``address`` with private memory of the process."""
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     library.mmap.argtypes = (

@@ -1,4 +1,4 @@
-"""Buffers for feature maps of full size: how large they are, and where they lie during a run."""
+"""Buffers for full-size feature maps: their sizes, and their addresses during a run."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class FeatureBuffer:
 
 @dataclass(frozen=True, eq=False)
 class MemoryLayout:
-    """Where buffers lie among the bytes of an arena. Buffers that are alive at the same time do not
-    overlap; others share memory.
+    """The addresses of buffers in an arena. Buffers that are alive at the same time do not overlap;
+    others share memory.
 
     Attributes:
         starts: first byte of each buffer.
@@ -83,7 +83,7 @@ class MemoryLayout:
 def lay_out(
     lifetimes: Mapping[FeatureBuffer, range], memory: int | None, *, separate_spill: bool
 ) -> MemoryLayout:
-    """Place each buffer at the lowest address that is free: resident ones first, then by size from
+    """Places each buffer at the lowest address that is free: resident ones first, then by size from
     the largest, which leaves hardly any gaps.
 
     Args:
@@ -131,7 +131,7 @@ class AllocatedBuffers:
     """The tensors of a run's buffers, each where the layout puts it.
 
     Args:
-        layout: of the buffers that the caller does not bring.
+        layout: of the buffers that the caller does not provide.
         device: whose memory the limit counts.
         folder: for the file that holds the spilled bytes; None for the host's memory.
 
@@ -145,7 +145,7 @@ class AllocatedBuffers:
         self._tensors: dict[FeatureBuffer, Tensor] = {}
 
     def put(self, buffer: FeatureBuffer, tensor: Tensor) -> None:
-        """Use a tensor of the caller's, ``(H, W, C)``, as a buffer."""
+        """Uses a tensor of the caller's, ``(H, W, C)``, as a buffer."""
         self._tensors[buffer] = tensor
 
     def tensor(self, buffer: FeatureBuffer) -> Tensor:
@@ -158,9 +158,9 @@ class AllocatedBuffers:
         return self._tensors[buffer]
 
     def release_rows(self, buffer: FeatureBuffer, first: int, last: int) -> None:
-        """Drop the file's pages of rows ``first`` up to ``last``, which are not needed for a while,
-        from the process (not from the system's cache, which writes them to disk in its own time).
-        """
+        """Drops the file's pages of rows ``first`` up to ``last`` from the process's memory.
+
+        They stay in the system's cache, which writes them to disk later."""
         if buffer in self._starts:
             start, row = self._starts[buffer], buffer.row_bytes
             self._arena.release_pages(

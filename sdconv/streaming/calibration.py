@@ -18,13 +18,13 @@ from sdconv.streaming.steps import AttentionStep, StreamStep
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Keys that a timed strip of attention sees; the time for all of them is extrapolated.
+# Keys that a timed strip of attention attends to; the time for all keys is extrapolated.
 TIMED_TOKENS = 8192
 
 
 @torch.no_grad()
 def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
-    """Predict the seconds that a plan's run takes.
+    """Predicts the seconds that a plan's run takes.
 
     Steps of one kind (layer, channels, width, height of a strip) are timed once, on a feature map
     one strip high, and scaled by their multiply-accumulates. Everything is timed in memory: a disk
@@ -46,7 +46,7 @@ def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
 
 
 def _kind(step: StreamStep, units: int) -> object:
-    """What a step's cost depends on, apart from its height."""
+    """A key for steps with the same cost per row: all that the cost depends on but the height."""
     layer = step.layer
     shortcut = None if layer.shortcut is None else layer.shortcut.weight.shape
     facts = (layer.norm is None, layer.silu, step.collects_stats, step.residual is None, shortcut)
@@ -54,7 +54,7 @@ def _kind(step: StreamStep, units: int) -> object:
 
 
 def _time_step(step: StreamStep, units: int, device: torch.device) -> tuple[float, float]:
-    """Seconds before the first strip, and for each multiply-accumulate."""
+    """Times one strip: seconds before the first strip, and for each multiply-accumulate."""
     small = _one_strip(step, units, device)
     spans = lifetimes([small])
     buffers = AllocatedBuffers(lay_out(spans, None, separate_spill=False), device, None)
@@ -72,7 +72,7 @@ def _time_step(step: StreamStep, units: int, device: torch.device) -> tuple[floa
 def _time_strip(
     step: StreamStep, buffers: AllocatedBuffers, stats: RunningGroupStats, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds before the first strip, and of one strip over the step's whole height."""
+    """Runs a step as one strip: seconds before the strip, and of the strip itself."""
     target_stats = RunningGroupStats(step.target.channels, device) if step.collects_stats else None
     start = time.perf_counter()
     runner = make_runner(step, step.units, buffers, stats, target_stats, device)

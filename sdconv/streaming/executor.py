@@ -30,7 +30,7 @@ def run(
     folder: Path | None,
     on_strip: OnStrip = lambda step, done: None,
 ) -> None:
-    """Run a batch through the plan's steps, one image after the other.
+    """Runs a batch through the plan's steps, one image after the other.
 
     Args:
         x: ``(B, C, H, W)``.
@@ -64,7 +64,7 @@ def _run_step(
     device: torch.device,
     on_strip: OnStrip,
 ) -> RunningGroupStats | None:
-    """Run one step in strips of ``units``; return the target's statistics if it collects them.
+    """Runs one step in strips of ``units``; returns the target's statistics if it collects them.
 
     Raises:
         NotFiniteError: with the step's name, if the layer's method cannot handle NaN or infinity
@@ -96,7 +96,7 @@ def make_runner(
     target_stats: RunningGroupStats | None,
     device: torch.device,
 ) -> StepRunner:
-    """A runner of the step over the tensors of its buffers."""
+    """Makes the runner of a step over the tensors of its buffers."""
     context = StepContext(
         source=buffers.tensor(step.source),
         target=buffers.tensor(step.target),

@@ -1,8 +1,8 @@
 """Layers that run on strips of rows with the fast backend's convolutions for CPUs.
 
 The arithmetic is that of :mod:`sdconv.fast.cpu.conv`. It reads the source's rows in place,
-normalises them as it reads, and writes bias and residual with the output, so these layers need
-neither a window nor a copy of the strip.
+normalises them as it reads, and adds bias and residual as it writes, so these layers need neither a
+window nor a copy of the strip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.fast.cpu.conv import (
-    COMPUTED,
+    COMPUTE_DTYPE,
     WINOGRAD_PACK,
     Epilogue,
     NotFiniteError,
@@ -39,7 +39,7 @@ from sdconv.streaming.layers import (
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def takes(weight: Tensor) -> bool:
+def can_run(weight: Tensor) -> bool:
     """Whether a layer with this weight can use the fast backend: on a CPU (or on the meta device,
     to plan for one), in a dtype that the backend supports."""
     return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta")
@@ -57,7 +57,7 @@ def layer_for(
 
 
 class _WinogradLayer(StreamLayer):
-    """A convolution by Winograd's F(4x4,3x3); a unit is a row of tiles, four rows of the output."""
+    """A convolution by Winograd's F(4x4, 3x3); a unit is a row of tiles: four rows of output."""
 
     scheme: ClassVar[Scheme]
 
@@ -71,7 +71,7 @@ class _WinogradLayer(StreamLayer):
         return OUTPUT_TILE * first, OUTPUT_TILE * last
 
     def ample_workspace(self, width: int) -> int:
-        return self.workspace(0, width) + strip_bytes(self._transformed * COMPUTED.itemsize)
+        return self.workspace(0, width) + strip_bytes(self._transformed * COMPUTE_DTYPE.itemsize)
 
     def workspace(self, units: int, width: int) -> int:
         out_channels, channels = self.module.weight.shape[:2]
@@ -80,14 +80,14 @@ class _WinogradLayer(StreamLayer):
         pixels = OUTPUT_TILE**2 * tiles
         if self.shortcut is not None:
             strip += pixels * out_channels
-        if self.module.weight.dtype != COMPUTED:  # each feature map's rows are copied
+        if self.module.weight.dtype != COMPUTE_DTYPE:  # each feature map's rows are copied
             residual = out_channels if self.shortcut is None else self.shortcut.in_channels
             strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + residual)
         # the transformed weight, and a second copy until it is packed
-        return (2 * self._transformed + strip) * COMPUTED.itemsize
+        return (2 * self._transformed + strip) * COMPUTE_DTYPE.itemsize
 
     def steady_workspace(self, units: int, width: int) -> int:
-        return self.workspace(units, width) - self._transformed * COMPUTED.itemsize
+        return self.workspace(units, width) - self._transformed * COMPUTE_DTYPE.itemsize
 
     @property
     def _transformed(self) -> int:
@@ -181,7 +181,7 @@ def _groups(stats: RunningGroupStats | None, channels: int) -> int:
 
 
 def _update(stats: RunningGroupStats | None, sums: Tensor, counts: Tensor) -> None:
-    """Add a strip's sums, which are finite if and only if the strip is.
+    """Adds a strip's sums to the statistics; they are finite if and only if the strip is.
 
     Raises:
         NotFiniteError: they are not.

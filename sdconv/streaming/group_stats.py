@@ -18,11 +18,11 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class RunningGroupStats:
-    """Count, mean and sum of squared deviations of each channel, in float64.
+    """Accumulates the count, mean and sum of squared deviations of each channel, in float64.
 
     Strips are combined by Chan's formula (Chan, Golub, LeVeque 1979, "Updating formulae and a
     pairwise algorithm for computing sample variances"), so the result is that of the whole feature
-    map however it was cut into strips.
+    map, no matter how it was cut into strips.
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
@@ -31,10 +31,10 @@ class RunningGroupStats:
         self.squares = torch.zeros_like(self.mean)
 
     def update(self, rows: Tensor) -> None:
-        """Add ``rows``, ``(rows, W, C)``.
+        """Adds ``rows``, ``(rows, W, C)``.
 
-        The sums are float64 from the first addition on: what float32 would lose depends on where a
-        strip begins, and every later layer would round differently.
+        The sums are float64 from the first addition on: in float32 the rounding error would depend
+        on where a strip begins, and every later layer would round differently.
         """
         for chunk in torch.split(rows.flatten(0, 1), max(1, CHUNK // rows.shape[2])):
             mean = chunk.sum(0, dtype=torch.float64) / len(chunk)
@@ -42,7 +42,7 @@ class RunningGroupStats:
             self._combine(len(chunk), mean, squares - mean.square() * len(chunk))
 
     def update_from_sums(self, sums: Tensor, counts: Tensor) -> None:
-        """Add rows of which only the sums are known.
+        """Adds rows that are known by their sums only.
 
         Args:
             sums: sum and sum of squares of each channel in each part, ``(parts, C, 2)``, float64.

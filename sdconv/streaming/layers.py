@@ -26,8 +26,8 @@ AMPLE_WORKSPACE = 64 << 20
 def prefers_channels_first(weight: Tensor) -> bool:
     """Whether a convolution on a CPU should use torch's channels-first kernel.
 
-    With few channels the channels-last kernel is faster. It adds up all products in sequence; with
-    many channels this triples its rounding error on processors with AVX-512.
+    With few channels, the channels-last kernel is faster. With many channels, its rounding error is
+    three times as large on processors with AVX-512, because it adds up all products in sequence.
     """
     return weight.shape[1] > 128
 
@@ -54,17 +54,18 @@ class StepContext:
 
 
 class StepRunner(Protocol):
-    """One step in progress, from the top strip to the bottom one."""
+    """Runs one step, from the top strip to the bottom one."""
 
     def run_strip(self, first: int, last: int) -> None:
-        """Compute units ``first`` up to ``last`` and write them into the target."""
+        """Computes units ``first`` up to ``last`` and write them into the target."""
 
 
 class SlidingWindow:
-    """Prepared rows of a feature map, with rows of zeros above and below it.
+    """A window that slides down a feature map: rows that are prepared for a convolution, with rows
+    of zeros above and below the feature map.
 
-    Each row is prepared once: rows that two strips share are carried over from one to the next,
-    which also lets a step overwrite the feature map that it reads.
+    Each row is prepared once. Rows that two strips share are carried over from one to the next, so
+    that a step may overwrite the feature map that it reads.
 
     Args:
         source: the feature map, ``(H, W, C)``.
@@ -107,10 +108,10 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class StreamLayer:
-    """Normalise, activate, convolve and add a residual: rows of one feature map to rows of another.
+    """A layer that runs on strips: normalises, activates, convolves and adds a residual.
 
-    Strips are counted in units. A unit is one row of the output; of the input, where each of its
-    rows gives two.
+    The height of a strip is counted in units. A unit is one row of the output; for upsampling, one
+    row of the input.
 
     Attributes:
         module: the convolution, or a linear layer over channels.
@@ -136,7 +137,7 @@ class StreamLayer:
         return height, width
 
     def units(self, height: int) -> int:
-        """Units in an input of ``height`` rows."""
+        """The number of units in an input of ``height`` rows."""
         return self.output_size(height, 1)[0]
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
@@ -201,7 +202,7 @@ class StreamLayer:
         rows, weight = last - first, self.module.weight
         window = rows * (width + self.right_padding) * weight.shape[1]
         scratch = self.scratch_numel(rows, width)
-        if self.channels_first:  # input and output in both orders, the input in the kernel's too
+        if self.channels_first:  # both orders of input and output, and the kernel's own input
             out_rows, columns = self.output_size(rows, width)
             scratch += 2 * self.conv_input_numel(rows, width)
             scratch += out_rows * columns * weight.shape[0]
@@ -212,11 +213,11 @@ class StreamLayer:
         return own + wide * norm_dtype(weight.dtype).itemsize
 
     def steady_workspace(self, units: int, width: int) -> int:
-        """The workspace after the first strip, when the weights are prepared."""
+        """The workspace after the first strip, when the weights are packed."""
         return self.workspace(units, width)
 
     def prepare(self, rows: Tensor, out: Tensor, stats: RunningGroupStats | None) -> None:
-        """Write the input's ``rows`` into ``out``, normalised and activated for the module."""
+        """Writes the input's ``rows`` into ``out``, normalised and activated for the module."""
         if self.norm is None or stats is None:
             out.copy_(rows)
             return
@@ -277,12 +278,12 @@ class _TorchRunner:
         if context.target_stats is not None:
             context.target_stats.update(out)
         del out
-        # the allocator would keep freed blocks of every strip size
+        # otherwise the allocator would keep freed blocks of every strip size
         trim_heap()
 
 
 class Conv1x1(StreamLayer):
-    """A 1x1 convolution between few channels, by the kernel that the unstreamed network uses."""
+    """A 1x1 convolution of few channels, by the kernel that the network uses without streaming."""
 
     channels_first = True
 
@@ -355,7 +356,7 @@ class UpsampleConv(StreamLayer):
         rows, width, channels = window.shape
         squares = window[:, None, :, None].expand(rows, 2, width, 2, channels)
         upsampled = squares.reshape(2 * rows, 2 * width, channels)
-        # of the rows above and below the strip, the convolution needs the nearer copy only
+        # of the upsampled rows above and below the strip, the convolution needs the nearer one only
         return self.convolve(upsampled[1:-1])
 
     def scratch_numel(self, rows: int, width: int) -> int:

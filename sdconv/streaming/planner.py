@@ -1,4 +1,4 @@
-"""Decides what stays in memory, what is spilled, and how many rows a strip has."""
+"""Plans a run: what stays in memory, what is spilled, and how many rows a strip has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdconv.sizes import format_bytes
 from sdconv.streaming.buffers import FeatureBuffer, MemoryLayout, lay_out
 from sdconv.streaming.steps import StreamStep
 
-# What torch's kernels allocate apart from tensors: generated code, thread stacks, buffers.
+# Bytes that torch's kernels allocate in addition to tensors: generated code, stacks, buffers.
 KERNEL_OVERHEAD = 24 << 20
 
 
@@ -48,7 +48,7 @@ class StreamPlan:
 
     @property
     def strips(self) -> int:
-        """Strips of all steps, for one image."""
+        """The number of strips in all steps, for one image."""
         pairs = zip(self.steps, self.units, strict=True)
         return sum(-(-step.units // units) for step, units in pairs)
 
@@ -72,7 +72,7 @@ def make_plan(
     can_spill: bool,
     separate_spill: bool = False,
 ) -> StreamPlan:
-    """Keep as much in memory as the limit allows, and make strips as high as the rest allows.
+    """Plans to keep as much in memory as the limit allows, with strips as high as the rest allows.
 
     Args:
         steps: for one image.
@@ -82,7 +82,7 @@ def make_plan(
         separate_spill: see `sdconv.streaming.arena.has_separate_spill`.
 
     Raises:
-        InputError: the limit cannot be met; it states the lowest limits, with and without spilling.
+        InputError: the limit cannot be met; the error states the lowest limits that can.
     """
     steps = tuple(steps)
     result = batch * steps[-1].target.bytes
@@ -119,7 +119,7 @@ def lifetimes(steps: Sequence[StreamStep]) -> dict[FeatureBuffer, range]:
 
 
 def _intermediates(steps: Sequence[StreamStep]) -> dict[FeatureBuffer, range]:
-    """The lifetimes of all buffers except the input and the result, which the caller brings."""
+    """The lifetimes of all buffers except the input and the result, which the caller provides."""
     ends = (steps[0].source, steps[-1].target)
     return {buffer: span for buffer, span in lifetimes(steps).items() if buffer not in ends}
 

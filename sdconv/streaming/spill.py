@@ -12,7 +12,7 @@ from sdconv.sizes import format_bytes
 
 
 def spill_folder(folder: str | Path) -> Path:
-    """Check a folder for spilled feature maps.
+    """Checks a folder for spilled feature maps.
 
     Raises:
         InputError: it is not a folder, or not writable.
@@ -29,7 +29,7 @@ def spill_folder(folder: str | Path) -> Path:
 
 
 def check_disk_space(folder: Path, size: int) -> None:
-    """Check that ``size`` bytes can be spilled, before anything is computed.
+    """Checks that ``size`` bytes can be spilled, before anything is computed.
 
     Raises:
         InputError: fewer are free there, or the folder no longer exists.

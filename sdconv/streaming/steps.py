@@ -2,8 +2,8 @@
 runs.
 
 Each step reads strips of one feature map from top to bottom, once, and writes strips of another.
-GroupNorm needs the statistics of the whole feature map, so they must be complete before the next
-step begins: they are collected while the feature map is written. A step may overwrite the feature
+GroupNorm needs the statistics of the whole feature map before the next step begins, so they are
+collected while the feature map is written. A step may overwrite the feature
 map that it reads, because it keeps the rows that the next strip needs.
 """
 
@@ -62,7 +62,7 @@ class StreamStep:
 
     @property
     def units(self) -> int:
-        """Units (see ``StreamLayer``) in the whole step."""
+        """The number of units (see ``StreamLayer``) in the whole step."""
         return self.layer.units(self.source.height)
 
     @property
@@ -113,7 +113,7 @@ class _StepBuilder:
         self.steps: list[StreamStep] = []
 
     def add_layer(self, name: str, layer: StreamLayer) -> None:
-        """A layer that writes to a new buffer."""
+        """Adds a layer that writes to a new buffer."""
         height, width = layer.output_size(self.current.height, self.current.width)
         target = FeatureBuffer(height, width, layer.out_channels, self.current.dtype)
         self._add_step(name, layer, target)
@@ -125,33 +125,33 @@ class _StepBuilder:
         return layer(conv, norm, silu=norm is not None, **options)
 
     def add_upsample(self, name: str, conv: nn.Conv2d) -> None:
-        """Nearest upsampling and its convolution."""
+        """Adds nearest upsampling and its convolution."""
         layer = self._fast_layer("upsample_conv", conv) or UpsampleConv
         self.add_layer(name, layer(conv))
 
     def add_downsample(self, name: str, conv: nn.Conv2d) -> None:
-        """A convolution at stride 2."""
+        """Adds a convolution at stride 2."""
         layer = self._fast_layer("downsample_conv", conv) or DownsampleConv
         self.add_layer(name, layer(conv))
 
     def _fast_layer(
         self, kind: Kind, conv: nn.Conv2d, *, normalised: bool = False
     ) -> type[StreamLayer] | None:
-        """The fast backend's class of layer, None where that backend is not in force."""
-        if not (is_fast(conv) and fused.takes(conv.weight)):
+        """The fast backend's class of layer; None where that backend is not in force."""
+        if not (is_fast(conv) and fused.can_run(conv.weight)):
             return None
         height, width = self.current.height, self.current.width
         return fused.layer_for(kind, conv, height, width, normalised=normalised)
 
     def add_resnet(self, name: str, block: ResnetBlock2D) -> None:
-        """A ResNet block; its second convolution overwrites the output of the first."""
+        """Adds a ResNet block; its second convolution overwrites the output of the first."""
         x = self.current
         self.add_layer(f"{name}.conv1", self.conv3x3(block.conv1, block.norm1))
         conv2 = self.conv3x3(block.conv2, block.norm2, shortcut=block.conv_shortcut)
         self._add_step(f"{name}.conv2", conv2, self.current, residual=x)
 
     def add_attention(self, name: str, block: Attention) -> None:
-        """An attention block, which overwrites its input."""
+        """Adds an attention block, which overwrites its input."""
         x = self.current
         keys, values = replace(x, resident=True), replace(x, resident=True)
         for linear, target in ((block.to_k, keys), (block.to_v, values)):
@@ -208,8 +208,8 @@ def steps_of(
         width: columns of the input.
 
     Raises:
-        InputError: a module is not one of the VAE's own (but an adapter, for instance), or has a
-            hook (for capturing, for offloading) that streaming would not call.
+        InputError: a module is not one of the VAE's own (it is an adapter, for instance), or has a
+            hook (for capturing or offloading) that streaming would not call.
     """
     modules = dict(_modules_in_order(network, direction))
     _check(modules)
@@ -234,7 +234,7 @@ def steps_of(
 
 
 def _modules_in_order(network: nn.Module, direction: Direction) -> Iterator[tuple[str, Any]]:
-    """Blocks and convolutions outside blocks, by their names in the network, in running order."""
+    """A half's blocks, and its convolutions outside blocks, by their names, in running order."""
     half = "encoder" if direction == "encode" else "decoder"
     mid_block = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
     stages = tuple(

@@ -43,12 +43,12 @@ def test_multiplies_are_those_that_torch_counts(name: str) -> None:
     found = dissect(ALL[name], (64, 96))
     with torch.device("meta"):
         network = seeded.BUILD[ALL[name].class_name](ALL[name])
-        picture = torch.empty(1, 3, 64, 96)
+        image = torch.empty(1, 3, 64, 96)
         latents = torch.empty(
             1, network.config.latent_channels, 64 // network.downscale, 96 // network.downscale
         )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.encode(picture)
+        network.encode(image)
         network.decode(latents)
     ours = sum(t.multiplies for t in found.totals if t.role in ("convolution", "attention"))
     assert 2 * ours == counter.get_total_flops()  # a multiply-accumulate is two of theirs
@@ -91,11 +91,11 @@ def test_receptive_fields_are_what_gradients_reach() -> None:
     found = dissect(TAESD, 256)
     x = torch.ones(1, 3, 256, 256, dtype=torch.float64, requires_grad=True)
     z = torch.ones(1, 4, 64, 64, dtype=torch.float64, requires_grad=True)
-    last = {path: found.half(path)[-1].last for path in ("encode", "decode")}
+    last = {path: found.blocks_of(path)[-1].last for path in ("encode", "decode")}
     assert reached(network.encode(x).latents, x, 32, 32) == last["encode"].receptive_field
-    picture = network.decode(z).sample
+    image = network.decode(z).sample
     # after upsampling neighbours differ: the widest of one period of four
-    widest = max(reached(picture, z, 128 + shift, 128) for shift in range(4))
+    widest = max(reached(image, z, 128 + shift, 128) for shift in range(4))
     assert widest[0] == last["decode"].receptive_field[0]
     assert (last["encode"].downscale, last["decode"].downscale) == ((4, 4), (Fraction(1, 4),) * 2)
 
@@ -139,8 +139,8 @@ def test_convolutions_cost_more_on_larger_images_and_attention_more_than_that() 
 def test_a_decoder_alone() -> None:
     alone = seeded.tiny(encoder_block_out_channels=(), num_encoder_blocks=())
     found = dissect(alone, 64)
-    assert not found.half("encode")
-    assert found.half("decode")[-1].out_size == (64, 64)
+    assert not found.blocks_of("encode")
+    assert found.blocks_of("decode")[-1].out_size == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_decoder_alone() -> None:
     [
         (3, "the image is too small"),
         ((64, 3), "the image is too small"),
-        (4, "normalisation"),  # 32 channels in 32 groups on a feature map of one value
+        (4, "GroupNorm"),  # 32 channels in 32 groups on a feature map of one value
         (LARGEST_SIDE + 1, "the image is too large"),
         (0, "size"),
         ((8, 8, 8), "size"),

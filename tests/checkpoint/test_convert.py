@@ -1,4 +1,4 @@
-"""Whole checkpoints there and back: names, bytes, what lies beside; no file is held in memory."""
+"""Whole checkpoints there and back: names, bytes and other tensors; no file is held in memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from sdconv.checkpoint.io.header import DTYPE_BITS
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
 VAE, UNET = "first_stage_model.", "model.diffusion_model."
-# as Lightning saves them beside the networks, and as others have put them there
-BESIDE = {
+# as Lightning saves them with the networks, and as other programs add them
+OTHERS = {
     "betas": torch.linspace(0, 1, 10, dtype=torch.float64),
     "global_step": torch.tensor(470000),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
@@ -61,9 +61,9 @@ def vae_alone() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as people have it."""
+    """A whole checkpoint in the original layout."""
     path = tmp_path_factory.mktemp("whole") / "model.safetensors"
-    save_file(originals() | BESIDE, path, metadata={"modelspec.title": "Über\n\u20ac"})
+    save_file(originals() | OTHERS, path, metadata={"modelspec.title": "Über\n\u20ac"})
     return path
 
 
@@ -84,8 +84,8 @@ def test_round_trip_is_the_same_file(whole: Path, tmp_path: Path) -> None:
     convert(tmp_path / "between.safetensors", back, "original")
     assert raw(back) == raw(whole)
     assert metadata(back) == metadata(whole)
-    # the control: the file between is another one, and a bit more would be seen
-    assert set(raw(tmp_path / "between.safetensors")) & set(raw(whole)) == set(BESIDE)
+    # the control: the file in between is another one, and one changed bit is noticed
+    assert set(raw(tmp_path / "between.safetensors")) & set(raw(whole)) == set(OTHERS)
     data = bytearray(back.read_bytes())
     data[-1] ^= 1
     back.write_bytes(data)
@@ -110,8 +110,8 @@ def test_the_file_between(whole: Path, tmp_path: Path) -> None:
         left_out={},
     )
     written, before = raw(out), raw(whole)
-    assert {name: written[name] for name in BESIDE} == {name: before[name] for name in BESIDE}
-    # diffusers' own names, all of them and no more
+    assert {name: written[name] for name in OTHERS} == {name: before[name] for name in OTHERS}
+    # exactly diffusers' own names
     tensors, source = load_file(out), originals()
     for component, prefix in (("vae", VAE), ("unet", UNET)):
         state = {k: v for k, v in source.items() if k.startswith(prefix)}
@@ -133,7 +133,7 @@ def test_from_a_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "linear", "beside"),
+    ("prefix", "linear", "others"),
     [
         (VAE, True, {}),
         ("vae.", False, {"betas": torch.ones(2)}),
@@ -143,13 +143,13 @@ def test_from_a_pickle(tmp_path: Path) -> None:
     ],
 )
 def test_unusual_originals_come_back_too(
-    prefix: str, linear: bool, beside: dict[str, Tensor], tmp_path: Path
+    prefix: str, linear: bool, others: dict[str, Tensor], tmp_path: Path
 ) -> None:
     tensors = {name.replace(VAE, prefix): tensor for name, tensor in vae_alone().items()}
     if linear:
         tensors |= {k: v.flatten(1) for k, v in tensors.items() if ".attn_1." in k and v.ndim == 4}
     path = tmp_path / "odd.safetensors"
-    save_file(tensors | beside, path)
+    save_file(tensors | others, path)
     assert raw(there_and_back(path, tmp_path)) == raw(path)
 
 
@@ -180,11 +180,11 @@ TENSORS = st.dictionaries(
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(beside=TENSORS, said=st.dictionaries(NAMES, NAMES, max_size=2), data=st.binary())
-def test_anything_beside_is_carried_over(
-    beside: dict[str, tuple[str, list[int]]], said: dict[str, str], data: bytes, tmp_path: Path
+@given(others=TENSORS, said=st.dictionaries(NAMES, NAMES, max_size=2), data=st.binary())
+def test_all_other_tensors_are_carried_over(
+    others: dict[str, tuple[str, list[int]]], said: dict[str, str], data: bytes, tmp_path: Path
 ) -> None:
-    # also dtypes that torch has not, such as two numbers to a byte
+    # also dtypes that torch lacks, such as two numbers in a byte
     config = seeded.tiny(
         encoder_block_out_channels=(8,),
         decoder_block_out_channels=(8,),
@@ -196,7 +196,7 @@ def test_anything_beside_is_carried_over(
         half, _, number, rest = name.split(".", 3)
         original = f"vae.{half}.{int(number) + (half == 'decoder')}.{rest}"
         parts[original] = ("F32", list(tensor.shape), tensor.numpy().tobytes())
-    for name, (dtype, shape) in beside.items():
+    for name, (dtype, shape) in others.items():
         size = 8 * torch.Size(shape).numel() * DTYPE_BITS[dtype] // 8  # whole bytes
         parts[name] = (dtype, [*shape, 8], (data + bytes(size))[:size])
     source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
@@ -204,7 +204,7 @@ def test_anything_beside_is_carried_over(
     assert raw(source) == parts
     convert(source, out, "diffusers")
     written = raw(out)
-    assert {name: written[name] for name in beside} == {name: parts[name] for name in beside}
+    assert {name: written[name] for name in others} == {name: parts[name] for name in others}
     assert metadata(out).items() >= said.items()
     convert(out, tmp_path / "back.safetensors", "original")
     assert raw(tmp_path / "back.safetensors") == parts
@@ -223,13 +223,13 @@ def file_of(parts: Mapping[str, tuple[str, list[int], bytes]], said: Mapping[str
     return len(text).to_bytes(8, "little") + text + body
 
 
-def test_dtype_of_what_moves(whole: Path, tmp_path: Path) -> None:
+def test_dtype_of_converted_tensors(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "wide.safetensors"
     assert convert(whole, out, "original", dtype=torch.float32).dtypes == ("float32",)
     written, before = load_file(out), load_file(whole)
     assert set(written) == set(before)
     for name, tensor in before.items():
-        assert written[name].dtype == (tensor.dtype if name in BESIDE else torch.float32)
+        assert written[name].dtype == (tensor.dtype if name in OTHERS else torch.float32)
         assert torch.equal(written[name].to(tensor.dtype), tensor), name
 
 
@@ -251,7 +251,7 @@ def test_to_folders_for_diffusers(whole: Path, tmp_path: Path) -> None:
         for component in ("vae", "unet")
         for name in ("config.json", weights)
     )
-    assert sum(result.left_out.values()) == len(BESIDE)
+    assert sum(result.left_out.values()) == len(OTHERS)
     for component, kind in (("vae", "AutoencoderKL"), ("unet", "UNet2DConditionModel")):
         theirs = getattr(diffusers, kind).from_pretrained(tmp_path / "model" / component)
         ours = sdconv.load(tmp_path / "model" / component).state_dict()
@@ -259,7 +259,7 @@ def test_to_folders_for_diffusers(whole: Path, tmp_path: Path) -> None:
         assert all(torch.equal(ours[k], v) for k, v in theirs.state_dict().items())
 
 
-def test_one_network_is_one_components_folder(tmp_path: Path) -> None:
+def test_one_network_becomes_a_components_folder(tmp_path: Path) -> None:
     save_file(vae_alone(), tmp_path / "vae.safetensors")
     with pytest.warns(sdconv.SdconvWarning, match="scaling factor"):
         result = convert(tmp_path / "vae.safetensors", tmp_path / "vae", "diffusers")
@@ -333,7 +333,7 @@ def test_bad_input_leaves_nothing_behind(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "said", ["[]", "no JSON", '{"vae": 1}', '{"vae": {"prefix": 1, "unusual": {}}}']
 )
-def test_damaged_memory_of_the_original(said: str, tmp_path: Path) -> None:
+def test_damaged_record_of_the_original(said: str, tmp_path: Path) -> None:
     tensors = {f"vae.{name}": t for name, t in seeded.tensors(seeded.kl((32,), 4, True)).items()}
     path = tmp_path / "m.safetensors"
     save_file(tensors | {"betas": torch.ones(1)}, path, metadata={ORIGIN_KEY: said})
@@ -364,10 +364,10 @@ def anonymous():
 
 source, out = sys.argv[1:]
 small = Path(source).with_name("small.safetensors")
-convert(small, out, "diffusers", family="sd1", dtype=torch.float16)  # what importing takes
+convert(small, out, "diffusers", family="sd1", dtype=torch.float16)  # imports everything
 
 def taken(held):
-    # what two conversions take beyond what there was, perhaps with the file held in memory
+    # memory that two conversions add, perhaps while the file is held
     done, peak, before = threading.Event(), [0], anonymous()
 
     def watch():
@@ -388,7 +388,7 @@ print(taken(False), taken(True))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: it reads /proc")
-def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
+def test_memory_stays_far_below_the_size_of_the_file(tmp_path: Path) -> None:
     # the small VAE with twice the channels, in float32, its values a hole in the file
     shapes = {
         name: [2 * n if n >= 32 else n for n in tensor.shape]

@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines")
     for kind in ("text", "refiner", "upscale"):
         pipelines.pipeline(kind).save_pretrained(folder / kind)
-    # SDXL's text encoders, which diffusers tells apart by their widths
+    # SDXL's text encoders, which diffusers distinguishes by their widths
     wide = pipelines.text_encoder(CLIPTextModelWithProjection).config
     wide.hidden_size = 48
     encoder = pipelines.seeded(lambda: CLIPTextModelWithProjection(wide), 12)
@@ -34,7 +34,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["text", "xl"])
-def test_a_folder_made_a_file_opens_in_diffusers(kind: str, folders: Path, tmp_path: Path) -> None:
+def test_a_file_made_from_a_folder_opens_in_diffusers(
+    kind: str, folders: Path, tmp_path: Path
+) -> None:
     made = tmp_path / "model.safetensors"
     assert convert(folders / kind, made, "original").carried == {}
     name = pipelines.KINDS[kind].name
@@ -73,7 +75,7 @@ def test_text_encoders_in_open_clips_layout(
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-def test_what_is_no_clip_is_carried_under_its_name(folders: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_other_than_clip_keeps_its_name(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "text", tmp_path / "model")
     other = {"encoder.block.0.layer.0.weight": torch.ones(3)}
     save_file(other, tmp_path / "model" / "text_encoder" / "model.safetensors")
@@ -84,7 +86,7 @@ def test_what_is_no_clip_is_carried_under_its_name(folders: Path, tmp_path: Path
     assert "text_encoder.encoder.block.0.layer.0.weight" in raw(tmp_path / "m.safetensors")
 
 
-def test_a_folder_in_diffusers_names_comes_back_in_parts(folders: Path, tmp_path: Path) -> None:
+def test_a_file_in_diffusers_names_becomes_folders_again(folders: Path, tmp_path: Path) -> None:
     made = tmp_path / "model.safetensors"
     result = convert(folders / "text", made, "diffusers")
     assert set(result.carried) == {"text_encoder"}
@@ -100,7 +102,7 @@ def test_a_folder_in_diffusers_names_comes_back_in_parts(folders: Path, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["text", "refiner", "upscale"])
-def test_a_folder_made_a_file_comes_back_from_diffusers_names_byte_by_byte(
+def test_a_file_made_from_a_folder_comes_back_from_diffusers_names_byte_by_byte(
     kind: str, folders: Path, tmp_path: Path
 ) -> None:
     made, between, back = (tmp_path / f"{name}.safetensors" for name in ("made", "between", "back"))

@@ -88,7 +88,7 @@ def test_single_file_round_trip(name: str, layout: str, dtype: torch.dtype, tmp_
     assert first.read_bytes() == second.read_bytes()
 
 
-PICTURE = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 20}
+IMAGE = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 20}
 SIZES = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
@@ -108,7 +108,7 @@ def labelled(label: dict[str, Any], attention: bool) -> sdconv.UNet2DConditionMo
 
 @pytest.mark.filterwarnings("ignore:the unet could be")
 @pytest.mark.parametrize("attention", [True, False])
-@pytest.mark.parametrize("label", [PICTURE, SIZES])
+@pytest.mark.parametrize("label", [IMAGE, SIZES])
 def test_original_labels_are_what_the_config_says(
     label: dict[str, Any], attention: bool, tmp_path: Path
 ) -> None:
@@ -123,13 +123,13 @@ def test_original_labels_are_what_the_config_says(
     assert_same(loaded, network)
     convert(first, second, "diffusers")
     assert_same(sdconv.load(second), network)
-    # the control: without the config, a picture's is taken for sizes where it can be of either
+    # the control: without the config, an image embedding is taken for sizes where both are possible
     bare = sdconv.infer(sdconv.read_header(first).shapes)["unet"]
-    assert (bare.addition_embed_type is None) == (attention and label is PICTURE)
+    assert (bare.addition_embed_type is None) == (attention and label is IMAGE)
 
 
 def test_two_embeddings_of_one_original_name_are_refused(tmp_path: Path) -> None:
-    both = labelled({**PICTURE, **SIZES}, True)
+    both = labelled({**IMAGE, **SIZES}, True)
     with pytest.raises(sdconv.InputError, match="no name for a tensor") as caught:
         sdconv.save(both, tmp_path / "unet.safetensors", layout="original")
     assert "for add_embedding.linear_1" in str(caught.value)
@@ -183,7 +183,7 @@ def test_what_diffusers_writes_comes_back_in_the_original_layout(tmp_path: Path)
     assert load_file(tmp_path / "o.safetensors")["encoder.mid.attn_1.q.weight"].ndim == 4
 
 
-def test_metadata_says_what_shapes_cannot(tmp_path: Path) -> None:
+def test_metadata_states_what_shapes_cannot(tmp_path: Path) -> None:
     sdconv.save(made("kl"), tmp_path / "vae.safetensors")
     with safe_open(tmp_path / "vae.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -228,7 +228,7 @@ def test_refused(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny, pooled", "tiny decoder alone"])
-def test_no_folder_that_diffusers_would_misread(name: str, tmp_path: Path) -> None:
+def test_no_folder_is_written_that_diffusers_would_misread(name: str, tmp_path: Path) -> None:
     with pytest.raises(sdconv.SdconvError, match="cannot represent this network"):
         sdconv.save(made(name), tmp_path / "vae")
     assert not (tmp_path / "vae").exists()

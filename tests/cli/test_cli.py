@@ -193,7 +193,7 @@ def test_inspect(here: Path) -> None:
         assert word in shown.stdout
 
 
-def test_inspect_says_no(here: Path) -> None:
+def test_inspect_has_status_1_for_unusable_weights(here: Path) -> None:
     assert answer("inspect", here / "llm.safetensors", status=1)["parts"][0]["networks"] == []
     integers = run("inspect", here / "int.safetensors")
     assert integers.exit_code == 1
@@ -245,7 +245,7 @@ def test_check(here: Path) -> None:
     assert "encoder.down_blocks.0.resnets.0.conv1" in every.stdout
 
 
-def test_check_says_no(here: Path) -> None:
+def test_check_has_status_1_for_nan(here: Path) -> None:
     result = run("check", here / "nan.safetensors", "--size", "32", "--family", "sd1")
     assert result.exit_code == 1
     assert "decoder.conv_in" in result.stdout

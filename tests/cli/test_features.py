@@ -198,7 +198,7 @@ def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
 def test_bad_input_is_an_error_and_leaves_nothing(
     here: Path, out: Path, arguments: tuple[str, ...], words: str
 ) -> None:
-    (here / "broken.png").write_bytes(b"no picture")
+    (here / "broken.png").write_bytes(b"not an image")
     if "bomb.png" in arguments:
         Image.new("1", (20000, 20000)).save(here / "bomb.png")
     placed = [here / one if "." in one and "*" not in one else one for one in arguments]

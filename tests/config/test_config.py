@@ -1,4 +1,4 @@
-"""What a config.json may say: types, values that are built here, and no word against another."""
+"""What a config.json may say: valid types, supported values, and no contradictions."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def test_a_key_that_contradicts_the_others(name: str, key: str, value: Any) -> N
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "1", None])
-def test_a_factor_that_is_no_number(value: Any) -> None:
+def test_a_factor_that_is_not_a_number(value: Any) -> None:
     with pytest.raises(sdconv.CheckpointError, match="wrong type for scaling_factor"):
         read(CONFIGS["AutoencoderKL"], scaling_factor=value)
     assert read(CONFIGS["AutoencoderKL"], scaling_factor=1)["scaling_factor"] == 1
 
 
-def test_what_no_block_reads_may_say_anything() -> None:
+def test_fields_that_no_block_reads_may_have_any_value() -> None:
     assert read(UNET, mid_block_only_cross_attention=True) == UNET
     assert read(UNET, addition_embed_type_num_heads=8) == UNET
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "told"),
+    ("name", "changed", "message"),
     [
         ("AutoencoderKL", {"latent_channels": 16}, "latent_channels = 16 where the shapes say 4"),
         ("AutoencoderKL", {"layers_per_block": 1}, "layers_per_block = 1 where the shapes say 2"),
@@ -87,7 +87,7 @@ def test_what_no_block_reads_may_say_anything() -> None:
     ],
 )
 def test_a_config_that_contradicts_the_shapes_is_named(
-    name: str, changed: dict[str, Any], told: str
+    name: str, changed: dict[str, Any], message: str
 ) -> None:
     config = CONFIGS[name]
     shapes = {k: tuple(v.shape) for k, v in seeded.tensors(config).items()}
@@ -95,8 +95,8 @@ def test_a_config_that_contradicts_the_shapes_is_named(
     assert right.contradicted == ()
     (wrong,) = identify(shapes, config=config.to_json() | changed)
     assert len(wrong.contradicted) == 1
-    assert wrong.contradicted[0].startswith(told.replace("\\", ""))
-    # what shapes cannot tell contradicts nothing
+    assert wrong.contradicted[0].startswith(message.replace("\\", ""))
+    # a field that shapes do not determine contradicts nothing
     beyond = {"sample_size": 7} if "sample_size" in config else {"latent_shift": 7}
     (other,) = identify(shapes, config=config.to_json() | beyond)
     assert other.contradicted == ()
@@ -112,6 +112,6 @@ def test_a_config_that_contradicts_the_shapes_is_named(
         {"block_out_channels": [32] * 65},
     ],
 )
-def test_a_unet_that_would_take_for_ever_to_build(changed: dict[str, Any]) -> None:
+def test_a_unet_that_would_take_forever_to_build(changed: dict[str, Any]) -> None:
     with pytest.raises(sdconv.CheckpointError, match="does not describe a UNet2DConditionModel"):
         read(UNET, **changed)

@@ -118,11 +118,11 @@ def test_stopping_the_outer_of_two_leaves_both(network: Any) -> None:
     with sdconv.capture(network, "encoder.conv_in", stop_early=True) as outer:
         with sdconv.capture(network, "encoder.conv_out"):
             network(image())
-        raise AssertionError("everything had come")
+        raise AssertionError("the outer capture did not stop")
     assert list(outer) == ["encoder.conv_in"]
 
 
-def test_a_capture_is_of_the_network_whoever_calls_it(network: Any) -> None:
+def test_a_capture_includes_calls_from_any_thread(network: Any) -> None:
     failed: list[BaseException] = []
 
     def call() -> None:
@@ -150,14 +150,14 @@ def test_a_capture_is_of_the_network_whoever_calls_it(network: Any) -> None:
     assert failed == []
 
 
-def test_each_threads_maps_are_of_its_own_calls() -> None:
+def test_each_threads_maps_belong_to_its_own_calls() -> None:
     network = unets.theirs(unets.smallest("SD1"))
     sample, _, *rest = unets.inputs(network.config)
     steps = (10.0, 400.0, 900.0)
-    told: list[tuple[float, bool]] = []
+    contexts: list[tuple[float, bool]] = []
 
     def note(x: Tensor, context: Any) -> Tensor:
-        told.append((context.timestep, torch.equal(x, expected[context.timestep])))
+        contexts.append((context.timestep, torch.equal(x, expected[context.timestep])))
         return x
 
     def call(step: float) -> None:
@@ -181,10 +181,10 @@ def test_each_threads_maps_are_of_its_own_calls() -> None:
     assert sorted(series.calls) == list(range(9))
     for entry in series:
         assert torch.equal(entry.tensor, expected[entry.timestep])  # type: ignore[index]
-    assert len(told) == 9 and all(same for _, same in told)
+    assert len(contexts) == 9 and all(same for _, same in contexts)
 
 
-def test_captures_in_threads_of_their_own(network: Any) -> None:
+def test_captures_in_several_threads(network: Any) -> None:
     found: dict[int, Tensor] = {}
 
     def work(number: int) -> None:
@@ -212,7 +212,7 @@ def test_a_network_can_be_copied_inside(network: Any) -> None:
         assert torch.equal(copied(image()).sample, network(image()).sample)
 
 
-def test_a_network_can_be_forgotten() -> None:
+def test_a_network_can_be_garbage_collected() -> None:
     network = seeded.network(CONFIG)
     with sdconv.capture(network, NAME) as maps:
         network(image())
@@ -232,7 +232,7 @@ def test_inference_mode_gives_tensors_that_can_be_trained_on(network: Any) -> No
     assert weight.grad is not None
 
 
-def test_maps_know_no_gradient(network: Any) -> None:
+def test_maps_have_no_gradient(network: Any) -> None:
     with sdconv.capture(network, NAME) as maps:
         loss = network(image()).sample.sum()
     loss.backward()

@@ -39,10 +39,10 @@ def test_an_ordinary_call(patched: bool) -> None:
     assert series.calls == (0, 1)
     assert series.timesteps == tuple(map(float, pipe.scheduler.timesteps)) == (501.0, 1.0)
     decoded = maps["vae.decoder.mid_block"]
-    assert isinstance(decoded, Series)  # a sequence here too
+    assert isinstance(decoded, Series)  # a sequence, even for one call
     assert (decoded.calls, decoded.timesteps) == ((0,), (None,))
     (texts,) = (maps.series(name) for name in maps if name.startswith("text_encoder."))
-    assert texts.calls == (0, 1)  # of the prompts and of the negative ones
+    assert texts.calls == (0, 1)  # the prompts and the negative prompts
     assert without_hooks(pipe)
 
 
@@ -53,7 +53,7 @@ def test_halves_are_those_of_the_prompts() -> None:
     (entry,) = maps.series(NAME)
     assert entry.tensor.shape[0] == 4
     assert torch.equal(torch.cat([entry.unconditional, entry.conditional]), entry.tensor)
-    # the same prompts on the other side: the halves change places
+    # with the prompts exchanged, the halves are exchanged too
     with sdconv.capture(pipe, NAME) as swapped:
         pipelines.run(
             pipe,
@@ -78,7 +78,7 @@ def test_without_guidance_all_is_conditional() -> None:
         _ = entry.unconditional
 
 
-def test_halves_of_what_is_no_batch_any_more() -> None:
+def test_a_reduced_batch_has_no_halves() -> None:
     pipe = pipelines.pipeline("text")
     with sdconv.capture(pipe, NAME, reduce=lambda x: x.sum(0)) as maps:
         pipelines.run(pipe, "text", num_inference_steps=1)
@@ -87,7 +87,7 @@ def test_halves_of_what_is_no_batch_any_more() -> None:
         _ = entry.conditional
 
 
-def test_guidance_that_ends_on_the_way() -> None:
+def test_guidance_that_ends_during_the_run() -> None:
     def end(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         pipe._guidance_scale = 0.0
         return {"prompt_embeds": given["prompt_embeds"].chunk(2)[-1]}
@@ -103,8 +103,8 @@ def test_guidance_that_ends_on_the_way() -> None:
         _ = alone.unconditional
 
 
-def test_half_a_batch_alone_has_no_halves() -> None:
-    """As pipelines do that look at the text's attention before they guide."""
+def test_a_call_with_one_half_has_no_halves() -> None:
+    """As in pipelines that read cross-attention maps in a call without guidance first."""
     pipe = pipelines.pipeline("text")
 
     class Guides:
@@ -134,7 +134,7 @@ def test_halves_that_are_not_known() -> None:
     ("steps", "timesteps"),
     [([0], (501.0,)), (slice(1, None), (1.0,)), (lambda call: call.timestep < 100, (1.0,))],
 )
-def test_steps_are_a_denoisers(steps: Any, timesteps: tuple[float, ...]) -> None:
+def test_steps_select_calls_of_the_denoiser(steps: Any, timesteps: tuple[float, ...]) -> None:
     pipe = pipelines.pipeline("text")
     with sdconv.capture(pipe, [NAME, "vae.decoder.conv_in"], steps=steps) as maps:
         pipelines.run(pipe, "text")
@@ -163,17 +163,17 @@ def test_controlnet_and_image_pipelines() -> None:
     image = pipelines.pipeline("image")
     with sdconv.capture(image, ["vae.encoder.conv_out", "unet.conv_in"]) as maps:
         pipelines.run(image, "image")
-    # images with generators of their own are encoded one by one
+    # images that each have a generator are encoded one by one
     assert maps.series("vae.encoder.conv_out").calls == (0, 1)
     assert maps.series("unet.conv_in").calls == (0, 1)
 
 
 def test_an_edit_of_one_half() -> None:
     pipe = pipelines.pipeline("text")
-    told: list[tuple[int, object]] = []
+    contexts: list[tuple[int, object]] = []
 
     def flip(x: Tensor, context: Context) -> Tensor:
-        told.append((context.step, context.timestep))
+        contexts.append((context.step, context.timestep))
         rows = context.conditional(len(x))
         new = x.clone()
         new[rows] = -x[rows]
@@ -186,7 +186,7 @@ def test_an_edit_of_one_half() -> None:
     ):
         changed = pipelines.run(pipe, "text")
     assert changed != plain
-    assert told == [(0, 501.0), (1, 1.0)]
+    assert contexts == [(0, 501.0), (1, 1.0)]
     with sdconv.capture(pipe, "unet.mid_block") as before:
         assert pipelines.run(pipe, "text") == plain
     first, was = maps.series("unet.mid_block")[0], before.series("unet.mid_block")[0]
@@ -194,7 +194,7 @@ def test_an_edit_of_one_half() -> None:
     assert torch.equal(first.unconditional, was.unconditional)
 
 
-def test_memory_for_all_steps_is_asked_for_before_the_first() -> None:
+def test_memory_for_all_steps_is_checked_before_the_first() -> None:
     pipe = pipelines.pipeline("text")
     with sdconv.capture(pipe, NAME) as maps:
         pipelines.run(pipe, "text")
@@ -208,13 +208,13 @@ def test_memory_for_all_steps_is_asked_for_before_the_first() -> None:
         pipelines.run(pipe, "text")
     handle.remove()
     assert ran == []
-    # half of it does for one of the two
+    # half of it is enough for one of the two steps
     with sdconv.capture(pipe, NAME, max_memory=needed // 2, steps=[1]) as maps:
         pipelines.run(pipe, "text")
     assert maps.series(NAME).timesteps == (1.0,)
 
 
-def test_names_without_their_component() -> None:
+def test_names_without_a_component() -> None:
     pipe = pipelines.pipeline("text")
     with (
         pytest.raises(sdconv.InputError, match=r"unet\.mid_block"),

@@ -75,13 +75,13 @@ def test_each_kind_of_hook_point() -> None:
     assert torch.equal(edited({"*": lambda x, _: x.clone()}), plain)
 
 
-def test_a_function_may_write_into_what_it_is_given() -> None:
+def test_a_function_may_write_into_its_argument() -> None:
     def doubled(x: Tensor, context: Context) -> Tensor:
         return x.mul_(2)
 
     network = unets.theirs(UNET)
     inputs = unets.inputs(network.config)
-    # what comes into the block goes across as a skip too
+    # the block's input is also used as a skip
     for name in ("down_blocks.1.resnets.0:input", "up_blocks.2.resnets.1:skip", "mid_block"):
         with torch.no_grad():
             with sdconv.edit(network, {name: doubled}):
@@ -92,7 +92,7 @@ def test_a_function_may_write_into_what_it_is_given() -> None:
             assert not torch.equal(found, network(*inputs)[0])
 
 
-def test_a_map_that_a_function_keeps_stays_as_it_is() -> None:
+def test_a_tensor_that_a_function_keeps_is_not_changed() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -108,14 +108,14 @@ def test_a_map_that_a_function_keeps_stays_as_it_is() -> None:
     assert (kept == 1).all()
 
 
-def test_functions_follow_one_another_in_order() -> None:
+def test_functions_run_in_the_order_of_the_mapping() -> None:
     x = edited({NAME: lambda x, _: (x + 1) * 2})
     assert torch.equal(edited({NAME: plus(1), "decoder.mid*resnets.0": lambda x, _: x * 2}), x)
     assert not torch.equal(edited({"decoder.mid*resnets.0": lambda x, _: x * 2, NAME: plus(1)}), x)
     with torch.no_grad():
         with sdconv.edit(vae(), {NAME: plus(1)}), sdconv.edit(vae(), {NAME: lambda x, _: x * 2}):
             nested = vae()(image()).sample
-        # and the outer one alone, once the inner one is left
+        # after the inner block, the outer edit alone
         with sdconv.edit(vae(), {NAME: plus(1)}):
             with sdconv.edit(vae(), {NAME: lambda x, _: x * 2}):
                 vae()(image())
@@ -124,7 +124,7 @@ def test_functions_follow_one_another_in_order() -> None:
     assert torch.equal(alone, edited({NAME: plus(1)}))
 
 
-def test_a_capture_sees_the_edits_around_it_and_not_those_inside() -> None:
+def test_a_capture_shows_the_edits_around_it_and_not_those_inside() -> None:
     with torch.no_grad():
         with sdconv.capture(vae(), NAME) as plain:
             vae()(image())
@@ -138,19 +138,19 @@ def test_a_capture_sees_the_edits_around_it_and_not_those_inside() -> None:
     assert torch.equal(three, one)
 
 
-def test_what_a_function_is_told() -> None:
+def test_the_context_that_a_function_gets() -> None:
     network = unets.theirs(UNET)
-    told: list[tuple[str, int, object]] = []
+    contexts: list[tuple[str, int, object]] = []
 
     def note(x: Tensor, context: Context) -> Tensor:
-        told.append((context.name, context.step, context.timestep))
+        contexts.append((context.name, context.step, context.timestep))
         return x
 
     sample, _, *rest = unets.inputs(network.config)
     with torch.no_grad(), sdconv.edit(network, {"conv_in": note, "conv_out": note}):
         for step in (801, 1):
             network(sample, torch.tensor(step), *rest)
-    assert told == [(n, i, t) for i, t in ((0, 801), (1, 1)) for n in ("conv_in", "conv_out")]
+    assert contexts == [(n, i, t) for i, t in ((0, 801), (1, 1)) for n in ("conv_in", "conv_out")]
 
 
 def test_the_time_projection_is_edited() -> None:
@@ -165,18 +165,18 @@ def test_the_time_projection_is_edited() -> None:
     sample, _, *rest = inputs
     with torch.no_grad(), sdconv.edit(network, {"*:temb": zero}):
         early, late = (network(sample, step, *rest)[0] for step in (999, 1))
-    assert torch.equal(early, late)  # nothing else knows the time
+    assert torch.equal(early, late)  # nothing else depends on the timestep
     assert {len(shape) for shape in seen} == {2}
 
 
-def test_structures_are_given_back_as_they_came() -> None:
+def test_the_structure_of_an_output_is_kept() -> None:
     @dataclass(frozen=True)
     class Out:
         first: None
         map: Tensor
         more: tuple[Tensor, ...]
 
-    class Gives(nn.Module):
+    class Returns(nn.Module):
         def __init__(self, made: Any) -> None:
             super().__init__()
             self.made = made
@@ -193,7 +193,7 @@ def test_structures_are_given_back_as_they_came() -> None:
     ]
     for made, first in shapes:
         network = nn.Sequential()
-        network.add_module("part", Gives(made))
+        network.add_module("part", Returns(made))
         x = torch.zeros(2)
         with sdconv.edit(network, {"part": plus(1), "part:input": plus(5)}):
             out = network.part(x=x)
@@ -211,13 +211,13 @@ def test_structures_are_given_back_as_they_came() -> None:
         (lambda x, _: None, "got: NoneType"),
     ],
 )
-def test_an_edit_that_gives_no_such_map(change: Any, words: str) -> None:
+def test_an_edit_that_returns_no_such_feature_map(change: Any, words: str) -> None:
     with pytest.raises(sdconv.SdconvError, match=f"{NAME}(.|\n)*{words}"):
         edited({NAME: change})
     assert not any(module._forward_hooks for module in vae().modules())
 
 
-def test_an_edit_that_gives_no_such_map_in_a_pipeline() -> None:
+def test_an_edit_that_returns_no_such_feature_map_in_a_pipeline() -> None:
     pipe = pipelines.pipeline("text")
     with (
         pytest.raises(sdconv.SdconvError, match=r"unet\.mid_block: (.|\n)*float64"),
@@ -234,7 +234,7 @@ def test_an_edit_that_fails() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"encoder": 3}, "encoder", {"decodr": same}])
-def test_edits_that_are_none(changes: Any) -> None:
+def test_invalid_edits(changes: Any) -> None:
     with pytest.raises(sdconv.InputError), sdconv.edit(vae(), changes):
         pass
 

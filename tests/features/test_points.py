@@ -153,6 +153,51 @@ def test_downscale_and_receptive_field() -> None:
     assert vae["decoder.conv_out"].downscale == (Fraction(1, 2), Fraction(1, 2))
 
 
+def test_kernel_stride_and_padding_are_the_convolutions_own() -> None:
+    network = seeded.network(SMALL)
+    found = by_name(sdconv.features(network, 32))
+    compared = 0
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.endswith("downsamplers.0.conv"):
+            point = found[name]
+            rows, columns = (int(zeros) for zeros in module.padding)
+            assert (point.kernel, point.stride) == (module.kernel_size, module.stride), name
+            assert point.padding == (rows, rows, columns, columns), name
+            compared += 1
+    assert compared > 20
+    assert (found["quant_conv"].kernel, found["quant_conv"].padding) == ((1, 1), (0, 0, 0, 0))
+
+
+def test_up_and_downsampling_blocks_have_the_facts_of_their_convolution() -> None:
+    vae = by_name(sdconv.features(seeded.network(SMALL), 32))
+    unet = by_name(listed(16))
+    for found, name, facts in (
+        # the block puts the zeros, the convolution itself has padding 0
+        (vae, "encoder.down_blocks.0.downsamplers.0", ((3, 3), (2, 2), (0, 1, 0, 1))),
+        (vae, "decoder.up_blocks.0.upsamplers.0", ((3, 3), (1, 1), (1, 1, 1, 1))),
+        (unet, "down_blocks.0.downsamplers.0", ((3, 3), (2, 2), (1, 1, 1, 1))),
+        (unet, "up_blocks.0.upsamplers.0", ((3, 3), (1, 1), (1, 1, 1, 1))),
+    ):
+        for point in (found[name], found[f"{name}.conv"]):
+            assert (point.kernel, point.stride, point.padding) == facts, point.name
+        assert found[f"{name}:input"].kernel is None
+
+
+def test_points_that_are_not_one_convolution_have_no_kernel_stride_or_padding() -> None:
+    vae = sdconv.features(seeded.network(SMALL), 32)
+    tiny = sdconv.features(seeded.network(seeded.tiny()), 32)
+    without = {point.kind for point in (*vae, *listed(16)) if point.kernel is None}
+    kinds = "input hidden skip norm activation time resnet attention linear block"
+    assert without == set(kinds.split())
+    for point in (*vae, *listed(16), *tiny):
+        assert (point.kernel is None) == (point.stride is None) == (point.padding is None)
+        if point.kind in kinds.split():
+            assert point.kernel is None, point.name
+    # nearest upsampling without a convolution
+    assert by_name(tiny)["decoder.layers.5"].kind == "upsample"
+    assert by_name(tiny)["decoder.layers.5"].kernel is None
+
+
 def test_multiplies_match_torchs_count() -> None:
     network = unets.theirs(UNET).to("meta")
     given = [
@@ -204,12 +249,21 @@ def test_table_and_json() -> None:
         text = written.getvalue()
         assert "decoder.up_blocks.0.upsamplers.0.conv " in text
         assert "* the whole input, through attention" in text
+        assert "s: stride, p: padding" in text
+    with io.StringIO() as written:  # no name is folded
+        Console(file=written, width=140).print(points.table())
+        rows = {line.split()[0]: line for line in written.getvalue().splitlines() if line.strip()}
+        assert " 3x3 s2 p0,1 " in rows["encoder.down_blocks.0.downsamplers.0.conv"]
+        assert " 1x1 s1 p0 " in rows["quant_conv"]
     with io.StringIO() as written:  # in a narrow terminal only names are folded
         Console(file=written, width=90).print(points.table())
         assert all(word in written.getvalue() for word in ("activation ", "parameters ", "177.6 M"))
     read = json.loads(json.dumps(points.to_json()))
     assert [one["name"] for one in read] == list(points.names)
     assert read[-1]["downscale"] == ["1/2", "1/2"]
+    sampler = read[points.names.index("encoder.down_blocks.0.downsamplers.0")]
+    assert (sampler["kernel"], sampler["stride"]) == ([3, 3], [2, 2])
+    assert sampler["padding"] == [0, 1, 0, 1]
 
 
 def test_other_hooks_stay_and_are_not_called() -> None:

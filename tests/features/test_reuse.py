@@ -1,4 +1,4 @@
-"""Modules give again what they gave, are not computed then, and are left as they were."""
+"""Modules return their last outputs again without computing, and are restored afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(network: Any, step: float, seed: int = 1, **more: Any) -> tuple[Any, 
 
 
 @torch.no_grad()
-def test_what_is_given_again_and_what_is_not_computed(network: Any) -> None:
+def test_what_is_reused_and_what_is_not_computed(network: Any) -> None:
     first, second = inputs(network, 801), inputs(network, 401, seed=2)
     plain = [network(*given)[0] for given in (first, second)]
     with sdconv.capture(network, "*.resnets.0") as every:
@@ -40,7 +40,7 @@ def test_what_is_given_again_and_what_is_not_computed(network: Any) -> None:
     assert set(passed) == set(every)
     shallow = {"down_blocks.0.resnets.0", "up_blocks.3.resnets.0"}
     assert {name for name, calls in passed.items() if calls == (0, 1)} == shallow
-    # by hand: the last level is given what it was given before
+    # by hand: the last level gets its previous input
     with sdconv.capture(network, "up_blocks.2") as kept:
         network(*first)
     with sdconv.edit(network, {"up_blocks.2": lambda x, _: capturing.one(kept, "up_blocks.2")}):
@@ -49,8 +49,8 @@ def test_what_is_given_again_and_what_is_not_computed(network: Any) -> None:
 
 
 @torch.no_grad()
-def test_what_is_changed_in_place_later_is_given_as_it_was(network: Any) -> None:
-    # diffusers multiplies what the middle block gave where it lies
+def test_an_output_changed_in_place_later_is_reused_unchanged(network: Any) -> None:
+    # diffusers multiplies the mid block's output in place
     network.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.4)
     given = inputs(network, 801)
     plain = network(*given)[0]
@@ -61,8 +61,8 @@ def test_what_is_changed_in_place_later_is_given_as_it_was(network: Any) -> None
 
 
 @torch.no_grad()
-def test_an_adapter_adds_to_both_ends_of_what_is_given_again() -> None:
-    # in place, to a map that goes on both to the next level and across
+def test_an_adapter_adds_to_both_uses_of_a_reused_output() -> None:
+    # in place, to a feature map that goes to the next level and is a skip too
     network = unets.theirs({**capturing.UNET, "down_block_types": ("DownBlock2D",) * 4})
     given = inputs(network, 801)
     widths = network.config.block_out_channels
@@ -88,11 +88,11 @@ def test_another_size_or_dtype_is_computed(network: Any) -> None:
         network(*small)
         for given in (large, one):
             found = network(*given)[0]
-            assert torch.equal(found, _plainly(network, given))
+            assert torch.equal(found, _recomputed(network, given))
 
 
-def _plainly(network: Any, given: tuple[Any, ...]) -> Tensor:
-    """What the network gives for these inputs, where nothing can be kept from before."""
+def _recomputed(network: Any, given: tuple[Any, ...]) -> Tensor:
+    """The output of a new network with the same weights, which has no output to reuse."""
     twin = unets.theirs(capturing.UNET)
     if isinstance(network, sdconv.UNet2DConditionModel):
         twin = unets.ours(twin)
@@ -101,7 +101,7 @@ def _plainly(network: Any, given: tuple[Any, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def test_captures_and_edits_act_on_what_is_given_again() -> None:
+def test_captures_and_edits_act_on_a_reused_output() -> None:
     network = capturing.unet()
     with (
         reuse(network, "mid_block", steps=[1]),
@@ -117,7 +117,7 @@ def test_captures_and_edits_act_on_what_is_given_again() -> None:
 
 
 @torch.no_grad()
-def test_the_steps_are_asked_for_once_a_call() -> None:
+def test_the_predicate_is_evaluated_once_per_call() -> None:
     pipe = pipelines.pipeline("text")
     asked: list[tuple[int, object]] = []
 
@@ -132,7 +132,7 @@ def test_the_steps_are_asked_for_once_a_call() -> None:
 
 
 @torch.no_grad()
-def test_of_nested_modules_the_outer_counts() -> None:
+def test_of_nested_modules_only_the_outermost_counts() -> None:
     network = capturing.unet()
     with reuse(network, ["mid_block.*", "mid_block"], steps=[1]):
         assert [name for name, module in network.named_modules() if "forward" in vars(module)] == [
@@ -142,7 +142,7 @@ def test_of_nested_modules_the_outer_counts() -> None:
 
 
 @torch.no_grad()
-def test_gradients_flow_where_it_is_computed() -> None:
+def test_gradients_flow_through_computed_outputs_only() -> None:
     network = unets.theirs(capturing.UNET)
     network.enable_gradient_checkpointing()
     network.train()
@@ -166,14 +166,14 @@ def test_blocks_that_end_in_another_order(order: tuple[int, ...]) -> None:
         block.__enter__()
     assert torch.equal(network(*capturing.at(1))[0], late)
     for left in order:
-        assert not torch.equal(network(*capturing.at(801))[0], early)  # still given again
+        assert not torch.equal(network(*capturing.at(801))[0], early)  # still reused
         blocks[left].__exit__(None, None, None)
     assert implementations.untouched(network)
     assert torch.equal(network(*capturing.at(801))[0], early)
 
 
 @torch.no_grad()
-def test_a_forward_of_its_own_comes_back() -> None:
+def test_an_overridden_forward_is_restored() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     network = unets.theirs(capturing.UNET)
@@ -202,7 +202,7 @@ def test_compiled_networks_run_uncompiled_inside() -> None:
 
 
 @torch.no_grad()
-def test_memory_is_foretold_inside_a_block() -> None:
+def test_memory_is_forecast_inside_a_block() -> None:
     network = capturing.unet()
     with sdconv.capture(network, "mid_block.*") as maps:
         network(*capturing.at(1))

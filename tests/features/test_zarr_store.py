@@ -1,4 +1,4 @@
-"""Maps on the disk are the maps, whatever ends the run that writes them."""
+"""Maps on the disk are those captured, however the run that writes them ends."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def assert_same(found: Maps, expected: Maps) -> None:
         assert one == other
         assert isinstance(x, Tensor) and isinstance(y, Tensor)
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        # of numbers of 8 bits torch compares none
+        # torch cannot compare 8-bit floats
         assert torch.equal(x.float(), y.float()) if x.itemsize == 1 else torch.equal(x, y)
     assert pairs
 
@@ -60,7 +60,9 @@ def assert_same(found: Maps, expected: Maps) -> None:
 @pytest.mark.parametrize(
     "dtype", [None, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
 )
-def test_what_is_saved_is_what_is_opened(dtype: torch.dtype | None, tmp_path: Path) -> None:
+def test_maps_are_the_same_after_saving_and_opening(
+    dtype: torch.dtype | None, tmp_path: Path
+) -> None:
     with torch.no_grad(), sdconv.capture(vae(), "*", dtype=dtype) as maps:
         vae()(image())
     path = tmp_path / "new folder" / "maps.zarr"
@@ -78,7 +80,7 @@ def test_the_zarr_package_alone_reads_it(tmp_path: Path) -> None:
     group = zarr.open_group(tmp_path / "maps", mode="r")
     assert {name for name, _ in group.groups()} == set(maps)
     assert (group[NAME]["0"][0] == maps[NAME].numpy()).all()
-    # what lies in a folder that is no group is not found, and warned of
+    # a folder that is not a group is skipped, with a warning
     (tmp_path / "maps" / NAME / "zarr.json").unlink()
     with pytest.warns(match="not recognized"):
         assert {name for name, _ in group.groups()} == {"encoder"}
@@ -94,7 +96,7 @@ def test_a_dtype_that_cannot_be_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with torch.no_grad(), sdconv.capture(vae(), NAME, store="maps") as maps:
         vae()(image())
@@ -127,14 +129,14 @@ def test_maps_of_several_shapes_and_numbers(tmp_path: Path) -> None:
     plain = run()
     assert_same(run(store=tmp_path / "a"), plain)
     assert_same(sdconv.open_maps(tmp_path / "a"), plain)
-    # with room in memory for some; all are written
+    # some stay in memory too; all are written
     assert_same(run(store=tmp_path / "b", max_memory=20_000), plain)
     assert_same(sdconv.open_maps(tmp_path / "b"), plain)
     shutil.rmtree(tmp_path / "a" / NAME)
     assert list(sdconv.open_maps(tmp_path / "a")) == ["encoder"]
 
 
-def test_room_in_memory_is_used_and_no_more(tmp_path: Path) -> None:
+def test_memory_is_used_up_to_the_limit(tmp_path: Path) -> None:
     with (
         torch.no_grad(),
         sdconv.capture(vae(), ["encoder", NAME], store=tmp_path / "a", max_memory=1024) as maps,
@@ -147,7 +149,7 @@ def test_room_in_memory_is_used_and_no_more(tmp_path: Path) -> None:
         _ = maps[NAME]
 
 
-def test_reduced_maps_and_numbers_of_few_axes(tmp_path: Path) -> None:
+def test_reduced_maps_with_few_axes(tmp_path: Path) -> None:
     reductions = ["mean", lambda x: x.sum(), lambda x: x.argmax(1), lambda x: x > 0]
     for number, reduce in enumerate(reductions):
         path = tmp_path / str(number)
@@ -158,7 +160,7 @@ def test_reduced_maps_and_numbers_of_few_axes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "maps"])
-def test_what_is_there_is_not_touched(what: str, tmp_path: Path) -> None:
+def test_an_existing_path_is_not_touched(what: str, tmp_path: Path) -> None:
     with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:
         vae()(image())
     path = tmp_path / "taken"
@@ -196,7 +198,7 @@ import os, resource, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import torch, sdconv
 from helpers import seeded
-torch.set_num_threads({torch.get_num_threads()})  # whose number decides how sums are rounded
+torch.set_num_threads({torch.get_num_threads()})  # it decides how sums are rounded
 torch.set_grad_enabled(False)
 network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
 NAME, folder = {NAME!r}, sys.argv[1]
@@ -206,11 +208,11 @@ def image(rows=8, seed=1):
 
 
 def command(code: str, folder: Path) -> list[str]:
-    """Runs ``code`` in a process of its own, on the network of these tests."""
+    """The command that runs ``code`` in its own process, on the network of these tests."""
     return [sys.executable, "-c", HEAD + textwrap.dedent(code), str(folder)]
 
 
-def test_a_killed_run_leaves_what_was_complete(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_complete_maps(tmp_path: Path) -> None:
     code = """
         calls = []
         def kill(*_):
@@ -235,8 +237,8 @@ def test_a_killed_run_leaves_what_was_complete(tmp_path: Path) -> None:
         assert all(torch.equal(one.tensor, other.tensor) for one, other in pairs)
 
 
-def test_a_run_that_is_killed_anywhere(tmp_path: Path) -> None:
-    """Whatever was being written when it ended: each map that is listed is whole."""
+def test_a_run_killed_at_any_moment(tmp_path: Path) -> None:
+    """Each map that is listed is complete, no matter what was being written."""
     code = """
         with sdconv.capture(network, [NAME, "encoder"], store=folder + "/maps"):
             print("begun", flush=True)
@@ -257,8 +259,8 @@ def test_a_run_that_is_killed_anywhere(tmp_path: Path) -> None:
         assert all(torch.equal(x, maps[name]) for x in found.series(name).tensors)  # type: ignore[arg-type]
 
 
-def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
-    # files of more than 12 kB cannot be written: the second map is one
+def test_a_full_disk_keeps_complete_maps(tmp_path: Path) -> None:
+    # files of more than 12 kB, such as the second map's, cannot be written
     code = """
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
@@ -283,14 +285,14 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
     assert f"{tmp_path}/saved: cannot be written" in ran.stdout
     assert "File too large" in ran.stdout
     assert "1 4" in ran.stdout
-    # what was finished is intact, and of what was not saved nothing is left
+    # the complete map is intact, and the failed save has left nothing
     assert [one.name for one in tmp_path.iterdir()] == ["maps"]
     with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:
         vae()(image(8))
     assert torch.equal(sdconv.open_maps(tmp_path / "maps")[NAME], maps[NAME])  # type: ignore[arg-type]
 
 
-def test_an_array_that_was_only_begun(tmp_path: Path) -> None:
+def test_an_unfinished_array(tmp_path: Path) -> None:
     path = saved(tmp_path / "maps")
     (path / NAME / "1").mkdir()
     (path / "encoder" / "0").mkdir(parents=True)
@@ -329,17 +331,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_spoiled_attributes_and_chunks(data: st.DataObject, template: Path) -> None:
+def test_damaged_attributes_and_chunks(data: st.DataObject, template: Path) -> None:
     path = template.with_name("spoiled")
     shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(template, path)
     about = path / NAME / "0" / "zarr.json"
     if data.draw(st.booleans()):
         content = json.loads(about.read_text())
-        place = content["attributes"] if data.draw(st.booleans()) else content
-        key = data.draw(st.sampled_from(sorted(place)))
+        entry = content["attributes"] if data.draw(st.booleans()) else content
+        key = data.draw(st.sampled_from(sorted(entry)))
         values = st.none() | st.integers(-1, 10**15) | st.text(max_size=5) | st.just([[]])
-        place[key] = data.draw(values | st.lists(st.integers(-1, 2**40), max_size=5))
+        entry[key] = data.draw(values | st.lists(st.integers(-1, 2**40), max_size=5))
         about.write_text(json.dumps(content))
     else:
         (chunk,) = (one for one in about.parent.glob("c/**/*") if one.is_file())
@@ -361,6 +363,6 @@ def test_without_zarr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pass
     with pytest.raises(sdconv.SdconvError, match=r"sdconv\[maps\]"):
         sdconv.open_maps(tmp_path)
-    with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:  # in memory all is as it was
+    with torch.no_grad(), sdconv.capture(vae(), NAME) as maps:  # captures in memory still work
         vae()(image())
     assert NAME in maps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import CodeType
@@ -42,6 +43,11 @@ def classes(target: Any) -> dict[str, type]:
 
 def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("sdconv.")
+
+
+def code_of(kind: type[nn.Module]) -> CodeType:
+    """The code of a class's own ``forward``, without the decorators around it."""
+    return inspect.unwrap(kind.forward).__code__
 
 
 def code_run_by(call: Callable[[], object]) -> set[CodeType]:

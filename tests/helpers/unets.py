@@ -187,7 +187,7 @@ def peer_of(config: dict[str, Any]) -> diffusers.UNet2DConditionModel:
         return diffusers.UNet2DConditionModel(**config)
 
 
-def blank(config: dict[str, Any]) -> UNet2DConditionModel:
+def on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
     """sdconv's network of a config, on the meta device."""
     content = peer_of(config).config
     with torch.device("meta"):
@@ -204,7 +204,7 @@ def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DConditionMo
 
 def ours(peer: diffusers.UNet2DConditionModel) -> UNet2DConditionModel:
     """sdconv's network with the config of diffusers' and a copy of its weights."""
-    network = blank({k: v for k, v in peer.config.items() if not k.startswith("_")})
+    network = on_meta({k: v for k, v in peer.config.items() if not k.startswith("_")})
     state = {name: tensor.clone() for name, tensor in peer.state_dict().items()}
     network.load_state_dict(state, assign=True)
     return network.eval()

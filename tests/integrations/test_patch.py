@@ -10,7 +10,7 @@ import torch
 from diffusers.models import resnet
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders import vae as autoencoder
-from helpers.patching import REPLACED, classes, code_run_by, is_ours, modules_of, plain
+from helpers.patching import REPLACED, classes, code_of, code_run_by, is_ours, modules_of, plain
 from helpers.pipelines import KINDS, SCHEDULERS, pipeline, run, scheduler, seeded, unet, vae
 from torch import nn
 
@@ -71,13 +71,13 @@ def test_a_changed_block_changes_the_image(name: str, change: str) -> None:
 def test_sdconvs_code_runs_only_while_patched() -> None:
     pipe = pipeline("text")
     ours = {
-        blocks.ResnetBlock2D.forward.__code__,
-        blocks.Downsample2D.forward.__code__,
-        blocks.Upsample2D.forward.__code__,
-        blocks.Attention.forward.__code__,
-        sdconv_vae.Decoder.forward.__code__,
+        code_of(blocks.ResnetBlock2D),
+        code_of(blocks.Downsample2D),
+        code_of(blocks.Upsample2D),
+        code_of(blocks.Attention),
+        code_of(sdconv_vae.Decoder),
     }
-    theirs = {kind.forward.__code__ for kind in REPLACED} - {autoencoder.Encoder.forward.__code__}
+    theirs = {code_of(kind) for kind in REPLACED} - {code_of(autoencoder.Encoder)}
     before = code_run_by(lambda: run(pipe, "text"))
     sdconv.apply_patch(pipe)
     patched = code_run_by(lambda: run(pipe, "text"))
@@ -184,8 +184,8 @@ def test_components_that_are_none_or_sdconvs_or_shared() -> None:
             | {"block_out_channels": (32, 32), "layers_per_block": 1}
         )
     )
-    kinds = classes(own)
     pipe = pipeline("text", vae=own, text_encoder=None, tokenizer=None)
+    kinds = classes(own)
     summary = sdconv.apply_patch(pipe)
     assert all(name.startswith("unet.") for names in summary.replaced.values() for name in names)
     assert all(name.startswith("unet.") for name in sdconv.remove_patch(pipe))

@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.autoencoders import vae as autoencoder
-from helpers.patching import REPLACED, classes, code_run_by, is_ours, modules_of, plain
+from helpers.patching import REPLACED, classes, code_of, code_run_by, is_ours, modules_of, plain
 from helpers.pipelines import Run, pipeline, run, unet, vae
 from torch import Tensor, nn
 
@@ -147,7 +147,7 @@ def test_offloaded(steps: tuple[Callable[[Any], None], ...]) -> None:
 
 def _assert_patched_until_removed(pipe: Any) -> None:
     """A patched pipeline runs sdconv's code, and diffusers' once the patch is removed."""
-    ours, theirs = (k.Decoder.forward.__code__ for k in (sdconv_vae, autoencoder))
+    ours, theirs = (code_of(k.Decoder) for k in (sdconv_vae, autoencoder))
     expected = plain()
 
     def check() -> None:

@@ -23,7 +23,7 @@ CONFIGS = {"kl": seeded.SMALL_KL, "tiny": seeded.SMALL_TINY}
 
 
 def network(kind: str) -> Any:
-    """sdconv's network with weights of its own, which a test may change."""
+    """sdconv's network with its own copy of the weights, which a test may change."""
     return copy.deepcopy(seeded.network(CONFIGS[kind]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import loras
-from helpers.patching import REPLACED, code_run_by, plain
+from helpers.patching import REPLACED, code_of, code_run_by, plain
 from helpers.pipelines import KINDS, SCHEDULERS, TEXT_WIDTH, pipeline, run, scheduler
 from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
@@ -23,7 +22,7 @@ from sdconv.streaming.layers import StreamLayer
 
 
 def swapped(kind: str = "text", **parts: Any) -> Any:
-    """A pipeline with sdconv's networks, loaded from the state dicts of its own."""
+    """A pipeline whose networks are sdconv's, loaded from the state dicts of the original ones."""
     pipe = pipeline(kind, **parts)
     family = KINDS[kind].family
     pipe.vae = sdconv.load(dict(pipe.vae.state_dict()), family=family)
@@ -58,7 +57,7 @@ def test_tiling_streams_and_keeps_the_image(kind: str) -> None:
     pipe.vae.enable_tiling()
     assert pipe.vae.streaming is not None
     ran = code_run_by(lambda: run(pipe, kind))
-    assert StreamLayer.compute.__code__ in ran and vae.Decoder.forward.__code__ not in ran
+    assert StreamLayer.compute.__code__ in ran and code_of(vae.Decoder) not in ran
     assert (run(pipe, kind).images - whole).abs().max() < 1e-5
     pipe.vae.disable_tiling()
     assert torch.equal(run(pipe, kind).images, whole)
@@ -66,13 +65,10 @@ def test_tiling_streams_and_keeps_the_image(kind: str) -> None:
 
 def test_sdconvs_code_runs() -> None:
     ran = code_run_by(lambda: run(swapped(), "text"))
-    theirs = {
-        inspect.unwrap(kind.forward).__code__
-        for kind in (*REPLACED, UNet2DConditionModel, AutoencoderKL)
-    }
+    theirs = {code_of(kind) for kind in (*REPLACED, UNet2DConditionModel, AutoencoderKL)}
     assert theirs & code_run_by(lambda: run(pipeline("text"), "text"))
     assert not ran & theirs
-    assert {unet.UNet2DConditionModel.forward.__code__, vae.Decoder.forward.__code__} <= ran
+    assert {code_of(unet.UNet2DConditionModel), code_of(vae.Decoder)} <= ran
 
 
 def test_a_hook_gets_the_same_arguments_as_in_diffusers() -> None:

@@ -182,7 +182,7 @@ def test_invalid_arguments(network: Any) -> None:
         (network, float("nan"), "not a finite number"),
         (network, "1", "not a finite number"),
         (network, 10**400, "not a finite number"),
-        (unets.blank(unets.smallest("SD1")), 1.0, "meta device"),
+        (unets.on_meta(unets.smallest("SD1")), 1.0, "meta device"),
         (nn.Module(), 1.0, "layers that this network does not have"),
     ):
         with pytest.raises(SdconvError, match=words):

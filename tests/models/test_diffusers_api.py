@@ -52,7 +52,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# --- pipelines made of pipelines
+# --- pipelines made from other pipelines
 
 
 def pipeline(**parts: Any) -> Any:
@@ -110,14 +110,14 @@ def test_equal_classes_are_one_in_sets_and_dictionaries(kind: str) -> None:
     assert type(other) is after
 
 
-def test_a_class_equals_no_other() -> None:
+def test_a_class_equals_only_diffusers_class() -> None:
     assert sdconv.AutoencoderKL != diffusers.AutoencoderKL
     assert sdconv.AutoencoderKL != sdconv.AutoencoderKLFlux2 != sdconv.AutoencoderTiny
 
     class Other:
         pass
 
-    Other.__name__ = "AutoencoderKL"  # a stranger's
+    Other.__name__ = "AutoencoderKL"  # somebody else's class of that name
     taken = type(pipeline().vae)
     assert taken != Other and taken != nn.Module and taken != sdconv.AutoencoderKL
 
@@ -178,7 +178,7 @@ def test_from_pretrained_and_from_config(kind: str, tmp_path: Path) -> None:
     half = cls.from_pretrained(tmp_path / "part", torch_dtype=torch.float16)
     assert half.dtype == torch.float16
     assert cls.from_pretrained(str(tmp_path / "part"), dtype=torch.float16).dtype == half.dtype
-    # as diffusers: float32, whatever the file's dtype
+    # float32 for any dtype of the file, as in diffusers
     half.save_pretrained(tmp_path / "half")
     assert cls.from_pretrained(tmp_path / "half").dtype == torch.float32
     sdconv.save(ours, tmp_path / "alone.safetensors")
@@ -219,7 +219,7 @@ def test_variants(tmp_path: Path) -> None:
         cls.from_pretrained(tmp_path, variant="fp16")
 
 
-def test_what_from_pretrained_asks_and_refuses(tmp_path: Path) -> None:
+def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
     network("AutoencoderTiny").save_pretrained(tmp_path)
     with pytest.raises(sdconv.InputError, match="another network") as caught:
         sdconv.AutoencoderKL.from_pretrained(tmp_path)
@@ -235,7 +235,7 @@ def test_what_from_pretrained_asks_and_refuses(tmp_path: Path) -> None:
         network("AutoencoderKL").state_dict(), family="sdxl"
     )
     assert decided.config.scaling_factor == 0.13025
-    # the name of a repository is no path, and nothing is fetched
+    # a repository id is not a path, and nothing is fetched
     with pytest.raises(sdconv.CheckpointError, match="madebyollin"):
         sdconv.AutoencoderTiny.from_pretrained("madebyollin/taesd")
     for config in (None, "config.json", 3):
@@ -277,7 +277,7 @@ def test_a_pipeline_saves_with_its_options(tmp_path: Path) -> None:
 def test_register_to_config(kind: str, tmp_path: Path) -> None:
     ours, theirs = pair(kind, tmp_path)
     before = ours.config
-    # what training scripts do with what they have opened
+    # as training scripts do with a loaded network
     for fields in (theirs.config, before, {}, {"_name_or_path": "somewhere"}):
         ours.register_to_config(**fields)
         assert ours.config == before
@@ -330,7 +330,7 @@ def decoded(vae: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
-def test_what_changes_nothing_about_attention(kind: str) -> None:
+def test_attention_settings_change_no_result(kind: str) -> None:
     vae = network(kind)
     expected = decoded(vae)
     vae.fuse_qkv_projections()
@@ -361,7 +361,7 @@ def test_a_pipeline_fuses_projections() -> None:
         assert torch.equal(pipe.unet(*arguments).sample, before)
 
 
-def test_use_tiling_says_and_sets() -> None:
+def test_use_tiling_gets_and_sets() -> None:
     vae = network("AutoencoderKL")
     assert not vae.use_tiling and not vae.use_slicing
     vae.use_tiling = True
@@ -395,7 +395,7 @@ def test_a_pipeline_offloads_in_groups() -> None:
         assert torch.equal(pipe.unet(*arguments).sample, expected)
 
 
-def test_the_unet_takes_what_reaches_its_transformers() -> None:
+def test_methods_that_reach_the_transformers() -> None:
     ours, theirs = network("UNet2DConditionModel"), unets.theirs(UNET)
     arguments = unets.inputs(theirs.config)
     results = []
@@ -417,7 +417,7 @@ def test_parts_of_the_embedding() -> None:
     for family in ("SD1", "SDXL", "x4 upscaler"):
         theirs = unets.theirs(unets.smallest(family))
         ours = unets.ours(theirs)
-        sample, timestep, text, labels, *_, added = unets.inputs(theirs.config)
+        sample, timestep, prompt_embeds, labels, *_, added = unets.inputs(theirs.config)
         parts = []
         for unet in (ours, theirs):
             with torch.no_grad():
@@ -428,10 +428,10 @@ def test_parts_of_the_embedding() -> None:
                         time,
                         unet.get_class_embed(sample=sample, class_labels=labels),
                         unet.get_aug_embed(
-                            emb=temb, encoder_hidden_states=text, added_cond_kwargs=added
+                            emb=temb, encoder_hidden_states=prompt_embeds, added_cond_kwargs=added
                         ),
                         unet.process_encoder_hidden_states(
-                            encoder_hidden_states=text, added_cond_kwargs=added
+                            encoder_hidden_states=prompt_embeds, added_cond_kwargs=added
                         ),
                     )
                 )

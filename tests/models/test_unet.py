@@ -73,12 +73,14 @@ def test_odd_sizes(family: str, size: tuple[int, int]) -> None:
 
 def test_timestep_in_every_form() -> None:
     ours, peer = pair(SMALL)
-    sample, _, text, *_ = unets.inputs(peer.config)
+    sample, _, prompt_embeds, *_ = unets.inputs(peer.config)
     with torch.no_grad():
         for timestep in (7, 0.25, torch.tensor(7), torch.tensor([3.5]), torch.tensor([1, 900])):
-            expected = peer(sample, timestep, text).sample
-            assert torch.equal(ours(sample, timestep, text).sample, expected)
-            assert torch.equal(ours(sample, timestep, text, return_dict=False)[0], expected)
+            expected = peer(sample, timestep, prompt_embeds).sample
+            assert torch.equal(ours(sample, timestep, prompt_embeds).sample, expected)
+            assert torch.equal(
+                ours(sample, timestep, prompt_embeds, return_dict=False)[0], expected
+            )
 
 
 def residuals(config: Any, batch: int = 2, size: tuple[int, int] = (8, 12)) -> list[Tensor]:
@@ -129,15 +131,15 @@ def test_t2i_adapter_residuals(family: str, extra: int) -> None:
 
 def test_masks_reach_the_attention() -> None:
     ours, peer = pair(SMALL)
-    sample, timestep, text, *_ = unets.inputs(peer.config)
+    sample, timestep, prompt_embeds, *_ = unets.inputs(peer.config)
     masks = {
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0, 0]] * 2),
         "attention_mask": (torch.arange(8 * 12) % 3 > 0).int().repeat(2, 1),
     }
     with torch.no_grad():
-        got = ours(sample, timestep, text, **masks).sample
-        assert torch.equal(got, peer(sample, timestep, text, **masks).sample)
-        assert not torch.equal(got, ours(sample, timestep, text).sample)
+        got = ours(sample, timestep, prompt_embeds, **masks).sample
+        assert torch.equal(got, peer(sample, timestep, prompt_embeds, **masks).sample)
+        assert not torch.equal(got, ours(sample, timestep, prompt_embeds).sample)
 
 
 @pytest.mark.parametrize("family", ["SD1", "SDXL", "KOALA 700M", "x4 upscaler"])
@@ -164,12 +166,14 @@ def test_gradients_are_equal(family: str, checkpointing: bool) -> None:
         if checkpointing and isinstance(network, UNet2DConditionModel):
             network.enable_gradient_checkpointing()
             assert network.is_gradient_checkpointing
-        sample, timestep, text, labels, guidance, *_, added = unets.inputs(network.config)
+        sample, timestep, prompt_embeds, labels, guidance, *_, added = unets.inputs(network.config)
         sample.requires_grad_(True)
-        text.requires_grad_(True)
-        out = network(sample, timestep, text, labels, guidance, added_cond_kwargs=added).sample
+        prompt_embeds.requires_grad_(True)
+        out = network(
+            sample, timestep, prompt_embeds, labels, guidance, added_cond_kwargs=added
+        ).sample
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        given = {"sample": sample.grad, "text": text.grad}
+        given = {"sample": sample.grad, "prompt_embeds": prompt_embeds.grad}
         gradients.append(given | {n: p.grad for n, p in network.named_parameters()})
     mine, reference = gradients
     assert mine.keys() == reference.keys()
@@ -295,7 +299,7 @@ def test_a_fault_shows_against_the_original(fault: Callable[[UNet2DConditionMode
 
 @pytest.mark.parametrize("family", unets.FAMILIES)
 def test_dry_run_on_fake_cuda(family: str) -> None:
-    network = unets.blank(unets.smallest(family))
+    network = unets.on_meta(unets.smallest(family))
     for dtype in HALF_DTYPES:
         outputs = record_outputs(network)
         with FakeTensorMode(), WithoutDriver(), torch.no_grad():
@@ -316,13 +320,13 @@ def test_dry_run_on_fake_cuda(family: str) -> None:
         assert set(outputs) | set(sinusoids) == called
 
 
-def test_dry_run_notices_weights_on_fake_cuda_and_text_on_the_cpu() -> None:
+def test_dry_run_notices_weights_on_fake_cuda_and_prompt_embeddings_on_the_cpu() -> None:
     ours, peer = pair(SMALL)
-    sample, _, text, *_ = unets.inputs(peer.config)
+    sample, _, prompt_embeds, *_ = unets.inputs(peer.config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         to_fake_cuda(ours, torch.float16)
         with pytest.raises(Exception, match="device"):
-            ours(fake_cuda(sample, torch.float16), 981, text.half())
+            ours(fake_cuda(sample, torch.float16), 981, prompt_embeds.half())
 
 
 @pytest.mark.gpu
@@ -367,7 +371,7 @@ def test_folders_written_by_diffusers_and_for_diffusers(tmp_path: Path) -> None:
 
 
 def config_of(family: str) -> UNet2DConditionConfig:
-    return unets.blank(unets.small(family)).config
+    return unets.on_meta(unets.small(family)).config
 
 
 def test_without_transformers() -> None:

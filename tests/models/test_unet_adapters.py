@@ -132,18 +132,18 @@ def ip_adapter(unet: Any, folder: Path, width: int = 12) -> Path:
     """Writes an IP-Adapter in its authors' layout: a projection, and two matrices for each
     cross-attention, numbered by its index among all attentions."""
     torch.manual_seed(7)
-    text = unet.config.cross_attention_dim
+    text_width = unet.config.cross_attention_dim
     state = {
-        "image_proj.proj.weight": torch.randn(4 * text, width) / width**0.5,
-        "image_proj.proj.bias": torch.randn(4 * text),
-        "image_proj.norm.weight": torch.ones(text),
-        "image_proj.norm.bias": torch.zeros(text),
+        "image_proj.proj.weight": torch.randn(4 * text_width, width) / width**0.5,
+        "image_proj.proj.bias": torch.randn(4 * text_width),
+        "image_proj.norm.weight": torch.ones(text_width),
+        "image_proj.norm.bias": torch.zeros(text_width),
     }
     for number, name in enumerate(unet.attn_processors):
         if "attn2" in name:
             channels = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
             for part in ("k", "v"):
-                matrix = torch.randn(channels, text) / text**0.5
+                matrix = torch.randn(channels, text_width) / text_width**0.5
                 state[f"ip_adapter.{number}.to_{part}_ip.weight"] = matrix
     save_file(state, folder / "adapter.safetensors")
     return folder

@@ -14,11 +14,11 @@ import sdconv
 from sdconv.models.unet import UNet2DConditionModel
 
 NETWORKS = {
-    "plain": unets.blank(unets.small("one level")),
-    "SDXL": unets.blank(unets.smallest("SDXL")),
-    "x4": unets.blank(unets.smallest("x4 upscaler")),
-    "unCLIP": unets.blank(unets.smallest("SD2 unCLIP")),
-    "LCM": unets.blank(unets.smallest("LCM")),
+    "plain": unets.on_meta(unets.small("one level")),
+    "SDXL": unets.on_meta(unets.smallest("SDXL")),
+    "x4": unets.on_meta(unets.smallest("x4 upscaler")),
+    "unCLIP": unets.on_meta(unets.smallest("SD2 unCLIP")),
+    "LCM": unets.on_meta(unets.smallest("LCM")),
 }
 
 
@@ -284,8 +284,8 @@ def test_added_conditions_on_another_device() -> None:
 
 def test_hooks_may_convert_the_input() -> None:
     network = unets.ours(unets.theirs(unets.small("one level")))
-    sample, timestep, text, *_ = unets.inputs(network.config)
-    wrong = {"sample": sample.half(), "timestep": timestep, "encoder_hidden_states": text}
+    sample, timestep, prompt_embeds, *_ = unets.inputs(network.config)
+    wrong = {"sample": sample.half(), "timestep": timestep, "encoder_hidden_states": prompt_embeds}
     with pytest.raises(sdconv.InputError, match="the dtype of the weights"):
         network(**wrong)
     network.conv_in.register_forward_pre_hook(lambda _, args: (args[0].float(),))
@@ -296,12 +296,12 @@ def test_hooks_may_convert_the_input() -> None:
 
 def test_under_autocast_other_float_dtypes_are_accepted() -> None:
     ours = unets.ours(peer := unets.theirs(unets.small("one level")))
-    sample, timestep, text, *_ = unets.inputs(ours.config)
+    sample, timestep, prompt_embeds, *_ = unets.inputs(ours.config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        inputs = sample.bfloat16(), timestep, text.half()
+        inputs = sample.bfloat16(), timestep, prompt_embeds.half()
         assert torch.equal(ours(*inputs).sample, peer(*inputs).sample)
         with pytest.raises(sdconv.InputError, match="the dtype of the weights"):
-            ours(sample.double(), timestep, text)
+            ours(sample.double(), timestep, prompt_embeds)
 
 
 @pytest.mark.parametrize("labels", [[3, 1000], [-1, 3]])

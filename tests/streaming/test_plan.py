@@ -1,4 +1,4 @@
-"""The plan: what lies where under a limit, which limits cannot be met, and predicted times."""
+"""The plan: where buffers are under a limit, which limits cannot be met, and predicted times."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def test_the_kernel_follows_the_number_of_channels(channels: int, order: str) ->
         name: F.conv2d(view, conv.weight, conv.bias, padding=(0, 1))[0].permute(1, 2, 0)
         for name, view in (("first", x.contiguous()), ("last", x))
     }
-    assert not torch.equal(by_kernel["first"], by_kernel["last"]), "the control: they round apart"
+    assert not torch.equal(by_kernel["first"], by_kernel["last"]), "the control: rounding differs"
     assert torch.equal(layers.Conv3x3(conv).apply(window), by_kernel[order])
 
 

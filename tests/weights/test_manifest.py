@@ -114,7 +114,7 @@ def test_a_malformed_entry_is_named(
     assert "expected: " in str(caught.value)
 
 
-def test_a_manifest_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_manifest(tmp_path: Path) -> None:
     path = tmp_path / "manifest.toml"
     with pytest.raises(SdconvError, match="the manifest cannot be read"):
         load_manifest(path)

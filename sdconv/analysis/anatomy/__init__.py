@@ -1,4 +1,4 @@
-"""What each operation of an autoencoder does and costs, and how much of the input it sees."""
+"""What each operation of an autoencoder does and costs, and its receptive field."""
 
 from sdconv.analysis.anatomy.counts import ROLES, Anatomy, Block, Operation, Total
 from sdconv.analysis.anatomy.recording import LARGEST_SIDE, Recorder, TensorGeometry, dissect

@@ -151,7 +151,7 @@ class Anatomy:
             for one in self.operations
         )
 
-    def half(self, path: str) -> tuple[Block, ...]:
+    def blocks_of(self, path: str) -> tuple[Block, ...]:
         """The blocks of ``"encode"`` or ``"decode"``; none if the network lacks that half."""
         return tuple(block for block in self.blocks if block.path == path)
 

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
 from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
-from sdconv.errors import InputError, SdconvError
+from sdconv.errors import InputError
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import (
@@ -124,7 +124,7 @@ class TensorGeometry:
 
     @classmethod
     def of_input(cls, size: tuple[int, int], *, spatial: bool = True) -> TensorGeometry:
-        """That of an input of the network, where each value sees itself."""
+        """The geometry of a network's input, whose values depend on themselves only."""
         return cls(size, ReceptiveField(), ReceptiveField(), spatial=spatial)
 
     @property
@@ -149,15 +149,8 @@ def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int])
     recorder = Recorder(path)
     x = torch.empty(1, channels, *size, device="meta")
     recorder.track(x, TensorGeometry.of_input(size))
-    try:
-        with recorder.following_modules(network), recorder:
-            getattr(network, path)(x)
-    except SdconvError:
-        raise  # some are ValueErrors too
-    except ValueError as error:  # torch's normalisation, if a group has a single value
-        raise InputError(
-            "the image is too small for this network's normalisation", where="size", got=error
-        ) from error
+    with recorder.following_modules(network), recorder:
+        getattr(network, path)(x)
     return recorder.operations
 
 
@@ -177,7 +170,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def following_modules(self, network: nn.Module) -> Iterator[None]:
-        """Within it, operations are recorded under the name of the module that is running."""
+        """Record operations under the name of the running module, inside the block."""
         handles = []
         for name, module in network.named_modules():
             here = (name, module)

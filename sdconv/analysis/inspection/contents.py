@@ -283,7 +283,7 @@ def _unused(infos: Sequence[TensorInfo]) -> tuple[OtherTensors, ...]:
 
 
 def _group(name: str) -> tuple[str, str]:
-    """What a tensor belongs to, and the prefix that tells."""
+    """What a tensor belongs to, and the prefix that shows it."""
     for what, pattern in _OTHER_TENSORS:
         if match := re.match(pattern, name):
             return what, match[0] if match[0].endswith(".") else ""

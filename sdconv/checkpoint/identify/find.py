@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sdconv.checkpoint.io.files import short
-from sdconv.checkpoint.keys.prefixes import SortedNames, few, prefixes
+from sdconv.checkpoint.keys.prefixes import SortedNames, prefixes, sorted_prefixes
 from sdconv.checkpoint.keys.unet import ema_name, keys_of_canonical, keys_of_original
 from sdconv.checkpoint.keys.vae import (
     FLUX2_RULES,
@@ -46,14 +46,14 @@ class DetectedNetwork:
     in_layout: Callable[[str], str | None] = field(compare=False, repr=False)
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Its tensors' shapes by diffusers' names; attention weights that a file stores as 1x1
-        convolutions have their linear shape."""
+        """The shapes of the network's tensors by diffusers' names; attention weights that a file
+        stores as 1x1 convolutions have their linear shape."""
         return {k: linear_shape(k, tuple(shapes[name])) for k, name in self.names.items()}
 
     def with_label(self, is_added: bool) -> DetectedNetwork:
-        """The same U-Net with the right name for what it adds to the time embedding.
+        """The same U-Net with the right name for the layers of its added embedding.
 
-        The original layout has one name for two things.
+        The original layout has one name for two kinds of embedding.
 
         Args:
             is_added: True for SDXL's text and sizes, False for unCLIP's image.
@@ -68,8 +68,8 @@ class DetectedNetwork:
         return replace(self, names=names, ema=ema)
 
     def name_in_file(self, canonical: str) -> str:
-        """The name that a tensor would have in this file, followed by diffusers' name if that is
-        different; for messages."""
+        """A tensor's name in this file, or the one that it would have, for messages; followed
+        by diffusers' name if that is different."""
         name = self.prefix + (self.in_layout(canonical) or canonical)
         return name if name.endswith(canonical) else f"{name} ({canonical})"
 
@@ -156,7 +156,7 @@ def _find_vaes(shapes: Shapes, names: SortedNames, where: object) -> Iterable[De
             if any(names.any_begins(prefix + level) for level in levels):
                 layouts[prefix] = layout
                 break
-    for prefix in few("vae", layouts, where):
+    for prefix in sorted_prefixes("vae", layouts, where):
         yield _vae(prefix, layouts[prefix], names.under(prefix))
 
 
@@ -233,7 +233,7 @@ def _find_tiny(shapes: Shapes, names: SortedNames, where: object) -> Iterable[De
     # the first layer distinguishes a tiny autoencoder from other stacks of numbered layers
     firsts = {"encoder.layers.0.weight", "decoder.layers.0.weight"}
     groups = {key: names for key, names in groups.items() if firsts & set(names)}
-    few("vae", (prefix for prefix, _ in groups), where)
+    sorted_prefixes("vae", (prefix for prefix, _ in groups), where)
     for (prefix, layout), own in groups.items():
         known = set(own.values())
         rest = [
@@ -307,7 +307,7 @@ def tiny_half(shapes: Shapes, where: object) -> str:
     )
 
 
-# three things that only a U-Net has together, by layout: its input, time embedding and up path
+# the beginnings of names that only a U-Net has together: input, time embedding and up path
 _UNET_ANCHORS: Mapping[str, tuple[str, str, str]] = {
     "diffusers": ("conv_in.", "time_embedding.", "up_blocks.0.resnets."),
     "original": ("input_blocks.0.0.", "time_embed.", "output_blocks.0.0."),
@@ -333,7 +333,7 @@ def _find_unets(shapes: Shapes, names: SortedNames, where: object) -> Iterable[D
             if all(names.any_begins(prefix + anchor) for anchor in anchors)
             and len(shapes.get(f"{prefix}{first}weight", (0,) * 4)) == 4
         )
-        for prefix in few("unet", candidates, where):
+        for prefix in sorted_prefixes("unet", candidates, where):
             inside = names.under(prefix)
             if not any(map(_is_around_a_unet, inside)):
                 yield _unet(prefix, layout, inside, shapes)

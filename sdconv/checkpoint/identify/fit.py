@@ -13,7 +13,7 @@ from sdconv.errors import WeightsMismatchError
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The reasons why a network cannot be loaded.
+    """The result of a comparison: the reasons why a network cannot be loaded, if there are any.
 
     ``missing``: diffusers' names. The others are by the names in the file: ``unexpected``;
     ``misshapen``, with the expected and the actual shape; ``not_floating``, with the dtype of
@@ -27,7 +27,7 @@ class Fit:
 
     @property
     def summary(self) -> str:
-        """The numbers, such as ``1 missing; 2 of the wrong shape``; empty if everything fits."""
+        """The numbers of misfits, such as ``1 missing; 2 of the wrong shape``; empty if all fit."""
         parts = (
             (self.missing, "missing"),
             (self.unexpected, "unexpected"),
@@ -36,11 +36,12 @@ class Fit:
         )
         return "; ".join(f"{len(names)} {what}" for names, what in parts if names)
 
-    def check(self, chosen: Identified, where: object) -> None:
+    def check(self, identified: Identified, where: object) -> None:
         """Raises an error unless everything fits.
 
         Args:
-            chosen: the network. where: the checkpoint's name, for messages.
+            identified: the network.
+            where: the checkpoint's name, for messages.
 
         Raises:
             WeightsMismatchError: a tensor is missing, unexpected, of the wrong shape or not
@@ -48,14 +49,15 @@ class Fit:
         """
         if not self.summary:
             return
-        said = f", whose config says {'; '.join(chosen.contradicted)}" * bool(chosen.contradicted)
+        contradicted = "; ".join(identified.contradicted)
+        said = f", whose config says {contradicted}" if contradicted else ""
         wanted = [f"{name} {shape}" for name, (shape, _) in self.misshapen.items()]
         actual = [f"{name} {shape}" for name, (_, shape) in self.misshapen.items()]
         integers = [f"{name} {dtype}" for name, dtype in self.not_floating.items()]
-        missing = [chosen.found.name_in_file(name) for name in self.missing]
+        missing = [identified.found.name_in_file(name) for name in self.missing]
         expected = [*wanted, *missing, *(["floating-point weights"] if integers else [])]
         raise WeightsMismatchError(
-            f"the weights do not fit the {chosen.component}{said}: {self.summary}",
+            f"the weights do not fit the {identified.component}{said}: {self.summary}",
             where=where,
             expected=_some(expected) or "nothing more than the network's own tensors",
             got=_some([*actual, *integers, *self.unexpected]) or "nothing under these names",
@@ -67,18 +69,21 @@ class Fit:
 
 
 def fit(
-    chosen: Identified, shapes: Shapes, dtype: Callable[[str], str], wanted: Shapes | None = None
+    identified: Identified,
+    shapes: Shapes,
+    dtype: Callable[[str], str],
+    wanted: Shapes | None = None,
 ) -> Fit:
     """Compares a network's tensors in a checkpoint with those that it needs.
 
     Args:
-        chosen: the network.
+        identified: the network.
         shapes: of every tensor in the checkpoint.
-        dtype: gives a tensor's dtype, by safetensors' name.
-        wanted: the shapes in the network's ``state_dict()``; None if it has not been built: then
-            only unexpected and integer tensors are found.
+        dtype: returns safetensors' name of a tensor's dtype.
+        wanted: the shapes in the network's ``state_dict()``; None if it has not been built,
+            and then only unexpected and integer tensors are found.
     """
-    found = chosen.found
+    found = identified.found
     have = found.shapes(shapes)
     needs = have if wanted is None else wanted
     # a counter of training batches, which nothing computes with

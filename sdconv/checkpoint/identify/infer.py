@@ -1,4 +1,4 @@
-"""Infers configs from shapes, and from the family what shapes leave open."""
+"""Infers configs from shapes, and from the family where shapes leave something open."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks
-from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
+from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, collapsed
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import read_unet
 from sdconv.checkpoint.identify.vae import check_family, check_kind, misfit, read_flux2, read_vae
@@ -223,7 +223,7 @@ def _with_config(
     family: str | None,
     where: object,
 ) -> Identified:
-    """The network with the config that the folder or the file gives for it."""
+    """Identifies a network by its given config, which is compared with the shapes."""
     name = given.get("_class_name", found.kind)
     if name != found.kind:
         raise UnknownNetworkError(
@@ -277,17 +277,12 @@ def _contradicted(config: Config, read: Config) -> Iterator[str]:
     """The fields of a config that contradict the shapes, each in words."""
     for name in config.field_names():
         given, seen = config[name], read[name]
-        if name not in config.beyond_shapes and _one(given) != _one(seen):
+        if name not in config.beyond_shapes and collapsed(given) != collapsed(seen):
             yield f"{name} = {given!r} where the shapes say {seen!r}"
 
 
-def _one(value: Any) -> Any:
-    """A tuple with one number for each level as a single number, if all are the same."""
-    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
-
-
 def warn_if_open(identified: Identified, *, stacklevel: int = 3) -> None:
-    """Warns if neither the weights nor the caller decided the family.
+    """Warns if neither the weights nor the caller determined the family.
 
     Args:
         stacklevel: as in ``warnings.warn``: 3 names the caller of the function that calls this one.

@@ -1,4 +1,4 @@
-"""The shapes of one network, and the config that is inferred from them."""
+"""Data classes of inference: the shapes of one network, and the config inferred from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sdconv.checkpoint.identify.find import DetectedNetwork
-from sdconv.checkpoint.keys.prefixes import modules_of
+from sdconv.checkpoint.keys.prefixes import how_many, modules_of
 from sdconv.config import Config
 from sdconv.config.facts import NORM_NUM_GROUPS
 from sdconv.errors import WeightsMismatchError
@@ -21,7 +21,7 @@ class InferredConfig:
     """A network's config, and how it was decided.
 
     ``family``: a name such as ``"sdxl"``. ``evidence``: what decided it. ``open_to``: the families
-    that remain possible; empty if one was decided. ``guess``: which of those was taken, in words
+    that remain possible; empty if one was decided. ``guess``: which of those was chosen, in words
     that follow the component's name; None if one was decided.
     """
 
@@ -30,6 +30,11 @@ class InferredConfig:
     evidence: str
     open_to: tuple[str, ...] = ()
     guess: str | None = None
+
+
+def collapsed(value: Any) -> Any:
+    """A tuple whose elements are all equal as that one element; anything else unchanged."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 class NetworkShapes(Mapping[str, Shape]):
@@ -77,6 +82,19 @@ class NetworkShapes(Mapping[str, Shape]):
                 got=shape,
             )
         return shape
+
+    def block_channels(self, blocks: str) -> tuple[int, ...]:
+        """Output channels of each block in a list of blocks, in order, up to the first gap in their
+        numbers.
+
+        Args:
+            blocks: the list's name, such as ``encoder.down_blocks``.
+
+        Raises:
+            WeightsMismatchError: as ``axes``.
+        """
+        numbers = range(how_many(f"{blocks}.{{}}", self.modules))
+        return tuple(self.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in numbers)
 
     def config(self, cls: type[AnyConfig], **fields: Any) -> AnyConfig:
         """A config with the fields that were read from the shapes.

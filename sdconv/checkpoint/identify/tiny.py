@@ -133,7 +133,10 @@ def _tiny_decoder(layers: list[_Layer]) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def _stages(first: int, layers: list[_Layer]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A stage begins at a convolution without bias: one with stride 2, or one after upsampling."""
+    """The channels and number of blocks of each stage.
+
+    A stage begins at a convolution without bias: one with stride 2, or one after upsampling.
+    """
     channels, blocks = [first], [0]
     for layer in layers:
         if layer.block:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes
+from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, collapsed
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS
@@ -36,7 +35,7 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
         InputError: the family does not fit.
     """
     _check_levels(shapes)
-    channels = _levels(shapes, "down_blocks")
+    channels = shapes.block_channels("down_blocks")
     depths = _Depths.read(shapes, len(channels))
     linear = any(len(shapes[k]) == 2 for k in shapes if k.endswith(".proj_in.weight"))
     added = _width(shapes, "add_embedding.linear_1")
@@ -74,7 +73,7 @@ def read_unet(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
         up_block_types=tuple(CROSS_UP if d else UP for d in depths.up),
         only_cross_attention=crosses,
         block_out_channels=channels,
-        layers_per_block=_short(depths.layers),
+        layers_per_block=collapsed(depths.layers),
         norm_num_groups=NORM_NUM_GROUPS,
         cross_attention_dim=context or UNet2DConditionConfig.assumed["cross_attention_dim"],
         transformer_layers_per_block=depths.per_block,
@@ -122,16 +121,10 @@ def _check_levels(shapes: NetworkShapes) -> None:
         )
 
 
-def _levels(shapes: NetworkShapes, blocks: str) -> tuple[int, ...]:
-    """Output channels of each block, in order, up to the first gap in their numbers."""
-    levels = range(how_many(f"{blocks}.{{}}", shapes.modules))
-    return tuple(shapes.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
-
-
 @dataclass(frozen=True)
 class _Depths:
-    """The number of blocks in each transformer, for each level and layer; empty for a level without
-    transformers. ``mid``, ``mid_type``: the same for the mid block, and its type."""
+    """Transformer depths: the number of blocks in each transformer, by level and layer; empty for a
+    level without transformers. ``mid``, ``mid_type``: the mid block's depth, and its type."""
 
     layers: tuple[int, ...]
     down: tuple[tuple[int, ...], ...]
@@ -186,7 +179,7 @@ class _Depths:
         if not self._mirrored:
             return tuple(d or one for d, one in zip(self.down, spare, strict=True))
         return tuple(
-            _short(down or up) if down or up else one
+            collapsed(down or up) if down or up else one
             for down, up, one in zip(self.down, self.up[::-1], spare, strict=True)
         )
 
@@ -196,7 +189,7 @@ class _Depths:
 
     @property
     def _mirrored(self) -> bool:
-        """Whether one number is enough for each level."""
+        """Whether all transformers of a level, down and up, have the same depth."""
         return all(
             len({*down, *up}) <= 1 for down, up in zip(self.down, self.up[::-1], strict=True)
         )
@@ -279,8 +272,3 @@ def _family(
     if inputs == 7 and "class_embedding.weight" in shapes:
         return "x4-upscaler", "7 channels in and a list of class embeddings", fitting
     return "sd2", "proj_in is linear", fitting
-
-
-def _short(values: tuple[int, ...]) -> Any:
-    """One number if all are the same."""
-    return values[0] if len(set(values)) == 1 else values

@@ -123,11 +123,11 @@ def read_vae(
 
 
 def read_flux2(shapes: NetworkShapes, family: str | None = None) -> InferredConfig:
-    """The config of FLUX.2's VAE. Args, Raises: as ``read_vae``."""
+    """The config of FLUX.2's VAE; arguments and errors are as in ``read_vae``."""
     if family not in (None, "flux2"):
         raise misfit(family, "a VAE with statistics of its latents", ("flux2",))
     structure = _vae_structure(shapes)
-    decoder = _levels(shapes, "decoder.up_blocks")[::-1]
+    decoder = shapes.block_channels("decoder.up_blocks")[::-1]
     same = decoder == structure["block_out_channels"]
     assumed = AutoencoderKLFlux2Config.assumed
     config = shapes.config(
@@ -177,7 +177,7 @@ def _vae_structure(shapes: NetworkShapes) -> dict[str, Any]:
         "in_channels": shapes.axes("encoder.conv_in.weight", 4)[1],
         "out_channels": shapes.axes("decoder.conv_out.weight", 4)[0],
         "latent_channels": shapes.axes("decoder.conv_in.weight", 4)[1],
-        "block_out_channels": _levels(shapes, "encoder.down_blocks"),
+        "block_out_channels": shapes.block_channels("encoder.down_blocks"),
         "layers_per_block": how_many("encoder.down_blocks.0.resnets.{}", shapes.modules),
         "norm_num_groups": NORM_NUM_GROUPS,
         # a part exists if any of its tensors does
@@ -214,12 +214,6 @@ def _check_widths(shapes: NetworkShapes) -> None:
                 got=shapes["post_quant_conv.weight"],
                 hint="run it with the code that it was trained with",
             )
-
-
-def _levels(shapes: NetworkShapes, blocks: str) -> tuple[int, ...]:
-    """Output channels of each block, in order, up to the first gap in their numbers."""
-    levels = range(how_many(f"{blocks}.{{}}", shapes.modules))
-    return tuple(shapes.axes(f"{blocks}.{i}.resnets.0.conv1.weight", 4)[0] for i in levels)
 
 
 @dataclass(frozen=True)
@@ -296,8 +290,8 @@ def _vae_family(
 
 
 def _family_of_others(shapes: Mapping[str, Shape]) -> tuple[str, str] | None:
-    """The family that the other networks in the checkpoint belong to, and which of them shows
-    it."""
+    """The family of the other networks in the checkpoint, and the evidence for it; None if nothing
+    shows it."""
     for name, shape in shapes.items():
         if name.endswith(("input_blocks.0.0.weight", "conv_in.weight")) and shape[1:2] == (7,):
             return "x4-upscaler", f"{name} takes 7 channels"

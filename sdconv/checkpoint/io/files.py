@@ -1,7 +1,7 @@
-"""Checks of a path before its content is read: does it exist, what is it, is it JSON.
+"""Checks a path before its content is read, and reads small JSON files.
 
-Every reader in this package uses these, so that an error of the operating system is the same
-CheckpointError everywhere.
+Every reader in this package uses these functions, so that an error of the operating system becomes
+the same CheckpointError everywhere.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 def foreign(path: Path, head: bytes) -> CheckpointError | None:
-    """The error for a file of another kind, recognised by its first bytes; None if it is not."""
+    """The error for a file of another kind, recognised by its first bytes; None if unrecognised."""
     if head[8:9] == b"{":  # a safetensors header after its length
         return None
     start = head.lstrip().lower()
@@ -142,7 +142,7 @@ def foreign(path: Path, head: bytes) -> CheckpointError | None:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's pairs as a dict, for ``object_pairs_hook``.
+    """Turns a JSON object's pairs into a dict, for ``object_pairs_hook``.
 
     Raises:
         KeyError: a name occurs twice; its argument is that name.

@@ -1,4 +1,4 @@
-"""A source of weights: named tensors from files, a folder or memory, listed before they are read.
+"""Sources of weights: named tensors from files, a folder or memory, listed before they are read.
 
 A source is one or more files (a state dict in memory counts as one). Each file keeps its own names,
 because both halves of a tiny autoencoder number their layers from 0. The entries of a whole source
@@ -35,6 +35,7 @@ from sdconv.checkpoint.io.pickles import PICKLE_SUFFIXES, read_pickle
 from sdconv.errors import CheckpointError, InputError
 
 __all__ = [
+    "DTYPE_NAMES",
     "TORCH_DTYPES",
     "Source",
     "SourceFile",
@@ -61,7 +62,10 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """safetensors' dtypes that this torch has: all but F4 (two in a byte) and F6."""
 
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType(
+    {dtype: name for name, dtype in TORCH_DTYPES.items()}
+)
+"""safetensors' name of each of torch's dtypes."""
 
 
 class SourceFile(ABC):
@@ -354,7 +358,7 @@ def _entry(name: str, tensor: torch.Tensor) -> TensorInfo:
     return TensorInfo(
         name=name,
         shape=tuple(tensor.shape),
-        dtype=_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
+        dtype=DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
         start=0,
         end=tensor.numel() * tensor.element_size(),
     )

@@ -1,4 +1,4 @@
-"""Writes tensors from their sources into one safetensors file, in pieces: none is held whole.
+"""Streams tensors from their sources into one safetensors file, a piece at a time.
 
 A tensor that keeps its dtype is copied byte for byte, even if torch does not have the dtype.
 """
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from sdconv.checkpoint.io.files import os_errors, short
 from sdconv.checkpoint.io.header import DTYPE_BITS, TensorInfo
-from sdconv.checkpoint.io.source import TORCH_DTYPES, SafetensorsFile, SourceFile
+from sdconv.checkpoint.io.source import DTYPE_NAMES, TORCH_DTYPES, SafetensorsFile, SourceFile
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import CheckpointError
 
 OnTensor = Callable[[str, int, int], None]
 """Called before each tensor with its name, the bytes done so far and all bytes."""
 
-_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _PIECE = 1 << 22  # bytes, or values, that are in memory at a time
 
 
@@ -63,7 +62,7 @@ class OutputTensor:
         """
         stored = TORCH_DTYPES.get(self.dtype)
         if dtype is not None and self.component and stored is not None and stored.is_floating_point:
-            return _NAMES[dtype]
+            return DTYPE_NAMES[dtype]
         there = {info.dtype for info in self.infos}
         if len(there) > 1 or self.dtype not in DTYPE_BITS:
             raise CheckpointError(
@@ -121,15 +120,15 @@ def stream(
     # the widest dtype first, as safetensors does: each tensor begins at a multiple of its width
     ordered = sorted(entries, key=lambda entry: (-DTYPE_BITS[targets[entry.name]], entry.name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    place, total = 0, sum(info.nbytes for entry in entries for info in entry.infos)
+    start, total = 0, sum(info.nbytes for entry in entries for info in entry.infos)
     for entry in ordered:
-        end = place + _size(entry, targets[entry.name])
+        end = start + _size(entry, targets[entry.name])
         header[entry.name] = {
             "dtype": targets[entry.name],
             "shape": list(entry.shape),
-            "data_offsets": [place, end],
+            "data_offsets": [start, end],
         }
-        place = end
+        start = end
     text = _text(header, path)
 
     def write(part: Path) -> None:

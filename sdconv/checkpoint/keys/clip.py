@@ -1,4 +1,4 @@
-"""A text encoder's names in transformers' layout and in OpenCLIP's, which SD2 and SDXL files use.
+"""The names of CLIP text encoders: transformers' layout, and OpenCLIP's in SD2 and SDXL files.
 
 OpenCLIP keeps the three projections of an attention as one matrix, q above k above v, and the
 text projection transposed. Source: ``open_clip/transformer.py``; the inverse is

@@ -29,7 +29,7 @@ _CANONICAL, _ORIGINAL = 0, 1
 
 
 def of_tensors(rules: Iterable[tuple[str, str]]) -> Rules:
-    """Rules for modules as rules for their tensors, whose last word is ``{tail}``."""
+    """Turns rules for modules into rules for their tensors, whose names end with ``{tail}``."""
     return tuple((f"{ours}.{{tail}}", f"{original}.{{tail}}") for ours, original in rules)
 
 
@@ -85,7 +85,7 @@ class KeyMap:
         return {}
 
     def _pattern(self, template: str, side: int) -> re.Pattern[str]:
-        """The expression for a template; the blocks of a network share a few of them."""
+        """The regular expression for a template, compiled once."""
         if (template, side) not in self._patterns:
             parts = re.split(r"\{(\w+)\}", template)  # text and fields in turn
             parts[0::2] = map(re.escape, parts[0::2])

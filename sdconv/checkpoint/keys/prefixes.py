@@ -1,4 +1,4 @@
-"""Tensors' names grouped by prefix and by module, without scanning all names for each prefix."""
+"""Groups tensors' names by prefix and by module, without scanning all names for each prefix."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from itertools import count
 from sdconv.checkpoint.io.files import short
 from sdconv.errors import UnknownNetworkError
 
-# far more than any checkpoint has: limits for hostile names
+# limits for hostile names, far above what any checkpoint has
 _MOST_NETWORKS = 32
 DEEPEST = 12
 
 
 class SortedNames:
-    """Sorted names, in which those with the same prefix are adjacent."""
+    """Sorted names, so that those with the same prefix are adjacent and found by bisection."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = sorted(names)
@@ -35,7 +35,7 @@ class SortedNames:
 
 
 def modules_of(names: Iterable[str]) -> frozenset[str]:
-    """Every module that holds one of these tensors: ``a`` and ``a.b`` for ``a.b.weight``."""
+    """The modules that hold these tensors: ``a`` and ``a.b`` for ``a.b.weight``."""
     parts = (name.split(".", DEEPEST)[:-1] for name in names)
     return frozenset(".".join(own[:n]) for own in parts for n in range(1, len(own) + 1))
 
@@ -51,8 +51,8 @@ def prefixes(names: Collection[str], *anchors: str) -> set[str]:
     return {prefix for prefix in found if not prefix or prefix.endswith(".")}
 
 
-def few(what: str, found: Iterable[str], where: object) -> list[str]:
-    """The prefixes, sorted.
+def sorted_prefixes(what: str, found: Iterable[str], where: object) -> list[str]:
+    """The prefixes under which a kind of network was found, sorted.
 
     Raises:
         UnknownNetworkError: there are more of them than any checkpoint has networks.

@@ -1,4 +1,4 @@
-"""The autoencoders' names: the VAE's and the tiny autoencoder's."""
+"""The VAE's and the tiny autoencoder's names in the original layout and in diffusers'."""
 
 from __future__ import annotations
 
@@ -93,6 +93,6 @@ _OLD_ATTENTION = KeyMap(
 
 
 def modern_attention(name: str) -> str:
-    """A name in diffusers' layout with the attention's present names: ``query`` becomes ``to_q``,
-    and so on."""
+    """Replaces the attention's old names in diffusers' layout: ``query`` becomes ``to_q``, and so
+    on."""
     return _OLD_ATTENTION.canonical(name) or name

@@ -32,10 +32,10 @@ def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
     )
     try:
         norm1 = _prologue(block.norm1, x)
-        hidden, stats = conv3x3(x, block.conv1, norm1, first, block.norm2.num_groups)
+        hidden, stats = fused_conv3x3(x, block.conv1, norm1, first, block.norm2.num_groups)
         norm2 = _prologue(block.norm2, hidden, stats)
         # In place: nothing else reads the hidden feature map.
-        return conv3x3(hidden, block.conv2, norm2, second, 1, in_place=True)[0]
+        return fused_conv3x3(hidden, block.conv2, norm2, second, 1, in_place=True)[0]
     except NotFiniteError:
         hidden = cpu_conv.direct_conv(x, block.conv1.weight, _prologue(block.norm1, x), first)
         norm2 = _prologue(block.norm2, hidden)
@@ -61,10 +61,10 @@ def normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def output(norm: Any, conv: Any, x: Tensor) -> Tensor:
     """Runs a network's last GroupNorm, SiLU and convolution."""
-    return conv3x3(x, conv, _prologue(norm, x), Epilogue(conv.bias), 1)[0]
+    return fused_conv3x3(x, conv, _prologue(norm, x), Epilogue(conv.bias), 1)[0]
 
 
-def conv3x3(
+def fused_conv3x3(
     x: Tensor,
     conv: nn.Conv2d,
     prologue: Prologue,

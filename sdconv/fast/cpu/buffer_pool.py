@@ -1,9 +1,9 @@
-"""Memory of feature maps on a CPU, and each thread's scratch memory: both are reused.
+"""A pool for the memory of feature maps on a CPU, and scratch memory for each thread.
 
 An operating system clears every page before a process first touches it, and C libraries return
 large blocks at once, so that a network pays for fresh pages at every feature map. Within `use_pool`
-a feature map that is gone leaves its memory to the next one; blocks that none can use are returned,
-at the end all of them.
+the memory of a freed feature map is reused for the next one. If no free
+block is large enough, all of them are returned to the system, as they are at the end.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# an allocator reuses smaller blocks itself
+# smaller blocks are left to the allocator, which reuses them
 _LARGE = 8 << 20
 
 
 class _Pool:
-    """Blocks of memory, free until a feature map uses them."""
+    """Blocks of memory that feature maps use one after the other."""
 
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
@@ -68,7 +68,7 @@ _thread = _Thread()
 
 @contextmanager
 def use_pool() -> Iterator[None]:
-    """Within it, this thread's `empty_nhwc` tensors come from a pool.
+    """Makes this thread's `empty_nhwc` tensors come from a pool.
 
     Only Linux can shrink a block that is too large; elsewhere this does nothing.
     """
@@ -130,8 +130,8 @@ scratch = Scratch()
 
 
 def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """One feature map ``(C, H, W)`` as rows ``(H, W, C)`` without a copy, None if its memory layout
-    or dtype needs one."""
+    """One feature map ``(C, H, W)`` as rows ``(H, W, C)`` without a copy; None if its memory layout
+    or dtype requires a copy."""
     rows = x.permute(1, 2, 0)
     return rows if x.dtype is dtype and rows.is_contiguous() else None
 

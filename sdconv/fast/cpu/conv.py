@@ -1,10 +1,12 @@
 """3x3 convolutions on a CPU, fused with the normalisation before them and the sums after them.
 
-`plan_for` decides how a convolution is computed; `conv3x3` and `upsample_conv` do what it says.
-Winograd's method takes an image in strips of rows that fit a cache: rows are normalised as they are
-read, multiplied, and written with bias and residual, while the sums for the next normalisation are
-taken. Feature maps are ``(B, C, H, W)`` in float32, float16 or bfloat16 and any memory layout;
-arithmetic is in float32. Results are in channels-last order.
+`plan_for` returns the plan of a convolution; `conv3x3` and `upsample_conv` follow it.
+Winograd's method computes an image in strips of rows that fit a cache: rows are normalised as they
+are read, multiplied, and written with bias and residual, while the sums for the next normalisation
+are computed.
+
+Feature maps are ``(B, C, H, W)`` in float32, float16 or bfloat16 and any memory layout. Arithmetic
+is in float32. Results are in channels-last order.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from sdconv.fast.cpu.weight_cache import Pack, weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # the dtype of the arithmetic, in which strips, scratch memory and packed weights are
-COMPUTED = torch.float32
+COMPUTE_DTYPE = torch.float32
 
 
 class NotFiniteError(ArithmeticError):
-    """The output has infinity or NaN, which Winograd's transforms spread over more pixels than
-    direct summation does: it has to be computed directly."""
+    """The output has infinity or NaN, so it has to be computed directly: Winograd's transforms
+    spread these over more pixels than direct summation does."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Prologue:
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """``scale`` and ``shift``, each ``(B, C)``: GroupNorm is ``x * scale + shift``."""
-        return affine(self.stats, self.weight, self.bias, self.eps, COMPUTED)
+        return affine(self.stats, self.weight, self.bias, self.eps, COMPUTE_DTYPE)
 
     def apply(self, x: Tensor) -> Tensor:
         """Normalises by torch's own operations."""
@@ -72,8 +74,8 @@ class Epilogue:
     shortcut: tuple[Tensor, Tensor | None] | None = None
 
     def offsets(self, batch: int, channels: int) -> Tensor:
-        """All that is the same for every pixel of an image, ``(B, O)``; the shortcut's bias too."""
-        offsets = torch.zeros(batch, channels, dtype=COMPUTED)
+        """The terms that all pixels of an image share, ``(B, O)``: both biases and ``temb``."""
+        offsets = torch.zeros(batch, channels, dtype=COMPUTE_DTYPE)
         if self.bias is not None:
             offsets += self.bias
         if self.temb is not None:
@@ -93,27 +95,28 @@ class Epilogue:
         return functional.conv2d(self.residual, *self.shortcut) + y
 
 
-# --- weights as the methods read them: functions of their own, since the cache knows them by these
+# --- packed weights, each by a module-level function, which is a key of the weight cache
 
 
 def pack_winograd(weight: Tensor) -> Tensor:
     """``(O, C, 3, 3)`` transformed by F(4x4, 3x3)."""
-    return kernels_for(COMPUTED).pack(CONV3X3.kernel_transform(weight))
+    return kernels_for(COMPUTE_DTYPE).pack(CONV3X3.kernel_transform(weight))
 
 
 def pack_upsample(weight: Tensor) -> Tensor:
     """``(O, C, 3, 3)`` transformed for an upsampled input."""
-    return kernels_for(COMPUTED).pack(UPSAMPLE_CONV.kernel_transform(weight))
+    return kernels_for(COMPUTE_DTYPE).pack(UPSAMPLE_CONV.kernel_transform(weight))
 
 
 def pack_im2col(weight: Tensor) -> Tensor:
     """``(O, C, 3, 3)`` as the right factor of patches ``(3 * 3 * C)``."""
-    return kernels_for(COMPUTED).pack(weight.permute(2, 3, 1, 0).flatten(0, 2).to(COMPUTED)[None])
+    right = weight.permute(2, 3, 1, 0).flatten(0, 2).to(COMPUTE_DTYPE)
+    return kernels_for(COMPUTE_DTYPE).pack(right[None])
 
 
 def pack_pointwise(weight: Tensor) -> Tensor:
     """A 1x1 convolution's ``(O, C, 1, 1)`` as a right factor."""
-    return kernels_for(COMPUTED).pack(weight.flatten(1).T.to(COMPUTED)[None])
+    return kernels_for(COMPUTE_DTYPE).pack(weight.flatten(1).T.to(COMPUTE_DTYPE)[None])
 
 
 WINOGRAD_PACK: dict[Scheme, Pack] = {CONV3X3: pack_winograd, UPSAMPLE_CONV: pack_upsample}
@@ -127,7 +130,7 @@ _PACK: dict[Kind, dict[str, Pack]] = {
 
 
 def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPlan:
-    """How to compute a convolution of ``x``, by methods whose packed weights have room."""
+    """The plan of a convolution of ``x``, among the methods whose packed weights have room."""
     batch, channels, height, width = x.shape
     out_channels = len(weight)
     size = packed_bytes(kind, channels, out_channels)
@@ -188,7 +191,7 @@ def _run(
     groups: int,
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What the plan says; directly where its method's result is not finite."""
+    """Runs a plan; computes directly if the result of its method is not finite."""
     if plan.method == "im2col":
         out, stats = _with_stats(im2col_conv(x, weight, prologue, epilogue), groups)
         # a weight that is not finite makes NaN of the padding's zeros, which torch never reads
@@ -233,13 +236,13 @@ def im2col_conv(x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: 
     at 8x8 takes longer than the convolution itself.
     """
     batch, channels, height, width = x.shape
-    out_channels, kernels = len(weight), kernels_for(COMPUTED)
-    rows = (x if prologue is None else prologue.apply(x)).permute(0, 2, 3, 1).to(COMPUTED)
+    out_channels, kernels = len(weight), kernels_for(COMPUTE_DTYPE)
+    rows = (x if prologue is None else prologue.apply(x)).permute(0, 2, 3, 1).to(COMPUTE_DTYPE)
     rows = functional.pad(rows, (0, 0, 1, 1, 1, 1))
     patches = rows.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
     patches = patches.reshape(1, batch * height * width, 9 * channels).contiguous()
     packed = weight_cache.get(weight, pack_im2col)
-    out = torch.empty(1, patches.shape[1], kernels.padded(out_channels), dtype=COMPUTED)
+    out = torch.empty(1, patches.shape[1], kernels.padded(out_channels), dtype=COMPUTE_DTYPE)
     kernels.bmm(patches, packed, out)
     out = out[0, :, :out_channels].view(batch, height, width, out_channels)
     if epilogue.bias is not None:
@@ -322,30 +325,31 @@ class WinogradPass:
     above: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._rows, self._out_rows = dense_rows(self.x, COMPUTED), dense_rows(self.out, COMPUTED)
+        self._rows = dense_rows(self.x, COMPUTE_DTYPE)
+        self._out_rows = dense_rows(self.out, COMPUTE_DTYPE)
 
     def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
         """Writes a strip of the output; returns its sums and counts, see `group_stats.combine`."""
-        kernels, scheme, (row, end) = kernels_for(COMPUTED), self.scheme, strip.input_rows
+        kernels, scheme, (row, end) = kernels_for(COMPUTE_DTYPE), self.scheme, strip.input_rows
         if self._rows is not None:
             rows, row = self._rows, 0
         else:
-            rows = copied_rows(self.x[:, row:end], COMPUTED, "input")
-        tiles = scratch.take("tiles", (scheme.positions, strip.tiles, rows.shape[2]), COMPUTED)
+            rows = copied_rows(self.x[:, row:end], COMPUTE_DTYPE, "input")
+        tiles = scratch.take("tiles", (scheme.positions, strip.tiles, rows.shape[2]), COMPUTE_DTYPE)
         kernels.input_transform(strip, rows, row, self.above, self.affine, self.silu, tiles)
         if self.in_place:
-            self.above = scratch.take("above", tuple(rows.shape[1:]), COMPUTED)
+            self.above = scratch.take("above", tuple(rows.shape[1:]), COMPUTE_DTYPE)
             self.above.copy_(rows[strip.end - 1 - row])
         channels = self.out.shape[0]
         shape = (scheme.positions, strip.tiles, kernels.padded(channels))
-        products = scratch.take("products", shape, COMPUTED)
+        products = scratch.take("products", shape, COMPUTE_DTYPE)
         kernels.bmm(tiles, self.weight, products)
         residual = self._residual(strip)
         if self._out_rows is not None:
             out = self._out_rows[strip.first : strip.end]
         else:
             shape = (strip.end - strip.first, strip.width, channels)
-            out = scratch.take("output", shape, COMPUTED)
+            out = scratch.take("output", shape, COMPUTE_DTYPE)
         sums = kernels.output_transform(strip, products, self.offsets, residual, out, self.groups)
         if self._out_rows is None:
             self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
@@ -354,11 +358,11 @@ class WinogradPass:
     def _residual(self, strip: Strip) -> Tensor | None:
         if self.residual is None:
             return None
-        rows = rows_of(self.residual, strip.first, strip.end, COMPUTED, "residual")
+        rows = rows_of(self.residual, strip.first, strip.end, COMPUTE_DTYPE, "residual")
         if self.shortcut is None:
             return rows
-        channels, kernels = self.out.shape[0], kernels_for(COMPUTED)
+        channels, kernels = self.out.shape[0], kernels_for(COMPUTE_DTYPE)
         shape = (1, rows.shape[0] * rows.shape[1], kernels.padded(channels))
-        out = scratch.take("shortcut", shape, COMPUTED)
+        out = scratch.take("shortcut", shape, COMPUTE_DTYPE)
         kernels.bmm(rows.flatten(0, 1).unsqueeze(0), self.shortcut, out)
         return out.view(*rows.shape[:2], -1)[:, :, :channels]

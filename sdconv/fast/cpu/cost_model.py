@@ -1,7 +1,7 @@
-"""Which method computes a 3x3 convolution on a CPU, and why.
+"""The cost model: which method computes a 3x3 convolution on a CPU, and why.
 
-A model of the methods' times, in units of one multiplication and addition of a matrix product. Its
-constants were fitted to measurements of the shapes in the VAE and the U-Nets
+Times are in units of one multiply-accumulate of a matrix product. The constants
+were fitted to measurements of the shapes in the VAE and the U-Nets
 (``python -m scripts.bench.cpu layers`` repeats them).
 """
 
@@ -13,8 +13,8 @@ from typing import Literal
 
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
-# A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; one with stride
-# 2 and padding (0, 1, 0, 1).
+# A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
+# with stride 2 and padding (0, 1, 0, 1).
 Kind = Literal["conv3x3", "upsample_conv", "downsample_conv"]
 
 SCHEMES: dict[Kind, Scheme] = {"conv3x3": CONV3X3, "upsample_conv": UPSAMPLE_CONV}
@@ -32,8 +32,8 @@ class ConvPlan:
     """How a convolution is computed.
 
     ``method``: "winograd", "im2col" (one matrix product with a packed weight) or "direct" (torch's
-    kernel). ``packed_bytes``: memory of the weight as the method keeps it. ``costs``: the modelled
-    time of each method, in multiplications. ``reason``: why this method, in words.
+    kernel). ``packed_bytes``: bytes of the packed weight that the method keeps. ``costs``: the
+    modelled time of each method, in multiply-accumulates. ``reason``: why this method, in words.
     """
 
     kind: Kind
@@ -45,7 +45,7 @@ class ConvPlan:
 
 @cache
 def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]:
-    """Bytes of the packed weight of each method that packs it."""
+    """Bytes of the packed weight, for each method that packs one."""
     matrix = 4 * channels * out_channels
     matrices = {}
     if kind in SCHEMES:
@@ -71,7 +71,7 @@ def plan_conv(
 
     Args:
         height, width: of the input.
-        normalised: whether GroupNorm and SiLU come before it, which cost Winograd's nothing.
+        normalised: whether GroupNorm and SiLU come before it; they cost Winograd's method nothing.
         available: the methods for whose packed weights there is room; "direct" needs none.
         direct_rate: how many times as many products a time torch's kernel computes in the feature
             map's dtype as in float32, see :mod:`sdconv.fast.cpu.processor`.
@@ -109,7 +109,7 @@ def _costs(
     normalised: bool,
     direct_rate: float,
 ) -> dict[str, float]:
-    """The modelled time of each method that a kind of convolution has."""
+    """The modelled time of each method for a kind of convolution."""
     pairs, pixels = channels * out_channels, batch * height * width
     if kind == "upsample_conv":
         return {

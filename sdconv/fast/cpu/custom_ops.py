@@ -1,5 +1,5 @@
-"""The fused convolutions as custom operators, which torch.compile and torch.export see as one step
-and through which gradients flow.
+"""The fused convolutions as custom operators: one node each for torch.compile and torch.export,
+with gradients.
 
 Importing this module registers ``sdconv::group_stats``, ``sdconv::conv3x3`` and
 ``sdconv::upsample_conv``. Gradients are those of the direct computation. Statistics carry none: the
@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.fast.cpu import conv, gradients
-from sdconv.fast.cpu import group_stats as stats_of
+from sdconv.fast import gradients
+from sdconv.fast.cpu import conv
+from sdconv.fast.cpu import group_stats as cpu_group_stats
 from sdconv.fast.cpu.conv import Epilogue, Prologue
 
 
 @torch.library.custom_op("sdconv::group_stats", mutates_args=(), device_types="cpu")
 def group_stats(x: Tensor, groups: int) -> Tensor:
-    """See `sdconv.fast.cpu.group_stats.group_stats`."""
-    return stats_of.group_stats(x, groups)
+    """The operator of `sdconv.fast.cpu.group_stats.group_stats`."""
+    return cpu_group_stats.group_stats(x, groups)
 
 
 @group_stats.register_fake
@@ -45,7 +46,7 @@ def conv3x3(
     shortcut_bias: Tensor | None,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `sdconv.fast.cpu.conv.conv3x3`."""
+    """The operator of `sdconv.fast.cpu.conv.conv3x3`."""
     norm = (stats, norm_weight, norm_bias, eps, silu)
     shortcut = (shortcut_weight, shortcut_bias)
     prologue, epilogue = _fused(bias, *norm, temb, residual, *shortcut)
@@ -62,7 +63,7 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def upsample_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """See `sdconv.fast.cpu.conv.upsample_conv`."""
+    """The operator of `sdconv.fast.cpu.conv.upsample_conv`."""
     return conv.upsample_conv(x, weight, bias, groups=groups)
 
 
@@ -81,8 +82,8 @@ def _fused(*args: Any) -> tuple[Prologue | None, Epilogue]:
     ``shortcut_bias``."""
     bias, stats, norm_weight, norm_bias, eps, silu, temb, residual, *shortcut = args
     prologue = None if stats is None else Prologue(stats, norm_weight, norm_bias, eps, silu)
-    by = None if shortcut[0] is None else (shortcut[0], shortcut[1])
-    return prologue, Epilogue(bias, temb, residual, by)
+    conv1x1 = None if shortcut[0] is None else (shortcut[0], shortcut[1])
+    return prologue, Epilogue(bias, temb, residual, conv1x1)
 
 
 def _direct(x: Tensor, weight: Tensor, *fused_and_groups: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mean and variance of GroupNorm's groups, and the scale and shift that they amount to.
+"""GroupNorm's statistics on a CPU, and the scale and shift that follow from them.
 
 Statistics are ``(..., G, 2)`` in float64: mean and biased variance of each group. Parts of a
 feature map are combined by the formula of Chan, Golub and LeVeque (1979): the squared deviations
@@ -20,7 +20,7 @@ def group_stats(x: Tensor, groups: int) -> Tensor:
     dtype, found = torch.float32, []
     for image in x:
         channels, height, width = image.shape
-        # in one piece, unless rows must be copied to scratch memory
+        # all rows at once, unless they must be copied to scratch memory
         dense = dense_rows(image, dtype) is not None
         step = height if dense else max(1, LEAST_BYTES // (4 * channels * width))
         parts = [

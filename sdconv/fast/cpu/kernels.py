@@ -1,4 +1,4 @@
-"""The functions that the fast backend's CPU arithmetic is made of: Numba's or torch's."""
+"""The protocol of the fast backend's CPU kernels, and the choice between Numba's and torch's."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ class Kernels(Protocol):
         ``(positions, T, C)``.
 
         Args:
-            rows: of the input, from its row number ``row`` on.
+            rows: the input's rows, from row number ``row`` on.
             above: if given, replaces the row before the strip.
-            affine: the normalisation's scale and shift, ``(C,)`` each. silu: whether SiLU follows.
+            affine: the normalisation's scale and shift, ``(C,)`` each.
+            silu: whether SiLU follows.
         """
 
     def output_transform(
@@ -50,15 +51,15 @@ class Kernels(Protocol):
         groups: int,
     ) -> tuple[Tensor, Tensor]:
         """Transforms ``products`` ``(positions, T, O or more)`` into ``out``, the strip's rows of
-        the output, and adds ``bias`` and ``residual``; returns what `sums` does of ``out``."""
+        the output, and adds ``bias`` and ``residual``; returns the `sums` of ``out``."""
 
     def sums(self, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Each group's sum and sum of squares in parts of ``rows``, ``(parts, groups, 2)``, and how
         many values of a group each part has, ``(parts,)``; all float64."""
 
     def padded(self, channels: int) -> int:
-        """Columns that `bmm` writes for an output of this many channels; those beyond the channels
-        are undefined."""
+        """The number of columns that `bmm` writes for this number of output channels; the values in
+        excess columns are undefined."""
 
     def pack(self, right: Tensor) -> Tensor:
         """Right factors ``(P, K, O)`` in the order in which `bmm` reads them."""
@@ -82,7 +83,7 @@ class Kernels(Protocol):
 
 @cache
 def kernels_for(dtype: torch.dtype) -> Kernels:
-    """The kernels for tensors of that dtype: Numba's take float32 only."""
+    """The kernels for tensors of a dtype: Numba's for float32 only, torch's for the others."""
     return numba_kernels()[0] if dtype is torch.float32 else torch_kernels
 
 
@@ -99,7 +100,7 @@ def numba_kernels() -> tuple[Kernels, float]:
         return torch_kernels, 0.0
     try:
         from sdconv.fast.cpu.numba import kernels
-    except (ImportError, OSError, RuntimeError) as error:  # another NumPy; no folder for its cache
+    except (ImportError, OSError, RuntimeError) as error:  # an unsuitable NumPy; no cache folder
         what = f"the fast backend computes without Numba, slower: {error}"
         hint = "install the versions that sdconv[fast] asks for; NUMBA_CACHE_DIR names a cache"
         warnings.warn(SdconvWarning(f"{what}. hint: {hint}"), stacklevel=2)

@@ -1,4 +1,4 @@
-"""How the output of a Winograd convolution is divided into strips of tile rows."""
+"""Divides the output of a Winograd convolution into strips of tile rows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from functools import cached_property, lru_cache
 
 from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 
-# bytes of scratch memory for a strip, at least and at most: few enough for a cache, enough for a
-# matrix product to have rows to work on
+# bytes of scratch memory for a strip, at least and at most: few enough for a cache, many enough for
+# an efficient matrix product
 LEAST_BYTES, MOST_BYTES = 4 << 20, 24 << 20
 
 
 def strip_bytes(weight: int) -> int:
     """Bytes of scratch memory for a strip, given those of the packed weight.
 
-    A large weight stays in no cache and is read again for every strip, so strips are large; next to
-    a small one, a small strip stays in the cache.
+    A large weight does not fit a cache and is read again for every strip, so strips are large; a
+    small weight and a small strip fit a cache together.
     """
     return min(max(LEAST_BYTES, 2 * weight), MOST_BYTES)
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Some tile rows of an output of ``height`` x ``width``, from ``tile_row`` on."""
+    """``tile_rows`` rows of tiles of a ``height`` x ``width`` output, from ``tile_row`` on."""
 
     scheme: Scheme
     height: int
@@ -41,12 +41,12 @@ class Strip:
 
     @cached_property
     def first(self) -> int:
-        """Its first row of the output."""
+        """The strip's first row of the output."""
         return OUTPUT_TILE * self.tile_row
 
     @cached_property
     def end(self) -> int:
-        """The row of the output after its last."""
+        """The row of the output after the strip's last."""
         return min(self.first + OUTPUT_TILE * self.tile_rows, self.height)
 
     @cached_property
@@ -56,7 +56,7 @@ class Strip:
 
     @cached_property
     def input_rows(self) -> tuple[int, int]:
-        """Rows of the input that it is computed from: the first, and the one after the last."""
+        """Rows of the input that the strip depends on: the first, and the one after the last."""
         first = self.scheme.step * self.tile_row
         end = first + self.scheme.step * self.tile_rows + 1
         return max(first - 1, 0), min(end, self.input_height)

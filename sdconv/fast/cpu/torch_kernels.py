@@ -1,5 +1,5 @@
-"""The kernels of :class:`sdconv.fast.cpu.kernels.Kernels` in plain torch operations, for any
-floating dtype.
+"""The protocol :class:`sdconv.fast.cpu.kernels.Kernels` in plain torch operations, for any floating
+dtype.
 
 They run where Numba is not installed, and the Numba kernels are tested against them.
 """

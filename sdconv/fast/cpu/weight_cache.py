@@ -1,4 +1,4 @@
-"""Weights as the fast kernels read them: packed once, kept, and never stale.
+"""A cache of packed weights, the form that the fast kernels read; its entries are never stale.
 
 An entry belongs to one tensor object and is dropped with it. Before each use all bits of the weight
 are hashed and compared, because edits through ``.data`` (as PEFT merges) and any edits of inference
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdconv.fast.cpu.kernels import kernels_for
 
-# A function of a module: a weight's entries are kept by it.
+# A module-level function: with the weight, it is the key of an entry.
 Pack = Callable[[Tensor], Tensor]
 
 
@@ -41,12 +41,12 @@ def _quarter_of_memory() -> int:
 
 
 class WeightCache:
-    """Packed weights, by the tensor that they were made from and the function that packed it.
+    """Keeps packed weights by the weight and the function that packed it.
 
     Args:
-        limit: bytes that they may take together. A weight that would exceed it is not kept: its
-            layer computes directly, so that a network larger than the limit does not pack every
-            weight again in every pass.
+        limit: bytes of all packed weights. A weight that would exceed it is not kept: its layer
+            computes directly, so that a network larger than the limit does not pack every weight
+            again in every forward pass.
     """
 
     def __init__(self, limit: int) -> None:
@@ -61,12 +61,12 @@ class WeightCache:
             return sum(entry.memory for entry in self._entries.values())
 
     def clear(self) -> None:
-        """Drops all packed weights; those needed later are packed again."""
+        """Drops all packed weights; a later call packs what it needs again."""
         with self._lock:
             self._entries.clear()
 
     def has_room(self, weight: Tensor, pack: Pack, size: int) -> bool:
-        """Whether ``pack(weight)``, of ``size`` bytes, is kept already or fits within the limit."""
+        """Whether ``pack(weight)``, of ``size`` bytes, is already kept or fits within the limit."""
         with self._lock:
             entry = self._entries.get((id(weight), pack))
             kept = entry is not None and entry.owner() is weight
@@ -88,7 +88,7 @@ class WeightCache:
         return packed
 
     def borrow(self, weight: Tensor, pack: Pack) -> Tensor:
-        """``pack(weight)``, not kept if it was not: for callers with little memory."""
+        """``pack(weight)``, which is not kept if it is new: for callers with little memory."""
         kept = self._kept(weight, pack, _state(weight))
         return _packed(weight, pack) if kept is None else kept
 
@@ -113,7 +113,7 @@ def _packed(weight: Tensor, pack: Pack) -> Tensor:
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:
-    """Compares equal as long as a weight's bits and memory layout stay the same."""
+    """A value that is equal as long as a weight's bits and memory layout stay the same."""
     bits = weight.detach()
     if not bits.is_contiguous() and not bits.is_contiguous(memory_format=torch.channels_last):
         bits = bits.contiguous()

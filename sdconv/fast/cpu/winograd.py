@@ -125,8 +125,8 @@ def _polynomial(roots: list[Fraction]) -> list[Fraction]:
 
 
 def _after_upsampling(scheme: Scheme) -> Scheme:
-    """The scheme for an upsampled input, reading the input before upsampling; tile positions that
-    are always 0 are left out."""
+    """The scheme for an upsampled input, which reads the input before upsampling; tile positions
+    that are always 0 are left out."""
     folded = [(a, b1 + b2, c1 + c2, e) for a, b1, b2, c1, c2, e in scheme.input]
     kept = [position for position, row in enumerate(folded) if any(row)]
     return Scheme(
@@ -137,8 +137,8 @@ def _after_upsampling(scheme: Scheme) -> Scheme:
     )
 
 
-# Few binary digits, and symmetric so that sums are shared. They lose half as much to rounding as 1
-# and 2.
+# Few binary digits, and in pairs of opposite sign, so that sums are shared. The rounding error is
+# half of that with 1 and 2.
 _P, _Q = Fraction(3, 4), Fraction(3, 2)
 CONV3X3 = toom_cook(Fraction(0), _P, -_P, _Q, -_Q)
 # A tile position is always 0 after upsampling only if 1 and -1 are among the points.

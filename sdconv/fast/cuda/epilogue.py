@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.fast.cpu import gradients
+from sdconv.fast import gradients
 from sdconv.fast.cuda.choices import tiling
 from sdconv.fast.cuda.group_norm import has_triton, total
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.fast.cpu import gradients
+from sdconv.fast import gradients
 from sdconv.fast.cuda.choices import tiling
 
 

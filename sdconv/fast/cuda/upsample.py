@@ -1,6 +1,6 @@
 """Nearest-neighbour upsampling and a 3x3 convolution without an upsampled feature map, for GPUs.
 
-The 3x3 window of an output pixel covers 2x2 input pixels, which ones depends on whether its row and
+The 3x3 window of an output pixel covers 2x2 input pixels; which ones depends on whether its row and
 its column are even or odd. For each of these four cases, the kernel's taps that fall on the same
 input pixel are added beforehand: 16 products instead of 36. There are two ways to have them from
 cuDNN: one convolution with 2x2 kernels whose output channels are those of all four cases, to be
@@ -8,8 +8,8 @@ interleaved afterwards; or one transposed convolution with a 4x4 kernel and stri
 
 Taps are added in each call: it is one pass over a weight, and nothing is kept that could be stale.
 
-On CPUs, Winograd's convolution of the upsampled feature map takes 25 products for 16 outputs where
-this takes 64, see :mod:`sdconv.fast.cpu.winograd`.
+On CPUs, Winograd's convolution of the upsampled feature map takes 25 products for 16 outputs, and
+this would take 64: see :mod:`sdconv.fast.cpu.winograd`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdconv.fast.cuda.group_norm import has_triton
 from sdconv.fast.preconditions import is_eager
 
 
-def kernels(weight: Tensor) -> Tensor:
+def sub_pixel_weights(weight: Tensor) -> Tensor:
     """Adds taps that fall on the same pixel: ``(O, C, 3, 3)`` to ``(2, 2, O, C, 2, 2)``, for even
     and odd rows and columns. Sums are rounded once, from float32 or wider."""
     wide = weight if weight.dtype is torch.float64 else weight.float()
@@ -41,17 +41,17 @@ def _along(weight: Tensor, axis: int) -> Tensor:
 def subpixel_kernel(weight: Tensor) -> Tensor:
     """The kernel of one convolution with four times the output channels, ``(O, C, 3, 3)`` to
     ``(4O, C, 2, 2)``."""
-    return kernels(weight).flatten(0, 2)
+    return sub_pixel_weights(weight).flatten(0, 2)
 
 
 def transposed_kernel(weight: Tensor) -> Tensor:
     """The kernel of a transposed convolution, ``(O, C, 3, 3)`` to ``(C, O, 4, 4)``.
 
     An input pixel adds to the four output pixels that upsampling makes of it, and to their
-    neighbours. Taps are those of `kernels`: in each direction, the last tap of odd outputs, both of
-    even and odd, the first of even ones.
+    neighbours. Taps are those of `sub_pixel_weights`; in each direction, in this order: odd outputs'
+    second, even ones' second, odd outputs' first, even ones' first.
     """
-    by_case = kernels(weight)
+    by_case = sub_pixel_weights(weight)
     out_channels, channels = weight.shape[:2]
     # Output row 2h + i reads row h - 1 + i with its first tap and row h + i with its second; and a
     # transposed convolution adds input row h times kernel row k to output row 2h - 1 + k.

@@ -17,8 +17,8 @@ from sdconv.features.targets import unet_of
 def h_space(target: Any, direction: Tensor, *, steps: Steps = None) -> AbstractContextManager[None]:
     """Add a direction to the output of the mid block; a direction of zeros changes nothing.
 
-    The paper adds it to only one of the two terms of a DDIM step; here the whole step sees it. A
-    direction is, for instance, the difference between the captured ``mid_block`` of two runs.
+    The paper adds it to only one of the two terms of a DDIM step; here it affects the whole step.
+    A direction is, for instance, the difference between the captured ``mid_block`` of two runs.
 
     Args:
         target: a U-Net, or a pipeline that has one.

@@ -53,7 +53,7 @@ class Content:
             number in all.
 
     Raises:
-        InputError: so many feature maps that there is no room for images.
+        InputError: too many feature maps to leave room for their images.
     """
 
     def __init__(self, maps: Sequence[FeatureMap], limit: int, progress: Progress) -> None:

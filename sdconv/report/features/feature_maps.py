@@ -13,7 +13,9 @@ from sdconv.features.maps import CapturedMap, Maps
 from sdconv.features.points import Point
 from sdconv.features.rendering import Values, as_maps
 from sdconv.report.features.drawing import WHOLE, Drawing, box_of
-from sdconv.sizes import count
+from sdconv.sizes import count, format_pair
+
+_TIMES = " \u00d7 "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,8 @@ def _read(captured: CapturedMap, attribute: str) -> Values:
 
 def _facts(point: Point) -> dict[str, str]:
     facts = {} if point.kind in WHOLE else {"kind": point.kind}
+    if (convolution := _convolution(point)) is not None:
+        facts["convolution"] = convolution
     if point.downscale is not None:
         facts |= _scale(point.downscale)
     if point.receptive_field is not None:
@@ -124,12 +128,21 @@ def _facts(point: Point) -> dict[str, str]:
     return facts
 
 
+def _convolution(point: Point) -> str | None:
+    """Such as ``3 \u00d7 3, stride 2, padding 1 below, 1 right``; None for others."""
+    if point.kernel is None or point.stride is None or point.padding is None:
+        return None
+    kernel = "{} \u00d7 {}".format(*point.kernel)
+    if len(set(point.padding)) == 1:
+        padding = str(point.padding[0])
+    else:
+        sides = zip(point.padding, ("above", "below", "left", "right"), strict=True)
+        padding = ", ".join(f"{zeros} {side}" for zeros, side in sides if zeros)
+    return f"{kernel}, stride {format_pair(point.stride, _TIMES)}, padding {padding}"
+
+
 def _scale(downscale: tuple[Fraction, Fraction]) -> dict[str, str]:
     """How much smaller or larger the feature map is than the network's input."""
     if all(factor < 1 for factor in downscale):
-        return {"upscale": _sides(1 / downscale[0], 1 / downscale[1])}
-    return {"downscale": _sides(*downscale)}
-
-
-def _sides(rows: Fraction, columns: Fraction) -> str:
-    return str(rows) if rows == columns else f"{rows} \u00d7 {columns}"
+        return {"upscale": format_pair((1 / downscale[0], 1 / downscale[1]), _TIMES)}
+    return {"downscale": format_pair(downscale, _TIMES)}

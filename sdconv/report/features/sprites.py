@@ -15,7 +15,7 @@ from sdconv.features.rendering import Pixels
 LARGEST = 16383
 """The largest side of a WebP in pixels."""
 
-EXACT = 32
+LOSSLESS_SIDE = 32
 """Tiles with sides up to this are encoded losslessly if they fit: in few pixels, losses show."""
 
 QUALITIES = (80, 60, 40, 25)
@@ -55,8 +55,8 @@ def sheet_of(versions: Iterable[Pixels], allowed: int) -> Sheet:
     found: Sheet | None = None
     for tiles in versions:
         image, columns = tile_grid(tiles)
-        exact = max(tiles.shape[1:3]) <= EXACT
-        for quality in (None, *QUALITIES) if exact else QUALITIES:
+        lossless = max(tiles.shape[1:3]) <= LOSSLESS_SIDE
+        for quality in (None, *QUALITIES) if lossless else QUALITIES:
             found = Sheet(
                 data=webp(image, quality),
                 count=len(tiles),

@@ -84,14 +84,14 @@ def test_large_batches_are_equal() -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("pictures", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("images", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_memory_layouts_are_equal(
-    training: bool, weights: torch.memory_format, pictures: torch.memory_format
+    training: bool, weights: torch.memory_format, images: torch.memory_format
 ) -> None:
     sides = pair(seeded.kl((32, 64), 4, True, layers_per_block=1))
     for network in sides:
         network.train(training).to(memory_format=weights)
-    given = {method: (x.to(memory_format=pictures),) for method, (x,) in inputs().items()}
+    given = {method: (x.to(memory_format=images),) for method, (x,) in inputs().items()}
     assert first_failure(compare(*sides, given)) is None
 
 
@@ -201,7 +201,7 @@ def test_control_in_half_precision(dtype: torch.dtype) -> None:
     assert first_failure(rows) == "decoder.mid_block.resnets.0.norm1"
 
 
-def test_weights_that_are_no_numbers_do_not_pass() -> None:
+def test_weights_with_nan_do_not_pass() -> None:
     tensors = seeded.tensors(SMALL)
     tensors["encoder.mid_block.resnets.1.conv2.bias"] = torch.full((32,), math.nan)
     report = check(tensors, family="sd1", size=(8, 8))
@@ -336,7 +336,7 @@ def test_networks_that_diffusers_lacks(kind: str) -> None:
         ({"size": (0, 8)}, "not a batch of images"),
         ({"size": (8, 8, 8)}, "not a batch of images"),
         ({"batch": 0}, "not a batch of images"),
-        ({"size": (3, 8)}, "pictures of the wrong shape"),
+        ({"size": (3, 8)}, "images have the wrong shape"),
     ],
 )
 def test_invalid_arguments(options: dict[str, Any], message: str) -> None:

@@ -42,7 +42,7 @@ KINDS = {
 
 def made(config: dict[str, Any], layout: str = "diffusers") -> Tensors:
     """A U-Net's tensors as a file in this layout names them."""
-    network = unets.blank(config)
+    network = unets.on_meta(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     tensors = seeded.weights(shapes)
     return original_tensors(tensors, network.config) if layout == "original" else tensors
@@ -62,7 +62,7 @@ def test_every_module_is_equal_bit_for_bit(kind: str, layout: str) -> None:
     inner = {row.name for row in report.rows if ".transformer_blocks.0.attn2.to_k" in row.name}
     assert inner == {
         module
-        for module, _ in unets.blank(unets.smallest(kind)).named_modules()
+        for module, _ in unets.on_meta(unets.smallest(kind)).named_modules()
         if module.endswith(".transformer_blocks.0.attn2.to_k")
     }
 
@@ -219,11 +219,13 @@ def _half(value: Any) -> Any:
 
 
 def test_what_diffusers_cannot_convert() -> None:
-    with pytest.raises(sdconv.SdconvError, match=r"cannot convert these names(.|\n)*sdconv conv"):
+    with pytest.raises(
+        sdconv.SdconvError, match=r"cannot convert these tensor names(.|\n)*sdconv conv"
+    ):
         check(made(unets.small("uneven layers"), "original"), size=SIZE)
 
 
-def test_no_room_for_sizes() -> None:
+def test_a_projection_without_room_for_the_sizes() -> None:
     config = unets.smallest("SDXL") | {"projection_class_embeddings_input_dim": 256}
     with pytest.raises(sdconv.SdconvError, match="no room for the sizes"):
         check(made(config), family="sdxl", size=SIZE)

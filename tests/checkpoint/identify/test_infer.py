@@ -113,7 +113,7 @@ def test_headers_of_real_checkpoints(header: str, shared_dir: Path) -> None:
     assert vae.found.shapes(shapes) == shapes_of(on_meta(config))
 
 
-BESIDE = {
+OTHERS = {
     "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
     "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,),
     "model_ema.decay": (),
@@ -134,17 +134,17 @@ BESIDE = {
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 @pytest.mark.filterwarnings("ignore::sdconv.SdconvWarning")
-def test_what_stands_beside_is_passed_over(prefix: str) -> None:
+def test_other_tensors_are_ignored(prefix: str) -> None:
     own = {prefix + k: v for k, v in shapes_in(CONFIGS["sd1"], "original").items()}
-    losses = {prefix + k: v for k, v in BESIDE.items() if k.startswith("loss.")}
-    shapes = {**own, **BESIDE, **losses}
+    losses = {prefix + k: v for k, v in OTHERS.items() if k.startswith("loss.")}
+    shapes = {**own, **OTHERS, **losses}
     (found,) = find_networks(shapes)
     assert sorted(found.names.values()) == sorted(own)
     assert found.unexpected == ()
     assert set(losses) <= set(found.dropped)
 
 
-def test_an_unknown_name_beside_a_bare_vae_is_unexpected() -> None:
+def test_an_unknown_name_next_to_a_bare_vae_is_unexpected() -> None:
     shapes = {**shapes_in(CONFIGS["sd1"], "original"), "decoder.extra.weight": (1,), "odd": (2,)}
     (found,) = find_networks(shapes)
     assert set(found.unexpected) == {"decoder.extra.weight", "odd"}
@@ -163,7 +163,7 @@ def test_every_rule_is_used_and_undone() -> None:
 
 def test_the_decoder_is_numbered_from_the_other_end() -> None:
     keymap = vae_keys(4)
-    # the original's level 0 is the picture's size; diffusers' up_blocks.3 is (autoencoder.py)
+    # the original's level 0 has the image's size; diffusers' up_blocks.3 is (autoencoder.py)
     assert (
         keymap.canonical("decoder.up.0.block.2.nin_shortcut.weight")
         == "decoder.up_blocks.3.resnets.2.conv_shortcut.weight"
@@ -177,7 +177,7 @@ def test_the_decoder_is_numbered_from_the_other_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "family", "factor"),
+    ("others", "family", "factor"),
     [
         ({"x.transformer_blocks.0.attn2.to_k.weight": (320, 768)}, "sd1", 0.18215),
         ({"x.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}, "sd2", 0.18215),
@@ -188,10 +188,10 @@ def test_the_decoder_is_numbered_from_the_other_end() -> None:
     ],
 )
 def test_the_rest_of_the_file_names_the_family(
-    beside: dict[str, tuple[int, ...]], family: str, factor: float
+    others: dict[str, tuple[int, ...]], family: str, factor: float
 ) -> None:
     prefix = "first_stage_model."
-    shapes = {prefix + k: v for k, v in shapes_in(CONFIGS["sd1"], "original").items()} | beside
+    shapes = {prefix + k: v for k, v in shapes_in(CONFIGS["sd1"], "original").items()} | others
     (vae,) = identify(shapes)
     assert (vae.family, vae.config["scaling_factor"], vae.open_to) == (family, factor, ())
 
@@ -242,8 +242,8 @@ def test_flux2_is_known_by_its_statistics() -> None:
     original = original_tensors(on_meta(config).state_dict(), config)
     assert "encoder.quant_conv.weight" in original
     assert sdconv.infer({k: tuple(v.shape) for k, v in original.items()}) == {"vae": config}
-    (told,) = identify(shapes, config=config.to_json())
-    assert (told.family, told.config) == ("flux2", config)
+    (identified,) = identify(shapes, config=config.to_json())
+    assert (identified.family, identified.config) == ("flux2", config)
     assert sdconv.infer(shapes, family="flux2") == {"vae": config}
     with pytest.raises(sdconv.InputError, match="does not fit"):
         sdconv.infer(shapes, family="flux1")
@@ -323,7 +323,7 @@ def test_other_networks_are_not_taken_for_these(name: str) -> None:
     assert "no network that sdconv knows" in text and "expected: a VAE" in text and "got:" in text
 
 
-def test_two_vaes_are_one_too_many() -> None:
+def test_two_vaes_are_refused() -> None:
     one = shapes_in(CONFIGS["sd1"], "original")
     both = {f"{p}.{k}": v for p in ("first_stage_model", "vae") for k, v in one.items()}
     with pytest.raises(sdconv.UnknownNetworkError, match="several networks that could be the vae"):
@@ -390,7 +390,7 @@ def test_metadata_too_deep_to_read() -> None:
         identify(shapes, metadata={"sdconv.config": "[" * 200_000})
 
 
-def test_a_family_must_fit_a_told_config_too() -> None:
+def test_a_family_must_fit_a_given_config_too() -> None:
     config = CONFIGS["three levels"]
     shapes = shapes_in(config, "diffusers")
     with pytest.raises(sdconv.InputError, match="does not fit"):

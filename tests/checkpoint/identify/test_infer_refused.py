@@ -1,4 +1,4 @@
-"""What cannot be a network's shapes: each with its own words, and nothing but sdconv's errors."""
+"""Shapes that cannot be a network's: each has its own message; only sdconv's errors are raised."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_shapes_that_are_refused(argument: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize("metadata", [3, "sdxl", [("a", "b")], {"a": 1}, {1: "a"}, {"a": None}])
-def test_what_is_no_metadata(metadata: Any) -> None:
+def test_invalid_metadata(metadata: Any) -> None:
     with pytest.raises(sdconv.InputError, match="not a file's metadata"):
         sdconv.infer(shapes(), metadata=metadata)
 
@@ -74,7 +74,7 @@ def test_a_header_is_taken_with_its_metadata(tmp_path: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, said)
     header = sdconv.read_header(path)
     assert sdconv.infer(header) == sdconv.infer(shapes(), family="sdxl")
-    # what the caller says goes before it
+    # the caller's choice takes precedence
     with pytest.warns(sdconv.SdconvWarning, match="sd1 was taken"):
         sdconv.infer(header, metadata={})
 
@@ -145,7 +145,7 @@ def test_a_unets_embedding_without_its_weight(part: str) -> None:
 
 @cache
 def shapes_of_unet(family: str, layout: str = "diffusers") -> Shapes:
-    network = unets.blank(unets.smallest(family))
+    network = unets.on_meta(unets.smallest(family))
     tensors = network.state_dict()
     if layout == "original":
         tensors = original_tensors(tensors, network.config)
@@ -184,7 +184,7 @@ def attention_in_a_level() -> Shapes:
     return {**shapes(), "encoder.down.1.attn.0.q.weight": (64, 64, 1, 1)}
 
 
-# what other VAEs have beside the names of those built here: of Allegro, Stable Video Diffusion (in
+# names that only other VAEs have: of Allegro, Stable Video Diffusion (in
 # both layouts), diffusers' asymmetric one, Qwen-Image 2.1 and KVAE
 OTHERS = {
     "decoder.mid_block.temp_convs.0.conv1.0.weight": r"for videos",
@@ -204,7 +204,7 @@ def test_other_kinds_are_not_taken_for_the_nearest(layout: str) -> None:
         with pytest.raises(sdconv.UnknownNetworkError, match=words) as caught:
             sdconv.infer(named, family="sd1")
         assert f"got: '{name}'" in str(caught.value)
-    # a name that is nobody's says nothing of the kind: it is refused where it would be read
+    # an unknown name does not show another kind: loading refuses it
     stray = {**shapes(layout=layout), "decoder.timeless.weight": (3,)}
     assert set(sdconv.infer(stray, family="sd1")) == {"vae"}
     with pytest.raises(sdconv.WeightsMismatchError, match="1 unexpected"):
@@ -233,7 +233,7 @@ def test_originals_that_diffusers_class_cannot_be(
 
 
 def test_a_damaged_width_is_still_a_wrong_shape() -> None:
-    """The control: what is no such original is not taken for one."""
+    """The control: anything else is not taken for such an original."""
     for name, shape in (
         ("encoder.conv_in.weight", (64, 3, 3, 3)),
         ("post_quant_conv.weight", (5, 5, 1, 1)),
@@ -250,8 +250,8 @@ def test_flux2_patches_that_are_not_square(patch: tuple[int, int], count: int) -
         sdconv.infer(named)
     assert "32 latent channels" in str(caught.value) and f"({count},)" in str(caught.value)
     assert "config.json" in str(caught.value)
-    (told,) = identify(named, config=config.to_json())
-    assert (told.config, told.family, told.contradicted) == (config, "flux2", ())
+    (identified,) = identify(named, config=config.to_json())
+    assert (identified.config, identified.family, identified.contradicted) == (config, "flux2", ())
 
 
 @pytest.mark.parametrize(("side", "count"), [(1, 32), (2, 128), (3, 288)])
@@ -273,7 +273,7 @@ def test_a_number_of_latent_channels_that_no_family_has() -> None:
 
 W = (8, 8, 3, 3)
 MANY = {
-    "beside a VAE": lambda n: {**shapes(), **{f"x.{i}.weight": W for i in range(n)}},
+    "next to a VAE": lambda n: {**shapes(), **{f"x.{i}.weight": W for i in range(n)}},
     "first layers of VAEs": lambda n: {f"a{i}.encoder.conv_in.weight": W for i in range(n)},
     "VAEs": lambda n: {
         f"a{i}.encoder.{k}": W for i in range(n // 2) for k in ("conv_in.weight", "down.0.x")
@@ -324,11 +324,11 @@ ODD = st.lists(LENGTHS, max_size=5).map(tuple)
 
 @st.composite
 def mutated(draw: st.DrawFn) -> Shapes:
-    """A network's shapes of which some are gone, or others, or under other names."""
+    """A network's shapes with some removed, changed, renamed or added."""
     named = dict(BASES[draw(st.sampled_from(sorted(BASES)))])
     for _ in range(draw(st.integers(1, 4))):
         name = draw(st.sampled_from(sorted(named)))
-        what = draw(st.sampled_from(["gone", "stem gone", "shape", "axes", "renamed", "beside"]))
+        what = draw(st.sampled_from(["gone", "stem gone", "shape", "axes", "renamed", "added"]))
         if what == "gone":
             del named[name]
         elif what == "stem gone":

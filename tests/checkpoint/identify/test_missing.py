@@ -27,7 +27,7 @@ def networks() -> dict[str, Network]:
         }
     # but for LCM, whose one tensor more leaves a whole SD1 behind
     families = ("SD1", "SDXL", "SSD-1B", "x4 upscaler", "SD2 unCLIP", "small SD")
-    return autoencoders | {family: unets.blank(unets.small(family)) for family in families}
+    return autoencoders | {family: unets.on_meta(unets.small(family)) for family in families}
 
 
 NETWORKS = networks()

@@ -19,7 +19,7 @@ from sdconv.checkpoint.keys.unet import keys_of_canonical, keys_of_original
 
 Shapes = dict[str, tuple[int, ...]]
 
-# not to be read off any shape
+# not determined by any shape
 PIPELINE_ONLY = {"sample_size", "upcast_attention"}
 
 
@@ -55,12 +55,12 @@ def test_family_is_read_from_shapes(family: tuple[dict[str, Any], Shapes]) -> No
 
 def test_names_survive_the_original_layout(family: tuple[dict[str, Any], Shapes]) -> None:
     _, shapes = family
-    there = keys_of_canonical(shapes)
-    original = {there.original(name): shape for name, shape in shapes.items()}
+    keys = keys_of_canonical(shapes)
+    original = {keys.original(name): shape for name, shape in shapes.items()}
     assert None not in original
     assert len(original) == len(shapes)
     assert not set(original) & set(shapes)
-    assert keys_of_original([k for k in original if k]) == there
+    assert keys_of_original([k for k in original if k]) == keys
     prefixed = {f"model.diffusion_model.{name}": shape for name, shape in original.items()}
     one = found(prefixed)
     assert one.layout == "original"
@@ -73,8 +73,8 @@ def test_names_survive_the_original_layout(family: tuple[dict[str, Any], Shapes]
 @pytest.mark.parametrize(
     ("width", "added"), [(2048, False), (1536, False), (40, False), (16 + 5 * 256, True)]
 )
-def test_the_original_label_is_told_by_its_width(width: int, added: bool) -> None:
-    """Where transformers of one block each stand at the first level too, as in unCLIP."""
+def test_the_original_label_is_recognised_by_its_width(width: int, added: bool) -> None:
+    """Where the first level also has transformers of one block each, as in unCLIP."""
     label = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     shapes = shapes_of({**FAMILIES["SD2"], **label})
     keys = keys_of_canonical(shapes)
@@ -133,7 +133,7 @@ def _original(family: str) -> Shapes:
     return {keys.original(name) or "": shape for name, shape in shapes.items()}
 
 
-def test_what_is_beside_is_left_alone() -> None:
+def test_other_tensors_are_left_alone() -> None:
     shapes = shapes_of(FAMILIES["one level"])
     whole = {
         **{f"model.diffusion_model.{k}": v for k, v in shapes.items()},
@@ -187,14 +187,14 @@ def _ip_adapter() -> Shapes:
 @pytest.mark.parametrize(
     "strangers", [_controlnet, _video, _original_controlnet, _lora, _ip_adapter]
 )
-def test_strangers_are_not_taken_for_a_unet(strangers: Any) -> None:
+def test_other_networks_are_not_taken_for_a_unet(strangers: Any) -> None:
     shapes = strangers()
     assert shapes
     with pytest.raises(sdconv.UnknownNetworkError, match="no network that sdconv knows"):
         sdconv.infer(shapes)
 
 
-def test_unet_beside_its_controlnet() -> None:
+def test_unet_next_to_its_controlnet() -> None:
     shapes = {
         **_original_controlnet(),
         **{f"model.diffusion_model.{k}": v for k, v in _original("one level").items()},
@@ -208,8 +208,8 @@ def test_heads_that_no_family_has_are_open() -> None:
     with pytest.warns(sdconv.SdconvWarning, match="differ in the number of attention heads"):
         config = sdconv.infer(shapes)["unet"]
     assert config.attention_head_dim == (1, 1, 1)
-    told = sdconv.infer(shapes, family="x4-upscaler")["unet"]
-    assert told.attention_head_dim == 8
+    config = sdconv.infer(shapes, family="x4-upscaler")["unet"]
+    assert config.attention_head_dim == 8
 
 
 def test_family_that_does_not_fit() -> None:
@@ -286,7 +286,7 @@ def test_config_json_that_is_not_built(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("channels", "is_open"), [((32, 64, 128), False), ((32, 64, 96), True), ((64, 96, 64), True)]
 )
-def test_heads_are_open_only_where_a_transformer_stands(
+def test_heads_are_open_only_where_there_is_a_transformer(
     channels: tuple[int, int, int], is_open: bool
 ) -> None:
     """SDXL's first level has none, so its channels need not be split into heads."""

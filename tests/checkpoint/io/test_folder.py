@@ -52,7 +52,7 @@ def test_which_file_of_a_folder_is_taken(tmp_path: Path, names: list[str], chose
     ],
     ids=str,
 )
-def test_a_choice_that_is_open_is_an_error_that_names_them(
+def test_an_ambiguous_folder_is_an_error_that_names_the_files(
     tmp_path: Path, names: list[str]
 ) -> None:
     for name in names:
@@ -75,13 +75,13 @@ def test_folders_without_weights(tmp_path: Path) -> None:
         open_source(tmp_path / "absent")
 
 
-def test_a_dangling_link_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_dangling_link_is_not_ignored(tmp_path: Path) -> None:
     (tmp_path / PLAIN).symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="does not exist"):
         open_source(tmp_path)
 
 
-def test_the_configuration_beside_the_weights(tmp_path: Path) -> None:
+def test_the_config_next_to_the_weights(tmp_path: Path) -> None:
     put(tmp_path / PLAIN, a=A)
     assert open_source(tmp_path).config is None
     config = tmp_path / "config.json"
@@ -106,7 +106,7 @@ def test_the_configuration_beside_the_weights(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_the_configuration_of_weights_that_are_named_one_by_one(tmp_path: Path) -> None:
+def test_the_config_of_weights_given_file_by_file(tmp_path: Path) -> None:
     index = sharded(tmp_path / "here")
     shards = sorted(index.parent.glob("*.safetensors"))
     (tmp_path / "here" / "config.json").write_text('{"latent_channels": 4}')
@@ -114,7 +114,7 @@ def test_the_configuration_of_weights_that_are_named_one_by_one(tmp_path: Path) 
         assert open_source(named).config == {"latent_channels": 4}
     elsewhere = put(tmp_path / "there" / shards[1].name, b=B)
     (tmp_path / "there" / "config.json").write_text('{"latent_channels": 16}')
-    assert open_source([shards[0], elsewhere]).config is None  # of two folders, which one?
+    assert open_source([shards[0], elsewhere]).config is None  # from two folders
     for text in ("config.json", "model_index.json"):
         (tmp_path / text).write_text("{}")
         with pytest.raises(CheckpointError, match="not weights"):
@@ -129,7 +129,7 @@ def test_a_pipeline_is_not_one_component(tmp_path: Path) -> None:
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
     names = ["text_encoder", "unet", "vae"]
     assert components_in(tmp_path) == {name: tmp_path / name for name in names}
-    for _ in range(2):  # as it is, then with the file that says so beside a whole checkpoint
+    for _ in range(2):  # without model_index.json, then with it and a whole checkpoint
         with pytest.raises(CheckpointError, match="a whole pipeline") as error:
             open_source(tmp_path)
         assert "text_encoder, unet, vae" in str(error.value)
@@ -146,7 +146,7 @@ def test_a_pipeline_is_not_one_component(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inner", ["", "vae"])
 def test_a_folder_without_permission(inner: str) -> None:
-    with tempfile.TemporaryDirectory() as name:  # open to all, as pytest's own folders are not
+    with tempfile.TemporaryDirectory() as name:  # readable by all, unlike pytest's own folders
         folder = Path(name)
         folder.chmod(0o755)
         put(folder / "pipe" / "vae" / PLAIN, a=A)
@@ -192,7 +192,7 @@ def test_a_shard_may_be_a_link_to_elsewhere_and_lie_in_a_subfolder(tmp_path: Pat
     assert open_source(folder).shapes == {"a": (2, 3), "b": (4,)}
 
 
-def test_an_index_goes_before_a_file_of_its_name_but_not_before_a_plain_one(
+def test_an_index_takes_precedence_over_a_file_of_its_name_but_not_over_a_plain_one(
     tmp_path: Path,
 ) -> None:
     index = sharded(tmp_path)
@@ -255,7 +255,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": [1]}', "[]", "{", ""])
-def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_index(tmp_path: Path, text: str) -> None:
     index = sharded(tmp_path)
     index.write_text(text)
     for named in (tmp_path, index):

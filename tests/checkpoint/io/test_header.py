@@ -1,3 +1,5 @@
+"""Reading safetensors headers: valid ones, damaged ones, and paths that are not files."""
+
 from __future__ import annotations
 
 import json
@@ -31,7 +33,7 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_what_safetensors_writes_is_read_back_with_its_place_in_the_file(tmp_path: Path) -> None:
+def test_what_safetensors_writes_is_read_back_with_its_offsets(tmp_path: Path) -> None:
     tensors = {
         "b.weight": torch.arange(6.0).reshape(2, 3),
         "a": torch.ones(5, dtype=torch.bfloat16),
@@ -55,7 +57,7 @@ def test_what_safetensors_writes_is_read_back_with_its_place_in_the_file(tmp_pat
         assert info.nbytes == len(values)
 
 
-def test_tensors_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
+def test_tensors_are_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     late_first = {"late": entry("U8", [2], 1, 3), "early": entry("U8", [1], 0, 1)}
     assert list(read_header(written(tmp_path, packed(late_first, b"123"))).tensors) == [
         "early",
@@ -83,7 +85,7 @@ def test_every_dtype_of_safetensors_is_known_by_its_size(tmp_path: Path, dtype: 
         read_header(written(tmp_path, too_long))
 
 
-def test_safetensors_knows_no_dtype_that_is_missing_here(tmp_path: Path) -> None:
+def test_no_dtype_of_safetensors_is_missing_here(tmp_path: Path) -> None:
     file = written(tmp_path, packed({"a": entry("none such", [1], 0, 1)}, b"1"))
     with pytest.raises(SafetensorError) as error, safe_open(file, framework="pt"):
         pass
@@ -203,7 +205,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("content", "what"), BROKEN.values(), ids=BROKEN)
-def test_every_damage_has_an_error_of_its_own(tmp_path: Path, content: bytes, what: str) -> None:
+def test_every_kind_of_damage_has_its_own_error(tmp_path: Path, content: bytes, what: str) -> None:
     file = written(tmp_path, content)
     with pytest.raises(CheckpointError, match=what) as error:
         read_header(file)
@@ -216,7 +218,7 @@ def test_every_damage_has_an_error_of_its_own(tmp_path: Path, content: bytes, wh
             pass
 
 
-def test_a_torch_checkpoint_under_this_name_is_told_apart(tmp_path: Path) -> None:
+def test_a_torch_checkpoint_under_this_name_is_recognised(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     for legacy, what in ((False, "a zip archive"), (True, "a pickle")):
         torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=not legacy)
@@ -236,7 +238,7 @@ def test_a_length_that_looks_like_a_pickle_is_still_a_length(tmp_path: Path) -> 
     assert "pickle" not in str(error.value)
 
 
-def test_a_valid_neighbour_of_every_damage_is_read(tmp_path: Path) -> None:
+def test_a_valid_neighbour_of_every_damaged_file_is_read(tmp_path: Path) -> None:
     """The control: each of these differs from one above in what was wrong with it."""
     good: list[tuple[bytes, dict[str, tuple[int, ...]]]] = [
         (packed({}), {}),
@@ -283,13 +285,13 @@ def test_absent_folder_and_special_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "\ud800", "/".join(["x"] * 9000)])
-def test_paths_that_no_system_takes(path: str) -> None:
+def test_paths_that_no_system_accepts(path: str) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be read|does not exist"):
         read_header(path)
 
 
 @pytest.mark.parametrize("path", [None, 3, b"weights.safetensors", "", ["a.safetensors"]])
-def test_what_is_no_path(path: Any) -> None:
+def test_what_is_not_a_path(path: Any) -> None:
     with pytest.raises(InputError, match="not a path"):
         read_header(path)
 
@@ -354,7 +356,7 @@ def test_reading_a_header_imports_no_torch(tmp_path: Path) -> None:
     assert done.stdout.strip() == "{'a': (1,)} False False"
 
 
-def test_a_zip_of_anything_is_told_apart(tmp_path: Path) -> None:
+def test_a_zip_of_anything_else_is_recognised(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("weights.txt", "none")

@@ -127,7 +127,7 @@ def mutated_bytes(draw: st.DrawFn) -> bytes:
 
 @given(valid_headers())
 @settings(max_examples=60, deadline=None)
-def test_what_is_valid_is_read_alike(valid: tuple[dict[str, Any], int]) -> None:
+def test_valid_headers_are_read_alike(valid: tuple[dict[str, Any], int]) -> None:
     header, nbytes = valid
     content = packed(header, bytes(nbytes))
     assert agree(content)
@@ -137,13 +137,13 @@ def test_what_is_valid_is_read_alike(valid: tuple[dict[str, Any], int]) -> None:
 
 @given(mutated_fields())
 @settings(max_examples=300, deadline=None)
-def test_what_has_other_fields_is_read_or_refused_as_safetensors_does(content: bytes) -> None:
+def test_mutated_fields_are_read_or_refused_as_by_safetensors(content: bytes) -> None:
     assert agree(content)
 
 
 @given(mutated_bytes())
 @settings(max_examples=300, deadline=None)
-def test_what_has_other_bytes_is_read_or_refused_as_safetensors_does(content: bytes) -> None:
+def test_mutated_bytes_are_read_or_refused_as_by_safetensors(content: bytes) -> None:
     assert agree(content)
 
 

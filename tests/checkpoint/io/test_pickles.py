@@ -1,3 +1,5 @@
+"""Reading torch checkpoints: weights are found, other objects dropped, bad files refused."""
+
 from __future__ import annotations
 
 import argparse
@@ -37,7 +39,7 @@ def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> boo
 
 @pytest.fixture
 def foreign_class(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, type], type]:
-    """Give a class a home in a module that is not installed, for as long as a file is written."""
+    """Put a class into a module that is not installed, while a file is written."""
 
     def place(module: str, name: str, base: type) -> type:
         made = type(name, (base,), {"__module__": module, "__qualname__": name})
@@ -60,12 +62,12 @@ def test_a_state_dict_comes_back(tmp_path: Path, new: bool) -> None:
 @FORMATS
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_weights_are_found_under_their_usual_names(tmp_path: Path, wrapper: str, new: bool) -> None:
-    beside = {"epoch": 3, "optimizer_states": [{"state": {0: torch.ones(2)}}], "lr": 1e-4}
-    file = saved(tmp_path / "a.ckpt", {**beside, wrapper: OrderedDict(WEIGHTS)}, new)
+    others = {"epoch": 3, "optimizer_states": [{"state": {0: torch.ones(2)}}], "lr": 1e-4}
+    file = saved(tmp_path / "a.ckpt", {**others, wrapper: OrderedDict(WEIGHTS)}, new)
     assert same(read_pickle(file), WEIGHTS)
 
 
-def test_what_is_no_tensor_is_dropped_and_a_parameter_is_a_plain_tensor(tmp_path: Path) -> None:
+def test_objects_are_dropped_and_a_parameter_becomes_a_plain_tensor(tmp_path: Path) -> None:
     content: dict[Any, Any] = {**WEIGHTS, "step": 7, "names": ["a"], 5: torch.ones(1)}
     content["nested"] = {"x": torch.ones(1)}
     content["scale"] = torch.nn.Parameter(torch.ones(3))
@@ -75,7 +77,7 @@ def test_what_is_no_tensor_is_dropped_and_a_parameter_is_a_plain_tensor(tmp_path
     assert not got["scale"].requires_grad
 
 
-def test_zip_checkpoints_are_mapped_and_stay_as_they_are_on_the_disk(tmp_path: Path) -> None:
+def test_zip_checkpoints_are_mapped_and_unchanged_on_the_disk(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.ckpt", {"state_dict": {"w": torch.zeros(1_000_000)}})
     before = file.read_bytes()
     tensor = read_pickle(file)["w"]
@@ -99,7 +101,7 @@ def test_a_compressed_archive_is_unpacked_not_mapped(tmp_path: Path) -> None:
 def test_a_real_lightning_checkpoint(
     tmp_path: Path, new: bool, foreign_class: Callable[[str, str, type], type]
 ) -> None:
-    """As Stable Diffusion's first files are: callbacks keyed by class, numpy scalars, OmegaConf."""
+    """Like Stable Diffusion's first files: callbacks keyed by class, numpy scalars, OmegaConf."""
     checkpoint = foreign_class(
         "pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint", object
     )
@@ -155,7 +157,7 @@ def test_a_stand_in_is_never_the_installed_class(
 def test_objects_of_any_training_code_are_left_out(
     tmp_path: Path, new: bool, foreign_class: Callable[[str, str, type], type]
 ) -> None:
-    """As in the first files of Stable Diffusion's kind: each line was a reason to refuse one."""
+    """Like those in early checkpoints: each line was a reason to refuse one."""
     classes = [
         foreign_class("ldm.modules.ema", "LitEma", object),
         foreign_class("main", "ImageLogger", object),
@@ -193,7 +195,7 @@ def test_weights_in_a_dict_of_another_kind(
 
 
 def test_several_at_once(tmp_path: Path, foreign_class: Callable[[str, str, type], type]) -> None:
-    """torch keeps the names that are let in for all threads together."""
+    """torch keeps the allowed names for all threads together."""
     callback = foreign_class("my_trainer", "Callback", object)
     content = {"callbacks": [callback()] * 50, "state_dict": WEIGHTS}
     file = saved(tmp_path / "a.ckpt", content)
@@ -206,7 +208,7 @@ def test_several_at_once(tmp_path: Path, foreign_class: Callable[[str, str, type
 def test_a_function_of_another_package_is_refused_by_its_name(
     tmp_path: Path, new: bool, foreign_class: Callable[[str, str, type], type]
 ) -> None:
-    function = foreign_class("my_trainer.core", "make_state", object)  # by its name, that is
+    function = foreign_class("my_trainer.core", "make_state", object)  # by its name
     file = saved(tmp_path / "a.ckpt", {"state": function(), "state_dict": WEIGHTS}, new)
     with pytest.raises(CheckpointError, match=r"asks for my_trainer\.core\.make_state"):
         read_pickle(file)

@@ -1,3 +1,5 @@
+"""Weights as one source: files, folders and state dicts, mapped and read on demand."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +20,7 @@ from sdconv.checkpoint.io.source import TORCH_DTYPES, open_source
 from sdconv.errors import CheckpointError, InputError, SdconvError
 
 
-def test_a_file_is_known_before_it_is_read(tmp_path: Path) -> None:
+def test_a_files_tensors_are_known_before_they_are_read(tmp_path: Path) -> None:
     file = put(tmp_path / "a.safetensors", a=A, b=B)
     for given_path in (file, str(file)):
         with open_source(given_path) as source:
@@ -50,7 +52,7 @@ def test_tensors_are_mapped_stay_valid_and_leave_the_file_alone(
     assert torch.equal(source.tensor("a"), A)  # a closed source opens its file again
 
 
-def test_files_are_let_go_when_the_source_is_closed(tmp_path: Path) -> None:
+def test_files_are_unmapped_when_the_source_is_closed(tmp_path: Path) -> None:
     file = put(tmp_path / "a.safetensors", a=A)
 
     def held() -> bool:
@@ -67,7 +69,7 @@ def test_files_are_let_go_when_the_source_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BITS)
-def test_every_dtype_comes_out_as_torchs_own_or_is_refused(tmp_path: Path, dtype: str) -> None:
+def test_every_dtype_becomes_torchs_own_or_is_refused(tmp_path: Path, dtype: str) -> None:
     nbytes = 32 * DTYPE_BITS[dtype] // 8
     entry = {"dtype": dtype, "shape": [4, 8], "data_offsets": [0, nbytes]}
     text = json.dumps({"a": entry}).encode()
@@ -100,7 +102,7 @@ def test_values_are_those_that_safetensors_reads(tmp_path: Path, dtype: torch.dt
             assert torch.equal(ours, theirs)
 
 
-def test_no_page_is_read_before_a_value_is(tmp_path: Path) -> None:
+def test_no_page_is_read_before_a_value_in_it(tmp_path: Path) -> None:
     file = put(tmp_path / "a.safetensors", **{f"t{n}": torch.ones(50_000) for n in range(20)})
 
     def read() -> int:
@@ -116,7 +118,7 @@ def test_no_page_is_read_before_a_value_is(tmp_path: Path) -> None:
         assert read() >= 50_000 * 4 // 1024
 
 
-def test_tensors_are_on_the_cpu_where_others_are_made_elsewhere(tmp_path: Path) -> None:
+def test_tensors_are_on_the_cpu_even_with_another_default_device(tmp_path: Path) -> None:
     file = put(tmp_path / "a.safetensors", a=A)
     with torch.device("meta"), open_source(file) as source:
         assert source.tensor("a").device.type == "cpu"
@@ -130,13 +132,13 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
         source.tensor("a")
 
 
-def test_a_tensor_stands_for_itself_not_for_its_file(tmp_path: Path) -> None:
+def test_a_tensor_keeps_its_values_without_its_file(tmp_path: Path) -> None:
     file = put(tmp_path / "a.safetensors", a=A, b=B)
     with open_source(file) as source:
         assert source.tensor("a").untyped_storage().nbytes() == A.nbytes
 
 
-def test_a_name_that_is_not_there(tmp_path: Path) -> None:
+def test_an_absent_name(tmp_path: Path) -> None:
     source = open_source(put(tmp_path / "a.safetensors", a=A))
     for ask in (source.tensor, source.files[0].tensor):
         with pytest.raises(CheckpointError, match="holds no tensor 'x'"):
@@ -154,7 +156,7 @@ def test_a_list_of_files_is_one_network(tmp_path: Path) -> None:
         assert source.nbytes == A.nbytes + B.nbytes
 
 
-def test_a_name_in_two_files_is_an_error_only_for_who_asks_for_one_network(
+def test_a_name_in_two_files_is_an_error_only_in_one_network(
     tmp_path: Path,
 ) -> None:
     files = [put(tmp_path / f"{n}.safetensors", weight=A + n, **{f"own{n}": B}) for n in (1, 2)]
@@ -208,7 +210,7 @@ def test_a_tensor_without_values_is_known_but_not_read() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_source(argument: Any, what: str) -> None:
+def test_what_is_not_a_source(argument: Any, what: str) -> None:
     with pytest.raises(InputError, match=what):
         open_source(argument)
 

@@ -1,4 +1,4 @@
-"""Each shape gets its method, and the next best where there is no room for its packed weight."""
+"""Each shape gets its method, or the next best one if its packed weight exceeds the limit."""
 
 from __future__ import annotations
 

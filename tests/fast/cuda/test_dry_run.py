@@ -88,7 +88,7 @@ def test_dry_run_of_autoencoders(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("family", unets.FAMILIES)
 def test_dry_run_of_unets(family: str, dtype: torch.dtype) -> None:
-    network = unets.blank(unets.smallest(family))
+    network = unets.on_meta(unets.smallest(family))
 
     given = unets.inputs(network.config, size=(8, 16))
 

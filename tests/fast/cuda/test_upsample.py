@@ -65,8 +65,8 @@ def test_exchanged_rows_and_columns_are_noticed(
     x, weight = drawn(0, 1, 3, 2, 5, 6)  # the fault: kernels of even columns on even rows
     exact = direct_upsample_conv(x, weight, None)
     assert error(run(variant, x, weight), exact) < 2e-6
-    right = upsample.kernels
-    monkeypatch.setattr(upsample, "kernels", lambda weight: right(weight).transpose(0, 1))
+    right = upsample.sub_pixel_weights
+    monkeypatch.setattr(upsample, "sub_pixel_weights", lambda weight: right(weight).transpose(0, 1))
     assert error(run(variant, x, weight), exact) > 1e-2
 
 

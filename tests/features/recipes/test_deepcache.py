@@ -1,4 +1,4 @@
-"""The deep part between full steps: as if replaced by hand, and not computed."""
+"""Between full steps, the deep part is not computed: the same as replacing it by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 
 @pytest.mark.parametrize("kind", implementations.NAMES)
 @pytest.mark.parametrize("name", ["text", "xl", "controlnet"])
-def test_every_step_is_the_plain_run(kind: str, name: str) -> None:
+def test_at_interval_1_it_is_the_plain_run(kind: str, name: str) -> None:
     pipe = implementations.pipeline(kind, name)
     plain = pipelines.run(pipe, name)
     with recipes.deepcache(pipe, 1):

@@ -1,4 +1,4 @@
-"""Directions added to the middle block; none at all changes nothing."""
+"""Directions added to the mid block's output; a direction of zeros changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_pipeline(kind: str) -> None:
 
 
 @torch.no_grad()
-def test_a_direction_between_two_runs_leads_from_one_to_the_other() -> None:
+def test_the_difference_of_two_runs_leads_from_one_to_the_other() -> None:
     network = capturing.unet()
     maps = [sdconv.run_until(network, "mid_block", *capturing.at(step)) for step in (1, 801)]
     one, other = (capturing.one(each, "mid_block") for each in maps)
@@ -39,7 +39,7 @@ def test_a_direction_between_two_runs_leads_from_one_to_the_other() -> None:
     assert not torch.allclose(one, other)
 
 
-def test_what_does_not_fit() -> None:
+def test_a_direction_or_network_that_does_not_fit() -> None:
     network = capturing.unet()
     with (
         pytest.raises(sdconv.InputError, match=r"mid_block: (.|\n)*got: \(3, 1, 1\)"),

@@ -136,7 +136,7 @@ def test_a_click_on_a_block_shows_its_feature_maps(tab: Tab) -> None:
     tab.shows("conv_in")
 
 
-def test_places_in_a_block_are_offered(tab: Tab) -> None:
+def test_hook_points_in_a_block_are_listed(tab: Tab) -> None:
     tab.page.click('[data-block="down.0"]')
     tab.shows("down.0")
     assert tab.page.locator("#points button").all_inner_texts() == ["output", "silu1"]
@@ -200,8 +200,8 @@ def test_search_finds_and_opens(tab: Tab) -> None:
     tab.wait("document.getElementById('found').innerText === '0 of 6 feature maps'")
 
 
-def test_keys_in_one_breath_are_all_taken(tab: Tab) -> None:
-    """The browser tells of a new address late; the state has gone on by then."""
+def test_keys_in_quick_succession_are_all_handled(tab: Tab) -> None:
+    """The browser reports a new address late, when the state has changed again."""
     tab.page.evaluate(
         "for (const key of ['j', 'k', ']', 's']) document.dispatchEvent("
         "new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}))"
@@ -211,7 +211,7 @@ def test_keys_in_one_breath_are_all_taken(tab: Tab) -> None:
     tab.address("step=1")
 
 
-def test_it_is_used_by_keys(tab: Tab) -> None:
+def test_it_can_be_used_with_the_keyboard(tab: Tab) -> None:
     press = tab.page.keyboard.press
     press("j")
     tab.shows(NAMES[1])

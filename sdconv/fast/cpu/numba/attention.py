@@ -1,7 +1,7 @@
 """Softmax attention of float32 heads by Numba, without a matrix of all scores (online softmax).
 
-The lanes of vectors hold a panel of queries, so that each lane has its own largest score, sum and
-output, and nothing is ever summed across lanes. Keys are read in chunks; the output so far is
+Each lane of the vectors holds one query of a panel, with its own largest score, sum and output, so
+that nothing is ever summed across lanes. Keys are read in chunks; the output so far is
 rescaled when a chunk has a larger score.
 
 Source: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao et al. 2022,
@@ -26,7 +26,7 @@ ATTENTION = job(
 
 # keys in a chunk, whose scores are held at once
 KEYS = 32 * ROWS
-# numbers of the output that a block may have, the best first: they must divide a value's depth
+# the number of output rows of a block, the best first: it must divide a value's depth
 BLOCKS = (5, 4)
 
 _LEAST = f32(-3.0e38)
@@ -82,7 +82,7 @@ def _softmax(
 
 @kernel(ATTENTION)
 def attention(pointer: Any) -> None:
-    """A unit is a panel of queries of one head."""
+    """Softmax attention, ``softmax(q k^T scale) v``. A unit is a panel of queries of one head."""
     job = carray(pointer, 1)[0]
     own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
     depth, value_depth = job.depth, job.value_depth

@@ -1,7 +1,7 @@
-"""The small language of the Numba kernels: jobs, pointers, atomic counters, sums.
+"""Building blocks of the Numba kernels: jobs, pointers, atomic counters, sums.
 
 Every thread of a team calls a kernel once with the address of the same job: a record of 64-bit
-integers, which are sizes and addresses. Each call claims units of work by incrementing the job's
+integers, each a size or an address. Each call claims units of work by incrementing the job's
 first field until none are left (see `launch`). The inner loops run over channels and write one
 stream each, which LLVM vectorises.
 """
@@ -26,8 +26,8 @@ BLOCK = 64
 
 
 def job(*names: str) -> np.dtype[Any]:
-    """A job's fields: those that every kernel has, then its own. The address of an array that is
-    not given is 0.
+    """The dtype of a kernel's job: the fields that every kernel has, then its own. An absent array
+    has the address 0.
 
     The last field is unused. Its name is a hash of the sources that kernels are compiled from:
     Numba caches compiled code by the names of a job's fields, but checks one file for changes.
@@ -66,7 +66,7 @@ def kernel(job: np.dtype[Any]) -> Callable[[Callable[[Any], None]], Any]:
 
 
 def llvm(function: Callable[..., Any]) -> Any:
-    """A function whose LLVM code is written out."""
+    """Makes a function callable in kernels whose LLVM code it generates."""
     return intrinsic(function)
 
 
@@ -88,7 +88,7 @@ uint64s = _pointer_to(types.uint64)
 
 @llvm
 def atomic_next(typing_context: Any, job: Any, field: Any) -> Any:
-    """Increments a job's field atomically and returns its value before."""
+    """Increments a job's field atomically and returns its previous value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         integers = context.get_value_type(_CPointer(types.int64))

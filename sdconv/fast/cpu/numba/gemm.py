@@ -24,12 +24,13 @@ LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "out")
 LANES, VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
 PANEL = LANES * VECTORS
 ROWS = 6
-# rows of the left factor that a unit of work reads: they stay in a core's own cache
+# rows of the left factor in a unit of work: they stay in a core's own cache
 CHUNK = 40 * ROWS
 
 
 def block(rows: int, vectors: int) -> Any:
-    """A function that fills a block of the output, ``rows`` high and ``vectors`` vectors wide.
+    """Makes a function that computes a block of the output, ``rows`` high and ``vectors`` vectors
+    wide.
 
     ``out[r, v] = start[r, v] + sum over k < depth of a[r, k] * b[k, v]``. Rows of ``start`` and
     ``out`` are ``start_step`` and ``step`` numbers apart, rows and columns of ``a`` are ``a_row``
@@ -82,7 +83,7 @@ class _Code:
         out: Any,
         step: Any,
     ) -> None:
-        """See `block`."""
+        """Writes the body of the function that `block` makes."""
         builder, integer = self.builder, depth.type
         cells = [(r, v) for r in range(rows) for v in range(vectors)]
         first = {
@@ -129,7 +130,7 @@ class _Code:
         return self.builder.load(self.vector_at(self.at(base, *offsets)), align=4)
 
     def vector_at(self, address: Any) -> Any:
-        """A number's address as a vector's."""
+        """The address of a float as the address of a vector."""
         return self.builder.bitcast(address, self.vector.as_pointer())
 
     def broadcast(self, address: Any) -> Any:
@@ -142,7 +143,7 @@ class _Code:
 
 
 def _panel(vectors: int) -> Any:
-    """A function that fills some rows of the output, in one panel's columns."""
+    """Makes a function that computes some rows of the output, in one panel's columns."""
     several, one = block(ROWS, vectors), block(1, vectors)
 
     @inner
@@ -171,7 +172,7 @@ _panel_of_1, _panel_of_2, _panel_of_3, _whole_panel = (
 def _multiply(
     start: int, a: int, b: int, out: int, depth: int, width: int, rows: int, vectors: int
 ) -> None:
-    """Fills some rows in one panel's columns, of which ``vectors`` vectors or more are left."""
+    """Computes some rows in one panel's columns; ``vectors`` vectors or more are left."""
     if vectors >= VECTORS:
         _whole_panel(start, a, b, out, depth, width, rows)
     elif vectors == 3:
@@ -184,8 +185,8 @@ def _multiply(
 
 @kernel(BMM)
 def bmm(pointer: Any) -> None:
-    """A batch of ``(rows, depth)`` times packed ``(depth, width)``. A unit is a panel of a chunk of
-    rows. ``start``: a panel of zeros."""
+    """Batched product of ``(rows, depth)`` and packed ``(depth, width)``. A unit is a panel of a
+    chunk of rows. ``start``: a panel of zeros."""
     job = carray(pointer, 1)[0]
     atomic_next(pointer, 1)
     depth, width = job.depth, job.width
@@ -207,8 +208,8 @@ def bmm(pointer: Any) -> None:
 
 @kernel(LINEAR)
 def linear(pointer: Any) -> None:
-    """``(rows, depth)`` times the transpose of ``(width, depth)``, plus the bias ``start``. A unit
-    is a panel of ``chunk`` rows; it packs its panel of the weight first."""
+    """A linear layer: ``(rows, depth)`` times the transpose of ``(width, depth)``, plus the bias
+    ``start``. A unit is a panel of ``chunk`` rows; it packs its panel of the weight first."""
     job = carray(pointer, 1)[0]
     own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
     depth, width = job.depth, job.width

@@ -1,6 +1,7 @@
-"""The kernels of :class:`sdconv.fast.cpu.kernels.Kernels` by Numba, for float32 only.
+"""The protocol :class:`sdconv.fast.cpu.kernels.Kernels` in Numba, for float32 only.
 
-Importing this module compiles them: seconds, once for each machine and version of Numba.
+Importing this module compiles the kernels, which takes seconds, once for each machine and version
+of Numba.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _OUTPUT_TRANSFORM = {
     CONV3X3: transforms.output_transform,
     UPSAMPLE_CONV: transforms.upsample_output_transform,
 }
-# with fewer, packing a panel of the weight in each call takes longer than it saves
+# with fewer rows, packing a panel of the weight in each call takes longer than it saves
 _LEAST_ROWS = 256
 
 
@@ -176,7 +177,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     rows = next((rows for rows in attention_kernel.BLOCKS if value_depth % rows == 0), 0)
     if rows == 0 or any(one.stride(3) != 1 for one in (query, key, value)):
         return None
-    # in the memory layout of torch's own: a query's heads next to each other
+    # in the memory layout of torch's own kernel: a query's heads next to each other
     out = query.new_empty(batch, queries, heads, value_depth).transpose(1, 2)
     scale_in_memory = torch.tensor(scale, dtype=torch.float32)
     launch(
@@ -201,8 +202,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
 
 
 def fingerprint(weight: Tensor) -> bytes:
-    """64 bits of every 2^16 words, by keys that differ from process to process, so that no pattern
-    of edits goes unnoticed in all of them."""
+    """A 64-bit hash of every 2^16 words. The keys differ from process to process, so that no edit
+    goes unnoticed in all of them."""
     size = weight.numel() * weight.element_size() // 4
     parts = -(-size // reductions.WORDS)
     found = torch.empty(parts, dtype=torch.int64)
@@ -220,7 +221,7 @@ def fingerprint(weight: Tensor) -> bytes:
 
 @lru_cache(maxsize=256)
 def _counts(height: int, width: int, channels: int) -> Tensor:
-    """How many values each part of `output_transform`'s sums has."""
+    """The number of values in each part of `output_transform`'s sums."""
     parts = torch.outer(
         _lengths(height, OUTPUT_TILE), _lengths(width, OUTPUT_TILE * transforms.TILES)
     )

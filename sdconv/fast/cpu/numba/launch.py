@@ -1,4 +1,4 @@
-"""Runs a Numba kernel on as many threads as torch's own operations use.
+"""Launches a Numba kernel on as many threads as torch's own operations use.
 
 Where torch's thread pool is GNU OpenMP's, kernels run on that very pool: a second pool would
 busy-wait and take its cores. Elsewhere Python threads call the kernel, which does not hold the GIL.
@@ -39,8 +39,8 @@ def launch(kernel: Any, kind: np.dtype[Any], **values: int) -> None:
 class _Job:
     """A kernel's job, filled in for each call.
 
-    Kept from call to call: kernels evict Python's code and data from the caches, so that little of
-    it should run between them.
+    It is kept from call to call: kernels evict Python's code and data from the caches, so as little
+    Python as possible should run between them.
     """
 
     def __init__(self, kernel: Any, kind: np.dtype[Any]) -> None:
@@ -68,7 +68,7 @@ _jobs = _Jobs()
 
 
 def threads() -> int:
-    """How many threads share a kernel's work: as many as torch's own operations use."""
+    """The number of threads that share a kernel's work: as many as torch's own operations use."""
     return torch.get_num_threads()
 
 

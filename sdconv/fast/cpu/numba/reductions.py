@@ -25,7 +25,7 @@ from sdconv.fast.cpu.numba.dsl import (
 SUMS = job("width", "channels", "x", "groups", "sums")
 HASH = job("words", "size", "keys", "hashes")
 SUMS_SCRATCH = 4 * BLOCK
-# 32-bit words that one hash covers; words of the key
+# the number of 32-bit words that one hash covers, and that the key has
 WORDS, KEYS = 1 << 16, 1 << 10
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -54,8 +54,9 @@ def group_sums(pointer: Any) -> None:
 
 @inner
 def _nh(x: Any, at: int, n: int, keys: Any) -> Any:
-    """``NH`` of 2 n words: Black and others 1999, "UMAC", section 4. A linear sum would not do: for
-    weights whose signs alternate in certain ways, it stays the same when all of them change."""
+    """The hash ``NH`` of 2 n words (Black et al. 1999, "UMAC", section 4).
+
+    A linear sum would not do: for certain patterns of signs it stays the same when all change."""
     half = KEYS // 2
     total = np.uint64(0)
     for i in range(n):

@@ -44,11 +44,11 @@ OUTPUT = job(
 
 # adjacent tiles in a unit of work
 TILES = 8
-# floats of scratch memory for each thread: as CONV3X3 needs, which needs more
+# floats of scratch memory for each thread: those of CONV3X3, which needs more than UPSAMPLE_CONV
 INPUT_SCRATCH = 6 * BLOCK + 6 * (4 * TILES + 2) * BLOCK
 OUTPUT_SCRATCH = 28 * BLOCK + 4 * BLOCK
 
-# the schemes' points, as in `sdconv.fast.cpu.winograd`, and what the transforms need of them
+# the schemes' points, as in `sdconv.fast.cpu.winograd`, and their products that the transforms use
 _P, _Q, _R = (
     f32(CONV3X3.output[1][1]),
     f32(CONV3X3.output[1][3]),
@@ -74,7 +74,7 @@ def _silu(x: Any, at: int, n: int) -> None:
 
 @inner
 def _input_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Six numbers to six by ``B^T`` of CONV3X3, for n channels."""
+    """Multiplies six values by ``B^T`` of CONV3X3, to six, for n channels."""
     a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
     for c in range(n):
         out[to + c] = _PPQQ * x[a + c] - _PP_QQ * x[d + c] + x[f + c]
@@ -99,7 +99,7 @@ def _input_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: i
 def _upsample_input_1d(
     out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int
 ) -> None:
-    """Four numbers to five by ``B^T`` of UPSAMPLE_CONV, for n channels."""
+    """Multiplies four values by ``B^T`` of UPSAMPLE_CONV, to five, for n channels."""
     a, b, d, e = at, at + step, at + 2 * step, at + 3 * step
     for c in range(n):
         out[to + c] = _RR * x[a + c] - (_RR + f32(1)) * x[b + c] + x[d + c]
@@ -119,7 +119,7 @@ def _upsample_input_1d(
 
 @inner
 def _output_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Six numbers to four by ``A^T`` of CONV3X3, for n channels."""
+    """Multiplies six values by ``A^T`` of CONV3X3, to four, for n channels."""
     a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
     for c in range(n):
         out[to + c] = x[a + c] + (x[b + c] + x[d + c]) + (x[e + c] + x[f + c])
@@ -139,7 +139,7 @@ def _output_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: 
 def _upsample_output_1d(
     out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int
 ) -> None:
-    """Five numbers to four by ``A^T`` of UPSAMPLE_CONV, for n channels."""
+    """Multiplies five values by ``A^T`` of UPSAMPLE_CONV, to four, for n channels."""
     a, b, d, e, f = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step
     for c in range(n):
         out[to + c] = x[a + c] + x[b + c] + (x[d + c] + x[e + c])
@@ -155,7 +155,7 @@ def _upsample_output_1d(
 
 
 def _input_kernel(scheme: Scheme, transform: Any) -> Any:
-    """The input transform by a scheme, whose transform along one axis is given."""
+    """Makes the input transform of a scheme from its transform along one axis."""
     step, size, side = scheme.step, scheme.input_tile, len(scheme.input)
     longest = step * TILES + 2
 
@@ -206,7 +206,7 @@ def _input_kernel(scheme: Scheme, transform: Any) -> Any:
 
 
 def _output_kernel(scheme: Scheme, transform: Any) -> Any:
-    """The output transform by a scheme, whose transform along one axis is given."""
+    """Makes the output transform of a scheme from its transform along one axis."""
     side = len(scheme.input)
 
     @inner

@@ -154,10 +154,10 @@ function drawNetwork() {
 function moveAmongBlocks(event, at) {
   const here = blocks[at];
   const open = blocks.map((_, i) => i).filter((i) => blocks[i].maps.length);
-  const place = open.indexOf(at);
+  const position = open.indexOf(at);
   let to;
-  if (event.key === "ArrowLeft") to = open[place - 1];
-  else if (event.key === "ArrowRight") to = open[place + 1];
+  if (event.key === "ArrowLeft") to = open[position - 1];
+  else if (event.key === "ArrowRight") to = open[position + 1];
   else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
     const sign = event.key === "ArrowUp" ? -1 : 1;
     const rows = open.filter((i) => sign * (blocks[i].y - here.y) > 0.1);
@@ -185,7 +185,7 @@ function showNetwork() {
     box.classList.toggle("dim", Boolean(state.search) && !among.has(at));
     const { tile } = blocks[at];
     if (tile === null) return;
-    const part = (place, all) => (all > 1 ? (100 * place) / (all - 1) : 0);
+    const part = (position, all) => (all > 1 ? (100 * position) / (all - 1) : 0);
     box.style.backgroundImage = `url(${url})`;
     box.style.backgroundSize = `${100 * columns}% ${100 * rows}%`;
     box.style.backgroundPosition = `${part(tile % columns, columns)}% ${part(Math.floor(tile / columns), rows)}%`;

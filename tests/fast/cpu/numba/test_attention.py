@@ -67,7 +67,7 @@ def test_other_memory_layouts() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_nan_comes_out_where_torch_has_it(which: int) -> None:
+def test_nan_is_where_torch_has_it(which: int) -> None:
     given = drawn(1, 2, 70, 80, 8, 8)
     given[which][0, 1, 66, 3] = float("nan")
     out, expected = ours(*given, 0.3), exact(*given, 0.3)

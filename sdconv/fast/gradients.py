@@ -1,4 +1,4 @@
-"""Gradients of custom operators, taken of torch operations that compute the same."""
+"""Gradients of custom operators: those of torch operations that compute the same function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gradient_of(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor |
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = list(ctx.others)
         wanted = [i for i in ctx.positions if ctx.needs_input_grad[i]]
-        # whether there will be a gradient of this one
+        # whether this gradient will be differentiated in turn
         again = torch.is_grad_enabled()
         for i, value in zip(ctx.positions, ctx.saved_tensors, strict=True):
             if i not in wanted:
