@@ -112,20 +112,24 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 def has_plain_methods(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module's ``forward`` and ``_conv_forward`` are those of class ``kind``, and torch's
     own if that is a class of torch's."""
-    if not has_plain_forward(module, kind):
-        return False
-    own: Any = module
     _, conv_forward = _METHODS.get(kind, (None, None))
-    return conv_forward is None or getattr(own._conv_forward, "__func__", None) is conv_forward
+    return has_plain_forward(module, kind) and (
+        conv_forward is None or _is_plain(module, kind, "_conv_forward", conv_forward)
+    )
 
 
 def has_plain_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module's ``forward`` is that of class ``kind``, and torch's own if that is a class
     of torch's."""
     forward, _ = _METHODS.get(kind, (kind.forward, None))
-    if "forward" not in vars(module):  # torch.compile cannot compare a bound method's function
-        return kind.forward is forward
-    return getattr(module.forward, "__func__", None) is forward
+    return _is_plain(module, kind, "forward", forward)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module], name: str, function: Any) -> bool:
+    """Whether a method of a module is this function, not one of its own."""
+    if name not in vars(module):  # torch.compile cannot compare a bound method's function
+        return getattr(kind, name) is function
+    return getattr(vars(module)[name], "__func__", None) is function
 
 
 def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -7,7 +7,6 @@ are not measured here: no machine of the project has these units.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from functools import cache
 
 import torch
@@ -36,7 +35,8 @@ def features() -> frozenset[str]:
     )
 
 
-def direct_rate(dtype: torch.dtype, found: Set[str] | None = None) -> float:
+@cache
+def direct_rate(dtype: torch.dtype, found: frozenset[str] | None = None) -> float:
     """How many times as fast as in float32 torch's direct convolution is in a dtype.
 
     Args:

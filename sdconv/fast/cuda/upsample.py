@@ -48,8 +48,8 @@ def transposed_kernel(weight: Tensor) -> Tensor:
     """The kernel of a transposed convolution, ``(O, C, 3, 3)`` to ``(C, O, 4, 4)``.
 
     An input pixel adds to the four output pixels that upsampling makes of it, and to their
-    neighbours. Taps are those of `sub_pixel_weights`: in each direction, the last tap of odd
-    outputs, both of even and odd, the first of even ones.
+    neighbours. Taps are those of `sub_pixel_weights`; in each direction, in this order: odd outputs'
+    second, even ones' second, odd outputs' first, even ones' first.
     """
     by_case = sub_pixel_weights(weight)
     out_channels, channels = weight.shape[:2]

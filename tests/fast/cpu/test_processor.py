@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
 
 
 def test_rates() -> None:
-    amx, avx = {"amx_bf16", "avx512_bf16"}, {"avx512_bf16"}
+    amx, avx = frozenset({"amx_bf16", "avx512_bf16"}), frozenset({"avx512_bf16"})
     assert processor.direct_rate(torch.bfloat16, amx) > processor.direct_rate(torch.bfloat16, avx)
     assert processor.direct_rate(torch.bfloat16, avx) > 1
-    for dtype, found in ((torch.bfloat16, set()), (torch.float16, amx), (torch.float32, amx)):
+    none: frozenset[str] = frozenset()
+    for dtype, found in ((torch.bfloat16, none), (torch.float16, amx), (torch.float32, amx)):
         assert processor.direct_rate(dtype, found) == 1
 
 
@@ -32,6 +34,15 @@ def test_features_are_those_that_torch_reports(monkeypatch: pytest.MonkeyPatch) 
     processor.features.cache_clear()
 
 
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """Nothing is remembered of another processor."""
+    processor.direct_rate.cache_clear()
+    yield
+    processor.direct_rate.cache_clear()
+
+
+@pytest.mark.usefixtures("forget")
 @pytest.mark.parametrize("found", [frozenset(), frozenset({"amx_bf16"})], ids=["none", "AMX"])
 def test_a_plan_follows_the_processor(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "features", lambda: found)
