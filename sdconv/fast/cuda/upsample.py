@@ -48,8 +48,8 @@ def transposed_kernel(weight: Tensor) -> Tensor:
     """The kernel of a transposed convolution, ``(O, C, 3, 3)`` to ``(C, O, 4, 4)``.
 
     An input pixel adds to the four output pixels that upsampling makes of it, and to their
-    neighbours. Taps are those of `sub_pixel_weights`; in each direction, in this order: odd outputs'
-    second, even ones' second, odd outputs' first, even ones' first.
+    neighbours. Taps are those of `sub_pixel_weights`, in each direction in this order: the second
+    of odd outputs, the second of even ones, the first of odd outputs, the first of even ones.
     """
     by_case = sub_pixel_weights(weight)
     out_channels, channels = weight.shape[:2]
