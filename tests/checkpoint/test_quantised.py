@@ -141,7 +141,7 @@ def test_convert_multiplies(
 
 
 def test_a_unet_too(tmp_path: Path) -> None:
-    network = unets.blank(unets.smallest("SD1"))
+    network = unets.on_meta(unets.smallest("SD1"))
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
     drawn = seeded.weights(shapes, 3)
     file = original_tensors(drawn, network.config)
@@ -245,7 +245,7 @@ def test_plain_fp8_is_what_it_was() -> None:
 def test_another_component_is_not_in_the_way() -> None:
     """A VAE loads from a file whose other network is quantised."""
     state = {PREFIX + k: v for k, v in seeded.tensors(CONFIG).items()}
-    unet = unets.blank(unets.smallest("SD1")).state_dict()
+    unet = unets.on_meta(unets.smallest("SD1")).state_dict()
     state |= {f"unet.{k}": torch.zeros(v.shape) for k, v in unet.items()}
     state["unet.conv_in.SCB"] = torch.ones(3)
     assert same(sdconv.load(state, "vae", family="sd1"), seeded.tensors(CONFIG))

@@ -39,7 +39,7 @@ def pipeline(folder: Path, width: int, linear: bool, positions: Tensor | None) -
         "cross_attention_dim": width,
         "use_linear_projection": linear,
     }
-    shapes = {k: tuple(v.shape) for k, v in unets.blank(config).state_dict().items()}
+    shapes = {k: tuple(v.shape) for k, v in unets.on_meta(config).state_dict().items()}
     text = text_encoder()
     if positions is not None:
         text["text_model.embeddings.position_ids"] = positions

@@ -147,7 +147,7 @@ def test_a_video_vae_is_not_replaced() -> None:
 
 def unet_state(seed: int) -> tuple[State, State]:
     """A U-Net by diffusers' names and by the original's."""
-    network = unets.blank(unets.smallest("SD1"))
+    network = unets.on_meta(unets.smallest("SD1"))
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
     drawn = seeded.weights(shapes, seed)
     return drawn, original_tensors(drawn, network.config)

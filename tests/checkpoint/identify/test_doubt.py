@@ -32,7 +32,7 @@ def vae(config: Any = KL, prefix: str = VAE) -> State:
 def unet(width: int, prefix: str = "model.diffusion_model.") -> State:
     config = {**unets.smallest("SD1"), "cross_attention_dim": width}
     config["block_out_channels"] = (64,) * 4
-    shapes = {k: tuple(v.shape) for k, v in unets.blank(config).state_dict().items()}
+    shapes = {k: tuple(v.shape) for k, v in unets.on_meta(config).state_dict().items()}
     return {prefix + name: tensor for name, tensor in seeded.weights(shapes).items()}
 
 
@@ -150,7 +150,7 @@ def test_diffusers_opens_an_open_folder(tmp_path: Path) -> None:
 
 def test_an_open_unet_is_not_lost(tmp_path: Path) -> None:
     config = {**unets.SMALL, "block_out_channels": (32, 64, 96), "use_linear_projection": True}
-    shapes = {k: tuple(v.shape) for k, v in unets.blank(config).state_dict().items()}
+    shapes = {k: tuple(v.shape) for k, v in unets.on_meta(config).state_dict().items()}
     state = seeded.weights(shapes)
     with pytest.warns(sdconv.SdconvWarning, match="attention heads"):
         convert(state, tmp_path / "unet", "diffusers")

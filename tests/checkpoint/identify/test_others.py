@@ -144,7 +144,7 @@ UNETS = {
 
 @pytest.mark.parametrize("name", UNETS)
 def test_other_unets(name: str) -> None:
-    network = unets.blank(unets.smallest("SD1"))
+    network = unets.on_meta(unets.smallest("SD1"))
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
     assert set(sdconv.infer(shapes)) == {"unet"}  # the control
     with pytest.raises(sdconv.UnknownNetworkError, match=UNETS[name]) as caught:

@@ -120,7 +120,7 @@ def test_without_a_mapping(tmp_path: Path) -> None:
 
 
 def test_a_model_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    network = unets.blank(unets.smallest("SD1"))
+    network = unets.on_meta(unets.smallest("SD1"))
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
     weights = {f"unet.{k}": v for k, v in seeded.weights(shapes).items()}
     whole = weights | {f"vae.{k}": v for k, v in seeded.tensors(KL).items()}
