@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.unets import FAMILIES, SD1, SD2, blank, peer_of
+from helpers.unets import FAMILIES, SD1, SD2, on_meta, peer_of
 
 import sdconv
 from sdconv.config import UNet2DConditionConfig
@@ -74,7 +74,7 @@ def test_a_level_without_transformers_need_not_be_divisible() -> None:
     fields |= {"up_block_types": (*SD1["up_block_types"][:3], "UpBlock2D")}
     fields |= {"mid_block_type": "UNetMidBlock2D"}
     config = UNet2DConditionConfig(**fields)
-    ours = {k: tuple(v.shape) for k, v in blank(dict(config)).state_dict().items()}
+    ours = {k: tuple(v.shape) for k, v in on_meta(dict(config)).state_dict().items()}
     with torch.device("meta"):
         theirs = peer_of(dict(config)).state_dict()
     assert ours == {k: tuple(v.shape) for k, v in theirs.items()}
