@@ -48,7 +48,7 @@ def transposed_kernel(weight: Tensor) -> Tensor:
     """The kernel of a transposed convolution, ``(O, C, 3, 3)`` to ``(C, O, 4, 4)``.
 
     An input pixel adds to the four output pixels that upsampling makes of it, and to their
-    neighbours. Taps are those of `sub_pixel_weights`; in each direction, in this order: odd outputs'
+    neighbours. In each direction, taps are those of `sub_pixel_weights` in this order: odd outputs'
     second, even ones' second, odd outputs' first, even ones' first.
     """
     by_case = sub_pixel_weights(weight)
