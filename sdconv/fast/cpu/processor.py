@@ -1,8 +1,8 @@
 """What a processor computes natively in 16 bits, which decides whether torch's own convolution is
 faster there than the fast backend's float32 arithmetic.
 
-The rates are the processors' peak rates, halved where a matrix unit waits for its operands. They
-are not measured here: no machine of the project has these units.
+The rates are rough estimates, halved where a matrix unit waits for its operands: no processor with
+these units was measured.
 """
 
 from __future__ import annotations
