@@ -63,10 +63,9 @@ def inspect(
     from sdconv.checkpoint.io.pickles import weights_key
 
     where = one_or_all(paths)
-    found = look(where, family=family, prefix=prefix)
     report = None
     with weights_key(key):
-        found = look(where, family=family)
+        found = look(where, family=family, prefix=prefix)
         if values:
             with reading("reading") as progress:
                 report = check_values(where, on_tensor=progress)

@@ -36,7 +36,7 @@ def start(folder: Path, *arguments: str, faults: str = "") -> subprocess.Popen[s
 def run(folder: Path, *arguments: str, faults: str = "") -> tuple[int, str]:
     """The command's exit status, and what it prints."""
     process = start(folder, *arguments, faults=faults)
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=900)
     return process.returncode, printed
 
 
