@@ -24,8 +24,7 @@ from sdconv.checkpoint.io.source import open_source
 from sdconv.checkpoint.io.write import write_tensors
 from sdconv.config.facts import VAE_FACTS
 from sdconv.errors import InputError, SdconvWarning
-from sdconv.models.base import Autoencoder
-from sdconv.models.inputs import check_tensor
+from sdconv.models.base import Autoencoder, check_tensor
 from sdconv.models.tiny import AutoencoderTiny
 from sdconv.models.vae import AutoencoderKLFlux2
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.unet import DOWN
 from sdconv.errors import InputError
-from sdconv.models.inputs import check_device, check_like, check_room, check_tensor
+from sdconv.models.base import check_device, check_like, check_room, check_tensor
 
 NAME = "UNet2DConditionModel"
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from sdconv.backends import dispatched
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, Config
 from sdconv.config.facts import VAE_NORM_EPS
-from sdconv.models.base import Autoencoder, apply_forward_hook
+from sdconv.models.base import Autoencoder, apply_forward_hook, check_room
 from sdconv.models.blocks import Checkpointed, DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D
-from sdconv.models.inputs import check_room
 from sdconv.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
 
 
