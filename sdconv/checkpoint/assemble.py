@@ -59,7 +59,7 @@ def assemble(
         if more:  # both networks without a prefix
             one_of({one.component: one for one in (identified, *more)}, None, source.label)
         if ema:
-            identified = _averaged(identified, source.label)
+            identified = averaged(identified, source.label)
         warn_if_open(identified, stacklevel=4)  # the caller of `load` or `from_pretrained`
         with torch.device("meta"):
             network = build(identified.config)
@@ -79,8 +79,12 @@ def shapes_in(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _averaged(identified: Identified, where: object) -> Identified:
-    """The same network with the names of its weights' running averages."""
+def averaged(identified: Identified, where: object) -> Identified:
+    """The same network with the names of its weights' running averages.
+
+    Raises:
+        UnknownNetworkError: it has none. WeightsMismatchError: some are missing.
+    """
     if not identified.found.ema:
         raise UnknownNetworkError(
             f"there are no running averages of the {identified.component}",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, bench, compare, convert, features, images, plan, weights
+from sdconv.cli import anatomy, bench, compare, convert, features, images, merging, plan, weights
 from sdconv.cli.ending import Commands
 
 __all__ = ["app", "main"]
@@ -27,6 +27,9 @@ for command in (
     weights.inspect,
     weights.check,
     convert.convert,
+    merging.merge_lora,
+    merging.extract_lora,
+    merging.average,
     compare.diff,
     images.encode,
     images.decode,

@@ -115,19 +115,24 @@ def prepared(
     options: RunOptions,
     *,
     scaled: bool = False,
+    crop: bool = False,
+    alpha: bool = False,
 ) -> tuple[Autoencoder, LoadedImage, Tensor]:
-    """The network, the image cut to sides that it can take, and that image as its input.
+    """The network, the image as it is kept, and what the network gets: that image, padded to sides
+    that it can take.
 
     Args:
         path: the image. model: the network's files.
-        size: as ``LoadedImage.fitted`` takes it.
+        size: as ``LoadedImage.resized`` takes it.
         options: which network, and how it computes.
         scaled: whether the latents will be scaled, which FLUX.2 does in patches.
+        crop: whether the image is cropped to such sides, instead of padded.
+        alpha: whether its alpha channel is kept.
     """
-    from sdconv.images import read_image, to_tensor
+    from sdconv.images import LoadedImage, read_image, to_tensor
     from sdconv.latents import image_multiple
 
-    image = read_image(path)
+    image = read_image(path, alpha=alpha)
     network = open_autoencoder(model, options)
     if network.config["in_channels"] != 3:
         raise InputError(
@@ -136,9 +141,12 @@ def prepared(
             expected="3 channels",
             got=network.config["in_channels"],
         )
-    image = image.fitted(image_multiple(network, scaled=scaled), size)
-    for note in image.notes:
+    multiple = image_multiple(network, scaled=scaled)
+    image = image.fitted(multiple, size) if crop else image.resized(size)
+    whole = image.padded(multiple)
+    for note in whole.notes:
         say(note, "note")
     if options.memory is None:
-        check_memory(network, image.image.size[::-1], options=("memory", "size", "dtype"))
-    return network, image, to_tensor(image.image).to(network.device, network.dtype)
+        check_memory(network, whole.image.size[::-1], options=("memory", "size", "dtype"))
+    kept = LoadedImage(image=image.image, notes=whole.notes)
+    return network, kept, to_tensor(whole.image).to(network.device, network.dtype)

@@ -123,7 +123,7 @@ encode damaged.jpg -m vae.safetensors -o OUT.safetensors            | damaged
 encode empty -m vae.safetensors -o OUT.safetensors                  | cannot be opened
 encode speck.png -m vae.safetensors -o OUT.safetensors              | too small
 encode photo.png -m vae.safetensors -o OUT.safetensors --size 0     | --size
-encode photo.png -m vae.safetensors -o OUT.safetensors --size 14    | too small for this network
+encode photo.png -m vae.safetensors -o OUT.safetensors --size 8     | too small for this network
 decode spot.safetensors -m vae.safetensors -o OUT.png               | too small for this network
 encode photo.png -m vae.safetensors -o OUT.png                      | as safetensors
 encode photo.png -m vae.safetensors -o vae.safetensors              | one of the inputs
@@ -291,7 +291,7 @@ def cropped(path: Path, sides: tuple[int, int, int, int]) -> torch.Tensor:
 @torch.no_grad()
 def test_encode(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "z.safetensors"
-    options = ["-m", here / "vae.safetensors", "--backend", "reference"]
+    options = ["-m", here / "vae.safetensors", "--backend", "reference", "--crop"]
     said = answer("encode", here / "photo.png", *options, "-o", out)
     assert (said["width"], said["height"], said["shape"]) == (48, 32, [1, 4, 4, 6])
     assert "48x32" in said["notes"][0]
@@ -377,7 +377,7 @@ def test_backends_and_streaming_agree(options: tuple[str, ...], here: Path, tmp_
     z, out, own = tmp_path / "z.safetensors", tmp_path / "a.png", tmp_path / "own.png"
     words = [str(tmp_path) if word == "FOLDER" else word for word in options]
     model = ["-m", here / "vae.safetensors"]
-    answer("encode", here / "photo.png", *model, "-o", z, *words)
+    answer("encode", here / "photo.png", *model, "-o", z, "--crop", *words)
     posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist
     found, expected = load_file(z)["latents"], posterior.mode()
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
@@ -421,14 +421,15 @@ def test_a_file_that_says_otherwise(here: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_reconstruct(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "deeper" / "r.png"
-    said = answer("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
+    model = ["-m", here / "vae.safetensors", "--crop"]
+    said = answer("reconstruct", here / "photo.png", *model, "-o", out)
     network, x = seeded.network(KL), cropped(here / "photo.png", (1, 2, 49, 34))
     back = network.decode(network.encode(x).latent_dist.mode()).sample
     assert said["psnr"] == pytest.approx(psnr(back, x))
     assert math.log2(said["amplification"]) % 1 == 0
     with Image.open(out) as sheet:
         assert sheet.width > 3 * 48
-    shown = run("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-fo", out)
+    shown = run("reconstruct", here / "photo.png", *model, "-fo", out)
     assert f"PSNR {said['psnr']:.2f} dB" in shown.stdout
     assert "note: cropped around the centre" in shown.stderr
 
