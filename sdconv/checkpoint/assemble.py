@@ -65,9 +65,7 @@ def assemble(
             network = build(identified.config)
         fit(identified, view.shapes, view.dtype, shapes_in(network)).check(identified, source.label)
         caster = Caster(source.label, clamp=clamp)
-        state = _tensors(network, identified, view, dtype, target, caster)
-        if not mmap:
-            state = {name: tensor.clone() for name, tensor in state.items()}
+        state = _tensors(network, identified, view, dtype, target, caster, mmap)
         source.check_unchanged()
         network.load_state_dict(state, strict=True, assign=True)
         caster.warn(stacklevel=4)
@@ -114,8 +112,9 @@ def _tensors(
     dtype: torch.dtype | None,
     device: torch.device,
     caster: Caster,
+    mmap: bool,
 ) -> dict[str, Tensor]:
-    """The network's state dict, read from the checkpoint."""
+    """The network's state dict, read from the checkpoint; in memory of its own unless ``mmap``."""
     names: Mapping[str, str] = identified.found.names
     if dtype is None:
         dtype = _common_dtype({view.dtype(name) for name in names.values()})
@@ -136,7 +135,9 @@ def _tensors(
         if tensor.ndim == 4 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)
         wanted = dtype if tensor.is_floating_point() else tensor.dtype
-        state[canonical] = caster.cast(tensor, wanted, names[canonical], device)
+        cast = caster.cast(tensor, wanted, names[canonical], device)
+        is_the_files = cast.device == tensor.device and cast.data_ptr() == tensor.data_ptr()
+        state[canonical] = cast.clone() if is_the_files and not mmap else cast
     return state
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.changes import Change, Changes
+from sdconv.checkpoint.changes import Change, Changes, same_values
 from sdconv.checkpoint.components import components_of
 from sdconv.checkpoint.identify.find import is_constant
 from sdconv.checkpoint.io.computed import Computed, ComputedFile
@@ -100,15 +100,15 @@ def average(
         named = [by_common_name(one, placed=not of_folders) for one in opens]
         _check_fit(opens, named)
         components = components_of(first)
-        if unknown := set(own) - set(components.values()):
+        job = _Job(first, components, usual, own, Changes(), Caster(first.label), {}, [])
+        job.plan([[one[name] for one in named if name in one] for name in named[0]])
+        if unknown := set(own) - set(job.counts):
             raise InputError(
                 "a share for a component that the checkpoint does not have",
                 where=first.label,
-                expected=", ".join(sorted(set(components.values()))),
+                expected=", ".join(sorted(job.counts)),
                 got=", ".join(sorted(unknown)),
             )
-        job = _Job(first, components, usual, own, Changes(), Caster(first.label), {}, [])
-        job.plan([[one[name] for one in named if name in one] for name in named[0]])
         files = rewrite(first, path, on_tensor)
         return Averaged(
             files=tuple(files),
@@ -176,7 +176,7 @@ class _Job:
         shape: tuple[int, ...],
     ) -> Tensor:
         before, *others = (one.tensor() for one in several)
-        if all(_same(before, one) for one in others):
+        if all(same_values(before, one) for one in others):
             return before.reshape(shape)
         wide = torch.float64 if before.dtype == torch.float64 else torch.float32
         pairs = [(s, t) for s, t in zip(shares, (before, *others), strict=True) if s != 0]
@@ -208,21 +208,17 @@ def _is_averaged(one: OutputTensor) -> bool:
 
 
 def _differ(several: Sequence[OutputTensor]) -> bool:
-    """Whether the tensors have different values; one whose dtype torch lacks differs."""
-    if not all(one.dtype in TORCH_DTYPES for one in several):
+    """Whether the tensors have different values; those differ whose dtype torch lacks."""
+    if len(several) < 2 or len({one.shape for one in several}) > 1:
         return len(several) > 1
-    first, *others = (one.tensor() for one in several)
-    return not all(_same(first, one) for one in others)
+    if not all(one.dtype in TORCH_DTYPES for one in several):
+        return True
+    first, *others = (_real(one.tensor()) for one in several)
+    return not all(same_values(first, one) for one in others)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same values, in any dtypes."""
-    wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-    return (
-        torch.equal(one, other)
-        if one.dtype == other.dtype
-        else torch.equal(one.to(wide), other.to(wide))
-    )
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _check_fit(opens: Sequence[Checkpoint], named: Sequence[Mapping[str, OutputTensor]]) -> None:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_CHUNK = 1 << 20  # values that are in memory as float64 at a time
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same values, in any dtypes; NaN is the same as
+    NaN."""
+    return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in _chunks(one, other))
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of tensors of one shape, in float64."""
+    for pieces in zip(*(torch.split(one.reshape(-1), _CHUNK) for one in tensors), strict=True):
+        yield tuple(piece.double() for piece in pieces)
 
 
 @dataclass(kw_only=True)
@@ -42,13 +59,16 @@ class Changes:
             name: the tensor's.
             before, after: of the same shape.
         """
-        old, new = before.double(), after.double()
-        distance = float((new - old).norm())
+        squares = [0.0, 0.0]
+        for old, new in _chunks(before, after):
+            same = (old == new) | (old.isnan() & new.isnan())
+            squares[0] += float(torch.where(same, 0.0, new - old).square().sum())
+            squares[1] += float(old.square().sum())
+        distance, norm = map(math.sqrt, squares)
         if distance == 0:
             return
         change = self._by_component.setdefault(component, Change())
-        norm = float(old.norm())
-        relative = distance / norm if norm else float("inf")
+        relative = distance / norm if norm else math.inf
         module = (component, name.rpartition(".")[0])
         change.modules += module not in self._modules
         self._modules.add(module)

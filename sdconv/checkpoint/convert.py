@@ -57,7 +57,8 @@ class Converted:
     same for those that are not part of any folder. ``dequantised``: the number of scaled fp8
     weights that are now float32, or the dtype asked for. ``pruned``: the number of averages,
     losses and optimizer states that were left out on request, by the first word of their names.
-    ``averaged``: the components whose weights are now their running averages.
+    ``averaged``: the components whose weights are now their running averages. ``rounded``: the
+    number of tensors whose values the dtype that was asked for does not hold exactly.
     """
 
     files: tuple[Path, ...]
@@ -69,6 +70,7 @@ class Converted:
     dequantised: int = 0
     pruned: Mapping[str, int] = field(default_factory=dict)
     averaged: tuple[str, ...] = ()
+    rounded: int = 0
 
 
 def convert(
@@ -163,10 +165,10 @@ def convert(
         if component is not None or not is_file:
             _refuse_unexpected(known)
         job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor, pruned, chosen)
-        caster = Caster(checkpoint.label, clamp=clamp)
+        caster = Caster(checkpoint.label, clamp=clamp, count=True)
         result = job.to_file(out, caster) if is_file else job.to_folders(out, caster)
         caster.warn()
-        return result
+        return replace(result, rounded=len(caster.rounded))
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,11 @@ def convert(
         kept = [name for name in result.moved if name not in result.averaged]
         rest = f"; without averages: {', '.join(kept)}" if kept else ""
         say(f"the weights are the running averages: {', '.join(result.averaged)}{rest}", "note")
+    if result.rounded:
+        short = ", ".join(result.dtypes)
+        say(f"the values of {result.rounded} tensors were rounded to {short}", "note")
+    if component is not None:
+        say(f"only the {component} was written", "note")
     _note("left out on request", result.pruned)
     _note("carried over unchanged", result.carried)
     _note("left out, because what was asked for has no place for them", result.left_out)
@@ -152,6 +157,7 @@ def convert(
                 "dequantised": result.dequantised,
                 "pruned": result.pruned,
                 "averaged": result.averaged,
+                "rounded": result.rounded,
             }
         )
         return

@@ -20,8 +20,8 @@ from sdconv.checkpoint.rewrite import check_form, rewrite
 from sdconv.checkpoint.whole import Checkpoint, opened
 from sdconv.errors import InputError, WeightsMismatchError
 from sdconv.lora.merge import checked_scale
-from sdconv.lora.reading import read_components
 from sdconv.lora.updates import Update, merged
+from sdconv.lora.whole import read_whole_lora
 
 Scaled = tuple[Update, float]
 """An update of a parameter, and the scale it is merged with."""
@@ -90,7 +90,7 @@ def bake_lora(
         planned: dict[tuple[str, str], list[Scaled]] = {}
         skipped: dict[str, tuple[str, ...]] = {}
         for lora, scale in zip(several, strengths, strict=True):
-            read = read_components(lora, shapes)
+            read = read_whole_lora(lora, shapes)
             if not read.updates:
                 raise WeightsMismatchError(
                     "the LoRA has nothing for this checkpoint",

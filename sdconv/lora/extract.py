@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdconv.checkpoint.changes import same_values
 from sdconv.checkpoint.components import Component, components_in
 from sdconv.checkpoint.io.computed import Computed, ComputedFile
 from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype
@@ -297,7 +298,7 @@ def _differing(
     """The layers that differ and that a LoRA holds; everything else goes to ``energy``."""
     for name, shape in base.shapes.items():
         one, other = base.tensor(name), tuned.tensor(name)
-        if not one.is_floating_point() or torch.equal(one.double(), other.double()):
+        if not one.is_floating_point() or same_values(one, other):
             continue
         rank = ranks[1] if any(side > 1 for side in shape[2:]) else ranks[0]
         layer = name.removesuffix(".weight")

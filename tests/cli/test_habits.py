@@ -41,6 +41,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a network, a photo of 37 rows and 50 columns, and latents."""
     folder = tmp_path_factory.mktemp("habits")
     sdconv.save(seeded.network(KL), folder / "vae.safetensors")
+    sdconv.save(seeded.network(KL), folder / "vae")
+    sdconv.save(seeded.network(KL, 1), folder / "tuned.safetensors")
+    matrices = {"up": torch.ones(32, 1, 1, 1), "down": torch.ones(1, 4, 3, 3)}
+    lora = {f"lora_vae_decoder_conv_in.lora_{k}.weight": v for k, v in matrices.items()}
+    save_file(lora, folder / "lora.safetensors")
     y, x = np.mgrid[:37, :50]
     pixels = np.stack([x * 5, y * 6, (x * y) % 256], -1).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
@@ -121,6 +126,9 @@ NEEDED = {
     "inspect": "a.safetensors",
     "check": "a.safetensors",
     "convert": "a.safetensors b.safetensors --layout original",
+    "merge-lora": "a.safetensors b.safetensors --out c.safetensors",
+    "extract-lora": "a.safetensors b.safetensors --rank 2 --out c.safetensors",
+    "average": "a.safetensors b.safetensors --out c.safetensors",
     "diff": "a.safetensors b.safetensors",
     "encode": "a.png --model a.safetensors",
     "decode": "z.safetensors --model a.safetensors",
@@ -150,6 +158,7 @@ def test_an_unknown_dtype_is_refused(command: str) -> None:
 
 def test_dtypes_are_in_every_command_that_computes() -> None:
     computing = ["check", "convert", "encode", "decode", "reconstruct", "plan", "features"]
+    computing += ["extract-lora"]
     assert with_option("--dtype") == [name for name in COMMANDS if name in computing]
 
 
@@ -159,6 +168,13 @@ def test_dtypes_are_in_every_command_that_computes() -> None:
 WRITING = {
     "convert": ("convert vae.safetensors OUT --layout original", "out.safetensors"),
     "convert to a folder": ("convert vae.safetensors OUT --layout diffusers", "out"),
+    "merge-lora": ("merge-lora vae.safetensors lora.safetensors -o OUT", "out.safetensors"),
+    "merge-lora to a folder": ("merge-lora vae lora.safetensors -o OUT", "out"),
+    "extract-lora": (
+        "extract-lora vae.safetensors tuned.safetensors --rank 2 -o OUT",
+        "out.safetensors",
+    ),
+    "average": ("average vae.safetensors tuned.safetensors -o OUT", "out.safetensors"),
     "encode": ("encode photo.png -m vae.safetensors -o OUT", "out.safetensors"),
     "decode": ("decode z.safetensors -m vae.safetensors -o OUT", "out.png"),
     "reconstruct": ("reconstruct photo.png -m vae.safetensors -o OUT", "out.png"),
@@ -238,6 +254,10 @@ def test_numbered_images_are_not_overwritten_either(here: Path) -> None:
     "line",
     [
         "convert vae.safetensors vae.safetensors --layout original",
+        "merge-lora vae.safetensors lora.safetensors -o lora.safetensors",
+        "merge-lora vae lora.safetensors -o vae",
+        "extract-lora vae.safetensors tuned.safetensors --rank 2 -o tuned.safetensors",
+        "average vae.safetensors tuned.safetensors -o tuned.safetensors",
         "encode photo.png -m vae.safetensors -o vae.safetensors",
         "decode z.safetensors -m vae.safetensors -o photo.png",
         "reconstruct photo.png -m vae.safetensors -o photo.png",

@@ -1,4 +1,4 @@
-"""LoRAs baked into whole checkpoints: the same bits as merge_lora's, and diffusers' text encoders."""
+"""LoRAs baked into whole checkpoints: merge_lora's bits, and diffusers' text encoders."""
 
 from __future__ import annotations
 
@@ -158,10 +158,7 @@ def test_everything_else_stays(case: tuple[str, Path, State], tmp_path: Path) ->
     assert dict(sdconv.read_header(out).metadata) == dict(sdconv.read_header(source).metadata)
     # in a folder, the other files too
     bake_lora(folder / "pipe", unet_only, tmp_path / "out")
-    kept = {p.relative_to(folder / "pipe") for p in (folder / "pipe").rglob("*") if p.is_file()}
-    assert kept == {
-        p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()
-    }
+    assert names_in(tmp_path / "out") == names_in(folder / "pipe")
     pipe = type(pipelines.pipeline(kind)).from_pretrained(tmp_path / "out")
     assert pipe.unet.dtype == torch.float32  # diffusers reads the whole folder
 
@@ -185,15 +182,20 @@ def test_several_loras_are_summed(case: tuple[str, Path, State], tmp_path: Path)
             bake_lora(source, [lora, other], out, scales)
 
 
+def names_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+LAYER = "text_model.encoder.layers.{n}.{d}"
 SPELLINGS = {
     "kohya": "lora_te1_text_model_encoder_layers_{n}_{u}.lora_[down|up].weight",
-    "peft": "text_encoder.text_model.encoder.layers.{n}.{d}.lora_[A|B].weight",
-    "diffusers": "text_encoder.text_model.encoder.layers.{n}.{d}.lora_linear_layer.[down|up].weight",
+    "peft": f"text_encoder.{LAYER}.lora_[A|B].weight",
+    "diffusers": f"text_encoder.{LAYER}.lora_linear_layer.[down|up].weight",
     "lycoris": "lycoris_text_model_encoder_layers_{n}_{u}.lora_[down|up].weight",
-    "ComfyUI": "text_encoders.clip_l.transformer.text_model.encoder.layers.{n}.{d}.lora_[A|B].weight",
-    "clip_l": "clip_l.text_model.encoder.layers.{n}.{d}.lora_[down|up].weight",
-    "original": "cond_stage_model.transformer.text_model.encoder.layers.{n}.{d}.lora_[A|B].weight",
-    "PEFT's own": "base_model.model.text_model.encoder.layers.{n}.{d}.lora_[A|B].weight",
+    "ComfyUI": f"text_encoders.clip_l.transformer.{LAYER}.lora_[A|B].weight",
+    "clip_l": f"clip_l.{LAYER}.lora_[down|up].weight",
+    "original": f"cond_stage_model.transformer.{LAYER}.lora_[A|B].weight",
+    "PEFT's own": f"base_model.model.{LAYER}.lora_[A|B].weight",
 }
 
 
@@ -259,7 +261,7 @@ def test_a_bare_network(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(case: tuple[str, Path, State], tmp_path: Path) -> None:
-    kind, folder, lora = case
+    _, folder, lora = case
     source, out = folder / "model.safetensors", tmp_path / "out.safetensors"
     other = {"lora_te_text_model_encoder_layers_77_mlp_fc1.alpha": torch.ones(())}
     with pytest.raises(WeightsMismatchError, match="name layers that this network does not have"):
