@@ -99,7 +99,7 @@ def bake_lora(
                     got=f"{len(read.skipped)} keys of other components",
                 )
             skipped[read.label] = read.skipped
-            for key, update in read.updates.items():
+            for key, update in read.updates.items() if scale else ():  # 0 leaves even -0.0
                 planned.setdefault(key, []).append((update, scale))
         changes = Changes()
         for name, component in components.items():

@@ -81,8 +81,8 @@ def extract_lora(
 
     Each linear layer and convolution whose weights differ gets the best approximation of the
     difference of that rank: its truncated singular value decomposition (Eckart and Young 1936),
-    from the eigenvectors of its smaller Gram matrix in float64. Alpha equals the rank. Both
-    checkpoints are read one layer at a time, in any layout, dtype and form.
+    from the eigenvectors of its smaller Gram matrix in float64. Alpha is ``rank`` in every layer; where
+    a layer has another rank, its matrices make up for it. Both checkpoints are read one layer at a time, in any layout, dtype and form.
 
     Args:
         base: a file or folder of a network or of a whole model.
@@ -206,6 +206,7 @@ class _Layer:
     tuned: Component
     shape: tuple[int, ...]
     rank: int
+    alpha: int
     dtype: torch.dtype
     caster: Caster
     energy: Energy
@@ -233,7 +234,7 @@ class _Layer:
                 shape=(),
                 dtype=DTYPE_NAMES[self.dtype],
                 places=(),
-                compute=lambda: torch.tensor(float(self.rank), dtype=self.dtype),
+                compute=lambda: torch.tensor(float(self.alpha), dtype=self.dtype),
             )
         file = ComputedFile(self.name, {k: v for k, v in tensors.items() if k is not None})
         for name, entry in file.entries.items():
@@ -250,11 +251,12 @@ class _Layer:
     def _decompose(self) -> dict[str, Tensor]:
         difference = _difference(self.base, self.tuned, self.name).flatten(1)
         down, up = (
-            self.caster.cast(one, self.dtype, self.name) for one in truncated(difference, self.rank)
+            self.caster.cast(one * (self.rank / self.alpha) ** 0.5, self.dtype, self.name)
+            for one in truncated(difference, self.rank)
         )
         if not self._is_counted:
             self._is_counted = True
-            rest = difference - up.double() @ down.double()
+            rest = difference - up.double() @ down.double() * (self.alpha / self.rank)
             self.energy.total += float(difference.square().sum())
             self.energy.lost += float(rest.square().sum())
         return {"down": down, "up": up}
@@ -315,6 +317,7 @@ def _differing(
             tuned=tuned,
             shape=shape,
             rank=min(rank, shape[0], one[0].numel()),
+            alpha=ranks[0],  # of all layers: diffusers ignores those of single ones in some files
             dtype=dtype,
             caster=caster,
             energy=energy,
@@ -365,19 +368,20 @@ class _Names:
                 "ss_network_module": "networks.lora",
                 "ss_network_dim": str(ranks[0]),
                 "ss_network_alpha": str(ranks[0]),
-                "ss_network_args": json.dumps({"conv_dim": ranks[1], "conv_alpha": ranks[1]}),
+                "ss_network_args": json.dumps({"conv_dim": ranks[1], "conv_alpha": ranks[0]}),
             }
         content: dict[str, Any] = {}
         for component in dict.fromkeys(layer.base.name for layer in layers):
+            # without `text_model.`, which transformers has or has not; PEFT compares the ends
             own = {
-                i.name.removesuffix(".weight"): i.rank for i in layers if i.base.name == component
+                one.name.removesuffix(".weight").removeprefix("text_model."): one.rank
+                for one in layers
+                if one.base.name == component
             }
-            other = {name: rank for name, rank in own.items() if rank != ranks[0]}
             fields = {
                 "r": ranks[0],
                 "lora_alpha": ranks[0],
-                "rank_pattern": other,
-                "alpha_pattern": other,
+                "rank_pattern": {name: rank for name, rank in own.items() if rank != ranks[0]},
                 "target_modules": list(own),
             }
             content |= {f"{component}.{key}": value for key, value in fields.items()}

@@ -37,7 +37,8 @@ def lora_for(pipe: Any, kind: str, seed: int = 0, scale: float = 0.3) -> State:
     """A LoRA with kohya's names for the U-Net and the text encoders."""
     result: State = {}
     for part, prefix in PREFIXES[kind].items():
-        made = loras.matrices(getattr(pipe, part), seed, only="attn|mlp|conv1|proj_in")
+        # one alpha, for diffusers does not read several from kohya's files
+        made = loras.matrices(getattr(pipe, part), seed, only="attn|mlp|conv1|proj_in", alpha=2.0)
         for name, (down, up, alpha) in made.items():
             own = name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
             stem = prefix + own.replace(".", "_")
