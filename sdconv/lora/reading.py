@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdconv.checkpoint.identify.find import find_networks
 from sdconv.checkpoint.io.source import Source, open_source
-from sdconv.checkpoint.keys.adapters import adapter_kinds
+from sdconv.checkpoint.keys.adapters import refused_kinds
 from sdconv.checkpoint.open import Weights
 from sdconv.errors import (
     CheckpointError,
@@ -93,6 +93,7 @@ def read_lora(lora: Weights, shapes: Mapping[str, tuple[int, ...]], network: str
                 skipped.append(name)
             tensors.setdefault(key.role, tensor)
         config = AdapterConfig.read(lora, source)
+        config.check_roles({key.role for key in keys.values()})
         updates = {
             f"{layer}.{parameter}": update
             for layer, tensors in by_layer.items()
@@ -125,7 +126,7 @@ def _by_layer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tupl
 def _check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey]) -> None:
     unknown = [name for name in names if name not in keys]
     if unknown or not keys:
-        others = adapter_kinds(names)
+        others = refused_kinds(names)
         if not others and not keys and (networks := _networks(source)):
             raise CheckpointError(
                 f"this is a whole checkpoint, not a LoRA: it has a {' and a '.join(networks)}",
@@ -192,7 +193,7 @@ def _check_shapes(
             if update.width is not None
         }
         raise WeightsMismatchError(
-            f"the matrices of {len(wrong)} of {len(updates)} layers do not fit the {network}"
+            f"the tensors for {len(wrong)} of {len(updates)} parameters do not fit the {network}"
             + _prompt_width(_widths(shapes))
             + _intended_for(widths),
             where=source.label,
