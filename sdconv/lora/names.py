@@ -49,7 +49,7 @@ _IA3_WEIGHT = re.compile(r"(?P<stem>.+)\.weight")  # with an `on_input` of the s
 _WRAPPER = re.compile(r"base_model\.model\.")
 _PREFIX = re.compile(
     r"unet\.|vae\.|model\.diffusion_model\.|diffusion_model\.|first_stage_model\."
-    r"|lora_unet_|lora_vae_|lycoris_"
+    r"|lora_unet_|lora_vae_|lycoris_|oft_unet_"
 )
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))")
 # text encoders, and embeddings that were trained with them

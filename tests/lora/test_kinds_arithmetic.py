@@ -58,6 +58,10 @@ def test_the_constraint_is_not_a_strength() -> None:
     assert 0 < less.norm() < expected.norm() / 10
 
 
+def test_kohyas_prefix_of_oft() -> None:
+    assert torch.equal(change({f"oft_unet_{k}": v for k, v in OFT.items()}, 1.0), change(OFT, 1.0))
+
+
 def test_rotations_are_orthogonal() -> None:
     for tensors in (OFT, {k: v for k, v in BOFT.items() if "rescale" not in k}):
         model = layers()

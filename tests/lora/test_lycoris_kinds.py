@@ -180,6 +180,18 @@ def test_equals_lycoris(case: str) -> None:
         merged.unmerge()
 
 
+@pytest.mark.parametrize("of", [lycoris.LohaModule, lycoris.LokrModule])
+@torch.no_grad()
+def test_lycoris_merges_alpha_twice(of: type) -> None:
+    """Its merged weights have the square of alpha over the rank, its forward pass does not."""
+    base = layers()
+    module = trained(copy.deepcopy(base), ["linear"], of, lora_dim=2, alpha=1)["linear"]
+    theirs, _ = module.get_merged_weight(1.0, base["linear"].weight.shape)
+    before = base["linear"].weight.detach().clone()
+    sdconv.merge_lora(base, saved({"linear": module}))
+    assert error((theirs - before) * 2, base["linear"].weight - before) < 1e-5
+
+
 @pytest.mark.parametrize("algorithm", ["loha", "lokr", "diag-oft"])
 @torch.no_grad()
 def test_a_whole_unet_and_its_norms_in_either_layout(

@@ -12,11 +12,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.loras import largest_error, state
+from helpers.loras import assert_equal, largest_error, state
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdconv
+from sdconv.errors import CheckpointError
 
 NAMES = ["linear", "square", "conv", "point", "square_conv"]
 
@@ -122,3 +123,38 @@ def test_equals_peft(case: str, tmp_path: Path) -> None:
     else:
         # BOFT's config has nothing that counts
         assert (largest_error(base.state_dict(), theirs) > 1e-3) == ("BOFT" not in case)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("OFT", {"num_cayley_neumann_terms": 10**12}),
+        ("OFT", {"num_cayley_neumann_terms": "many"}),
+        ("OFT, constrained", {"eps": [1]}),
+        ("LoKr", {"r": 0, "rank_pattern": {"(": 1}}),
+        ("LoKr, whole matrices", {"r": 0, "rank_pattern": None}),
+        ("LoHa", {"alpha": "much", "alpha_pattern": None}),
+        ("(IA)3", {"feedforward_modules": "("}),
+        ("(IA)3", {"feedforward_modules": 3}),
+        ("(IA)3", {"peft_type": "LOHA"}),
+        ("LoHa", {"use_rslora": True, "alpha": 10**400}),
+    ],
+)
+def test_configs_without_sense(case: str, options: dict[str, Any], tmp_path: Path) -> None:
+    adapter(CASES[case], tmp_path)
+    file = tmp_path / "adapter_config.json"
+    base = layers()
+    before = state(base)
+    sdconv.merge_lora(base, tmp_path).unmerge()  # control
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    with pytest.raises(CheckpointError, match="config"):
+        sdconv.merge_lora(base, tmp_path)
+    assert_equal(base.state_dict(), before)
+
+
+def test_the_config_says_on_which_side_a_convolutions_vector_is(tmp_path: Path) -> None:
+    adapter(CASES["(IA)3"], tmp_path)
+    base = layers()
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"square_conv may be of the layer's inputs"):
+        sdconv.merge_lora(base, tmp_path / "adapter_model.safetensors")
