@@ -6,7 +6,7 @@ How strong an update is, at scale 1:
   (over the rank's square root with ``use_rslora``); without either, alpha equals the rank. LyCORIS'
   ``rs_lora`` is in the alpha that it stores. LoKr of two whole matrices has no rank: 1, or the
   config's alpha over its ``r``.
-- ``scalar``, which LyCORIS' first files have, multiplies the update; later it is in the matrices.
+- A ``scalar`` of its own multiplies the update; LyCORIS multiplies it into the matrices it saves.
 - OFT and BOFT: alpha is the constraint on the rotation, none if it is 0.
 - Differences, norms, biases of their own and (IA)3: as they are, without alpha.
 
