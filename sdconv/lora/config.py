@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +18,16 @@ CONFIG_FILE = "adapter_config.json"
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _METADATA_KEY = "lora_adapter_metadata"
 
-# PEFT's types that merge, and what messages call the others
-_MERGED_TYPES = frozenset({"LORA", "LOHA", "LOKR", "OFT", "IA3"})
-_TYPES: Mapping[str, str] = {"BOFT": "BOFT in PEFT's form", "VERA": "VeRA"}
+# PEFT's types that merge -> how roles of their tensors begin; and what messages call the others
+_MERGED_TYPES: Mapping[str, str] = {
+    "LORA": "up",
+    "LOHA": "hada_",
+    "LOKR": "lokr_",
+    "OFT": "oft_R",
+    "BOFT": "boft_R",
+    "IA3": "ia3_l",
+}
+_TYPES: Mapping[str, str] = {"VERA": "VeRA"}
 # options with which PEFT's layers compute something else
 _OTHER_ARITHMETIC = (
     "alora_invocation_tokens",
@@ -61,8 +68,9 @@ class AdapterConfig:
             raise CheckpointError(
                 f"its config says {' and '.join(unsupported)}, which sdconv does not merge",
                 where=where,
-                expected="LoRA, LoHa, LoKr, OFT or (IA)3",
+                expected="LoRA, LoHa, LoKr, OFT, BOFT or (IA)3",
             )
+        self._kind = kind
         self._alpha_name = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
 
     @classmethod
@@ -72,6 +80,20 @@ class AdapterConfig:
 
     def __bool__(self) -> bool:
         return bool(self._content)
+
+    def check_roles(self, roles: Iterable[str]) -> None:
+        """Checks that a file's tensors are of the type that the config names.
+
+        Raises:
+            CheckpointError: none is.
+        """
+        begins = _MERGED_TYPES[self._kind]
+        if self._content.get("peft_type") and not any(r.startswith(begins) for r in roles):
+            raise CheckpointError(
+                f"its config says {self._kind}, of which it has no tensor",
+                where=self._where,
+                expected="the adapter's own config",
+            )
 
     @property
     def gives_alpha(self) -> bool:

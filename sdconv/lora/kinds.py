@@ -6,7 +6,7 @@ How strong an update is, at scale 1:
   (over the rank's square root with ``use_rslora``); without either, alpha equals the rank. LyCORIS'
   ``rs_lora`` is in the alpha that it stores. LoKr of two whole matrices has no rank: 1, or the
   config's alpha over its ``r``.
-- ``scalar``, which LyCORIS' first files have, multiplies the update; later it is in the matrices.
+- A ``scalar`` of its own multiplies the update; LyCORIS multiplies it into the matrices it saves.
 - OFT and BOFT: alpha is the constraint on the rotation, none if it is 0.
 - Differences, norms, biases of their own and (IA)3: as they are, without alpha.
 
@@ -26,7 +26,7 @@ from sdconv.errors import CheckpointError
 from sdconv.lora.config import AdapterConfig
 from sdconv.lora.products import Difference, GLoRA, LoHa, LoKr, LoRA
 from sdconv.lora.rescaling import DoRA, Rescaling
-from sdconv.lora.rotations import BOFT, OFT, InputRotation
+from sdconv.lora.rotations import BOFT, OFT, ButterflyInputRotation, InputRotation
 from sdconv.lora.updates import Update
 
 
@@ -34,8 +34,8 @@ from sdconv.lora.updates import Update
 class LayerPart:
     """What a file holds for one layer.
 
-    ``layer``: the layer's name. ``tensors``: by role. ``shapes``: of the layer's own ``"weight"`` and
-    ``"bias"``. ``config``: PEFT's. ``where``: the file's name in messages.
+    ``layer``: the layer's name. ``tensors``: by role. ``shapes``: of the layer's own ``"weight"``
+    and ``"bias"``. ``config``: PEFT's. ``where``: the file's name in messages.
     """
 
     layer: str
@@ -130,10 +130,11 @@ def updates_of(part: LayerPart) -> dict[str, Update]:
         if not present:
             continue
         if present not in kind.forms:
+            nearest = min(kind.forms, key=lambda form: len(form ^ present))
             raise CheckpointError(
                 f"the {kind.name} of {part.layer} lacks a matrix",
                 where=part.where,
-                expected=" or ".join(" and ".join(sorted(form)) for form in kind.forms),
+                expected=" and ".join(sorted(nearest)),
                 got="only " + " and ".join(sorted(part.tensors)),
             )
         used |= present | (kind.options & part.tensors.keys())
@@ -182,32 +183,14 @@ def _product(
 
 
 def _decomposed(inner: Update, part: LayerPart) -> Update:
-    """An update, in DoRA if there is a magnitude.
-
-    LyCORIS' ``dora_scale`` is ``(out, 1, ...)`` or ``(1, in, 1, ...)``; PEFT's magnitude is for each
-    output, in linear layers ``(out,)`` and in convolutions ``(1, out, 1, 1)``.
-    """
+    """An update, in DoRA if there is a magnitude."""
     found = part.only("dora_scale", "magnitude")
     if not found:
         return inner
     if len(found) > 1:
         raise part.error("has two magnitudes")
-    ((role, magnitude),) = found.items()
-    weight = tuple(part.shapes.get("weight", ()))
-    forms = {}
-    if len(weight) > 1:
-        ones = (1,) * (len(weight) - 2)
-        forms = {(1, weight[1], *ones): 1, (weight[0],): 0, (weight[0], 1, *ones): 0}
-        if role == "magnitude":
-            forms[(1, weight[0], *ones)] = 0
-    if tuple(magnitude.shape) not in forms:
-        raise part.error(f"has a magnitude that does not fit a weight of {weight}")
-    return DoRA(
-        kind=f"DoRA ({inner.kind})" if inner.kind != "LoRA" else "DoRA",
-        tensors={**inner.tensors, "magnitude": magnitude},
-        inner=inner,
-        axis=forms[tuple(magnitude.shape)],
-    )
+    kind = "DoRA" if inner.kind == "LoRA" else f"{inner.kind} with DoRA"
+    return DoRA(kind=kind, tensors={**inner.tensors, **found}, inner=inner)
 
 
 def _read_difference(kind: _Kind, part: LayerPart) -> Update:
@@ -244,15 +227,22 @@ def _read_input_rotation(kind: _Kind, part: LayerPart) -> Update:
     try:
         size = round((1 + (1 + 8 * triangles.shape[-1]) ** 0.5) / 2) if triangles.ndim else 0
         neumann = bool(config.option("use_cayley_neumann", False))
+        terms = int(config.option("num_cayley_neumann_terms", 5))
+        if terms > _MOST_TERMS:
+            raise ValueError(terms)
         return InputRotation(
             kind=kind.name,
             tensors=part.only("oft_R"),
             size=size,
-            terms=int(config.option("num_cayley_neumann_terms", 5)) if neumann else None,
+            terms=terms if neumann else None,
             most=float(config.option("eps", 6e-5)) if config.option("coft") else None,
         )
     except (OverflowError, TypeError, ValueError) as error:
-        raise part.error("has a config whose OFT options are not numbers") from error
+        raise part.error("has a config whose OFT options are not valid numbers") from error
+
+
+def _read_butterfly(kind: _Kind, part: LayerPart) -> Update:
+    return ButterflyInputRotation(kind=kind.name, tensors=part.only("boft_R", "boft_s"))
 
 
 def _read_lycoris_ia3(kind: _Kind, part: LayerPart) -> Update:
@@ -290,6 +280,7 @@ def _forms(*forms: str) -> tuple[frozenset[str], ...]:
     return tuple(frozenset(form.split()) for form in forms)
 
 
+_MOST_TERMS = 1000  # of a series of which a dozen matter
 _RANKED = frozenset({"alpha", "scalar"})
 _MAGNITUDES = frozenset({"dora_scale", "magnitude"})
 _HADA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
@@ -339,6 +330,7 @@ _KINDS: tuple[_Kind, ...] = (
         options=frozenset({"alpha"}),
     ),
     _Kind(name="OFT", parameter="weight", forms=_forms("oft_R"), read=_read_input_rotation),
+    _Kind(name="BOFT", parameter="weight", forms=_forms("boft_R boft_s"), read=_read_butterfly),
     _Kind(
         name="(IA)3",
         parameter="weight",

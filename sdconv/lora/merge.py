@@ -51,18 +51,21 @@ class MergedLora:
 
 
 def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLora:
-    """Adds a LoRA to a network's weights.
+    """Adds a LoRA, or one of its relatives, to a network's weights.
 
     The weights of linear layers and of convolutions with any kernel become ``weight + scale * alpha
     / rank * (up @ down)``, computed in float32 (in float64 for float64 weights) and rounded once to
-    the weight's dtype. A missing alpha equals the rank. Several LoRAs can be merged: their updates
-    are summed before rounding, so their order changes at most the last bit. Merged weights take new
-    memory, and the originals are kept for ``unmerge``; those mapped from a file stay in the file.
+    the weight's dtype. A missing alpha equals the rank. LoHa, LoKr, DoRA, OFT, BOFT, GLoRA, (IA)3,
+    whole differences, norms and biases merge too; their formulas, and what ``scale`` means for
+    each, are in docs/lora.md. Several can be merged: each is computed from the original weight, and
+    they are summed before rounding, so their order changes at most the last bit. Merged weights
+    take new memory, and the originals are kept for ``unmerge``; those mapped from a file stay in
+    the file.
 
     Args:
         model: sdconv's U-Net or VAE, or any module whose layers have diffusers' names.
-        lora: a file with kohya's, PEFT's or diffusers' names, in either layout; the folder of a
-            PEFT adapter, whose ``adapter_config.json`` is read; or a state dict.
+        lora: a file with kohya's, LyCORIS', PEFT's or diffusers' names, in either layout; the
+            folder of a PEFT adapter, whose ``adapter_config.json`` is read; or a state dict.
         scale: the strength; negative to subtract the LoRA.
 
     Returns:

@@ -35,7 +35,11 @@ _ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?:[._]lora|\.lora_linear_layer)\.(down|up)\.weight", "{}"),
         (rf"\.lora_(?:up|B){_ADAPTER}\.bias|(?:[._]lora|\.lora_linear_layer)\.up\.bias", "up_bias"),
         (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "magnitude"),
-        (rf"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|ia3_l){_ADAPTER}", "{}"),
+        (
+            rf"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|boft_[Rs]|ia3_l)"
+            rf"{_ADAPTER}",
+            "{}",
+        ),
         (rf"\.oft_R{_ADAPTER}\.weight", "oft_R"),
         (r"\.(alpha|scalar|dora_scale|oft_blocks|rescale|diff|diff_b|[wb]_norm|on_input)", "{}"),
         (r"\.([ab][12]|bm)\.weight", "{}"),
@@ -45,7 +49,7 @@ _IA3_WEIGHT = re.compile(r"(?P<stem>.+)\.weight")  # with an `on_input` of the s
 _WRAPPER = re.compile(r"base_model\.model\.")
 _PREFIX = re.compile(
     r"unet\.|vae\.|model\.diffusion_model\.|diffusion_model\.|first_stage_model\."
-    r"|lora_unet_|lora_vae_|lycoris_"
+    r"|lora_unet_|lora_vae_|lycoris_|oft_unet_"
 )
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))")
 # text encoders, and embeddings that were trained with them

@@ -24,8 +24,8 @@ class LoRA(Update):
     """
 
     def fits(self, shape: Sequence[int]) -> bool:
-        up, down, mid = (self.tensors.get(role) for role in ("up", "down", "mid"))
-        if up is None or down is None or len(shape) < 2 or not down.ndim:
+        up, down, mid = self.tensors["up"], self.tensors["down"], self.tensors.get("mid")
+        if len(shape) < 2 or not down.ndim:
             return False
         rank = down.shape[0]
         point, kernel = (1,) * len(shape[2:]), tuple(shape[2:])
@@ -64,11 +64,9 @@ class LoHa(Update):
     """
 
     def fits(self, shape: Sequence[int]) -> bool:
+        own = self.tensors
         return len(shape) >= 2 and all(
-            _low_rank_fits(
-                *(self.tensors.get(f"hada_{role}") for role in (f"w{n}_a", f"w{n}_b", f"t{n}")),
-                shape,
-            )
+            _low_rank_fits(own[f"hada_w{n}_a"], own[f"hada_w{n}_b"], own.get(f"hada_t{n}"), shape)
             for n in (1, 2)
         )
 
@@ -104,11 +102,10 @@ class LoKr(Update):
         if left is None or shape[0] % left[0] or shape[1] % left[1]:
             return False
         rest = (shape[0] // left[0], shape[1] // left[1], *shape[2:])
-        if "lokr_w2" in self.tensors:
-            return has_shape(self.tensors["lokr_w2"], (rest[0], rest[1]), rest[2:])
-        return _low_rank_fits(
-            *(self.tensors.get(f"lokr_{role}") for role in ("w2_a", "w2_b", "t2")), rest
-        )
+        own = self.tensors
+        if "lokr_w2" in own:
+            return has_shape(own["lokr_w2"], (rest[0], rest[1]), rest[2:])
+        return _low_rank_fits(own["lokr_w2_a"], own["lokr_w2_b"], own.get("lokr_t2"), rest)
 
     def delta(self, original: Tensor, scale: float) -> Tensor:
         own = self._to(original)
@@ -204,10 +201,10 @@ def _with_kernel(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _low_rank_fits(
-    left: Tensor | None, right: Tensor | None, kernel: Tensor | None, shape: Sequence[int]
+    left: Tensor, right: Tensor, kernel: Tensor | None, shape: Sequence[int]
 ) -> bool:
     """Whether ``_low_rank`` of them has the elements of a weight of this shape, in its order."""
-    if left is None or right is None or left.ndim != 2 or right.ndim < 2:
+    if left.ndim != 2 or right.ndim < 2:
         return False
     if kernel is None:
         columns = math.prod(right.shape[1:])

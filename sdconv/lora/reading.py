@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdconv.checkpoint.identify.find import find_networks
 from sdconv.checkpoint.io.source import Source, open_source
-from sdconv.checkpoint.keys.adapters import adapter_kinds
+from sdconv.checkpoint.keys.adapters import refused_kinds
 from sdconv.checkpoint.open import Weights
 from sdconv.errors import (
     CheckpointError,
@@ -137,6 +137,7 @@ def read_part(
             _check_equal(source, name, tensors[key.role], tensor)
             repeated.append(name)
         tensors.setdefault(key.role, tensor)
+    config.check_roles({key.role for key in keys.values()})
     of_layers = _by_layer(shapes)
     updates = {
         f"{layer}.{parameter}": update
@@ -170,7 +171,7 @@ def _by_layer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tupl
 def check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey]) -> None:
     unknown = [name for name in names if name not in keys]
     if unknown or not keys:
-        others = adapter_kinds(names)
+        others = refused_kinds(names)
         if not others and not keys and (networks := _networks(source)):
             raise CheckpointError(
                 f"this is a whole checkpoint, not a LoRA: it has a {' and a '.join(networks)}",
@@ -237,7 +238,7 @@ def _check_shapes(
             if update.width is not None
         }
         raise WeightsMismatchError(
-            f"the matrices of {len(wrong)} of {len(updates)} layers do not fit the {network}"
+            f"the tensors for {len(wrong)} of {len(updates)} parameters do not fit the {network}"
             + _prompt_width(_widths(shapes))
             + _intended_for(widths),
             where=source.label,

@@ -48,8 +48,9 @@ class DoRA(Update):
     """``scale * (magnitude * V / norm(V) - W)`` with ``V = W + update``: the trained magnitude of
     each output's (or input's) weights, and the direction after an update with scale 1.
 
-    ``inner``: the update. ``axis``: 0 if there is a magnitude for each output, 1 for each input;
-    the norm is over all other axes. ``magnitude`` has one value for each.
+    ``inner``: the update. LyCORIS' ``dora_scale`` has a value for each output, ``(out, 1, ...)``,
+    or for each input, ``(1, in, 1, ...)``; PEFT's ``magnitude`` has one for each output, ``(out,)``
+    for linear layers and ``(1, out, 1, 1)`` for convolutions. The norm is over all other axes.
 
     The scale interpolates between the original and the trained weight, as in LyCORIS'
     ``apply_dora_scale``. (LyCORIS' modules scale the magnitude's share alone, and PEFT's the update
@@ -60,19 +61,35 @@ class DoRA(Update):
     """
 
     inner: Update
-    axis: int
 
     def fits(self, shape: Sequence[int]) -> bool:
-        return self.inner.fits(shape) and self.tensors["magnitude"].numel() == shape[self.axis]
+        return self.inner.fits(shape) and self._axis(shape) is not None
 
     def delta(self, original: Tensor, scale: float) -> Tensor:
         changed = original + self.inner.delta(original, 1.0)
-        others = [axis for axis in range(changed.ndim) if axis != self.axis]
+        others = [axis for axis in range(changed.ndim) if axis != self._axis(changed.shape)]
         norms = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
         norms += torch.finfo(norms.dtype).eps  # LyCORIS'; a row of zeros stays one
-        magnitude = self.tensors["magnitude"].to(original).reshape(norms.shape)
-        return (changed * (magnitude / norms) - original) * scale
+        magnitude = self._magnitude.to(original).reshape(norms.shape)
+        trained: Tensor = changed * (magnitude / norms)
+        return (trained - original) * scale
 
     @property
     def width(self) -> int | None:
         return self.inner.width
+
+    @property
+    def _magnitude(self) -> Tensor:
+        return next(
+            self.tensors[role] for role in ("magnitude", "dora_scale") if role in self.tensors
+        )
+
+    def _axis(self, shape: Sequence[int]) -> int | None:
+        """The weight's axis along which the magnitude has its values; None if it fits neither."""
+        out, given = shape[0], tuple(self._magnitude.shape)
+        ones = (1,) * (len(shape) - 2)
+        if given in ((out,), (out, 1, *ones)) or (
+            "magnitude" in self.tensors and given == (1, out, *ones)
+        ):
+            return 0
+        return 1 if given == (1, shape[1], *ones) else None

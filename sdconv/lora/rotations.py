@@ -36,9 +36,7 @@ class _OutputRotation(Update):
             norm = torch.linalg.vector_norm(skew) + 1e-8
             skew = skew * torch.clamp(most / norm, max=1.0)
         identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-        # inv_ex: what cannot be inverted becomes values that are not finite, not an exception
-        rotations = (identity + skew) @ torch.linalg.inv_ex(identity - skew).inverse
-        rotated = self._rotated(original, identity + scale * (rotations - identity))
+        rotated = self._rotated(original, identity + scale * (_cayley(skew) - identity))
         if "rescale" in own:
             rotated = rotated * (1 + scale * (own["rescale"] - 1))
         return rotated - original
@@ -66,7 +64,7 @@ class OFT(_OutputRotation):
         )
 
     def _rotated(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        groups = weight.unflatten(0, rotations.shape[:2])
+        groups = weight.reshape(*rotations.shape[:2], *weight.shape[1:])
         return torch.einsum("knm,kn...->km...", rotations, groups).flatten(0, 1)
 
 
@@ -79,25 +77,52 @@ class BOFT(_OutputRotation):
         blocks = self.tensors["oft_blocks"]
         if len(shape) < 2 or blocks.ndim != 4 or blocks.shape[2] != blocks.shape[3]:
             return False
-        stages, number, size, _ = blocks.shape
-        return (
-            number * size == shape[0]
-            and size > 0
-            and size % 2 == 0
-            and 0 < stages <= number.bit_length()
-            and shape[0] % (2 ** (stages - 1) * size) == 0
-            and self._rescale_fits(shape)
-        )
+        return _is_butterfly(blocks.shape, shape[0]) and self._rescale_fits(shape)
 
     def _rotated(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        size = rotations.shape[-1]
+        size, rest = rotations.shape[-1], weight.shape[1:]
         for stage, blocks in enumerate(rotations):
             apart = 2**stage * size // 2
-            pairs = weight.unflatten(0, (-1, 2, apart)).transpose(1, 2)
-            groups = pairs.flatten(0, 2).unflatten(0, (-1, size))
-            rotated = torch.einsum("bij,bj...->bi...", blocks, groups).flatten(0, 1)
-            weight = rotated.unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+            pairs = weight.reshape(-1, 2, apart, *rest).transpose(1, 2)
+            groups = pairs.reshape(-1, size, *rest)
+            rotated = torch.einsum("bij,bj...->bi...", blocks, groups)
+            weight = rotated.reshape(-1, apart, 2, *rest).transpose(1, 2).flatten(0, 2)
         return weight
+
+
+class ButterflyInputRotation(Update):
+    """PEFT's BOFT: ``boft_R``, ``(m, n, b, b)`` with ``n * b = in * kH * kW``, rotate the weight's
+    columns in ``m`` stages by ``R = (I - Q) (I + Q)^-1`` with ``Q = (boft_R - boft_R^T) / 2``;
+    ``boft_s``, a value for each output, multiplies the rotated rows.
+
+    A scale takes the weight to ``W + scale * (changed - W)``; PEFT itself has no scale for BOFT.
+
+    PEFT's ``tuners/boft/layer.py``.
+    """
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        blocks, rescale = self.tensors["boft_R"], self.tensors["boft_s"]
+        if len(shape) < 2 or blocks.ndim != 4 or blocks.shape[2] != blocks.shape[3]:
+            return False
+        return (
+            _is_butterfly(blocks.shape, torch.Size(shape[1:]).numel())
+            and rescale.numel() == shape[0]
+            and rescale.numel() == max(rescale.shape, default=0)
+        )
+
+    def delta(self, original: Tensor, scale: float) -> Tensor:
+        own = self._to(original)
+        skew = (own["boft_R"] - own["boft_R"].mT) / 2
+        rows, size = len(original), skew.shape[-1]
+        weight = original.flatten(1)
+        for stage, blocks in enumerate(_cayley(-skew)):
+            half, apart = size // 2, 2**stage
+            pairs = weight.reshape(rows, -1, 2, apart, half).transpose(2, 3)
+            groups = pairs.reshape(rows, -1, size)
+            rotated = torch.einsum("okc,krc->okr", groups, blocks)
+            weight = rotated.reshape(rows, -1, apart, 2, half).transpose(2, 3).flatten(1)
+        weight = weight * own["boft_s"].reshape(-1, 1)
+        return (weight.reshape(original.shape) - original) * scale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,14 +167,14 @@ class InputRotation(Update):
             most = self.most / len(skew) ** 0.5
             skew = torch.where(norms <= most, skew, skew * (most / norms))
         turned = self._rotations(skew) - torch.eye(self.size, dtype=skew.dtype, device=skew.device)
-        groups = original.flatten(1).unflatten(1, (-1, self.size))
+        groups = original.reshape(len(original), -1, self.size)
         turned = turned.expand(groups.shape[1], -1, -1)
         return (torch.einsum("okc,krc->okr", groups, turned) * scale).reshape(original.shape)
 
     def _rotations(self, skew: Tensor) -> Tensor:
-        identity = torch.eye(self.size, dtype=skew.dtype, device=skew.device)
         if self.terms is None:
-            return (identity - skew) @ torch.linalg.inv_ex(identity + skew).inverse
+            return _cayley(-skew)
+        identity = torch.eye(self.size, dtype=skew.dtype, device=skew.device)
         rotations = identity.expand_as(skew).clone()
         if self.terms > 1:
             rotations += 2 * skew
@@ -161,3 +186,23 @@ class InputRotation(Update):
                 rotations += 2 * power
             rotations += power @ skew  # the last term is not doubled
         return rotations
+
+
+def _cayley(skew: Tensor) -> Tensor:
+    """``(I + Q) (I - Q)^-1``, which is orthogonal for a skew-symmetric ``Q``."""
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    # inv_ex: what cannot be inverted becomes values that are not finite, not an exception
+    inverse: Tensor = torch.linalg.inv_ex(identity - skew).inverse
+    return (identity + skew) @ inverse
+
+
+def _is_butterfly(blocks: Sequence[int], length: int) -> bool:
+    """Whether blocks of shape ``(m, n, b, b)`` rotate so many channels in stages of pairs."""
+    stages, number, size = blocks[:3]
+    return (
+        number * size == length
+        and size > 0
+        and size % 2 == 0
+        and 0 < stages <= number.bit_length()
+        and length % (2 ** (stages - 1) * size) == 0
+    )
