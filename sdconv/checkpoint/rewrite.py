@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sdconv.checkpoint.io.files import os_errors
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
-from sdconv.checkpoint.io.write import CONFIG_KEY, output_path
+from sdconv.checkpoint.io.write import CONFIG_KEY, made_folder, output_path
 from sdconv.checkpoint.open import COMPONENTS
 from sdconv.checkpoint.whole import Checkpoint, Part
 from sdconv.errors import CheckpointError, InputError
@@ -111,35 +111,39 @@ def _folder(checkpoint: Checkpoint, folder: Path, out: Path, on_tensor: OnTensor
     """Everything is written next to the output first, so that it is there completely or not at
     all."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:40]}.", suffix=".part"))
-        try:
-            totals = [
-                sum(i.nbytes for e in _tensors(p, prefixed=False) for i in e.infos)
-                for p in checkpoint.parts
-            ]
-            files = []
-            for number, part in enumerate(checkpoint.parts):
-                files.append(stage / part.name / _file_name(part))
-                before = sum(totals[:number])
-                stream(
-                    _tensors(part, prefixed=False),
-                    files[-1],
-                    part.view.source.metadata or {"format": "pt"},
-                    on_tensor=lambda name, done, _, before=before: on_tensor(
-                        name, before + done, sum(totals)
-                    ),
-                )
-            for relative in _other_files(folder):
-                (stage / relative).parent.mkdir(parents=True, exist_ok=True)
-                with os_errors(folder / relative):
-                    shutil.copyfile(folder / relative, stage / relative)
-            _move(stage, out)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+        with made_folder(out.parent):
+            prefix = f".{out.name[:40]}."
+            stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=prefix, suffix=".part"))
+            try:
+                files = _stage(checkpoint, folder, stage, on_tensor)
+                _move(stage, out)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot be written ({error})", where=out) from error
-    return [out / file.relative_to(stage) for file in files]
+    return [out / file for file in files]
+
+
+def _stage(checkpoint: Checkpoint, folder: Path, stage: Path, on_tensor: OnTensor) -> list[Path]:
+    """Writes everything into a folder, and returns the files with weights relative to it."""
+    parts = {part: _tensors(part, prefixed=False) for part in checkpoint.parts}
+    sizes = {part: sum(i.nbytes for one in own for i in one.infos) for part, own in parts.items()}
+    total, before, files = sum(sizes.values()), 0, []
+    for part, own in parts.items():
+        files.append(Path(part.name) / _file_name(part))
+        metadata = part.view.source.metadata or {"format": "pt"}
+        stream(own, stage / files[-1], metadata, on_tensor=_after(before, total, on_tensor))
+        before += sizes[part]
+    for relative in _other_files(folder):
+        (stage / relative).parent.mkdir(parents=True, exist_ok=True)
+        with os_errors(folder / relative):
+            shutil.copyfile(folder / relative, stage / relative)
+    return files
+
+
+def _after(before: int, total: int, on_tensor: OnTensor) -> OnTensor:
+    """Reports the progress of one file as that of all."""
+    return lambda name, done, _: on_tensor(name, before + done, total)
 
 
 def _file_name(part: Part) -> str:

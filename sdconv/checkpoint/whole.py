@@ -24,7 +24,7 @@ from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights, network_fold
 from sdconv.errors import CheckpointError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
     """One source of a checkpoint; ``name`` is a pipeline's component, or empty."""
 

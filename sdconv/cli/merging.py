@@ -78,8 +78,8 @@ def average(
     if result.dequantised:
         say(f"{result.dequantised} scaled fp8 weights were multiplied by their scales", "note")
     if result.taken:
-        names = ", ".join(result.taken[:4])
-        say(f"{len(result.taken)} tensors that differ were taken from A: {names}", "note")
+        taken = ", ".join(result.taken[:4])
+        say(f"{len(result.taken)} tensors that differ were taken from A: {taken}", "note")
     names = [str(file) for file in result.files]
     if as_json:
         print_json(

@@ -81,8 +81,9 @@ def extract_lora(
 
     Each linear layer and convolution whose weights differ gets the best approximation of the
     difference of that rank: its truncated singular value decomposition (Eckart and Young 1936),
-    from the eigenvectors of its smaller Gram matrix in float64. Alpha is ``rank`` in every layer; where
-    a layer has another rank, its matrices make up for it. Both checkpoints are read one layer at a time, in any layout, dtype and form.
+    from the eigenvectors of its smaller Gram matrix in float64. Alpha is ``rank`` in every layer;
+    where a layer has another rank, its matrices make up for it. Both checkpoints are read one layer
+    at a time, in any layout, dtype and form.
 
     Args:
         base: a file or folder of a network or of a whole model.

@@ -104,7 +104,7 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
     return MergedLora(read.layers, read.skipped, strength, model, scaled)
 
 
-def checked_scale(scale: object) -> float:
+def checked_scale(scale: float) -> float:
     """A LoRA's strength.
 
     Raises:
