@@ -39,6 +39,7 @@ TINY = seeded.tiny(
 )
 COMMANDS = (
     *("inspect", "check", "convert", "diff", "encode", "decode", "reconstruct", "fetch"),
+    *("merge-lora", "extract-lora", "average"),
     "anatomy",
     "plan",
     "features",
