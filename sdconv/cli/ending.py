@@ -19,7 +19,12 @@ TRACEBACK = "SDCONV_TRACEBACK"
 
 _NO_MEMORY = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
 # arguments of the Python API whose option has another name
-_RENAMED = {"memory_limit": "memory", "generator": "sample", "overwrite": "force"}
+_RENAMED = {
+    "memory_limit": "memory",
+    "generator": "sample",
+    "overwrite": "force",
+    "key": "model_key",
+}
 
 
 class Commands(TyperGroup):

@@ -13,15 +13,19 @@ from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import (
     IMAGE_BACKEND,
     LARGEST_SEED,
+    Clamp,
     Component,
     ComputeDtype,
     Device,
     Dtype,
+    Ema,
     Family,
     Force,
     Json,
     Model,
+    ModelKey,
     Out,
+    Prefix,
     Resize,
     With,
     check_output,
@@ -86,7 +90,11 @@ def encode(
     size: Resize = None,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -119,7 +127,19 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
     network, loaded, x = prepared(image, model, parse_resize(size), options, scaled=scaled)
     with running("encoding", network):
         generator = torch.Generator().manual_seed(seed) if sample else None
@@ -180,7 +200,11 @@ def decode(
     ] = None,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -226,7 +250,19 @@ def decode(
             got="--scaled" if scaled else "--raw",
             hint="leave it to the file: give neither",
         )
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled)
     form = stated if scaled is None else scaled
@@ -258,7 +294,11 @@ def reconstruct(
     size: Resize = None,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -281,7 +321,19 @@ def reconstruct(
 
     image_format(out)
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
     network, loaded, x = prepared(image, model, parse_resize(size), options)
     with running("encoding and decoding", network):
         latents = encode_image(network, x)
