@@ -102,6 +102,7 @@ def in_option_names(message: str, options: Mapping[str, str]) -> str:
     for name, option in {**options, **renamed}.items():
         message = re.sub(rf"\A{name}(?=: )", option, message)
         message = re.sub(rf"\b{name}='([^']*)'", rf"{option} \1", message)
+        message = re.sub(rf"\b{name}=True\b", option, message)
         message = re.sub(rf"\b{name}=(?=\w)", f"{option} ", message)
         message = re.sub(rf"\b{name}=(?!\S)", option, message)
     return message
