@@ -355,7 +355,9 @@ def _with_config(
             where=where,
             expected=found.kind,
             got=name,
-            hint="remove the config: it is then inferred from the shapes",
+            hint="remove the config: it is then inferred from the shapes"
+            if name in _CONFIGS
+            else "run it with the library that has this class",
         )
     config = _CONFIGS[found.kind].from_json(given, where)
     if isinstance(config, UNet2DConditionConfig):
