@@ -155,7 +155,7 @@ def test_refused_by_name(name: str, tmp_path: Path) -> None:
 
 
 def test_config_of_a_class_that_sdconv_does_not_have(tmp_path: Path) -> None:
-    sdconv.save(seeded.network(seeded.SMALL_KL), tmp_path)
+    seeded.network(seeded.SMALL_KL).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(sdconv.UnknownNetworkError, match="another class") as caught:
         sdconv.load(tmp_path)
