@@ -116,16 +116,18 @@ def test_a_control_without_the_rows_above(direction: str, monkeypatch: pytest.Mo
 def test_enable_tiling_and_streaming(kind: str, direction: str, backend: str) -> None:
     one = network(kind, torch.float32)
     x = inputs(one, direction, 100 if direction == "encode" else 13, 40, batch=2)
+    # strips are the reference's on both backends
+    allowed = TOLERANCE if backend == "reference" else 10 * TOLERANCE
     with sdconv.backend(backend):
         whole = call(one, direction, x)
         assert not one.use_tiling
         one.enable_tiling()
         assert one.use_tiling and one.streaming.limit is None
-        assert error(call(one, direction, x), whole) < TOLERANCE
+        assert error(call(one, direction, x), whole) < allowed
         one.enable_streaming("40MiB", progress=False)
         one.enable_slicing()
         assert one.streaming.limit == 40 << 20
-        assert error(call(one, direction, x), whole) < TOLERANCE
+        assert error(call(one, direction, x), whole) < allowed
         one.disable_tiling()
         one.disable_slicing()
         assert not one.use_tiling
