@@ -130,7 +130,9 @@ def run_rows(plan: RowPlan, x: Tensor, out: Tensor, on_rows: Callable[[int], obj
     """
     for image, result in zip(x.split(1), out.split(1), strict=True):
         done = 0
-        for rows in _stream(plan.half.layers, map(plan.half.enter, image.split(plan.rows, 2))):
+        for rows in _stream(
+            plan.half.layers, map(plan.half.enter, torch.split(image, plan.rows, 2))
+        ):
             count = rows.shape[2]
             result[:, :, done : done + count] = plan.half.leave(rows)
             del rows
@@ -178,7 +180,7 @@ def _whole(layer: nn.Module, strips: Strips) -> Strips:
     del parts
     out: Tensor = layer(whole)
     del whole
-    yield from out.split(rows, 2)
+    yield from torch.split(out, rows, 2)
 
 
 def _residual(block: TinyBlock, strips: Strips) -> Strips:
@@ -316,8 +318,9 @@ def _stages(layers: nn.Sequential, size: tuple[int, int]) -> Iterator[_Stage]:
         elif isinstance(layer, TinyBlock):
             branch = 0
             if isinstance(layer, PooledTinyBlock):
-                branch = 4 * layer.pool[0].out_channels * layer.pool[0].weight.dtype.itemsize
-            for conv in layer.conv[::2]:
+                wide = cast(nn.Conv2d, layer.pool[0])
+                branch = 4 * wide.out_channels * wide.weight.dtype.itemsize
+            for conv in cast(Iterable[nn.Conv2d], layer.conv[::2]):
                 yield _Stage(conv, size, size, _is_local(layer), True, branch * size[1])
         elif isinstance(layer, nn.Conv2d):
             before, size = size, _output_size(layer, size)
@@ -326,9 +329,14 @@ def _stages(layers: nn.Sequential, size: tuple[int, int]) -> Iterator[_Stage]:
 
 def _output_size(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
     rows, columns = (
-        output_size(side, dilation * (kernel - 1) + 1, stride, (int(padding), int(padding)))
+        output_size(side, dilation * (kernel - 1) + 1, stride, (padding, padding))
         for side, kernel, stride, padding, dilation in zip(
-            size, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
+            size,
+            conv.kernel_size,
+            conv.stride,
+            cast(tuple[int, int], conv.padding),
+            conv.dilation,
+            strict=True,
         )
     )
     return rows, columns

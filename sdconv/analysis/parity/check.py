@@ -134,7 +134,12 @@ def check(
         raise InputError(
             "unknown reference", where="against", expected="'diffusers'", got=repr(against)
         )
-    chosen = {"component": component, "family": family, "prefix": prefix, "ema": ema}
+    chosen: dict[str, Any] = {
+        "component": component,
+        "family": family,
+        "prefix": prefix,
+        "ema": ema,
+    }
     ours = load(path, dtype=dtype, device=device, clamp=clamp, **chosen)
     other = reference_network(path, ours, dtype=dtype, clamp=clamp, **chosen)
     exact = device.type == "cpu" and dtype in _EXACT
