@@ -12,8 +12,10 @@ from sdconv.cli.common import (
     Force,
     ImageSize,
     Json,
+    Key,
     Paths,
     Plot,
+    Prefix,
     check_output,
     one_or_all,
     print_json,
@@ -28,6 +30,8 @@ def anatomy(
     size: ImageSize = "512x512",
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    key: Key = None,
     plot: Plot = None,
     force: Force = False,
     every: Annotated[bool, typer.Option("--all", help="Show every single operation.")] = False,
@@ -47,6 +51,7 @@ def anatomy(
     """
     from sdconv.analysis.anatomy import dissect
     from sdconv.analysis.inspection import inspect
+    from sdconv.checkpoint.io.pickles import weights_key
 
     shape = parse_size(size)
     if plot is not None:
@@ -54,7 +59,9 @@ def anatomy(
 
         plot_format(plot)
         check_output(plot, force, paths)
-    found = inspect(one_or_all(paths), family=family).network(component or "vae")
+    with weights_key(key):
+        inspection = inspect(one_or_all(paths), family=family, prefix=prefix)
+    found = inspection.network(component or "vae")
     result = dissect(found.config, shape)
     if plot is not None:
         from sdconv.report.plots import draw_anatomy

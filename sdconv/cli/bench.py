@@ -9,10 +9,13 @@ import typer
 
 from sdconv.cli.common import (
     Component,
+    Ema,
     Family,
     InputSize,
     Json,
+    Key,
     Paths,
+    Prefix,
     one_or_all,
     print_json,
     show,
@@ -24,6 +27,9 @@ def bench(
     paths: Paths,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    key: Key = None,
+    ema: Ema = False,
     size: InputSize = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each backend.")] = 3,
     explained: Annotated[
@@ -50,11 +56,13 @@ def bench(
     from sdconv.analysis.explain import explain
     from sdconv.analysis.inspection import inspect
     from sdconv.analysis.memory import check_free_memory
+    from sdconv.checkpoint.io.pickles import weights_key
     from sdconv.cli.running import running
     from sdconv.report.bench import explanation_report, timings_report
 
     given = None if size is None else parse_size(size)
-    found = inspect(one_or_all(paths), family=family).network(component)
+    with weights_key(key):
+        found = inspect(one_or_all(paths), family=family, prefix=prefix).network(component)
     pixels = found.component == "vae"
     shape = given or ((512, 512) if pixels else (64, 64))
     with running("running without values"):
@@ -81,7 +89,15 @@ def bench(
         default=0,
     )
     check_free_memory(least, where, ("size",))
-    network = load(one_or_all(paths), found.component, dtype=torch.float32, family=family)
+    network = load(
+        one_or_all(paths),
+        found.component,
+        dtype=torch.float32,
+        family=family,
+        prefix=prefix,
+        key=key,
+        ema=ema,
+    )
     with running("timing"):
         timings = time_backends(network, shape, rounds)
     if as_json:

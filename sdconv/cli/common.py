@@ -109,12 +109,24 @@ Prefix = Annotated[
         show_default=False,
     ),
 ]
-Key = Annotated[
-    str | None,
+_KEYS = "Which weights of a pickle that holds several: params_ema, model.state_dict, ..."
+Key = Annotated[str | None, typer.Option("--key", metavar="NAME", help=_KEYS, show_default=False)]
+# of the commands with --model; --key is the tensor's name in a file of latents there
+ModelKey = Annotated[
+    str | None, typer.Option("--model-key", metavar="NAME", help=_KEYS, show_default=False)
+]
+Ema = Annotated[
+    bool,
     typer.Option(
-        metavar="NAME",
-        help="Which weights of a pickle that holds several: params_ema, model.state_dict, ...",
-        show_default=False,
+        "--ema", help="Open the running averages of the weights that an original file may hold too."
+    ),
+]
+Clamp = Annotated[
+    bool,
+    typer.Option(
+        "--clamp",
+        help="Let values beyond the range of --dtype become its largest finite one; they are an "
+        "error otherwise.",
     ),
 ]
 ComputeDtype = Annotated[

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sdconv.cli.common import (
+    Clamp,
     Family,
     Force,
     Json,
@@ -60,14 +61,7 @@ def convert(
     ] = None,
     family: Family = None,
     dtype: StorageDtype = None,
-    clamp: Annotated[
-        bool,
-        typer.Option(
-            "--clamp",
-            help="Let values beyond the range of --dtype become its largest finite one; they are "
-            "an error otherwise.",
-        ),
-    ] = False,
+    clamp: Clamp = False,
     prefix: Prefix = None,
     key: Key = None,
     ema: Annotated[

@@ -19,7 +19,12 @@ TRACEBACK = "SDCONV_TRACEBACK"
 
 _NO_MEMORY = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
 # arguments of the Python API whose option has another name
-_RENAMED = {"memory_limit": "memory", "generator": "sample", "overwrite": "force"}
+_RENAMED = {
+    "memory_limit": "memory",
+    "generator": "sample",
+    "overwrite": "force",
+    "key": "model_key",
+}
 
 
 class Commands(TyperGroup):
@@ -97,6 +102,7 @@ def in_option_names(message: str, options: Mapping[str, str]) -> str:
     for name, option in {**options, **renamed}.items():
         message = re.sub(rf"\A{name}(?=: )", option, message)
         message = re.sub(rf"\b{name}='([^']*)'", rf"{option} \1", message)
+        message = re.sub(rf"\b{name}=True\b", option, message)
         message = re.sub(rf"\b{name}=(?=\w)", f"{option} ", message)
         message = re.sub(rf"\b{name}=(?!\S)", option, message)
     return message

@@ -13,15 +13,19 @@ from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import (
     IMAGE_BACKEND,
     LARGEST_SEED,
+    Clamp,
     Component,
     ComputeDtype,
     Device,
     Dtype,
+    Ema,
     Family,
     Force,
     Json,
     Model,
+    ModelKey,
     Out,
+    Prefix,
     Resize,
     With,
     check_output,
@@ -107,7 +111,11 @@ def encode(
     alpha: Alpha = False,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -141,7 +149,19 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
     network, loaded, x = prepared(
         image, model, parse_resize(size), options, scaled=scaled, crop=crop, alpha=alpha
     )
@@ -212,7 +232,11 @@ def decode(
     ] = None,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -261,7 +285,19 @@ def decode(
             got="--scaled" if scaled else "--raw",
             hint="leave it to the file: give neither",
         )
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled)
     form = stated if scaled is None else scaled
@@ -296,7 +332,11 @@ def reconstruct(
     alpha: Alpha = False,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -336,7 +376,19 @@ def reconstruct(
         )
     image_format(out)
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
     network, loaded, x = prepared(image, model, parse_resize(size), options, crop=crop, alpha=alpha)
     with running("encoding and decoding", network):
         latents = encode_image(network, x)

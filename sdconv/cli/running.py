@@ -19,16 +19,21 @@ if TYPE_CHECKING:
     from sdconv.models.base import Autoencoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Which network of a file a command opens, and what it computes in and with.
 
-    ``memory``, ``spill``: as ``enable_streaming`` takes them; None for whole feature maps.
+    ``component`` to ``backend``: as ``sdconv.load`` takes them. ``memory``, ``spill``: as
+    ``enable_streaming`` takes them; None for whole feature maps.
     """
 
     component: str | None
     family: str | None
+    prefix: str | None
+    key: str | None
+    ema: bool
     dtype: Dtype
+    clamp: bool
     device: str
     backend: Backend = Backend.reference
     memory: str | None = None
@@ -51,6 +56,10 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
         dtype=options.dtype.in_torch(),
         device=options.device,
         family=options.family,
+        prefix=options.prefix,
+        key=options.key,
+        ema=options.ema,
+        clamp=options.clamp,
         backend=options.backend.value,
     )
     if not isinstance(network, Autoencoder):
@@ -65,8 +74,6 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
 
 
 def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
-    from sdconv.models.vae import AutoencoderKL
-
     if options.memory is None:
         if options.spill is not None:
             raise InputError(
@@ -75,12 +82,6 @@ def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
                 hint="say how much memory there is: --memory 2GiB",
             )
         return
-    if not isinstance(network, AutoencoderKL):
-        raise InputError(
-            "a tiny autoencoder computes whole feature maps only",
-            where="--memory",
-            hint="leave --memory out",
-        )
     network.enable_streaming(options.memory, options.spill)
 
 

@@ -10,10 +10,12 @@ import typer
 
 from sdconv.cli.common import (
     LARGEST_SEED,
+    Clamp,
     Component,
     ComputeDtype,
     Device,
     Dtype,
+    Ema,
     Family,
     Force,
     InputSize,
@@ -88,7 +90,11 @@ def check(
     against: Annotated[str, typer.Option(help="What to compare with: diffusers.")] = "diffusers",
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    key: Key = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     size: InputSize = None,
     seed: Annotated[
@@ -112,20 +118,26 @@ def check(
     """
     from sdconv.analysis.parity import check as compare
     from sdconv.analysis.parity import components
+    from sdconv.checkpoint.io.pickles import weights_key
 
     where = one_or_all(paths)
     shape = None if size is None else parse_size(size)
-    if component is None and len(there := components(where)) > 1:
+    with weights_key(key):
+        there = components(where) if component is None and prefix is None else ()
+    if len(there) > 1:
         component = "vae"
         say(
             f"the weights hold {' and '.join(there)}; the vae is compared (see --component)", "note"
         )
-    with working("comparing with diffusers"):
+    with working("comparing with diffusers"), weights_key(key):
         report = compare(
             where,
             component=component,
             against=against,
             family=family,
+            prefix=prefix,
+            ema=ema,
+            clamp=clamp,
             dtype=dtype.in_torch(),
             device=device,
             size=shape,

@@ -38,7 +38,8 @@ class Request:
         key: name of the latents in their file; None for the only tensor there.
         model: files of the network, as ``sdconv.load`` takes them.
         vae: files of the autoencoder that encodes an image for a U-Net, or None.
-        component, family, dtype, device: as ``sdconv.load`` takes them.
+        component, family, prefix, ema, dtype, clamp, device: as ``sdconv.load`` takes them.
+        model_key: ``key`` of ``sdconv.load``.
         size: pixels of the image's longer side, or (rows, columns); None for the image's own.
         steps: number of a U-Net's timesteps.
         seed: of the noise.
@@ -50,7 +51,11 @@ class Request:
     vae: Path | list[Path] | None
     component: str | None
     family: str | None
+    prefix: str | None
+    model_key: str | None
+    ema: bool
     dtype: torch.dtype
+    clamp: bool
     device: str
     size: int | tuple[int, int] | None
     steps: int
@@ -97,6 +102,10 @@ def prepare_run(request: Request) -> Run:
         dtype=request.dtype,
         device=request.device,
         family=request.family,
+        prefix=request.prefix,
+        key=request.model_key,
+        ema=request.ema,
+        clamp=request.clamp,
     )
     if isinstance(network, UNet2DConditionModel):
         return _unet_run(network, request, loaded)

@@ -91,7 +91,17 @@ class EncoderTiny(Checkpointed):
 
     @dispatched
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.checkpoint_call(self.layers, x.add(1).div(2)))
+        return self.leave(self.checkpoint_call(self.layers, self.enter(x)))
+
+    @staticmethod
+    def enter(x: Tensor) -> Tensor:
+        """Maps [-1, 1] to the [0, 1] of the original."""
+        return x.add(1).div(2)
+
+    @staticmethod
+    def leave(x: Tensor) -> Tensor:
+        """Returns the layers' output as it is."""
+        return x
 
 
 class DecoderTiny(Checkpointed):
@@ -121,8 +131,16 @@ class DecoderTiny(Checkpointed):
 
     @dispatched
     def forward(self, z: Tensor) -> Tensor:
-        # A soft clamp to the range of the VAE's latents.
-        x: Tensor = self.checkpoint_call(self.layers, torch.tanh(z / 3) * 3)
+        return self.leave(self.checkpoint_call(self.layers, self.enter(z)))
+
+    @staticmethod
+    def enter(z: Tensor) -> Tensor:
+        """Clamps softly to the range of the VAE's latents."""
+        return torch.tanh(z / 3) * 3
+
+    @staticmethod
+    def leave(x: Tensor) -> Tensor:
+        """Maps the [0, 1] of the original to [-1, 1]."""
         return x.mul(2).sub(1)
 
 
@@ -195,7 +213,10 @@ class AutoencoderTiny(Autoencoder):
         """
         decoder = self._half("decoder", self.decoder)
         x = self._checked(x, "latents", self.config.latent_channels, 1, decoder)
-        sample = self._over_batch(decoder, x)
+        if self.streaming is not None:
+            sample = self.streaming(self, "decode", x)
+        else:
+            sample = self._over_batch(decoder, x)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
@@ -217,6 +238,8 @@ class AutoencoderTiny(Autoencoder):
     def _latents(self, x: Tensor) -> Tensor:
         encoder = self._half("encoder", self.encoder)
         x = self._checked(x, "images", self.config.in_channels, 1, encoder)
+        if self.streaming is not None:
+            return self.streaming(self, "encode", x)
         return self._over_batch(encoder, x)
 
     def _half(self, name: str, half: nn.Module | None) -> nn.Module:

@@ -7,9 +7,7 @@ Source: ``ldm/modules/diffusionmodules/model.py`` and ``ldm/models/autoencoder.p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
@@ -143,8 +141,6 @@ class AutoencoderKL(Autoencoder):
 
     config_class: ClassVar[type[Config]] = AutoencoderKLConfig
     config: AutoencoderKLConfig | AutoencoderKLFlux2Config
-    # Set by enable_streaming: computes the output of "encode" or "decode".
-    streaming: Callable[..., Tensor] | None = None
     # The whole encoder and decoder, since `encode` and `decode` do not call `forward`.
     _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
 
@@ -174,59 +170,6 @@ class AutoencoderKL(Autoencoder):
     def downscale(self) -> int:
         """The factor by which an image is higher and wider than its latents."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
-
-    def enable_streaming(
-        self,
-        memory_limit: int | str | None = "2GiB",
-        spill: str | Path | None = None,
-        progress: bool = True,
-    ) -> None:
-        """Makes ``encode`` and ``decode`` compute strip by strip, layer by layer and image by
-        image, within a memory limit.
-
-        Normalisation and attention still see the whole image, so the result differs from an
-        ordinary run only by rounding. Gradients are not computed: an input that requires them is
-        refused, and weights that require them get none.
-
-        Args:
-            memory_limit: for everything that a call allocates, the result included and weights and
-                input excluded: ``"2GiB"``, a number of bytes, or None for no limit. On CUDA it
-                limits the device's memory.
-            spill: a folder on disk for feature maps that do not fit (``sdconv plan`` prints how
-                large they become). With None, everything stays within the limit, except on CUDA,
-                where it spills to the host's memory.
-            progress: shows a progress bar if standard error is a terminal.
-
-        Raises:
-            InputError: the limit is not a size, or the folder cannot be written to. ``encode`` and
-                ``decode`` raise it later for a limit that is too low for the image, and name the
-                lowest possible one.
-        """
-        from sdconv.streaming import Streaming
-
-        self.streaming = Streaming.of(memory_limit, spill, progress)
-
-    def disable_streaming(self) -> None:
-        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
-        self.streaming = None
-
-    def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """Enables streaming in place of tiling, with the settings of an earlier
-        ``enable_streaming``, otherwise without a memory limit.
-
-        Args:
-            use_tiling: False switches it off.
-            args, kwargs: diffusers' tile sizes, which are ignored: streaming is exact, but tiles
-                would change the image.
-        """
-        if not use_tiling:
-            self.disable_streaming()
-        elif self.streaming is None:
-            self.enable_streaming(None)
-
-    def disable_tiling(self) -> None:
-        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
-        self.disable_streaming()
 
     @apply_forward_hook
     def encode(

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from sdconv.models.tiny import AutoencoderTiny
 from sdconv.streaming.buffers import AllocatedBuffers, lay_out
 from sdconv.streaming.executor import make_runner
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.layers import WholeConv
 from sdconv.streaming.planner import StreamPlan, lifetimes
-from sdconv.streaming.steps import AttentionStep, StreamStep
+from sdconv.streaming.rows import RowPlan, plan_rows, run_rows
+from sdconv.streaming.steps import AttentionStep, Direction, StreamStep
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,6 +46,34 @@ def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
         setup, per_multiply = costs[kind]
         total += setup + per_multiply * step.multiplies
     return plan.batch * total
+
+
+@torch.no_grad()
+def predict_row_seconds(
+    network: AutoencoderTiny, direction: Direction, plan: RowPlan, width: int, device: torch.device
+) -> float:
+    """Predicts the seconds that a tiny autoencoder's plan takes, from two strips of it.
+
+    Args:
+        network: with weights or on the meta device.
+        direction: which half.
+        plan: of that half.
+        width: columns of the input.
+        device: to run on.
+    """
+    timed = _with_weights(network, device)
+    few = plan_rows(timed, direction, 1, 2 * plan.rows, width, limit=None)
+    few = replace(few, rows=plan.rows)
+    channels = network.config.in_channels, network.config.latent_channels
+    shape = 1, channels[direction == "decode"], 2 * plan.rows, width
+    x = torch.randn(shape, dtype=timed.dtype, device=device)
+    out = x.new_empty(few.shape)
+    seconds = 0.0
+    for _ in range(2):  # the first run generates the kernels
+        start = time.perf_counter()
+        run_rows(few, x, out, lambda rows: None)
+        seconds = time.perf_counter() - start
+    return seconds * plan.multiplies / few.multiplies
 
 
 def _kind(step: StreamStep, units: int) -> object:

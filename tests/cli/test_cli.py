@@ -143,13 +143,13 @@ decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
 decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a memory size
 decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
 decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | feature maps are not spilled
-encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole feature maps only
+encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 9MB | limit cannot be met
 encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
 plan --size 2x2                                                     | the image is too small
 plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
-plan tiny.safetensors                                               | only a VAE can be streamed
+plan tiny.safetensors --memory 9MB                                  | limit cannot be met
 plan --spill absent                                                 | --spill: not a writable folder
 reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the name of an image file
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written

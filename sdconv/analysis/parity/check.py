@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.analysis.parity.compare import ModuleDifference, compare
+from sdconv.checkpoint.io.narrow import Caster
 from sdconv.checkpoint.io.source import open_source
 from sdconv.checkpoint.open import SourceView, Weights, pipeline_parts
 from sdconv.devices import usable_device
@@ -93,6 +94,9 @@ def check(
     size: tuple[int, int] | None = None,
     seed: int = 0,
     batch: int = 1,
+    prefix: str | None = None,
+    ema: bool = False,
+    clamp: bool = False,
 ) -> ParityReport:
     """Build a file's network with sdconv and with a reference, and compare every module.
 
@@ -101,7 +105,7 @@ def check(
     ``sdconv.analysis.parity.compare``.
 
     Args:
-        path, component, family: as for ``sdconv.load``.
+        path, component, family, prefix, ema, clamp: as for ``sdconv.load``.
         against: ``"diffusers"``.
         dtype: the dtype that both compute in; None for float32.
         device: ``"cpu"`` or ``"cuda"``.
@@ -130,8 +134,14 @@ def check(
         raise InputError(
             "unknown reference", where="against", expected="'diffusers'", got=repr(against)
         )
-    ours = load(path, component, dtype=dtype, device=device, family=family)
-    other = reference_network(path, ours, component=component, family=family, dtype=dtype)
+    chosen: dict[str, Any] = {
+        "component": component,
+        "family": family,
+        "prefix": prefix,
+        "ema": ema,
+    }
+    ours = load(path, dtype=dtype, device=device, clamp=clamp, **chosen)
+    other = reference_network(path, ours, dtype=dtype, clamp=clamp, **chosen)
     exact = device.type == "cpu" and dtype in _EXACT
     truth = None if exact else copy.deepcopy(other.network).double()
     inputs = inputs_for(ours, size, Noise(batch, seed, dtype, device))
@@ -183,11 +193,14 @@ def reference_network(
     component: str | None = None,
     family: str | None = None,
     dtype: torch.dtype = torch.float32,
+    prefix: str | None = None,
+    ema: bool = False,
+    clamp: bool = False,
 ) -> Reference:
     """diffusers' network of a file, in eval mode, where the file's tensors are.
 
     Args:
-        path, component, family: those that ``ours`` was loaded with.
+        path, component, family, prefix, ema, clamp: those that ``ours`` was loaded with.
         ours: sdconv's network of the same file. Tensors that hold the same values on the same
             device are shared with it.
         dtype: the dtype of its weights.
@@ -202,12 +215,17 @@ def reference_network(
     with open_source(next(iter(parts.values()), path)) as source:
         view = SourceView(source)
         (one,) = (
-            one for one in view.identify(family, component) if component in (None, one.component)
+            one
+            for one in view.identify(family, component, prefix)
+            if component in (None, one.component)
         )
         state, tensors = ours.state_dict(), {}
+        caster = Caster(source.label, clamp=clamp)
         for canonical, name in one.found.names.items():
-            tensor = view.tensor(name)
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            stored = one.found.ema[canonical] if ema else name
+            tensor = view.tensor(stored)
+            if tensor.is_floating_point():
+                tensor = caster.cast(tensor, dtype, stored, tensor.device)
             tensors[name.removeprefix(one.found.prefix)] = _share(tensor, state[canonical])
         network, conversion = peer(one.config, source.config, tensors, one.found.layout)
     return Reference(network, VERSION, conversion, source.label, one.component)
