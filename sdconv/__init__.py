@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sdconv.features.capture import capture, run_until
     from sdconv.features.editing import edit
     from sdconv.features.maps import open_maps
+    from sdconv.hub.download import fetch
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.loading import load
     from sdconv.lora.merge import merge_lora, unmerge_lora
@@ -53,6 +54,7 @@ _HOME = {
     "capture": "sdconv.features.capture",
     "edit": "sdconv.features.editing",
     "features": "sdconv.features",
+    "fetch": "sdconv.hub.download",
     "infer": "sdconv.checkpoint.identify.infer",
     "load": "sdconv.loading",
     "merge_lora": "sdconv.lora.merge",
@@ -85,6 +87,7 @@ __all__ = [
     "capture",
     "edit",
     "features",
+    "fetch",
     "infer",
     "load",
     "merge_lora",

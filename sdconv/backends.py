@@ -82,6 +82,11 @@ def is_fast(module: nn.Module) -> bool:
     return (_from_context() or vars(module).get(_ATTRIBUTE)) == "fast"
 
 
+def own_backend(module: nn.Module) -> str:
+    """A module's own backend, which counts outside ``with sdconv.backend(...)``."""
+    return str(vars(module).get(_ATTRIBUTE, BACKENDS[0]))
+
+
 def _from_context() -> str | None:
     return _in_context.get()
 

@@ -75,7 +75,10 @@ class Layout(StrEnum):
     original = "original"
 
 
-_FILES = "A file, a component's folder, a pipeline's folder, or several files of one network."
+_FILES = (
+    "A file, a component's folder, a pipeline's folder, or several files of one network; or a "
+    "name: tiny-vae, tiny-unet, or one that was fetched."
+)
 _DTYPES = "float32, float16, bfloat16 or float64; or fp32, fp16, bf16, fp64"
 
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help=_FILES, show_default=False)]
@@ -85,7 +88,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="PATH",
-        help="The weights: a file or a folder. Give it twice for two halves in two files.",
+        help="The weights: a file, a folder, or a name such as tiny-vae. Give it twice for two "
+        "halves in two files.",
         show_default=False,
     ),
 ]

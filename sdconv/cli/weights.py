@@ -148,7 +148,11 @@ def check(
 def fetch(
     name: Annotated[
         str | None,
-        typer.Argument(help="A name from --list.", show_default=False),
+        typer.Argument(
+            metavar="NAME|OWNER/NAME[:PATH]",
+            help="A name from --list, or a file or folder of a repository on the hub.",
+            show_default=False,
+        ),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the known checkpoints.")] = False,
     directory: Annotated[
@@ -160,22 +164,34 @@ def fetch(
             show_default=False,
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A branch, tag or commit of the repository.  Default: the main branch.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Download a known checkpoint and check its sha256.
+    """Download weights from the Hugging Face hub, and check them.
 
-    It comes from the Hugging Face hub; no other command uses the network. A file that was
-    downloaded before is checked again and kept. The path is printed.
+    No other command uses the network. Every byte is compared with the hash that the hub states. Of
+    a folder, the safetensors weights that diffusers would open and config.json are downloaded. What
+    was downloaded before is checked again and kept. The path is printed; commands also find the
+    weights by the name that was fetched.
 
     \b
     Examples:
       sdconv fetch --list
       sdconv fetch taesd
+      sdconv fetch stabilityai/sd-vae-ft-mse
+      sdconv fetch stabilityai/stable-diffusion-xl-base-1.0:vae --dir weights
       sdconv inspect $(sdconv fetch sdxl-vae)
     """
-    from sdconv.fetch import fetch as download
-    from sdconv.fetch import load_manifest
+    from sdconv.hub.download import fetch as download
+    from sdconv.hub.manifest import load_manifest
 
     if listed == (name is not None):
         raise InputError(
@@ -185,7 +201,13 @@ def fetch(
             got="both" if listed else "neither",
         )
     if name is not None:
-        path = download(name, directory=directory, overwrite=force, progress=not as_json)
+        path = download(
+            name,
+            directory=directory,
+            overwrite=force,
+            progress=not as_json,
+            revision=revision,
+        )
         if as_json:
             print_json({"name": name, "path": str(path)})
         else:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ValueReport,
     )
     from sdconv.analysis.parity import ModuleDifference, ParityReport
-    from sdconv.fetch import KnownCheckpoint
+    from sdconv.hub.manifest import KnownCheckpoint
 
 
 def inspection_report(inspection: Inspection, values: ValueReport | None) -> RenderableType:

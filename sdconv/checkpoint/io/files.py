@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdconv.errors import CheckpointError, InputError, MissingFileError, SdconvError
+from sdconv.hub.names import weights_named
 
 LARGEST_TEXT = 100_000_000
 """The most bytes of a header, index or pickle program that are read; safetensors' own limit."""
@@ -59,6 +60,20 @@ def as_path(path: object) -> Path:
     if not isinstance(path, str | Path) or path == "":
         raise InputError("not a path", expected="a str or a pathlib.Path", got=short(path))
     return Path(path)
+
+
+def weights_path(path: object) -> Path:
+    """The path of weights, also for a name: of a network that ships with sdconv, or of weights that
+    were fetched from the hub. A path that exists is never taken for a name.
+
+    Raises:
+        MissingFileError: a name, whose weights are not on this machine.
+        InputError: it is not a ``str`` or a ``Path``, or it is empty.
+    """
+    given = as_path(path)
+    with os_errors(given):
+        exists = given.exists()
+    return given if exists else weights_named(str(path)) or given
 
 
 def regular_file(path: str | Path) -> tuple[Path, int]:
