@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdconv.cli.verbosity import is_quiet, is_verbose
 from sdconv.errors import InputError
 from sdconv.sizes import parse_size
 
@@ -95,11 +97,14 @@ Model = Annotated[
 ]
 Component = Annotated[
     str | None,
-    typer.Option(help="vae or unet, if the weights hold several.", show_default=False),
+    typer.Option(
+        metavar="vae|unet", help="vae or unet, if the weights hold several.", show_default=False
+    ),
 ]
 Family = Annotated[
     str | None,
     typer.Option(
+        metavar="FAMILY",
         help="The family, if the weights leave it open: sd1, sdxl, sd3, flux1, ...",
         show_default=False,
     ),
@@ -141,7 +146,7 @@ With = Annotated[
     Backend,
     typer.Option(help="The backend; reference gives the same bits as diffusers on a CPU."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.")]
 ImageSize = Annotated[
     str,
     typer.Option(
@@ -238,7 +243,8 @@ def printable(message: object) -> str:
 
 def say(message: object, kind: str) -> None:
     """Print one message on standard error: ``error: ...``, ``warning: ...``, ``note: ...``."""
-    typer.echo(f"{kind}: {printable(message)}", err=True)
+    if kind != "note" or not is_quiet():
+        typer.echo(f"{kind}: {printable(message)}", err=True)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -275,11 +281,21 @@ def errors_console() -> Console:
 def working(words: str) -> Iterator[None]:
     """A spinner on standard error while something takes long, if that is a terminal."""
     console = errors_console()
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(words):
-        yield
+    with _timed(words):
+        if console.is_terminal and not is_quiet():
+            with console.status(words):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def _timed(words: str) -> Iterator[None]:
+    """Say how long the block took, if asked to."""
+    start = time.perf_counter()
+    yield
+    if is_verbose() and words:
+        say(f"{words}: {time.perf_counter() - start:.2f} s", "note")
 
 
 @contextmanager
@@ -290,9 +306,9 @@ def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
         A function that advances it, called with a tensor's name, the bytes done so far and the
         bytes in all.
     """
-    from rich.progress import DownloadColumn, TimeRemainingColumn
+    from rich.progress import DownloadColumn
 
-    with _progress_bar(words, DownloadColumn(), TimeRemainingColumn()) as advance:
+    with _progress_bar(words, DownloadColumn()) as advance:
         yield advance
 
 
@@ -304,20 +320,26 @@ def counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
         A function that advances it, called with a name, the number done so far and the number in
         all.
     """
-    from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+    from rich.progress import MofNCompleteColumn
 
-    with _progress_bar(words, MofNCompleteColumn(), TimeElapsedColumn()) as advance:
+    with _progress_bar(words, MofNCompleteColumn()) as advance:
         yield advance
 
 
 @contextmanager
-def _progress_bar(
-    words: str, *columns: ProgressColumn
-) -> Iterator[Callable[[str, int, int], None]]:
-    from rich.progress import BarColumn, Progress, TextColumn
+def _progress_bar(words: str, done: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = errors_console()
-    every = (TextColumn(words), BarColumn(), *columns)
-    with Progress(*every, console=console, disable=not console.is_terminal) as progress:
+    # how much is done, what share of all that is, and the time that is left
+    columns = (TextColumn(words), BarColumn(), TaskProgressColumn(), done, TimeRemainingColumn())
+    hidden = is_quiet() or not console.is_terminal
+    with _timed(words), Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task(words, total=None)
         yield lambda name, done, total: progress.update(task, completed=done, total=total)

@@ -40,7 +40,9 @@ def convert(
     layout: Annotated[Layout, typer.Option(help="Whose names the tensors get.")],
     component: Annotated[
         str | None,
-        typer.Option(help="vae or unet, to write only that one.", show_default=False),
+        typer.Option(
+            metavar="vae|unet", help="vae or unet, to write only that one.", show_default=False
+        ),
     ] = None,
     family: Family = None,
     dtype: StorageDtype = None,

@@ -82,7 +82,7 @@ def features(
         typer.Option(metavar="GLOB", help="Names to exclude.", show_default=False),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, max=1000, help="Number of a U-Net's timesteps.")
+        int, typer.Option(min=1, max=1000, metavar="N", help="Number of a U-Net's timesteps.")
     ] = 10,
     keep: Annotated[
         str,
@@ -97,7 +97,9 @@ def features(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the noise.")
+    ] = 0,
     component: Component = None,
     family: Family = None,
     dtype: ComputeDtype = Dtype.float32,

@@ -74,7 +74,9 @@ def encode(
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample from the posterior instead of taking its mode.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the sample.")
+    ] = 0,
     scaled: Annotated[
         bool,
         typer.Option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
+from sdconv.cli.verbosity import is_quiet
 from sdconv.errors import InputError, SdconvError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
             where="--memory",
             hint="leave --memory out",
         )
-    network.enable_streaming(options.memory, options.spill)
+    network.enable_streaming(options.memory, options.spill, progress=not is_quiet())
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from sdconv.cli.common import (
     working,
 )
 from sdconv.cli.ending import fail
+from sdconv.cli.verbosity import is_quiet
 from sdconv.errors import InputError
 from sdconv.sizes import parse_size
 
@@ -85,14 +86,16 @@ def inspect(
 
 def check(
     paths: Paths,
-    against: Annotated[str, typer.Option(help="What to compare with: diffusers.")] = "diffusers",
+    against: Annotated[
+        str, typer.Option(metavar="NAME", help="What to compare with: diffusers.")
+    ] = "diffusers",
     component: Component = None,
     family: Family = None,
     dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
     size: InputSize = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random input.")
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the random input.")
     ] = 0,
     every: Annotated[bool, typer.Option("--all", help="Show every module.")] = False,
     as_json: Json = False,
@@ -205,7 +208,7 @@ def fetch(
             name,
             directory=directory,
             overwrite=force,
-            progress=not as_json,
+            progress=not as_json and not is_quiet(),
             revision=revision,
         )
         if as_json:

@@ -114,7 +114,7 @@ def _stated_hash(wanted: HubFile) -> str:
 
     commit = metadata.commit_hash
     for entry in HfApi().get_paths_info(wanted.repository, [wanted.file], revision=commit):
-        if isinstance(entry, RepoFile) and entry.lfs is not None:
+        if isinstance(entry, RepoFile) and entry.path == wanted.file and entry.lfs is not None:
             return entry.lfs.sha256
     if metadata.etag is not None and _GIT.fullmatch(metadata.etag):
         return metadata.etag

@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10
 
     def do_HEAD(self) -> None:
-        match = _RESOLVE.fullmatch(self.path)
+        match = _RESOLVE.fullmatch(urllib.parse.unquote(self.path))
         if match is None:
             return self._answer(404, {})
         repository, name = match.groups()
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         if file is None:
             return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         headers = {
-            "Location": f"{self.hub.store}/{repository}/{name}",
+            "Location": f"{self.hub.store}/{repository}/{urllib.parse.quote(name)}",
             "X-Repo-Commit": COMMIT,
             "X-Linked-ETag": f'"{file.etag}"',
             "X-Linked-Size": str(file.size),
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if tree := _TREE.fullmatch(self.path):
             return self._tree(tree[1], urllib.parse.unquote(tree[2] or ""))
-        match = _STORED.fullmatch(self.path)
+        match = _STORED.fullmatch(urllib.parse.unquote(self.path))
         file = self.hub.files.get((match[1], match[2])) if match else None
         if file is None:  # the client asks for other things too
             return self._answer(404, {})
