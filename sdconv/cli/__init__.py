@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, bench, compare, convert, features, images, plan, weights
+from sdconv.cli import anatomy, bench, compare, convert, export, features, images, plan, weights
 from sdconv.cli.ending import Commands
 from sdconv.cli.verbosity import with_verbosity
 
@@ -24,7 +24,14 @@ app = typer.Typer(
 )
 
 COMMANDS = {
-    "Weights": (weights.inspect, weights.check, convert.convert, compare.diff, weights.fetch),
+    "Weights": (
+        weights.inspect,
+        weights.check,
+        convert.convert,
+        export.export,
+        compare.diff,
+        weights.fetch,
+    ),
     "Images": (images.encode, images.decode, images.reconstruct),
     "Inside a network": (anatomy.anatomy, features.features),
     "Speed and memory": (plan.plan, bench.bench),

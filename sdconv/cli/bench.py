@@ -13,6 +13,7 @@ from sdconv.cli.common import (
     InputSize,
     Json,
     Paths,
+    counting,
     one_or_all,
     print_json,
     show,
@@ -82,8 +83,8 @@ def bench(
     )
     check_free_memory(least, where, ("size",))
     network = load(one_or_all(paths), found.component, dtype=torch.float32, family=family)
-    with running("timing"):
-        timings = time_backends(network, shape, rounds)
+    with counting("timing") as progress, running(""):
+        timings = time_backends(network, shape, rounds, progress)
     if as_json:
         rows = [asdict(row) | {"ratio": row.ratio} for row in timings.rows]
         print_json({"component": found.component, **asdict(timings), "rows": rows})

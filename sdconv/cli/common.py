@@ -282,7 +282,7 @@ def working(words: str) -> Iterator[None]:
     """A spinner on standard error while something takes long, if that is a terminal."""
     console = errors_console()
     with _timed(words):
-        if console.is_terminal and not is_quiet():
+        if shows_progress():
             with console.status(words):
                 yield
         else:
@@ -327,7 +327,23 @@ def counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _progress_bar(words: str, done: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+def sharing(words: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar of a share of the work on standard error, if that is a terminal.
+
+    Yields:
+        A function that advances it, called with a name, the work done so far and all of it.
+    """
+    with _progress_bar(words) as advance:
+        yield advance
+
+
+def shows_progress() -> bool:
+    """Whether progress is shown: on a terminal, unless that is not wanted."""
+    return errors_console().is_terminal and not is_quiet()
+
+
+@contextmanager
+def _progress_bar(words: str, *done: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import (
         BarColumn,
         Progress,
@@ -338,8 +354,8 @@ def _progress_bar(words: str, done: ProgressColumn) -> Iterator[Callable[[str, i
 
     console = errors_console()
     # how much is done, what share of all that is, and the time that is left
-    columns = (TextColumn(words), BarColumn(), TaskProgressColumn(), done, TimeRemainingColumn())
-    hidden = is_quiet() or not console.is_terminal
+    columns = (TextColumn(words), BarColumn(), TaskProgressColumn(), *done, TimeRemainingColumn())
+    hidden = not shows_progress()
     with _timed(words), Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task(words, total=None)
         yield lambda name, done, total: progress.update(task, completed=done, total=total)

@@ -64,8 +64,8 @@ class Commands(TyperGroup):
                     SdconvError(
                         "an internal error of sdconv",
                         got=f"{type(error).__name__}: {error}",
-                        hint=f"please report it, with the traceback that --verbose or {TRACEBACK}=1 "
-                        "shows",
+                        hint="please report it, with the traceback that --verbose shows, or "
+                        f"{TRACEBACK}=1",
                     ),
                     status=1,
                 )

@@ -123,7 +123,7 @@ def encode(
     check_output(out, force, [image, *model])
     options = RunOptions(component, family, dtype, device, backend, memory, spill)
     network, loaded, x = prepared(image, model, parse_resize(size), options, scaled=scaled)
-    with running("encoding", network):
+    with running("encoding", network, x.shape[2:], ["encode"]):
         generator = torch.Generator().manual_seed(seed) if sample else None
         latents = encode_image(network, x, generator).float()
         if scaled:
@@ -234,7 +234,8 @@ def decode(
     form = stated if scaled is None else scaled
     is_scaled = isinstance(network, AutoencoderTiny) if form is None else form
     wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
-    with running("decoding", network), wraps:
+    rows, columns = (network.downscale * side for side in z.shape[2:])
+    with running("decoding", network, (rows, columns), ["decode"]), wraps:
         z = z.to(network.device)
         if memory is None:
             sides = tuple(network.downscale * side for side in z.shape[2:])
@@ -285,7 +286,7 @@ def reconstruct(
     check_output(out, force, [image, *model])
     options = RunOptions(component, family, dtype, device, backend, memory, spill)
     network, loaded, x = prepared(image, model, parse_resize(size), options)
-    with running("encoding and decoding", network):
+    with running("encoding and decoding", network, x.shape[2:], ["encode", "decode"]):
         latents = encode_image(network, x)
         decoded = cast(Any, network).decode(latents).sample
     back = to_image(decoded[0])

@@ -15,10 +15,10 @@ from sdconv.cli.common import (
     ImageSize,
     Json,
     With,
+    counting,
     one_or_all,
     print_json,
     show,
-    working,
 )
 from sdconv.errors import InputError
 from sdconv.sizes import parse_bytes, parse_size
@@ -114,8 +114,8 @@ def plan(
             "seconds": None,
         }
         if timed:
-            with working(f"timing strips: {direction}"):
-                seconds = predict_seconds(found, device=torch.device("cpu"))
+            with counting(f"timing strips: {direction}") as progress:
+                seconds = predict_seconds(found, device=torch.device("cpu"), on_step=progress)
             answers[direction]["seconds"] = seconds
     if as_json:
         print_json(

@@ -21,12 +21,12 @@ from sdconv.cli.common import (
     Key,
     Paths,
     Prefix,
+    counting,
     one_or_all,
     print_json,
     reading,
     say,
     show,
-    working,
 )
 from sdconv.cli.ending import fail
 from sdconv.cli.verbosity import is_quiet
@@ -123,7 +123,7 @@ def check(
         say(
             f"the weights hold {' and '.join(there)}; the vae is compared (see --component)", "note"
         )
-    with working("comparing with diffusers"):
+    with counting("comparing with diffusers") as progress:
         report = compare(
             where,
             component=component,
@@ -133,6 +133,7 @@ def check(
             device=device,
             size=shape,
             seed=seed,
+            on_module=progress,
         )
     if as_json:
         print_json(report.to_json())
