@@ -224,9 +224,9 @@ def _difference(row: ModuleDifference) -> tuple[RenderableType, ...]:
 def _half(
     anatomy: Anatomy, path: str, blocks: tuple[Block, ...], every: bool, itemsize: int
 ) -> RenderableType:
-    counts = (">params", ">weights", ">activations", ">MACs", ">share")
-    counts += (">receptive field", ">downscale")
-    table = table_of(path, "kernel", "stride", "padding", ">channels", ">output", *counts)
+    geometry = ("kernel", "stride", "padding", ">channels", ">output")
+    costs = (">params", ">weights", ">activations", ">MACs", ">share")
+    table = table_of(path, *geometry, *costs, ">receptive field", ">downscale")
     table.columns[0].no_wrap = True
     for block in blocks:
         if every:
