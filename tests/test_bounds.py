@@ -48,7 +48,7 @@ def test_the_lowest_versions_fit_together(tmp_path: Path) -> None:
     for text in requirements():
         wanted = Requirement(text)
         assert wanted.specifier.contains(lowest[wanted.name.lower().replace("_", "-")]), text
-    assert lowest["diffusers"] == "0.36.0"
+    assert lowest["diffusers"] == "0.37.0"
     assert lowest["torch"] == "2.6.0"
 
 
@@ -61,7 +61,7 @@ def test_the_highest_versions_fit_together(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bounds_that_contradict_each_other_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="huggingface-hub"):
-        resolve(tmp_path, ["diffusers==0.36.0", "huggingface_hub>=2.4"], "lowest-direct")
+        resolve(tmp_path, ["diffusers==0.37.0", "huggingface_hub>=2.4"], "lowest-direct")
 
 
 def test_every_dependency_has_a_lower_bound_and_no_upper_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import tempfile
@@ -89,14 +90,11 @@ def export_half(
         expected = module(x)
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / path.name
-            written = (
-                _write_onnx(module, x, part) if suffix == ".onnx" else _write_xml(module, x, part)
-            )
+            write = _write_onnx if suffix == ".onnx" else _write_xml
+            written = write(module, x, part)
             found = _run(part, suffix, x)
             for file in written:  # the one that was asked for comes last
-                write_whole(
-                    path.with_name(file.name), lambda out, file=file: shutil.copy(file, out)
-                )
+                write_whole(path.with_name(file.name), functools.partial(shutil.copy, file))
     difference = None
     if found is not None:
         largest = float(expected.abs().max())
