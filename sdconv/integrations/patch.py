@@ -32,7 +32,7 @@ class PatchSummary:
     def __str__(self) -> str:
         total = sum(map(len, self.replaced.values()))
         before = f" ({self.already} had been replaced before)" if self.already else ""
-        lines = [f"replaced {total} blocks{before}; backend: {self.backend}"]
+        lines = [f"replaced {total} blocks{before}"]
         if self.switched:
             lines.append(f"switched {len(self.switched)} of those to the {self.backend} backend")
         lines += [
