@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.paths import ROOT
@@ -12,48 +14,56 @@ from helpers.paths import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def ran(notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The notebook with its outputs, run in a kernel of this Python that finds this sdconv."""
-    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
-    manager = pytest.importorskip("jupyter_client.manager")
-    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
+# in a process of its own, for the client leaves sockets to the garbage collector
+EXECUTE = """
+import sys, nbformat
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+given, out, folder = sys.argv[1:]
+notebook = nbformat.read(given, as_version=4)
+# the kernel of this environment, whatever other kernels the machine has
+manager = KernelManager(kernel_name="python3")
+resources = {"metadata": {"path": folder}}
+NotebookClient(notebook, km=manager, timeout=300, resources=resources).execute()
+nbformat.write(notebook, out)
+"""
+
+
+def execute(notebook: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a notebook into ``folder/ran.ipynb``, in a kernel that finds this sdconv."""
+    for package in ("nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="needs nbclient and ipykernel")
+    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for name in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
-        monkeypatch.setenv(name, str(folder / name.lower()))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder / "runtime"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # the kernel of this environment, whatever other kernels the machine has
-    kernels = manager.KernelManager(kernel_name="python3")
-    client = nbclient.NotebookClient(
-        notebook, km=kernels, timeout=300, resources={"metadata": {"path": str(folder)}}
+        own[name] = str(folder / name.lower())
+    command = [sys.executable, "-c", EXECUTE, notebook, folder / "ran.ipynb", folder]
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, **own}
     )
-    return client.execute()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the client's own
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_outside_the_checkout(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel")
-    done = ran(nbformat.read(path, as_version=4), tmp_path, monkeypatch)
-    outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
-    text = "".join(output.get("text", "") for output in outputs)
+def test_it_runs_outside_the_checkout(path: Path, tmp_path: Path) -> None:
+    done = execute(path, tmp_path)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads((tmp_path / "ran.ipynb").read_text("utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    text = "".join("".join(output.get("text", "")) for output in outputs)
     assert "(256, 256) -> (1, 4, 32, 32)" in text
     assert "switched 15 of those to the fast backend" in text
-    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) >= 4
+    assert len([one for one in outputs if "image/png" in one.get("data", {})]) >= 4
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_an_error_in_a_cell_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel")
-    exceptions = pytest.importorskip("nbclient.exceptions")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 == 2")])
-    with pytest.raises(exceptions.CellExecutionError):
-        ran(notebook, tmp_path, monkeypatch)
+def test_an_error_in_a_cell_is_noticed(tmp_path: Path) -> None:
+    notebook = json.loads(NOTEBOOKS[0].read_text("utf-8"))
+    code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    notebook["cells"] = [{**code, "source": "assert 1 == 2"}]
+    (tmp_path / "given.ipynb").write_text(json.dumps(notebook), "utf-8")
+    done = execute(tmp_path / "given.ipynb", tmp_path)
+    assert done.returncode != 0
+    assert "AssertionError" in done.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
