@@ -16,6 +16,7 @@ from torch import Tensor
 from sdconv.checkpoint.io.files import as_path
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError
+from sdconv.hub.shipped import shipped
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 """The formats that are read, by Pillow's names: none of them runs another program."""
@@ -182,6 +183,12 @@ def read_image(path: str | Path, *, alpha: bool = False) -> LoadedImage:
             got=error,
             hint="convert it to PNG or JPEG, or download it again",
         ) from error
+
+
+def example_image() -> Image.Image:
+    """The photo that ships with sdconv: 256x256, RGB; ``weights/README.md`` says where it is
+    from."""
+    return read_image(shipped("photo.jpg")).image
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -29,7 +29,7 @@ FLOORS = (
     ("fast", "integrations", "latents"),
     ("models", "lora", "images"),
     ("checkpoint",),
-    ("convolution", "config", "backends", "devices", "sizes", "fetch"),
+    ("convolution", "config", "backends", "devices", "sizes", "hub"),
     ("errors",),
 )
 FLOOR = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}

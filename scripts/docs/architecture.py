@@ -41,7 +41,7 @@ FLOORS = (
         ("backends", ("the switch and", "the registry")),
         ("devices", ("usable", "devices")),
         ("sizes", ("numbers", "as text")),
-        ("fetch", ("the only", "download")),
+        ("hub", ("the only", "download")),
     ),
     (("errors", ("what is wrong, where, expected, got, hint",)),),
 )

@@ -16,6 +16,7 @@ from sdconv.cli.common import (
     Key,
     Paths,
     Prefix,
+    counting,
     one_or_all,
     print_json,
     show,
@@ -98,8 +99,8 @@ def bench(
         key=key,
         ema=ema,
     )
-    with running("timing"):
-        timings = time_backends(network, shape, rounds)
+    with counting("timing") as progress, running(""):
+        timings = time_backends(network, shape, rounds, progress)
     if as_json:
         rows = [asdict(row) | {"ratio": row.ratio} for row in timings.rows]
         print_json({"component": found.component, **asdict(timings), "rows": rows})

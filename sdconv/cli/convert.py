@@ -57,7 +57,9 @@ def convert(
     ] = None,
     component: Annotated[
         str | None,
-        typer.Option(help="vae or unet, to write only that one.", show_default=False),
+        typer.Option(
+            metavar="vae|unet", help="vae or unet, to write only that one.", show_default=False
+        ),
     ] = None,
     family: Family = None,
     dtype: StorageDtype = None,

@@ -86,7 +86,7 @@ def features(
         typer.Option(metavar="GLOB", help="Names to exclude.", show_default=False),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, max=1000, help="Number of a U-Net's timesteps.")
+        int, typer.Option(min=1, max=1000, metavar="N", help="Number of a U-Net's timesteps.")
     ] = 10,
     keep: Annotated[
         str,
@@ -101,7 +101,9 @@ def features(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the noise.")
+    ] = 0,
     component: Component = None,
     family: Family = None,
     prefix: Prefix = None,

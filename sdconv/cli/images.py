@@ -97,7 +97,9 @@ def encode(
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample from the posterior instead of taking its mode.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the sample.")
+    ] = 0,
     scaled: Annotated[
         bool,
         typer.Option(
@@ -165,7 +167,7 @@ def encode(
     network, loaded, x = prepared(
         image, model, parse_resize(size), options, scaled=scaled, crop=crop, alpha=alpha
     )
-    with running("encoding", network):
+    with running("encoding", network, x.shape[2:], ["encode"]):
         generator = torch.Generator().manual_seed(seed) if sample else None
         latents = encode_image(network, x, generator).float()
         if scaled:
@@ -303,7 +305,8 @@ def decode(
     form = stated if scaled is None else scaled
     is_scaled = isinstance(network, AutoencoderTiny) if form is None else form
     wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
-    with running("decoding", network), wraps:
+    rows, columns = (network.downscale * side for side in z.shape[2:])
+    with running("decoding", network, (rows, columns), ["decode"]), wraps:
         z = z.to(network.device)
         if memory is None:
             sides = tuple(network.downscale * side for side in z.shape[2:])
@@ -390,7 +393,7 @@ def reconstruct(
         spill=spill,
     )
     network, loaded, x = prepared(image, model, parse_resize(size), options, crop=crop, alpha=alpha)
-    with running("encoding and decoding", network):
+    with running("encoding and decoding", network, x.shape[2:], ["encode", "decode"]):
         latents = encode_image(network, x)
         decoded = cast(Any, network).decode(latents).sample
     width, height = loaded.image.size

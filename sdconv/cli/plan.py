@@ -18,6 +18,7 @@ from sdconv.cli.common import (
     Key,
     Prefix,
     With,
+    counting,
     one_or_all,
     print_json,
     show,
@@ -151,8 +152,8 @@ def _of_layers(
             "seconds": None,
         }
         if timed:
-            with working(f"timing strips: {direction}"):
-                seconds = predict_seconds(found, device=torch.device("cpu"))
+            with counting(f"timing strips: {direction}") as progress:
+                seconds = predict_seconds(found, device=torch.device("cpu"), on_step=progress)
             answers[direction]["seconds"] = seconds
     return answers
 

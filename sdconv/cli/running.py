@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdconv.analysis.memory import check_memory
-from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
+from sdconv.cli.common import (
+    Backend,
+    Dtype,
+    one_or_all,
+    say,
+    sharing,
+    shows_progress,
+    working,
+)
+from sdconv.cli.verbosity import is_quiet
 from sdconv.errors import InputError, SdconvError
 
 if TYPE_CHECKING:
@@ -82,21 +91,31 @@ def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
                 hint="say how much memory there is: --memory 2GiB",
             )
         return
-    network.enable_streaming(options.memory, options.spill)
+    network.enable_streaming(options.memory, options.spill, progress=not is_quiet())
 
 
 @contextmanager
-def running(words: str, network: object = None) -> Iterator[None]:
-    """Run a network in inference mode, with a spinner unless it streams and has a bar of its own.
+def running(
+    words: str,
+    network: object = None,
+    size: Sequence[int] = (),
+    paths: Sequence[str] = (),
+) -> Iterator[None]:
+    """Run a network in inference mode; a bar on standard error shows how much is done.
+
+    Args:
+        words: what is done; "" if the caller shows it.
+        network: a VAE that streams has a bar of its own, and one that does not gets one here.
+        size: rows and columns of the image.
+        paths: the VAE's methods that will be called, in this order.
 
     Raises:
         InputError: torch's normalisation finds a single value in a group.
     """
     import torch
 
-    streams = getattr(network, "streaming", None) is not None
     try:
-        with nullcontext() if streams else working(words), torch.inference_mode():
+        with _shown(words, network, size, paths), torch.inference_mode():
             yield
     except SdconvError:
         raise  # some are ValueErrors too
@@ -107,6 +126,25 @@ def running(words: str, network: object = None) -> Iterator[None]:
             expected="feature maps on which its normalisation has more than one value",
             got=error,
         ) from error
+
+
+@contextmanager
+def _shown(
+    words: str, network: object, size: Sequence[int], paths: Sequence[str]
+) -> Iterator[None]:
+    from sdconv.models.vae import AutoencoderKL
+
+    if getattr(network, "streaming", None) is not None or not words:
+        yield
+    elif paths and isinstance(network, AutoencoderKL) and shows_progress():
+        from sdconv.analysis.progress import following
+
+        rows, columns = size
+        with sharing(words) as advance, following(network, (rows, columns), paths, advance):
+            yield
+    else:
+        with working(words):
+            yield
 
 
 def prepared(

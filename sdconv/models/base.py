@@ -261,6 +261,8 @@ class Autoencoder(Network):
         """Returns ``x`` if it is a batch with ``channels`` channels and at least ``least`` rows and
         columns, in the dtype and on the device of ``part``."""
         where = self.config.class_name
+        if not isinstance(x, Tensor):
+            x = _converted(x, what, where, channels, part)
         x = check_tensor(x, what, where, f"(B, {channels}, H, W)")
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape or min(x.shape[2:]) < least:
             raise InputError(
@@ -271,6 +273,21 @@ class Autoencoder(Network):
             )
         check_like(x, part, what, where)
         return x
+
+
+def _converted(x: object, what: str, where: str, channels: int, part: nn.Module) -> object:
+    """Pillow's images and numpy's arrays as a tensor with the dtype and on the device of ``part``;
+    anything else as it is."""
+    from sdconv.models.image_inputs import image_tensor, is_array, is_image, latent_tensor
+
+    if what == "images" and channels == 3 and is_image(x):
+        converted = image_tensor(x, where)
+    elif what == "latents" and is_array(x):
+        converted = latent_tensor(x, where)
+    else:
+        return x
+    weight = next((p for p in part.parameters() if p.is_floating_point()), converted)
+    return converted.to(weight.device, weight.dtype)
 
 
 # --- checks that all networks make of their input, before any arithmetic

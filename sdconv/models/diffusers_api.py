@@ -19,7 +19,7 @@ from torch import nn
 
 from sdconv.backends import provided
 from sdconv.checkpoint.assemble import assemble
-from sdconv.checkpoint.io.files import as_path, os_errors, read_json
+from sdconv.checkpoint.io.files import as_path, os_errors, read_json, weights_path
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.write import AVERAGING_FIELDS, write_config, write_folder
 from sdconv.config import Config
@@ -200,9 +200,9 @@ class DiffusersModel(nn.Module):
         _refuse(set(options) - _IGNORED, "from_pretrained")
         path: Any = pretrained_model_name_or_path
         if subfolder is not None:
-            path = as_path(path) / subfolder
+            path = weights_path(path) / subfolder
         if variant is not None:
-            _check_variant(as_path(path), variant)
+            _check_variant(weights_path(path), variant)
 
         return assemble(
             path,

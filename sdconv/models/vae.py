@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from sdconv.config.facts import VAE_NORM_EPS
 from sdconv.models.base import Autoencoder, apply_forward_hook, check_room
 from sdconv.models.blocks import Checkpointed, DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D
 from sdconv.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+
+if TYPE_CHECKING:
+    from sdconv.models.image_inputs import Images, Latents
 
 
 class Encoder(Checkpointed):
@@ -173,37 +176,39 @@ class AutoencoderKL(Autoencoder):
 
     @apply_forward_hook
     def encode(
-        self, x: Tensor, return_dict: bool = True
+        self, x: Images, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encodes images to a distribution over latents.
 
         Args:
-            x: ``(B, in_channels, H, W)`` in [-1, 1].
+            x: ``(B, in_channels, H, W)`` in [-1, 1]; or an image of Pillow's in mode RGB or L, an
+                array ``(H, W, 3)`` or ``(B, H, W, 3)`` of numpy's, uint8 from 0 to 255 or
+                floating-point from 0 to 1, or a list of these. Nothing is resized or cropped.
             return_dict: False returns a plain tuple.
 
         Returns:
             ``.latent_dist``, over latents ``(B, latent_channels, H // downscale, W // downscale)``.
 
         Raises:
-            InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
+            InputError: none of these, or of an unsuitable shape, size, range, dtype or device.
         """
         posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+        self, z: Latents, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Decodes latents to images.
 
         Args:
-            z: ``(B, latent_channels, h, w)``, raw.
+            z: ``(B, latent_channels, h, w)``, raw; a tensor or an array of numpy's.
             return_dict: False returns a plain tuple.
             generator: ignored; pipelines pass one, but decoding is deterministic.
 
         Returns:
             ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
-            not clamped.
+            not clamped; ``.to_pil()`` and ``.to_numpy()`` give images.
 
         Raises:
             InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
@@ -213,7 +218,7 @@ class AutoencoderKL(Autoencoder):
 
     def forward(
         self,
-        sample: Tensor,
+        sample: Images,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
@@ -221,7 +226,7 @@ class AutoencoderKL(Autoencoder):
         """Encodes and decodes images.
 
         Args:
-            sample: images, ``(B, in_channels, H, W)``.
+            sample: images, as ``encode`` takes them.
             sample_posterior: draws the latents from the posterior instead of taking its mode.
             return_dict: False returns a plain tuple.
             generator: for drawing the latents.
@@ -230,7 +235,7 @@ class AutoencoderKL(Autoencoder):
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
-    def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
+    def _posterior(self, x: Images) -> DiagonalGaussianDistribution:
         x = self._checked(x, "images", self.config.in_channels, self.downscale, self.encoder)
         rows, columns = (side // self.downscale for side in x.shape[2:])
         self._check_room(x, rows * columns, self.config.block_out_channels[-2:])
@@ -238,7 +243,7 @@ class AutoencoderKL(Autoencoder):
             return DiagonalGaussianDistribution(self.streaming(self, "encode", x))
         return DiagonalGaussianDistribution(self._over_batch(self._moments, x))
 
-    def _sample(self, z: Tensor) -> Tensor:
+    def _sample(self, z: Latents) -> Tensor:
         first = self.decoder if self.post_quant_conv is None else self.post_quant_conv
         z = self._checked(z, "latents", self.config.latent_channels, 1, first)
         self._check_room(z, z.shape[2] * z.shape[3], (self.decoder.conv_in.out_channels,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -26,7 +27,12 @@ TIMED_TOKENS = 8192
 
 
 @torch.no_grad()
-def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
+def predict_seconds(
+    plan: StreamPlan,
+    *,
+    device: torch.device,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> float:
     """Predicts the seconds that a plan's run takes.
 
     Steps of one kind (layer, channels, width, height of a strip) are timed once, on a feature map
@@ -36,15 +42,18 @@ def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
     Args:
         plan: for a network with weights or on the meta device.
         device: to run on.
+        on_step: called after each step with "", the number of steps so far, and of all.
     """
     costs: dict[object, tuple[float, float]] = {}
     total = 0.0
-    for step, units in zip(plan.steps, plan.units, strict=True):
+    for number, (step, units) in enumerate(zip(plan.steps, plan.units, strict=True), 1):
         kind = _kind(step, units)
         if kind not in costs:
             costs[kind] = _time_step(step, units, device)
         setup, per_multiply = costs[kind]
         total += setup + per_multiply * step.multiplies
+        if on_step is not None:
+            on_step("", number, len(plan.steps))
     return plan.batch * total
 
 

@@ -63,6 +63,12 @@ def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def check_extra(command: str) -> None:
+    """Skip a test of a command whose extra is not installed."""
+    if command == "export":
+        pytest.importorskip("openvino", reason="needs the export extra: pip install '.[export]'")
+
+
 # --- sizes
 
 # a command line for each command with --size, and how its answer states rows and columns
@@ -75,6 +81,10 @@ SIZED: Mapping[str, tuple[str, Any]] = {
     ),
     "anatomy": ("anatomy vae.safetensors", lambda said: said["size"]),
     "plan": ("plan vae.safetensors --no-time", lambda said: [said["height"], said["width"]]),
+    "export": (
+        "export vae.safetensors --half decoder -o out.xml",
+        lambda said: said["size"],
+    ),
     "bench": ("bench vae.safetensors --explain", lambda said: said["size"]),
     "features": (
         "features photo.png -m vae.safetensors -l encoder.conv_in -o maps",
@@ -89,12 +99,14 @@ def test_the_table_has_every_command_with_a_size() -> None:
 
 @pytest.mark.parametrize("command", SIZED)
 def test_a_size_is_rows_and_columns(command: str, here: Path) -> None:
+    check_extra(command)
     line, stated = SIZED[command]
     assert list(stated(answer(*line.split(), "--size", "24x32"))) == [24, 32]
 
 
 @pytest.mark.parametrize("command", SIZED)
 def test_a_size_is_one_number(command: str, here: Path) -> None:
+    check_extra(command)
     line, stated = SIZED[command]
     is_resized = options_of(command)["--size"].help.startswith("Resize")
     rows = 24 if is_resized else 32  # of 37x50, the longer side becomes 32
@@ -129,6 +141,7 @@ NEEDED = {
     "merge-lora": "a.safetensors b.safetensors --out c.safetensors",
     "extract-lora": "a.safetensors b.safetensors --rank 2 --out c.safetensors",
     "average": "a.safetensors b.safetensors --out c.safetensors",
+    "export": "a.safetensors --half decoder --out a.onnx",
     "diff": "a.safetensors b.safetensors",
     "encode": "a.png --model a.safetensors",
     "decode": "z.safetensors --model a.safetensors",
@@ -159,6 +172,7 @@ def test_an_unknown_dtype_is_refused(command: str) -> None:
 def test_dtypes_are_in_every_command_that_computes() -> None:
     computing = ["check", "convert", "encode", "decode", "reconstruct", "plan", "features"]
     computing += ["extract-lora"]
+    computing += ["export", "anatomy"]  # the latter for the memory of weights and activations
     assert with_option("--dtype") == [name for name in COMMANDS if name in computing]
 
 
@@ -182,6 +196,7 @@ WRITING = {
         "features photo.png -m vae.safetensors -l encoder.conv_in -o OUT",
         "out",
     ),
+    "export": ("export vae.safetensors --half decoder --size 16 -o OUT", "out.xml"),
     "diff": ("diff vae.safetensors vae.safetensors --plot OUT", "out.png"),
     "anatomy": ("anatomy vae.safetensors --size 64 --plot OUT", "out.svg"),
 }
@@ -196,6 +211,7 @@ def test_the_table_has_every_command_that_writes() -> None:
 
 @pytest.mark.parametrize("case", WRITING)
 def test_an_output_that_exists_is_overwritten_only_by_force(case: str, here: Path) -> None:
+    check_extra(case)
     line, name = WRITING[case]
     words, out = [name if word == "OUT" else word for word in line.split()], here / name
     assert run(*words).exit_code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,7 @@ def check(
     prefix: str | None = None,
     ema: bool = False,
     clamp: bool = False,
+    on_module: Callable[[str, int, int], None] | None = None,
 ) -> ParityReport:
     """Build a file's network with sdconv and with a reference, and compare every module.
 
@@ -114,6 +116,7 @@ def check(
         seed: of the random input. Images and latents are standard normal, timesteps and labels
             uniform.
         batch: how many images or latents at once.
+        on_module: called after each module with its name, the number compared so far, and of all.
 
     Raises:
         InputError: an argument is invalid, or there is no such device.
@@ -154,7 +157,7 @@ def check(
         dtype=_short(dtype),
         device=str(device),
         input_shapes={method: tuple(given[0].shape) for method, given in inputs.items()},
-        rows=compare(ours, other.network.to(device), inputs, truth=truth),
+        rows=compare(ours, other.network.to(device), inputs, truth=truth, on_module=on_module),
         tolerance_source=_EQUAL if exact else _WITHIN.format(dtype=_short(dtype)),
     )
 
