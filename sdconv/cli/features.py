@@ -24,9 +24,11 @@ from sdconv.cli.common import (
     parse_resize,
     print_json,
     say,
+    show,
 )
 from sdconv.cli.running import running
 from sdconv.errors import InputError
+from sdconv.sizes import parse_size
 
 if TYPE_CHECKING:
     from sdconv.features import Maps, Points
@@ -39,8 +41,9 @@ IN_MEMORY = 1 << 30
 
 
 def features(
+    model: Model,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             "-o",
@@ -48,8 +51,7 @@ def features(
             help="The folder to write.",
             show_default=False,
         ),
-    ],
-    model: Model,
+    ] = None,
     force: Force = False,
     source: Annotated[
         Path | None,
@@ -98,6 +100,12 @@ def features(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
+    listed: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="Print the names of all layers with their facts, and compute nothing."
+        ),
+    ] = False,
     component: Component = None,
     family: Family = None,
     dtype: ComputeDtype = Dtype.float32,
@@ -116,11 +124,25 @@ def features(
 
     \b
     Examples:
+      sdconv features --list --model vae.safetensors --layers 'decoder.*'
       sdconv features photo.jpg --model vae.safetensors --out maps
       sdconv features photo.jpg -m vae.safetensors -l 'decoder.*.resnets.*' -l '*:silu2' -o maps
       sdconv features --noise --model unet.safetensors --steps 20 --keep ::5 --out maps
       sdconv features photo.jpg --model unet.safetensors --vae vae.safetensors --out maps
     """
+    if listed:
+        points = _list(model, component, family, size, layers, exclude or ())
+        if as_json:
+            print_json({"points": points.to_json()})
+        else:
+            show(points.table())
+        return
+    if out is None:
+        raise InputError(
+            "no folder to write to",
+            where="--out",
+            hint="name one: --out DIR; or list the layers: --list",
+        )
     if (source is None) != noise:
         raise InputError(
             "give either a file or --noise",
@@ -131,8 +153,9 @@ def features(
     kept = _calls(keep, steps)
     _check_folder(out, force)
     from sdconv.features.drivers import Request, prepare_run
-    from sdconv.features.zarr_store import atomic_folder
+    from sdconv.features.zarr_store import atomic_folder, zarr_package
 
+    zarr_package(out)  # before anything is loaded or computed
     request = Request(
         source=source,
         key=key,
@@ -173,6 +196,36 @@ def features(
     typer.echo(
         f"{out / PAGE}: {count}, {page.bytes / 1e6:.1f} MB; their values are in {out / MAPS}"
     )
+
+
+def _list(
+    model: list[Path],
+    component: str | None,
+    family: str | None,
+    size: str | None,
+    layers: list[str] | None,
+    exclude: list[str] | tuple[()],
+) -> Points:
+    """The points of a network of which only the headers are read."""
+    import torch
+
+    from sdconv.analysis.inspection import inspect
+    from sdconv.features import Points
+    from sdconv.features import features as points_of
+    from sdconv.features.drivers import latent_sides
+    from sdconv.features.selection import match_patterns
+    from sdconv.loading import build
+    from sdconv.models.unet import UNet2DConditionModel
+
+    pixels = None if size is None else parse_size(size)
+    config = inspect(one_or_all(model), family=family).network(component).config
+    with torch.device("meta"):
+        network = build(config)
+    sides = latent_sides(network, pixels) if isinstance(network, UNet2DConditionModel) else pixels
+    points = points_of(network, sides)
+    kept = match_patterns(points.names, layers or "*", exclude)
+    names = {name for some in kept.values() for name in some}
+    return Points([point for point in points if point.name in names])
 
 
 def _capture(

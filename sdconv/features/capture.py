@@ -78,12 +78,14 @@ def capture(
         InputError: a pattern matches no name, an option has an invalid value, or the device does
             not exist.
         SdconvError: no layer of a pattern was reached; the maps need more than ``max_memory``; the
-            store exists or cannot be written.
+            store exists or cannot be written; streaming or tiling is on in an autoencoder, whose
+            layers then see parts of an image.
     """
     found = target_of(target)
     points = found.hook_points()
     by_pattern = match_patterns(tuple(points), patterns, exclude)
     wanted = {name for names in by_pattern.values() for name in names}
+    found.check_whole(wanted)
     keep = Keep(
         region=region,
         channels=channels,

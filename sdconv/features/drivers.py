@@ -155,7 +155,7 @@ def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage 
     generator = torch.Generator().manual_seed(request.seed)
     z, image, notes = _latents_of(unet, request, loaded)
     channels = unet.config.out_channels
-    rows, columns = _sides(unet, request.size) if z is None else (z.shape[2], z.shape[3])
+    rows, columns = latent_sides(unet, request.size) if z is None else (z.shape[2], z.shape[3])
     if unet.device.type == "cpu":
         least = unet.config.block_out_channels[0] * rows * columns * unet.dtype.itemsize
         resizable = request.source is None or loaded is not None
@@ -192,7 +192,7 @@ def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage 
     )
 
 
-def _sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def latent_sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of the latents of an image of this size; None for the U-Net's default
     size."""
     if size is not None:

@@ -69,7 +69,8 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
 
     Raises:
         InputError: a pattern matches no name, or there are no patterns.
-        SdconvError: a function returned something else; no layer of a pattern was reached.
+        SdconvError: a function returned something else; no layer of a pattern was reached;
+            streaming or tiling is on in an autoencoder, whose layers then see parts of an image.
     """
     found = target_of(target)
     points = found.hook_points()
@@ -81,6 +82,7 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
             got=repr(changes),
         )
     by_pattern = match_patterns(tuple(points), tuple(changes))
+    found.check_whole(name for names in by_pattern.values() for name in names)
     counters = found.counters()
     reached: set[str] = set()
 

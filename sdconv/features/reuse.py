@@ -40,7 +40,8 @@ def reuse(
 
     Raises:
         InputError: a pattern matches no module, or ``steps`` is invalid.
-        SdconvError: no module of a pattern was called.
+        SdconvError: no module of a pattern was called; streaming or tiling is on in an
+            autoencoder.
     """
     found = target_of(target)
     modules = {
@@ -50,6 +51,7 @@ def reuse(
     }
     by_pattern = match_patterns(tuple(modules), patterns, exclude)
     named = {name for names in by_pattern.values() for name in names}
+    found.check_whole(named)
     outermost = {name for name in named if not any(map(named.__contains__, _around(name)))}
     selected = {prefix: _Selected(counter, steps) for prefix, counter in found.counters().items()}
     reached: set[str] = set()

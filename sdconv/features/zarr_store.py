@@ -55,7 +55,7 @@ class ZarrStore:
     """
 
     def __init__(self, path: Path, *, pipeline: bool) -> None:
-        _zarr(path)
+        zarr_package(path)
         if path.exists():
             raise SdconvError(
                 "this path exists, and feature maps overwrite nothing",
@@ -90,7 +90,7 @@ class ZarrStore:
     def begin(self) -> None:
         """Create the folder if it does not exist yet."""
         if not self._begun:
-            zarr = _zarr(self.path)
+            zarr = zarr_package(self.path)
             self.path.mkdir(parents=True)
             about = {FORMAT: VERSION, "pipeline": self._pipeline}
             zarr.create_group(self.path, zarr_format=3, attributes=about)
@@ -105,7 +105,7 @@ class ZarrStore:
         return array, number
 
     def _new(self, name: str, number: int, x: Tensor, values: Any) -> Array[Any]:
-        zarr = _zarr(self.path)
+        zarr = zarr_package(self.path)
         self.begin()
         if number == 0:
             zarr.create_group(self._folder(name, number).parent, zarr_format=3)
@@ -221,7 +221,7 @@ def read_store(path: Path) -> tuple[dict[str, list[tuple[Call, Load]]], bool]:
             missing.
     """
     path = path.absolute()
-    zarr = _zarr(path)
+    zarr = zarr_package(path)
     with errors_about(path, "not a folder of feature maps", hint="open what maps.save(path) wrote"):
         about = dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
         if about.get(FORMAT) != VERSION:
@@ -243,7 +243,7 @@ def read_store(path: Path) -> tuple[dict[str, list[tuple[Call, Load]]], bool]:
 
 def _read_array(folder: Path) -> tuple[int, str, list[tuple[Call, Load]]]:
     """An array's rank among the hook points, the hook point's name, and the calls in the array."""
-    attributes = _zarr(folder).open_array(folder, mode="r", zarr_format=3).attrs
+    attributes = zarr_package(folder).open_array(folder, mode="r", zarr_format=3).attrs
     name, order = attributes["name"], attributes["order"]
     calls = [_call(*written) for written in attributes["calls"]]
     if not isinstance(name, str) or not isinstance(order, int):
@@ -259,7 +259,7 @@ def _read(folder: Path, row: int) -> Tensor:
     """
     import numpy
 
-    zarr = _zarr(folder)
+    zarr = zarr_package(folder)
     with errors_about(folder, "cannot be read"):
         array = zarr.open_array(folder, mode="r", zarr_format=3)
         # zarr would fill in missing chunks, for any size that the metadata claims
@@ -297,7 +297,7 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return (max(shape[0], 1), channels, *(max(side, 1) for side in shape[2:]))
 
 
-def _zarr(path: Path) -> Any:
+def zarr_package(path: Path) -> Any:
     """The zarr package.
 
     Raises:

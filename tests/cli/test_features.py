@@ -267,3 +267,47 @@ def test_all_blocks_of_a_full_autoencoder_fit(tmp_path: Path) -> None:
     answer = json.loads(run(*given, "-o", tmp_path / "out", "--json").stdout)
     assert answer["bytes"] < 30_000_000
     assert answer["shown"] > 30
+
+
+def test_a_missing_zarr_is_said_before_anything_is_computed(
+    here: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "zarr", None)
+        opened: list[object] = []
+        without.setattr("sdconv.features.drivers.prepare_run", opened.append)
+        message = refused(*given)
+        assert "pip install 'sdconv[maps]'" in message
+        assert not opened and not out.exists()
+    assert run(*given, "-l", "encoder.conv_in").exit_code == 0
+
+
+def test_the_list_of_layers(here: Path, tmp_path: Path) -> None:
+    given = ("--list", "-m", here / "vae.safetensors")
+    printed = run(*given)
+    assert printed.exit_code == 0, printed.stderr
+    vae = sdconv.load(here / "vae.safetensors")
+    points = sdconv.features(vae)
+    listed = json.loads(run(*given, "--json").stdout)["points"]
+    assert listed == json.loads(json.dumps(points.to_json()))
+    assert all(point.name in printed.stdout for point in points)
+    sized = json.loads(run(*given, "--json", "--size", "64x32", "-l", "decoder.conv_*").stdout)
+    assert [one["name"] for one in sized["points"]] == [
+        "decoder.conv_in",
+        "decoder.conv_norm_out",
+        "decoder.conv_act",
+        "decoder.conv_out",
+    ]
+    assert sized["points"][-1]["size"] == [64, 32]
+    assert "no layer has this name" in refused(*given, "-l", "decoder.nothing")
+    # of a U-Net, an image's size is that of its latents times eight
+    unet = json.loads(
+        run("--list", "-m", UNET, "--size", "128", "--json", "-l", "conv_in").stdout
+    )["points"]
+    assert unet[0]["size"] == [16, 16]
+
+
+def test_without_a_folder_the_list_is_suggested(here: Path) -> None:
+    message = refused(here / "photo.png", "-m", here / "vae.safetensors")
+    assert "--out DIR" in message and "--list" in message
