@@ -12,7 +12,7 @@ from torch import Tensor
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Call, CallCounter
 from sdconv.features.hooks import attach, uncompiled, untraced
-from sdconv.features.selection import match_patterns
+from sdconv.features.selection import match_points
 from sdconv.features.targets import target_of
 
 
@@ -81,7 +81,7 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
             expected="functions of a feature map and its context, by the names of layers",
             got=repr(changes),
         )
-    by_pattern = match_patterns(tuple(points), tuple(changes))
+    by_pattern = match_points(tuple(points), tuple(changes))
     found.check_whole(name for names in by_pattern.values() for name in names)
     counters = found.counters()
     reached: set[str] = set()
