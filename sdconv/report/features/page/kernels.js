@@ -3,6 +3,8 @@
 
 let layer = null; // the number of the convolution whose kernels are in view
 
+const KERNEL_SIDE = 280; // pixels of a figure's longer side
+
 const layersNow = () => kernels.map((_, at) => at).filter((at) => kernels[at].block === maps[state.map].block);
 
 function showLayers() {
@@ -42,7 +44,11 @@ async function showKernels() {
   const [outs, ins, rows, columns] = data.shape;
   const figures = [];
   const canvasOf = (words) => make("canvas", { role: "img", "aria-label": words });
-  const figure = (title, words, canvas, scale) => {
+  const figure = (title, words, canvas, scale, stretched = false) => {
+    // a matrix has no aspect of its own; small images keep theirs
+    const aspect = stretched ? 1 : canvas.width / canvas.height;
+    canvas.style.width = `${KERNEL_SIDE * Math.min(1, aspect)}px`;
+    canvas.style.aspectRatio = aspect;
     const bar = make("p", { class: "scale" });
     if (scale) showScale(bar, scale);
     figures.push(make("figure", {},
@@ -57,23 +63,31 @@ async function showKernels() {
     const bytes = bytesOf(data.slices);
     const canvas = canvasOf("Slices of the kernels");
     const diverging = COLORMAPS.diverging;
-    drawTiles(canvas, data.outs.length * data.ins.length, rows, columns,
-      (tile, pixel) => diverging[bytes[tile * rows * columns + pixel]], data.ins.length);
+    // the longer axis lies across
+    const wide = data.outs.length > data.ins.length;
+    const [down, across] = wide ? [data.ins, data.outs] : [data.outs, data.ins];
+    drawTiles(canvas, down.length * across.length, rows, columns, (tile, pixel) => {
+      const [y, x] = [Math.floor(tile / across.length), tile % across.length];
+      const at = wide ? x * down.length + y : tile;
+      return diverging[bytes[at * rows * columns + pixel]];
+    }, across.length);
     canvas.onpointermove = (event) => {
-      const at = (offset, side, count) => Math.min(count - 1, Math.floor((offset / side) * count));
-      const y = at(event.offsetY, canvas.clientHeight, data.outs.length);
-      const x = at(event.offsetX, canvas.clientWidth, data.ins.length);
-      canvas.title = `output channel ${data.outs[y]}, input channel ${data.ins[x]}`;
+      const at = (offset, side, channels) =>
+        channels[Math.min(channels.length - 1, Math.floor((offset / side) * channels.length))];
+      const y = at(event.offsetY, canvas.clientHeight, down);
+      const x = at(event.offsetX, canvas.clientWidth, across);
+      canvas.title = `output channel ${wide ? x : y}, input channel ${wide ? y : x}`;
     };
-    figure("Slices", `${data.outs.length} output × ${data.ins.length} input channels with the largest norms`, canvas,
-      { name: "diverging", low: -data.slicesTop, high: data.slicesTop });
+    const words = wide ? ["input", "output"] : ["output", "input"];
+    figure("Slices", `${down.length} ${words[0]} × ${across.length} ${words[1]} channels with the largest norms`,
+      canvas, { name: "diverging", low: -data.slicesTop, high: data.slicesTop });
   }
   const norms = canvasOf("Norms of the kernels");
   const scale = { name: "viridis", low: 0, high: data.normTop };
   paint(norms, valuesOf(data.norms, 0, data.normTop), scale);
   const [high, wide] = data.normsSize;
   const averaged = high < outs || wide < ins ? `, averaged to ${high} × ${wide}` : "";
-  figure(rows * columns > 1 ? "Norms" : "Absolute weights", `${outs} output × ${ins} input channels${averaged}`, norms, scale);
+  figure(rows * columns > 1 ? "Norms" : "Absolute weights", `${outs} output × ${ins} input channels${averaged}`, norms, scale, true);
   if (rows * columns > 1) {
     const canvas = canvasOf("Mean absolute weight by position");
     const values = Float32Array.from(data.profile.flat());
