@@ -106,7 +106,8 @@ def _rows(name: str, call: Call, x: Tensor) -> Mapping[str, Any]:
     batch, channels = flat.shape[:2]
     found = (flat.mean(-1), flat.std(-1, correction=0), flat.amin(-1), flat.amax(-1))
     numbers = {
-        key: values.reshape(-1).numpy() for key, values in zip(STATISTICS, found, strict=True)
+        key: values.reshape(-1).double().numpy()
+        for key, values in zip(STATISTICS, found, strict=True)
     }
     halves: list[str | None] = [None] * batch
     if call.guided and batch % 2 == 0:

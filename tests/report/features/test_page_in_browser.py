@@ -378,14 +378,14 @@ def test_signed_maps_have_diverging_colours_and_bars_say_when_they_clip(tab: Tab
     low, high = (words.strip("\u2264\u2265 ") for words in (low, high))
     assert low == f"\u2212{high}"  # symmetric around zero
     assert tab.page.get_attribute("#one-scale", "title").startswith("clipped: the values go from")
-    assert "247, 247, 247" in tab.page.get_attribute("#one-scale i", "style")
+    assert "247, 246, 246" in tab.page.get_attribute("#one-scale i", "style")
     tab.page.click("#colormap button:text-is('viridis')")
     tab.address("colormap=viridis")
-    tab.wait("!document.querySelector('#one-scale i').style.background.includes('247, 247, 247')")
+    tab.wait("!document.querySelector('#one-scale i').style.background.includes('247, 246, 246')")
     # the deviation is never negative
     tab.page.click("#colormap button:text-is('auto')")
-    tab.wait("document.querySelector('#one-scale i').style.background.includes('247, 247, 247')")
-    assert "247, 247, 247" not in tab.page.get_attribute("#std-scale i", "style")
+    tab.wait("document.querySelector('#one-scale i').style.background.includes('247, 246, 246')")
+    assert "247, 246, 246" not in tab.page.get_attribute("#std-scale i", "style")
 
 
 def test_a_channel_at_its_own_resolution_and_its_download(tab: Tab, tmp_path: Path) -> None:
