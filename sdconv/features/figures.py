@@ -94,7 +94,7 @@ def _draw_row(axes: list[Axes], name: str, maps: Values) -> None:
     maps = downscaled(maps, _SIDE)
     components, _, share = principal_components(maps)
     axes[0].imshow(to_rgb(components), interpolation="nearest")
-    title = f"{name}\nprincipal components, {share:.0%} of variance"
+    title = f"{name}\nprincipal components, {share:.0%}"
     axes[0].set_title(title, fontsize=7, loc="left")
     images = [(maps.mean(0), "\nmean"), (maps.std(0), "\nstandard deviation")]
     largest = np.argsort(-found.variance, kind="stable")[: len(axes) - 4]

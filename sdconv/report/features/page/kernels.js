@@ -47,7 +47,8 @@ async function showKernels() {
   const figure = (title, words, canvas, scale, stretched = false) => {
     // a matrix has no aspect of its own; small images keep theirs
     const aspect = stretched ? 1 : canvas.width / canvas.height;
-    canvas.style.width = `${KERNEL_SIDE * Math.min(1, aspect)}px`;
+    const side = Math.max(canvas.width, canvas.height) < 12 ? KERNEL_SIDE / 2 : KERNEL_SIDE;
+    canvas.style.width = `${side * Math.min(1, aspect)}px`;
     canvas.style.aspectRatio = aspect;
     const bar = make("p", { class: "scale" });
     if (scale) showScale(bar, scale);
