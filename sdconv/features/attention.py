@@ -112,7 +112,6 @@ class _Probabilities(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self.visited and function is functional.scaled_dot_product_attention:
-            self.visited = True
             return self._fused(*args, **kwargs)
         output = function(*args, **kwargs)
         # (B * heads, queries, keys)
@@ -129,17 +128,21 @@ class _Probabilities(TorchFunctionMode):
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        *args: Any,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
         scale: float | None = None,
-        **kwargs: Any,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        found = probabilities(query, key, attn_mask, scale)
-        new = self._visit(found)
-        if new is found:
-            return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, *args, scale=scale, **kwargs
-            )
-        return new.to(value.dtype) @ value
+        if not (dropout_p or is_causal or enable_gqa):  # a U-Net's attention has none of them
+            self.visited = True
+            found = probabilities(query, key, attn_mask, scale)
+            new = self._visit(found)
+            if new is not found:
+                return new.to(value.dtype) @ value
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, **options
+        )
 
 
 def probabilities(

@@ -86,7 +86,7 @@ class HeatMaps:
         """
         mean = probabilities.detach().float().mean(1)
         rows, columns = _grid(mean.shape[1], size)
-        layer = mean.mT.unflatten(2, (rows, columns))
+        layer = mean.mT.reshape(*mean.mT.shape[:2], rows, columns)
         layer = nn.functional.interpolate(layer, size, mode="bicubic").clamp(min=0)
         with self._lock:
             if self._sum is not None and self._sum.shape != layer.shape:

@@ -75,7 +75,7 @@ def layer_facts(point: Point, module: nn.Conv2d) -> dict[str, str]:
     padding: Sequence[int] = point.padding or (0, 0, 0, 0)
     facts = {
         "kernel": _TIMES.join(map(str, module.kernel_size)),
-        "stride": format_pair(module.stride, _TIMES),
+        "stride": format_pair((module.stride[0], module.stride[1]), _TIMES),
         "padding": padding_words(padding),
     }
     if point.downscale is not None:
