@@ -139,7 +139,7 @@ class _Probabilities(TorchFunctionMode):
             new = self._visit(found)
             if new is not found:
                 return new.to(value.dtype) @ value
-        options = {"scale": scale, "enable_gqa": enable_gqa}
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )

@@ -92,7 +92,7 @@ def capture(
     points = found.hook_points()
     by_pattern = match_points(tuple(points), patterns, exclude)
     wanted = {name for names in by_pattern.values() for name in names}
-    found.check_whole(wanted)
+    found.check_whole(name for name in points if name in wanted)
     if grad:
         _check_gradients(found, store)
     keep = Keep(

@@ -51,7 +51,7 @@ def reuse(
     }
     by_pattern = match_patterns(tuple(modules), patterns, exclude)
     named = {name for names in by_pattern.values() for name in names}
-    found.check_whole(named)
+    found.check_whole(name for name in modules if name in named)
     outermost = {name for name in named if not any(map(named.__contains__, _around(name)))}
     selected = {prefix: _Selected(counter, steps) for prefix, counter in found.counters().items()}
     reached: set[str] = set()
