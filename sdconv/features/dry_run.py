@@ -116,7 +116,8 @@ def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, 
     try:
         with recorder.following_modules(network):
             for point in hook_points(network).values():
-                handles.append(attach(point, visits.visit(point)))
+                if point.kind != "probs":  # the network does not compute them
+                    handles.append(attach(point, visits.visit(point)))
             with torch.no_grad(), recorder:
                 getattr(network, method)(*inputs, return_dict=False)
     finally:
