@@ -28,6 +28,7 @@ from sdconv.cli.common import (
     parse_resize,
     print_json,
 )
+from sdconv.cli.ranks import Ranks, is_first_rank
 from sdconv.cli.running import RunOptions, open_autoencoder, prepared, running
 from sdconv.errors import InputError
 
@@ -91,6 +92,7 @@ def encode(
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    ranks: Ranks = False,
     as_json: Json = False,
 ) -> None:
     """Turn an image into latents.
@@ -105,6 +107,7 @@ def encode(
       sdconv encode photo.jpg --model vae.safetensors
       sdconv encode photo.jpg --model vae.safetensors --size 512 --scaled --out z.safetensors
       sdconv encode photo.jpg --model vae.safetensors --sample --seed 7
+      torchrun --nproc-per-node 2 -m sdconv encode photo.jpg -m vae.safetensors --ranks
     """
     import torch
 
@@ -119,13 +122,15 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(component, family, dtype, device, backend, memory, spill, ranks)
     network, loaded, x = prepared(image, model, parse_resize(size), options, scaled=scaled)
     with running("encoding", network):
         generator = torch.Generator().manual_seed(seed) if sample else None
         latents = encode_image(network, x, generator).float()
         if scaled:
             latents = scale(network, latents)
+    if not is_first_rank():
+        return
     scaled = scaled or isinstance(network, AutoencoderTiny)  # whose latents always are
     if not torch.isfinite(latents).all():
         raise InputError(
@@ -185,6 +190,7 @@ def decode(
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    ranks: Ranks = False,
     seamless: Annotated[
         Axes | None,
         typer.Option(
@@ -206,6 +212,7 @@ def decode(
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
       sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
       sdconv decode panorama.safetensors -m vae.safetensors --seamless x
+      torchrun --nproc-per-node 2 -m sdconv decode z.safetensors -m vae.safetensors --ranks
     """
     from sdconv.images import image_format, to_image, write_image
     from sdconv.latents import read_stored
@@ -226,7 +233,7 @@ def decode(
             got="--scaled" if scaled else "--raw",
             hint="leave it to the file: give neither",
         )
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(component, family, dtype, device, backend, memory, spill, ranks)
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled)
     form = stated if scaled is None else scaled
@@ -234,11 +241,13 @@ def decode(
     wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
     with running("decoding", network), wraps:
         z = z.to(network.device)
-        if memory is None:
+        if memory is None and not ranks:
             sides = tuple(network.downscale * side for side in z.shape[2:])
             check_memory(network, sides, images=len(z), options=("memory", "dtype"))
         decoded = cast(Any, network).decode(z.to(network.dtype)).sample
         images = [to_image(one) for one in decoded]
+    if not is_first_rank():
+        return
     for image, path in zip(images, outs, strict=True):
         write_image(image, path)
     if as_json:

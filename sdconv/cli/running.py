@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
+from sdconv.cli.ranks import is_first_rank, join_ranks
 from sdconv.errors import InputError, SdconvError
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ class RunOptions:
     """Which network of a file a command opens, and what it computes in and with.
 
     ``memory``, ``spill``: as ``enable_streaming`` takes them; None for whole feature maps.
+    ``ranks``: whether the other processes that torchrun has started take part.
     """
 
     component: str | None
@@ -33,6 +37,7 @@ class RunOptions:
     backend: Backend = Backend.reference
     memory: str | None = None
     spill: Path | None = None
+    ranks: bool = False
 
 
 def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
@@ -49,7 +54,7 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
         one_or_all(model),
         options.component or "vae",
         dtype=options.dtype.in_torch(),
-        device=options.device,
+        device=join_ranks(options.device) if options.ranks else options.device,
         family=options.family,
         backend=options.backend.value,
     )
@@ -65,6 +70,15 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
 
 
 def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
+    if options.ranks:
+        if not hasattr(network, "enable_parallel"):
+            raise InputError(
+                "a tiny autoencoder is not computed over ranks",
+                where="--ranks",
+                hint="leave --ranks out",
+            )
+        network.enable_parallel(memory_limit=options.memory, spill=options.spill)
+        return
     from sdconv.models.vae import AutoencoderKL
 
     if options.memory is None:
@@ -88,15 +102,23 @@ def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
 def running(words: str, network: object = None) -> Iterator[None]:
     """Run a network in inference mode, with a spinner unless it streams and has a bar of its own.
 
+    An error that all ranks raise alike ends the first one with its message and the others without.
+
     Raises:
         InputError: torch's normalisation finds a single value in a group.
     """
     import torch
 
+    from sdconv.streaming.parallel.group import AgreedError
+
     streams = getattr(network, "streaming", None) is not None
     try:
         with nullcontext() if streams else working(words), torch.inference_mode():
             yield
+    except AgreedError:
+        if is_first_rank():
+            raise
+        raise typer.Exit(2) from None
     except SdconvError:
         raise  # some are ValueErrors too
     except ValueError as error:
@@ -137,8 +159,9 @@ def prepared(
             got=network.config["in_channels"],
         )
     image = image.fitted(image_multiple(network, scaled=scaled), size)
-    for note in image.notes:
-        say(note, "note")
-    if options.memory is None:
+    if is_first_rank():
+        for note in image.notes:
+            say(note, "note")
+    if options.memory is None and not options.ranks:
         check_memory(network, image.image.size[::-1], options=("memory", "size", "dtype"))
     return network, image, to_tensor(image.image).to(network.device, network.dtype)
