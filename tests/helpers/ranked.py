@@ -357,12 +357,12 @@ def ending(rank: int, group: Any, *, config: Config, end: str) -> tuple[str, flo
     """Decodes until rank 1 ends, in one of three ways; returns the error, the seconds that it took
     and the error of another call."""
     network: Any = seeded.network(config)
-    network.enable_parallel(group, timeout=2)
+    network.enable_parallel(group, timeout=4)
     z = randn(1, 4, 24, 20)
     network.decode(z)
     if rank == 1:
         if end == "stopped":
-            time.sleep(8)
+            time.sleep(9)
             return "ended", 0.0, ""
         how = partial(os.kill, os.getpid(), signal.SIGKILL)
         if end == "failed":

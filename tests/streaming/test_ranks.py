@@ -283,10 +283,12 @@ def test_without_torch_distributed() -> None:
 # --- a rank that ends
 
 
-@pytest.mark.parametrize("end", ["killed", "failed", "stopped"])
+@pytest.mark.parametrize(
+    "end", ["killed", "failed", pytest.param("stopped", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_ends_ends_the_others(end: str, tmp_path: Path) -> None:
     """Killed; failed with an error of its own while it lives on; and stopped, which only time can
-    tell, here two seconds."""
+    tell, here four seconds."""
     pool = Pool(3, tmp_path)
     try:
         pool.start(ranked.ending, 3, config=SMALL, end=end)
