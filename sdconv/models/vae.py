@@ -256,8 +256,9 @@ class AutoencoderKL(Autoencoder):
     def disable_parallel(self) -> None:
         """Makes ``encode`` and ``decode`` compute in this process again. Ranks that still compute
         with this one get an error."""
-        if hasattr(self.streaming, "close"):
-            self.streaming.close()
+        close: Callable[[], None] | None = getattr(self.streaming, "close", None)
+        if close is not None:
+            close()
             self.disable_streaming()
 
     def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:

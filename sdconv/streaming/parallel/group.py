@@ -297,7 +297,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         if tensor.numel():
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            found = zlib.crc32(flat.cpu().numpy(), found)
+            found = zlib.crc32(flat.cpu().numpy().data, found)
     return found
 
 
