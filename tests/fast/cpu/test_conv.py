@@ -303,6 +303,7 @@ def transforms() -> Any:
     return import_module("sdconv.fast.cpu.numba.transforms")
 
 
+@pytest.mark.slow
 @SCHEMES
 @pytest.mark.parametrize("direction", ["input", "output"])
 def test_a_wrong_constant_of_the_kernels_is_noticed(
