@@ -15,6 +15,7 @@ import torch.distributed as dist
 from helpers import ranked, seeded
 from helpers.numbers import error
 from helpers.ranked import Pool, compute, streamed_in_bands
+from helpers.slow import first_of
 from helpers.streamed import call, randn
 from torch import Tensor
 
@@ -47,11 +48,11 @@ def over(pool: Pool, ranks: int, config: Any, direction: str, x: Tensor, **given
     return torch.from_numpy(first)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", first_of([3, 1, 2, 4]))
 @pytest.mark.parametrize(("direction", "shape"), [
     ("decode", (2, 4, 9, 7)), ("encode", (1, 3, 50, 41)),
 ])  # fmt: skip
-@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("rows", first_of([2, None]))
 def test_the_bits_of_a_streaming_pass(
     direction: Any, shape: tuple[int, ...], ranks: int, rows: int | None, pool: Pool
 ) -> None:
@@ -61,11 +62,11 @@ def test_the_bits_of_a_streaming_pass(
     assert torch.equal(found, streamed_in_bands(network, direction, x, ranks, "reference", rows))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", first_of([3, 2, 4]))
 @pytest.mark.parametrize(("direction", "shape"), [
     ("decode", (1, 4, 30, 26)), ("encode", (1, 3, 61, 44)),
 ])  # fmt: skip
-@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("rows", first_of([2, None]))
 def test_the_bits_of_a_streaming_pass_of_the_fast_backend(
     direction: Any, shape: tuple[int, ...], ranks: int, rows: int | None, pool: Pool
 ) -> None:
@@ -77,7 +78,7 @@ def test_the_bits_of_a_streaming_pass_of_the_fast_backend(
     assert error(found, call(network, direction, x)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", first_of(KINDS))
 def test_every_kind_of_vae(kind: str, pool: Pool) -> None:
     """In float64, in which rounding does not hide a fault."""
     network: Any = seeded.network(KINDS[kind])
@@ -89,7 +90,7 @@ def test_every_kind_of_vae(kind: str, pool: Pool) -> None:
         assert error(found, whole) < 1e-10
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", first_of([torch.bfloat16, torch.float16]), ids=str)
 def test_narrow_dtypes(dtype: torch.dtype, pool: Pool) -> None:
     z = randn(1, 4, 24, 20)
     for config, backend in ((SMALL, "reference"), (WIDE, "fast")):
@@ -109,10 +110,10 @@ def padding(mode: str, network: Any) -> None:
             module.padding_mode = mode
 
 
-@pytest.mark.parametrize("change", [
-    partial(seamless, "y"), partial(seamless, "xy"), partial(padding, "reflect"),
-    partial(padding, "replicate"),
-], ids=["y", "xy", "reflect", "replicate"])  # fmt: skip
+@pytest.mark.parametrize("change", first_of([
+    partial(padding, "reflect"), partial(padding, "replicate"), partial(seamless, "y"),
+    partial(seamless, "xy"),
+]), ids=["reflect", "replicate", "y", "xy"])  # fmt: skip
 def test_other_padding(change: Callable[[Any], None], pool: Pool) -> None:
     """Where the rows beyond an edge are other rows, which another rank may have."""
     network: Any = seeded.network(SMALL).double()
@@ -123,7 +124,7 @@ def test_other_padding(change: Callable[[Any], None], pool: Pool) -> None:
         assert error(over(pool, 4, SMALL, direction, x, **given), whole) < 1e-10
 
 
-@pytest.mark.parametrize("backend", ["reference", "fast"])
+@pytest.mark.parametrize("backend", first_of(["fast", "reference"]))
 def test_nan_comes_out_where_one_process_has_it(backend: str, pool: Pool) -> None:
     """The fast backend starts again with the reference, on every rank."""
     x = randn(1, 4, 24, 20)
@@ -260,6 +261,7 @@ def test_a_convolution_that_needs_the_whole_map(pool: Pool) -> None:
     assert "decoder.conv_in: a convolution of another size" in message
 
 
+@pytest.mark.slow
 def test_a_limit_for_each_rank(pool: Pool, tmp_path: Path) -> None:
     """A limit that one rank cannot meet is an error on all; a lower one is met with a file."""
     found = pool.run(ranked.limited, 2, config=SMALL, folder=str(tmp_path))
@@ -283,9 +285,7 @@ def test_without_torch_distributed() -> None:
 # --- a rank that ends
 
 
-@pytest.mark.parametrize(
-    "end", ["killed", "failed", pytest.param("stopped", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("end", first_of(["killed", "failed", "stopped"]))
 def test_a_rank_that_ends_ends_the_others(end: str, tmp_path: Path) -> None:
     """Killed; failed with an error of its own while it lives on; and stopped, which only time can
     tell, here four seconds."""
