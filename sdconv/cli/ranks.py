@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Annotated
 
-import click
 import typer
 
 from sdconv.errors import InputError
@@ -46,7 +46,7 @@ def join_ranks(device: str) -> str:
         )
     on_cpu = device == "cpu"
     dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=_TIMEOUT))
-    click.get_current_context().call_on_close(dist.destroy_process_group)
+    atexit.register(dist.destroy_process_group)
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
 
 
