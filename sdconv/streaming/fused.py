@@ -165,6 +165,7 @@ class _WinogradRunner:
             shortcut=None
             if shortcut is None
             else weight_cache.borrow(shortcut.weight, pack_pointwise),
+            relu=False,
             groups=_groups(context.target_stats, len(weight)),
             in_place=context.in_place,
             x_row=context.source_row,
