@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, bench, compare, convert, features, images, plan, weights
+from sdconv.cli import (
+    anatomy,
+    bench,
+    compare,
+    convert,
+    dataset,
+    features,
+    images,
+    plan,
+    weights,
+)
 from sdconv.cli.ending import Commands
 
 __all__ = ["app", "main"]
@@ -38,6 +48,7 @@ for command in (
     features.features,
 ):
     app.command()(command)
+app.add_typer(dataset.app, name="dataset")
 
 
 def _version(wanted: bool) -> None:

@@ -150,7 +150,7 @@ def _autoencoder_run(network: Autoencoder, source: Path, loaded: LoadedImage) ->
 def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage | None) -> Run:
     from sdconv.integrations.schedule import Schedule  # imports diffusers
 
-    config = _scheduler_file(request.model)
+    config = scheduler_file(request.model)
     schedule = Schedule(request.steps, config)
     generator = torch.Generator().manual_seed(request.seed)
     z, image, notes = _latents_of(unet, request, loaded)
@@ -163,7 +163,7 @@ def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage 
         check_free_memory(least, f"latents {rows}x{columns}", options)
     shape = (1, channels, rows, columns)
     noise = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
-    arguments, words = _conditions(unet, (rows, columns), request.seed)
+    arguments, words = neutral_conditions(unet, (rows, columns), request.seed)
     latents = noise  # of the run from noise, step by step
 
     def call(timestep: int) -> None:
@@ -253,7 +253,7 @@ def _latents_of(
     return z.to(unet.dtype), loaded.image, loaded.notes
 
 
-def _conditions(
+def neutral_conditions(
     unet: UNet2DConditionModel, size: tuple[int, int], seed: int
 ) -> tuple[list[Any], str]:
     """A U-Net's arguments by position, with a neutral prompt embedding, and a note about them."""
@@ -278,8 +278,8 @@ def _conditions(
     return arguments, words + (f", and {more} further channels are noise" if more > 0 else "")
 
 
-def _scheduler_file(model: Path | list[Path]) -> Path | None:
-    """The scheduler's config in a pipeline's folder."""
+def scheduler_file(model: Path | list[Path]) -> Path | None:
+    """The scheduler's config in a pipeline's folder; None if there is none."""
     folder = model if isinstance(model, Path) else model[0]
     found = folder / "scheduler" / "scheduler_config.json"
     return found if found.is_file() else None
