@@ -301,7 +301,7 @@ class FeatureExtractor:
 
     def _load(self, files: Weights, component: str | None) -> Network:
         return load(
-            files,  # type: ignore[arg-type]
+            files,
             component,
             dtype=getattr(torch, self.settings.computed_in),
             device=self.device,

@@ -31,7 +31,8 @@ class Kohya:
         self, store: Store, number: int, samples: Iterable[Sample]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Writes the files of a shard, one by one."""
-        files, places = [], []
+        files: list[dict[str, Any]] = []
+        places: list[dict[str, Any]] = []
         latents = (store.about() or {})["latents"]
         for sample in samples:
             name = _file_name(sample.about, latents)
@@ -57,15 +58,17 @@ class Kohya:
 
     def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Refuses what sd-scripts does not read."""
-        latents, size = about.get("latents"), about["preprocessing"]["size"]
+        if "latents" not in about:
+            raise InputError("sd-scripts reads latents only", where="layout", got=about["name"])
+        latents, size = about["latents"], about["preprocessing"]["size"]
         expected = {"latents": ("mean", "sample"), "scaled": (False,), "dtype": ("float32",)}
         for name, allowed in expected.items():
-            if latents is None or latents[name] not in allowed:
+            if latents[name] not in allowed:
                 raise InputError(
                     "sd-scripts reads other latents",
                     where="layout",
                     expected=f"{name}: {' or '.join(map(str, allowed))}",
-                    got=None if latents is None else f"{name}: {latents[name]}",
+                    got=f"{name}: {latents[name]}",
                     hint="pass --latents sample, which is what sd-scripts itself stores"
                     if name == "latents"
                     else None,
