@@ -72,13 +72,19 @@ def decode(root: Path, planned: Planned, draft: bool) -> Decoded | Rejected:
             at_least=(DRAFT * resized[0], DRAFT * resized[1]) if draft else None,
         )
         image = loaded.image
-        if not draft and (image.height, image.width) != planned.original:
+        if (image.height, image.width) not in _sizes_of(planned.original):
             return Rejected("damaged", "its size is not the one in its header")
         pixels = planned.placement.apply(image)
     except InputError as error:
         return rejection(error)
     notes = (*_conversions(planned.mode), *loaded.notes)
     return Decoded(planned, pixels, hashlib.sha256(data).hexdigest(), notes)
+
+
+def _sizes_of(original: tuple[int, int]) -> list[tuple[int, int]]:
+    """The sizes at which an image may be decoded: libjpeg rounds up."""
+    rows, columns = original
+    return [(-(-rows // part), -(-columns // part)) for part in (1, 2, 4, 8)]
 
 
 def _conversions(mode: str) -> tuple[str, ...]:

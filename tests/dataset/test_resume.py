@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -271,23 +272,23 @@ class Forker:
             cwd=ROOT,
         )
 
-    def run(self, source: Path, vae: Path, out: Path, seconds: float | None = None) -> bool:
-        """Starts a run, and kills it after some seconds; whether it was killed in time."""
+    def run(
+        self, source: Path, vae: Path, out: Path, shards: int | None = None, pause: float = 0
+    ) -> None:
+        """Starts a run. With ``shards``, kills it some seconds after so many are committed."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(f"{source}\t{vae}\t{out}\n")
         self.process.stdin.flush()
         child = int(self.process.stdout.readline())
-        killed = False
-        if seconds is not None:
-            time.sleep(seconds)
-            try:
+        if shards is not None:
+            with suppress(ProcessLookupError):
+                while len(list(out.glob("latents-*.json"))) < shards:
+                    time.sleep(0.001)
+                    os.kill(child, 0)  # raises once it is gone
+                time.sleep(pause)
                 os.kill(child, signal.SIGKILL)
-                killed = True
-            except ProcessLookupError:
-                pass
         assert self.process.stdout.readline() == "ended\n"
-        return killed
 
 
 @pytest.fixture
@@ -302,42 +303,37 @@ def forker() -> Iterator[Forker]:
 
 
 def kill_and_complete(
-    forker: Forker, kills: int, source: Path, vae: Path, whole: dict[str, bytes], folder: Path
+    forker: Forker, rounds: int, source: Path, vae: Path, whole: dict[str, bytes], folder: Path
 ) -> None:
-    forker.run(source, vae, folder / "first")  # after its imports
-    start = time.monotonic()
-    forker.run(source, vae, folder / "timed")
-    length = time.monotonic() - start
-    assert_same(folder / "timed", whole)
+    """Kills runs at five stages, one after the other in one folder, and lets a last one end."""
     moments = random.Random(5)
-    out, states = folder / "killed", set()
-    for number in range(kills):
-        if not number % 5:
-            shutil.rmtree(out, ignore_errors=True)
-        if not forker.run(source, vae, out, moments.uniform(0, length)):
-            continue
-        states.add(len(list(out.glob("latents-*.json"))))
-        # what is committed is whole, whenever that was
-        if (out / "dataset.json").exists():
-            assert dataset.verify(out).problems == ()
-    assert len(states) > 1, "killed at several stages"
-    forker.run(source, vae, out)
-    assert_same(out, whole)
-    found = dataset.open_latents(out).keys
-    assert len(found) == len(set(found)) == 22
+    for number in range(rounds):
+        out, states = folder / str(number), []
+        for shards in (0, 1, 2, 4, 5):
+            forker.run(source, vae, out, shards, moments.uniform(0, 0.03))
+            states.append(len(list(out.glob("latents-*.json"))))
+            # what is committed is whole, whenever that was
+            if (out / "dataset.json").exists():
+                assert dataset.verify(out).problems == ()
+        assert states == sorted(states)
+        assert states[0] < 6, "the first was killed before its end"
+        forker.run(source, vae, out)
+        assert_same(out, whole)
+        found = dataset.open_latents(out).keys
+        assert len(found) == len(set(found)) == 22
 
 
-def test_killed_three_times(
+def test_killed_five_times(
     forker: Forker, source: Path, vae: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    kill_and_complete(forker, 4, source, vae, whole, tmp_path)
+    kill_and_complete(forker, 1, source, vae, whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_thirty_times(
+def test_killed_fifty_times(
     forker: Forker, source: Path, vae: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    kill_and_complete(forker, 30, source, vae, whole, tmp_path)
+    kill_and_complete(forker, 10, source, vae, whole, tmp_path)
 
 
 WORKERS = """
@@ -383,10 +379,8 @@ def test_killed_with_workers(
         elif victims:
             victims = [moments.choice(victims)]
         for victim in victims:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         printed, errors = run.communicate(timeout=120)
         # a worker is replaced; its decoder's end is an error that says so
         if who == "a worker" and printed != "True\n":

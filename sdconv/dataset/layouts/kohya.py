@@ -1,7 +1,7 @@
 """The ``.npz`` files that sd-scripts reads next to each image instead of encoding it.
 
 Names and meaning are those of ``LatentsCachingStrategy`` in ``library/strategy_base.py`` of
-sd-scripts (from 0.9 on; earlier versions wrote the same for SD and SDXL): ``latents``
+sd-scripts, read at commit 040c04f; earlier versions had the same for SD and SDXL: ``latents``
 ``(C, h, w)``, raw, float32; ``original_size`` (width, height); ``crop_ltrb``; ``latents_flipped``.
 SD and SDXL have them in ``NAME.npz``, which every version reads; SD3 and FLUX.1 in
 ``NAME_WxH_sd3.npz`` and ``NAME_WxH_flux.npz``, where each name ends in the latents' size, as in
