@@ -10,17 +10,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from sdconv.dataset.headers import RETRIED, Header, Rejected, read_header
 from sdconv.dataset.placement import Placement, Sizing, parse_sizing
+from sdconv.dataset.pools import process_pool
 from sdconv.dataset.sources import Item, Source, find_images, open_item
 from sdconv.errors import InputError, SdconvError
 
@@ -378,8 +378,7 @@ def _headers(
         if len(items) < _MANY or workers == 1:
             pool = stack.enter_context(ThreadPoolExecutor(8))
         else:
-            spawn = get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn))
+            pool = stack.enter_context(process_pool(workers))
             chunk = 512
         headers: list[Header | Rejected] = []
         for header in pool.map(partial(read_header, root), items, chunksize=chunk):

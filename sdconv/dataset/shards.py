@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from sdconv.dataset.headers import Rejected
 from sdconv.dataset.layouts import layout_of
 from sdconv.dataset.layouts.sample import Layout, Sample
 from sdconv.dataset.plan import Planned, shard_digest
+from sdconv.dataset.pools import process_pool
 from sdconv.dataset.store import Record, Store, file_digest
 from sdconv.errors import SdconvError
 
@@ -151,7 +151,7 @@ def _ahead(job: Job, tasks: Iterable[_Task], tick: Tick) -> Iterator[tuple[_Task
         yield from (ready(task, None) for task in tasks)
         return
     waiting: deque[tuple[_Task, Future[Decoded | Rejected] | None]] = deque()
-    pool = ProcessPoolExecutor(job.decoders, mp_context=get_context("spawn"))
+    pool = process_pool(job.decoders)
     try:
         for task in tasks:
             found = None

@@ -381,6 +381,7 @@ def test_killed_with_workers(
         for victim in victims:
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
+        # no process that a killed one has started outlives it, or this would wait for it
         printed, errors = run.communicate(timeout=120)
         # a worker is replaced; its decoder's end is an error that says so
         if who == "a worker" and printed != "True\n":
