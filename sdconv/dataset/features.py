@@ -120,8 +120,7 @@ class FeatureExtractor:
         """The network whose features are read.
 
         Raises:
-            InputError: it takes timesteps and a VAE and got none, or the other way round; or no
-                point matches.
+            InputError: it takes timesteps and a VAE and got none, or the other way round.
             SdconvError: as ``sdconv.load``.
         """
         network = self._load(self.model, self.component)
@@ -136,7 +135,6 @@ class FeatureExtractor:
                     got=given or "none",
                     hint="pass --timesteps 1,250,500 and --vae PATH" if is_unet else None,
                 )
-        self._names(network)
         return network
 
     @cached_property
@@ -179,7 +177,7 @@ class FeatureExtractor:
         about = {"class": network.config.class_name, "sha256": fingerprint(network)}
         if network is not vae:
             about["vae_sha256"] = fingerprint(vae)
-        return {"model": about, "features": asdict(self.settings)}
+        return {"model": about, "features": {**asdict(self.settings), "names": self.names}}
 
     def prepare(self, store: Store, root: Path, plan: Plan) -> None:
         """With ``pca``, reads or finds the axes, which are the data set's."""
@@ -238,7 +236,7 @@ class FeatureExtractor:
     ) -> list[dict[str, Tensor]]:
         """The feature maps of each image, without a batch axis."""
         network = self.network
-        names = self._names(network)
+        names = self.names
         with torch.inference_mode(), threads(self.threads), ExitStack() as stack:
             captured = [
                 stack.enter_context(capture(network, name, reduce=reduce(name), device="cpu"))
@@ -292,9 +290,15 @@ class FeatureExtractor:
     def _reduction(self, name: str) -> Reduction | None:
         return self.axes[name].project if self.axes else reduction(self.settings.reduce)
 
-    def _names(self, network: Network) -> list[str]:
-        """The hook points that match, in the order of a run."""
-        names = tuple(point.name for point in points_of(network) if point.channels is not None)
+    @cached_property
+    def names(self) -> list[str]:
+        """The hook points that match, in the order of a run.
+
+        Raises:
+            InputError: a pattern matches none.
+        """
+        points = points_of(self.network)
+        names = tuple(point.name for point in points if point.channels is not None)
         found = match_patterns(names, list(self.settings.points), list(self.settings.exclude))
         wanted = {name for some in found.values() for name in some}
         return [name for name in names if name in wanted]
