@@ -14,6 +14,7 @@ from sdconv.cli import (
     bench,
     compare,
     convert,
+    dataset,
     export,
     features,
     images,
@@ -55,6 +56,7 @@ COMMANDS = {
 for group, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=group)(with_verbosity(command))
+app.add_typer(dataset.app, name="dataset", rich_help_panel="Data sets")
 
 
 def _version(wanted: bool) -> None:
