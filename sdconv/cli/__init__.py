@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, bench, compare, convert, features, images, plan, weights
+from sdconv.cli import (
+    anatomy,
+    bench,
+    compare,
+    convert,
+    explain_page,
+    features,
+    images,
+    plan,
+    weights,
+)
 from sdconv.cli.ending import Commands
 
 __all__ = ["app", "main"]
@@ -36,6 +46,7 @@ for command in (
     plan.plan,
     bench.bench,
     features.features,
+    explain_page.explain_page,
 ):
     app.command()(command)
 
