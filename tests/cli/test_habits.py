@@ -168,6 +168,7 @@ WRITING = {
     ),
     "diff": ("diff vae.safetensors vae.safetensors --plot OUT", "out.png"),
     "anatomy": ("anatomy vae.safetensors --size 64 --plot OUT", "out.svg"),
+    "explain-page": ("explain-page -o OUT", "out.html"),
 }
 
 

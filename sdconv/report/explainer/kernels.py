@@ -149,7 +149,9 @@ def _input_side(d: list[Value]) -> list[Value]:
 
 def _winograd_out() -> Function:
     """The output transform: 16 positions to 2x2 pixels, plus the bias."""
-    f = Function("winograd_out", ("m", "position", "y", "row", "pixel", "bias", "count", "channels"))
+    f = Function(
+        "winograd_out", ("m", "position", "y", "row", "pixel", "bias", "count", "channels")
+    )
     m, position, y, row, pixel, bias, count, channels = f.arguments()
     left, at, shift = f.local(I32), f.local(I32), f.local(I32)
     with f.loop(count, 1):

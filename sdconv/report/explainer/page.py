@@ -36,7 +36,7 @@ def write_explainer(path: Path) -> int:
 
 
 def explainer() -> str:
-    """The page as HTML: with its style, scripts, kernels, weights and photo, and nothing outside."""
+    """The page as HTML: style, scripts, kernels, weights and photo, all inside."""
     folder = files("sdconv.report.explainer") / "page"
     sources = {
         f"{prefix}{file.name}": file.read_text(encoding="utf-8")

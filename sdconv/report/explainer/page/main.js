@@ -34,6 +34,7 @@ sections.forEach(({ id, title, lead, build }, at) => {
   build({ root: body, section: node, vae, photo, whenNear });
 });
 nav.append(...links.values());
+document.getElementById("contents").append(...sections.map(({ id, title }) => el("li", {}, el("a", { href: `#${id}` }, title))));
 
 // The link of the section in view.
 const seen = new IntersectionObserver((entries) => {

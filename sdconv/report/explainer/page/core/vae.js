@@ -85,6 +85,7 @@ export class Vae extends EventTarget {
 
   async #run() {
     await this.start();
+    const before = this.version;
     while (Object.entries(this.wanted).some(([key, value]) => this.done[key] !== value)) {
       const now = this.wanted, from = performance.now();
       this.dispatchEvent(new CustomEvent("progress", { detail: 0 }));
@@ -94,6 +95,7 @@ export class Vae extends EventTarget {
       this.seconds = (performance.now() - from) / 1000;
       this.version++;
     }
+    if (this.version === before) return;
     this.dispatchEvent(new CustomEvent("progress", { detail: 1 }));
     if (!this.aside) this.dispatchEvent(new CustomEvent("computed"));
   }

@@ -100,8 +100,8 @@ function residual({ root, section, network, whenNear }) {
     drawGrey(pictures[0].canvas, before.values, width, height, range);
     drawGrey(pictures[1].canvas, added, width, height, [range[0] - middle, range[1] - middle]);
     drawGrey(pictures[2].canvas, after.values, width, height, range);
-    const i = height / 2, j = width / 2, name = point.add === "encoder.conv_in" ? "encoder.conv_in" : point.add;
-    code.show(`before, after = "${name}", "${point.name}"
+    const i = height / 2, j = width / 2;
+    code.show(`before, after = "${point.add}", "${point.name}"
 with torch.no_grad(), sdconv.capture(vae, [before, after]) as maps:
     vae.decode(vae.encode(photo).latent_dist.mode())
 print([maps[name][0, ${now.channel}, ${i}, ${j}].item() for name in (before, after)])`, [before.values[i * width + j], after.values[i * width + j]]);

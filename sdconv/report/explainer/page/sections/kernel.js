@@ -40,18 +40,21 @@ export const kernel = {
     const before = picker({ label: "The photo in grey", width: SIZE, height: SIZE, onpick, hover: true });
     const after = picker({ label: "The result", width: SIZE, height: SIZE, onpick, hover: true });
     const scale = el("figcaption");
-    const grids = [["input", "brightnesses"], ["kernel", "weights"], ["", "products"]].map(([kind, words]) => {
+    const grid = (kind, words) => {
       const cells = el("div", { class: `cells ${kind}`, style: "--columns:3" });
-      return { cells, node: el("figure", {}, cells, el("figcaption", {}, words)) };
-    });
+      const node = el("figure", {}, cells, el("figcaption", {}, words));
+      node.fill = (values) => cells.replaceChildren(...values.map((x) => el("span", { class: x === null ? "zero" : "" }, short(x ?? 0))));
+      return node;
+    };
+    const under = grid("input", "brightnesses under the kernel"), multiplied = grid("", "products");
     const total = el("b", { class: "output" });
     const code = python();
     root.append(
       el("div", { class: "controls" }, preset, photo.controls()),
       el("div", { class: "pair" }, el("figure", {}, before, el("figcaption", {}, "the photo, from 0 (black) to 1 (white)")), el("figure", {}, after, scale)),
-      el("div", { class: "panel sum" }, el("figure", {}, el("div", { class: "nine" }, inputs), el("figcaption", {}, "your kernel")),
-        grids[0].node, el("span", { "aria-hidden": "true" }, "×"), grids[1].node, el("span", { "aria-hidden": "true" }, "="), grids[2].node,
-        el("p", { class: "total", role: "status" }, "sum ", total)), code);
+      el("div", { class: "panel sum" }, under, el("span", { "aria-hidden": "true" }, "×"),
+        el("figure", {}, el("div", { class: "nine" }, inputs), el("figcaption", {}, "weights: change them")),
+        el("span", { "aria-hidden": "true" }, "="), multiplied, el("p", { class: "total", role: "status" }, "sum ", total)), code);
 
     function render() {
       const w = weights(), result = conv2d({ values: photo.grey, height: SIZE, width: SIZE }, w, { padding: [1, 1, 1, 1] });
@@ -67,10 +70,8 @@ export const kernel = {
         return r < 0 || r >= SIZE || c < 0 || c >= SIZE ? null : photo.grey[r * SIZE + c];
       });
       const products = near.map((x, at) => (x ?? 0) * w[at]);
-      const fill = ({ cells }, values) => cells.replaceChildren(...values.map((x) => el("span", { class: x === null ? "zero" : "" }, short(x ?? 0))));
-      fill(grids[0], near);
-      fill(grids[1], w);
-      fill(grids[2], products);
+      under.fill(near);
+      multiplied.fill(products);
       const value = result.values[now.i * SIZE + now.j];
       total.textContent = short(value, 3);
       for (const node of [before, after]) node.set(now.i, now.j, SIZE, SIZE, `row ${now.i}, column ${now.j}: sum ${short(value, 3)}`, node === before ? 1 : 0);

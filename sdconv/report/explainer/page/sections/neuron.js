@@ -25,16 +25,18 @@ export const neuron = {
     let turn = 0;
     async function render() {
       if (!network.version) return;
-      const mine = ++turn, { point } = await choose.draw(now);
+      const mine = ++turn, { point, value, values } = await choose.draw(now);
       const { layer, channel, i, j } = now;
       const found = await network.neuron(layer, channel, i, j);
       const next = network.points.find(({ input, norm }) => input === layer && norm);
       const norm = next && await network.norm(layer, next.norm, channel);
       if (mine !== turn) return;
-      show(point, found, norm, next);
+      let below = 0;
+      for (const x of values) below += x < value;
+      show(point, found, norm, next, below / values.length);
     }
 
-    function show(point, found, norm, next) {
+    function show(point, found, norm, next, rank) {
       const products = Array.from(found.inputs, (x, at) => x * found.weights[at]);
       const sum = products.reduce((a, b) => a + b, 0), z = sum + found.bias;
       const area = found.size ** 2;
@@ -44,7 +46,7 @@ export const neuron = {
       drawProducts(list, { products, order, found, named });
       const largest = order[0], up = products.filter((x) => x > 0).length;
       why.replaceChildren(
-        `${up} of ${products.length} products pull up, ${products.length - up} pull down or are 0. The strongest: `,
+        `${rank > 0.5 ? `Brighter than ${Math.floor(rank * 100)} %` : `Darker than ${Math.floor((1 - rank) * 100)} %`} of this map. ${up} of ${products.length} products pull up, ${products.length - up} pull down or are 0. The strongest: `,
         el("b", {}, named(largest)), `, ${short(found.inputs[largest], 3)} × ${short(found.weights[largest], 3)} = ${short(products[largest], 3)}. `,
         found.outside.some(Boolean) ? "Here the kernel reaches beyond the edge: what lies there counts as 0." : "");
       const lines = [["products, added up", sum], ["plus the bias", found.bias, z]];

@@ -55,7 +55,7 @@ export const padding = {
     const start = button("Run the network both ways", () => bug());
     const answers = ["A", "B"].map((name) => button(`${name} pads wrongly`, () => judge(name), { class: "quiet", disabled: true }));
     const found = el("p", { class: "verdict", role: "status" });
-    const wrong = "B"; // compared with the photo, not with the other run
+    let wrong = "B";
 
     root.append(
       el("div", { class: "controls" }, Object.values(controls)),
@@ -81,7 +81,11 @@ export const padding = {
     async function bug() {
       start.disabled = true;
       found.textContent = "Computing…";
-      for (const [name, shift] of [["A", 0], ["B", -1]]) decoded[name] = (await network.decodedWith({ shift })).picture;
+      wrong = Math.random() < 0.5 ? "A" : "B";
+      for (const name of ["A", "B"]) {
+        const shift = name === wrong ? -1 : 0; // as torch's padding 1 stops, one position earlier
+        decoded[name] = (await network.decodedWith({ shift })).picture;
+      }
       runs.forEach((canvas, at) => drawPhoto(canvas, decoded["AB"[at]], SIZE, SIZE));
       found.textContent = "Compare the edges with the photo’s.";
       for (const one of answers) one.disabled = false;
@@ -90,7 +94,7 @@ export const padding = {
     function judge(name) {
       const error = (picture) => picture.reduce((sum, x, at) => sum + Math.abs(x - photo.planes[at]), 0) / picture.length / 2 * 100;
       const [a, b] = ["A", "B"].map((one) => short(error(decoded[one]), 1));
-      found.textContent = `${name === wrong ? "Right" : "No"}: run ${wrong} pads on both sides. It differs from the photo by ${b} % on average, run A by ${a} %.`;
+      found.textContent = `${name === wrong ? "Right" : "No"}: run ${wrong} pads on both sides. On average A differs from the photo by ${a} % and B by ${b} %.`;
       section.dataset.bug = name === wrong ? "found" : "missed";
     }
 
@@ -101,7 +105,7 @@ export const padding = {
       draw(drawing, { size, kernel, stride, pad, count, shown: now.shown });
       if (document.activeElement !== guess) guess.value = now.guess || "";
       const unread = size + pad[0] + pad[1] - ((count - 1) * stride + kernel);
-      verdict.replaceChildren(...(now.shown ? [now.guess === count ? "Yes, " : `No, not ${now.guess}: `, el("b", { class: "output" }, String(count)),
+      verdict.replaceChildren(...(now.shown ? [now.guess === count ? "Yes, " : now.guess ? `No, not ${now.guess}: ` : "It is ", el("b", { class: "output" }, String(count)),
         `. (${size} + ${pad[0]} + ${pad[1]} − ${kernel}) ÷ ${stride}, rounded down, plus 1.`,
         unread > 0 ? ` The last ${unread > 1 ? `${unread} numbers are` : "number is"} never read.` : ""] : ["Guess first; the stops of the kernel appear when you check."]));
       code.show(`from sdconv.convolution.geometry import output_size

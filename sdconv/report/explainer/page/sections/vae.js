@@ -116,8 +116,7 @@ export const vae = {
       await Promise.all(STATIONS.map(async ([, , prefix], at) => {
         const point = of(prefix).at(-1), all = Array.from({ length: point.channels }, (_, c) => c);
         const map = await network.planes(point.name, all, 32), area = map.width * map.height;
-        const [, small] = [stations[at].querySelector("b"), stations[at].querySelector("small")];
-        small.textContent = `${point.channels} × ${point.height}²`;
+        stations[at].querySelector("small").textContent = `${point.channels} × ${point.height}²`;
         const canvas = stations[at].querySelector("canvas");
         if (point.name === "decoder.conv_out") return drawPhoto(canvas, map.values, map.width, map.height);
         // the channel that varies most stands for the others

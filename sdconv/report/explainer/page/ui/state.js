@@ -8,9 +8,17 @@ function read() {
   const found = new Map();
   for (const part of location.hash.slice(1).split("&")) {
     const at = part.indexOf("=");
-    if (at > 0) found.set(part.slice(0, at), decodeURIComponent(part.slice(at + 1)));
+    if (at > 0) found.set(part.slice(0, at), decoded(part.slice(at + 1)));
   }
   return found;
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 export const anchor = () => location.hash.slice(1).split("&").find((part) => part && !part.includes("="));
