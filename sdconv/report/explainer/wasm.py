@@ -8,7 +8,7 @@ release 2.0 with fixed-width SIMD, and ``f32x4.relaxed_madd`` of the relaxed SIM
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -185,7 +185,3 @@ def module(functions: Sequence[Function]) -> bytes:
             section(10, vector([f.body() for f in functions])),
         )
     )
-
-
-Writer = Callable[[bool], Function]
-"""Writes one function, with fused multiply-add or without."""

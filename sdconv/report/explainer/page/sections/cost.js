@@ -66,7 +66,7 @@ print([
       }
       const most = Math.max(...parts.values());
       layers.replaceChildren(...[...parts].map(([name, x]) => el("div", { class: "bar-row" }, el("span", {}, name),
-        el("span", { class: "log" }, el("i", { style: `width:${x / most * 100}%` })), el("b", {}, `${short(x / 1e9)} G`))));
+        el("span", { class: "log" }, el("i", { style: `width:${x / most * 100}%` })), el("b", {}, x < 1e7 ? `${short(x / 1e6, 1)} M` : `${short(x / 1e9)} G`))));
     });
   },
 };

@@ -3,11 +3,19 @@
 import { receptiveSpan } from "../core/convolution.js";
 import { SIZE } from "../core/vae.js";
 import { drawHeat, drawPhoto } from "../ui/canvas.js";
-import { el, grouped, python, short, svg, toggle } from "../ui/dom.js";
+import { choice, el, grouped, python, short, svg, toggle } from "../ui/dom.js";
 import { chooser, look } from "../ui/points.js";
 import { state } from "../ui/state.js";
 
 const SPREAD = 0.9;
+const STOPS = [
+  ["encoder.conv_in", "first layer"],
+  ["encoder.down_blocks.0.resnets.1", "five layers"],
+  ["encoder.down_blocks.0.downsamplers.0", "a stride of 2"],
+  ["encoder.down_blocks.1.downsamplers.0", "two"],
+  ["encoder.down_blocks.3.resnets.1", "three, before attention"],
+  ["decoder.conv_out", "the decoded picture"],
+];
 
 // The layers from the photo to a point, along the longest path; null where attention lies between.
 export function chainTo(network, name) {
@@ -32,6 +40,11 @@ export const field = {
     const { values: now, set } = look(() => render());
     const own = state("field", { heat: true, zoom: false }, () => render());
     const choose = chooser(network, set, "point at a value and see what it depends on");
+    const stops = choice({ label: "How deep?", options: STOPS, value: "", onchange: (layer) => {
+      // the same place in the picture
+      const scale = network.point[layer].height / network.point[now.layer].height;
+      set({ layer, i: Math.floor((now.i + 0.5) * scale), j: Math.floor((now.j + 0.5) * scale) });
+    } });
     const canvas = el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": "The photo with the receptive field" });
     const box = svg("rect", { class: "mark" });
     const over = svg("svg", { class: "over", viewBox: `0 0 ${SIZE} ${SIZE}`, "aria-hidden": "true" }, box);
@@ -40,7 +53,7 @@ export const field = {
     const words = el("p", { class: "verdict", role: "status" });
     const steps = el("div", { class: "growth", role: "img" });
     const code = python();
-    root.append(el("div", { class: "split" }, choose.node, el("div", { class: "panel" },
+    root.append(stops, el("div", { class: "split" }, choose.node, el("div", { class: "panel" },
       el("figure", {}, el("div", { class: "plate still" }, canvas, over)), el("div", { class: "controls" }, heat, zoom), words,
       el("p", { class: "note" }, "How the square grows, layer by layer:"), steps)), code);
 
@@ -50,6 +63,7 @@ export const field = {
       const mine = ++turn;
       await choose.draw(now);
       if (mine !== turn) return;
+      stops.set(now.layer);
       heat.set(own.values.heat);
       zoom.set(own.values.zoom);
       const { chain, global } = chainTo(network, now.layer);

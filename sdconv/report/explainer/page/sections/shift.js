@@ -6,7 +6,7 @@ import { floats } from "../core/weights.js";
 import { button, el, python, short, slider } from "../ui/dom.js";
 import { state } from "../ui/state.js";
 
-const WINDOW = 98, MAP = WINDOW - 2, DENSE = 24, HOME = 79, CHANNEL = 12;
+const WINDOW = 98, MAP = WINDOW - 2, DENSE = 24, HOME = 79, CHANNEL = 12, EDGE = 32;
 
 export const shift = {
   id: "shift",
@@ -66,28 +66,26 @@ export const shift = {
       const strides = [1, 2, 1];
       const differences = results.map(([moved, home], at) => {
         drawGrey(maps[at].canvas, moved.values, moved.size, moved.size, range(home.values));
-        const d = difference(moved, home, Math.trunc(now.y / strides[at]), Math.trunc(now.x / strides[at]));
-        const fits = d < 1e-5 ? "follows exactly" : `off by up to ${short(d)}`;
+        const margin = at < 2 ? EDGE / strides[at] : 0;
+        const d = difference(moved, home, Math.trunc(now.y / strides[at]), Math.trunc(now.x / strides[at]), margin);
+        const [low, high] = range(home.values);
+        const fits = d < 1e-5 ? "follows exactly" : `off by up to ${short(d / (high - low) * 100, 0)} % of its range`;
         maps[at].words.textContent = `${maps[at].name}: ${now.x || now.y ? fits : "at home"}`;
         return d;
       });
       section.dataset.differences = differences.join(",");
-      code.show(`layer, (x, y) = vae.encoder.conv_in, (${now.x}, ${now.y})
-w, b = layer.weight[${CHANNEL}:${CHANNEL + 1}].detach(), layer.bias[${CHANNEL}:${CHANNEL + 1}].detach()
-def maps(top, left, stride):
-    window = photo[..., top : top + ${WINDOW}, left : left + ${WINDOW}]
-    return torch.nn.functional.conv2d(window, w, b, stride=stride)[0, 0]
-off = []
-for stride in (1, 2):
-    home, moved = maps(${HOME}, ${HOME}, stride), maps(${HOME} - y, ${HOME} - x, stride)
-    dy, dx, (rows, columns) = int(y / stride), int(x / stride), home.shape
-    followed = moved[max(0, dy) : rows + min(0, dy), max(0, dx) : columns + min(0, dx)]
-    before = home[max(0, -dy) : rows - max(0, dy), max(0, -dx) : columns - max(0, dx)]
-    off.append((followed - before).abs().max().item())
-print(off)`, differences.slice(0, 2));
+      code.show(`w, b = (one[${CHANNEL}:${CHANNEL + 1}].detach() for one in vae.encoder.conv_in.parameters())
+def off(s, x=${now.x}, y=${now.y}):
+    home, moved = (
+        torch.nn.functional.conv2d(photo[..., i : i + ${WINDOW}, j : j + ${WINDOW}], w, b, stride=s)[0, 0]
+        for i, j in ((${HOME}, ${HOME}), (${HOME} - y, ${HOME} - x))
+    )
+    difference = moved - home.roll((int(y / s), int(x / s)), (0, 1))
+    return difference[${EDGE} // s : -${EDGE} // s, ${EDGE} // s : -${EDGE} // s].abs().max().item()
+print([off(1), off(2)])`, differences.slice(0, 2));
       denseCode.show(`n = ${DENSE}  # a dense layer with weights that nobody learned
-inputs = torch.arange(n * n, dtype=torch.float64)
-weights = torch.sin(7 * inputs[:, None] + 13 * inputs[None, :]) / n
+count = torch.arange(1, n * n + 1, dtype=torch.float64)
+weights = torch.sin(1.7 * torch.outer(count, count)) / n
 grey = photo.double().mean(1)[0]
 print((weights @ grey[${top + 37} : ${top + 37} + n, ${left + 37} : ${left + 37} + n].flatten())[0].item())`, results[2][0].values[0]);
     }
@@ -123,7 +121,7 @@ function convolved(photo, { weight, bias }, top, left, stride) {
 let dense_ = null;
 function dense(photo, top, left) {
   const n = DENSE * DENSE, values = new Float32Array(n), inputs = new Float64Array(n);
-  dense_ ??= Float64Array.from({ length: n * n }, (_, at) => Math.sin(7 * Math.floor(at / n) + 13 * (at % n)) / DENSE);
+  dense_ ??= Float64Array.from({ length: n * n }, (_, at) => Math.sin(1.7 * (Math.floor(at / n) + 1) * (at % n + 1)) / DENSE);
   for (let at = 0; at < n; at++) {
     const place = (top + 37 + Math.floor(at / DENSE)) * SIZE + left + 37 + at % DENSE;
     inputs[at] = (photo.planes[place] + photo.planes[SIZE * SIZE + place] + photo.planes[2 * SIZE * SIZE + place]) / 3;
@@ -140,13 +138,14 @@ function range(values) {
   return [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
 }
 
-// The largest difference between the moved map and the one at home, moved by as much.
-function difference(moved, home, dy, dx) {
+// The largest difference between the moved map and the one at home, moved by as much; `margin` is
+// left out at the edges.
+function difference(moved, home, dy, dx, margin) {
   let most = 0;
-  for (let i = 0; i < home.size; i++)
-    for (let j = 0; j < home.size; j++) {
-      const r = i + dy, c = j + dx;
-      if (r < 0 || r >= home.size || c < 0 || c >= home.size) continue;
+  for (let r = margin; r < home.size - margin; r++)
+    for (let c = margin; c < home.size - margin; c++) {
+      const i = r - dy, j = c - dx;
+      if (i < 0 || i >= home.size || j < 0 || j >= home.size) continue;
       most = Math.max(most, Math.abs(moved.values[r * home.size + c] - home.values[i * home.size + j]));
     }
   return most;

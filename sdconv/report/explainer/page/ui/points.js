@@ -11,7 +11,7 @@ let shared = null;
 // {values: {layer, channel, i, j}, set}; `listen` is called with every change.
 export function look(listen) {
   listeners.add(listen);
-  shared ??= state("look", { layer: "encoder.conv_in", channel: 7, i: 100, j: 50 },
+  shared ??= state("look", { layer: "encoder.conv_in", channel: 12, i: 36, j: 126 },
     (change) => { for (const one of listeners) one(change); },
     (v) => [v.channel, v.i, v.j].every((x) => Number.isInteger(x) && x >= 0));
   return shared;
