@@ -110,7 +110,7 @@ export const padding = {
         unread > 0 ? ` The last ${unread > 1 ? `${unread} numbers are` : "number is"} never read.` : ""] : ["Guess first; the stops of the kernel appear when you check."]));
       code.show(`from sdconv.convolution.geometry import output_size
 print(output_size(${size}, kernel=${kernel}, stride=${stride}, padding=(${pad.join(", ")})))`, count);
-      section.dataset.size = now.shown ? String(count) : "";
+      code.hidden = !now.shown; // it prints the answer
       halved();
       drawPhoto(given, photo.planes, SIZE, SIZE);
     }
@@ -140,8 +140,8 @@ print(grey[0, 0, ${half}, ${half}].item())`, map.values[half * map.width + half]
 
 // The row with its zeros, the kernel's stops below it, and what comes out.
 function draw(node, { size, kernel, stride, pad: [before, after], count, shown }) {
-  const cell = 40, gap = 4, step = cell + gap, most = 12 + 4;
-  const total = before + size + after, left = (most - total) / 2;
+  const cell = 40, gap = 4, step = cell + gap, total = before + size + after;
+  const most = Math.max(10, total), left = (most - total) / 2;
   const x = (at) => (left + at) * step;
   const stops = shown ? count : 1, top = cell + 16, line = 13;
   const height = top + (shown ? count : 1) * line + (shown ? cell + 22 : 0);
