@@ -21,6 +21,7 @@ from helpers.fake_cuda import (
     to_fake_cuda,
 )
 from helpers.numbers import error
+from helpers.slow import first_of
 from helpers.taesd_author import author, files
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -130,7 +131,7 @@ def test_parity_with_diffusers(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", devices)
 @pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["taef2", "taesana"])
+@pytest.mark.parametrize("name", first_of(["taef2", "taesana"]))
 def test_error_is_at_most_twice_that_of_the_authors(
     name: str, dtype: torch.dtype, device: str, tmp_path: Path
 ) -> None:

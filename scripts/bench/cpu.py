@@ -8,6 +8,7 @@ its weights loaded; the fast backend's packed weights are listed separately.
     python -m scripts.bench.cpu decode --size 512x512 --peers plain channels_last compiled openvino
     python -m scripts.bench.cpu encode --size 512x512
     python -m scripts.bench.cpu unet --size 64x64
+    python -m scripts.bench.cpu tiny-decode --size 512x512
     python -m scripts.bench.cpu layers
     python -m scripts.bench.cpu memory --size 512x512
     python -m scripts.bench.cpu error --size 512x512
@@ -106,7 +107,7 @@ def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {
             "work": f"{options.what} {options.size[0]}x{options.size[1]}",
             "side": LABELS[name],
-            "seconds": round(seconds, 2),
+            "seconds": round(seconds, 3),
             "over sdconv fast": round(seconds / times[FAST], 2),
         }
 
@@ -338,6 +339,8 @@ WORKS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "decode": network,
     "encode": network,
     "unet": network,
+    "tiny-decode": network,
+    "tiny-encode": network,
     "layers": layers,
     "memory": memory,
     "error": error,

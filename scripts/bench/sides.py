@@ -49,6 +49,11 @@ def ours(work: str) -> Any:
         own |= {"cross_attention_dim": 768, "attention_head_dim": 8}
         with torch.device("meta"):
             return filled(build(kind.from_json({**kind.assumed, **own}, "SD1.5")))
+    if work.startswith("tiny"):
+        with torch.device("meta"):
+            return filled(
+                sdconv.AutoencoderTiny(sdconv.AutoencoderTinyConfig.from_json({}, "TAESD"))
+            )
     own = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     assumed = sdconv.AutoencoderKLConfig.assumed
     with torch.device("meta"):
@@ -75,9 +80,9 @@ def size_of(text: str) -> Size:
 def inputs_of(work: str, size: Size) -> tuple[Tensor, ...]:
     height, width = size
     torch.manual_seed(0)
-    if work == "encode":
+    if work in ("encode", "tiny-encode"):
         return (torch.randn(1, 3, height, width),)
-    if work == "decode":
+    if work in ("decode", "tiny-decode"):
         return (torch.randn(1, 4, height // 8, width // 8),)
     return torch.randn(1, 4, height, width), torch.tensor(500), torch.randn(1, 77, 768)
 
@@ -85,10 +90,11 @@ def inputs_of(work: str, size: Size) -> tuple[Tensor, ...]:
 def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
     if work == "unet":
         out: Tensor = network(*inputs, return_dict=False)[0]
-    elif work == "decode":
+    elif work in ("decode", "tiny-decode"):
         out = network.decode(*inputs, return_dict=False)[0]
     else:
-        out = network.encode(*inputs, return_dict=False)[0].mode()
+        out = network.encode(*inputs, return_dict=False)[0]
+        out = out if work == "tiny-encode" else out.mode()
     return out
 
 

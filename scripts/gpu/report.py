@@ -191,6 +191,7 @@ PARITY = {
     "worst": field("relative", ".2g"),
     "its tolerance": field("tolerance", ".2g"),
     "reference": _verdict("reference"),
+    "error by": field("fast_measure"),
     "error, diffusers": field("diffusers_error", ".2g"),
     "error, fast": field("fast_error", ".2g"),
     "tolerance": field("fast_tolerance", ".2g"),

@@ -75,8 +75,8 @@ class SourceView:
         Raises:
             UnknownNetworkError: as ``find_networks``; or the file is an adapter (a LoRA).
         """
-        if (kind := adapter_in(self.shapes)) is not None:
-            raise _is_adapter(kind, self.source.label)
+        if (found := adapter_in(self.shapes)) is not None:
+            raise _is_adapter(*found, self.source.label)
         return find_networks(self.shapes, self.source.label)
 
     def dtype(self, name: str) -> str:
@@ -223,10 +223,10 @@ def one_of(known: Mapping[str, object], component: str | None, where: object) ->
     return component
 
 
-def _is_adapter(kind: str, where: str) -> UnknownNetworkError:
-    if kind == "LoRA":
+def _is_adapter(kind: str, merges: bool, where: str) -> UnknownNetworkError:
+    if merges:
         return UnknownNetworkError(
-            "this is a LoRA file; merge it with sdconv.merge_lora",
+            f"this is a {kind} file; merge it with sdconv.merge_lora",
             where=where,
             expected="weights of a network",
             hint="load the network that it was trained on: sdconv.merge_lora(network, file)",
@@ -235,7 +235,7 @@ def _is_adapter(kind: str, where: str) -> UnknownNetworkError:
         f"this is not a network but an adapter of another kind: {kind}",
         where=where,
         expected="weights of a network",
-        hint="sdconv.merge_lora merges LoRA and LoCon files only",
+        hint="sdconv.merge_lora does not merge this kind",
     )
 
 

@@ -15,6 +15,7 @@ from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.open import Weights
 from sdconv.errors import InputError
 from sdconv.lora.reading import Lora, read_lora
+from sdconv.lora.updates import merged as merged_parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +51,21 @@ class MergedLora:
 
 
 def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLora:
-    """Adds a LoRA to a network's weights.
+    """Adds a LoRA, or one of its relatives, to a network's weights.
 
     The weights of linear layers and of convolutions with any kernel become ``weight + scale * alpha
     / rank * (up @ down)``, computed in float32 (in float64 for float64 weights) and rounded once to
-    the weight's dtype. A missing alpha equals the rank. Several LoRAs can be merged: their updates
-    are summed before rounding, so their order changes at most the last bit. Merged weights take new
-    memory, and the originals are kept for ``unmerge``; those mapped from a file stay in the file.
+    the weight's dtype. A missing alpha equals the rank. LoHa, LoKr, DoRA, OFT, BOFT, GLoRA, (IA)3,
+    whole differences, norms and biases merge too; their formulas, and what ``scale`` means for
+    each, are in docs/lora.md. Several can be merged: each is computed from the original weight, and
+    they are summed before rounding, so their order changes at most the last bit. Merged weights
+    take new memory, and the originals are kept for ``unmerge``; those mapped from a file stay in
+    the file.
 
     Args:
         model: sdconv's U-Net or VAE, or any module whose layers have diffusers' names.
-        lora: a file with kohya's, PEFT's or diffusers' names, in either layout; the folder of a
-            PEFT adapter, whose ``adapter_config.json`` is read; or a state dict.
+        lora: a file with kohya's, LyCORIS', PEFT's or diffusers' names, in either layout; the
+            folder of a PEFT adapter, whose ``adapter_config.json`` is read; or a state dict.
         scale: the strength; negative to subtract the LoRA.
 
     Returns:
@@ -84,14 +88,14 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
         raise InputError(
             "not a finite number", where="scale", expected="a finite number", got=short(scale)
         )
-    weights = _weights(model)
+    weights = _parameters(model)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     read = read_lora(lora, shapes, type(model).__name__)
     for name in read.updates:
         if weights[name].is_meta or not weights[name].is_floating_point():
             raise InputError(
                 "a LoRA cannot be added to this weight",
-                where=f"{name}.weight",
+                where=name,
                 expected="floating-point values in memory",
                 got="a tensor on the meta device" if weights[name].is_meta else weights[name].dtype,
                 hint="merge before the network is offloaded or quantised",
@@ -100,7 +104,7 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
     state = _MERGED.get(model) or _MergeState()
     state.add(scaled, weights)
     _MERGED[model] = state
-    return MergedLora(tuple(read.updates), read.skipped, float(scale), model, scaled)
+    return MergedLora(read.layers, read.skipped, float(scale), model, scaled)
 
 
 def unmerge_lora(model: nn.Module, merged: MergedLora | None = None) -> None:
@@ -124,7 +128,7 @@ def unmerge_lora(model: nn.Module, merged: MergedLora | None = None) -> None:
             expected="a network and a LoRA that sdconv.merge_lora merged into it",
             got="nothing merged" if state is None else "a LoRA that is not, or no longer, merged",
         )
-    state.remove(state.loras if merged is None else [merged._scaled], _weights(model))
+    state.remove(state.loras if merged is None else [merged._scaled], _parameters(model))
     if not state.loras:
         del _MERGED[model]
 
@@ -171,30 +175,17 @@ def _set_weights(
 
 def _merged(name: str, original: Tensor, loras: Sequence[_ScaledLora], weight: Tensor) -> Tensor:
     """An original plus its updates, with the current dtype and device of ``weight``."""
-    updating = [one for one in loras if name in one.lora.updates]
-    if not updating:
+    updates = [(one.lora.updates[name], one.scale) for one in loras if name in one.lora.updates]
+    if not updates:
         return original.to(weight)
-    wide = torch.float64 if original.dtype == torch.float64 else torch.float32
-    total = original.to(weight.device, wide, copy=True)
-    for one in updating:
-        total += one.lora.updates[name].delta(total, one.scale)
-    rounded = total.to(weight.dtype)
-    if not bool(torch.isfinite(rounded.to(wide)).all()):
-        raise InputError(
-            "the merged weight has values that are not finite",
-            where=f"{name}.weight",
-            expected=f"numbers that {weight.dtype} can hold",
-            got=f"scale {' and '.join(f'{one.scale:g}' for one in updating)}",
-            hint="use a smaller scale, or weights in a wider dtype",
-        )
-    return rounded
+    return merged_parameter(name, original.to(weight.device), updates, weight.dtype)
 
 
-def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A network's weights by the names of their layers, without the wrappers of PEFT and of
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A network's weights and biases by name, without the wrappers of PEFT and of
     ``torch.compile``."""
     return {
-        name.removesuffix(".weight").removeprefix("_orig_mod.").replace(".base_layer", ""): weight
-        for name, weight in model.named_parameters()
-        if name.endswith(".weight")
+        name.removeprefix("_orig_mod.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith((".weight", ".bias"))
     }

@@ -13,6 +13,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from sdconv.backends import dispatched
 from sdconv.config import AutoencoderTinyConfig, Config
 from sdconv.errors import SdconvError
 from sdconv.models.base import Autoencoder, apply_forward_hook
@@ -37,6 +38,7 @@ class TinyBlock(nn.Module):
         )
         self.fuse = nn.ReLU()
 
+    @dispatched
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.fuse(self.conv(x) + x))
 
@@ -87,6 +89,7 @@ class EncoderTiny(Checkpointed):
         layers.append(nn.Conv2d(channels[-1], config.latent_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
+    @dispatched
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.checkpoint_call(self.layers, x.add(1).div(2)))
 
@@ -116,6 +119,7 @@ class DecoderTiny(Checkpointed):
         layers.append(nn.Conv2d(channels[-1], config.out_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
+    @dispatched
     def forward(self, z: Tensor) -> Tensor:
         # A soft clamp to the range of the VAE's latents.
         x: Tensor = self.checkpoint_call(self.layers, torch.tanh(z / 3) * 3)

@@ -163,6 +163,7 @@ class _WinogradRunner:
             shortcut=None
             if shortcut is None
             else weight_cache.borrow(shortcut.weight, pack_pointwise),
+            relu=False,
             groups=_groups(context.target_stats, len(weight)),
             in_place=context.source is context.target,
         )

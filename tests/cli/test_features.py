@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import commands, seeded, unets
 from helpers.paths import WEIGHTS
+from helpers.slow import first_of
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import Result
@@ -157,7 +158,17 @@ def test_a_photo_through_a_unet(here: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["SD1 inpainting", "LCM", "SD2 unCLIP", "SDXL", "KOALA 700M", "x4 upscaler", "no transformers"],
+    first_of(
+        [
+            "SDXL",
+            "SD1 inpainting",
+            "LCM",
+            "SD2 unCLIP",
+            "KOALA 700M",
+            "x4 upscaler",
+            "no transformers",
+        ]
+    ),
 )
 def test_noise_through_unets_of_every_kind(family: str, tmp_path: Path) -> None:
     small = unets.smallest(family)

@@ -20,6 +20,7 @@ from test_imports import FLOORS
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+SLOW = ("commands",)  # pages whose commands take long
 LARGEST = 150_000  # bytes of an image
 
 
@@ -31,7 +32,11 @@ def scripts() -> dict[str, ModuleType]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW)) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_code_prints_what_is_shown_below_it(page: Path, scripts: dict[str, ModuleType]) -> None:
     with torch.enable_grad():  # a page may turn it off: this restores it
         snippets = scripts["snippets"].run_page(page)

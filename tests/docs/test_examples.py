@@ -59,18 +59,21 @@ def test_reconstruct(tmp_path: Path) -> None:
     assert opened(tmp_path / "r.png").width > 3 * 64
 
 
+@pytest.mark.slow
 def test_patch_a_pipeline() -> None:
     printed = run("patch_a_pipeline", "--steps", 2, "--size", 64)
     assert int(re.findall(r"replaced (\d+) blocks", printed)[0]) > 40
     assert "the same with the patch: True\nthe same after it: True\n" in printed
 
 
+@pytest.mark.slow
 def test_look_inside(tmp_path: Path) -> None:
     printed = run("look_inside", "--steps", 2, "--size", 64, "--out", tmp_path / "m.png")
     assert printed.count(": 2 feature maps, timesteps 999 to 499, (1, 3, ") == 3
     assert opened(tmp_path / "m.png").size == (2 * 128, 3 * 128)
 
 
+@pytest.mark.slow
 def test_edit_while_it_runs(tmp_path: Path) -> None:
     printed = run("edit_while_it_runs", "--steps", 2, "--size", 64, "--out", tmp_path / "e.png")
     assert "plain again after the edits: True\n" in printed

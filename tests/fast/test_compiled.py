@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import seeded, unets
 from helpers.numbers import error, randn
+from helpers.slow import first_of
 from torch import Tensor, nn
 
 import sdconv
@@ -46,6 +47,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], tuple[Tensor, ...]]] = {
     "encode": (Encode, (randn(1, 3, 24, 20),)),
     "denoise": (Denoise, (randn(1, 4, 8, 16), randn(1, 5, 24, seed=1))),
 }
+SLOW_DENOISE = pytest.param("denoise", marks=pytest.mark.slow)
 FIRST = {
     "decode": "vae.decoder.conv_in.weight",
     "encode": "vae.encoder.conv_in.weight",
@@ -59,8 +61,10 @@ def forget() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    "name", ["decode", "encode", pytest.param("denoise", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("gradients", first_of([False, True]))
 def test_compiled(name: str, gradients: bool) -> None:
     kind, given = NETWORKS[name]
     network = kind().requires_grad_(gradients)

@@ -125,3 +125,24 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         assert status == 2, printed
         assert arguments[0] in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_all_stages_on_a_cpu(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    status, printed = run(folder, "--minutes", "15")
+    assert status == 0, printed + (folder / "report.md").read_text()
+    contents = {name: stage(folder, name) for name in STAGES}
+    assert {content["status"] for content in contents.values()} == {"done"}
+    rows = {name: content["rows"] for name, content in contents.items()}
+    networks = [row for row in rows["parity"] if not row["key"].startswith("control")]
+    assert len(networks) == 7 * 3
+    for row in networks:
+        assert (row["reference"], row["fast"]) == ("passed", "passed")
+        if row["dtype"] == "float32":
+            assert row["equal"] == row["compared"] > 10
+    assert len(rows["speed"]) == 5 + 3 + 2
+    assert all(row["milliseconds"] > 0 for row in rows["speed"])
+    assert len(rows["profile"]) > 3 and contents["profile"]["facts"]["share"] > 0
+    assert {row["key"] for row in rows["streaming"]} >= {"sdconv, streamed", "diffusers, tiles"}
+    assert contents["tests"]["facts"]["counts"] == {"skipped": pytest.approx(80, abs=70)}
+    assert "complaint" not in (folder / "report.md").read_text()

@@ -48,7 +48,7 @@ BAD: Mapping[str, tuple[Any, type[SdconvError], str]] = {
     "norm": (
         bad(**{f"unet.conv_norm_out.lora_{k}.weight": SOME for k in "AB"}),
         WeightsMismatchError,
-        r"conv_norm_out: \(32,\)",
+        r"conv_norm_out\.weight: \(32,\)",
     ),
     "kernel": (bad(down=torch.ones(2, 24, 3, 3)), WeightsMismatchError, "24, 3, 3"),
     "no rank": (bad(down=torch.ones(0, 24), up=torch.ones(96, 0)), CheckpointError, "no rank"),
@@ -62,9 +62,58 @@ BAD: Mapping[str, tuple[Any, type[SdconvError], str]] = {
         CheckpointError,
         "no LoRA for this",
     ),
-    "LoHa": (bad(**{"lora_unet_conv_in.hada_w1_a": SOME}), CheckpointError, "LoHa"),
-    "trained norms": (bad(**{"lora_unet_conv_norm_out.w_norm": SOME}), CheckpointError, "norms"),
-    "DoRA": (bad(**{"lora_unet_conv_in.dora_scale": SOME}), CheckpointError, "DoRA"),
+    "LoHa": (
+        bad(**{"lora_unet_conv_in.hada_w1_a": SOME}),
+        CheckpointError,
+        "(?s)LoHa of conv_in lacks a matrix.*only hada_w1_a",
+    ),
+    "trained norms": (
+        bad(**{"lora_unet_conv_norm_out.w_norm": SOME}),
+        WeightsMismatchError,
+        r"conv_norm_out\.weight: w_norm \(2, 2\)",
+    ),
+    "DoRA alone": (
+        bad(**{"lora_unet_conv_in.dora_scale": SOME}),
+        CheckpointError,
+        "(?s)conv_in lacks a matrix.*only dora_scale",
+    ),
+    "DoRA": (
+        bad(**{f"{LAYER}.dora_scale": torch.ones(95, 1)}),
+        WeightsMismatchError,
+        r"dora_scale \(95, 1\)",
+    ),
+    "two magnitudes": (
+        bad(**{f"{LAYER}.{k}": torch.ones(96, 1) for k in ("dora_scale", "lora_magnitude_vector")}),
+        CheckpointError,
+        "two magnitudes",
+    ),
+    "two updates": (
+        bad(**{f"{LAYER}.diff": torch.ones(96, 24)}),
+        CheckpointError,
+        "two updates of its weight",
+    ),
+    "stray tensors": (
+        {f"{LAYER}.diff": torch.ones(96, 24), f"{LAYER}.alpha": ONE, f"{LAYER}.scalar": ONE},
+        CheckpointError,
+        "has alpha and scalar, which mean nothing",
+    ),
+    "no bias": (
+        bad(**{f"{LAYER}.diff_b": torch.ones(96)}),
+        WeightsMismatchError,
+        r"attn2\.to_k\.bias: which it lacks",
+    ),
+    "LoRA's bias alone": ({f"{LAYER}.lora_B.bias": torch.ones(96)}, CheckpointError, "no rank"),
+    "an alpha of 0": (bad(alpha=ONE * 0), CheckpointError, "alpha of 0"),
+    "OFT without a config": (
+        {f"{LAYER}.oft_R.weight": torch.ones(6, 6)},
+        CheckpointError,
+        "cannot be read without its config",
+    ),
+    "(IA)3 of a square convolution": (
+        {"unet.mid_block.resnets.0.conv1.ia3_l": torch.ones(1, 96, 1, 1)},
+        CheckpointError,
+        "layer's inputs or outputs",
+    ),
     "an absent file": (Path("absent.safetensors"), CheckpointError, "does not exist"),
     "no path": (None, InputError, "not weights"),
 }

@@ -1,9 +1,10 @@
-"""Files that people have: parts for text encoders, alphas in a config, and other kinds of adapters,
-which are refused by their names."""
+"""Files that people have: parts for text encoders, alphas in a config, and kinds of adapters, which
+are named, those that are refused too."""
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,10 @@ def test_the_config_next_to_pefts_file(
     ("config", "words"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"peft_type": "IA3"}, r"\(IA\)3"),
-        ({"peft_type": "LOHA"}, "LoHa"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"peft_type": "IA3"}, "IA3, of which it has no tensor"),
+        ({"peft_type": "LOHA"}, "LOHA, of which it has no tensor"),
+        ({"peft_type": "VERA"}, "VeRA"),
         ({"init_lora_weights": "pissa_niter_16"}, "changes the network's weights"),
     ],
 )
@@ -128,26 +130,60 @@ def test_a_name_that_only_resembles_a_text_encoders(network: Any) -> None:
             sdconv.merge_lora(network, {**GOOD, name: SOME})
 
 
-KINDS = {
-    "(IA)3": ["{}.on_input", "{}.weight"],
-    "GLoRA": ["{}.a1.weight", "{}.a2.weight", "{}.b1.weight", "{}.b2.weight"],
-    "LoHa": ["{}.hada_w1_a", "{}.hada_w1_b", "{}.hada_w2_a", "{}.hada_w2_b", "{}.alpha"],
-    "LoKr": ["{}.lokr_w1", "{}.lokr_w2_a", "{}.lokr_w2_b", "{}.alpha"],
-    "OFT": ["{}.oft_blocks", "{}.alpha"],
-    "DoRA": ["{}.lora_down.weight", "{}.lora_up.weight", "{}.dora_scale"],
-    "a full weight difference": ["{}.diff", "{}.diff_b"],
-    "LoRA with biases": ["{}.lora_A.weight", "{}.lora_B.weight", "{}.lora_B.bias"],
-    "set_weight": ["{}.set_weight"],
-    "reshape_weight": ["{}.lora_down.weight", "{}.lora_up.weight", "{}.reshape_weight"],
+REFUSED = {
+    "OFT in its first form (oft_diag, oft_r)": ["{}.oft_diag"],
+    "T-LoRA": ["{}.q_layer.weight", "{}.p_layer.weight", "{}.lambda_layer", "{}.alpha"],
+    "AdaLoRA": ["{}.lora_A", "{}.lora_B", "{}.lora_E"],
+    "VeRA": ["{}.vera_lambda_b", "{}.vera_lambda_d"],
+    "a weight that replaces another (set_weight)": ["{}.set_weight"],
+    "a weight of another shape (reshape_weight)": [
+        "{}.lora_down.weight",
+        "{}.lora_up.weight",
+        "{}.reshape_weight",
+    ],
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_are_named(kind: str, network: Any) -> None:
-    tensors = {name.format(KOHYA): SOME for name in KINDS[kind]}
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_kinds_are_named(kind: str, network: Any, tmp_path: Path) -> None:
+    tensors = {name.format(KOHYA): SOME.clone() for name in REFUSED[kind]}
     with pytest.raises(CheckpointError) as caught:
         sdconv.merge_lora(network, tensors)
-    assert f"this looks like {kind}" in str(caught.value) or f"({kind})" in str(caught.value)
+    assert f"this looks like {kind}, which sdconv does not merge" in str(caught.value)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(UnknownNetworkError, match=re.escape(f"of another kind: {kind}")):
+        sdconv.load(tmp_path / "lora.safetensors")
+
+
+MERGED = {
+    "LoHa": ["{}.hada_w1_a", "{}.hada_w1_b", "{}.hada_w2_a", "{}.hada_w2_b", "{}.alpha"],
+    "LoKr": ["{}.lokr_w1", "{}.lokr_w2_a", "{}.lokr_w2_b", "{}.alpha"],
+    "LoKr and DoRA": ["{}.lokr_w1", "{}.lokr_w2", "{}.alpha", "{}.dora_scale"],
+    "GLoRA": ["{}.a1.weight", "{}.a2.weight", "{}.b1.weight", "{}.b2.weight"],
+    "OFT": ["{}.oft_blocks", "{}.alpha"],
+    "BOFT": ["{}.boft_R", "{}.boft_s"],
+    "(IA)3": ["{}.on_input", "{}.weight"],
+    "LoRA and DoRA": ["{}.lora_down.weight", "{}.lora_up.weight", "{}.dora_scale"],
+    "weight-difference": ["{}.diff", "{}.diff_b"],
+    "norm": ["{}.w_norm", "{}.b_norm"],
+    "LoRA and LoRA-bias": ["{}.lora_A.weight", "{}.lora_B.weight", "{}.lora_B.bias"],
+}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_inspect_and_load_say_which_kind_a_file_is(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({name.format(KOHYA): SOME.clone() for name in MERGED[kind]}, path)
+    words = f"this is a {kind} file; merge it with sdconv.merge_lora"
+    assert words in str(inspect(path).complaint)
+    with pytest.raises(UnknownNetworkError, match=re.escape(words)):
+        sdconv.load(path)
+
+
+def test_boft_is_known_by_its_axes(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({f"{KOHYA}.oft_blocks": torch.zeros(2, 4, 2, 2)}, path)
+    assert "this is a BOFT file" in str(inspect(path).complaint)
 
 
 CONTROL = {
@@ -185,7 +221,6 @@ def test_a_whole_checkpoint_is_not_a_lora(network: Any, tmp_path: Path) -> None:
         (GOOD, r"this is a LoRA file; merge it with sdconv\.merge_lora"),
         (PEFT, r"this is a LoRA file; merge it with sdconv\.merge_lora"),
         (CONTROL, "adapter of another kind: Control-LoRA"),
-        ({f"{KOHYA}.hada_w1_a": SOME, f"{KOHYA}.hada_w1_b": SOME}, "another kind: LoHa"),
     ],
 )
 def test_a_lora_is_not_a_network(tensors: dict[str, Tensor], words: str, tmp_path: Path) -> None:
@@ -198,6 +233,8 @@ def test_a_lora_is_not_a_network(tensors: dict[str, Tensor], words: str, tmp_pat
 
 
 def test_networks_are_not_adapters(network: Any) -> None:
-    assert adapter_in(network.state_dict()) is None
-    for config in (*seeded.WITH_PEER.values(), *seeded.WITHOUT_PEER.values()):
-        assert adapter_in(seeded.tensors(config)) is None
+    for tensors in (
+        network.state_dict(),
+        *map(seeded.tensors, (*seeded.WITH_PEER.values(), *seeded.WITHOUT_PEER.values())),
+    ):
+        assert adapter_in({name: tensor.shape for name, tensor in tensors.items()}) is None

@@ -24,6 +24,7 @@ from helpers.fake_cuda import (
 )
 from helpers.numbers import error
 from helpers.paths import DATA
+from helpers.slow import first_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -307,7 +308,7 @@ def test_a_fault_shows_against_the_original(fault: Callable[[UNet2DConditionMode
     assert error(out, io["out"]) > 5e-5
 
 
-@pytest.mark.parametrize("family", unets.FAMILIES)
+@pytest.mark.parametrize("family", first_of(unets.FAMILIES))
 def test_dry_run_on_fake_cuda(family: str) -> None:
     network = unets.on_meta(unets.smallest(family))
     for dtype in HALF_DTYPES:

@@ -73,7 +73,7 @@ class Prologue:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What a convolution adds to its output.
+    """What a convolution adds to its output, and ReLU of the sum if ``relu``.
 
     ``bias``: ``(O,)``. ``temb``: the projected time embedding of each image, ``(B, O)``.
     ``residual``: a feature map of the output's shape; with ``shortcut``, the input of that 1x1
@@ -84,6 +84,7 @@ class Epilogue:
     temb: Tensor | None = None
     residual: Tensor | None = None
     shortcut: tuple[Tensor, Tensor | None] | None = None
+    relu: bool = False
 
     def offsets(self, batch: int, channels: int) -> Tensor:
         """The terms that all pixels of an image share, ``(B, O)``: both biases and ``temb``."""
@@ -97,14 +98,15 @@ class Epilogue:
         return offsets
 
     def apply(self, y: Tensor) -> Tensor:
-        """Adds all but the bias by torch's own operations."""
+        """Applies all but the bias by torch's own operations."""
         if self.temb is not None:
             y = y + self.temb[:, :, None, None]
-        if self.residual is None:
-            return y
-        if self.shortcut is None:
-            return self.residual + y
-        return functional.conv2d(self.residual, *self.shortcut) + y
+        if self.residual is not None:
+            residual = self.residual
+            if self.shortcut is not None:
+                residual = functional.conv2d(residual, *self.shortcut)
+            y = residual + y
+        return y.relu() if self.relu else y
 
 
 # --- packed weights, each by a module-level function, which is a key of the weight cache
@@ -306,6 +308,7 @@ def winograd_conv(
             offsets=offsets[b],
             residual=None if epilogue.residual is None else epilogue.residual[b],
             shortcut=shortcut,
+            relu=epilogue.relu,
             groups=groups,
             in_place=in_place,
         )
@@ -327,7 +330,8 @@ class WinogradPass:
     ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``, or ``(O, 2H, 2W)`` where ``scheme`` upsamples.
     ``weight``: packed for ``scheme``. ``affine``: the normalisation's scale and shift, ``(C,)``
     each. ``offsets``: ``(O,)``. ``residual``: ``(R, H, W)``, multiplied by the packed ``shortcut``
-    if there is one. ``groups``: whose sums are returned. ``in_place``: whether ``out`` is ``x``.
+    if there is one. ``relu``: whether ReLU follows. ``groups``: whose sums are returned.
+    ``in_place``: whether ``out`` is ``x``.
     """
 
     scheme: Scheme
@@ -339,6 +343,7 @@ class WinogradPass:
     offsets: Tensor
     residual: Tensor | None
     shortcut: Tensor | None
+    relu: bool
     groups: int
     in_place: bool
     # the input row before the strip, where the strip before has overwritten it
@@ -370,7 +375,9 @@ class WinogradPass:
         else:
             shape = (strip.end - strip.first, strip.width, channels)
             out = scratch.take("output", shape, COMPUTE_DTYPE)
-        sums = kernels.output_transform(strip, products, self.offsets, residual, out, self.groups)
+        sums = kernels.output_transform(
+            strip, products, self.offsets, residual, self.relu, out, self.groups
+        )
         if self._out_rows is None:
             self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
         return sums

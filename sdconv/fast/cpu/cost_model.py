@@ -22,7 +22,7 @@ SCHEMES: dict[Kind, Scheme] = {"conv3x3": CONV3X3, "upsample_conv": UPSAMPLE_CON
 # per value of a weight: torch's kernel reorders it in each call; a packed weight is only read
 _REORDER, _READ = 160, 25
 # per value of a transformed tile, in and out; per call
-_TRANSFORM, _CALL = 100, 10_000_000
+_TRANSFORM, _CALL = 70, 10_000_000
 # per value of a feature map that is normalised in passes of its own
 _NORMALISE = 250
 

@@ -47,11 +47,13 @@ class Kernels(Protocol):
         products: Tensor,
         bias: Tensor,
         residual: Tensor | None,
+        relu: bool,
         out: Tensor,
         groups: int,
     ) -> tuple[Tensor, Tensor]:
         """Transforms ``products`` ``(positions, T, O or more)`` into ``out``, the strip's rows of
-        the output, and adds ``bias`` and ``residual``; returns the `sums` of ``out``."""
+        the output, adds ``bias`` and ``residual``, and applies ReLU if ``relu``; returns the
+        `sums` of ``out``."""
 
     def sums(self, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Each group's sum and sum of squares in parts of ``rows``, ``(parts, groups, 2)``, and how

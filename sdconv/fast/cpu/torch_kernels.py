@@ -42,12 +42,14 @@ def output_transform(
     products: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    relu: bool,
     out: Tensor,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     rows = strip.scheme.output_transform(products, strip.tile_rows)
     rows = rows[: strip.end - strip.first, : strip.width] + bias
-    out.copy_(rows if residual is None else rows + residual)
+    rows = rows if residual is None else rows + residual
+    out.copy_(rows.relu() if relu else rows)
     return sums(out, groups)
 
 

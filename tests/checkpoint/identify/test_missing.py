@@ -54,7 +54,12 @@ def one_of_each_kind(named: Shapes) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "prefix"), [("diffusers", ""), ("original", ""), ("original", "model.x.")]
+    ("layout", "prefix"),
+    [
+        ("original", "model.x."),
+        pytest.param("original", "", marks=pytest.mark.slow),
+        pytest.param("diffusers", "", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_missing_tensor_is_named(kind: str, layout: str, prefix: str) -> None:

@@ -248,7 +248,7 @@ def by_torch_kernels(scheme: Scheme, case: Case) -> Tensor:
     torch_kernels.input_transform(strip, rows, 0, None, None, False, tiles)
     out = rows.new_empty(height, width, len(weight))
     products, bias = tiles @ scheme.kernel_transform(weight), rows.new_zeros(len(weight))
-    torch_kernels.output_transform(strip, products, bias, None, out, GROUPS)
+    torch_kernels.output_transform(strip, products, bias, None, False, out, GROUPS)
     return out.permute(2, 0, 1)[None]
 
 
@@ -303,6 +303,7 @@ def transforms() -> Any:
     return import_module("sdconv.fast.cpu.numba.transforms")
 
 
+@pytest.mark.slow
 @SCHEMES
 @pytest.mark.parametrize("direction", ["input", "output"])
 def test_a_wrong_constant_of_the_kernels_is_noticed(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.slow import first_of
 from torch import Tensor
 
 from sdconv.fast.cpu import custom_ops
@@ -35,7 +36,7 @@ def test_group_stats() -> None:
     torch.library.opcheck(custom_ops.group_stats, (drawn(2, 8, 5, 7), GROUPS))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", first_of([torch.contiguous_format, torch.channels_last]))
 @pytest.mark.parametrize("shortcut", [None, False, True])
 def test_conv3x3(shortcut: bool | None, layout: torch.memory_format) -> None:
     x = drawn(2, 8, 6, 7).detach().contiguous(memory_format=layout).requires_grad_()

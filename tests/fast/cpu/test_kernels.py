@@ -51,6 +51,7 @@ def test_transforms(
     if strip.first and scheme is CONV3X3 and data.draw(st.booleans()):
         above = random(width, channels)
     bias, residual = random(channels), random(strip.end - strip.first, width, channels)
+    relu = data.draw(st.booleans())
     tiles, outs, sums = [], [], []
     # torch's in float64: in float32 its transforms lose more than Numba's
     for kernels, dtype in ((numba_kernels()[0], torch.float32), (torch_kernels, torch.float64)):
@@ -61,7 +62,7 @@ def test_transforms(
         made = torch.empty(scheme.positions, strip.tiles, channels, dtype=dtype)
         kernels.input_transform(strip, own_rows[row:end], row, own_above, own_affine, True, made)
         out = torch.empty_like(own_residual)
-        parts = kernels.output_transform(strip, made, own_bias, own_residual, out, 4)
+        parts = kernels.output_transform(strip, made, own_bias, own_residual, relu, out, 4)
         tiles.append(made)
         outs.append(out)
         sums.append(combine(*parts))

@@ -212,6 +212,7 @@ def test_compiled_and_exported() -> None:
     assert error(program.module()(*given), expected) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_on_cuda")
 def test_a_compiled_decoder_is_one_graph() -> None:
     vae = seeded.network(AUTOENCODERS["sd1"])

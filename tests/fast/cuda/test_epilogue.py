@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.numbers import error, randn
+from helpers.slow import first_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -64,7 +65,7 @@ def test_interleaving() -> None:
         assert torch.equal(out[:, :, row, column], expected)
 
 
-@pytest.mark.parametrize("subpixel", [False, True])
+@pytest.mark.parametrize("subpixel", first_of([False, True]))
 def test_the_operator(subpixel: bool) -> None:
     given = [one.requires_grad_() for one in drawn(subpixel=subpixel)]
     torch.library.opcheck(epilogue.operator, (*given, GROUPS, subpixel))
@@ -72,7 +73,7 @@ def test_the_operator(subpixel: bool) -> None:
     torch.library.opcheck(epilogue.operator, alone)
 
 
-@pytest.mark.parametrize("subpixel", [False, True])
+@pytest.mark.parametrize("subpixel", first_of([False, True]))
 def test_gradients(subpixel: bool) -> None:
     given = [one.requires_grad_() for one in drawn(torch.float64, subpixel=subpixel)]
 

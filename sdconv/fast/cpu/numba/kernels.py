@@ -68,6 +68,7 @@ def output_transform(
     products: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    relu: bool,
     out: Tensor,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
@@ -89,6 +90,7 @@ def output_transform(
         residual_step=0 if residual is None else residual.stride(1),
         out=out.data_ptr(),
         out_row=strip.first,
+        relu=relu,
         groups=groups,
         sums=found.data_ptr(),
     )

@@ -6,6 +6,7 @@ compiles the kernels, or reads them from Numba's cache.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 from sdconv.fast.cpu.numba.dsl import (
@@ -38,6 +39,7 @@ OUTPUT = job(
     "residual_step",
     "out",
     "out_row",
+    "relu",
     "groups",
     "sums",
 )
@@ -226,6 +228,7 @@ def _output_kernel(scheme: Scheme, transform: Any) -> Any:
         plane = job.tile_rows * columns * job.products_step
         chunks = (columns + TILES - 1) // TILES
         group_size = channels // job.groups
+        least = f32(0.0) if job.relu != 0 else f32(-inf)
         # where a row of the output tile begins: after the columns transformed along the first axis
         value = 4 * side
         clear(channel_sums, 0, 2 * BLOCK)
@@ -256,12 +259,12 @@ def _output_kernel(scheme: Scheme, transform: Any) -> Any:
                             if job.residual != 0:
                                 by = (pixel + j) * job.residual_step + c0
                                 for c in range(n):
-                                    out[to + c] = (
-                                        scratch[made + c] + bias[c0 + c] + residual[by + c]
-                                    )
+                                    y = scratch[made + c] + bias[c0 + c] + residual[by + c]
+                                    out[to + c] = least if y < least else y  # NaN stays
                             else:
                                 for c in range(n):
-                                    out[to + c] = scratch[made + c] + bias[c0 + c]
+                                    y = scratch[made + c] + bias[c0 + c]
+                                    out[to + c] = least if y < least else y
                         at = pixel * channels + c0
                         accumulate(channel_sums, squares, out, at, channels, across, n)
                 flush_groups(sums, unit, job.groups, group_size, c0, n, channel_sums)
@@ -283,8 +286,8 @@ def input_transform(pointer: Any) -> None:
 
 @kernel(OUTPUT)
 def output_transform(pointer: Any) -> None:
-    """The output transform of a strip by CONV3X3, bias, residual, and each group's sums. A unit is
-    TILES tiles."""
+    """The output transform of a strip by CONV3X3, bias, residual, ReLU, and each group's sums. A
+    unit is TILES tiles."""
     _output_body(pointer)
 
 
