@@ -85,9 +85,9 @@ export const vae = {
       const edits = valid(), words = JSON.stringify(edits);
       controls(edits);
       if (words !== JSON.stringify(network.wanted.edits)) await network.compute({ edits });
-      if ("edits" in changes || !Object.keys(changes).length) await stationMaps();
-      await pointMaps();
       await result(edits);
+      await pointMaps();
+      if ("edits" in changes || !Object.keys(changes).length) await stationMaps();
     }
 
     function controls(edits) {
