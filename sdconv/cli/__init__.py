@@ -15,6 +15,7 @@ from sdconv.cli import (
     compare,
     convert,
     dataset,
+    explain_page,
     export,
     features,
     images,
@@ -48,7 +49,7 @@ COMMANDS = {
         weights.fetch,
     ),
     "Images": (images.encode, images.decode, images.reconstruct),
-    "Inside a network": (anatomy.anatomy, features.features),
+    "Inside a network": (anatomy.anatomy, features.features, explain_page.explain_page),
     "Speed and memory": (plan.plan, bench.bench),
 }
 """The commands, in the groups that ``sdconv --help`` shows."""
