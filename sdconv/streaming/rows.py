@@ -130,9 +130,7 @@ def run_rows(plan: RowPlan, x: Tensor, out: Tensor, on_rows: Callable[[int], obj
     """
     for image, result in zip(x.split(1), out.split(1), strict=True):
         done = 0
-        for rows in _stream(
-            plan.half.layers, map(plan.half.enter, torch.split(image, plan.rows, 2))
-        ):
+        for rows in _stream(plan.half.layers, map(plan.half.enter, image.split(plan.rows, 2))):
             count = rows.shape[2]
             result[:, :, done : done + count] = plan.half.leave(rows)
             del rows
