@@ -310,6 +310,7 @@ CHOOSING = {
     "plan": "family prefix key",
     "bench": "family prefix key ema",
     "features": "family prefix model-key ema clamp",
+    "export": "family prefix key ema clamp",
 }
 
 
