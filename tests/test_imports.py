@@ -22,6 +22,7 @@ FLOORS = (
     ("cli",),
     ("",),  # sdconv/__init__.py itself, whose public names come from everywhere below
     ("report",),
+    ("dataset",),
     ("features",),
     ("analysis",),
     ("loading",),

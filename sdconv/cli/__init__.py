@@ -14,6 +14,8 @@ from sdconv.cli import (
     bench,
     compare,
     convert,
+    dataset,
+    explain_page,
     export,
     features,
     images,
@@ -47,7 +49,7 @@ COMMANDS = {
         weights.fetch,
     ),
     "Images": (images.encode, images.decode, images.reconstruct),
-    "Inside a network": (anatomy.anatomy, features.features),
+    "Inside a network": (anatomy.anatomy, features.features, explain_page.explain_page),
     "Speed and memory": (plan.plan, bench.bench),
 }
 """The commands, in the groups that ``sdconv --help`` shows."""
@@ -55,6 +57,7 @@ COMMANDS = {
 for group, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=group)(with_verbosity(command))
+app.add_typer(dataset.app, name="dataset", rich_help_panel="Data sets")
 
 
 def _version(wanted: bool) -> None:

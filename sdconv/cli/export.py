@@ -9,14 +9,18 @@ from typing import Annotated
 import typer
 
 from sdconv.cli.common import (
+    Clamp,
     Component,
     ComputeDtype,
     Dtype,
+    Ema,
     Family,
     Force,
     ImageSize,
     Json,
+    Key,
     Paths,
+    Prefix,
     check_output,
     print_json,
     working,
@@ -49,7 +53,11 @@ def export(
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")] = 1,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    key: Key = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -72,7 +80,17 @@ def export(
     suffix = check_export_path(out)
     for file in [out] if suffix == ".onnx" else [out, out.with_suffix(".bin")]:
         check_output(file, force, paths)
-    network = open_autoencoder(paths, RunOptions(component, family, dtype, "cpu"))
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device="cpu",
+    )
+    network = open_autoencoder(paths, options)
     with working("exporting"):
         found = export_half(network, half.value, out, size=shape, batch=batch)
     if as_json:

@@ -33,6 +33,7 @@ from sdconv.cli.common import (
     print_json,
     say,
 )
+from sdconv.cli.ranks import Ranks, is_first_rank
 from sdconv.cli.running import RunOptions, open_autoencoder, prepared, running
 from sdconv.errors import InputError
 
@@ -122,6 +123,7 @@ def encode(
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    ranks: Ranks = False,
     as_json: Json = False,
 ) -> None:
     """Turn an image into latents.
@@ -136,6 +138,7 @@ def encode(
       sdconv encode photo.jpg --model vae.safetensors
       sdconv encode photo.jpg --model vae.safetensors --size 512 --scaled --out z.safetensors
       sdconv encode photo.jpg --model vae.safetensors --sample --seed 7
+      torchrun --nproc-per-node 2 -m sdconv encode photo.jpg -m vae.safetensors --ranks
     """
     import torch
 
@@ -163,6 +166,7 @@ def encode(
         backend=backend,
         memory=memory,
         spill=spill,
+        ranks=ranks,
     )
     network, loaded, x = prepared(
         image, model, parse_resize(size), options, scaled=scaled, crop=crop, alpha=alpha
@@ -172,6 +176,8 @@ def encode(
         latents = encode_image(network, x, generator).float()
         if scaled:
             latents = scale(network, latents)
+    if not is_first_rank():
+        return
     scaled = scaled or isinstance(network, AutoencoderTiny)  # whose latents always are
     if not torch.isfinite(latents).all():
         raise InputError(
@@ -243,6 +249,7 @@ def decode(
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    ranks: Ranks = False,
     seamless: Annotated[
         Axes | None,
         typer.Option(
@@ -267,6 +274,7 @@ def decode(
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
       sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
       sdconv decode panorama.safetensors -m vae.safetensors --seamless x
+      torchrun --nproc-per-node 2 -m sdconv decode z.safetensors -m vae.safetensors --ranks
     """
     from sdconv.images import image_format, to_image, write_image
     from sdconv.latents import read_stored
@@ -299,6 +307,7 @@ def decode(
         backend=backend,
         memory=memory,
         spill=spill,
+        ranks=ranks,
     )
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled)
@@ -308,11 +317,13 @@ def decode(
     rows, columns = (network.downscale * side for side in z.shape[2:])
     with running("decoding", network, (rows, columns), ["decode"]), wraps:
         z = z.to(network.device)
-        if memory is None:
+        if memory is None and not ranks:
             sides = tuple(network.downscale * side for side in z.shape[2:])
             check_memory(network, sides, images=len(z), options=("memory", "dtype"))
         decoded = cast(Any, network).decode(z.to(network.dtype)).sample
         images = [to_image(one) for one in decoded]
+    if not is_first_rank():
+        return
     images = [_as_encoded(one, stored, out) for one in images]
     for image, path in zip(images, outs, strict=True):
         write_image(image, path)

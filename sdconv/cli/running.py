@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import (
     Backend,
@@ -18,6 +20,7 @@ from sdconv.cli.common import (
     shows_progress,
     working,
 )
+from sdconv.cli.ranks import is_first_rank, join_ranks
 from sdconv.cli.verbosity import is_quiet
 from sdconv.errors import InputError, SdconvError
 
@@ -34,6 +37,7 @@ class RunOptions:
 
     ``component`` to ``backend``: as ``sdconv.load`` takes them. ``memory``, ``spill``: as
     ``enable_streaming`` takes them; None for whole feature maps.
+    ``ranks``: whether the other processes that torchrun has started take part.
     """
 
     component: str | None
@@ -47,6 +51,7 @@ class RunOptions:
     backend: Backend = Backend.reference
     memory: str | None = None
     spill: Path | None = None
+    ranks: bool = False
 
 
 def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
@@ -63,7 +68,7 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
         one_or_all(model),
         options.component or "vae",
         dtype=options.dtype.in_torch(),
-        device=options.device,
+        device=join_ranks(options.device) if options.ranks else options.device,
         family=options.family,
         prefix=options.prefix,
         key=options.key,
@@ -83,6 +88,17 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
 
 
 def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
+    if options.ranks:
+        if not hasattr(network, "enable_parallel"):
+            raise InputError(
+                "a tiny autoencoder is not computed over ranks",
+                where="--ranks",
+                hint="leave --ranks out",
+            )
+        network.enable_parallel(
+            memory_limit=options.memory, spill=options.spill, progress=not is_quiet()
+        )
+        return
     if options.memory is None:
         if options.spill is not None:
             raise InputError(
@@ -109,14 +125,22 @@ def running(
         size: rows and columns of the image.
         paths: the VAE's methods that will be called, in this order.
 
+    An error that all ranks raise alike ends the first one with its message and the others without.
+
     Raises:
         InputError: torch's normalisation finds a single value in a group.
     """
     import torch
 
+    from sdconv.streaming.parallel.group import AgreedError
+
     try:
         with _shown(words, network, size, paths), torch.inference_mode():
             yield
+    except AgreedError:
+        if is_first_rank():
+            raise
+        raise typer.Exit(2) from None
     except SdconvError:
         raise  # some are ValueErrors too
     except ValueError as error:
@@ -183,9 +207,10 @@ def prepared(
     multiple = image_multiple(network, scaled=scaled)
     image = image.fitted(multiple, size) if crop else image.resized(size)
     whole = image.padded(multiple)
-    for note in whole.notes:
-        say(note, "note")
-    if options.memory is None:
+    if is_first_rank():
+        for note in whole.notes:
+            say(note, "note")
+    if options.memory is None and not options.ranks:
         check_memory(network, whole.image.size[::-1], options=("memory", "size", "dtype"))
     kept = LoadedImage(image=image.image, notes=whole.notes)
     return network, kept, to_tensor(whole.image).to(network.device, network.dtype)

@@ -208,7 +208,7 @@ def _unet_run(
 
     if prompt is not None:
         prompt = prompt.checked(unet, "--embeds" if request.embeds else "--prompt")
-    config = _scheduler_file(request.model)
+    config = scheduler_file(request.model)
     schedule = Schedule(request.steps, config)
     generator = torch.Generator().manual_seed(request.seed)
     z, image, notes = _latents_of(unet, request, loaded)
@@ -221,7 +221,7 @@ def _unet_run(
         check_free_memory(least, f"latents {rows}x{columns}", options)
     shape = (1, channels, rows, columns)
     noise = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
-    arguments, words = _conditions(unet, (rows, columns), request.seed, prompt)
+    arguments, words = conditions(unet, (rows, columns), request.seed, prompt)
     latents = noise  # of the run from noise, step by step
 
     def call(timestep: int) -> None:
@@ -313,8 +313,11 @@ def _latents_of(
     return z.to(unet.dtype), loaded.image, loaded.notes
 
 
-def _conditions(
-    unet: UNet2DConditionModel, size: tuple[int, int], seed: int, prompt: PromptEmbeds | None
+def conditions(
+    unet: UNet2DConditionModel,
+    size: tuple[int, int],
+    seed: int,
+    prompt: PromptEmbeds | None = None,
 ) -> tuple[list[Any], str]:
     """A U-Net's arguments by position, with a neutral prompt embedding unless there is a prompt,
     and a note about them."""
@@ -353,8 +356,8 @@ def _conditions(
     return arguments, words + (f", and {more} further channels are noise" if more > 0 else "")
 
 
-def _scheduler_file(model: Path | list[Path]) -> Path | None:
-    """The scheduler's config in a pipeline's folder."""
+def scheduler_file(model: Path | list[Path]) -> Path | None:
+    """The scheduler's config in a pipeline's folder; None if there is none."""
     folder = model if isinstance(model, Path) else model[0]
     found = folder / "scheduler" / "scheduler_config.json"
     return found if found.is_file() else None

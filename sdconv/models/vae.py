@@ -7,8 +7,11 @@ Source: ``ldm/modules/diffusionmodules/model.py`` and ``ldm/models/autoencoder.p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from sdconv.models.blocks import Checkpointed, DownEncoderBlock2D, MidBlock2D, U
 from sdconv.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from sdconv.models.image_inputs import Images, Latents
 
 
@@ -174,6 +179,53 @@ class AutoencoderKL(Autoencoder):
         """The factor by which an image is higher and wider than its latents."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
 
+    def enable_parallel(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        memory_limit: int | str | None = None,
+        spill: str | Path | None = None,
+        progress: bool = True,
+        timeout: float = 60.0,
+    ) -> None:
+        """Makes ``encode`` and ``decode`` compute each image over the ranks of a process group.
+
+        Each rank computes a band of rows of every feature map. Bands exchange the rows that
+        convolutions need beyond their edges; normalisation and attention see the whole image. All
+        ranks call this, ``encode`` and ``decode`` together, with the same input, and all get the
+        whole result: the bits of ``enable_streaming`` with the same strips. A rank's feature maps
+        take as much memory as its band is of the image.
+
+        Messages go through gloo for a network on CPUs and through NCCL for one on GPUs; under
+        torchrun, call ``torch.distributed.init_process_group()`` first.
+
+        Args:
+            group: the process group; None for all ranks, in a new group.
+            memory_limit, spill: as for ``enable_streaming``, of each rank.
+            progress: shows a progress bar on the first rank, if standard error is a terminal.
+            timeout: seconds for which a rank waits for one that is slower, or has ended, in a new
+                group; a group of yours has its own.
+
+        Raises:
+            SdconvError: ``torch.distributed`` is not initialised, this process is not in the group,
+                the ranks' weights differ, or not all ranks call this in time. ``encode`` and
+                ``decode`` raise it later on every rank if their inputs differ, and on the others if
+                a rank ends.
+        """
+        before = self.streaming
+        self.enable_streaming(memory_limit, spill, progress)
+        streaming: Any = self.streaming
+        self.streaming = before
+        self.streaming = streaming.over_ranks(self, group, timeout)
+
+    def disable_parallel(self) -> None:
+        """Makes ``encode`` and ``decode`` compute in this process again. Ranks that still compute
+        with this one get an error."""
+        close: Callable[[], None] | None = getattr(self.streaming, "close", None)
+        if close is not None:
+            close()
+            self.disable_streaming()
+
     @apply_forward_hook
     def encode(
         self, x: Images, return_dict: bool = True
@@ -236,20 +288,28 @@ class AutoencoderKL(Autoencoder):
         return self.decode(z, return_dict=return_dict)
 
     def _posterior(self, x: Images) -> DiagonalGaussianDistribution:
-        x = self._checked(x, "images", self.config.in_channels, self.downscale, self.encoder)
-        rows, columns = (side // self.downscale for side in x.shape[2:])
-        self._check_room(x, rows * columns, self.config.block_out_channels[-2:])
+        with self._sharing_errors():
+            x = self._checked(x, "images", self.config.in_channels, self.downscale, self.encoder)
+            rows, columns = (side // self.downscale for side in x.shape[2:])
+            self._check_room(x, rows * columns, self.config.block_out_channels[-2:])
         if self.streaming is not None:
             return DiagonalGaussianDistribution(self.streaming(self, "encode", x))
         return DiagonalGaussianDistribution(self._over_batch(self._moments, x))
 
     def _sample(self, z: Latents) -> Tensor:
         first = self.decoder if self.post_quant_conv is None else self.post_quant_conv
-        z = self._checked(z, "latents", self.config.latent_channels, 1, first)
-        self._check_room(z, z.shape[2] * z.shape[3], (self.decoder.conv_in.out_channels,))
+        with self._sharing_errors():
+            z = self._checked(z, "latents", self.config.latent_channels, 1, first)
+            self._check_room(z, z.shape[2] * z.shape[3], (self.decoder.conv_in.out_channels,))
         if self.streaming is not None:
             return self.streaming(self, "decode", z)
         return self._over_batch(self._decoded, z)
+
+    def _sharing_errors(self) -> AbstractContextManager[None]:
+        """Raises a refused input on every rank that waits for it, if there are several."""
+        sharing: Callable[[], AbstractContextManager[None]]
+        sharing = getattr(self.streaming, "sharing_errors", nullcontext)
+        return sharing()
 
     def _check_room(self, x: Tensor, area: int, channels: tuple[int, ...]) -> None:
         """Refuses an input whose smallest feature map, of ``area`` positions, is too small to

@@ -128,7 +128,7 @@ def run_rows(plan: RowPlan, x: Tensor, out: Tensor, on_rows: Callable[[int], obj
         out: of the plan's shape; filled.
         on_rows: called with the number of output rows after each strip.
     """
-    for image, result in zip(x.split(1), out.split(1), strict=True):
+    for image, result in zip(x.unsqueeze(1), out.unsqueeze(1), strict=True):
         done = 0
         for rows in _stream(
             plan.half.layers, map(plan.half.enter, torch.split(image, plan.rows, 2))

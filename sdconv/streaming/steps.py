@@ -58,6 +58,7 @@ class StreamStep:
         layer: what is computed.
         residual: a buffer that is added to the output.
         collects_stats: whether the target's statistics are collected for the next normalisation.
+        band: the units that are computed, if the buffers hold a rank's rows only.
     """
 
     name: str
@@ -66,6 +67,7 @@ class StreamStep:
     layer: StreamLayer
     residual: FeatureBuffer | None = None
     collects_stats: bool = False
+    band: range | None = None
 
     @property
     def inputs(self) -> tuple[FeatureBuffer, ...]:
@@ -75,7 +77,7 @@ class StreamStep:
     @property
     def units(self) -> int:
         """The number of units (see ``StreamLayer``) in the whole step."""
-        return self.layer.units(self.source.height)
+        return self.layer.units(self.source.height) if self.band is None else len(self.band)
 
     @property
     def ample_workspace(self) -> int:

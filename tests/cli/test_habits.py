@@ -199,6 +199,7 @@ WRITING = {
     "export": ("export vae.safetensors --half decoder --size 16 -o OUT", "out.xml"),
     "diff": ("diff vae.safetensors vae.safetensors --plot OUT", "out.png"),
     "anatomy": ("anatomy vae.safetensors --size 64 --plot OUT", "out.svg"),
+    "explain-page": ("explain-page -o OUT", "out.html"),
 }
 
 
@@ -309,6 +310,7 @@ CHOOSING = {
     "plan": "family prefix key",
     "bench": "family prefix key ema",
     "features": "family prefix model-key ema clamp",
+    "export": "family prefix key ema clamp",
 }
 
 
