@@ -181,7 +181,13 @@ def features(
       sdconv features --model stable-diffusion/ --prompt 'a cat' -l '*.attn2:probs' --out maps
     """
     if listed:
-        points = list_points(model, component, family, size, layers, exclude or ())
+        from sdconv.analysis.inspection import inspect
+        from sdconv.checkpoint.io.pickles import weights_key
+
+        with weights_key(model_key):
+            inspection = inspect(one_or_all(model), family=family, prefix=prefix)
+        config = inspection.network(component).config
+        points = list_points(config, size, layers, exclude or ())
         if as_json:
             print_json({"points": points.to_json()})
         else:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdconv.cli.common import Dtype, counting, one_or_all
+from sdconv.cli.common import Dtype, counting
 from sdconv.cli.running import running
 from sdconv.sizes import parse_size
 
 if TYPE_CHECKING:
+    from sdconv.config import Config
     from sdconv.features import Maps, Points
     from sdconv.features.drivers import Run
     from sdconv.report.features.write import Page
@@ -22,17 +23,14 @@ IN_MEMORY = 1 << 30
 
 
 def list_points(
-    model: list[Path],
-    component: str | None,
-    family: str | None,
+    config: Config,
     size: str | None,
     layers: list[str] | None,
     exclude: list[str] | tuple[()],
 ) -> Points:
-    """The points of a network of which only the headers are read."""
+    """The points of a network that has a config but no weights."""
     import torch
 
-    from sdconv.analysis.inspection import inspect
     from sdconv.features import Points
     from sdconv.features import features as points_of
     from sdconv.features.drivers import latent_sides
@@ -41,7 +39,6 @@ def list_points(
     from sdconv.models.unet import UNet2DConditionModel
 
     pixels = None if size is None else parse_size(size)
-    config = inspect(one_or_all(model), family=family).network(component).config
     with torch.device("meta"):
         network = build(config)
     sides = latent_sides(network, pixels) if isinstance(network, UNet2DConditionModel) else pixels
