@@ -105,7 +105,7 @@ def features(
     prompt: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT",
+            metavar="PROMPT",
             help="A U-Net's prompt, for the text encoder in the pipeline's folder --model. "
             "Without a file, random latents are denoised.",
             show_default=False,

@@ -188,7 +188,12 @@ def extract_lora(
     ],
     rank: Annotated[
         int,
-        typer.Option(min=1, help="Of linear layers and 1x1 convolutions.", show_default=False),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Of linear layers and 1x1 convolutions.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path,
@@ -198,6 +203,7 @@ def extract_lora(
         int | None,
         typer.Option(
             min=0,
+            metavar="N",
             help="Of larger convolutions; 0 leaves them out.  Default: as --rank.",
             show_default=False,
         ),

@@ -348,6 +348,7 @@ OPENING = {
     "plan": "plan W --size 64 --no-time",
     "bench": "bench W --size 64 --explain",
     "features": "features photo.png -m W -l encoder.conv_in -o maps",
+    "export": "export W --half decoder --size 32 -o o.onnx",
 }
 
 

@@ -6,11 +6,12 @@ import typer
 
 from sdconv.cli.dataset import checking, making
 from sdconv.cli.ending import Commands
+from sdconv.cli.verbosity import with_verbosity
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 
 for command in (making.encode, making.features, checking.status, checking.verify):
-    app.command()(command)
+    app.command()(with_verbosity(command))
 
 
 @app.callback()
