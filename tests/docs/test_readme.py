@@ -36,7 +36,7 @@ def test_the_example_prints_what_is_shown_below_it(tmp_path: Path) -> None:
 
 def test_files_and_commands_that_it_names_exist() -> None:
     text = README.read_text()
-    commands = set(re.findall(r"`sdconv (\w+)", text))
+    commands = set(re.findall(r"`sdconv ([\w-]+)", text))
     assert commands
     help_text = subprocess.run(
         [sys.executable, "-m", "sdconv", "--help"], capture_output=True, text=True, check=True
