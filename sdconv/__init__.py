@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sdconv.features.capture import capture, run_until
     from sdconv.features.editing import edit
     from sdconv.features.maps import open_maps
+    from sdconv.hub.download import fetch
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.loading import load
     from sdconv.lora.bake import bake_lora
@@ -57,6 +58,7 @@ _HOME = {
     "edit": "sdconv.features.editing",
     "extract_lora": "sdconv.lora.extract",
     "features": "sdconv.features",
+    "fetch": "sdconv.hub.download",
     "infer": "sdconv.checkpoint.identify.infer",
     "load": "sdconv.loading",
     "merge_lora": "sdconv.lora.merge",
@@ -91,6 +93,7 @@ __all__ = [
     "edit",
     "extract_lora",
     "features",
+    "fetch",
     "infer",
     "load",
     "merge_lora",

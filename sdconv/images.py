@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from sdconv.checkpoint.io.files import as_path
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError
+from sdconv.hub.shipped import shipped
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 """The formats that are read, by Pillow's names: none of them runs another program."""
@@ -30,6 +33,8 @@ WRITE_FORMATS: Mapping[str, str] = {
     ".bmp": "BMP",
 }
 """The formats that are written: suffix -> Pillow's name."""
+
+_ORIENTATION = 0x0112  # the EXIF tag: 5 to 8 exchange rows and columns
 
 
 HAVE_ALPHA = frozenset({"PNG", "WEBP", "TIFF"})
@@ -143,20 +148,63 @@ def read_image(path: str | Path, *, alpha: bool = False) -> LoadedImage:
             of range; or ``path`` is not a path.
     """
     path = as_path(path)
+    with image_errors(path), path.open("rb") as file, opened(file) as image:
+        return _as_displayed(image, path, alpha)
+
+
+def read_image_from(
+    file: BinaryIO, where: object, *, at_least: tuple[int, int] | None = None
+) -> LoadedImage:
+    """Reads an image from an open file, as ``read_image`` does from a path.
+
+    Args:
+        file: readable and seekable.
+        where: the image's name, for errors.
+        at_least: rows and columns of the upright image that are enough. A JPEG that is at least
+            twice as large along both sides is decoded at 1/2, 1/4 or 1/8 of its size, which saves
+            most of the time; a note says so.
+
+    Raises:
+        InputError: as ``read_image``.
+    """
+    with image_errors(where), opened(file) as image:
+        full, notes = image.size, tuple[str, ...]()
+        if at_least is not None:
+            rows, columns = at_least
+            lies = image.getexif().get(_ORIENTATION, 1) >= 5
+            image.draft(None, (rows, columns) if lies else (columns, rows))
+        if image.size != full:
+            notes = (f"decoded at {_sides(image.size)} instead of {_sides(full)}",)
+        loaded = _as_displayed(image, where)
+        return LoadedImage(image=loaded.image, notes=notes + loaded.notes)
+
+
+@contextmanager
+def opened(file: BinaryIO) -> Iterator[Image.Image]:
+    """An image file opened by Pillow in one of the ``READ_FORMATS``, its header read only.
+
+    Pillow's exceptions are not translated: see ``image_errors``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata that is not used
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        Image.init()
+        formats = [name for name in READ_FORMATS if name in Image.OPEN]
+        with Image.open(file, formats=formats) as image:
+            yield image
+
+
+@contextmanager
+def image_errors(where: object) -> Iterator[None]:
+    """Translates what reading an image raises into an InputError about ``where``."""
     try:
-        with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")  # about metadata that is not used
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.init()
-            formats = [name for name in READ_FORMATS if name in Image.OPEN]
-            with Image.open(file, formats=formats) as image:
-                return _as_displayed(image, path, alpha)
+        yield
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             "the image is too large",
-            where=path,
+            where=where,
             expected=f"at most {Image.MAX_IMAGE_PIXELS} pixels",
             got=str(error).partition(" exceeds")[0],  # without which of Pillow's two limits
             hint="resize it with another program",
@@ -164,24 +212,30 @@ def read_image(path: str | Path, *, alpha: bool = False) -> LoadedImage:
     except UnidentifiedImageError as error:
         raise InputError(
             "not an image that can be read",
-            where=path,
+            where=where,
             expected=", ".join(READ_FORMATS),
             hint="convert it to PNG or JPEG",
         ) from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError("does not exist", where=path, hint="check the path") from error
+        raise InputError("does not exist", where=where, hint="check the path") from error
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(
-            "cannot be opened", where=path, expected="an image", got=error.strerror
+            "cannot be opened", where=where, expected="an image", got=error.strerror
         ) from error
     except Exception as error:  # on damaged files Pillow's decoders raise exceptions of all types
         raise InputError(
             "a damaged image, or of an unsupported kind",
-            where=repr(str(path)) if isinstance(error, ValueError) else path,
+            where=repr(str(where)) if isinstance(error, ValueError) else where,
             expected="a complete image",
             got=error,
             hint="convert it to PNG or JPEG, or download it again",
         ) from error
+
+
+def example_image() -> Image.Image:
+    """The photo that ships with sdconv: 256x256, RGB; ``weights/README.md`` says where it is
+    from."""
+    return read_image(shipped("photo.jpg")).image
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -301,7 +355,7 @@ def write_image(image: Image.Image, path: str | Path) -> None:
     write_whole(path, lambda part: image.save(part, format=form, **options))
 
 
-def _as_displayed(image: Image.Image, path: Path, alpha: bool) -> LoadedImage:
+def _as_displayed(image: Image.Image, where: object, alpha: bool = False) -> LoadedImage:
     """The image as a viewer shows it: upright, opaque unless ``alpha`` is kept, RGB or RGBA."""
     notes = []
     if getattr(image, "is_animated", False):
@@ -312,7 +366,7 @@ def _as_displayed(image: Image.Image, path: Path, alpha: bool) -> LoadedImage:
         if not (deep.min() >= 0 and deep.max() <= top):
             raise InputError(
                 "grey values out of range",
-                where=path,
+                where=where,
                 expected=f"0 to {top:g} in an image of Pillow's mode {image.mode!r}",
                 got=f"{deep.min():g} to {deep.max():g}",
                 hint="scale it to 8 bits with another program",

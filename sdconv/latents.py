@@ -268,6 +268,28 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
     return (rearrange(latents, _TO_PATCHES, p=p, q=q) - mean) / std
 
 
+def scale_log_variance(network: Autoencoder, logvar: Tensor) -> Tensor:
+    """The log-variance of ``scale(network, latents)``, from that of the raw latents.
+
+    Args:
+        network: the VAE that the latents come from.
+        logvar: ``(B, C, h, w)``, raw.
+
+    Returns:
+        ``(B, C, h, w)``; for FLUX.2 ``(B, 4C, h/2, w/2)``.
+
+    Raises:
+        InputError: as ``scale``.
+    """
+    _check(network, logvar, network.config["latent_channels"])
+    if not isinstance(network, AutoencoderKLFlux2):
+        _, factor = _scale_of(network)._affine(logvar)
+        return logvar + 2 * factor.abs().log()
+    p, q = network.config.patch_size
+    _, std = _statistics(network, logvar)
+    return rearrange(logvar, _TO_PATCHES, p=p, q=q) - 2 * std.log()
+
+
 def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
     """Converts latents of the diffusion model to raw ones: the inverse of ``scale``.
 

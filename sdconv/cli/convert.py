@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sdconv.cli.common import (
+    Clamp,
     Family,
     Force,
     Json,
@@ -56,18 +57,13 @@ def convert(
     ] = None,
     component: Annotated[
         str | None,
-        typer.Option(help="vae or unet, to write only that one.", show_default=False),
+        typer.Option(
+            metavar="vae|unet", help="vae or unet, to write only that one.", show_default=False
+        ),
     ] = None,
     family: Family = None,
     dtype: StorageDtype = None,
-    clamp: Annotated[
-        bool,
-        typer.Option(
-            "--clamp",
-            help="Let values beyond the range of --dtype become its largest finite one; they are "
-            "an error otherwise.",
-        ),
-    ] = False,
+    clamp: Clamp = False,
     prefix: Prefix = None,
     key: Key = None,
     ema: Annotated[

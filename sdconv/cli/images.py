@@ -13,15 +13,19 @@ from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import (
     IMAGE_BACKEND,
     LARGEST_SEED,
+    Clamp,
     Component,
     ComputeDtype,
     Device,
     Dtype,
+    Ema,
     Family,
     Force,
     Json,
     Model,
+    ModelKey,
     Out,
+    Prefix,
     Resize,
     With,
     check_output,
@@ -29,6 +33,7 @@ from sdconv.cli.common import (
     print_json,
     say,
 )
+from sdconv.cli.ranks import Ranks, is_first_rank
 from sdconv.cli.running import RunOptions, open_autoencoder, prepared, running
 from sdconv.errors import InputError
 
@@ -93,7 +98,9 @@ def encode(
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample from the posterior instead of taking its mode.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the sample.")
+    ] = 0,
     scaled: Annotated[
         bool,
         typer.Option(
@@ -107,11 +114,16 @@ def encode(
     alpha: Alpha = False,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    ranks: Ranks = False,
     as_json: Json = False,
 ) -> None:
     """Turn an image into latents.
@@ -126,6 +138,7 @@ def encode(
       sdconv encode photo.jpg --model vae.safetensors
       sdconv encode photo.jpg --model vae.safetensors --size 512 --scaled --out z.safetensors
       sdconv encode photo.jpg --model vae.safetensors --sample --seed 7
+      torchrun --nproc-per-node 2 -m sdconv encode photo.jpg -m vae.safetensors --ranks
     """
     import torch
 
@@ -141,15 +154,30 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+        ranks=ranks,
+    )
     network, loaded, x = prepared(
         image, model, parse_resize(size), options, scaled=scaled, crop=crop, alpha=alpha
     )
-    with running("encoding", network):
+    with running("encoding", network, x.shape[2:], ["encode"]):
         generator = torch.Generator().manual_seed(seed) if sample else None
         latents = encode_image(network, x, generator).float()
         if scaled:
             latents = scale(network, latents)
+    if not is_first_rank():
+        return
     scaled = scaled or isinstance(network, AutoencoderTiny)  # whose latents always are
     if not torch.isfinite(latents).all():
         raise InputError(
@@ -212,11 +240,16 @@ def decode(
     ] = None,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
     spill: Spill = None,
+    ranks: Ranks = False,
     seamless: Annotated[
         Axes | None,
         typer.Option(
@@ -241,6 +274,7 @@ def decode(
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
       sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
       sdconv decode panorama.safetensors -m vae.safetensors --seamless x
+      torchrun --nproc-per-node 2 -m sdconv decode z.safetensors -m vae.safetensors --ranks
     """
     from sdconv.images import image_format, to_image, write_image
     from sdconv.latents import read_stored
@@ -261,19 +295,35 @@ def decode(
             got="--scaled" if scaled else "--raw",
             hint="leave it to the file: give neither",
         )
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+        ranks=ranks,
+    )
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled)
     form = stated if scaled is None else scaled
     is_scaled = isinstance(network, AutoencoderTiny) if form is None else form
     wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
-    with running("decoding", network), wraps:
+    rows, columns = (network.downscale * side for side in z.shape[2:])
+    with running("decoding", network, (rows, columns), ["decode"]), wraps:
         z = z.to(network.device)
-        if memory is None:
+        if memory is None and not ranks:
             sides = tuple(network.downscale * side for side in z.shape[2:])
             check_memory(network, sides, images=len(z), options=("memory", "dtype"))
         decoded = cast(Any, network).decode(z.to(network.dtype)).sample
         images = [to_image(one) for one in decoded]
+    if not is_first_rank():
+        return
     images = [_as_encoded(one, stored, out) for one in images]
     for image, path in zip(images, outs, strict=True):
         write_image(image, path)
@@ -296,7 +346,11 @@ def reconstruct(
     alpha: Alpha = False,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -336,9 +390,21 @@ def reconstruct(
         )
     image_format(out)
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
     network, loaded, x = prepared(image, model, parse_resize(size), options, crop=crop, alpha=alpha)
-    with running("encoding and decoding", network):
+    with running("encoding and decoding", network, x.shape[2:], ["encode", "decode"]):
         latents = encode_image(network, x)
         decoded = cast(Any, network).decode(latents).sample
     width, height = loaded.image.size

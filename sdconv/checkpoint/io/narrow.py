@@ -67,8 +67,7 @@ class Caster:
                 where=self._where,
                 expected=f"values from {-limit:g} to {limit:g}",
                 got=f"{int(overflowed.sum())} beyond that",
-                hint=f"use {wider}, or pass clamp= (`sdconv convert --clamp`) for the largest "
-                "finite value",
+                hint=f"use {wider}, or pass clamp=True for the largest finite value",
             )
         if name not in self._clamped or abs(value) > abs(self._clamped[name]):
             self._clamped[name] = value
