@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.find import DetectedNetwork, main_network
 from sdconv.checkpoint.identify.unet import family_of_width
 from sdconv.checkpoint.io.files import read_json
 from sdconv.checkpoint.io.folder import Folder, folder_at
@@ -164,14 +164,16 @@ def by_common_name(checkpoint: Checkpoint, *, placed: bool = True) -> dict[str, 
     Raises:
         CheckpointError: two tensors have the same name.
     """
-    networks = list(checkpoint.networks())
-    kinds = [found.component for _, found in networks]
-    # two networks of one kind are ambiguous: their tensors keep their own names
-    single = [
-        (part, part.view.dequantise(found))
-        for part, found in networks
-        if kinds.count(found.component) == 1
-    ]
+    single = []
+    for kind in COMPONENTS:
+        several = [(part, one) for part, one in checkpoint.networks() if one.component == kind]
+        # where it is not clear which one is the checkpoint's own, all keep their own names
+        own = main_network([one for _, one in several]) if len(several) > 1 else None
+        single += [
+            (part, part.view.dequantise(one))
+            for part, one in several
+            if one is own or len(several) == 1
+        ]
     named: dict[str, OutputTensor] = {}
     for entry in entries(checkpoint, single, _by_component, placed=placed):
         if entry.name in named:
