@@ -274,6 +274,7 @@ def test_the_products_add_up_to_the_value(shared: Tab, vae: Any, photo: torch.Te
 # --- fast enough
 
 
+@pytest.mark.slow
 def test_a_decode_takes_three_seconds_and_a_changed_channel_one(shared: Tab) -> None:
     at(shared, "vae")
     seconds = shared.page.evaluate(
@@ -321,6 +322,7 @@ def test_the_state_is_in_the_address(browser: Any, explainer: Path) -> None:
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_nonsense_in_the_address_is_left_alone(browser: Any, explainer: Path) -> None:
     bad = """nowhere lists.a=x lists.n=99 kernel.w=1,2 padding.kernel=4 look.layer=no vae.edits=a:b
         look.channel=-3 cost.size=3 up.size=99 vae.point=zzz winograd.d=1 vae.i=%"""
@@ -361,6 +363,7 @@ SMALL = """() => [...document.querySelectorAll("main button")].filter((one) => o
     && Math.min(one.offsetWidth, one.offsetHeight) < 24).map((one) => one.outerHTML.slice(0, 90))"""
 
 
+@pytest.mark.slow
 def test_every_control_is_reached_by_keyboard(browser: Any, explainer: Path) -> None:
     tab = Tab(browser, explainer)
     tab.wait(READY)
