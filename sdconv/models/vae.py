@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ from sdconv.config.facts import VAE_NORM_EPS
 from sdconv.models.base import Autoencoder, apply_forward_hook, check_room
 from sdconv.models.blocks import Checkpointed, DownEncoderBlock2D, MidBlock2D, UpDecoderBlock2D
 from sdconv.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from sdconv.models.image_inputs import Images, Latents
 
 
 class Encoder(Checkpointed):
@@ -143,8 +149,6 @@ class AutoencoderKL(Autoencoder):
 
     config_class: ClassVar[type[Config]] = AutoencoderKLConfig
     config: AutoencoderKLConfig | AutoencoderKLFlux2Config
-    # Set by enable_streaming: computes the output of "encode" or "decode".
-    streaming: Callable[..., Tensor] | None = None
     # The whole encoder and decoder, since `encode` and `decode` do not call `forward`.
     _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
 
@@ -175,92 +179,88 @@ class AutoencoderKL(Autoencoder):
         """The factor by which an image is higher and wider than its latents."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
 
-    def enable_streaming(
+    def enable_parallel(
         self,
-        memory_limit: int | str | None = "2GiB",
+        group: ProcessGroup | None = None,
+        *,
+        memory_limit: int | str | None = None,
         spill: str | Path | None = None,
         progress: bool = True,
+        timeout: float = 60.0,
     ) -> None:
-        """Makes ``encode`` and ``decode`` compute strip by strip, layer by layer and image by
-        image, within a memory limit.
+        """Makes ``encode`` and ``decode`` compute each image over the ranks of a process group.
 
-        Normalisation and attention still see the whole image, so the result differs from an
-        ordinary run only by rounding. Gradients are not computed: an input that requires them is
-        refused, and weights that require them get none.
+        Each rank computes a band of rows of every feature map. Bands exchange the rows that
+        convolutions need beyond their edges; normalisation and attention see the whole image. All
+        ranks call this, ``encode`` and ``decode`` together, with the same input, and all get the
+        whole result: the bits of ``enable_streaming`` with the same strips. A rank's feature maps
+        take as much memory as its band is of the image.
+
+        Messages go through gloo for a network on CPUs and through NCCL for one on GPUs; under
+        torchrun, call ``torch.distributed.init_process_group()`` first.
 
         Args:
-            memory_limit: for everything that a call allocates, the result included and weights and
-                input excluded: ``"2GiB"``, a number of bytes, or None for no limit. On CUDA it
-                limits the device's memory.
-            spill: a folder on disk for feature maps that do not fit (``sdconv plan`` prints how
-                large they become). With None, everything stays within the limit, except on CUDA,
-                where it spills to the host's memory.
-            progress: shows a progress bar if standard error is a terminal.
+            group: the process group; None for all ranks, in a new group.
+            memory_limit, spill: as for ``enable_streaming``, of each rank.
+            progress: shows a progress bar on the first rank, if standard error is a terminal.
+            timeout: seconds for which a rank waits for one that is slower, or has ended, in a new
+                group; a group of yours has its own.
 
         Raises:
-            InputError: the limit is not a size, or the folder cannot be written to. ``encode`` and
-                ``decode`` raise it later for a limit that is too low for the image, and name the
-                lowest possible one.
+            SdconvError: ``torch.distributed`` is not initialised, this process is not in the group,
+                the ranks' weights differ, or not all ranks call this in time. ``encode`` and
+                ``decode`` raise it later on every rank if their inputs differ, and on the others if
+                a rank ends.
         """
-        from sdconv.streaming import Streaming
+        before = self.streaming
+        self.enable_streaming(memory_limit, spill, progress)
+        streaming: Any = self.streaming
+        self.streaming = before
+        self.streaming = streaming.over_ranks(self, group, timeout)
 
-        self.streaming = Streaming.of(memory_limit, spill, progress)
-
-    def disable_streaming(self) -> None:
-        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
-        self.streaming = None
-
-    def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """Enables streaming in place of tiling, with the settings of an earlier
-        ``enable_streaming``, otherwise without a memory limit.
-
-        Args:
-            use_tiling: False switches it off.
-            args, kwargs: diffusers' tile sizes, which are ignored: streaming is exact, but tiles
-                would change the image.
-        """
-        if not use_tiling:
+    def disable_parallel(self) -> None:
+        """Makes ``encode`` and ``decode`` compute in this process again. Ranks that still compute
+        with this one get an error."""
+        close: Callable[[], None] | None = getattr(self.streaming, "close", None)
+        if close is not None:
+            close()
             self.disable_streaming()
-        elif self.streaming is None:
-            self.enable_streaming(None)
-
-    def disable_tiling(self) -> None:
-        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
-        self.disable_streaming()
 
     @apply_forward_hook
     def encode(
-        self, x: Tensor, return_dict: bool = True
+        self, x: Images, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encodes images to a distribution over latents.
 
         Args:
-            x: ``(B, in_channels, H, W)`` in [-1, 1].
+            x: ``(B, in_channels, H, W)`` in [-1, 1]; or an image of Pillow's in mode RGB or L, an
+                array ``(H, W, 3)`` or ``(B, H, W, 3)`` of numpy's, uint8 from 0 to 255 or
+                floating-point from 0 to 1, or a list of these. Nothing is resized or cropped.
             return_dict: False returns a plain tuple.
 
         Returns:
             ``.latent_dist``, over latents ``(B, latent_channels, H // downscale, W // downscale)``.
 
         Raises:
-            InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
+            InputError: none of these, or of an unsuitable shape, size, range, dtype or device.
         """
         posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+        self, z: Latents, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Decodes latents to images.
 
         Args:
-            z: ``(B, latent_channels, h, w)``, raw.
+            z: ``(B, latent_channels, h, w)``, raw; a tensor or an array of numpy's.
             return_dict: False returns a plain tuple.
             generator: ignored; pipelines pass one, but decoding is deterministic.
 
         Returns:
             ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
-            not clamped.
+            not clamped; ``.to_pil()`` and ``.to_numpy()`` give images.
 
         Raises:
             InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
@@ -270,7 +270,7 @@ class AutoencoderKL(Autoencoder):
 
     def forward(
         self,
-        sample: Tensor,
+        sample: Images,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
@@ -278,7 +278,7 @@ class AutoencoderKL(Autoencoder):
         """Encodes and decodes images.
 
         Args:
-            sample: images, ``(B, in_channels, H, W)``.
+            sample: images, as ``encode`` takes them.
             sample_posterior: draws the latents from the posterior instead of taking its mode.
             return_dict: False returns a plain tuple.
             generator: for drawing the latents.
@@ -287,21 +287,29 @@ class AutoencoderKL(Autoencoder):
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
-    def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
-        x = self._checked(x, "images", self.config.in_channels, self.downscale, self.encoder)
-        rows, columns = (side // self.downscale for side in x.shape[2:])
-        self._check_room(x, rows * columns, self.config.block_out_channels[-2:])
+    def _posterior(self, x: Images) -> DiagonalGaussianDistribution:
+        with self._sharing_errors():
+            x = self._checked(x, "images", self.config.in_channels, self.downscale, self.encoder)
+            rows, columns = (side // self.downscale for side in x.shape[2:])
+            self._check_room(x, rows * columns, self.config.block_out_channels[-2:])
         if self.streaming is not None:
             return DiagonalGaussianDistribution(self.streaming(self, "encode", x))
         return DiagonalGaussianDistribution(self._over_batch(self._moments, x))
 
-    def _sample(self, z: Tensor) -> Tensor:
+    def _sample(self, z: Latents) -> Tensor:
         first = self.decoder if self.post_quant_conv is None else self.post_quant_conv
-        z = self._checked(z, "latents", self.config.latent_channels, 1, first)
-        self._check_room(z, z.shape[2] * z.shape[3], (self.decoder.conv_in.out_channels,))
+        with self._sharing_errors():
+            z = self._checked(z, "latents", self.config.latent_channels, 1, first)
+            self._check_room(z, z.shape[2] * z.shape[3], (self.decoder.conv_in.out_channels,))
         if self.streaming is not None:
             return self.streaming(self, "decode", z)
         return self._over_batch(self._decoded, z)
+
+    def _sharing_errors(self) -> AbstractContextManager[None]:
+        """Raises a refused input on every rank that waits for it, if there are several."""
+        sharing: Callable[[], AbstractContextManager[None]]
+        sharing = getattr(self.streaming, "sharing_errors", nullcontext)
+        return sharing()
 
     def _check_room(self, x: Tensor, area: int, channels: tuple[int, ...]) -> None:
         """Refuses an input whose smallest feature map, of ``area`` positions, is too small to

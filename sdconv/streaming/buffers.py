@@ -20,6 +20,7 @@ class FeatureBuffer:
 
     Attributes:
         resident: every strip reads all of it, so it must stay in memory.
+        first_row: number of the first row in the whole feature map, if the buffer holds a part.
     """
 
     height: int
@@ -27,6 +28,7 @@ class FeatureBuffer:
     channels: int
     dtype: torch.dtype
     resident: bool = False
+    first_row: int = 0
 
     @property
     def row_bytes(self) -> int:

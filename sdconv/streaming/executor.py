@@ -105,6 +105,7 @@ def make_runner(
         source_stats=source_stats,
         target_stats=target_stats,
         device=device,
+        in_place=step.source is step.target,
     )
     return step.layer.make_runner(context, units)
 

@@ -60,6 +60,7 @@ class _WinogradLayer(StreamLayer):
     """A convolution by Winograd's F(4x4, 3x3); a unit is a row of tiles: four rows of output."""
 
     scheme: ClassVar[Scheme]
+    checks_finite = True
 
     def units(self, height: int) -> int:
         return -(-height // self.scheme.step)
@@ -149,7 +150,8 @@ class _WinogradRunner:
         )
         if layer.norm is not None and context.source_stats is not None:
             affine = context.source_stats.scale_and_shift(layer.norm)
-        self._scheme, (self._height, self._width) = layer.scheme, context.target.shape[:2]
+        self._scheme, (height, self._width) = layer.scheme, context.target.shape[:2]
+        self._height = context.whole_height or height
         self._target_stats = context.target_stats
         self._run = WinogradPass(
             scheme=layer.scheme,
@@ -165,12 +167,17 @@ class _WinogradRunner:
             else weight_cache.borrow(shortcut.weight, pack_pointwise),
             relu=False,
             groups=_groups(context.target_stats, len(weight)),
-            in_place=context.source is context.target,
+            in_place=context.in_place,
+            x_row=context.source_row,
+            out_row=context.target_row,
         )
 
     def run_strip(self, first: int, last: int) -> None:
         strip = Strip(self._scheme, self._height, self._width, first, last - first)
         _update(self._target_stats, *self._run.strip(strip))
+
+    def restart(self) -> None:
+        self._run.above = None
 
 
 def _channels_first(rows: Tensor) -> Tensor:

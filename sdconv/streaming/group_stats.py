@@ -36,11 +36,13 @@ class RunningGroupStats:
         The sums are float64 from the first addition on: in float32 the rounding error would depend
         on where a strip begins, and every later layer would round differently.
         """
+        strip = RunningGroupStats(len(self.mean), self.mean.device)
         for chunk in torch.split(rows.flatten(0, 1), max(1, CHUNK // rows.shape[2])):
             mean = chunk.sum(0, dtype=torch.float64) / len(chunk)
             squares = torch.linalg.vector_norm(chunk, dim=0, dtype=torch.float64).square()
             deviations = (squares - mean.square() * len(chunk)).clamp_min(0)
-            self._combine(len(chunk), mean, deviations)
+            strip.combine(len(chunk), mean, deviations)
+        self.combine(strip.count, strip.mean, strip.squares)
 
     def update_from_sums(self, sums: Tensor, counts: Tensor) -> None:
         """Adds rows that are known by their sums only.
@@ -51,9 +53,11 @@ class RunningGroupStats:
         """
         count = int(counts.sum())
         mean, variance = combine(sums, counts).unbind(-1)
-        self._combine(count, mean, variance * count)
+        self.combine(count, mean, variance * count)
 
-    def _combine(self, count: int, mean: Tensor, squares: Tensor) -> None:
+    def combine(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        """Adds pixels that are known by their number, and each channel's mean and sum of squared
+        deviations."""
         distance = mean - self.mean
         total = self.count + count
         self.squares += squares + distance.square() * (self.count * count / total)

@@ -45,6 +45,12 @@ class StepContext:
         source_stats: statistics of the source, if the layer normalises it.
         target_stats: collects those of the target, if the next layer normalises it.
         device: where strips are computed.
+        in_place: whether the target overwrites the source.
+        source_row: number of the source's first row in the whole feature map, if it is a part.
+        target_row: number of the target's and the residual's first row in theirs.
+        whole_height: rows of the whole target, if the target is a part.
+        has_halo: whether the source has every row that the strips need, those beyond the edges
+            included.
     """
 
     source: Tensor
@@ -54,6 +60,11 @@ class StepContext:
     source_stats: RunningGroupStats | None
     target_stats: RunningGroupStats | None
     device: torch.device
+    in_place: bool = False
+    source_row: int = 0
+    target_row: int = 0
+    whole_height: int | None = None
+    has_halo: bool = False
 
 
 class StepRunner(Protocol):
@@ -61,6 +72,9 @@ class StepRunner(Protocol):
 
     def run_strip(self, first: int, last: int) -> None:
         """Computes units ``first`` up to ``last`` and write them into the target."""
+
+    def restart(self) -> None:
+        """Forgets the rows kept for the next strip, so that strips may begin further up again."""
 
 
 def row_beyond(mode: str, height: int) -> Mapping[int, int]:
@@ -103,12 +117,16 @@ class SlidingWindow:
         self._height, self._width, channels = source.shape
         shape = rows, self._width + right_padding, channels
         self._buffer = mmap_zeros(shape, source.dtype, device)
-        self._first = self._last = -rows
+        self.restart()
         self._beyond: dict[int, Tensor] = {}
         for number, row in beyond.items():
             kept = source.new_zeros(1, *shape[1:], device=device)
             prepare(source[row : row + 1].to(device), kept[:, : self._width])
             self._beyond[number] = kept[0]
+
+    def restart(self) -> None:
+        """Forgets the rows of the call before."""
+        self._first = self._last = -len(self._buffer)
 
     def slide(self, first: int, last: int) -> Tensor:
         """Rows ``first`` up to ``last``; neither may be less than in the call before."""
@@ -153,6 +171,8 @@ class StreamLayer:
 
     # columns of zeros on the right that the window adds to the input
     right_padding = 0
+    # whether a runner checks its output, and raises NotFiniteError
+    checks_finite = False
 
     @property
     def out_channels(self) -> int:
@@ -300,13 +320,14 @@ class _TorchRunner:
             layer.right_padding,
             lambda rows, out: layer.prepare(rows, out, context.source_stats),
             context.device,
-            layer.rows_beyond(context.source.shape[0]),
+            {} if context.has_halo else layer.rows_beyond(context.source.shape[0]),
         )
 
     def run_strip(self, first: int, last: int) -> None:
         layer, context = self._layer, self._context
-        top, bottom = layer.output_rows(first, last)
-        window = self._window.slide(*layer.input_rows(first, last))
+        above, below = layer.input_rows(first, last)
+        top, bottom = (row - context.target_row for row in layer.output_rows(first, last))
+        window = self._window.slide(above - context.source_row, below - context.source_row)
         residual = context.residual
         if residual is not None:
             residual = residual[top:bottom].to(context.device)
@@ -317,6 +338,9 @@ class _TorchRunner:
         del out
         # otherwise the allocator would keep freed blocks of every strip size
         trim_heap()
+
+    def restart(self) -> None:
+        self._window.restart()
 
 
 class Conv1x1(StreamLayer):

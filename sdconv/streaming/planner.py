@@ -139,7 +139,7 @@ def _even_units(units: int, most: int) -> int:
     """Units of a strip if ``units`` are cut evenly into strips of at most ``most``: kernels are
     generated for each size."""
     strips = -(-units // most)
-    return -(-units // strips)
+    return -(-units // strips) if strips else 1  # a rank's band may be empty
 
 
 def least_memory(steps: Sequence[StreamStep], *, batch: int, spill: bool) -> int:

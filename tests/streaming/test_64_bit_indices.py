@@ -42,7 +42,8 @@ def last_rows(layer: StreamLayer, source: Tensor, target: Tensor, strips: int = 
     """The last strip's output, after ``strips`` strips of two units each."""
     stats = RunningGroupStats(source.shape[2], torch.device("cpu"))
     stats.update(torch.randn(8, 8, source.shape[2], generator=torch.Generator().manual_seed(1)))
-    context = StepContext(source, target, None, (), stats, None, torch.device("cpu"))
+    device = torch.device("cpu")
+    context = StepContext(source, target, None, (), stats, None, device, source is target)
     units = layer.units(source.shape[0])
     runner = layer.make_runner(context, 2)
     for first in range(units - 2 * strips, units, 2):

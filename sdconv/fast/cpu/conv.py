@@ -331,7 +331,8 @@ class WinogradPass:
     ``weight``: packed for ``scheme``. ``affine``: the normalisation's scale and shift, ``(C,)``
     each. ``offsets``: ``(O,)``. ``residual``: ``(R, H, W)``, multiplied by the packed ``shortcut``
     if there is one. ``relu``: whether ReLU follows. ``groups``: whose sums are returned.
-    ``in_place``: whether ``out`` is ``x``.
+    ``in_place``: whether ``out`` is ``x``. ``x_row``, ``out_row``: the numbers of the first rows of
+    ``x``, and of ``out`` and ``residual``, where these are only parts of an image.
     """
 
     scheme: Scheme
@@ -346,6 +347,8 @@ class WinogradPass:
     relu: bool
     groups: int
     in_place: bool
+    x_row: int = 0
+    out_row: int = 0
     # the input row before the strip, where the strip before has overwritten it
     above: Tensor | None = None
 
@@ -357,9 +360,10 @@ class WinogradPass:
         """Writes a strip of the output; returns its sums and counts, see `group_stats.combine`."""
         kernels, scheme, (row, end) = kernels_for(COMPUTE_DTYPE), self.scheme, strip.input_rows
         if self._rows is not None:
-            rows, row = self._rows, 0
+            rows, row = self._rows, self.x_row
         else:
-            rows = copied_rows(self.x[:, row:end], COMPUTE_DTYPE, "input")
+            part = self.x[:, row - self.x_row : end - self.x_row]
+            rows = copied_rows(part, COMPUTE_DTYPE, "input")
         tiles = scratch.take("tiles", (scheme.positions, strip.tiles, rows.shape[2]), COMPUTE_DTYPE)
         kernels.input_transform(strip, rows, row, self.above, self.affine, self.silu, tiles)
         if self.in_place:
@@ -369,23 +373,24 @@ class WinogradPass:
         shape = (scheme.positions, strip.tiles, kernels.padded(channels))
         products = scratch.take("products", shape, COMPUTE_DTYPE)
         kernels.bmm(tiles, self.weight, products)
-        residual = self._residual(strip)
+        first, end = strip.first - self.out_row, strip.end - self.out_row
+        residual = self._residual(first, end)
         if self._out_rows is not None:
-            out = self._out_rows[strip.first : strip.end]
+            out = self._out_rows[first:end]
         else:
-            shape = (strip.end - strip.first, strip.width, channels)
+            shape = (end - first, strip.width, channels)
             out = scratch.take("output", shape, COMPUTE_DTYPE)
         sums = kernels.output_transform(
             strip, products, self.offsets, residual, self.relu, out, self.groups
         )
         if self._out_rows is None:
-            self.out[:, strip.first : strip.end].copy_(out.permute(2, 0, 1))
+            self.out[:, first:end].copy_(out.permute(2, 0, 1))
         return sums
 
-    def _residual(self, strip: Strip) -> Tensor | None:
+    def _residual(self, first: int, end: int) -> Tensor | None:
         if self.residual is None:
             return None
-        rows = rows_of(self.residual, strip.first, strip.end, COMPUTE_DTYPE, "residual")
+        rows = rows_of(self.residual, first, end, COMPUTE_DTYPE, "residual")
         if self.shortcut is None:
             return rows
         channels, kernels = self.out.shape[0], kernels_for(COMPUTE_DTYPE)

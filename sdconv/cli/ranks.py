@@ -1,0 +1,57 @@
+"""Commands that torchrun starts once per rank: all compute together, and the first one speaks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from sdconv.errors import InputError
+
+Ranks = Annotated[
+    bool,
+    typer.Option(
+        "--ranks",
+        help="Compute the image over several processes, a band of rows each: torchrun "
+        "--nproc-per-node N -m sdconv ... --ranks. --memory is each one's.",
+    ),
+]
+# seconds for which a rank waits for another to connect
+_TIMEOUT = 60
+
+
+def join_ranks(device: str) -> str:
+    """Connects this process to the others that torchrun has started, until the command ends.
+
+    Args:
+        device: ``cpu``, or ``cuda`` for one GPU per process.
+
+    Returns:
+        This process's own device.
+
+    Raises:
+        InputError: torchrun has not started this process.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_torchelastic_launched():
+        raise InputError(
+            "there are no other processes",
+            where="--ranks",
+            hint="start the command with torchrun --nproc-per-node N -m sdconv ... --ranks, or "
+            "leave --ranks out",
+        )
+    on_cpu = device == "cpu"
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=_TIMEOUT))
+    atexit.register(dist.destroy_process_group)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes and prints: it is the only one, or the first of several."""
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
