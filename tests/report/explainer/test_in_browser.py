@@ -422,7 +422,7 @@ def test_a_photo_of_ones_own(browser: Any, explainer: Path, tmp_path: Path) -> N
     tab = Tab(browser, explainer, "#kernel&kernel.w=0,0,0,0,1,0,0,0,0")
     tab.wait(READY)
     tab.page.set_input_files("#kernel input[type=file]", tmp_path / "green.png")
-    tab.wait("document.querySelector('#kernel .note').textContent.includes('saved file')")
+    tab.wait("document.querySelector('#kernel .note').textContent.includes('the saved file')")
     value = json.loads(tab.page.locator("#kernel .python").get_attribute("data-value"))
     assert value == pytest.approx(300 / 765, abs=1e-6)
     tab.page.set_input_files("#kernel input[type=file]", tmp_path / "not.png")
