@@ -8,16 +8,19 @@ from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 
+from PIL import Image
+
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import SdconvError
-from sdconv.images import read_image
+from sdconv.hub.shipped import shipped
+from sdconv.images import example_image
 from sdconv.report.explainer.bundle import bundle
 from sdconv.report.explainer.kernels import kernels
 
 LIMIT = 6_000_000
 """Bytes of the page at most."""
 
-WEIGHTS, PHOTO = "tiny-vae.safetensors", "photo.jpg"
+WEIGHTS = "tiny-vae.safetensors"
 
 
 def write_explainer(path: Path) -> int:
@@ -27,7 +30,6 @@ def write_explainer(path: Path) -> int:
         Its size in bytes.
 
     Raises:
-        SdconvError: the weights or the photo are missing from the installation.
         CheckpointError: the file cannot be written.
     """
     html = explainer()
@@ -51,7 +53,7 @@ def explainer() -> str:
         "kernels": _base64(kernels(fused=False)),
         "kernels-fused": _base64(kernels(fused=True)),
         "weights": _base64(shipped(WEIGHTS).read_bytes()),
-        "photo": "data:image/png;base64," + _base64(_png(shipped(PHOTO))),
+        "photo": "data:image/png;base64," + _base64(_png(example_image())),
     }
     for name in ("script", "worker"):
         if "</script" in parts[name]:
@@ -59,25 +61,10 @@ def explainer() -> str:
     return re.sub(r"/\*([\w-]+)\*/", lambda match: parts[match[1]], sources["index.html"])
 
 
-def shipped(name: str) -> Path:
-    """A file of ``weights/``: the one installed with the package, else the repository's.
-
-    Raises:
-        SdconvError: neither is there.
-    """
-    package = Path(str(files("sdconv")))
-    for path in (package / "data" / name, package.parent / "weights" / name):
-        if path.is_file():
-            return path
-    raise SdconvError(
-        "a file that ships with sdconv is missing", where=name, hint="install sdconv again"
-    )
-
-
-def _png(photo: Path) -> bytes:
+def _png(photo: Image.Image) -> bytes:
     """The photo without loss, so that the page computes with the pixels that Python reads."""
     file = BytesIO()
-    read_image(photo).image.save(file, "PNG", optimize=True)
+    photo.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

@@ -77,10 +77,10 @@ export function toggle({ label, value, onchange }) {
 export const SETUP = `import torch
 import sdconv
 from sdconv.convolution.reference import conv2d_reference, convolve
-from sdconv.images import read_image, to_tensor
+from sdconv.images import example_image, to_tensor
 
-vae = sdconv.load("weights/tiny-vae.safetensors", dtype=torch.float32)
-photo = to_tensor(read_image("weights/photo.jpg").image)  # (1, 3, 256, 256), -1 to 1`;
+vae = sdconv.load("tiny-vae", dtype=torch.float32)
+photo = to_tensor(example_image())  # (1, 3, 256, 256), -1 to 1`;
 
 // The Python that prints a number of the page, and that number.
 export function python() {

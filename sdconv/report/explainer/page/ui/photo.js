@@ -60,7 +60,7 @@ export class Photo extends EventTarget {
     const node = el("span", { class: "own" }, button("Use your own photo", () => file.click(), { class: "quiet" }), file, save, back, note);
     this.addEventListener("change", () => {
       back.hidden = save.hidden = !this.own;
-      note.textContent = this.own ? "In Python, read the saved file instead of weights/photo.jpg." : "";
+      note.textContent = this.own ? "In Python, read the saved file: to_tensor(read_image(\"photo.png\").image)." : "";
     });
     this.addEventListener("refused", ({ detail }) => { note.textContent = detail; });
     return node;
