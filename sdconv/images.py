@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -240,8 +240,12 @@ def example_image() -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as ``(1, 3, H, W)`` in [-1, 1], float32; an alpha channel is left out."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8))
-    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+    return pixels_to_tensor(np.asarray(image.convert("RGB")))
+
+
+def pixels_to_tensor(pixels: np.ndarray[Any, Any]) -> Tensor:
+    """Pixels ``(H, W, 3)`` in 8 bits as ``(1, 3, H, W)`` in [-1, 1], float32."""
+    return torch.tensor(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_image(x: Tensor) -> Image.Image:

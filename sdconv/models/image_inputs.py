@@ -100,9 +100,9 @@ def _of_array(array: Any, where: str) -> Tensor:
             hint = "leave the transparency out: array[..., :3]"
         raise wrong("an array has the wrong shape for images", array.shape, hint)
     if array.dtype == "uint8":
-        from sdconv.images import to_tensor
+        from sdconv.images import pixels_to_tensor
 
-        images = [to_tensor(one) for one in array.reshape(-1, *array.shape[-3:])]
+        images = [pixels_to_tensor(one) for one in array.reshape(-1, *array.shape[-3:])]
         return images[0] if len(images) == 1 else torch.cat(images)
     if array.dtype.kind != "f":
         hint = "scale the values to one of these ranges"
