@@ -109,6 +109,7 @@ def test_shares_by_component(tmp_path: Path) -> None:
     assert "model_ema, text_encoder, unet, vae" in str(error.value)
 
 
+@pytest.mark.slow
 def test_equal_checkpoints_keep_their_bits(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     a, b, c = files(tmp_path, A, A, checkpoint(1, torch.float16))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import loras, pipelines, seeded
+from helpers.slow import first_of
 from helpers.weight_files import convert, raw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.float(), other.float(), rtol=2**-10, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["folder", "original", "folder to a file"])
+@pytest.mark.parametrize("form", first_of(["folder", "original", "folder to a file"]))
 def test_a_whole_model(form: str, case: tuple[str, Path, State], tmp_path: Path) -> None:
     kind, folder, lora = case
     source = folder / ("model.safetensors" if form == "original" else "pipe")

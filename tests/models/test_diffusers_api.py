@@ -503,6 +503,7 @@ def test_a_pipeline_offloads_in_groups() -> None:
         assert torch.equal(pipe.unet(*arguments).sample, expected)
 
 
+@pytest.mark.slow
 def test_methods_that_reach_the_transformers() -> None:
     ours, theirs = network("UNet2DConditionModel"), unets.theirs(UNET)
     arguments = unets.inputs(theirs.config)

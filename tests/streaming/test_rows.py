@@ -13,6 +13,7 @@ import torch
 from helpers import seeded
 from helpers.numbers import error
 from helpers.paths import ROOT
+from helpers.slow import first_of
 from helpers.streamed import randn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -144,7 +145,7 @@ def test_the_whole_network() -> None:
         assert error(one(x).sample, whole) < 1e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", first_of([torch.bfloat16, torch.float16]), ids=str)
 def test_half_precision(dtype: torch.dtype) -> None:
     one = network("taesd", dtype)
     exact = copy.deepcopy(one).double()
