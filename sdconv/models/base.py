@@ -228,7 +228,7 @@ class Autoencoder(Network):
     def fuse_qkv_projections(self) -> None:
         """Computes attention by torch's fused kernel, until ``unfuse_qkv_projections`` is called.
 
-        The projections stay separate layers."""
+        The projections stay separate layers: the result is diffusers' to rounding."""
         vars(self)["_before_fusing"] = self.attn_processors
         self.set_attn_processor(provided("diffusers").FusedAttnProcessor2_0())
 

@@ -89,7 +89,11 @@ def test_attention_processors_of_a_vae(config: Any, dtype: torch.dtype, tmp_path
     assert equal(again, before)
     both(lambda one: one.set_attn_processor(attention_processor.AttnProcessor()))
     kept = ours.attn_processors
-    both(lambda one: one.fuse_qkv_projections())
+    for one in pair:
+        one.fuse_qkv_projections()
+    # diffusers multiplies by one wide matrix then, whose kernel may round differently
+    for a, b in zip(results(ours), results(theirs), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
     assert equal(both(lambda one: one.unfuse_qkv_projections()), plain)
     assert ours.attn_processors == kept
     with pytest.raises(sdconv.InputError, match="not one processor for each"):
@@ -148,7 +152,7 @@ def test_a_pipeline_slices_attention() -> None:
         pipe = diffusers.StableDiffusionPipeline(
             vae=seeded.network(KL),
             unet=unet,
-            scheduler=diffusers.DDIMScheduler(),
+            scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
             **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
             requires_safety_checker=False,
         )
@@ -193,7 +197,10 @@ def test_layerwise_casting(kind: str, case: str, tmp_path: Path) -> None:
     for network in pair:
         network.to(compute).enable_layerwise_casting(**CASTS[case])
     ours, theirs = ({n: p.dtype for n, p in one.named_parameters()} for one in pair)
-    assert ours == theirs and CASTS[case]["storage_dtype"] in ours.values()
+    assert ours == theirs
+    if not set(ours.values()) - {compute}:
+        assert (kind, case) == ("tiny", "skipped classes")  # it has no other layers
+        return
     assert pair[0].dtype == pair[1].dtype == compute
     got = results(pair[0])
     assert got[-1].dtype == compute and equal(got, results(pair[1]))
@@ -257,14 +264,15 @@ def test_controlnet_xs(family: str) -> None:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
         model = diffusers.UNetControlNetXSModel.from_unet(unet, adapter).eval()
-        sample, timestep, text, *_, added = unets.inputs(unets.theirs(config).config)
+        # its up path does not resize to odd sizes
+        sample, timestep, text, *_, added = unets.inputs(unets.theirs(config).config, size=(8, 16))
         with torch.no_grad():
             found += [
                 model(
                     sample,
                     timestep,
                     text,
-                    controlnet_cond=randn(2, 3, 64, 96),
+                    controlnet_cond=randn(2, 3, 64, 128),
                     added_cond_kwargs=added,
                     apply_control=control,
                 ).sample
