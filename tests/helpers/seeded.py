@@ -55,7 +55,9 @@ def network(config: Config, seed: int = 0) -> Autoencoder:
     """A network with the weights of ``tensors``, in eval mode."""
     with torch.device("meta"):
         built = BUILD[config.class_name](config)
-    built.load_state_dict(tensors(config, seed), assign=True)
+    # copies: a test may change them in place
+    own = {name: tensor.clone() for name, tensor in tensors(config, seed).items()}
+    built.load_state_dict(own, assign=True)
     return built.eval()
 
 
