@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from sdconv.features.capture import capture, run_until
     from sdconv.features.editing import edit
     from sdconv.features.maps import open_maps
+    from sdconv.hub.download import fetch
     from sdconv.integrations.patch import apply_patch, remove_patch
     from sdconv.loading import load
+    from sdconv.lora.bake import bake_lora
+    from sdconv.lora.extract import extract_lora
     from sdconv.lora.merge import merge_lora, unmerge_lora
     from sdconv.models.seamless import seamless
     from sdconv.models.tiny import AutoencoderTiny
@@ -50,9 +53,12 @@ _HOME = {
     "UNet2DConditionConfig": "sdconv.config",
     "UNet2DConditionModel": "sdconv.models.unet",
     "apply_patch": "sdconv.integrations.patch",
+    "bake_lora": "sdconv.lora.bake",
     "capture": "sdconv.features.capture",
     "edit": "sdconv.features.editing",
+    "extract_lora": "sdconv.lora.extract",
     "features": "sdconv.features",
+    "fetch": "sdconv.hub.download",
     "infer": "sdconv.checkpoint.identify.infer",
     "load": "sdconv.loading",
     "merge_lora": "sdconv.lora.merge",
@@ -82,9 +88,12 @@ __all__ = [
     "WeightsMismatchError",
     "apply_patch",
     "backend",
+    "bake_lora",
     "capture",
     "edit",
+    "extract_lora",
     "features",
+    "fetch",
     "infer",
     "load",
     "merge_lora",

@@ -32,6 +32,8 @@ _in_context: ContextVar[str | None] = ContextVar("sdconv_backend", default=None)
 # Functions that import a module of a higher floor, by its name here.
 _providers: dict[str, Callable[[], Any]] = {}
 _fast_is_loaded = False
+# is called with each module whose dispatched function begins
+_observer: Callable[[Any], None] | None = None
 
 
 @contextmanager
@@ -82,6 +84,11 @@ def is_fast(module: nn.Module) -> bool:
     return (_from_context() or vars(module).get(_ATTRIBUTE)) == "fast"
 
 
+def own_backend(module: nn.Module) -> str:
+    """A module's own backend, which counts outside ``with sdconv.backend(...)``."""
+    return str(vars(module).get(_ATTRIBUTE, BACKENDS[0]))
+
+
 def _from_context() -> str | None:
     return _in_context.get()
 
@@ -121,6 +128,18 @@ def provided(name: str) -> Any:
     return _providers[name]()
 
 
+@contextmanager
+def observing(observer: Callable[[Any], None]) -> Iterator[None]:
+    """Calls ``observer`` with each module whose ``dispatched`` function begins, in this block and
+    in every thread. Unlike a hook, it leaves the choice of the backend as it is."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
 def dispatched(plain: Method) -> Method:
     """Marks a function whose first argument is a module, such as a ``forward``, as one that the
     fast backend may implement. The plain function stays available as ``.__wrapped__``."""
@@ -128,6 +147,8 @@ def dispatched(plain: Method) -> Method:
 
     @functools.wraps(plain)
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if _observer is not None:
+            _observer(module)
         if is_fast(module):
             if not _fast_is_loaded:  # the module was unpickled with its backend
                 _load_fast()

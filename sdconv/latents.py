@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -37,6 +38,13 @@ SCALED_KEY = "sdconv.latents"
 SCALE_KEY = "sdconv.latents.scale"
 """The metadata key for the scale of the VAE that the latents come from, in JSON: see
 ``LatentScale``."""
+
+IMAGE_KEY = "sdconv.latents.image"
+"""The metadata key for the rows and columns of the image that was encoded, ``37x50``, before it was
+padded."""
+
+ALPHA = "alpha"
+"""The name of that image's alpha channel in such files, ``(rows, columns)`` in uint8."""
 
 _TO_PATCHES = "b c (h p) (w q) -> b (c p q) h w"
 
@@ -94,12 +102,15 @@ class StoredLatents:
 
     ``values``: ``(B, C, h, w)`` in float32. ``scaled``: True if they are scaled, False if raw, None
     if the file does not say. ``made_by``: the scale of the VAE that they come from, if the file
-    says so.
+    says so. ``image_size``: the rows and columns of the image that they are of, if the file says
+    so. ``alpha``: its alpha channel, ``(rows, columns)`` in uint8, if the file has it.
     """
 
     values: Tensor
     scaled: bool | None
     made_by: LatentScale | None = None
+    image_size: tuple[int, int] | None = None
+    alpha: Tensor | None = None
 
     def for_decoder(self, network: Autoencoder, scaled: bool | None = None) -> Tensor:
         """What ``network.decode`` takes.
@@ -257,6 +268,28 @@ def scale(network: Autoencoder, latents: Tensor) -> Tensor:
     return (rearrange(latents, _TO_PATCHES, p=p, q=q) - mean) / std
 
 
+def scale_log_variance(network: Autoencoder, logvar: Tensor) -> Tensor:
+    """The log-variance of ``scale(network, latents)``, from that of the raw latents.
+
+    Args:
+        network: the VAE that the latents come from.
+        logvar: ``(B, C, h, w)``, raw.
+
+    Returns:
+        ``(B, C, h, w)``; for FLUX.2 ``(B, 4C, h/2, w/2)``.
+
+    Raises:
+        InputError: as ``scale``.
+    """
+    _check(network, logvar, network.config["latent_channels"])
+    if not isinstance(network, AutoencoderKLFlux2):
+        _, factor = _scale_of(network)._affine(logvar)
+        return logvar + 2 * factor.abs().log()
+    p, q = network.config.patch_size
+    _, std = _statistics(network, logvar)
+    return rearrange(logvar, _TO_PATCHES, p=p, q=q) - 2 * std.log()
+
+
 def unscale(network: Autoencoder, latents: Tensor) -> Tensor:
     """Converts latents of the diffusion model to raw ones: the inverse of ``scale``.
 
@@ -320,6 +353,10 @@ def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
             )
         latents = source.tensor(key)
         form, made_by = source.metadata.get(SCALED_KEY), _made_by(source.metadata, path)
+        image_size = _image_size(source.metadata, path)
+        alpha = source.tensor(ALPHA).clone() if ALPHA in names and key != ALPHA else None
+        if image_size is None or alpha is None or tuple(alpha.shape) != image_size:
+            alpha = None
     scaled = None if form is None else form == "scaled"
     latents = latents[None] if latents.ndim == 3 else latents
     if latents.ndim != 4 or not latents.is_floating_point() or not latents.numel():
@@ -339,7 +376,7 @@ def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
         scaled = False
     elif form is None and key == "samples" and "noise_mask" in names:  # ComfyUI's latents
         scaled = False
-    return StoredLatents(latents, scaled, made_by)
+    return StoredLatents(latents, scaled, made_by, image_size, alpha)
 
 
 def _latents_among(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -381,8 +418,29 @@ def _made_by(metadata: Mapping[str, str], path: object) -> LatentScale | None:
     return scale
 
 
+def _image_size(metadata: Mapping[str, str], path: object) -> tuple[int, int] | None:
+    text = metadata.get(IMAGE_KEY)
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", text)
+    if match is None:
+        raise InputError(
+            f"its metadata {IMAGE_KEY} is not an image's size",
+            where=path,
+            expected="rows and columns, such as 480x640",
+            got=short(text),
+        )
+    return int(match[1]), int(match[2])
+
+
 def write_latents(
-    latents: Tensor, path: str | Path, *, scaled: bool, network: Autoencoder | None = None
+    latents: Tensor,
+    path: str | Path,
+    *,
+    scaled: bool,
+    network: Autoencoder | None = None,
+    image_size: tuple[int, int] | None = None,
+    alpha: Tensor | None = None,
 ) -> None:
     """Write a safetensors file with one tensor, ``KEY``, completely or not at all.
 
@@ -391,6 +449,9 @@ def write_latents(
         path: the file.
         scaled: whether they are scaled, as a tiny autoencoder's always are.
         network: the autoencoder that they come from, whose scale is written too.
+        image_size: the rows and columns of the image before it was padded, so that what is decoded
+            can be cut to them.
+        alpha: that image's alpha channel, ``(rows, columns)`` in uint8.
 
     Raises:
         InputError: ``path`` is not a path.
@@ -401,7 +462,10 @@ def write_latents(
     if made_by is not None:
         given = {name: value for name, value in asdict(made_by).items() if value is not None}
         metadata[SCALE_KEY] = json.dumps(given)
-    write_tensors({KEY: latents.cpu()}, as_path(path), metadata)
+    if image_size is not None:
+        metadata[IMAGE_KEY] = "{}x{}".format(*image_size)
+    tensors = {KEY: latents.cpu()} if alpha is None else {KEY: latents.cpu(), ALPHA: alpha}
+    write_tensors(tensors, as_path(path), metadata)
 
 
 def _check(network: Autoencoder, latents: Tensor, channels: int) -> None:

@@ -12,6 +12,7 @@ from sdconv.checkpoint.assemble import assemble
 from sdconv.checkpoint.io.pickles import weights_key
 from sdconv.checkpoint.open import Weights
 from sdconv.config import Config
+from sdconv.errors import InputError
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.tiny import AutoencoderTiny
 from sdconv.models.unet import UNet2DConditionModel
@@ -44,6 +45,7 @@ def load(
     clamp: bool = False,
     mmap: bool = True,
     key: str | None = None,
+    torch_dtype: torch.dtype | None = None,
 ) -> Autoencoder: ...
 @overload
 def load(
@@ -58,6 +60,7 @@ def load(
     clamp: bool = False,
     mmap: bool = True,
     key: str | None = None,
+    torch_dtype: torch.dtype | None = None,
 ) -> UNet2DConditionModel: ...
 @overload
 def load(
@@ -72,6 +75,7 @@ def load(
     clamp: bool = False,
     mmap: bool = True,
     key: str | None = None,
+    torch_dtype: torch.dtype | None = None,
 ) -> Network: ...
 def load(
     path: Weights,
@@ -85,6 +89,7 @@ def load(
     clamp: bool = False,
     mmap: bool = True,
     key: str | None = None,
+    torch_dtype: torch.dtype | None = None,
 ) -> Network:
     """Opens a network from a checkpoint, in eval mode; nothing is downloaded.
 
@@ -95,7 +100,9 @@ def load(
         path: a ``.safetensors``, ``.ckpt``, ``.pth`` or ``.bin`` file in diffusers' or the original
             layout; a folder of one component, or of a whole pipeline; several files of one network
             (shards, or a tiny autoencoder's two halves in any order); or a state dict, whose
-            tensors are shared, not copied.
+            tensors are shared, not copied. Or a name: a network that ships with sdconv
+            (``"tiny-vae"``, ``"tiny-unet"``), or weights that ``sdconv.fetch`` has put into the
+            hub's cache (``"taesd"``, ``"owner/name:vae"``).
         component: ``"vae"`` or ``"unet"``; None for the only one there is.
         dtype: a floating-point dtype; None keeps the file's. A network computes in one dtype, so
             the widest is taken of a file with several, and one-byte floats become float32.
@@ -115,6 +122,7 @@ def load(
             process (SIGBUS) when the missing part is used.
         key: which weights of a pickle that holds several, such as ``"params_ema"`` or
             ``"model.state_dict"``.
+        torch_dtype: diffusers' name for ``dtype``.
 
     Returns:
         ``AutoencoderKL``, ``AutoencoderKLFlux2``, ``AutoencoderTiny`` or ``UNet2DConditionModel``;
@@ -131,12 +139,18 @@ def load(
         SdconvWarning: the family is open, and one was chosen; or values were clamped.
     """
     check_backend(backend)
+    if dtype is not None and torch_dtype not in (None, dtype):
+        raise InputError(
+            "dtype and torch_dtype are the same argument, and differ",
+            where="dtype",
+            got=f"{dtype} and {torch_dtype}",
+        )
     with weights_key(key):
         network = assemble(
             path,
             build,
             component=component,
-            dtype=dtype,
+            dtype=dtype or torch_dtype,
             device=device,
             family=family,
             ema=ema,

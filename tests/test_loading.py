@@ -426,3 +426,39 @@ def test_weights_that_are_not_dense(state: State) -> None:
         sdconv.WeightsMismatchError, match=r"quant_conv\.weight is not a dense tensor"
     ):
         sdconv.load(broken, family="sd1")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("kind", ["file", "whole checkpoint", "folder", "pipeline", "pickle"])
+def test_without_a_mapping(
+    kind: str, dtype: torch.dtype | None, state: State, tmp_path: Path
+) -> None:
+    """Every tensor is in memory: what happens to the file afterwards does not matter."""
+    path = file = tmp_path / "model.safetensors"
+    component = None
+    if kind == "file":
+        save_file(state, path)
+    elif kind == "whole checkpoint":
+        named = original_tensors(state, SMALL)
+        whole = {f"first_stage_model.{k}": v.contiguous() for k, v in named.items()}
+        save_file(whole | {"cond_stage_model.a.weight": torch.ones(3)}, path)
+        component = "vae"
+    elif kind == "pickle":
+        path = file = tmp_path / "model.ckpt"
+        torch.save({"state_dict": state}, path)
+    else:
+        path = tmp_path / "model"
+        folder = path if kind == "folder" else path / "vae"
+        folder.mkdir(parents=True)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        save_file(state, file)
+        component = None if kind == "folder" else "vae"
+    network = sdconv.load(path, component, dtype, family="sd1", mmap=False)
+    assert not any(is_mapped(tensor, file) for tensor in network.state_dict().values())
+    if dtype is None and kind != "pickle":  # the control
+        mapped = sdconv.load(path, component, family="sd1")
+        assert all(is_mapped(tensor, file) for tensor in mapped.state_dict().values())
+        del mapped
+    file.write_bytes(b"")
+    wanted = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in wanted.items())

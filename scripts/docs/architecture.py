@@ -20,6 +20,7 @@ DRAWING = Path(__file__).resolve().parents[2] / "docs" / "plots" / "architecture
 FLOORS = (
     (("cli", ("parses arguments, calls, prints",)),),
     (("report", ("tables, plots, the page of feature maps",)),),
+    (("dataset", ("latents and features of many images, as shards",)),),
     (("features", ("capture, edit, recipes, stores of feature maps",)),),
     (("analysis", ("anatomy, parity, inspection, diff, explain, timings",)),),
     (("loading", ("load: from a path to any network",)),),
@@ -41,7 +42,7 @@ FLOORS = (
         ("backends", ("the switch and", "the registry")),
         ("devices", ("usable", "devices")),
         ("sizes", ("numbers", "as text")),
-        ("fetch", ("the only", "download")),
+        ("hub", ("the only", "download")),
     ),
     (("errors", ("what is wrong, where, expected, got, hint",)),),
 )
@@ -52,7 +53,7 @@ HEIGHTS = {1: 40, 2: 68}
 PAPER, INK, FAINT, ARROW = "#ffffff", "#1d2433", "#4b5568", "#8a94a6"
 # background and outline: what people use, the networks and their arithmetic, what they rest on
 COLOURS = (("#e8eefc", "#a9bdf0"), ("#e5f4ea", "#9fd3b1"), ("#fdf0e0", "#eec48f"))
-USED, NETWORKS = 5, 8
+USED, NETWORKS = 6, 9
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.identify.find import DetectedNetwork
 from sdconv.checkpoint.io.source import TORCH_DTYPES
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor
-from sdconv.checkpoint.open import SourceView, Weights
-from sdconv.checkpoint.whole import Checkpoint, Renamed, entries, opened
-from sdconv.errors import CheckpointError
+from sdconv.checkpoint.open import Weights
+from sdconv.checkpoint.whole import by_common_name, opened
 
 _CHUNK = 1 << 22  # values that are in memory at a time, in float64
 
@@ -157,7 +155,7 @@ def compare(
     """
     with ExitStack() as stack:
         checkpoints = [opened(one, stack) for one in (first, second)]
-        ours, theirs = map(_named, checkpoints)
+        ours, theirs = map(by_common_name, checkpoints)
         both = [name for name in ours if name in theirs]
         misshapen = {n: (ours[n].shape, theirs[n].shape) for n in both if not _fit(ours, theirs, n)}
         dtypes = {name: (ours[name].dtype, theirs[name].dtype) for name in both}
@@ -225,33 +223,6 @@ def _order(block: str) -> list[tuple[int, int, str]]:
         )
         for word in block.split(".")
     ]
-
-
-def _named(checkpoint: Checkpoint) -> dict[str, OutputTensor]:
-    """The tensors by the names under which they are compared."""
-    networks = list(checkpoint.networks())
-    kinds = [found.component for _, found in networks]
-    # two networks of one kind are ambiguous: their tensors keep their own names
-    single = [
-        (part, part.view.dequantise(found))
-        for part, found in networks
-        if kinds.count(found.component) == 1
-    ]
-    named: dict[str, OutputTensor] = {}
-    for entry in entries(checkpoint, single, _by_component, placed=True):
-        if entry.name in named:
-            raise CheckpointError(
-                f"two tensors would be compared as {entry.name}",
-                where=checkpoint.label,
-                got=" and ".join(one.pieces[0][1] for one in (named[entry.name], entry)),
-            )
-        named[entry.name] = entry
-    return named
-
-
-def _by_component(found: DetectedNetwork, view: SourceView) -> Renamed:
-    shapes = found.shapes(view.shapes)
-    return {name: (f"{found.component}.{name}", shape) for name, shape in shapes.items()}
 
 
 def _fit(ours: Mapping[str, OutputTensor], theirs: Mapping[str, OutputTensor], name: str) -> bool:

@@ -52,9 +52,7 @@ def check_memory(
         values_per_pixel = dissect(network.config, _SIDE).peak_values / _SIDE**2
         least = round(pixels * values_per_pixel * network.dtype.itemsize)
         several = "" if images == 1 else f"{images} of "
-        streams = hasattr(network, "enable_streaming")
-        helping = [option for option in options if streams or option != "memory"]
-        check_free_memory(least, f"{several}{size[1]}x{size[0]}", helping)
+        check_free_memory(least, f"{several}{size[1]}x{size[0]}", options)
 
 
 def check_free_memory(least: int, where: str, options: Iterable[str]) -> None:

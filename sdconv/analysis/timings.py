@@ -58,21 +58,35 @@ class Timings:
     threads: int
 
 
-def time_backends(network: Network, size: tuple[int, int], rounds: int) -> Timings:
+def time_backends(
+    network: Network,
+    size: tuple[int, int],
+    rounds: int,
+    on_run: Callable[[str, int, int], None] | None = None,
+) -> Timings:
     """Times both backends in turn, round by round, on standard normal noise.
 
     Args:
         network: on a CPU, in eval mode.
         size: rows and columns of an image for an autoencoder, of latents for a U-Net.
         rounds: at least 1.
+        on_run: called after each run with the method, the number of runs so far, and of all.
 
     Raises:
         InputError: the network does not take this size.
     """
     inputs = method_inputs(network, size, Noise(1, 0, network.dtype, network.device))
     compiling = numba_kernels()[1]
+    runs, total = 0, len(inputs) * len(BACKENDS) * (rounds + 1)
+
+    def ran(work: str) -> None:
+        nonlocal runs
+        runs += 1
+        if on_run is not None:
+            on_run(work, runs, total)
+
     with torch.inference_mode():
-        rows = tuple(_timed(network, work, given, rounds) for work, given in inputs.items())
+        rows = tuple(_timed(network, work, given, rounds, ran) for work, given in inputs.items())
     return Timings(
         class_name=network.config.class_name,
         size=size,
@@ -84,16 +98,27 @@ def time_backends(network: Network, size: tuple[int, int], rounds: int) -> Timin
     )
 
 
-def _timed(network: Network, work: str, given: tuple[Any, ...], rounds: int) -> Timing:
+def _timed(
+    network: Network,
+    work: str,
+    given: tuple[Any, ...],
+    rounds: int,
+    ran: Callable[[str], None],
+) -> Timing:
     def call() -> Tensor:
         return _tensor(getattr(network, work)(*given))
 
+    def clocked(name: str) -> tuple[float, Tensor]:
+        timed = _clocked(call, name)
+        ran(work)
+        return timed
+
     # the reference's first call warms up too
-    first = {name: _clocked(call, name) for name in BACKENDS}
+    first = {name: clocked(name) for name in BACKENDS}
     seconds: dict[str, list[float]] = {name: [] for name in BACKENDS}
     for _ in range(rounds):
         for name in BACKENDS:
-            seconds[name].append(_clocked(call, name)[0])
+            seconds[name].append(clocked(name)[0])
     theirs, ours = (first[name][1].double() for name in BACKENDS)
     largest = float(theirs.abs().max())
     distance = float((ours - theirs).abs().max())

@@ -59,15 +59,13 @@ def assemble(
         if more:  # both networks without a prefix
             one_of({one.component: one for one in (identified, *more)}, None, source.label)
         if ema:
-            identified = _averaged(identified, source.label)
+            identified = averaged(identified, source.label)
         warn_if_open(identified, stacklevel=4)  # the caller of `load` or `from_pretrained`
         with torch.device("meta"):
             network = build(identified.config)
         fit(identified, view.shapes, view.dtype, shapes_in(network)).check(identified, source.label)
         caster = Caster(source.label, clamp=clamp)
-        state = _tensors(network, identified, view, dtype, target, caster)
-        if not mmap:
-            state = {name: tensor.clone() for name, tensor in state.items()}
+        state = _tensors(network, identified, view, dtype, target, caster, mmap)
         source.check_unchanged()
         network.load_state_dict(state, strict=True, assign=True)
         caster.warn(stacklevel=4)
@@ -79,8 +77,12 @@ def shapes_in(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _averaged(identified: Identified, where: object) -> Identified:
-    """The same network with the names of its weights' running averages."""
+def averaged(identified: Identified, where: object) -> Identified:
+    """The same network with the names of its weights' running averages.
+
+    Raises:
+        UnknownNetworkError: it has none. WeightsMismatchError: some are missing.
+    """
     if not identified.found.ema:
         raise UnknownNetworkError(
             f"there are no running averages of the {identified.component}",
@@ -110,8 +112,9 @@ def _tensors(
     dtype: torch.dtype | None,
     device: torch.device,
     caster: Caster,
+    mmap: bool,
 ) -> dict[str, Tensor]:
-    """The network's state dict, read from the checkpoint."""
+    """The network's state dict, read from the checkpoint; in memory of its own unless ``mmap``."""
     names: Mapping[str, str] = identified.found.names
     if dtype is None:
         dtype = _common_dtype({view.dtype(name) for name in names.values()})
@@ -132,7 +135,9 @@ def _tensors(
         if tensor.ndim == 4 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)
         wanted = dtype if tensor.is_floating_point() else tensor.dtype
-        state[canonical] = caster.cast(tensor, wanted, names[canonical], device)
+        cast = caster.cast(tensor, wanted, names[canonical], device)
+        is_the_files = cast.device == tensor.device and cast.data_ptr() == tensor.data_ptr()
+        state[canonical] = cast.clone() if is_the_files and not mmap else cast
     return state
 
 

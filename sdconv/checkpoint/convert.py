@@ -6,11 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,14 +17,15 @@ from sdconv.checkpoint.assemble import shapes_in
 from sdconv.checkpoint.identify.find import DetectedNetwork, is_extra
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
-from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.narrow import Caster
 from sdconv.checkpoint.io.source import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
+from sdconv.checkpoint.naming import ORIGIN_KEY, FileNames
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights
-from sdconv.checkpoint.save import LAYOUTS, edm_tensors, original_tensors
+from sdconv.checkpoint.prune import leave_out, take_averages
+from sdconv.checkpoint.save import LAYOUTS, edm_tensors
 from sdconv.checkpoint.whole import (
     Checkpoint,
     Part,
@@ -38,20 +37,14 @@ from sdconv.checkpoint.whole import (
 )
 from sdconv.config import AutoencoderKLConfig, Config
 from sdconv.config.facts import EDM_STATISTICS
-from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
-
-ORIGIN_KEY = "sdconv.original"
-"""The metadata key for how the original of a file in diffusers' layout differed from the usual."""
-
-PREFIXES: Mapping[str, Mapping[str, str]] = {
-    "original": {"unet": "model.diffusion_model.", "vae": "first_stage_model."},
-    "diffusers": {"unet": "unet.", "vae": "vae."},
-}
-"""The prefix of a component's names in a file of several components."""
-
+from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
 
 Build = Callable[[Config], nn.Module]
 """Makes the network for a config, as ``sdconv.loading.build`` does."""
+
+
+EMA = ("keep", "drop", "only")
+"""What ``convert`` can do with running averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +55,10 @@ class Converted:
     torch's names of their dtypes. ``carried``: the number of other tensors that are in the file
     unchanged, by the first word of their names (empty for names of one word). ``left_out``: the
     same for those that are not part of any folder. ``dequantised``: the number of scaled fp8
-    weights that are now float32, or the dtype asked for.
+    weights that are now float32, or the dtype asked for. ``pruned``: the number of averages,
+    losses and optimizer states that were left out on request, by the first word of their names.
+    ``averaged``: the components whose weights are now their running averages. ``rounded``: the
+    number of tensors whose values the dtype that was asked for does not hold exactly.
     """
 
     files: tuple[Path, ...]
@@ -72,12 +68,15 @@ class Converted:
     carried: Mapping[str, int]
     left_out: Mapping[str, int]
     dequantised: int = 0
+    pruned: Mapping[str, int] = field(default_factory=dict)
+    averaged: tuple[str, ...] = ()
+    rounded: int = 0
 
 
 def convert(
     path: Weights,
     out: str | Path,
-    layout: str,
+    layout: str | None = None,
     component: str | None = None,
     *,
     build: Build,
@@ -85,6 +84,8 @@ def convert(
     dtype: torch.dtype | None = None,
     clamp: bool = False,
     prefix: str | None = None,
+    ema: str | None = None,
+    prune: bool = False,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Converted:
     """Writes a checkpoint in another layout, one tensor after another.
@@ -105,7 +106,7 @@ def convert(
         out: one file if the name ends in ``.safetensors``. Any other name is a folder, for
             diffusers' layout only: it gets ``vae/`` and ``unet/``, each with its ``config.json``; a
             checkpoint of nothing but one network becomes that component's folder.
-        layout: ``"original"`` or ``"diffusers"``.
+        layout: ``"original"`` or ``"diffusers"``; None for the one that its networks have.
         component: ``"vae"`` or ``"unet"`` for that one alone, without a prefix; None for
             everything.
         build: makes the network for a config, whose tensors are compared with the checkpoint's;
@@ -116,6 +117,11 @@ def convert(
         clamp: whether values beyond the range of ``dtype`` become its largest finite one; they are
             an error otherwise, which names the tensor and the value.
         prefix: as for ``sdconv.load``; only the network under it is then converted.
+        ema: what becomes of running averages (``model_ema.*``): ``"keep"`` carries them over,
+            ``"drop"`` leaves them out, ``"only"`` writes them in the place of the weights. A
+            network without averages keeps its weights. None: as ``prune`` says.
+        prune: leave out what only training needs: running averages, losses (``loss.*``) and
+            optimizer states. Nothing else of a file is ever dropped.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
@@ -132,29 +138,37 @@ def convert(
             clamped.
     """
     out, is_file = output_path(out)
-    if layout not in LAYOUTS:
+    if layout is not None and layout not in LAYOUTS:
         raise InputError(
             "unknown layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
         )
-    if layout == "original" and not is_file:
-        raise InputError(
-            "the original layout is a single file",
-            where=out,
-            expected="a name that ends in .safetensors",
-            got=out.name,
-        )
+    ema = _checked_ema(ema, prune)
     with ExitStack() as stack:
         checkpoint = opened(path, stack, component)
         known = _identified(checkpoint, component, family, prefix)
+        layout = layout or _own_layout(known, checkpoint.label)
+        if layout == "original" and not is_file:
+            raise InputError(
+                "the original layout is a single file",
+                where=out,
+                expected="a name that ends in .safetensors",
+                got=out.name,
+            )
+        pairs = [(network.part.view, network.one) for network in known]
+        chosen = take_averages(pairs, checkpoint.label) if ema == "only" else ()
+        pruned: Counter[str] = Counter()
+        for part in checkpoint.parts:
+            networks = [network.one.found for network in known if network.part is part]
+            pruned += leave_out(part.view, networks, averages=ema != "keep", training=prune)
         for network in known:
             _check(network, build)
         if component is not None or not is_file:
             _refuse_unexpected(known)
-        job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor)
-        caster = Caster(checkpoint.label, clamp=clamp)
+        job = _Job(checkpoint, known, component, layout, family, dtype, on_tensor, pruned, chosen)
+        caster = Caster(checkpoint.label, clamp=clamp, count=True)
         result = job.to_file(out, caster) if is_file else job.to_folders(out, caster)
         caster.warn()
-        return result
+        return replace(result, rounded=len(caster.rounded))
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,33 @@ class _Known:
         """Whether the checkpoint contains its config, which is then not inferred from shapes."""
         source = self.part.view.source
         return source.config is not None or CONFIG_KEY in source.metadata
+
+
+def _checked_ema(ema: str | None, prune: bool) -> str:
+    """What to do with running averages, as one of ``EMA``."""
+    if ema is not None and ema not in EMA:
+        raise InputError("unknown choice", where="ema", expected=", ".join(EMA), got=repr(ema))
+    if prune and ema == "keep":
+        raise InputError(
+            "pruning leaves out the running averages",
+            where="ema",
+            expected="'drop' or 'only'",
+            got="'keep', with prune",
+        )
+    return ema or ("drop" if prune else "keep")
+
+
+def _own_layout(known: Sequence[_Known], where: str) -> str:
+    """The layout of all networks, if they have the same."""
+    layouts = {one.one.found.layout for one in known}
+    if len(layouts) == 1:
+        return layouts.pop()
+    raise InputError(
+        "the networks have different layouts, so that one must be chosen",
+        where="layout",
+        expected=" or ".join(LAYOUTS),
+        got=", ".join(f"{one.one.component}: {one.one.found.layout}" for one in known),
+    )
 
 
 def _identified(
@@ -248,10 +289,18 @@ class _Job:
     family: str | None
     dtype: torch.dtype | None
     on_tensor: OnTensor
+    pruned: Mapping[str, int]
+    averaged: tuple[str, ...]
 
     def to_file(self, out: Path, caster: Caster) -> Converted:
         """Everything, or the one component, in one file."""
-        names = _FileNames(self)
+        names = FileNames(
+            layout=self.layout,
+            configs={known.one.component: known.one.config for known in self.known},
+            component=self.component,
+            is_pipeline=self.checkpoint.is_pipeline,
+            is_alone=self.is_alone,
+        )
         everything = self._entries(names, placed=self.layout == "original")
         written = [one for one in everything if self.component in (None, one.component)]
         if self.layout == "original":
@@ -366,6 +415,8 @@ class _Job:
             carried=left_over(written),
             left_out=left_out or {},
             dequantised=sum(len(part.view.dequantised) for part in self.checkpoint.parts),
+            pruned=dict(self.pruned),
+            averaged=self.averaged,
         )
 
 
@@ -376,89 +427,3 @@ def _torch_name(dtype: str) -> str:
 
 def _canonical(found: DetectedNetwork, view: SourceView) -> Renamed:
     return {name: (name, shape) for name, shape in found.shapes(view.shapes).items()}
-
-
-class _FileNames:
-    """Names tensors for a single file of one layout.
-
-    ``origins``: by component, how the original's names and shapes differed from the usual ones.
-    """
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._configs = {network.one.component: network.one.config for network in job.known}
-        self.origins: dict[str, dict[str, Any]] = {}
-
-    def __call__(self, found: DetectedNetwork, view: SourceView) -> Renamed:
-        """The new names and shapes, as ``whole.Renaming`` asks for them."""
-        prefix = self._prefix(found)
-        original = self._job.layout == "original"
-        if found.layout == "diffusers" and not original:
-            shapes = found.shapes(view.shapes)
-            return {name: (prefix + name, shape) for name, shape in shapes.items()}
-        usual = self._original(found, view)
-        if found.layout == "original" and original:
-            kept = found.prefix if self._job.component is None else ""
-            result = {
-                name: (kept + place.removeprefix(found.prefix), view.shapes[place])
-                for name, place in found.names.items()
-            }
-            # an attention whose layers have diffusers' names or shapes, in the original's
-            return result | {
-                name: (kept + usual[name][0], usual[name][1])
-                for name in result
-                if found.component == "vae" and ".attentions." in name
-            }
-        if original:
-            return _remembered(found.component, view, usual, prefix)
-        if found.layout == "original":
-            self._remember(found, view, usual)
-        return {name: (prefix + name, shape) for name, shape in found.shapes(view.shapes).items()}
-
-    def _prefix(self, found: DetectedNetwork) -> str:
-        if self._job.component is not None or (
-            not self._job.checkpoint.is_pipeline
-            and (not found.prefix or (self._job.is_alone and self._job.layout == "diffusers"))
-        ):
-            return ""
-        return PREFIXES[self._job.layout][found.component]
-
-    def _original(self, found: DetectedNetwork, view: SourceView) -> Renamed:
-        """diffusers' name -> name and shape in the usual original layout, without prefix."""
-        shapes = found.shapes(view.shapes)
-        on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        made = original_tensors(on_meta, self._configs[found.component])
-        pairs = zip(on_meta, made.items(), strict=True)
-        return {name: (original, tuple(one.shape)) for name, (original, one) in pairs}
-
-    def _remember(self, found: DetectedNetwork, view: SourceView, usual: Renamed) -> None:
-        own = {k: (v.removeprefix(found.prefix), view.shapes[v]) for k, v in found.names.items()}
-        self.origins[found.component] = {
-            "prefix": found.prefix if self._job.component is None else "",
-            "unusual": {k: [v[0], list(v[1])] for k, v in own.items() if v != usual[k]},
-        }
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    if any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError("no shape")
-    return prod(shape)
-
-
-def _remembered(component: str, view: SourceView, usual: Renamed, prefix: str) -> Renamed:
-    """Names and shapes in the original layout: the usual ones, or those that the file once had."""
-    text = view.source.metadata.get(ORIGIN_KEY, "{}")
-    try:
-        origin = json.loads(text).get(component, {"prefix": prefix, "unusual": {}})
-        unusual = {k: (str(name), tuple(shape)) for k, (name, shape) in origin["unusual"].items()}
-        names = {k: unusual.get(k, v) for k, v in usual.items()}
-        if any(_size(names[k][1]) != _size(usual[k][1]) for k in usual):
-            raise ValueError("a shape of another size")
-        return {k: (origin["prefix"] + name, shape) for k, (name, shape) in names.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"its metadata {ORIGIN_KEY} does not fit its tensors",
-            where=view.source.label,
-            got=short(text),
-            hint="remove it from the file's metadata",
-        ) from error

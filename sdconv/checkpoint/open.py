@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,20 @@ class SourceView:
     def home(self, name: str) -> tuple[SourceFile, str]:
         """The file that holds a tensor, and the tensor's name in it."""
         return self._homes[name]
+
+    def substitute(self, homes: Mapping[str, tuple[SourceFile, str]]) -> None:
+        """Takes other tensors in the place of some, under the same names.
+
+        Args:
+            homes: a tensor's name -> the file that has the other one, and its name there.
+        """
+        self._homes |= homes
+        self.__dict__.pop("shapes", None)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Takes tensors away, as if the source did not have them."""
+        self._homes = {name: home for name, home in self._homes.items() if name not in names}
+        self.__dict__.pop("shapes", None)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor on the CPU, memory-mapped if the file allows it."""

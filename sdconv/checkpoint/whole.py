@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.find import DetectedNetwork, main_network
 from sdconv.checkpoint.identify.unet import family_of_width
 from sdconv.checkpoint.io.files import read_json
 from sdconv.checkpoint.io.folder import Folder, folder_at
@@ -20,9 +21,10 @@ from sdconv.checkpoint.io.source import TensorsFile, open_files, open_folder
 from sdconv.checkpoint.io.stream import OutputTensor
 from sdconv.checkpoint.keys.clip import POSITIONS, TRANSPOSED, long_name, open_clip_names
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights, network_folders
+from sdconv.errors import CheckpointError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
     """One source of a checkpoint; ``name`` is a pipeline's component, or empty."""
 
@@ -47,10 +49,12 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An open checkpoint; ``label`` names it in messages."""
+    """An open checkpoint; ``label`` names it in messages. ``folder``: the one that it is in, or
+    None for a file and for tensors in memory."""
 
     label: str
     parts: tuple[Part, ...]
+    folder: Path | None = None
 
     @property
     def is_pipeline(self) -> bool:
@@ -93,10 +97,14 @@ def opened(path: Weights, stack: ExitStack, component: str | None = None) -> Che
             for name, one in _listed_components(folder).items()
             if component in (None, name)
         )
-        return Checkpoint(label=str(folder.path), parts=parts)
+        return Checkpoint(label=str(folder.path), parts=parts, folder=folder.path)
     else:
         source = stack.enter_context(open_folder(folder))
-    return Checkpoint(label=source.label, parts=(Part(name="", view=SourceView(source)),))
+    return Checkpoint(
+        label=source.label,
+        parts=(Part(name="", view=SourceView(source)),),
+        folder=None if folder is None else folder.path,
+    )
 
 
 def _listed_components(folder: Folder) -> dict[str, Folder]:
@@ -143,6 +151,44 @@ def entries(
         rest = [name for name in part.view.shapes if name not in taken]
         result += text or [part.entry(prefix + name, [name]) for name in rest]
     return result
+
+
+def by_common_name(checkpoint: Checkpoint, *, placed: bool = True) -> dict[str, OutputTensor]:
+    """Every tensor by a name that does not depend on the layout: ``unet.`` or ``vae.`` and
+    diffusers' name for the networks, their own for others. Scaled fp8 weights are multiplied.
+
+    Args:
+        checkpoint: open.
+        placed: whether a pipeline's text encoders go by the names of original files.
+
+    Raises:
+        CheckpointError: two tensors have the same name.
+    """
+    single = []
+    for kind in COMPONENTS:
+        several = [(part, one) for part, one in checkpoint.networks() if one.component == kind]
+        # where it is not clear which one is the checkpoint's own, all keep their own names
+        own = main_network([one for _, one in several]) if len(several) > 1 else None
+        single += [
+            (part, part.view.dequantise(one))
+            for part, one in several
+            if one is own or len(several) == 1
+        ]
+    named: dict[str, OutputTensor] = {}
+    for entry in entries(checkpoint, single, _by_component, placed=placed):
+        if entry.name in named:
+            raise CheckpointError(
+                f"two tensors would be compared as {entry.name}",
+                where=checkpoint.label,
+                got=" and ".join(one.pieces[0][1] for one in (named[entry.name], entry)),
+            )
+        named[entry.name] = entry
+    return named
+
+
+def _by_component(found: DetectedNetwork, view: SourceView) -> Renamed:
+    shapes = found.shapes(view.shapes)
+    return {name: (f"{found.component}.{name}", shape) for name, shape in shapes.items()}
 
 
 def left_over(found: Iterable[OutputTensor]) -> dict[str, int]:

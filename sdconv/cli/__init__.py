@@ -9,35 +9,55 @@ from typing import Annotated
 import typer
 
 import sdconv
-from sdconv.cli import anatomy, bench, compare, convert, features, images, plan, weights
+from sdconv.cli import (
+    anatomy,
+    bench,
+    compare,
+    convert,
+    dataset,
+    explain_page,
+    export,
+    features,
+    images,
+    merging,
+    plan,
+    weights,
+)
 from sdconv.cli.ending import Commands
+from sdconv.cli.verbosity import with_verbosity
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (
-    weights.inspect,
-    weights.check,
-    convert.convert,
-    compare.diff,
-    images.encode,
-    images.decode,
-    images.reconstruct,
-    weights.fetch,
-    anatomy.anatomy,
-    plan.plan,
-    bench.bench,
-    features.features,
-):
-    app.command()(command)
+COMMANDS = {
+    "Weights": (
+        weights.inspect,
+        weights.check,
+        convert.convert,
+        export.export,
+        merging.merge_lora,
+        merging.extract_lora,
+        merging.average,
+        compare.diff,
+        weights.fetch,
+    ),
+    "Images": (images.encode, images.decode, images.reconstruct),
+    "Inside a network": (anatomy.anatomy, features.features, explain_page.explain_page),
+    "Speed and memory": (plan.plan, bench.bench),
+}
+"""The commands, in the groups that ``sdconv --help`` shows."""
+
+for group, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(with_verbosity(command))
+app.add_typer(dataset.app, name="dataset", rich_help_panel="Data sets")
 
 
 def _version(wanted: bool) -> None:
@@ -55,8 +75,9 @@ def sdconv_(
 ) -> None:
     """The convolutional networks of Stable Diffusion, opened from any checkpoint, offline.
 
-    Every command takes --json (JSON on standard output and nothing else) and --help (with
-    examples). Commands that write refuse to overwrite unless --force is given. Notes, warnings,
+    Every command takes --json (JSON on standard output and nothing else), --quiet (no notes, no
+    progress), --verbose (the time of each step, and tracebacks) and --help (with examples).
+    Commands that write refuse to overwrite unless --force is given. Notes, warnings,
     errors and progress go to standard error.
 
     Exit status: 0 success, 1 the answer is no (a difference beyond the tolerance, NaN among the

@@ -9,10 +9,14 @@ import typer
 
 from sdconv.cli.common import (
     Component,
+    Ema,
     Family,
     InputSize,
     Json,
+    Key,
     Paths,
+    Prefix,
+    counting,
     one_or_all,
     print_json,
     show,
@@ -24,6 +28,9 @@ def bench(
     paths: Paths,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    key: Key = None,
+    ema: Ema = False,
     size: InputSize = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each backend.")] = 3,
     explained: Annotated[
@@ -50,11 +57,13 @@ def bench(
     from sdconv.analysis.explain import explain
     from sdconv.analysis.inspection import inspect
     from sdconv.analysis.memory import check_free_memory
+    from sdconv.checkpoint.io.pickles import weights_key
     from sdconv.cli.running import running
     from sdconv.report.bench import explanation_report, timings_report
 
     given = None if size is None else parse_size(size)
-    found = inspect(one_or_all(paths), family=family).network(component)
+    with weights_key(key):
+        found = inspect(one_or_all(paths), family=family, prefix=prefix).network(component)
     pixels = found.component == "vae"
     shape = given or ((512, 512) if pixels else (64, 64))
     with running("running without values"):
@@ -81,9 +90,17 @@ def bench(
         default=0,
     )
     check_free_memory(least, where, ("size",))
-    network = load(one_or_all(paths), found.component, dtype=torch.float32, family=family)
-    with running("timing"):
-        timings = time_backends(network, shape, rounds)
+    network = load(
+        one_or_all(paths),
+        found.component,
+        dtype=torch.float32,
+        family=family,
+        prefix=prefix,
+        key=key,
+        ema=ema,
+    )
+    with counting("timing") as progress, running(""):
+        timings = time_backends(network, shape, rounds, progress)
     if as_json:
         rows = [asdict(row) | {"ratio": row.ratio} for row in timings.rows]
         print_json({"component": found.component, **asdict(timings), "rows": rows})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdconv.cli.verbosity import is_quiet, is_verbose
 from sdconv.errors import InputError
 from sdconv.sizes import parse_size
 
@@ -75,7 +77,10 @@ class Layout(StrEnum):
     original = "original"
 
 
-_FILES = "A file, a component's folder, a pipeline's folder, or several files of one network."
+_FILES = (
+    "A file, a component's folder, a pipeline's folder, or several files of one network; or a "
+    "name: tiny-vae, tiny-unet, or one that was fetched."
+)
 _DTYPES = "float32, float16, bfloat16 or float64; or fp32, fp16, bf16, fp64"
 
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help=_FILES, show_default=False)]
@@ -85,17 +90,21 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="PATH",
-        help="The weights: a file or a folder. Give it twice for two halves in two files.",
+        help="The weights: a file, a folder, or a name such as tiny-vae. Give it twice for two "
+        "halves in two files.",
         show_default=False,
     ),
 ]
 Component = Annotated[
     str | None,
-    typer.Option(help="vae or unet, if the weights hold several.", show_default=False),
+    typer.Option(
+        metavar="vae|unet", help="vae or unet, if the weights hold several.", show_default=False
+    ),
 ]
 Family = Annotated[
     str | None,
     typer.Option(
+        metavar="FAMILY",
         help="The family, if the weights leave it open: sd1, sdxl, sd3, flux1, ...",
         show_default=False,
     ),
@@ -109,12 +118,24 @@ Prefix = Annotated[
         show_default=False,
     ),
 ]
-Key = Annotated[
-    str | None,
+_KEYS = "Which weights of a pickle that holds several: params_ema, model.state_dict, ..."
+Key = Annotated[str | None, typer.Option("--key", metavar="NAME", help=_KEYS, show_default=False)]
+# of the commands with --model; --key is the tensor's name in a file of latents there
+ModelKey = Annotated[
+    str | None, typer.Option("--model-key", metavar="NAME", help=_KEYS, show_default=False)
+]
+Ema = Annotated[
+    bool,
     typer.Option(
-        metavar="NAME",
-        help="Which weights of a pickle that holds several: params_ema, model.state_dict, ...",
-        show_default=False,
+        "--ema", help="Open the running averages of the weights that an original file may hold too."
+    ),
+]
+Clamp = Annotated[
+    bool,
+    typer.Option(
+        "--clamp",
+        help="Let values beyond the range of --dtype become its largest finite one; they are an "
+        "error otherwise.",
     ),
 ]
 ComputeDtype = Annotated[
@@ -137,7 +158,7 @@ With = Annotated[
     Backend,
     typer.Option(help="The backend; reference gives the same bits as diffusers on a CPU."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.")]
 ImageSize = Annotated[
     str,
     typer.Option(
@@ -234,7 +255,8 @@ def printable(message: object) -> str:
 
 def say(message: object, kind: str) -> None:
     """Print one message on standard error: ``error: ...``, ``warning: ...``, ``note: ...``."""
-    typer.echo(f"{kind}: {printable(message)}", err=True)
+    if kind != "note" or not is_quiet():
+        typer.echo(f"{kind}: {printable(message)}", err=True)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -271,11 +293,21 @@ def errors_console() -> Console:
 def working(words: str) -> Iterator[None]:
     """A spinner on standard error while something takes long, if that is a terminal."""
     console = errors_console()
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(words):
-        yield
+    with _timed(words):
+        if shows_progress():
+            with console.status(words):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def _timed(words: str) -> Iterator[None]:
+    """Say how long the block took, if asked to."""
+    start = time.perf_counter()
+    yield
+    if is_verbose() and words:
+        say(f"{words}: {time.perf_counter() - start:.2f} s", "note")
 
 
 @contextmanager
@@ -286,9 +318,9 @@ def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
         A function that advances it, called with a tensor's name, the bytes done so far and the
         bytes in all.
     """
-    from rich.progress import DownloadColumn, TimeRemainingColumn
+    from rich.progress import DownloadColumn
 
-    with _progress_bar(words, DownloadColumn(), TimeRemainingColumn()) as advance:
+    with _progress_bar(words, DownloadColumn()) as advance:
         yield advance
 
 
@@ -300,20 +332,42 @@ def counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
         A function that advances it, called with a name, the number done so far and the number in
         all.
     """
-    from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+    from rich.progress import MofNCompleteColumn
 
-    with _progress_bar(words, MofNCompleteColumn(), TimeElapsedColumn()) as advance:
+    with _progress_bar(words, MofNCompleteColumn()) as advance:
         yield advance
 
 
 @contextmanager
-def _progress_bar(
-    words: str, *columns: ProgressColumn
-) -> Iterator[Callable[[str, int, int], None]]:
-    from rich.progress import BarColumn, Progress, TextColumn
+def sharing(words: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar of a share of the work on standard error, if that is a terminal.
+
+    Yields:
+        A function that advances it, called with a name, the work done so far and all of it.
+    """
+    with _progress_bar(words) as advance:
+        yield advance
+
+
+def shows_progress() -> bool:
+    """Whether progress is shown: on a terminal, unless that is not wanted."""
+    return errors_console().is_terminal and not is_quiet()
+
+
+@contextmanager
+def _progress_bar(words: str, *done: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = errors_console()
-    every = (TextColumn(words), BarColumn(), *columns)
-    with Progress(*every, console=console, disable=not console.is_terminal) as progress:
+    # how much is done, what share of all that is, and the time that is left
+    columns = (TextColumn(words), BarColumn(), TaskProgressColumn(), *done, TimeRemainingColumn())
+    hidden = not shows_progress()
+    with _timed(words), Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task(words, total=None)
         yield lambda name, done, total: progress.update(task, completed=done, total=total)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdconv.cli.common import Force, Json, Plot, check_output, print_json, reading, say, show
+from sdconv.cli.common import Force, Json, Key, Plot, check_output, print_json, reading, say, show
 
 _EITHER = "A file, a component's folder or a pipeline's, in any layout and dtype."
 
@@ -15,6 +15,7 @@ _EITHER = "A file, a component's folder or a pipeline's, in any layout and dtype
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help=_EITHER, show_default=False)],
     second: Annotated[Path, typer.Argument(metavar="B", help=_EITHER, show_default=False)],
+    key: Key = None,
     plot: Plot = None,
     force: Force = False,
     every: Annotated[bool, typer.Option("--all", help="Show every tensor.")] = False,
@@ -33,13 +34,14 @@ def diff(
       sdconv diff a.safetensors b.safetensors --json
     """
     from sdconv.analysis.diff import compare
+    from sdconv.checkpoint.io.pickles import weights_key
 
     if plot is not None:
         from sdconv.report.plots import plot_format
 
         plot_format(plot)
         check_output(plot, force, [first, second])
-    with reading("comparing") as progress:
+    with reading("comparing") as progress, weights_key(key):
         result = compare(first, second, on_tensor=progress)
     if plot is not None:
         from sdconv.report.difference import draw_difference

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sdconv.cli.common import (
+    Clamp,
     Family,
     Force,
     Json,
@@ -25,6 +27,14 @@ from sdconv.cli.common import (
 )
 
 
+class Averages(StrEnum):
+    """What to do with running averages."""
+
+    only = "only"
+    drop = "drop"
+    keep = "keep"
+
+
 def convert(
     paths: Paths,
     out: Annotated[
@@ -37,23 +47,41 @@ def convert(
             show_default=False,
         ),
     ],
-    layout: Annotated[Layout, typer.Option(help="Whose names the tensors get.")],
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            help="Whose names the tensors get; as it is if only --dtype, --ema or --prune is "
+            "given.",
+            show_default=False,
+        ),
+    ] = None,
     component: Annotated[
         str | None,
-        typer.Option(help="vae or unet, to write only that one.", show_default=False),
+        typer.Option(
+            metavar="vae|unet", help="vae or unet, to write only that one.", show_default=False
+        ),
     ] = None,
     family: Family = None,
     dtype: StorageDtype = None,
-    clamp: Annotated[
-        bool,
-        typer.Option(
-            "--clamp",
-            help="Let values beyond the range of --dtype become its largest finite one; they are "
-            "an error otherwise.",
-        ),
-    ] = False,
+    clamp: Clamp = False,
     prefix: Prefix = None,
     key: Key = None,
+    ema: Annotated[
+        Averages | None,
+        typer.Option(
+            help="What becomes of running averages of the weights (model_ema.*): keep carries them "
+            "over, drop leaves them out, only writes them in the place of the weights.  Default: "
+            "keep, or drop with --prune.",
+            show_default=False,
+        ),
+    ] = None,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="Leave out what only training needs: running averages, losses, optimizer states.",
+        ),
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -72,28 +100,45 @@ def convert(
       sdconv convert stable-diffusion-v1-5/ v1-5.safetensors --layout original --dtype float16
       sdconv convert v1-5-pruned-emaonly.safetensors v1-5/ --layout diffusers
       sdconv convert v1-5-pruned-emaonly.safetensors vae/ --layout diffusers --component vae
+      sdconv convert training.ckpt small.safetensors --prune --ema only --dtype float16
     """
     from sdconv.checkpoint.convert import convert as write
     from sdconv.checkpoint.io.pickles import weights_key
     from sdconv.loading import build
 
+    if layout is None and dtype is None and ema is None and not prune:
+        raise typer.BadParameter(
+            "Missing option '--layout', or another one that says what to change."
+        )
     check_output(out, force, paths)
     with reading("writing") as progress, weights_key(key):
         result = write(
             one_or_all(paths),
             out,
-            layout.value,
+            None if layout is None else layout.value,
             component,
             build=build,
             family=family,
             dtype=None if dtype is None else dtype.in_torch(),
             clamp=clamp,
             prefix=prefix,
+            ema=None if ema is None else ema.value,
+            prune=prune,
             on_tensor=progress,
         )
     names = [str(file) for file in result.files]
     if result.dequantised:
         say(f"{result.dequantised} scaled fp8 weights were multiplied by their scales", "note")
+    if result.averaged:
+        kept = [name for name in result.moved if name not in result.averaged]
+        rest = f"; without averages: {', '.join(kept)}" if kept else ""
+        say(f"the weights are the running averages: {', '.join(result.averaged)}{rest}", "note")
+    if result.rounded:
+        short = ", ".join(result.dtypes)
+        say(f"the values of {result.rounded} tensors were rounded to {short}", "note")
+    if component is not None:
+        say(f"only the {component} was written", "note")
+    _note("left out on request", result.pruned)
     _note("carried over unchanged", result.carried)
     _note("left out, because what was asked for has no place for them", result.left_out)
     if as_json:
@@ -106,6 +151,9 @@ def convert(
                 "carried": result.carried,
                 "left_out": result.left_out,
                 "dequantised": result.dequantised,
+                "pruned": result.pruned,
+                "averaged": result.averaged,
+                "rounded": result.rounded,
             }
         )
         return

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from sdconv.cli.common import say
+from sdconv.cli.verbosity import is_verbose, reset
 from sdconv.errors import SdconvError, SdconvWarning
 
 TRACEBACK = "SDCONV_TRACEBACK"
@@ -19,7 +20,12 @@ TRACEBACK = "SDCONV_TRACEBACK"
 
 _NO_MEMORY = re.compile("out of memory|can't allocate|not enough memory", re.IGNORECASE)
 # arguments of the Python API whose option has another name
-_RENAMED = {"memory_limit": "memory", "generator": "sample", "overwrite": "force"}
+_RENAMED = {
+    "memory_limit": "memory",
+    "generator": "sample",
+    "overwrite": "force",
+    "key": "model_key",
+}
 
 
 class Commands(TyperGroup):
@@ -41,6 +47,7 @@ class Commands(TyperGroup):
         with warnings.catch_warnings():
             warnings.simplefilter("always", SdconvWarning)
             warnings.showwarning = one_line
+            reset()
             try:
                 return super().invoke(ctx)
             except SdconvError as error:
@@ -56,16 +63,30 @@ class Commands(TyperGroup):
                     from sdconv.analysis.memory import memory_hint
 
                     fail(SdconvError("not enough memory", hint=memory_hint(self._options(ctx))))
-                if _is_typers_own(error) or TRACEBACK in os.environ:
+                if _is_typers_own(error) or TRACEBACK in os.environ or is_verbose():
                     raise
                 fail(
                     SdconvError(
                         "an internal error of sdconv",
                         got=f"{type(error).__name__}: {error}",
-                        hint=f"please report it, with the traceback that {TRACEBACK}=1 shows",
+                        hint="please report it, with the traceback that --verbose shows, or "
+                        f"{TRACEBACK}=1",
                     ),
                     status=1,
                 )
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Lists the commands in their groups."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                panel = getattr(command, "rich_help_panel", None)
+                title = panel if isinstance(panel, str) else "Commands"
+                groups.setdefault(title, []).append((name, command.get_short_help_str(100)))
+        for title, rows in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def _options(self, ctx: Any) -> dict[str, str]:
         """The running command's options: the argument's name -> ``--name``."""
@@ -97,6 +118,7 @@ def in_option_names(message: str, options: Mapping[str, str]) -> str:
     for name, option in {**options, **renamed}.items():
         message = re.sub(rf"\A{name}(?=: )", option, message)
         message = re.sub(rf"\b{name}='([^']*)'", rf"{option} \1", message)
+        message = re.sub(rf"\b{name}=True\b", option, message)
         message = re.sub(rf"\b{name}=(?=\w)", f"{option} ", message)
         message = re.sub(rf"\b{name}=(?!\S)", option, message)
     return message

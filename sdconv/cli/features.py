@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sdconv.cli.common import (
     LARGEST_SEED,
+    Clamp,
     Component,
     ComputeDtype,
     Device,
     Dtype,
+    Ema,
     Family,
     Force,
     Json,
     Model,
+    ModelKey,
+    Prefix,
     Resize,
     check_output,
-    counting,
     one_or_all,
     parse_resize,
     print_json,
     say,
+    show,
 )
-from sdconv.cli.running import running
+from sdconv.cli.features_run import (
+    DETAILED,
+    MAPS,
+    PAGE,
+    Shown,
+    capture_run,
+    list_points,
+    other_runs,
+    write_run_page,
+)
 from sdconv.errors import InputError
-
-if TYPE_CHECKING:
-    from sdconv.features import Maps, Points
-    from sdconv.features.drivers import Run
-    from sdconv.report.features.write import Page
-
-MAPS, PAGE = "maps.zarr", "report.html"
-IN_MEMORY = 1 << 30
-"""Bytes of feature maps that stay in memory, so that they need not be read from the disk again."""
+from sdconv.sizes import parse_bytes
 
 
 def features(
+    model: Model,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             "-o",
@@ -48,8 +54,7 @@ def features(
             help="The folder to write.",
             show_default=False,
         ),
-    ],
-    model: Model,
+    ] = None,
     force: Force = False,
     source: Annotated[
         Path | None,
@@ -82,7 +87,7 @@ def features(
         typer.Option(metavar="GLOB", help="Names to exclude.", show_default=False),
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, max=1000, help="Number of a U-Net's timesteps.")
+        int, typer.Option(min=1, max=1000, metavar="N", help="Number of a U-Net's timesteps.")
     ] = 10,
     keep: Annotated[
         str,
@@ -97,10 +102,60 @@ def features(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPT",
+            help="A U-Net's prompt, for the text encoder in the pipeline's folder --model. "
+            "Without a file, random latents are denoised.",
+            show_default=False,
+        ),
+    ] = None,
+    embeds: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A U-Net's prompt as tensors in a file: prompt_embeds and, for SDXL, "
+            "pooled_prompt_embeds.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the noise.")
+    ] = 0,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="The output of another run, to compare with on the page. Repeat it for more.",
+            show_default=False,
+        ),
+    ] = None,
+    detail: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Channels of each feature map whose exact values are on the page, those with the "
+            "largest variance.",
+        ),
+    ] = DETAILED,
+    page_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="What the page may take on the disk, at most.")
+    ] = "30MB",
+    listed: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="Print the names of all layers with their facts, and compute nothing."
+        ),
+    ] = False,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -112,15 +167,39 @@ def features(
     sdconv.open_maps.
 
     An autoencoder takes an image or latents. A U-Net takes noise, which it denoises with DDIM, or
-    an image (with --vae) or its latents, to which the noise of each timestep is added.
+    an image (with --vae) or its latents, to which the noise of each timestep is added. Of a
+    pipeline's folder, the U-Net is run if there is a prompt or noise, with the pipeline's own text
+    encoder, autoencoder and noise schedule.
 
     \b
     Examples:
+      sdconv features --list --model vae.safetensors --layers 'decoder.*'
       sdconv features photo.jpg --model vae.safetensors --out maps
       sdconv features photo.jpg -m vae.safetensors -l 'decoder.*.resnets.*' -l '*:silu2' -o maps
       sdconv features --noise --model unet.safetensors --steps 20 --keep ::5 --out maps
       sdconv features photo.jpg --model unet.safetensors --vae vae.safetensors --out maps
+      sdconv features --model stable-diffusion/ --prompt 'a cat' -l '*.attn2:probs' --out maps
     """
+    if listed:
+        from sdconv.analysis.inspection import inspect
+        from sdconv.checkpoint.io.pickles import weights_key
+
+        with weights_key(model_key):
+            inspection = inspect(one_or_all(model), family=family, prefix=prefix)
+        config = inspection.network(component).config
+        points = list_points(config, size, layers, exclude or ())
+        if as_json:
+            print_json({"points": points.to_json()})
+        else:
+            show(points.table())
+        return
+    if out is None:
+        raise InputError(
+            "no folder to write to",
+            where="--out",
+            hint="name one: --out DIR; or list the layers: --list",
+        )
+    noise = noise or (source is None and (prompt is not None or embeds is not None))
     if (source is None) != noise:
         raise InputError(
             "give either a file or --noise",
@@ -129,10 +208,14 @@ def features(
             hint="name an image or a file of latents, or pass --noise",
         )
     kept = _calls(keep, steps)
+    shown = Shown(detail, parse_bytes(page_size, "--page-size"), dtype)
     _check_folder(out, force)
     from sdconv.features.drivers import Request, prepare_run
-    from sdconv.features.zarr_store import atomic_folder
+    from sdconv.features.folders import atomic_folder
+    from sdconv.features.zarr_store import zarr_package
 
+    zarr_package(out)  # before anything is loaded or computed
+    others = other_runs(compare or [])
     request = Request(
         source=source,
         key=key,
@@ -140,19 +223,25 @@ def features(
         vae=one_or_all(vae) if vae else None,
         component=component,
         family=family,
+        prefix=prefix,
+        model_key=model_key,
+        ema=ema,
         dtype=dtype.in_torch(),
+        clamp=clamp,
         device=device,
         size=parse_resize(size),
         steps=steps,
         seed=seed,
+        prompt=prompt,
+        embeds=embeds,
     )
     run = prepare_run(request)
     for note in run.notes:
         say(note, "note")
     weights = ", ".join(one.name or str(one) for one in model)
     with atomic_folder(out) as part:
-        points, maps = _capture(run, layers, exclude or (), kept, part / MAPS)
-        page = _write_page(run, points, maps, part / PAGE, weights, dtype)
+        points, maps = capture_run(run, layers, exclude or (), kept, part / MAPS)
+        page = write_run_page(run, points, maps, others, part / PAGE, weights, shown)
         names = list(maps)
     if as_json:
         print_json(
@@ -173,73 +262,6 @@ def features(
     typer.echo(
         f"{out / PAGE}: {count}, {page.bytes / 1e6:.1f} MB; their values are in {out / MAPS}"
     )
-
-
-def _capture(
-    run: Run,
-    layers: list[str] | None,
-    exclude: list[str] | tuple[()],
-    kept: list[int],
-    store: Path,
-) -> tuple[Points, Maps]:
-    """Run the network under capture, up to the last call that is kept."""
-    import torch
-
-    from sdconv.features import capture
-    from sdconv.features import features as points_of
-    from sdconv.report.features.drawing import block_outputs
-
-    points = points_of(run.network, run.size)
-    single = len(run.calls) == 1
-    calls = run.calls if single else run.calls[: max(kept) + 1]
-    with (
-        counting("computing") as progress,
-        capture(
-            run.network,
-            layers or _of_methods(block_outputs(points), run.methods),
-            exclude=exclude,
-            steps=None if single else kept,
-            dtype=torch.float16,
-            store=store,
-            max_memory=IN_MEMORY,
-        ) as maps,
-        running(""),
-    ):
-        for at, call in enumerate(calls):
-            progress("", at, len(calls))
-            call()
-        progress("", len(calls), len(calls))
-    return points, maps
-
-
-def _write_page(
-    run: Run, points: Points, maps: Maps, path: Path, weights: str, dtype: Dtype
-) -> Page:
-    from sdconv.report.features.drawing import drawing_of
-    from sdconv.report.features.feature_maps import feature_maps
-    from sdconv.report.features.write import write_page
-
-    drawing = drawing_of(points, maps)
-    with counting("drawing") as progress:
-        return write_page(
-            path,
-            feature_maps(maps, points, drawing),
-            drawing,
-            title=f"{run.network.config.class_name} \u00b7 {weights}",
-            facts={**run.facts, "computed in": dtype.value},
-            sizes={point.name: point.size for point in points if point.size is not None},
-            image=run.image,
-            progress=progress,
-        )
-
-
-def _of_methods(names: list[str], methods: tuple[str, ...]) -> list[str]:
-    """The blocks that an autoencoder's methods run; all blocks of other networks."""
-    inside = {"encode": ("encoder.", "quant_conv"), "decode": ("decoder.", "post_quant_conv")}
-    if not methods:
-        return names
-    starts = tuple(start for name in methods for start in inside[name])
-    return [name for name in names if name.startswith(starts)]
 
 
 def _calls(text: str, count: int) -> list[int]:

@@ -13,20 +13,25 @@ from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import (
     IMAGE_BACKEND,
     LARGEST_SEED,
+    Clamp,
     Component,
     ComputeDtype,
     Device,
     Dtype,
+    Ema,
     Family,
     Force,
     Json,
     Model,
+    ModelKey,
     Out,
+    Prefix,
     Resize,
     With,
     check_output,
     parse_resize,
     print_json,
+    say,
 )
 from sdconv.cli.ranks import Ranks, is_first_rank
 from sdconv.cli.running import RunOptions, open_autoencoder, prepared, running
@@ -34,6 +39,8 @@ from sdconv.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from sdconv.latents import StoredLatents
 
 
 class Axes(StrEnum):
@@ -47,6 +54,22 @@ class Axes(StrEnum):
 ImageFile = Annotated[
     Path,
     typer.Argument(metavar="IMAGE", help="An image of any size: PNG, JPEG, WebP, TIFF, ..."),
+]
+Crop = Annotated[
+    bool,
+    typer.Option(
+        "--crop",
+        help="Crop the image around its centre to sides that the network takes, instead of padding "
+        "it and cutting the padding off after decoding.",
+    ),
+]
+Alpha = Annotated[
+    bool,
+    typer.Option(
+        "--alpha",
+        help="Keep the alpha channel, next to the colours; transparency is blended with white "
+        "otherwise.",
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -75,7 +98,9 @@ def encode(
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample from the posterior instead of taking its mode.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the sample.")
+    ] = 0,
     scaled: Annotated[
         bool,
         typer.Option(
@@ -85,9 +110,15 @@ def encode(
         ),
     ] = False,
     size: Resize = None,
+    crop: Crop = False,
+    alpha: Alpha = False,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -97,10 +128,10 @@ def encode(
 ) -> None:
     """Turn an image into latents.
 
-    They are written to a safetensors file with one tensor, "latents". The image is cropped
-    around its centre to multiples of the downscale factor (8 for most autoencoders). The file says
-    whether the latents are raw or scaled, and for which scale; a tiny autoencoder's are always
-    scaled.
+    They are written to a safetensors file with one tensor, "latents". An image of any size is kept
+    whole: it is padded to multiples of the downscale factor (8 for most autoencoders), and the file
+    says its size, to which `sdconv decode` cuts the image again. The file also says whether the
+    latents are raw or scaled, and for which scale; a tiny autoencoder's are always scaled.
 
     \b
     Examples:
@@ -111,6 +142,7 @@ def encode(
     """
     import torch
 
+    from sdconv.images import alpha_of
     from sdconv.latents import encode as encode_image
     from sdconv.latents import scale, write_latents
     from sdconv.models.tiny import AutoencoderTiny
@@ -122,9 +154,24 @@ def encode(
             expected="a name that ends in .safetensors",
         )
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill, ranks)
-    network, loaded, x = prepared(image, model, parse_resize(size), options, scaled=scaled)
-    with running("encoding", network):
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+        ranks=ranks,
+    )
+    network, loaded, x = prepared(
+        image, model, parse_resize(size), options, scaled=scaled, crop=crop, alpha=alpha
+    )
+    with running("encoding", network, x.shape[2:], ["encode"]):
         generator = torch.Generator().manual_seed(seed) if sample else None
         latents = encode_image(network, x, generator).float()
         if scaled:
@@ -138,7 +185,15 @@ def encode(
             where=network.config.class_name,
             hint="compute in a wider dtype: --dtype float32",
         )
-    write_latents(latents, out, scaled=scaled, network=network)
+    kept = loaded.image
+    write_latents(
+        latents,
+        out,
+        scaled=scaled,
+        network=network,
+        image_size=(kept.height, kept.width),
+        alpha=alpha_of(kept),
+    )
     shape = tuple(latents.shape)
     if as_json:
         print_json(
@@ -185,7 +240,11 @@ def decode(
     ] = None,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -202,6 +261,9 @@ def decode(
     as_json: Json = False,
 ) -> None:
     """Turn latents into an image.
+
+    If the file says the size of the image that was encoded, the image is cut to it; if the file has
+    that image's alpha channel, it is added, in formats that have one.
 
     With --scaled, latents / scaling factor + shift is decoded. For FLUX.2, which has no such
     factor, patches * sqrt(running_var + eps) + running_mean, put back together from 2x2 patches.
@@ -233,13 +295,27 @@ def decode(
             got="--scaled" if scaled else "--raw",
             hint="leave it to the file: give neither",
         )
-    options = RunOptions(component, family, dtype, device, backend, memory, spill, ranks)
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+        ranks=ranks,
+    )
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled)
     form = stated if scaled is None else scaled
     is_scaled = isinstance(network, AutoencoderTiny) if form is None else form
     wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
-    with running("decoding", network), wraps:
+    rows, columns = (network.downscale * side for side in z.shape[2:])
+    with running("decoding", network, (rows, columns), ["decode"]), wraps:
         z = z.to(network.device)
         if memory is None and not ranks:
             sides = tuple(network.downscale * side for side in z.shape[2:])
@@ -248,6 +324,7 @@ def decode(
         images = [to_image(one) for one in decoded]
     if not is_first_rank():
         return
+    images = [_as_encoded(one, stored, out) for one in images]
     for image, path in zip(images, outs, strict=True):
         write_image(image, path)
     if as_json:
@@ -265,9 +342,15 @@ def reconstruct(
     out: Out = Path("reconstruction.png"),
     force: Force = False,
     size: Resize = None,
+    crop: Crop = False,
+    alpha: Alpha = False,
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    model_key: ModelKey = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     backend: With = IMAGE_BACKEND,
     memory: Memory = None,
@@ -276,7 +359,8 @@ def reconstruct(
 ) -> None:
     """Pass an image through the latents and back.
 
-    Writes the original, the reconstruction and their difference side by side. The difference is
+    Writes the original, the reconstruction and their difference side by side. An image of any size
+    is kept whole: it is padded for the network, and the padding is cut off. The difference is
     amplified by the factor written above it. The PSNR in dB is printed: higher is closer.
 
     \b
@@ -285,18 +369,50 @@ def reconstruct(
       sdconv reconstruct photo.jpg --model encoder.safetensors --model decoder.safetensors
       sdconv reconstruct photo.jpg --model vae.safetensors --size 512 --json
     """
-    from sdconv.images import image_format, psnr, side_by_side, to_image, write_image
+    from sdconv.images import (
+        HAVE_ALPHA,
+        alpha_of,
+        image_format,
+        psnr,
+        side_by_side,
+        to_image,
+        with_alpha,
+        write_image,
+    )
     from sdconv.latents import encode as encode_image
 
+    if alpha and image_format(out) not in HAVE_ALPHA:
+        raise InputError(
+            "images in this format have no alpha channel",
+            where=out,
+            expected="a name that ends in .png, .webp, .tif or .tiff",
+            hint="give the output another name, or leave --alpha out",
+        )
     image_format(out)
     check_output(out, force, [image, *model])
-    options = RunOptions(component, family, dtype, device, backend, memory, spill)
-    network, loaded, x = prepared(image, model, parse_resize(size), options)
-    with running("encoding and decoding", network):
+    options = RunOptions(
+        component=component,
+        family=family,
+        prefix=prefix,
+        key=model_key,
+        ema=ema,
+        dtype=dtype,
+        clamp=clamp,
+        device=device,
+        backend=backend,
+        memory=memory,
+        spill=spill,
+    )
+    network, loaded, x = prepared(image, model, parse_resize(size), options, crop=crop, alpha=alpha)
+    with running("encoding and decoding", network, x.shape[2:], ["encode", "decode"]):
         latents = encode_image(network, x)
         decoded = cast(Any, network).decode(latents).sample
+    width, height = loaded.image.size
+    decoded, x = (one[..., :height, :width].cpu() for one in (decoded, x))
     back = to_image(decoded[0])
-    decibels = psnr(decoded.cpu(), x.cpu())
+    if (channel := alpha_of(loaded.image)) is not None:
+        back = with_alpha(back, channel)
+    decibels = psnr(decoded, x)
     sheet, amplification = side_by_side(
         loaded.image, back, f"reconstruction, PSNR {decibels:.2f} dB"
     )
@@ -316,6 +432,29 @@ def reconstruct(
     shape = " x ".join(map(str, latents.shape[1:]))
     sides = "{width}x{height}".format(**_sides(loaded.image))
     typer.echo(f"{out}: {sides} through latents of {shape}, PSNR {decibels:.2f} dB")
+
+
+def _as_encoded(image: Image.Image, stored: StoredLatents, out: Path) -> Image.Image:
+    """A decoded image in the size of the one that was encoded, and with its alpha channel."""
+    from sdconv.images import HAVE_ALPHA, image_format, with_alpha
+
+    if stored.image_size is None:
+        return image
+    rows, columns = stored.image_size
+    sides = "{width}x{height}".format(**_sides(image))
+    # a patch of FLUX.2's latents stands for 16 pixels, and most latents for 8
+    if not (image.height - 32 < rows <= image.height and image.width - 32 < columns <= image.width):
+        say(f"not cut to {columns}x{rows}, of which the file says it is: it is {sides}", "note")
+        return image
+    if (image.height, image.width) != (rows, columns):
+        say(f"the padding was cut off, from {sides} to {columns}x{rows}", "note")
+        image = image.crop((0, 0, columns, rows))
+    if stored.alpha is None:
+        return image
+    if image_format(out) not in HAVE_ALPHA:
+        say(f"the alpha channel was left out: {out.suffix} images have none", "note")
+        return image
+    return with_alpha(image, stored.alpha)
 
 
 def _sides(image: Image.Image) -> dict[str, int]:

@@ -1,9 +1,10 @@
-"""The command that predicts the memory and the time of a streamed VAE."""
+"""The command that predicts the memory and the time of a streamed autoencoder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,7 +15,10 @@ from sdconv.cli.common import (
     Family,
     ImageSize,
     Json,
+    Key,
+    Prefix,
     With,
+    counting,
     one_or_all,
     print_json,
     show,
@@ -24,7 +28,8 @@ from sdconv.errors import InputError
 from sdconv.sizes import parse_bytes, parse_size
 
 if TYPE_CHECKING:
-    from sdconv.models.vae import AutoencoderKL
+    from sdconv.models.base import Autoencoder
+    from sdconv.models.tiny import AutoencoderTiny
 
 
 def plan(
@@ -55,11 +60,13 @@ def plan(
         typer.Option("--time/--no-time", help="Time one strip of each kind of layer on this CPU."),
     ] = True,
     family: Family = None,
+    prefix: Prefix = None,
+    key: Key = None,
     dtype: ComputeDtype = Dtype.float32,
     backend: With = IMAGE_BACKEND,
     as_json: Json = False,
 ) -> None:
-    """Predict the memory and the time of streaming an image through a VAE.
+    """Predict the memory and the time of streaming an image through an autoencoder.
 
     Shows the peak memory without the weights, the disk space for feature maps beyond the limit,
     the lowest limits that can be met, and the seconds on this machine's CPU. No weights are read:
@@ -73,25 +80,56 @@ def plan(
       sdconv plan vae.safetensors --size 512x16384 --memory 1GiB --spill /var/tmp
       sdconv plan --size 2048x2048 --backend reference --no-time --json
     """
-    import torch
-
     from sdconv.backends import set_backend
+    from sdconv.models.tiny import AutoencoderTiny
     from sdconv.report.tables import plan_table
-    from sdconv.streaming import check_disk_space, least_memory, make_plan, spill_folder, steps_of
-    from sdconv.streaming.calibration import predict_seconds
+    from sdconv.streaming import spill_folder
 
     rows, columns = parse_size(size)
     limit = parse_bytes(memory, "--memory")
     folder = None if spill is None else spill_folder(spill)
-    network = _without_weights(paths, family).to(dtype.in_torch())
+    network = _without_weights(paths, family, prefix, key).to(dtype.in_torch())
     set_backend(network, backend.value)
     scale = network.downscale
     if min(rows, columns) < scale:
         raise InputError("the image is too small", where="--size", expected=f"at least {scale}")
-    steps = {
-        "encode": steps_of(network, "encode", rows, columns),
-        "decode": steps_of(network, "decode", rows // scale, columns // scale),
-    }
+    sizes = {"encode": (rows, columns), "decode": (rows // scale, columns // scale)}
+    answers = (
+        _of_rows(network, sizes, batch, limit, timed)
+        if isinstance(network, AutoencoderTiny)
+        else _of_layers(network, sizes, batch, limit, timed, folder)
+    )
+    if as_json:
+        print_json(
+            {
+                "height": rows,
+                "width": columns,
+                "batch": batch,
+                "dtype": dtype.value,
+                "backend": backend.value,
+                "memory_limit": limit,
+                **answers,
+            }
+        )
+    else:
+        show(plan_table(answers))
+
+
+def _of_layers(
+    network: Autoencoder,
+    sizes: Mapping[str, tuple[int, int]],
+    batch: int,
+    limit: int,
+    timed: bool,
+    folder: Path | None,
+) -> dict[str, dict[str, Any]]:
+    """What a VAE takes in each direction, layer by layer."""
+    import torch
+
+    from sdconv.streaming import check_disk_space, least_memory, make_plan, steps_of
+    from sdconv.streaming.calibration import predict_seconds
+
+    steps = {name: steps_of(network, cast(Any, name), *size) for name, size in sizes.items()}
     least = {
         direction: {
             spilling: least_memory(own, batch=batch, spill=spilling) for spilling in (True, False)
@@ -114,49 +152,77 @@ def plan(
             "seconds": None,
         }
         if timed:
-            with working(f"timing strips: {direction}"):
-                seconds = predict_seconds(found, device=torch.device("cpu"))
+            with counting(f"timing strips: {direction}") as progress:
+                seconds = predict_seconds(found, device=torch.device("cpu"), on_step=progress)
             answers[direction]["seconds"] = seconds
-    if as_json:
-        print_json(
-            {
-                "height": rows,
-                "width": columns,
-                "batch": batch,
-                "dtype": dtype.value,
-                "backend": backend.value,
-                "memory_limit": limit,
-                **answers,
-            }
-        )
-    else:
-        show(plan_table(answers))
+    return answers
 
 
-def _without_weights(paths: list[Path] | None, family: str | None) -> AutoencoderKL:
+def _of_rows(
+    network: AutoencoderTiny,
+    sizes: Mapping[str, tuple[int, int]],
+    batch: int,
+    limit: int,
+    timed: bool,
+) -> dict[str, dict[str, Any]]:
+    """What a tiny autoencoder takes in each direction that it has, all layers at once."""
+    import torch
+
+    from sdconv.streaming import plan_rows
+    from sdconv.streaming.calibration import predict_row_seconds
+
+    halves: list[Any] = [
+        direction for direction in sizes if getattr(network, f"{direction}r") is not None
+    ]
+    least = {
+        name: plan_rows(network, name, batch, *sizes[name], limit=None).least for name in halves
+    }
+    answers: dict[str, dict[str, Any]] = {}
+    for direction in sorted(halves, key=lambda name: -least[name]):
+        size = sizes[direction]
+        found = plan_rows(network, direction, batch, *size, limit=limit)
+        answers[direction] = {
+            "peak": found.peak,
+            "spilled": 0,
+            "least": found.least,
+            "least_without_spill": found.least,
+            "strips": found.strips,
+            "multiplies": found.multiplies,
+            "seconds": None,
+        }
+        if timed:
+            with working(f"timing strips: {direction}"):
+                answers[direction]["seconds"] = predict_row_seconds(
+                    network, direction, found, size[1], torch.device("cpu")
+                )
+    return answers
+
+
+def _without_weights(
+    paths: list[Path] | None, family: str | None, prefix: str | None, key: str | None
+) -> Autoencoder:
     """The network on the meta device.
 
     Raises:
-        InputError: it is not a VAE that can be streamed.
+        InputError: it is not an autoencoder.
     """
     import torch
 
-    from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
-    from sdconv.models.vae import AutoencoderKL
+    from sdconv.config import AutoencoderKLConfig
+    from sdconv.loading import build
+    from sdconv.models.base import Autoencoder
 
     if paths:
         from sdconv.analysis.inspection import inspect
+        from sdconv.checkpoint.io.pickles import weights_key
 
-        config = inspect(one_or_all(paths), family=family).network("vae").config
+        with weights_key(key):
+            found = inspect(one_or_all(paths), family=family, prefix=prefix)
+        config = found.network("vae").config
     else:
         usual = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
         config = AutoencoderKLConfig(**{**AutoencoderKLConfig.assumed, **usual})
-    if not isinstance(config, AutoencoderKLConfig | AutoencoderKLFlux2Config):
-        raise InputError(
-            "only a VAE can be streamed",
-            where="PATH",
-            expected="AutoencoderKL or AutoencoderKLFlux2",
-            got=config.class_name,
-        )
     with torch.device("meta"):
-        return AutoencoderKL(config)
+        network = build(config)
+    assert isinstance(network, Autoencoder)  # what "vae" is
+    return network

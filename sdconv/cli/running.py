@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from sdconv.analysis.memory import check_memory
-from sdconv.cli.common import Backend, Dtype, one_or_all, say, working
+from sdconv.cli.common import (
+    Backend,
+    Dtype,
+    one_or_all,
+    say,
+    sharing,
+    shows_progress,
+    working,
+)
 from sdconv.cli.ranks import is_first_rank, join_ranks
+from sdconv.cli.verbosity import is_quiet
 from sdconv.errors import InputError, SdconvError
 
 if TYPE_CHECKING:
@@ -22,17 +31,22 @@ if TYPE_CHECKING:
     from sdconv.models.base import Autoencoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Which network of a file a command opens, and what it computes in and with.
 
-    ``memory``, ``spill``: as ``enable_streaming`` takes them; None for whole feature maps.
+    ``component`` to ``backend``: as ``sdconv.load`` takes them. ``memory``, ``spill``: as
+    ``enable_streaming`` takes them; None for whole feature maps.
     ``ranks``: whether the other processes that torchrun has started take part.
     """
 
     component: str | None
     family: str | None
+    prefix: str | None
+    key: str | None
+    ema: bool
     dtype: Dtype
+    clamp: bool
     device: str
     backend: Backend = Backend.reference
     memory: str | None = None
@@ -56,6 +70,10 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
         dtype=options.dtype.in_torch(),
         device=join_ranks(options.device) if options.ranks else options.device,
         family=options.family,
+        prefix=options.prefix,
+        key=options.key,
+        ema=options.ema,
+        clamp=options.clamp,
         backend=options.backend.value,
     )
     if not isinstance(network, Autoencoder):
@@ -77,10 +95,10 @@ def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
                 where="--ranks",
                 hint="leave --ranks out",
             )
-        network.enable_parallel(memory_limit=options.memory, spill=options.spill)
+        network.enable_parallel(
+            memory_limit=options.memory, spill=options.spill, progress=not is_quiet()
+        )
         return
-    from sdconv.models.vae import AutoencoderKL
-
     if options.memory is None:
         if options.spill is not None:
             raise InputError(
@@ -89,18 +107,23 @@ def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
                 hint="say how much memory there is: --memory 2GiB",
             )
         return
-    if not isinstance(network, AutoencoderKL):
-        raise InputError(
-            "a tiny autoencoder computes whole feature maps only",
-            where="--memory",
-            hint="leave --memory out",
-        )
-    network.enable_streaming(options.memory, options.spill)
+    network.enable_streaming(options.memory, options.spill, progress=not is_quiet())
 
 
 @contextmanager
-def running(words: str, network: object = None) -> Iterator[None]:
-    """Run a network in inference mode, with a spinner unless it streams and has a bar of its own.
+def running(
+    words: str,
+    network: object = None,
+    size: Sequence[int] = (),
+    paths: Sequence[str] = (),
+) -> Iterator[None]:
+    """Run a network in inference mode; a bar on standard error shows how much is done.
+
+    Args:
+        words: what is done; "" if the caller shows it.
+        network: a VAE that streams has a bar of its own, and one that does not gets one here.
+        size: rows and columns of the image.
+        paths: the VAE's methods that will be called, in this order.
 
     An error that all ranks raise alike ends the first one with its message and the others without.
 
@@ -111,9 +134,8 @@ def running(words: str, network: object = None) -> Iterator[None]:
 
     from sdconv.streaming.parallel.group import AgreedError
 
-    streams = getattr(network, "streaming", None) is not None
     try:
-        with nullcontext() if streams else working(words), torch.inference_mode():
+        with _shown(words, network, size, paths), torch.inference_mode():
             yield
     except AgreedError:
         if is_first_rank():
@@ -130,6 +152,25 @@ def running(words: str, network: object = None) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _shown(
+    words: str, network: object, size: Sequence[int], paths: Sequence[str]
+) -> Iterator[None]:
+    from sdconv.models.vae import AutoencoderKL
+
+    if getattr(network, "streaming", None) is not None or not words:
+        yield
+    elif paths and isinstance(network, AutoencoderKL) and shows_progress():
+        from sdconv.analysis.progress import following
+
+        rows, columns = size
+        with sharing(words) as advance, following(network, (rows, columns), paths, advance):
+            yield
+    else:
+        with working(words):
+            yield
+
+
 def prepared(
     path: Path,
     model: Sequence[Path],
@@ -137,19 +178,24 @@ def prepared(
     options: RunOptions,
     *,
     scaled: bool = False,
+    crop: bool = False,
+    alpha: bool = False,
 ) -> tuple[Autoencoder, LoadedImage, Tensor]:
-    """The network, the image cut to sides that it can take, and that image as its input.
+    """The network, the image as it is kept, and what the network gets: that image, padded to sides
+    that it can take.
 
     Args:
         path: the image. model: the network's files.
-        size: as ``LoadedImage.fitted`` takes it.
+        size: as ``LoadedImage.resized`` takes it.
         options: which network, and how it computes.
         scaled: whether the latents will be scaled, which FLUX.2 does in patches.
+        crop: whether the image is cropped to such sides, instead of padded.
+        alpha: whether its alpha channel is kept.
     """
-    from sdconv.images import read_image, to_tensor
+    from sdconv.images import LoadedImage, read_image, to_tensor
     from sdconv.latents import image_multiple
 
-    image = read_image(path)
+    image = read_image(path, alpha=alpha)
     network = open_autoencoder(model, options)
     if network.config["in_channels"] != 3:
         raise InputError(
@@ -158,10 +204,13 @@ def prepared(
             expected="3 channels",
             got=network.config["in_channels"],
         )
-    image = image.fitted(image_multiple(network, scaled=scaled), size)
+    multiple = image_multiple(network, scaled=scaled)
+    image = image.fitted(multiple, size) if crop else image.resized(size)
+    whole = image.padded(multiple)
     if is_first_rank():
-        for note in image.notes:
+        for note in whole.notes:
             say(note, "note")
     if options.memory is None and not options.ranks:
-        check_memory(network, image.image.size[::-1], options=("memory", "size", "dtype"))
-    return network, image, to_tensor(image.image).to(network.device, network.dtype)
+        check_memory(network, whole.image.size[::-1], options=("memory", "size", "dtype"))
+    kept = LoadedImage(image=image.image, notes=whole.notes)
+    return network, kept, to_tensor(whole.image).to(network.device, network.dtype)

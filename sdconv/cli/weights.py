@@ -10,10 +10,12 @@ import typer
 
 from sdconv.cli.common import (
     LARGEST_SEED,
+    Clamp,
     Component,
     ComputeDtype,
     Device,
     Dtype,
+    Ema,
     Family,
     Force,
     InputSize,
@@ -21,14 +23,15 @@ from sdconv.cli.common import (
     Key,
     Paths,
     Prefix,
+    counting,
     one_or_all,
     print_json,
     reading,
     say,
     show,
-    working,
 )
 from sdconv.cli.ending import fail
+from sdconv.cli.verbosity import is_quiet
 from sdconv.errors import InputError
 from sdconv.sizes import parse_size
 
@@ -85,14 +88,20 @@ def inspect(
 
 def check(
     paths: Paths,
-    against: Annotated[str, typer.Option(help="What to compare with: diffusers.")] = "diffusers",
+    against: Annotated[
+        str, typer.Option(metavar="NAME", help="What to compare with: diffusers.")
+    ] = "diffusers",
     component: Component = None,
     family: Family = None,
+    prefix: Prefix = None,
+    key: Key = None,
+    ema: Ema = False,
     dtype: ComputeDtype = Dtype.float32,
+    clamp: Clamp = False,
     device: Device = "cpu",
     size: InputSize = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random input.")
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed of the random input.")
     ] = 0,
     every: Annotated[bool, typer.Option("--all", help="Show every module.")] = False,
     as_json: Json = False,
@@ -112,24 +121,31 @@ def check(
     """
     from sdconv.analysis.parity import check as compare
     from sdconv.analysis.parity import components
+    from sdconv.checkpoint.io.pickles import weights_key
 
     where = one_or_all(paths)
     shape = None if size is None else parse_size(size)
-    if component is None and len(there := components(where)) > 1:
+    with weights_key(key):
+        there = components(where) if component is None and prefix is None else ()
+    if len(there) > 1:
         component = "vae"
         say(
             f"the weights hold {' and '.join(there)}; the vae is compared (see --component)", "note"
         )
-    with working("comparing with diffusers"):
+    with counting("comparing with diffusers") as progress, weights_key(key):
         report = compare(
             where,
             component=component,
             against=against,
             family=family,
+            prefix=prefix,
+            ema=ema,
+            clamp=clamp,
             dtype=dtype.in_torch(),
             device=device,
             size=shape,
             seed=seed,
+            on_module=progress,
         )
     if as_json:
         print_json(report.to_json())
@@ -148,7 +164,11 @@ def check(
 def fetch(
     name: Annotated[
         str | None,
-        typer.Argument(help="A name from --list.", show_default=False),
+        typer.Argument(
+            metavar="NAME|OWNER/NAME[:PATH]",
+            help="A name from --list, or a file or folder of a repository on the hub.",
+            show_default=False,
+        ),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the known checkpoints.")] = False,
     directory: Annotated[
@@ -160,22 +180,34 @@ def fetch(
             show_default=False,
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A branch, tag or commit of the repository.  Default: the main branch.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Download a known checkpoint and check its sha256.
+    """Download weights from the Hugging Face hub, and check them.
 
-    It comes from the Hugging Face hub; no other command uses the network. A file that was
-    downloaded before is checked again and kept. The path is printed.
+    No other command uses the network. Every byte is compared with the hash that the hub states. Of
+    a folder, the safetensors weights that diffusers would open and config.json are downloaded. What
+    was downloaded before is checked again and kept. The path is printed; commands also find the
+    weights by the name that was fetched.
 
     \b
     Examples:
       sdconv fetch --list
       sdconv fetch taesd
+      sdconv fetch stabilityai/sd-vae-ft-mse
+      sdconv fetch stabilityai/stable-diffusion-xl-base-1.0:vae --dir weights
       sdconv inspect $(sdconv fetch sdxl-vae)
     """
-    from sdconv.fetch import fetch as download
-    from sdconv.fetch import load_manifest
+    from sdconv.hub.download import fetch as download
+    from sdconv.hub.manifest import load_manifest
 
     if listed == (name is not None):
         raise InputError(
@@ -185,7 +217,13 @@ def fetch(
             got="both" if listed else "neither",
         )
     if name is not None:
-        path = download(name, directory=directory, overwrite=force, progress=not as_json)
+        path = download(
+            name,
+            directory=directory,
+            overwrite=force,
+            progress=not as_json and not is_quiet(),
+            revision=revision,
+        )
         if as_json:
             print_json({"name": name, "path": str(path)})
         else:

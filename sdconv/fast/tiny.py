@@ -53,14 +53,14 @@ def _conv(x: Tensor, conv: nn.Conv2d, epilogue: Epilogue, in_place: bool = False
 def encoder(network: Any, x: Tensor) -> Tensor | None:
     if not _can_run_half(network, x):
         return None
-    return _run(network.layers, x.add(1).div(2))
+    return _run(network.layers, network.enter(x))
 
 
 @implements(DecoderTiny.forward)
 def decoder(network: Any, z: Tensor) -> Tensor | None:
     if not _can_run_half(network, z):
         return None
-    return _run(network.layers, torch.tanh(z / 3) * 3).mul_(2).sub_(1)
+    return _run(network.layers, network.enter(z)).mul_(2).sub_(1)
 
 
 def _run(layers: nn.Sequential, x: Tensor) -> Tensor:

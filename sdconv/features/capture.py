@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sdconv.devices import usable_device
 from sdconv.errors import InputError, SdconvError
+from sdconv.features.attention import Visit
 from sdconv.features.hooks import attach, recomputing, uncompiled, untraced
 from sdconv.features.maps import CapturedMap, Maps
 from sdconv.features.memory import MemoryForecast, Sink
 from sdconv.features.reduction import Keep, Reduction, Region, copies_later, reduction
-from sdconv.features.selection import Patterns, Steps, match_patterns, select_calls
+from sdconv.features.selection import Patterns, Steps, match_points, select_calls
 from sdconv.features.targets import Target, target_of
 
 
@@ -34,6 +35,7 @@ def capture(
     region: Region | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    grad: bool = False,
     stop_early: bool = False,
     max_memory: int | str | None = None,
     store: str | Path | None = None,
@@ -62,6 +64,11 @@ def capture(
             grid, ``"channel_mean"`` and so on over channels, ``"pca:3"``, or a function of the
             feature map.
         dtype, device: of the copies; None for the feature map's own.
+        grad: keep the feature maps in autograd's graph, so that a loss on them has gradients with
+            respect to the network's inputs and weights, and its outputs have gradients with respect
+            to them. A feature map that depends on nothing that requires a gradient becomes a leaf
+            that does. What is reduced, cropped or moved is a function of the feature map, on
+            which the outputs do not depend.
         stop_early: end the network, and with it the block, as soon as the last of ``steps`` is
             captured (the first call if ``steps`` is None).
         max_memory: bytes that captured maps may take in memory, or text such as ``"2GiB"``. A run
@@ -78,13 +85,18 @@ def capture(
         InputError: a pattern matches no name, an option has an invalid value, or the device does
             not exist.
         SdconvError: no layer of a pattern was reached; the maps need more than ``max_memory``; the
-            store exists or cannot be written.
+            store exists or cannot be written; streaming or tiling is on in an autoencoder, whose
+            layers then see parts of an image.
     """
     found = target_of(target)
     points = found.hook_points()
-    by_pattern = match_patterns(tuple(points), patterns, exclude)
+    by_pattern = match_points(tuple(points), patterns, exclude)
     wanted = {name for names in by_pattern.values() for name in names}
+    found.check_whole(name for name in points if name in wanted)
+    if grad:
+        _check_gradients(found, store)
     keep = Keep(
+        grad=grad,
         region=region,
         channels=channels,
         reduce=reduction(reduce),
@@ -114,6 +126,24 @@ def capture(
             if stop.recorder is not recorder:
                 raise
     _check_reached(by_pattern, recorder.maps)
+
+
+def _check_gradients(target: Target, store: str | Path | None) -> None:
+    if store is not None:
+        raise InputError(
+            "gradients do not reach feature maps on the disk",
+            where="grad and store",
+            hint="leave store= or grad=True out",
+        )
+    for prefix, network in target.networks.items():
+        if any(getattr(one, "gradient_checkpointing", False) is True for one in network.modules()):
+            raise InputError(
+                "gradient checkpointing computes feature maps twice, and forgets the first",
+                where="grad",
+                expected="a network without gradient checkpointing",
+                got=f"{prefix.rstrip('.') or type(network).__name__} with gradient checkpointing",
+                hint="call its disable_gradient_checkpointing() before the block",
+            )
 
 
 def run_until(model: Any, patterns: Patterns, *args: Any, **kwargs: Any) -> Maps:
@@ -167,17 +197,21 @@ class _Recorder:
         self.maps = Maps(self._found, pipeline=self._pipeline)
         self.counters = target.counters()
 
-    def visit(self, name: str, prefix: str) -> Callable[[Tensor], None]:
+    def visit(self, name: str, prefix: str) -> Visit:
         counter = self.counters[prefix]
         every = self._pipeline and not counter.timed
 
-        def record(x: Tensor) -> None:
+        def record(x: Tensor) -> Tensor | None:
             if recomputing():
-                return
+                return None
+            new = None
             with self._lock:
                 call = counter.current(name)
                 if every or self.selected(call):
-                    kept = self._keep(x)
+                    own = _tracked(x, name) if self._keep.grad else x
+                    # the network goes on with a copy, because it may write into it
+                    new = None if own is x else own.clone()
+                    kept = own if self._keep.grad and self._keep.whole else self._keep(own)
                     if kept.shape[:1] != x.shape[:1]:  # a function has reduced the batch
                         call = call.without_halves()
                     load = self._sink.put(name, call, kept, _wait_for(x, kept))
@@ -186,8 +220,26 @@ class _Recorder:
                     self._missing.discard(name)
                     if not self._missing and threading.get_ident() == self._thread:
                         raise _Stop(self)
+            return new
 
         return record
+
+
+def _tracked(x: Tensor, name: str) -> Tensor:
+    """A copy of a feature map in autograd's graph; the feature map itself if it has no gradient
+    by its dtype."""
+    if not torch.is_grad_enabled() or x.is_inference():
+        raise SdconvError(
+            "no gradients are recorded here",
+            where=name,
+            expected="a call of the network with gradients enabled",
+            got="torch.inference_mode()" if x.is_inference() else "torch.no_grad()",
+            hint="call the network under torch.enable_grad(); diffusers' pipelines disable it",
+        )
+    if not x.is_floating_point():
+        return x
+    own = x.clone()
+    return own if own.requires_grad else own.requires_grad_()
 
 
 def _wait_for(x: Tensor, kept: Tensor) -> Callable[[], object]:

@@ -4,7 +4,7 @@ autoencoder, noise or noised latents through a U-Net."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdconv.analysis.memory import check_free_memory, check_memory
 from sdconv.errors import InputError
+from sdconv.features.prompts import PromptEmbeds, encode_prompt, read_embeds
 from sdconv.images import LoadedImage, read_image, to_tensor
 from sdconv.latents import encode, read_stored, scale
 from sdconv.loading import load
@@ -38,10 +39,14 @@ class Request:
         key: name of the latents in their file; None for the only tensor there.
         model: files of the network, as ``sdconv.load`` takes them.
         vae: files of the autoencoder that encodes an image for a U-Net, or None.
-        component, family, dtype, device: as ``sdconv.load`` takes them.
+        component, family, prefix, ema, dtype, clamp, device: as ``sdconv.load`` takes them.
+        model_key: ``key`` of ``sdconv.load``.
         size: pixels of the image's longer side, or (rows, columns); None for the image's own.
         steps: number of a U-Net's timesteps.
         seed: of the noise.
+        prompt: a U-Net's prompt, which the text encoders in the pipeline's folder ``model`` encode;
+            or None.
+        embeds: a file with the prompt's embedding, or None.
     """
 
     source: Path | None
@@ -50,11 +55,17 @@ class Request:
     vae: Path | list[Path] | None
     component: str | None
     family: str | None
+    prefix: str | None
+    model_key: str | None
+    ema: bool
     dtype: torch.dtype
+    clamp: bool
     device: str
     size: int | tuple[int, int] | None
     steps: int
     seed: int
+    prompt: str | None = None
+    embeds: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +95,36 @@ def prepare_run(request: Request) -> Run:
     """Load the network, and check and prepare its input.
 
     Raises:
-        SdconvError: as ``sdconv.load``, ``read_image`` and ``read_stored``; or the input is not
-            one for this network, or too large for the free memory.
+        SdconvError: as ``sdconv.load``, ``read_image``, ``read_stored``, ``encode_prompt`` and
+            ``read_embeds``; or the input is not one for this network, or too large for the free
+            memory.
     """
+    request = _of_pipeline(request)
     source = request.source
     # the image before the weights, which take longer
     is_image = source is not None and source.suffix.lower() not in LATENT_SUFFIXES
     loaded = read_image(source) if source is not None and is_image else None
+    prompt = _prompt(request)
     network = load(
         request.model,
         request.component,
         dtype=request.dtype,
         device=request.device,
         family=request.family,
+        prefix=request.prefix,
+        key=request.model_key,
+        ema=request.ema,
+        clamp=request.clamp,
     )
     if isinstance(network, UNet2DConditionModel):
-        return _unet_run(network, request, loaded)
+        return _unet_run(network, request, loaded, prompt)
     network = cast(Autoencoder, network)
+    if prompt is not None:
+        raise InputError(
+            "an autoencoder takes no prompt",
+            where="--embeds" if request.embeds else "--prompt",
+            hint="leave it out, or open the U-Net with --component unet",
+        )
     if source is None:
         raise InputError(
             "an autoencoder does not take noise",
@@ -111,6 +135,33 @@ def prepare_run(request: Request) -> Run:
     if loaded is None:
         return _decoder_run(network, source, request.key)
     return _autoencoder_run(network, source, loaded.fitted(network.downscale, request.size))
+
+
+def _of_pipeline(request: Request) -> Request:
+    """A request for a pipeline's folder, with its U-Net and its autoencoder filled in."""
+    model = request.model
+    folder = model if isinstance(model, Path) and (model / "unet").is_dir() else None
+    if folder is None:
+        return request
+    for_unet = request.source is None or request.prompt is not None or request.embeds is not None
+    component = request.component or ("unet" if for_unet or request.vae else None)
+    own_vae = folder if component == "unet" and (folder / "vae").is_dir() else None
+    return replace(request, component=component, vae=request.vae or own_vae)
+
+
+def _prompt(request: Request) -> PromptEmbeds | None:
+    if request.prompt is not None and request.embeds is not None:
+        raise InputError(
+            "give either a prompt or its embeddings", where="--prompt and --embeds", got="both"
+        )
+    if request.embeds is not None:
+        return read_embeds(request.embeds)
+    if request.prompt is None:
+        return None
+    folder = request.model if isinstance(request.model, Path) else request.model[0]
+    # of a component's folder, the pipeline is the folder around it
+    within = (folder.parent / "text_encoder").is_dir() and not (folder / "text_encoder").is_dir()
+    return encode_prompt(folder.parent if within else folder, request.prompt)
 
 
 def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
@@ -147,15 +198,22 @@ def _autoencoder_run(network: Autoencoder, source: Path, loaded: LoadedImage) ->
     )
 
 
-def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage | None) -> Run:
+def _unet_run(
+    unet: UNet2DConditionModel,
+    request: Request,
+    loaded: LoadedImage | None,
+    prompt: PromptEmbeds | None,
+) -> Run:
     from sdconv.integrations.schedule import Schedule  # imports diffusers
 
-    config = _scheduler_file(request.model)
+    if prompt is not None:
+        prompt = prompt.checked(unet, "--embeds" if request.embeds else "--prompt")
+    config = scheduler_file(request.model)
     schedule = Schedule(request.steps, config)
     generator = torch.Generator().manual_seed(request.seed)
     z, image, notes = _latents_of(unet, request, loaded)
     channels = unet.config.out_channels
-    rows, columns = _sides(unet, request.size) if z is None else (z.shape[2], z.shape[3])
+    rows, columns = latent_sides(unet, request.size) if z is None else (z.shape[2], z.shape[3])
     if unet.device.type == "cpu":
         least = unet.config.block_out_channels[0] * rows * columns * unet.dtype.itemsize
         resizable = request.source is None or loaded is not None
@@ -163,7 +221,7 @@ def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage 
         check_free_memory(least, f"latents {rows}x{columns}", options)
     shape = (1, channels, rows, columns)
     noise = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
-    arguments, words = _conditions(unet, (rows, columns), request.seed)
+    arguments, words = conditions(unet, (rows, columns), request.seed, prompt)
     latents = noise  # of the run from noise, step by step
 
     def call(timestep: int) -> None:
@@ -186,13 +244,14 @@ def _unet_run(unet: UNet2DConditionModel, request: Request, loaded: LoadedImage 
         facts={
             "input": f"{source}, latents {_shape(noise)}, {how}",
             "timesteps": f"{request.steps}, seed {request.seed}",
+            **({} if prompt is None else {"prompt": prompt.words}),
         },
         notes=notes,
         image=image,
     )
 
 
-def _sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def latent_sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of the latents of an image of this size; None for the U-Net's default
     size."""
     if size is not None:
@@ -232,7 +291,8 @@ def _latents_of(
         raise InputError(
             "a U-Net takes latents, not images",
             where=request.source,
-            hint="name the autoencoder that encodes the image: --vae PATH; or give --noise",
+            hint="name the autoencoder that encodes the image: --vae PATH, or a pipeline's folder "
+            "with --model; or give --noise",
         )
     vae = load(
         request.vae, "vae", dtype=request.dtype, device=request.device, family=request.family
@@ -253,10 +313,14 @@ def _latents_of(
     return z.to(unet.dtype), loaded.image, loaded.notes
 
 
-def _conditions(
-    unet: UNet2DConditionModel, size: tuple[int, int], seed: int
+def conditions(
+    unet: UNet2DConditionModel,
+    size: tuple[int, int],
+    seed: int,
+    prompt: PromptEmbeds | None = None,
 ) -> tuple[list[Any], str]:
-    """A U-Net's arguments by position, with a neutral prompt embedding, and a note about them."""
+    """A U-Net's arguments by position, with a neutral prompt embedding unless there is a prompt,
+    and a note about them."""
     noise = Noise(1, seed, unet.dtype, unet.device)
     arguments = list(cast(Iterable[Any], inputs_for(unet, size, noise)["forward"]))
     prompt_embeds = arguments[2]
@@ -264,13 +328,27 @@ def _conditions(
     words = "the prompt embedding is zeros"
     if not unet.reads_text:
         arguments[2], words = None, "the network takes no prompt embedding"
+    elif prompt is not None:
+        arguments[2] = prompt.tokens
+        words = f"the prompt is {prompt.words}, without guidance"
     elif width <= _UNIT_VECTORS:
         arguments[2] = torch.eye(width, dtype=prompt_embeds.dtype, device=unet.device)[None]
         words = f"the prompt embedding is {width} unit vectors"
     else:
         arguments[2] = torch.zeros_like(prompt_embeds)
     if added := arguments[7] if len(arguments) > 7 else None:
-        added["text_embeds"].zero_()
+        if prompt is None or prompt.pooled is None:
+            added["text_embeds"].zero_()
+            words += "" if prompt is None else ", its pooled embedding is zeros"
+        elif prompt.pooled.shape != added["text_embeds"].shape:
+            raise InputError(
+                "the pooled prompt embedding is not one of this U-Net",
+                where=prompt.words,
+                expected=tuple(added["text_embeds"].shape),
+                got=tuple(prompt.pooled.shape),
+            )
+        else:
+            added["text_embeds"] = prompt.pooled
         rows, columns = (side * _PIXELS for side in size)
         numbers = [rows, columns, 0, 0, rows, columns][: added["time_ids"].shape[1]]
         added["time_ids"] = added["time_ids"].new_tensor([numbers])
@@ -278,8 +356,8 @@ def _conditions(
     return arguments, words + (f", and {more} further channels are noise" if more > 0 else "")
 
 
-def _scheduler_file(model: Path | list[Path]) -> Path | None:
-    """The scheduler's config in a pipeline's folder."""
+def scheduler_file(model: Path | list[Path]) -> Path | None:
+    """The scheduler's config in a pipeline's folder; None if there is none."""
     folder = model if isinstance(model, Path) else model[0]
     found = folder / "scheduler" / "scheduler_config.json"
     return found if found.is_file() else None

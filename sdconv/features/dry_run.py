@@ -3,7 +3,7 @@ receptive fields, convolutions, multiplies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,7 +19,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.convolution.geometry import pair
+from sdconv.convolution.geometry import ReceptiveField, pair
 from sdconv.errors import SdconvError
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.hooks import attach
@@ -70,17 +70,33 @@ def dry_run(network: nn.Module, size: int | tuple[int, int] | None) -> dict[str,
     Raises:
         InputError: a size that the network cannot take.
     """
+    found: dict[str, PointFacts] = {}
+    for visits in _runs(network, size):
+        found |= visits.facts()
+    return found
+
+
+def receptive_fields(network: nn.Module) -> dict[str, tuple[ReceptiveField, ReceptiveField]]:
+    """The receptive field along rows and along columns of each hook point with feature maps: in
+    pixels of the image for an encoder, in latents for a decoder and a U-Net."""
+    return {
+        name: (geometry.rows, geometry.columns)
+        for visits in _runs(network, None)
+        for name, geometry in visits.geometries().items()
+    }
+
+
+def _runs(network: nn.Module, size: int | tuple[int, int] | None) -> Iterator[_Visits]:
+    """A run of each method of a network."""
     skeleton = _skeleton(network)
     if skeleton is None:
-        return {}
+        return
     default = LATENT_SIDE if isinstance(skeleton, UNet2DConditionModel) else IMAGE_SIDE
     rows_columns = pair("size", default if size is None else size, 1)
     noise = Noise(1, 0, torch.float32, torch.device("meta"))
     copy = meta_copy(network).float().eval()
-    found: dict[str, PointFacts] = {}
     for method, inputs in inputs_for(skeleton, rows_columns, noise).items():
-        found |= _run(copy, method, inputs)
-    return found
+        yield _run(copy, method, inputs)
 
 
 def _skeleton(network: nn.Module) -> Network | None:
@@ -102,7 +118,7 @@ def _skeleton(network: nn.Module) -> Network | None:
         return build(config)
 
 
-def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, PointFacts]:
+def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> _Visits:
     recorder = Recorder(method)
     sample, *conditions = inputs
     recorder.track(
@@ -116,13 +132,14 @@ def _run(network: nn.Module, method: str, inputs: tuple[Any, ...]) -> dict[str, 
     try:
         with recorder.following_modules(network):
             for point in hook_points(network).values():
-                handles.append(attach(point, visits.visit(point)))
+                if point.kind != "probs":  # the network does not compute them
+                    handles.append(attach(point, visits.visit(point)))
             with torch.no_grad(), recorder:
                 getattr(network, method)(*inputs, return_dict=False)
     finally:
         for handle in handles:
             handle.remove()
-    return visits.facts()
+    return visits
 
 
 class _Visits:
@@ -149,6 +166,14 @@ class _Visits:
             name: _facts(point, x, self._geometry(point, geometry), work)
             for name, (point, x, geometry) in self._seen.items()
         }
+
+    def geometries(self) -> dict[str, TensorGeometry]:
+        """The geometry of each feature map with rows and columns."""
+        found = {
+            name: self._geometry(point, geometry)
+            for name, (point, _, geometry) in self._seen.items()
+        }
+        return {name: one for name, one in found.items() if one is not None and one.spatial}
 
     def _geometry(self, point: HookPoint, own: TensorGeometry | None) -> TensorGeometry | None:
         """The geometry of a feature map: for a skip that of its source, because the concatenated

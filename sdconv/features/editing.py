@@ -12,7 +12,7 @@ from torch import Tensor
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import Call, CallCounter
 from sdconv.features.hooks import attach, uncompiled, untraced
-from sdconv.features.selection import match_patterns
+from sdconv.features.selection import match_points
 from sdconv.features.targets import target_of
 
 
@@ -69,7 +69,8 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
 
     Raises:
         InputError: a pattern matches no name, or there are no patterns.
-        SdconvError: a function returned something else; no layer of a pattern was reached.
+        SdconvError: a function returned something else; no layer of a pattern was reached;
+            streaming or tiling is on in an autoencoder, whose layers then see parts of an image.
     """
     found = target_of(target)
     points = found.hook_points()
@@ -80,7 +81,8 @@ def edit(target: Any, changes: Mapping[str, Change]) -> Iterator[None]:
             expected="functions of a feature map and its context, by the names of layers",
             got=repr(changes),
         )
-    by_pattern = match_patterns(tuple(points), tuple(changes))
+    by_pattern = match_points(tuple(points), tuple(changes))
+    found.check_whole(name for names in by_pattern.values() for name in names)
     counters = found.counters()
     reached: set[str] = set()
 

@@ -17,6 +17,7 @@ from sdconv.features.rendering import (
     Pixels,
     Values,
     as_maps,
+    colour_scale,
     downscaled,
     principal_components,
     statistics,
@@ -27,9 +28,6 @@ from sdconv.features.rendering import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SHOWN = 12
-"""Rows of a notebook's table before "and n more"."""
 
 _SIDE = 256  # rows and columns of an image in a figure, at most
 _ROW = 1.9  # inches
@@ -58,7 +56,7 @@ def figure_of(tensors: Mapping[str, Tensor], channels: int) -> Figure:
         raise InputError("not a number of channels", where="channels", expected="0 or more")
     values = {name: as_maps(tensor) for name, tensor in tensors.items()}
     columns = 4 + min(channels, max(map(len, values.values())))
-    figure = Figure(figsize=(_ROW * columns, (_ROW + 0.35) * len(values)), layout="constrained")
+    figure = Figure(figsize=(_ROW * columns, (_ROW + 0.6) * len(values)), layout="constrained")
     grid = figure.subplots(len(values), columns, squeeze=False)
     for axes, (name, maps) in zip(grid, values.items(), strict=True):
         _draw_row(list(axes), name, maps)
@@ -96,13 +94,13 @@ def _draw_row(axes: list[Axes], name: str, maps: Values) -> None:
     maps = downscaled(maps, _SIDE)
     components, _, share = principal_components(maps)
     axes[0].imshow(to_rgb(components), interpolation="nearest")
-    title = f"{name}\nprincipal components, {share:.0%} of variance"
+    title = f"{name}\nprincipal components, {share:.0%}"
     axes[0].set_title(title, fontsize=7, loc="left")
     images = [(maps.mean(0), "\nmean"), (maps.std(0), "\nstandard deviation")]
     largest = np.argsort(-found.variance, kind="stable")[: len(axes) - 4]
     images += [(maps[channel], f"\nchannel {channel}") for channel in largest]
     for one, (image, words) in zip(axes[1:], images, strict=False):
-        one.imshow(image, interpolation="nearest")
+        _draw_scaled(one, image)
         one.set_title(words, fontsize=7, loc="left")
     for one in axes[:-1]:
         one.set_axis_off()
@@ -112,6 +110,26 @@ def _draw_row(axes: list[Axes], name: str, maps: Values) -> None:
     axes[-1].set_title("\nhistogram, log counts", fontsize=7, loc="left")
     axes[-1].set_yticks([])
     axes[-1].tick_params(labelsize=6)
+
+
+def _draw_scaled(axes: Axes, image: Values) -> None:
+    """One image with a colour bar, whose pointed ends say where values are clipped."""
+    scale = colour_scale(image)
+    high = scale.high if scale.high > scale.low else scale.low + 1
+    shown = axes.imshow(
+        image,
+        cmap="RdBu_r" if scale.diverging else "viridis",
+        vmin=scale.low,
+        vmax=high,
+        interpolation="nearest",
+    )
+    bar = axes.figure.colorbar(
+        shown, ax=axes, location="bottom", extend=scale.extend, aspect=22, pad=0.03
+    )
+    middle = (scale.low + high) / 2
+    bar.set_ticks([scale.low, middle, high], labels=[f"{x:.3g}" for x in (scale.low, middle, high)])
+    bar.ax.tick_params(labelsize=6, length=2)
+    bar.outline.set_visible(False)
 
 
 def _inline(pixels: Pixels) -> str:

@@ -7,7 +7,10 @@ networks share. Hook points that are not a module's output have a ``:`` in their
 - ``X:hidden``, ``X:skip``: the two halves of that input where a skip connection is concatenated, on
   a U-Net's up path;
 - ``X:silu1``, ``X:silu2``: the inputs of a ResNet block's two convolutions;
-- ``X:temb``: the output of its time projection, ``(B, C)``.
+- ``X:temb``: the output of its time projection, ``(B, C)``;
+- ``X:probs``: the attention probabilities of a U-Net's transformer, ``(B, heads, queries, keys)``,
+  of the self-attention (``attn1``) and of the cross-attention (``attn2``). They are computed only
+  for this hook point, and only a pattern that ends in ``:probs`` matches it.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from sdconv.features.attention import PROBABILITIES, has_probabilities
+
 KINDS = (
-    "input hidden skip norm activation conv shortcut time resnet attention downsample upsample"
-    " linear block"
+    "input hidden skip norm activation conv shortcut time resnet attention probs downsample"
+    " upsample linear block"
 ).split()
 """The kinds of hook points."""
 
@@ -162,6 +167,8 @@ def _around(
             )
         if isinstance(time := getattr(module, "time_emb_proj", None), nn.Module):
             yield HookPoint(name=f"{name}:temb", kind="time", of=name, module=time)
+    if has_probabilities(name, module):
+        yield HookPoint(name=f"{name}{PROBABILITIES}", kind="probs", of=name, module=module)
     yield HookPoint(name=name, kind=kind, of=name.rpartition(".")[0], module=module)
 
 

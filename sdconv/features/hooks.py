@@ -7,22 +7,29 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sdconv.errors import SdconvError
+from sdconv.features.attention import ProbabilityHandle, Visit
 from sdconv.features.hook_points import HookPoint
 
-Visit = Callable[[Tensor], Tensor | None]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def attach(point: HookPoint, visit: Visit) -> RemovableHandle:
+class Handle(Protocol):
+    """Removes a hook."""
+
+    def remove(self) -> None: ...
+
+
+def attach(point: HookPoint, visit: Visit) -> Handle:
     """Call ``visit`` with the feature map whenever a call passes a hook point; if it returns a
     tensor, that replaces the feature map."""
+    if point.kind == "probs":
+        return ProbabilityHandle(point.module, point.name, visit)
     if point.before:
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
+from sdconv.features.arrays import as_numpy, data_array, statistics_table
 from sdconv.features.calls import Call
 from sdconv.features.selection import Patterns, match_patterns
 from sdconv.features.zarr_store import read_store, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from pandas import DataFrame
+    from xarray import DataArray
+
+SHOWN = 12
+"""Rows of the table of feature maps, in a notebook and in ``repr``, before "and n more"."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,20 @@ class CapturedMap:
     def tensor(self) -> Tensor:
         """The feature map as it was captured; if it is on the disk, each access reads it."""
         return self.load()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of ``tensor``, which is not read for it."""
+        return tuple(self._about("shape"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of ``tensor``, which is not read for it."""
+        found: torch.dtype = self._about("dtype")
+        return found
+
+    def _about(self, name: str) -> Any:
+        return getattr(self.load if hasattr(self.load, name) else self.tensor, name)
 
     @property
     def conditional(self) -> Tensor:
@@ -113,14 +134,33 @@ class Series(Sequence[CapturedMap]):
         Raises:
             InputError: their shapes differ.
         """
-        tensors = self.tensors
-        if len({tensor.shape for tensor in tensors}) > 1:
+        if len({one.shape for one in self}) > 1:
             raise InputError(
                 "feature maps of different shapes cannot be stacked",
                 where=self[0].name,
-                got=", ".join(str(tuple(tensor.shape)) for tensor in tensors),
+                got=", ".join(str(one.shape) for one in self),
             )
-        return torch.stack(tensors)
+        return torch.stack(self.tensors)
+
+    def to_numpy(self) -> NDArray[Any]:
+        """``stack()`` as a numpy array, on the CPU; in float32 where numpy lacks the dtype.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        values: NDArray[Any] = as_numpy(self.stack())
+        return values
+
+    def to_xarray(self) -> DataArray:
+        """``to_numpy()`` with the axes ``call``, ``batch``, ``channel``, ``row`` and ``column``
+        (for tokens ``call``, ``batch``, ``token``, ``channel``), and the coordinates ``call``,
+        ``timestep`` (NaN without one) and, under guidance, ``half`` of the batch.
+
+        Raises:
+            InputError: the shapes differ.
+            SdconvError: xarray is not installed.
+        """
+        return data_array(self[0].name, [one.network_call for one in self], self.to_numpy())
 
 
 class Maps(Mapping[str, "Tensor | Series"]):
@@ -151,7 +191,15 @@ class Maps(Mapping[str, "Tensor | Series"]):
         return name in self._captured
 
     def __repr__(self) -> str:
-        return f"<maps of {len(self)} layers>"
+        rows = [_row(self.series(name)) for name in list(self)[:SHOWN]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        more = [f"and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        layers = "1 layer" if len(self) == 1 else f"{len(self)} layers"
+        return "\n".join([f"<maps of {layers}>", *lines, *more])
 
     def series(self, name: str) -> Series:
         """The feature maps of one hook point as a sequence, even if there is only one.
@@ -170,11 +218,47 @@ class Maps(Mapping[str, "Tensor | Series"]):
             found[name] = value.tensors if isinstance(value, Series) else value
         return found
 
+    def to_numpy(self) -> dict[str, NDArray[Any]]:
+        """Numpy arrays by name, on the CPU: of each layer its feature map or, where ``maps[name]``
+        is a ``Series``, all of them with a new first axis. Dtypes that numpy lacks, such as
+        bfloat16, become float32.
+
+        Raises:
+            InputError: the feature maps of a layer differ in shape.
+        """
+        return {
+            name: value.to_numpy() if isinstance(value, Series) else as_numpy(value)
+            for name, value in self.items()
+        }
+
+    def to_xarray(self) -> dict[str, DataArray]:
+        """The feature maps of each layer as an array with named axes; see ``Series.to_xarray``.
+
+        Raises:
+            InputError: the feature maps of a layer differ in shape.
+            SdconvError: xarray is not installed.
+        """
+        return {name: self.series(name).to_xarray() for name in self}
+
+    def to_pandas(self) -> DataFrame:
+        """Statistics in a table with a row for each channel of each sample of each feature map:
+        ``layer``, ``call``, ``timestep``, ``half``, ``sample``, ``channel``, and over space
+        ``mean``, ``std``, ``min`` and ``max``. Feature maps are read one by one.
+
+        Raises:
+            SdconvError: pandas is not installed.
+        """
+        return statistics_table(
+            (name, one.network_call, one.tensor) for name in self for one in self.series(name)
+        )
+
     def plot(self, patterns: Patterns = "*", *, call: int = -1, channels: int = 4) -> Figure:
         """A figure with one row for each feature map: three principal components as RGB, mean and
         standard deviation over channels, the channels with the largest variance, and a histogram.
 
-        It shows the first sample of a batch, and needs matplotlib.
+        Half a percent of an image's values are clipped at either end, as on the page of feature
+        maps; pointed ends of the colour bars say so. Signed images have diverging colours whose
+        middle is zero. It shows the first sample of a batch, and needs matplotlib.
 
         Args:
             patterns: names or globs of the feature maps to draw.
@@ -205,7 +289,7 @@ class Maps(Mapping[str, "Tensor | Series"]):
 
     def _repr_html_(self) -> str:
         """The table that a notebook shows."""
-        from sdconv.features.figures import SHOWN, html_table
+        from sdconv.features.figures import html_table
 
         rows = []
         for name in list(self)[:SHOWN]:
@@ -225,6 +309,17 @@ class Maps(Mapping[str, "Tensor | Series"]):
             (name, one.network_call, one.tensor) for name in self for one in self.series(name)
         )
         save(tensors, Path(path), pipeline=self.pipeline)
+
+
+def _row(series: Series) -> tuple[str, str, str, str, str]:
+    """Name, calls, shape, dtype and timesteps, for ``repr``."""
+    one = series[-1]
+    calls = f"{len(series)} calls of" if len(series) > 1 else ""
+    shapes = {other.shape for other in series}
+    shape = "several shapes" if len(shapes) > 1 else " \u00d7 ".join(map(str, one.shape))
+    timesteps = [f"{t:g}" for t in (series[0].timestep, one.timestep) if isinstance(t, float)]
+    words = f"t = {' to '.join(dict.fromkeys(timesteps))}" if timesteps else ""
+    return one.name, calls, shape, str(one.dtype).removeprefix("torch."), words
 
 
 def open_maps(path: str | Path) -> Maps:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sdconv.errors import SdconvError
 from sdconv.features.calls import Call
 from sdconv.features.hook_points import hook_points
-from sdconv.features.hooks import attach, first_tensor
+from sdconv.features.hooks import Handle, attach, first_tensor
 from sdconv.features.reduction import Keep
 from sdconv.features.targets import Target
 from sdconv.features.zarr_store import Load, ZarrStore, errors_about
@@ -52,10 +51,6 @@ class Sink:
             SdconvError: there is no room for it, in memory or on the disk.
         """
 
-        def held() -> Tensor:
-            wait()
-            return x
-
         written = None
         if self.store is not None:
             wait()
@@ -65,10 +60,34 @@ class Sink:
         limit = 0 if self.limit is None and written is not None else self.limit
         if limit is None or self._held + x.nbytes <= limit:
             self._held += x.nbytes
-            return held
+            return Held(x, wait)
         if written is None:
             raise _over_limit(self._held + x.nbytes, limit, "so far")
         return written
+
+
+class Held:
+    """Returns a feature map in memory, once its copy is complete."""
+
+    def __init__(self, x: Tensor, wait: Callable[[], object] | None) -> None:
+        self._x, self._wait = x, wait
+
+    def __call__(self) -> Tensor:
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
+        return self._x
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._x.dtype
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy
+        return Held, (self().detach(), None)
 
 
 class MemoryForecast:
@@ -98,7 +117,7 @@ class MemoryForecast:
         self._pending = set(names)
         self._needed = 0
 
-    def attach(self) -> list[RemovableHandle]:
+    def attach(self) -> list[Handle]:
         """Hook the networks, and the encoder and decoder of an autoencoder, which have entries of
         their own."""
         handles = []
@@ -110,7 +129,7 @@ class MemoryForecast:
                     handles.append(self._hook(name, module))
         return handles
 
-    def _hook(self, prefix: str, module: nn.Module) -> RemovableHandle:
+    def _hook(self, prefix: str, module: nn.Module) -> Handle:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             names = {name for name in self._pending if name.startswith(prefix)}
             self._pending -= names

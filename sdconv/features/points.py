@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, overload
 
+from sdconv.features.attention import PROBABILITIES
 from sdconv.features.dry_run import PointFacts, dry_run
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.targets import target_of
@@ -155,7 +156,12 @@ def points_of(target: Any, size: int | tuple[int, int] | None = None) -> Points:
         rest = hook_points(network, prefix)
         facts = dry_run(network, size)
         # in the order of the run, then the points that it did not pass
-        passed = [rest.pop(name) for one in facts if (name := prefix + one) in rest]
+        passed = []
+        for one in facts:
+            # before the output of their layer: probabilities have no facts
+            for name in (f"{prefix}{one}{PROBABILITIES}", prefix + one):
+                if name in rest:
+                    passed.append(rest.pop(name))
         for point in (*passed, *rest.values()):
             points.append(_point(point, facts.get(point.name.removeprefix(prefix))))
     return Points(points)

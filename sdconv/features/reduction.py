@@ -139,6 +139,8 @@ class Keep:
         channels: indices of channels, or a slice.
         reduce: see ``reduction``.
         dtype, device: of the copy; None for the feature map's own.
+        grad: what is kept is a function of the feature map for autograd; otherwise it has no
+            gradient.
 
     Raises:
         InputError: an invalid value.
@@ -149,6 +151,13 @@ class Keep:
     reduce: Reduction | None = None
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    grad: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether a feature map is kept as it is."""
+        changes = (self.region, self.channels, self.reduce, self.dtype, self.device)
+        return all(one is None for one in changes)
 
     def __post_init__(self) -> None:
         _check("region", self.region, _is_region, "(top, left, bottom, right) from 0 to 1")
@@ -156,24 +165,28 @@ class Keep:
         _check("dtype", self.dtype, lambda one: isinstance(one, torch.dtype), "a torch.dtype")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A copy, which shares no memory with ``x`` and has no gradient.
+        """A copy, which shares no memory with ``x``.
 
         Raises:
             InputError: the feature map has no such channels, or no rows and columns.
             SdconvError: the caller's reduction returned something else than a tensor.
         """
+        if self.grad:
+            return self._copy(x)
         # outside inference mode, so that the copy can be used anywhere
         with torch.inference_mode(False), torch.no_grad():
-            kept = x.detach()
-            if self.region is not None:
-                kept = _crop(kept, self.region)
-            if self.channels is not None:
-                kept = _pick_channels(kept, self.channels)
-            if self.reduce is not None:
-                with _without_autocast(x.device.type):
-                    kept = _tensor(self.reduce(kept))
-            device = self.device or kept.device
-            return kept.to(device, self.dtype, non_blocking=copies_later(kept, device), copy=True)
+            return self._copy(x.detach())
+
+    def _copy(self, kept: Tensor) -> Tensor:
+        if self.region is not None:
+            kept = _crop(kept, self.region)
+        if self.channels is not None:
+            kept = _pick_channels(kept, self.channels)
+        if self.reduce is not None:
+            with _without_autocast(kept.device.type):
+                kept = _tensor(self.reduce(kept))
+        device = self.device or kept.device
+        return kept.to(device, self.dtype, non_blocking=copies_later(kept, device), copy=True)
 
 
 def copies_later(x: Tensor, device: torch.device) -> bool:

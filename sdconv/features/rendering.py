@@ -28,6 +28,58 @@ CLIPPED = 0.5
 the rest in one shade."""
 
 
+SIGNED = 0.05
+"""A feature map is signed if the range on the shorter side of zero is at least this share of that
+on the longer side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColourScale:
+    """The values of an image's colours.
+
+    Attributes:
+        low, high: the values of the first and the last colour.
+        below, above: whether there are values beyond them, which have the first or the last colour.
+        diverging: the values are signed, and the middle colour is zero.
+    """
+
+    low: float
+    high: float
+    below: bool
+    above: bool
+    diverging: bool
+
+    @property
+    def extend(self) -> str:
+        """The pointed ends of matplotlib's colour bar."""
+        ends = {(False, False): "neither", (True, False): "min", (False, True): "max"}
+        return ends.get((self.below, self.above), "both")
+
+
+def is_signed(low: float, high: float) -> bool:
+    """Whether values between these bounds are signed, so that zero is a value to see."""
+    return min(-low, high) > SIGNED * max(-low, high)
+
+
+def colour_scale(values: Values) -> ColourScale:
+    """The scale for an image: ``CLIPPED`` percent of its values are beyond either end; if the rest
+    is signed, the ends are symmetric around zero."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return ColourScale(low=0, high=1, below=False, above=False, diverging=False)
+    low, high = (float(end) for end in np.percentile(finite, (CLIPPED, 100 - CLIPPED)))
+    diverging = is_signed(low, high)
+    if diverging:
+        low, high = -max(-low, high), max(-low, high)
+    return ColourScale(
+        low=low,
+        high=high,
+        below=bool(finite.min() < low),
+        above=bool(finite.max() > high),
+        diverging=diverging,
+    )
+
+
 def as_maps(values: Any, aspect: float = 1.0) -> Values:
     """The first sample of a feature map as ``(C, H, W)`` in float32.
 

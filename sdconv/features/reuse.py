@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sdconv.errors import SdconvError
 from sdconv.features.calls import Call, CallCounter
+from sdconv.features.forwards import ReplacedForward
 from sdconv.features.hooks import first_tensor, map_tensors, recomputing, uncompiled, untraced
 from sdconv.features.selection import Patterns, Steps, match_patterns, select_calls
 from sdconv.features.targets import target_of
-from sdconv.models.meta_copy import NotCopied
 
 
 @untraced
@@ -40,7 +40,8 @@ def reuse(
 
     Raises:
         InputError: a pattern matches no module, or ``steps`` is invalid.
-        SdconvError: no module of a pattern was called.
+        SdconvError: no module of a pattern was called; streaming or tiling is on in an
+            autoencoder.
     """
     found = target_of(target)
     modules = {
@@ -50,6 +51,7 @@ def reuse(
     }
     by_pattern = match_patterns(tuple(modules), patterns, exclude)
     named = {name for names in by_pattern.values() for name in names}
+    found.check_whole(name for name in modules if name in named)
     outermost = {name for name in named if not any(map(named.__contains__, _around(name)))}
     selected = {prefix: _Selected(counter, steps) for prefix, counter in found.counters().items()}
     reached: set[str] = set()
@@ -72,8 +74,8 @@ def reuse(
             )
 
 
-class CachedForward(NotCopied):
-    """Replaces a module's ``forward``, and can return the last output again.
+class CachedForward(ReplacedForward):
+    """Can return a module's last output again.
 
     Args:
         module: its ``forward`` is replaced at once.
@@ -81,43 +83,24 @@ class CachedForward(NotCopied):
     """
 
     def __init__(self, module: nn.Module, reused: Callable[[], bool]) -> None:
-        self._module, self._reused = module, reused
-        # offloading puts a forward of its own into the instance
-        self._own: Callable[..., Any] | None = vars(module).get("forward")
+        super().__init__(module)
+        self._reused = reused
         self._kept: tuple[object, Any] | None = None
-        self._removed = False
-        vars(module)["forward"] = self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._removed or recomputing():
-            return self._forward(*args, **kwargs)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if recomputing():
+            return self.original(*args, **kwargs)
         signature = _signature(first_tensor((args, kwargs)))
         if self._reused() and self._kept is not None and self._kept[0] == signature:
             return _copied(self._kept[1])
-        output = self._forward(*args, **kwargs)
+        output = self.original(*args, **kwargs)
         # a copy, because diffusers changes some outputs in place
         self._kept = (signature, _copied(output))
         return output
 
     def remove(self) -> None:
-        """Restore the module's ``forward``, unless somebody else has replaced it since."""
-        self._removed, self._kept = True, None
-        above = vars(self._module).get("forward")
-        if above is self:
-            del vars(self._module)["forward"]
-            if self._own is not None:
-                vars(self._module)["forward"] = self._own
-        # blocks may end in any order; behind another replacement, this one only passes calls on
-        while isinstance(above, CachedForward) and above._own is not self:
-            above = above._own
-        if isinstance(above, CachedForward):
-            above._own = self._own
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._own is not None:
-            return self._own(*args, **kwargs)
-        # looked up at each call: apply_patch changes a module's class
-        return type(self._module).forward(self._module, *args, **kwargs)
+        super().remove()
+        self._kept = None
 
 
 class _Selected:

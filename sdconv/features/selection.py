@@ -10,10 +10,25 @@ from operator import index
 from typing import Any
 
 from sdconv.errors import InputError
+from sdconv.features.attention import PROBABILITIES
 from sdconv.features.calls import Call
 
 Patterns = str | Iterable[str]
 Steps = int | Iterable[int] | slice | Callable[[Call], bool] | None
+
+
+def match_points(
+    names: Sequence[str], patterns: Patterns, exclude: Patterns = ()
+) -> Mapping[str, tuple[str, ...]]:
+    """As ``match_patterns``, but attention probabilities are matched only by a pattern that ends in
+    ``:probs``: they grow with the square of the number of positions, and ``*`` does not mean them.
+    """
+    plain = [name for name in names if not name.endswith(PROBABILITIES)]
+    excluded = _excluded(names, exclude)
+    return {
+        pattern: _kept(names if pattern.endswith(PROBABILITIES) else plain, pattern, excluded)
+        for pattern in _listed(patterns)
+    }
 
 
 def match_patterns(
@@ -29,16 +44,20 @@ def match_patterns(
     Raises:
         InputError: a pattern matches nothing; the message names the closest names.
     """
-    excluded = {
-        name for pattern in (_listed(exclude) if exclude else ()) for name in _match(names, pattern)
-    }
-    found = {}
-    for pattern in _listed(patterns):
-        kept = tuple(name for name in _match(names, pattern) if name not in excluded)
-        if not kept:
-            raise InputError("every layer that this matches is excluded", where=repr(pattern))
-        found[pattern] = kept
-    return found
+    excluded = _excluded(names, exclude)
+    return {pattern: _kept(names, pattern, excluded) for pattern in _listed(patterns)}
+
+
+def _excluded(names: Sequence[str], exclude: Patterns) -> set[str]:
+    patterns = _listed(exclude) if exclude else ()
+    return {name for pattern in patterns for name in _match(names, pattern)}
+
+
+def _kept(names: Sequence[str], pattern: str, excluded: Container[str]) -> tuple[str, ...]:
+    kept = tuple(name for name in _match(names, pattern) if name not in excluded)
+    if not kept:
+        raise InputError("every layer that this matches is excluded", where=repr(pattern))
+    return kept
 
 
 def _listed(patterns: Patterns) -> tuple[str, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from sdconv.errors import InputError
+from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import CallCounter
 from sdconv.features.hook_points import HookPoint, hook_points
 
@@ -45,6 +45,40 @@ class Target:
         """The prefix of the network that a hook point belongs to."""
         prefix = point.name.partition(".")[0] + "."
         return prefix if prefix in self.networks else ""
+
+    def check_whole(self, names: Iterable[str]) -> None:
+        """Refuse hook points inside an autoencoder that computes in strips or in tiles: it calls
+        its layers with parts of an image, or not at all.
+
+        Raises:
+            SdconvError: streaming or tiling is on, and a name lies inside that autoencoder.
+        """
+        names = list(names)
+        for prefix, network in self.networks.items():
+            for path, module in network.named_modules():
+                if (how := _in_parts(module)) is None:
+                    continue
+                inside = prefix + (f"{path}." if path else "")
+                hidden = next((name for name in names if name.startswith(inside)), None)
+                if hidden is not None:
+                    words, method = how
+                    raise SdconvError(
+                        f"{words} is on, so this layer never sees a whole feature map",
+                        where=hidden,
+                        expected="an autoencoder that computes whole images",
+                        got=f"{type(module).__name__} with {words}",
+                        hint=f"call {method}() of {inside.rstrip('.') or 'the network'} before the "
+                        "block, and switch it on again after it",
+                    )
+
+
+def _in_parts(module: nn.Module) -> tuple[str, str] | None:
+    """What makes a module compute an image in parts, and the method that ends it."""
+    if getattr(module, "streaming", None) is not None:
+        return "streaming", "disable_streaming"
+    if getattr(module, "use_tiling", False) is True:
+        return "tiling", "disable_tiling"
+    return None
 
 
 def target_of(target: Any) -> Target:

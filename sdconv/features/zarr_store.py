@@ -5,17 +5,17 @@ array begins where the shape or the dtype changes. The first axis of an array is
 attributes are the hook point's name, torch's dtype and the calls. A call is added to the attributes
 after its feature map is written, so every call that they list is complete, even if the process was
 killed.
+
+The axes have names, and next to an array ``0`` lie its coordinates ``call`` and ``timestep``, so
+that xarray opens a hook point's group as a data set, and the whole folder as a tree of them.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,22 +25,21 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import SdconvError
+from sdconv.features.arrays import COORDINATES, as_numpy, axis_names, coordinates
 from sdconv.features.calls import Call
+from sdconv.features.folders import remove_folder
 
 if TYPE_CHECKING:
     from zarr import Array
 
 Load = Callable[[], Tensor]
+"""A function that returns a feature map; those of this package also have its ``shape`` and
+``dtype``."""
 
 FORMAT = "sdconv_maps"
 VERSION = 1
 # bytes of a chunk before compression: the most that one read takes from the disk
 _CHUNK = 4 << 20
-# dtypes that numpy lacks -> integers of the same size
-_AS_INTEGERS = {torch.bfloat16: torch.int16} | {
-    getattr(torch, f"float8_{kind}"): torch.int8
-    for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
-}
 
 
 class ZarrStore:
@@ -55,7 +54,7 @@ class ZarrStore:
     """
 
     def __init__(self, path: Path, *, pipeline: bool) -> None:
-        _zarr(path)
+        zarr_package(path)
         if path.exists():
             raise SdconvError(
                 "this path exists, and feature maps overwrite nothing",
@@ -69,28 +68,32 @@ class ZarrStore:
         self._begun = False
         # by hook point: the array that is written to, and its number
         self._open: dict[str, tuple[Array[Any], int]] = {}
+        self._coordinates: dict[str, list[Array[Any]]] = {}
 
-    def append(self, name: str, call: Call, x: Tensor) -> Callable[[], Tensor]:
+    def append(self, name: str, call: Call, x: Tensor) -> Stored:
         """Write a feature map, and return a function that reads it.
 
         If writing fails, the error is zarr's or the operating system's, and what was written before
         stays as it is.
         """
-        values = _as_numpy(x)
+        values = as_numpy(x)
         array, number = self._array(name, x, values)
         calls: Any = array.attrs["calls"]
         row = len(calls)
+        # the coordinates first: xarray opens no array that is longer than they are
+        for coordinate, value in zip(self._coordinates[name], coordinates(call), strict=True):
+            coordinate.resize((row + 1,))
+            coordinate[row] = value
         array.resize((row + 1, *values.shape))
         array[row] = values
         # only now is it complete
         array.attrs["calls"] = [*calls, _written(call)]
-        folder = self._folder(name, number)
-        return lambda: _read(folder, row)
+        return Stored(self._folder(name, number), row, x.shape, x.dtype)
 
     def begin(self) -> None:
         """Create the folder if it does not exist yet."""
         if not self._begun:
-            zarr = _zarr(self.path)
+            zarr = zarr_package(self.path)
             self.path.mkdir(parents=True)
             about = {FORMAT: VERSION, "pipeline": self._pipeline}
             zarr.create_group(self.path, zarr_format=3, attributes=about)
@@ -99,28 +102,54 @@ class ZarrStore:
     def _array(self, name: str, x: Tensor, values: Any) -> tuple[Array[Any], int]:
         """The array for feature maps of this shape and dtype, and its number."""
         array, number = self._open.get(name, (None, -1))
-        if array is None or array.shape[1:] != values.shape or array.dtype != values.dtype:
+        if (
+            array is None
+            or array.shape[1:] != values.shape
+            or array.attrs["dtype"] != _name(x.dtype)
+        ):
             array, number = self._new(name, number + 1, x, values), number + 1
             self._open[name] = array, number
         return array, number
 
     def _new(self, name: str, number: int, x: Tensor, values: Any) -> Array[Any]:
-        zarr = _zarr(self.path)
+        zarr = zarr_package(self.path)
         self.begin()
         if number == 0:
-            zarr.create_group(self._folder(name, number).parent, zarr_format=3)
+            zarr.create_group(
+                self._folder(name, number).parent, zarr_format=3, attributes={"name": name}
+            )
+        # arrays of one group that differ in size need axes of different names
+        later = f"_{number}" if number else ""
+        axes = [f"{axis}{later}" for axis in ("call", *axis_names(name, values.ndim))]
+        group = self._folder(name, number).parent
+        self._coordinates[name] = [
+            zarr.create_array(
+                group / f"{coordinate}{later}",
+                shape=(0,),
+                chunks=(1024,),
+                dtype=dtype,
+                dimension_names=axes[:1],
+                attributes={"coordinate": True},
+            )
+            for coordinate, dtype in COORDINATES.items()
+        ]
         made: Array[Any] = zarr.create_array(
             self._folder(name, number),
             shape=(0, *values.shape),
             chunks=(1, *_chunk(values.shape, values.itemsize)),
             dtype=values.dtype,
+            # what a killed process did not write is not a number to other programs
+            fill_value=float("nan") if values.dtype.kind == "f" else 0,
+            dimension_names=axes,
             # all-zero chunks too, so that a missing chunk is one that was not written
             config={"write_empty_chunks": True},
             compressors=zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
             attributes={
                 "name": name,
+                "long_name": name,
+                "coordinates": " ".join(f"{one}{later}" for one in COORDINATES),
                 "order": list(self._open).index(name) if number else len(self._open),
-                "dtype": str(x.dtype).removeprefix("torch."),
+                "dtype": _name(x.dtype),
                 "calls": [],
             },
         )
@@ -155,60 +184,6 @@ def save(tensors: Iterable[tuple[str, Call, Tensor]], path: Path, *, pipeline: b
             remove_folder(part)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder that was being written to, until it stays removed: after an interruption
-    zarr's threads run on for a moment, and create it again."""
-    if not folder.exists():
-        return
-    start = time.monotonic()
-    gone = start
-    while time.monotonic() < min(gone + 0.5, start + 10):
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            gone = time.monotonic()
-        time.sleep(0.02)
-
-
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``out`` at the end, and removed after an error.
-
-    Raises:
-        SdconvError: an error about a file in the folder, under the name ``out``.
-    """
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}.", suffix=".part"))
-    try:
-        yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o777 & ~umask)
-        _put_in_place(part, out)
-    except SdconvError as error:
-        if str(part) not in str(error):
-            raise
-        raise SdconvError(
-            "cannot be written, and nothing is left of it",
-            where=out,
-            got=error.__cause__ or error,
-            hint="make room, or choose a folder on another disk",
-        ) from error
-    finally:
-        remove_folder(part)
-
-
-def _put_in_place(part: Path, out: Path) -> None:
-    """Give a complete folder its name, or move its contents into a folder that is not empty."""
-    if not out.is_dir() or not any(out.iterdir()):
-        part.rename(out)
-        return
-    for new in list(part.iterdir()):
-        if (old := out / new.name).is_dir():
-            shutil.rmtree(old)
-        new.replace(old)
-    part.rmdir()
-
-
 def read_store(path: Path) -> tuple[dict[str, list[tuple[Call, Load]]], bool]:
     """The feature maps of a folder, and whether they are a pipeline's.
 
@@ -221,7 +196,7 @@ def read_store(path: Path) -> tuple[dict[str, list[tuple[Call, Load]]], bool]:
             missing.
     """
     path = path.absolute()
-    zarr = _zarr(path)
+    zarr = zarr_package(path)
     with errors_about(path, "not a folder of feature maps", hint="open what maps.save(path) wrote"):
         about = dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
         if about.get(FORMAT) != VERSION:
@@ -243,12 +218,39 @@ def read_store(path: Path) -> tuple[dict[str, list[tuple[Call, Load]]], bool]:
 
 def _read_array(folder: Path) -> tuple[int, str, list[tuple[Call, Load]]]:
     """An array's rank among the hook points, the hook point's name, and the calls in the array."""
-    attributes = _zarr(folder).open_array(folder, mode="r", zarr_format=3).attrs
+    array = zarr_package(folder).open_array(folder, mode="r", zarr_format=3)
+    attributes = array.attrs
     name, order = attributes["name"], attributes["order"]
     calls = [_call(*written) for written in attributes["calls"]]
     if not isinstance(name, str) or not isinstance(order, int):
         raise ValueError("attributes of other types")
-    return order, name, [(call, partial(_read, folder, row)) for row, call in enumerate(calls)]
+    shape, dtype = torch.Size(array.shape[1:]), _dtype(attributes)
+    loads = [Stored(folder, row, shape, dtype) for row in range(len(calls))]
+    return order, name, list(zip(calls, loads, strict=True))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Reads a feature map from a row of an array's folder."""
+
+    folder: Path
+    row: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def __call__(self) -> Tensor:
+        return _read(self.folder, self.row)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(attributes: Any) -> torch.dtype:
+    dtype = getattr(torch, str(attributes["dtype"]))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("its dtype is not one of torch's")
+    return dtype
 
 
 def _read(folder: Path, row: int) -> Tensor:
@@ -259,7 +261,7 @@ def _read(folder: Path, row: int) -> Tensor:
     """
     import numpy
 
-    zarr = _zarr(folder)
+    zarr = zarr_package(folder)
     with errors_about(folder, "cannot be read"):
         array = zarr.open_array(folder, mode="r", zarr_format=3)
         # zarr would fill in missing chunks, for any size that the metadata claims
@@ -270,9 +272,11 @@ def _read(folder: Path, row: int) -> Tensor:
             there = 1
         if there != chunks:
             raise ValueError(f"{there} of {chunks} chunks are there")
-        dtype = getattr(torch, str(array.attrs["dtype"]))
+        dtype = _dtype(array.attrs)
         x = torch.from_numpy(numpy.asarray(array[row]))
-        return x.view(dtype) if dtype in _AS_INTEGERS else x.to(dtype)
+        # the first version wrote the bits of dtypes that numpy lacks as integers
+        as_bits = dtype.is_floating_point and not x.is_floating_point()
+        return x.view(dtype) if as_bits else x.to(dtype)
 
 
 def _call(index: int, timestep: float | list[float] | None, guided: bool | None) -> Call:
@@ -281,11 +285,6 @@ def _call(index: int, timestep: float | list[float] | None, guided: bool | None)
 
 def _written(call: Call) -> list[Any]:
     return [call.index, call.timestep, call.guided]
-
-
-def _as_numpy(x: Tensor) -> Any:
-    x = x.detach().cpu().contiguous()
-    return x.view(_AS_INTEGERS.get(x.dtype, x.dtype)).numpy()
 
 
 def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -297,7 +296,7 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return (max(shape[0], 1), channels, *(max(side, 1) for side in shape[2:]))
 
 
-def _zarr(path: Path) -> Any:
+def zarr_package(path: Path) -> Any:
     """The zarr package.
 
     Raises:

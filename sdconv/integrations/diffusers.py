@@ -8,7 +8,10 @@ import diffusers
 from diffusers.hooks import apply_group_offloading as apply_group_offloading
 from diffusers.loaders import PeftAdapterMixin, UNet2DConditionLoadersMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.attention_processor import AttnProcessor as AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0 as AttnProcessor2_0
+from diffusers.models.attention_processor import FusedAttnProcessor2_0 as FusedAttnProcessor2_0
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
@@ -78,14 +81,8 @@ class UNet2DConditionModel(unet.UNet2DConditionModel, _Adapters):
     disable_xformers_memory_efficient_attention = (
         ModelMixin.disable_xformers_memory_efficient_attention
     )
-    set_attention_backend = ModelMixin.set_attention_backend
-    reset_attention_backend = ModelMixin.reset_attention_backend
     compile_repeated_blocks = ModelMixin.compile_repeated_blocks
     _repeated_blocks = ("BasicTransformerBlock",)
-    # stores weights in float8 and computes in another dtype, which `dtype` then returns
-    enable_layerwise_casting = ModelMixin.enable_layerwise_casting
-    _keep_in_fp32_modules = None
     _skip_layerwise_casting_patterns = ("norm",)
-    dtype = ModelMixin.dtype
     fuse_qkv_projections = diffusers.UNet2DConditionModel.fuse_qkv_projections
     unfuse_qkv_projections = diffusers.UNet2DConditionModel.unfuse_qkv_projections

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sdconv.backends import check_backend, set_backend
+from sdconv.backends import check_backend, own_backend, set_backend
 from sdconv.errors import InputError
 
 
@@ -19,17 +19,22 @@ class PatchSummary:
 
     ``replaced``: the names of the replaced blocks, by the name of their new class. ``left``: for
     each block that keeps diffusers' code, its class and the reason. ``already``: how many blocks
-    had been replaced before.
+    had been replaced before. ``switched``: the names of those among them that had another backend.
+    ``backend``: the one that all replaced blocks have now.
     """
 
     replaced: Mapping[str, tuple[str, ...]]
     left: Mapping[str, str]
     already: int
+    switched: tuple[str, ...] = ()
+    backend: str = "reference"
 
     def __str__(self) -> str:
         total = sum(map(len, self.replaced.values()))
         before = f" ({self.already} had been replaced before)" if self.already else ""
         lines = [f"replaced {total} blocks{before}"]
+        if self.switched:
+            lines.append(f"switched {len(self.switched)} of those to the {self.backend} backend")
         lines += [
             f"  {len(names):4} {kind:24} {_range(names)}" for kind, names in self.replaced.items()
         ]
@@ -56,7 +61,7 @@ def apply_patch(target: Any, backend: str = "reference") -> PatchSummary:
             ``"reference"`` results stay the same bit for bit; see ``sdconv.backend``.
 
     Returns:
-        What was replaced, and what was not.
+        What was replaced, what was not, and which blocks changed their backend.
 
     Raises:
         InputError: ``target`` is neither a pipeline nor a module, or the backend is unknown.
@@ -67,7 +72,7 @@ def apply_patch(target: Any, backend: str = "reference") -> PatchSummary:
     replaced: defaultdict[str, list[str]] = defaultdict(list)
     left: dict[str, str] = {}
     blocks = [*_named_modules(target, "apply_patch")]
-    already = sum(is_patched(block) for _, block in blocks)
+    before = {name: own_backend(block) for name, block in blocks if is_patched(block)}
     for name, block in blocks:
         kind = replacement_for(block)
         if isinstance(kind, str):
@@ -77,7 +82,13 @@ def apply_patch(target: Any, backend: str = "reference") -> PatchSummary:
             replaced[kind.__name__].append(name)
         if is_patched(block):
             set_backend(block, backend)
-    return PatchSummary({kind: tuple(names) for kind, names in replaced.items()}, left, already)
+    return PatchSummary(
+        replaced={kind: tuple(names) for kind, names in replaced.items()},
+        left=left,
+        already=len(before),
+        switched=tuple(name for name, own in before.items() if own != backend),
+        backend=backend,
+    )
 
 
 def remove_patch(target: Any) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from sdconv.checkpoint.open import Weights
 from sdconv.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
+_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _METADATA_KEY = "lora_adapter_metadata"
 
 # PEFT's types that merge -> how roles of their tensors begin; and what messages call the others
@@ -73,9 +74,9 @@ class AdapterConfig:
         self._alpha_name = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
 
     @classmethod
-    def read(cls, lora: Weights, source: Source) -> Self:
-        """The config of a LoRA file, or an empty one."""
-        return cls(_read(lora, source), source.label)
+    def read(cls, lora: Weights, source: Source, component: str = "unet") -> Self:
+        """The config of a LoRA file for a component, or an empty one."""
+        return cls(_read(lora, source, component), source.label)
 
     def __bool__(self) -> bool:
         return bool(self._content)
@@ -160,7 +161,7 @@ class AdapterConfig:
         )
 
 
-def _read(lora: Weights, source: Source) -> Mapping[str, Any]:
+def _read(lora: Weights, source: Source, component: str) -> Mapping[str, Any]:
     if isinstance(lora, str | Path):
         path = Path(lora)
         with os_errors(path):
@@ -172,10 +173,11 @@ def _read(lora: Weights, source: Source) -> Mapping[str, Any]:
     try:
         content = json.loads(source.metadata.get(_METADATA_KEY, "{}"))
         # names begin with the component: unet.lora_alpha
+        others = tuple(f"{one}." for one in _COMPONENTS if one != component)
         return {
-            k.removeprefix("unet."): v
+            k.removeprefix(f"{component}."): v
             for k, v in content.items()
-            if not k.startswith(("text_encoder.", "text_encoder_2."))
+            if not k.startswith(others)
         }
     except (AttributeError, RecursionError, ValueError) as error:
         raise CheckpointError(

@@ -84,10 +84,7 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
             expected="a torch.nn.Module, such as pipe.unet",
             got=type(model).__name__,
         )
-    if not isinstance(scale, Real) or not abs(scale) <= sys.float_info.max:
-        raise InputError(
-            "not a finite number", where="scale", expected="a finite number", got=short(scale)
-        )
+    strength = checked_scale(scale)
     weights = _parameters(model)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     read = read_lora(lora, shapes, type(model).__name__)
@@ -100,11 +97,24 @@ def merge_lora(model: nn.Module, lora: Weights, scale: float = 1.0) -> MergedLor
                 got="a tensor on the meta device" if weights[name].is_meta else weights[name].dtype,
                 hint="merge before the network is offloaded or quantised",
             )
-    scaled = _ScaledLora(read, float(scale))
+    scaled = _ScaledLora(read, strength)
     state = _MERGED.get(model) or _MergeState()
     state.add(scaled, weights)
     _MERGED[model] = state
-    return MergedLora(read.layers, read.skipped, float(scale), model, scaled)
+    return MergedLora(read.layers, read.skipped, strength, model, scaled)
+
+
+def checked_scale(scale: float) -> float:
+    """A LoRA's strength.
+
+    Raises:
+        InputError: it is not a finite number.
+    """
+    if not isinstance(scale, Real) or not abs(scale) <= sys.float_info.max:
+        raise InputError(
+            "not a finite number", where="scale", expected="a finite number", got=short(scale)
+        )
+    return float(scale)
 
 
 def unmerge_lora(model: nn.Module, merged: MergedLora | None = None) -> None:

@@ -81,37 +81,82 @@ def read_lora(lora: Weights, shapes: Mapping[str, tuple[int, ...]], network: str
             name: LoraKey(without_prefix(key.layer), key.role)
             for name, key in split_keys(names).items()
         }
-        _check_keys(source, names, keys)
-        of_layers = _by_layer(shapes)
-        spellings = layer_spellings(of_layers)
-        _check_layers(source, keys, spellings, shapes, network)
-        by_layer: dict[str, dict[str, Tensor]] = {}
-        for name, key in keys.items():
-            tensors, tensor = by_layer.setdefault(spellings[key.layer], {}), source.tensor(name)
-            if key.role in tensors:
-                _check_equal(source, name, tensors[key.role], tensor)
-                skipped.append(name)
-            tensors.setdefault(key.role, tensor)
+        check_keys(source, names, keys)
+        spellings = layer_spellings(_by_layer(shapes))
+        layers = {name: spellings.get(key.layer) for name, key in keys.items()}
         config = AdapterConfig.read(lora, source)
-        config.check_roles({key.role for key in keys.values()})
-        updates = {
-            f"{layer}.{parameter}": update
-            for layer, tensors in by_layer.items()
-            for parameter, update in updates_of(
-                LayerPart(
-                    layer=layer,
-                    tensors=tensors,
-                    shapes=of_layers[layer],
-                    config=config,
-                    where=source.label,
-                )
-            ).items()
-        }
-        _check_shapes(source, updates, shapes, network)
-        named_by_peft = any(_PEFTS.fullmatch(name) for name in names)
-        if isinstance(lora, str | Path) and named_by_peft and not config.gives_alpha:
-            _warn_without_alpha(source, [k for k, v in by_layer.items() if "alpha" not in v])
-        return Lora(label=source.label, updates=updates, skipped=tuple(skipped))
+        part = read_part(source, keys, layers, shapes, network, config)
+        if isinstance(lora, str | Path) and part.without_alpha:
+            warn_without_alpha(source, part.without_alpha)
+        skipped += part.repeated
+        return Lora(label=source.label, updates=part.updates, skipped=tuple(skipped))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPart:
+    """What a file has for one network. ``updates``: by the name of the parameter. ``repeated``:
+    keys that repeat others. ``without_alpha``: the layers whose alpha neither the file nor a config
+    gives although one is usual there."""
+
+    updates: Mapping[str, Update]
+    repeated: tuple[str, ...]
+    without_alpha: tuple[str, ...]
+
+
+def read_part(
+    source: Source,
+    keys: Mapping[str, LoraKey],
+    layers: Mapping[str, str | None],
+    shapes: Mapping[str, tuple[int, ...]],
+    network: str,
+    config: AdapterConfig,
+) -> LoraPart:
+    """Reads what a file has for one network.
+
+    Args:
+        source: the file.
+        keys: its keys for this network, parsed.
+        layers: each key's layer, by diffusers' or transformers' name; None for one that the network
+            does not have.
+        shapes: the shapes of the network's parameters, by name.
+        network: the network's name in error messages.
+        config: PEFT's.
+
+    Raises:
+        CheckpointError: a matrix is missing, or is not of finite numbers.
+        WeightsMismatchError: the network lacks a layer, or a matrix has the wrong shape.
+    """
+    _check_layers(source, keys, layers, shapes, network)
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    repeated = []
+    for name, key in keys.items():
+        layer = layers[name]
+        assert layer is not None  # see _check_layers
+        tensors, tensor = by_layer.setdefault(layer, {}), source.tensor(name)
+        if key.role in tensors:
+            _check_equal(source, name, tensors[key.role], tensor)
+            repeated.append(name)
+        tensors.setdefault(key.role, tensor)
+    config.check_roles({key.role for key in keys.values()})
+    of_layers = _by_layer(shapes)
+    updates = {
+        f"{layer}.{parameter}": update
+        for layer, tensors in by_layer.items()
+        for parameter, update in updates_of(
+            LayerPart(
+                layer=layer,
+                tensors=tensors,
+                shapes=of_layers[layer],
+                config=config,
+                where=source.label,
+            )
+        ).items()
+    }
+    _check_shapes(source, updates, shapes, network)
+    named_by_peft = any(_PEFTS.fullmatch(name) for name in keys)
+    unsaid = named_by_peft and not config.gives_alpha
+    without_alpha = [k for k, v in by_layer.items() if unsaid and "alpha" not in v]
+    return LoraPart(updates=updates, repeated=tuple(repeated), without_alpha=tuple(without_alpha))
 
 
 def _by_layer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -123,7 +168,7 @@ def _by_layer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tupl
     return layers
 
 
-def _check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey]) -> None:
+def check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey]) -> None:
     unknown = [name for name in names if name not in keys]
     if unknown or not keys:
         others = refused_kinds(names)
@@ -158,11 +203,11 @@ def _networks(source: Source) -> list[str]:
 def _check_layers(
     source: Source,
     keys: Mapping[str, LoraKey],
-    spellings: Mapping[str, str],
+    layers: Mapping[str, str | None],
     shapes: Mapping[str, tuple[int, ...]],
     network: str,
 ) -> None:
-    unknown = [name for name, key in keys.items() if key.layer not in spellings]
+    unknown = [name for name in keys if layers[name] is None]
     if unknown:
         widths = {
             key.layer: shape[1]
@@ -236,7 +281,7 @@ def _check_equal(source: Source, name: str, one: Tensor, other: Tensor) -> None:
         )
 
 
-def _warn_without_alpha(source: Source, layers: Sequence[str]) -> None:
+def warn_without_alpha(source: Source, layers: Sequence[str]) -> None:
     """Warns of layers for which neither the file nor a config gives an alpha."""
     if layers:
         what = (

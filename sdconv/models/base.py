@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdconv.errors import InputError, SdconvError
-from sdconv.models.blocks import Checkpointed
+from sdconv.backends import provided
+from sdconv.errors import InputError
+from sdconv.models.blocks import Attention, Checkpointed, plain_attention
 from sdconv.models.diffusers_api import DiffusersModel
 
 # The attributes of accelerate's and diffusers' hooks, which may move or cast the input.
 _HOOKS = ("_hf_hook", "_diffusers_hook")
-# diffusers' attention processors that differ only in memory and rounding
-_SAME_ATTENTION = frozenset(
-    {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "XFormersAttnProcessor"}
-)
+# diffusers' attention processors, and the function by which each computes
+_ATTENTION: Mapping[str, Callable[..., Tensor]] = {
+    "AttnProcessor": plain_attention,
+    "AttnProcessor2_0": F.scaled_dot_product_attention,
+    "FusedAttnProcessor2_0": F.scaled_dot_product_attention,
+    "XFormersAttnProcessor": F.scaled_dot_product_attention,
+}
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -51,7 +57,12 @@ class Network(DiffusersModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter, in which the network computes."""
+        """The dtype in which the network computes: that of the first floating-point parameter, or
+        the one to which ``enable_layerwise_casting`` casts the weights."""
+        for module in self.modules():
+            hooks = vars(module).get("_diffusers_hook")
+            if hooks is not None and (casting := hooks.get_hook("layerwise_casting")) is not None:
+                return cast(torch.dtype, casting.compute_dtype)
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
@@ -79,10 +90,13 @@ class Network(DiffusersModel):
 
 
 class Autoencoder(Network):
-    """Base class of the VAE and the tiny autoencoder: slicing, and checks of the input."""
+    """Base class of the VAE and the tiny autoencoder: slicing, streaming, and checks of the
+    input."""
 
     component: ClassVar[str] = "vae"
     use_slicing: bool = False
+    # Set by enable_streaming: computes the output of "encode" or "decode".
+    streaming: Callable[..., Tensor] | None = None
 
     @property
     def downscale(self) -> int:
@@ -97,65 +111,139 @@ class Autoencoder(Network):
         """Processes whole batches again."""
         self.use_slicing = False
 
-    def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """Refuses to tile: a tile's normalisation statistics are not the image's, so the result
-        would differ.
+    def enable_streaming(
+        self,
+        memory_limit: int | str | None = "2GiB",
+        spill: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Makes ``encode`` and ``decode`` compute in strips of rows, image by image, within a
+        memory limit.
+
+        Normalisation and attention still see the whole image, so the result differs from an
+        ordinary run only by rounding. Gradients are not computed: an input that requires them is
+        refused, and weights that require them get none.
 
         Args:
-            use_tiling: False, which older versions of diffusers pass, does nothing.
+            memory_limit: for everything that a call allocates, the result included and weights and
+                input excluded: ``"2GiB"``, a number of bytes, or None for no limit. On CUDA it
+                limits the device's memory.
+            spill: a folder on disk for feature maps that do not fit (``sdconv plan`` prints how
+                large they become). With None, everything stays within the limit, except on CUDA,
+                where it spills to the host's memory. A tiny autoencoder spills nothing.
+            progress: shows a progress bar if standard error is a terminal.
 
         Raises:
-            SdconvError: unless ``use_tiling`` is False.
+            InputError: the limit is not a size, or the folder cannot be written to. ``encode`` and
+                ``decode`` raise it later for a limit that is too low for the image, and name the
+                lowest possible one.
+        """
+        from sdconv.streaming import Streaming
+
+        self.streaming = Streaming.of(memory_limit, spill, progress)
+
+    def disable_streaming(self) -> None:
+        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
+        self.streaming = None
+
+    def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
+        """Enables streaming in place of tiling, with the settings of an earlier
+        ``enable_streaming``, otherwise without a memory limit.
+
+        Args:
+            use_tiling: False switches it off.
+            args, kwargs: diffusers' tile sizes, which are ignored: streaming is exact, but tiles
+                would change the image.
         """
         if not use_tiling:
-            return
-        raise SdconvError(
-            "tiling is not offered: GroupNorm and attention over tiles change the image",
-            where=f"{self.config.class_name}.enable_tiling",
-            hint="decode the whole image; enable_slicing() saves memory over a batch",
-        )
+            self.disable_streaming()
+        elif self.streaming is None:
+            self.enable_streaming(None)
 
     def disable_tiling(self) -> None:
-        """Does nothing: tiling is never on."""
+        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
+        self.disable_streaming()
 
     @property
     def use_tiling(self) -> bool:
         """Whether images are processed in strips; assigning calls ``enable_tiling(value)``."""
-        return getattr(self, "streaming", None) is not None
+        return self.streaming is not None
 
     @use_tiling.setter
     def use_tiling(self, value: bool) -> None:
         self.enable_tiling(value)
 
-    def fuse_qkv_projections(self) -> None:
-        """Does nothing: the one attention layer in each half is left as it is."""
-
-    def unfuse_qkv_projections(self) -> None:
-        """Does nothing."""
-
     @property
     def attn_processors(self) -> dict[str, Any]:
-        """Empty: processors cannot replace the attention."""
-        return {}
+        """diffusers' processor of each attention layer, by its name in diffusers: those that were
+        set, otherwise ``AttnProcessor2_0``. Imports diffusers."""
+        default = provided("diffusers").AttnProcessor2_0
+        return {
+            name: getattr(block, "processor", None) or default()
+            for name, block in self._attentions().items()
+        }
 
     def set_attn_processor(self, processor: Any) -> None:
-        """Accepts the processors of diffusers that compute the same function, and changes nothing.
+        """Chooses how attention is computed, by a processor of diffusers', for the same bits.
+
+        ``AttnProcessor`` stands for scores that are computed as a whole, whose memory grows with
+        the square of the number of positions. The others stand for torch's fused kernel. The fast
+        backend and streaming compute attention in their own way.
+
+        Args:
+            processor: ``AttnProcessor``, ``AttnProcessor2_0``, ``FusedAttnProcessor2_0``,
+                ``XFormersAttnProcessor``, or a dictionary of them, as ``attn_processors`` returns.
 
         Raises:
-            SdconvError: any other processor.
+            InputError: another processor, or not one for each layer.
         """
-        given = processor.values() if isinstance(processor, Mapping) else (processor,)
-        if others := {type(one).__name__ for one in given} - _SAME_ATTENTION:
-            raise SdconvError(
+        layers = self._attentions()
+        where = f"{self.config.class_name}.set_attn_processor"
+        several = isinstance(processor, Mapping)
+        given = dict(processor) if several else dict.fromkeys(layers, processor)
+        if others := {type(one).__name__ for one in given.values()} - set(_ATTENTION):
+            raise InputError(
                 "the attention cannot be replaced",
-                where=f"{self.config.class_name}.set_attn_processor",
-                expected=" or ".join(sorted(_SAME_ATTENTION)),
+                where=where,
+                expected=" or ".join(sorted(_ATTENTION)),
                 got=", ".join(sorted(others)),
                 hint="use diffusers' class of the same name",
             )
+        if set(given) != set(layers):
+            raise InputError(
+                "not one processor for each attention layer",
+                where=where,
+                expected=", ".join(layers) or "none",
+                got=", ".join(map(str, given)) or "none",
+            )
+        for name, block in layers.items():
+            block.processor = given[name]
+            block.attend = _ATTENTION[type(given[name]).__name__]
 
     def set_default_attn_processor(self) -> None:
-        """Does nothing: the network computes as diffusers does with its default processor."""
+        """Sets diffusers' ``AttnProcessor``, as diffusers' method does; despite its name this is
+        not what networks begin with. Imports diffusers."""
+        self.set_attn_processor(provided("diffusers").AttnProcessor())
+
+    def fuse_qkv_projections(self) -> None:
+        """Computes attention by torch's fused kernel, until ``unfuse_qkv_projections`` is called.
+
+        The projections stay separate layers: the result is diffusers' to rounding."""
+        vars(self)["_before_fusing"] = self.attn_processors
+        self.set_attn_processor(provided("diffusers").FusedAttnProcessor2_0())
+
+    def unfuse_qkv_projections(self) -> None:
+        """Sets the attention processors that ``fuse_qkv_projections`` has replaced."""
+        if before := vars(self).pop("_before_fusing", None):
+            self.set_attn_processor(before)
+
+    def _attentions(self) -> dict[str, Attention]:
+        """The attention layers, by the names of their processors in diffusers."""
+        return {
+            f"{name}.processor": module
+            for name, module in self.named_modules()
+            if isinstance(module, Attention)
+        }
 
     def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
         """Does nothing: attention is torch's fused kernel, whose memory grows with the number of
@@ -173,6 +261,8 @@ class Autoencoder(Network):
         """Returns ``x`` if it is a batch with ``channels`` channels and at least ``least`` rows and
         columns, in the dtype and on the device of ``part``."""
         where = self.config.class_name
+        if not isinstance(x, Tensor):
+            x = _converted(x, what, where, channels, part)
         x = check_tensor(x, what, where, f"(B, {channels}, H, W)")
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape or min(x.shape[2:]) < least:
             raise InputError(
@@ -183,6 +273,21 @@ class Autoencoder(Network):
             )
         check_like(x, part, what, where)
         return x
+
+
+def _converted(x: object, what: str, where: str, channels: int, part: nn.Module) -> object:
+    """Pillow's images and numpy's arrays as a tensor with the dtype and on the device of ``part``;
+    anything else as it is."""
+    from sdconv.models.image_inputs import image_tensor, is_array, is_image, latent_tensor
+
+    if what == "images" and channels == 3 and is_image(x):
+        converted = image_tensor(x, where)
+    elif what == "latents" and is_array(x):
+        converted = latent_tensor(x, where)
+    else:
+        return x
+    weight = next((p for p in part.parameters() if p.is_floating_point()), converted)
+    return converted.to(weight.device, weight.dtype)
 
 
 # --- checks that all networks make of their input, before any arithmetic

@@ -134,6 +134,22 @@ class Upsample2D(nn.Module):
         return cast(Tensor, self.conv(x))
 
 
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention by diffusers' ``AttnProcessor``, whose memory grows with ``(H*W)^2``.
+
+    It is the function of ``F.scaled_dot_product_attention``, and rounds differently.
+
+    Shape: three times ``(B, 1, H*W, C)`` to the same.
+    """
+    query, key, value = (x.squeeze(1) for x in (query, key, value))
+    unused = query.new_empty(len(query), query.shape[1], key.shape[1])
+    scores = torch.baddbmm(
+        unused, query, key.transpose(-1, -2), beta=0, alpha=query.shape[-1] ** -0.5
+    )
+    shares = scores.float().softmax(dim=-1).to(query.dtype)
+    return torch.bmm(shares, value).unsqueeze(1)
+
+
 class Attention(nn.Module):
     """The VAE's self-attention: one head, as wide as the feature map has channels.
 
@@ -142,6 +158,11 @@ class Attention(nn.Module):
 
     Shape: ``(B, C, H, W)`` to the same. Memory grows with ``H*W``, time with ``(H*W)^2``.
     """
+
+    # What `set_attn_processor` has chosen. (diffusers' processor itself is then `processor`.)
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(
+        F.scaled_dot_product_attention
+    )
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
@@ -161,7 +182,7 @@ class Attention(nn.Module):
             project(tokens).view(batch, -1, 1, channels).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = self.attend(query, key, value)
         out = self.to_out[0](out.transpose(1, 2).reshape(batch, -1, channels))
         result: Tensor = out.transpose(-1, -2).reshape(batch, channels, height, width) + x
         return result

@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from sdconv.backends import provided
 from sdconv.checkpoint.assemble import assemble
-from sdconv.checkpoint.io.files import as_path, os_errors, read_json
+from sdconv.checkpoint.io.files import as_path, os_errors, read_json, weights_path
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.write import AVERAGING_FIELDS, write_config, write_folder
 from sdconv.config import Config
@@ -200,9 +200,9 @@ class DiffusersModel(nn.Module):
         _refuse(set(options) - _IGNORED, "from_pretrained")
         path: Any = pretrained_model_name_or_path
         if subfolder is not None:
-            path = as_path(path) / subfolder
+            path = weights_path(path) / subfolder
         if variant is not None:
-            _check_variant(as_path(path), variant)
+            _check_variant(weights_path(path), variant)
 
         return assemble(
             path,
@@ -308,20 +308,21 @@ class DiffusersModel(nn.Module):
             max_shard_size: most bytes of a file, or a size such as ``"5GB"``; None for one file.
             safe_serialization: False is answered with a warning: sdconv writes no pickles, and
                 diffusers prefers safetensors when it opens a folder.
-            save_function, push_to_hub, use_flashpack: not supported.
+            push_to_hub, use_flashpack: not supported.
+            save_function, options: have no effect, as in diffusers.
 
         Raises:
             InputError: an option is not supported.
             CheckpointError: the folder cannot be written.
         """
-        asked = {
-            "save_function": save_function is not None,
-            "push_to_hub": push_to_hub,
-            "use_flashpack": use_flashpack,
-        }
-        _refuse(
-            {name for name, is_asked in asked.items() if is_asked} | set(options), "save_pretrained"
-        )
+        if push_to_hub:
+            raise InputError(
+                "sdconv uploads nothing",
+                where="save_pretrained(push_to_hub=True)",
+                hint="leave push_to_hub out, and upload the folder with huggingface_hub: "
+                "HfApi().upload_folder(folder_path=..., repo_id=...)",
+            )
+        _refuse({"use_flashpack"} if use_flashpack else set(), "save_pretrained")
         if not is_main_process:
             return
         if not safe_serialization:
@@ -363,6 +364,52 @@ class DiffusersModel(nn.Module):
         imports diffusers.
         """
         provided("diffusers").apply_group_offloading(self, onload_device, **options)
+
+    # Names of modules that diffusers keeps in float32, or leaves out of layerwise casting.
+    _keep_in_fp32_modules: Sequence[str] | None = None
+    _skip_layerwise_casting_patterns: Sequence[str] | None = None
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: tuple[str, ...] | None = None,
+        skip_modules_classes: tuple[type[nn.Module], ...] | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Stores each layer's weights in one dtype, and converts them to another while it computes.
+
+        This is diffusers' method of the same name, with the same numbers; it imports diffusers, and
+        cannot be undone. The fast backend leaves such layers to the reference.
+
+        Args:
+            storage_dtype: of the weights at rest.
+            compute_dtype: of the layers' inputs and outputs; None for the network's dtype.
+            skip_modules_pattern: regular expressions for names of modules that keep their dtype;
+                None for diffusers' own, such as ``norm``.
+            skip_modules_classes: classes of modules that keep their dtype.
+            non_blocking: conversions do not wait for the device.
+        """
+        provided("diffusers").ModelMixin.enable_layerwise_casting(
+            self,
+            storage_dtype,
+            compute_dtype,
+            skip_modules_pattern,
+            skip_modules_classes,
+            non_blocking,
+        )
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Chooses diffusers' implementation of attention, by its name there; imports diffusers.
+
+        A U-Net's transformers use it if their attention processors do. An autoencoder's attention
+        does not, in diffusers either.
+        """
+        provided("diffusers").ModelMixin.set_attention_backend(self, backend)
+
+    def reset_attention_backend(self) -> None:
+        """Undoes ``set_attention_backend``; imports diffusers."""
+        provided("diffusers").ModelMixin.reset_attention_backend(self)
 
 
 def _rebuild(cls: type[DiffusersModel]) -> DiffusersModel:

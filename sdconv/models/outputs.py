@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.export
 from torch import Tensor
 
 from sdconv.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
 
 class Output(Mapping[str, Any]):
@@ -163,3 +167,20 @@ class DecoderOutput(Output):
     """``sample``: images ``(B, out_channels, H, W)``, nominally in [-1, 1], not clamped."""
 
     sample: Tensor
+
+    def to_pil(self) -> list[Image.Image]:
+        """Returns the images as Pillow's, RGB; values outside [-1, 1] are clamped.
+
+        Raises:
+            InputError: they have not three channels, or hold NaN or infinity.
+        """
+        from sdconv.images import to_image
+
+        return [to_image(image) for image in self.sample.detach()]
+
+    def to_numpy(self) -> np.ndarray[Any, Any]:
+        """Returns the images as ``(B, H, W, C)``, float32 from 0 to 1; values outside are
+        clamped."""
+        images = self.sample.detach().float().cpu().clamp(-1, 1)
+        array: np.ndarray[Any, Any] = ((images + 1) / 2).permute(0, 2, 3, 1).contiguous().numpy()
+        return array

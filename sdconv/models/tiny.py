@@ -8,7 +8,7 @@ its numbers are higher by one.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from sdconv.errors import SdconvError
 from sdconv.models.base import Autoencoder, apply_forward_hook
 from sdconv.models.blocks import Checkpointed
 from sdconv.models.outputs import AutoencoderTinyOutput, DecoderOutput
+
+if TYPE_CHECKING:
+    from sdconv.models.image_inputs import Images, Latents
 
 
 class TinyBlock(nn.Module):
@@ -91,7 +94,17 @@ class EncoderTiny(Checkpointed):
 
     @dispatched
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.checkpoint_call(self.layers, x.add(1).div(2)))
+        return self.leave(self.checkpoint_call(self.layers, self.enter(x)))
+
+    @staticmethod
+    def enter(x: Tensor) -> Tensor:
+        """Maps [-1, 1] to the [0, 1] of the original."""
+        return x.add(1).div(2)
+
+    @staticmethod
+    def leave(x: Tensor) -> Tensor:
+        """Returns the layers' output as it is."""
+        return x
 
 
 class DecoderTiny(Checkpointed):
@@ -121,8 +134,16 @@ class DecoderTiny(Checkpointed):
 
     @dispatched
     def forward(self, z: Tensor) -> Tensor:
-        # A soft clamp to the range of the VAE's latents.
-        x: Tensor = self.checkpoint_call(self.layers, torch.tanh(z / 3) * 3)
+        return self.leave(self.checkpoint_call(self.layers, self.enter(z)))
+
+    @staticmethod
+    def enter(z: Tensor) -> Tensor:
+        """Clamps softly to the range of the VAE's latents."""
+        return torch.tanh(z / 3) * 3
+
+    @staticmethod
+    def leave(x: Tensor) -> Tensor:
+        """Maps the [0, 1] of the original to [-1, 1]."""
         return x.mul(2).sub(1)
 
 
@@ -157,11 +178,12 @@ class AutoencoderTiny(Autoencoder):
         return int(2 ** (len(self.config.num_decoder_blocks) - 1))
 
     @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
+    def encode(self, x: Images, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """Encodes images to latents.
 
         Args:
-            x: ``(B, in_channels, H, W)`` in [-1, 1].
+            x: ``(B, in_channels, H, W)`` in [-1, 1]; or images of Pillow's or numpy's, as the VAE
+                takes them.
             return_dict: False returns a plain tuple.
 
         Returns:
@@ -176,18 +198,18 @@ class AutoencoderTiny(Autoencoder):
 
     @apply_forward_hook
     def decode(
-        self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+        self, x: Latents, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
         """Decodes latents to images.
 
         Args:
-            x: ``(B, latent_channels, h, w)``, raw.
+            x: ``(B, latent_channels, h, w)``, raw; a tensor or an array of numpy's.
             generator: ignored; pipelines pass one, but decoding is deterministic.
             return_dict: False returns a plain tuple.
 
         Returns:
             ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
-            not clamped.
+            not clamped; ``.to_pil()`` and ``.to_numpy()`` give images.
 
         Raises:
             InputError: not a tensor, or one of an unsuitable shape, dtype or device.
@@ -195,10 +217,13 @@ class AutoencoderTiny(Autoencoder):
         """
         decoder = self._half("decoder", self.decoder)
         x = self._checked(x, "latents", self.config.latent_channels, 1, decoder)
-        sample = self._over_batch(decoder, x)
+        if self.streaming is not None:
+            sample = self.streaming(self, "decode", x)
+        else:
+            sample = self._over_batch(decoder, x)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+    def forward(self, sample: Images, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encodes images, rounds the latents to bytes as TAESD's command does, and decodes them."""
         stored = self.scale_latents(self._latents(sample)).mul_(255).round_().byte()
         # Bytes divided by a float are float32.
@@ -214,9 +239,11 @@ class AutoencoderTiny(Autoencoder):
         """Maps [0, 1] back to raw latents."""
         return x.sub(self.config.latent_shift).mul(2 * self.config.latent_magnitude)
 
-    def _latents(self, x: Tensor) -> Tensor:
+    def _latents(self, x: Images) -> Tensor:
         encoder = self._half("encoder", self.encoder)
         x = self._checked(x, "images", self.config.in_channels, 1, encoder)
+        if self.streaming is not None:
+            return self.streaming(self, "encode", x)
         return self._over_batch(encoder, x)
 
     def _half(self, name: str, half: nn.Module | None) -> nn.Module:

@@ -118,6 +118,7 @@ class UNet2DConditionModel(Network):
                         f"up_blocks.{block}", level, config.up_depths[block], cross[level]
                     ),
                     Upsample2D(after) if level else None,
+                    block,
                 )
             )
             before = after
@@ -222,18 +223,20 @@ class UNet2DConditionModel(Network):
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Switches FreeU (Si et al. 2023) on, in the first two up blocks.
 
+        As in diffusers, all up blocks get the factors as attributes, and a factor of 0 is off.
+
         Args:
             s1, s2: factors for the skip connections' low frequencies, in the first and the second
                 up block.
             b1, b2: factors for half of the backbone's channels.
         """
-        for block, factors in zip(self._up_stages, ((s1, b1), (s2, b2)), strict=False):
-            block.freeu = factors
+        for block in self._up_stages:
+            block.s1, block.s2, block.b1, block.b2 = s1, s2, b1, b2
 
     def disable_freeu(self) -> None:
         """Switches FreeU off."""
         for block in self._up_stages:
-            block.freeu = None
+            block.s1 = block.s2 = block.b1 = block.b2 = None
 
     def get_time_embed(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """Returns the sinusoidal embedding of the timestep, ``(B, block_out_channels[0])``, in the

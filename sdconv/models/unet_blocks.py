@@ -201,16 +201,22 @@ class UpBlock2D(UNetStage):
     W)``, or ``(B, out, *size)`` if it upsamples.
     """
 
-    # FreeU's factors for the skip connections' low frequencies and for the backbone, if it is on.
-    freeu: tuple[float, float] | None = None
+    # FreeU's factors, by which diffusers' programs switch it on: for the skip connections' low
+    # frequencies and for the backbone, in the first and in the second up block.
+    s1: float | None = None
+    s2: float | None = None
+    b1: float | None = None
+    b2: float | None = None
 
     def __init__(
         self,
         resnets: Iterable[nn.Module],
         attentions: Iterable[nn.Module],
         upsampler: nn.Module | None,
+        resolution_idx: int,
     ) -> None:
         super().__init__(resnets, attentions)
+        self.resolution_idx = resolution_idx
         self.upsamplers = None if upsampler is None else nn.ModuleList([upsampler])
 
     def forward(
@@ -222,8 +228,8 @@ class UpBlock2D(UNetStage):
         size: tuple[int, int] | None,
     ) -> Tensor:
         for layer, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            if self.freeu is not None:
-                skip_factor, backbone_factor = self.freeu
+            if (factors := self._freeu()) is not None:
+                skip_factor, backbone_factor = factors
                 # Without a mid block both are the same tensor, which diffusers amplifies in place.
                 shared, x = x is skip, amplified(x, backbone_factor)
                 skip = low_frequencies_scaled(x if shared else skip, skip_factor)
@@ -232,6 +238,13 @@ class UpBlock2D(UNetStage):
         for upsampler in self.upsamplers or ():
             x = upsampler(x, size)
         return x
+
+    def _freeu(self) -> tuple[float, float] | None:
+        """This block's factors for the skip connections and for the backbone, if FreeU is on."""
+        s1, s2, b1, b2 = self.s1, self.s2, self.b1, self.b2
+        if not (s1 and s2 and b1 and b2):  # diffusers takes a factor of 0 as off
+            return None
+        return {0: (s1, b1), 1: (s2, b2)}.get(self.resolution_idx)
 
 
 class StageBuilder:

@@ -26,6 +26,8 @@ from sdconv.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGa
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from sdconv.models.image_inputs import Images, Latents
+
 
 class Encoder(Checkpointed):
     """Images to the mean and log-variance of their latents.
@@ -147,8 +149,6 @@ class AutoencoderKL(Autoencoder):
 
     config_class: ClassVar[type[Config]] = AutoencoderKLConfig
     config: AutoencoderKLConfig | AutoencoderKLFlux2Config
-    # Set by enable_streaming: computes the output of "encode" or "decode".
-    streaming: Callable[..., Tensor] | None = None
     # The whole encoder and decoder, since `encode` and `decode` do not call `forward`.
     _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
 
@@ -178,41 +178,6 @@ class AutoencoderKL(Autoencoder):
     def downscale(self) -> int:
         """The factor by which an image is higher and wider than its latents."""
         return int(2 ** (len(self.config.block_out_channels) - 1))
-
-    def enable_streaming(
-        self,
-        memory_limit: int | str | None = "2GiB",
-        spill: str | Path | None = None,
-        progress: bool = True,
-    ) -> None:
-        """Makes ``encode`` and ``decode`` compute strip by strip, layer by layer and image by
-        image, within a memory limit.
-
-        Normalisation and attention still see the whole image, so the result differs from an
-        ordinary run only by rounding. Gradients are not computed: an input that requires them is
-        refused, and weights that require them get none.
-
-        Args:
-            memory_limit: for everything that a call allocates, the result included and weights and
-                input excluded: ``"2GiB"``, a number of bytes, or None for no limit. On CUDA it
-                limits the device's memory.
-            spill: a folder on disk for feature maps that do not fit (``sdconv plan`` prints how
-                large they become). With None, everything stays within the limit, except on CUDA,
-                where it spills to the host's memory.
-            progress: shows a progress bar if standard error is a terminal.
-
-        Raises:
-            InputError: the limit is not a size, or the folder cannot be written to. ``encode`` and
-                ``decode`` raise it later for a limit that is too low for the image, and name the
-                lowest possible one.
-        """
-        from sdconv.streaming import Streaming
-
-        self.streaming = Streaming.of(memory_limit, spill, progress)
-
-    def disable_streaming(self) -> None:
-        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
-        self.streaming = None
 
     def enable_parallel(
         self,
@@ -261,57 +226,41 @@ class AutoencoderKL(Autoencoder):
             close()
             self.disable_streaming()
 
-    def enable_tiling(self, use_tiling: object = True, *args: object, **kwargs: object) -> None:
-        """Enables streaming in place of tiling, with the settings of an earlier
-        ``enable_streaming``, otherwise without a memory limit.
-
-        Args:
-            use_tiling: False switches it off.
-            args, kwargs: diffusers' tile sizes, which are ignored: streaming is exact, but tiles
-                would change the image.
-        """
-        if not use_tiling:
-            self.disable_streaming()
-        elif self.streaming is None:
-            self.enable_streaming(None)
-
-    def disable_tiling(self) -> None:
-        """Makes ``encode`` and ``decode`` compute whole feature maps again."""
-        self.disable_streaming()
-
     @apply_forward_hook
     def encode(
-        self, x: Tensor, return_dict: bool = True
+        self, x: Images, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encodes images to a distribution over latents.
 
         Args:
-            x: ``(B, in_channels, H, W)`` in [-1, 1].
+            x: ``(B, in_channels, H, W)`` in [-1, 1]; or an image of Pillow's in mode RGB or L, an
+                array ``(H, W, 3)`` or ``(B, H, W, 3)`` of numpy's, uint8 from 0 to 255 or
+                floating-point from 0 to 1, or a list of these. Nothing is resized or cropped.
             return_dict: False returns a plain tuple.
 
         Returns:
             ``.latent_dist``, over latents ``(B, latent_channels, H // downscale, W // downscale)``.
 
         Raises:
-            InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
+            InputError: none of these, or of an unsuitable shape, size, range, dtype or device.
         """
         posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+        self, z: Latents, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Decodes latents to images.
 
         Args:
-            z: ``(B, latent_channels, h, w)``, raw.
+            z: ``(B, latent_channels, h, w)``, raw; a tensor or an array of numpy's.
             return_dict: False returns a plain tuple.
             generator: ignored; pipelines pass one, but decoding is deterministic.
 
         Returns:
             ``.sample``: ``(B, out_channels, h * downscale, w * downscale)``, nominally in [-1, 1],
-            not clamped.
+            not clamped; ``.to_pil()`` and ``.to_numpy()`` give images.
 
         Raises:
             InputError: not a tensor, or one of an unsuitable shape, size, dtype or device.
@@ -321,7 +270,7 @@ class AutoencoderKL(Autoencoder):
 
     def forward(
         self,
-        sample: Tensor,
+        sample: Images,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
@@ -329,7 +278,7 @@ class AutoencoderKL(Autoencoder):
         """Encodes and decodes images.
 
         Args:
-            sample: images, ``(B, in_channels, H, W)``.
+            sample: images, as ``encode`` takes them.
             sample_posterior: draws the latents from the posterior instead of taking its mode.
             return_dict: False returns a plain tuple.
             generator: for drawing the latents.
@@ -338,7 +287,7 @@ class AutoencoderKL(Autoencoder):
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
-    def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
+    def _posterior(self, x: Images) -> DiagonalGaussianDistribution:
         with self._sharing_errors():
             x = self._checked(x, "images", self.config.in_channels, self.downscale, self.encoder)
             rows, columns = (side // self.downscale for side in x.shape[2:])
@@ -347,7 +296,7 @@ class AutoencoderKL(Autoencoder):
             return DiagonalGaussianDistribution(self.streaming(self, "encode", x))
         return DiagonalGaussianDistribution(self._over_batch(self._moments, x))
 
-    def _sample(self, z: Tensor) -> Tensor:
+    def _sample(self, z: Latents) -> Tensor:
         first = self.decoder if self.post_quant_conv is None else self.post_quant_conv
         with self._sharing_errors():
             z = self._checked(z, "latents", self.config.latent_channels, 1, first)

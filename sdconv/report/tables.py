@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ValueReport,
     )
     from sdconv.analysis.parity import ModuleDifference, ParityReport
-    from sdconv.fetch import KnownCheckpoint
+    from sdconv.hub.manifest import KnownCheckpoint
 
 
 def inspection_report(inspection: Inspection, values: ValueReport | None) -> RenderableType:
@@ -73,20 +73,26 @@ def parity_report(report: ParityReport, *, every: bool) -> RenderableType:
     return Group(facts, table, verdict)
 
 
-def anatomy_report(anatomy: Anatomy, *, every: bool) -> RenderableType:
-    """What ``sdconv anatomy`` prints: every block or every operation, and the totals."""
+def anatomy_report(anatomy: Anatomy, *, every: bool, itemsize: int = 4) -> RenderableType:
+    """What ``sdconv anatomy`` prints: every block or every operation, and the totals.
+
+    Args:
+        anatomy: what is shown. every: every operation. itemsize: bytes of a value.
+    """
     rows, columns = anatomy.size
     parts: list[RenderableType] = [
         plain(f"{anatomy.class_name} on an image of {rows}x{columns} (rows x columns)", "bold")
     ]
     for path in ("encode", "decode"):
         if blocks := anatomy.blocks_of(path):
-            parts.append(_half(anatomy, path, blocks, every))
+            parts.append(_half(anatomy, path, blocks, every, itemsize))
     return Group(*parts, _totals(anatomy), plain(_EXPLAINED, "dim"))
 
 
 _EXPLAINED = """\
 output: rows x columns of the feature map that comes out
+activations: memory of the outputs of all operations of a block, which training keeps
+MACs: multiply-accumulates of convolutions, linear layers and attention, for one image
 padding: zeros on every side; 0,1 is at the bottom and on the right only
 receptive field: the pixels across, in the decoder latents, that one value depends on through
 convolutions; * global, through attention (GroupNorm's statistics are global too)
@@ -215,20 +221,23 @@ def _difference(row: ModuleDifference) -> tuple[RenderableType, ...]:
     return f"{row.max_abs:.3g}", f"{row.relative:.3g}", str(row.ulps), mark
 
 
-def _half(anatomy: Anatomy, path: str, blocks: tuple[Block, ...], every: bool) -> RenderableType:
-    counts = (">params", ">multiplies", ">share", ">receptive field", ">downscale")
-    table = table_of(path, "kernel", "stride", "padding", ">channels", ">output", *counts)
+def _half(
+    anatomy: Anatomy, path: str, blocks: tuple[Block, ...], every: bool, itemsize: int
+) -> RenderableType:
+    geometry = ("kernel", "stride", "padding", ">channels", ">output")
+    costs = (">params", ">weights", ">activations", ">MACs", ">share")
+    table = table_of(path, *geometry, *costs, ">receptive field", ">downscale")
     table.columns[0].no_wrap = True
     for block in blocks:
         if every:
             for operation in block.operations:
-                table.add_row(*_operation_row(anatomy, operation))
+                table.add_row(*_operation_row(anatomy, operation, itemsize))
         elif block.parameters or block.in_size != block.out_size:
-            table.add_row(*_block_row(anatomy, block))
+            table.add_row(*_block_row(anatomy, block, itemsize))
     return Group(Text(), table)
 
 
-def _operation_row(anatomy: Anatomy, operation: Operation) -> tuple[str, ...]:
+def _operation_row(anatomy: Anatomy, operation: Operation, itemsize: int) -> tuple[str, ...]:
     return (
         f"{_short(operation.name)} ({operation.role})",
         _sides(operation.kernel),
@@ -237,14 +246,16 @@ def _operation_row(anatomy: Anatomy, operation: Operation) -> tuple[str, ...]:
         _change(operation.in_channels, operation.out_channels),
         _sides(operation.out_size),
         count(operation.parameters),
-        count(operation.multiplies),
-        _percent(operation.multiplies / anatomy.multiplies),
+        in_bytes(operation.parameters * itemsize),
+        in_bytes(operation.activations * itemsize),
+        count(operation.macs),
+        _percent(operation.macs / anatomy.macs),
         _receptive_field(operation),
         _both(operation.downscale),
     )
 
 
-def _block_row(anatomy: Anatomy, block: Block) -> tuple[str, ...]:
+def _block_row(anatomy: Anatomy, block: Block, itemsize: int) -> tuple[str, ...]:
     convolutions = block.convolutions
     return (
         _short(block.name),
@@ -257,8 +268,10 @@ def _block_row(anatomy: Anatomy, block: Block) -> tuple[str, ...]:
         _change(block.in_channels, block.out_channels),
         _sides(block.out_size),
         count(block.parameters),
-        count(block.multiplies),
-        _percent(block.multiplies / anatomy.multiplies),
+        in_bytes(block.parameters * itemsize),
+        in_bytes(block.activations * itemsize),
+        count(block.macs),
+        _percent(block.macs / anatomy.macs),
         _receptive_field(block.last),
         _both(block.last.downscale),
     )

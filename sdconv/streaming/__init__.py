@@ -1,14 +1,15 @@
-"""Runs a VAE within a memory limit: layer by layer, in strips of rows.
+"""Runs an autoencoder within a memory limit, in strips of rows.
 
-GroupNorm's statistics and attention are those of the whole feature map, so there are no seams; the
-result differs from an ordinary run by rounding only.
+A VAE runs layer by layer: GroupNorm's statistics and attention are those of the whole feature map,
+so there are no seams. A tiny autoencoder's strips flow through all layers at once, see
+:mod:`sdconv.streaming.rows`. The result differs from an ordinary run by rounding only.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from sdconv.backends import backend
 from sdconv.errors import InputError, SdconvError
 from sdconv.fast.cpu.conv import NotFiniteError
+from sdconv.models.tiny import AutoencoderTiny
 from sdconv.sizes import parse_bytes
 from sdconv.streaming.arena import has_separate_spill
 from sdconv.streaming.executor import progress_bar, run
@@ -26,16 +28,19 @@ from sdconv.streaming.parallel.bands import Bands, band_steps
 from sdconv.streaming.parallel.executor import BandRun, strip_counts
 from sdconv.streaming.parallel.group import AgreedError, RankGroup, checksum
 from sdconv.streaming.planner import StreamPlan, least_memory, make_plan, sufficient_limits
+from sdconv.streaming.rows import RowPlan, plan_rows, run_rows
 from sdconv.streaming.spill import check_disk_space, spill_folder
 from sdconv.streaming.steps import Direction, StreamStep, steps_of
 
 __all__ = [
     "Parallel",
+    "RowPlan",
     "StreamPlan",
     "Streaming",
     "check_disk_space",
     "least_memory",
     "make_plan",
+    "plan_rows",
     "spill_folder",
     "steps_of",
 ]
@@ -114,6 +119,14 @@ class Streaming:
             separate_spill=has_separate_spill(x.device),
         )
 
+    def row_plan(self, network: AutoencoderTiny, direction: Direction, x: Tensor) -> RowPlan:
+        """The plan that a call with ``x`` follows in a tiny autoencoder.
+
+        Raises:
+            InputError: as ``plan_rows``.
+        """
+        return plan_rows(network, direction, len(x), *x.shape[2:], limit=self.limit)
+
     def __call__(self, network: nn.Module, direction: Direction, x: Tensor) -> Tensor:
         """Encodes images to the moments of their latents, or decodes latents to images: ``(B, C, H,
         W)``. Autocast has no effect: the network computes in its own dtype.
@@ -127,6 +140,8 @@ class Streaming:
             x = x.to(next(network.parameters()).dtype)
         _check(network, x)
         with torch.autocast(x.device.type, enabled=False):
+            if isinstance(network, AutoencoderTiny):
+                return self._run_rows(network, direction, x)
             try:
                 return self._run(self.plan(network, direction, x), direction, x)
             except NotFiniteError as error:
@@ -173,10 +188,22 @@ class Streaming:
     ) -> Tensor:
         self._check_disk_space(plan)
         out = x.new_empty(plan.shape)
-        label = {"encode": "encoding", "decode": "decoding"}[direction]
-        with torch.no_grad(), progress_bar(label, plan.multiplies, shown=self.progress) as advance:
+        with torch.no_grad(), self._progress(direction, plan.multiplies) as advance:
             run(plan, x, out, folder=self.spill, on_strip=lambda step, done: advance(done))
         return out
+
+    def _run_rows(self, network: AutoencoderTiny, direction: Direction, x: Tensor) -> Tensor:
+        plan = self.row_plan(network, direction, x)
+        out = x.new_empty(plan.shape)
+        with torch.no_grad(), self._progress(direction, len(out) * out.shape[2]) as advance:
+            run_rows(plan, x, out, advance)
+        return out
+
+    def _progress(
+        self, direction: Direction, total: int
+    ) -> AbstractContextManager[Callable[[int], object]]:
+        label = {"encode": "encoding", "decode": "decoding"}[direction]
+        return progress_bar(label, total, shown=self.progress)
 
 
 def _check(network: nn.Module, x: Tensor) -> None:

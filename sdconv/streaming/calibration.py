@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from sdconv.models.tiny import AutoencoderTiny
 from sdconv.streaming.buffers import AllocatedBuffers, lay_out
 from sdconv.streaming.executor import make_runner
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.layers import WholeConv
 from sdconv.streaming.planner import StreamPlan, lifetimes
-from sdconv.streaming.steps import AttentionStep, StreamStep
+from sdconv.streaming.rows import RowPlan, plan_rows, run_rows
+from sdconv.streaming.steps import AttentionStep, Direction, StreamStep
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -24,7 +27,12 @@ TIMED_TOKENS = 8192
 
 
 @torch.no_grad()
-def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
+def predict_seconds(
+    plan: StreamPlan,
+    *,
+    device: torch.device,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> float:
     """Predicts the seconds that a plan's run takes.
 
     Steps of one kind (layer, channels, width, height of a strip) are timed once, on a feature map
@@ -34,16 +42,47 @@ def predict_seconds(plan: StreamPlan, *, device: torch.device) -> float:
     Args:
         plan: for a network with weights or on the meta device.
         device: to run on.
+        on_step: called after each step with "", the number of steps so far, and of all.
     """
     costs: dict[object, tuple[float, float]] = {}
     total = 0.0
-    for step, units in zip(plan.steps, plan.units, strict=True):
+    for number, (step, units) in enumerate(zip(plan.steps, plan.units, strict=True), 1):
         kind = _kind(step, units)
         if kind not in costs:
             costs[kind] = _time_step(step, units, device)
         setup, per_multiply = costs[kind]
         total += setup + per_multiply * step.multiplies
+        if on_step is not None:
+            on_step("", number, len(plan.steps))
     return plan.batch * total
+
+
+@torch.no_grad()
+def predict_row_seconds(
+    network: AutoencoderTiny, direction: Direction, plan: RowPlan, width: int, device: torch.device
+) -> float:
+    """Predicts the seconds that a tiny autoencoder's plan takes, from two strips of it.
+
+    Args:
+        network: with weights or on the meta device.
+        direction: which half.
+        plan: of that half.
+        width: columns of the input.
+        device: to run on.
+    """
+    timed = _with_weights(network, device)
+    few = plan_rows(timed, direction, 1, 2 * plan.rows, width, limit=None)
+    few = replace(few, rows=plan.rows)
+    channels = network.config.in_channels, network.config.latent_channels
+    shape = 1, channels[direction == "decode"], 2 * plan.rows, width
+    x = torch.randn(shape, dtype=timed.dtype, device=device)
+    out = x.new_empty(few.shape)
+    seconds = 0.0
+    for _ in range(2):  # the first run generates the kernels
+        start = time.perf_counter()
+        run_rows(few, x, out, lambda rows: None)
+        seconds = time.perf_counter() - start
+    return seconds * plan.multiplies / few.multiplies
 
 
 def _kind(step: StreamStep, units: int) -> object:

@@ -9,7 +9,7 @@ map that it reads, because it keeps the rows that the next strip needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -40,6 +40,11 @@ from sdconv.streaming.layers import (
 )
 
 Direction = Literal["encode", "decode"]
+
+_LAYERS = (
+    *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.ModuleList),
+    *(ResnetBlock2D, Attention, Upsample2D, AsymmetricDownsample2D),
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -131,11 +136,11 @@ class _StepBuilder:
         """The layer for a 3x3 convolution of the current feature map, after ``norm`` and SiLU if
         there is a norm."""
         shortcut: nn.Conv2d | None = options.get("shortcut")
-        plain_shortcut = shortcut is None or _is_plain(shortcut, kernel=1)
+        plain_shortcut = shortcut is None or is_plain_conv(shortcut, kernel=1)
         options |= {"norm": norm, "silu": norm is not None}
         # torch refuses to reflect a single row or column
         wide = min(self.current.height, self.current.width) > 1 or conv.padding_mode != "reflect"
-        if not (_is_plain(conv, padding=1) and plain_shortcut and wide):
+        if not (is_plain_conv(conv, padding=1) and plain_shortcut and wide):
             return self._whole(conv, conv, **options)
         layer = self._fast_layer("conv3x3", conv, normalised=norm is not None) or Conv3x3
         return layer(conv, modes=padding_modes(conv), **options)
@@ -146,7 +151,7 @@ class _StepBuilder:
     def add_upsample(self, name: str, block: Upsample2D) -> None:
         """Nearest upsampling and its convolution."""
         conv = block.conv
-        if not _is_plain(conv, padding=1):
+        if not is_plain_conv(conv, padding=1):
             self.add_layer(name, self._whole(conv, block))
             return
         layer = self._fast_layer("upsample_conv", conv) or UpsampleConv
@@ -155,7 +160,7 @@ class _StepBuilder:
     def add_downsample(self, name: str, block: AsymmetricDownsample2D) -> None:
         """A convolution at stride 2."""
         conv = block.conv
-        if not _is_plain(conv, stride=2):
+        if not is_plain_conv(conv, stride=2):
             self.add_layer(name, self._whole(conv, block))
             return
         # The convolution pads nothing; the block does.
@@ -165,7 +170,7 @@ class _StepBuilder:
 
     def add_pointwise(self, name: str, conv: nn.Conv2d) -> None:
         """A 1x1 convolution."""
-        plain = _is_plain(conv, kernel=1)
+        plain = is_plain_conv(conv, kernel=1)
         self.add_layer(name, Conv1x1(conv) if plain else self._whole(conv, conv))
 
     def _fast_layer(
@@ -254,7 +259,7 @@ def steps_of(
             hook (for capturing or offloading) that streaming would not call.
     """
     modules = dict(_modules_in_order(network, direction))
-    _check(modules)
+    check_modules(modules, _LAYERS)
     first = next(iter(modules.values()))
     builder = _StepBuilder(FeatureBuffer(height, width, first.in_channels, first.weight.dtype))
     for name, module in modules.items():
@@ -293,14 +298,21 @@ def _modules_in_order(network: nn.Module, direction: Direction) -> Iterator[tupl
     yield from ((name, modules[name]) for name in names if name in modules)
 
 
-def _check(modules: Mapping[str, nn.Module]) -> None:
-    plain = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.ModuleList)
-    blocks = (ResnetBlock2D, Attention, Upsample2D, AsymmetricDownsample2D)
+def check_modules(modules: Mapping[str, nn.Module], supported: Sequence[type[nn.Module]]) -> None:
+    """Checks that streaming may compute with the weights of modules instead of calling them.
+
+    Args:
+        modules: parts of a network, by their names.
+        supported: the classes of the modules in them.
+
+    Raises:
+        InputError: a module is of another class, or has a hook or a forward of its own.
+    """
     for prefix, part in modules.items():
         for name, module in part.named_modules(prefix=prefix):
-            if type(module) not in (*plain, *blocks):
+            if type(module) not in supported:
                 raise InputError(
-                    "streaming supports the VAE's own layers only",
+                    "streaming supports the network's own layers only",
                     where=name,
                     got=type(module).__name__,
                     hint="merge adapters into the weights, or call disable_streaming()",
@@ -318,7 +330,7 @@ def _check(modules: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _is_plain(conv: nn.Conv2d, *, kernel: int = 3, stride: int = 1, padding: int = 0) -> bool:
+def is_plain_conv(conv: nn.Conv2d, *, kernel: int = 3, stride: int = 1, padding: int = 0) -> bool:
     """Whether strips can compute a convolution: it is torch's own or seamless, of this size."""
     return (
         (

@@ -54,6 +54,42 @@ def test_multiplies_are_those_that_torch_counts(name: str) -> None:
     assert 2 * ours == counter.get_total_flops()  # a multiply-accumulate is two of theirs
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_macs_of_each_block_are_those_that_torch_counts(depth: int) -> None:
+    network = seeded.network(SMALL)
+    found = dissect(SMALL, 64).at_depth(depth)
+    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+        network.encoder(torch.zeros(1, 3, 64, 64, device="cpu"))
+    theirs = counter.get_flop_counts()
+    compared = 0
+    for block in found.blocks_of("encode"):
+        inside = block.name.removeprefix("encoder").removeprefix(".")
+        if block.name.startswith("encoder") and "attentions" not in inside:
+            if "mid_block" in inside and inside.count(".") < 2:
+                continue  # torch does not count attention on every device
+            key = f"Encoder.{inside}".removesuffix(".")
+            if key in theirs and key != "Encoder":
+                assert 2 * block.macs == sum(theirs[key].values()), key
+                compared += 1
+    assert compared or depth == 1
+    assert found.macs == dissect(SMALL, 64).macs
+    assert sum(block.parameters for block in found.blocks) == found.parameters
+
+
+def test_memory_of_weights_and_activations() -> None:
+    found = dissect(SMALL, 64)
+    rows = list(found.to_rows(itemsize=2))
+    parameters = sum(one.numel() for one in seeded.network(SMALL).parameters())
+    assert sum(row["weight_bytes"] for row in rows) == 2 * parameters
+    first = next(iter(found.to_rows(every=True)))
+    assert first["name"] == "encoder.conv_in"
+    assert first["activation_bytes"] == 4 * 32 * 64 * 64
+    block = next(one for one in found.blocks if one.name == "encoder.down_blocks.0.resnets.0")
+    # norm, SiLU and convolution, twice
+    assert block.activations == 6 * 32 * 64 * 64
+    assert not any(one.macs for one in found.operations if one.role == "normalisation")
+
+
 @settings(max_examples=8)
 @given(rows=st.integers(8, 30), columns=st.integers(8, 30))
 def test_feature_map_sizes_are_those_of_a_run(rows: int, columns: int) -> None:

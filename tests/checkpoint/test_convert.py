@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdconv
-from sdconv.checkpoint.convert import ORIGIN_KEY, Converted
+from sdconv.checkpoint.convert import Converted
 from sdconv.checkpoint.io.header import DTYPE_BITS
+from sdconv.checkpoint.naming import ORIGIN_KEY
 from sdconv.errors import CheckpointError, InputError, UnknownNetworkError, WeightsMismatchError
 
 VAE, UNET = "first_stage_model.", "model.diffusion_model."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
 import sdconv
+from sdconv.cli import COMMANDS as GROUPS
 from sdconv.cli import app
 from sdconv.config import Config
 from sdconv.images import psnr, to_tensor
@@ -38,10 +40,12 @@ TINY = seeded.tiny(
     num_decoder_blocks=(1, 1),
 )
 COMMANDS = (
-    *("inspect", "check", "convert", "diff", "encode", "decode", "reconstruct", "fetch"),
+    *("inspect", "check", "convert", "export", "diff", "encode", "decode", "reconstruct", "fetch"),
+    *("merge-lora", "extract-lora", "average"),
     "anatomy",
     "plan",
     "features",
+    "explain-page",
     "bench",
 )
 
@@ -123,7 +127,7 @@ encode damaged.jpg -m vae.safetensors -o OUT.safetensors            | damaged
 encode empty -m vae.safetensors -o OUT.safetensors                  | cannot be opened
 encode speck.png -m vae.safetensors -o OUT.safetensors              | too small
 encode photo.png -m vae.safetensors -o OUT.safetensors --size 0     | --size
-encode photo.png -m vae.safetensors -o OUT.safetensors --size 14    | too small for this network
+encode photo.png -m vae.safetensors -o OUT.safetensors --size 8     | too small for this network
 decode spot.safetensors -m vae.safetensors -o OUT.png               | too small for this network
 encode photo.png -m vae.safetensors -o OUT.png                      | as safetensors
 encode photo.png -m vae.safetensors -o vae.safetensors              | one of the inputs
@@ -131,7 +135,7 @@ encode photo.png -m llm.safetensors -o OUT.safetensors              | no network
 encode photo.png -m tiny.safetensors -o OUT.safetensors --sample    | leave --sample out
 encode photo.png -o OUT.safetensors                                 | Missing option '--model'
 decode absent.safetensors -m vae.safetensors -o OUT.png             | does not exist
-decode photo.png -m vae.safetensors -o OUT.png                      | header
+decode photo.png -m vae.safetensors -o OUT.png                      | is a PNG image, not weights
 decode z.safetensors -m vae.safetensors -o OUT.txt                  | not the name of an image file
 decode z.safetensors -m vae.safetensors -o OUT.png --key y          | which tensor
 decode z7.safetensors -m vae.safetensors -o OUT.png                 | wrong shape
@@ -142,13 +146,13 @@ decode z.safetensors -m nan.safetensors -o OUT.png                  | NaN
 decode z.safetensors -m vae.safetensors -o OUT.png --memory plenty   | not a memory size
 decode z.safetensors -m vae.safetensors -o OUT.png --memory 10KiB    | at least
 decode z.safetensors -m vae.safetensors -o OUT.png --spill .         | feature maps are not spilled
-encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 1GB | whole feature maps only
+encode photo.png -m tiny.safetensors -o OUT.safetensors --memory 9MB | limit cannot be met
 encode photo.png -m vae.safetensors -o OUT.safetensors --backend no  | no
 reconstruct photo.png -m vae.safetensors -o photo.png               | one of the inputs
 plan --size 2x2                                                     | the image is too small
 plan --memory plenty                                                | not a memory size
 plan --memory 10MiB                                                 | at least
-plan tiny.safetensors                                               | only a VAE can be streamed
+plan tiny.safetensors --memory 9MB                                  | limit cannot be met
 plan --spill absent                                                 | --spill: not a writable folder
 reconstruct photo.png -m vae.safetensors -o OUT.xyz                 | not the name of an image file
 reconstruct photo.png -m vae.safetensors -o photo.png/OUT.png       | cannot be written
@@ -291,7 +295,7 @@ def cropped(path: Path, sides: tuple[int, int, int, int]) -> torch.Tensor:
 @torch.no_grad()
 def test_encode(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "z.safetensors"
-    options = ["-m", here / "vae.safetensors", "--backend", "reference"]
+    options = ["-m", here / "vae.safetensors", "--backend", "reference", "--crop"]
     said = answer("encode", here / "photo.png", *options, "-o", out)
     assert (said["width"], said["height"], said["shape"]) == (48, 32, [1, 4, 4, 6])
     assert "48x32" in said["notes"][0]
@@ -377,7 +381,7 @@ def test_backends_and_streaming_agree(options: tuple[str, ...], here: Path, tmp_
     z, out, own = tmp_path / "z.safetensors", tmp_path / "a.png", tmp_path / "own.png"
     words = [str(tmp_path) if word == "FOLDER" else word for word in options]
     model = ["-m", here / "vae.safetensors"]
-    answer("encode", here / "photo.png", *model, "-o", z, *words)
+    answer("encode", here / "photo.png", *model, "-o", z, "--crop", *words)
     posterior = seeded.network(KL).encode(cropped(here / "photo.png", (1, 2, 49, 34))).latent_dist
     found, expected = load_file(z)["latents"], posterior.mode()
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
@@ -421,14 +425,15 @@ def test_a_file_that_says_otherwise(here: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_reconstruct(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "deeper" / "r.png"
-    said = answer("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
+    model = ["-m", here / "vae.safetensors", "--crop"]
+    said = answer("reconstruct", here / "photo.png", *model, "-o", out)
     network, x = seeded.network(KL), cropped(here / "photo.png", (1, 2, 49, 34))
     back = network.decode(network.encode(x).latent_dist.mode()).sample
     assert said["psnr"] == pytest.approx(psnr(back, x))
     assert math.log2(said["amplification"]) % 1 == 0
     with Image.open(out) as sheet:
         assert sheet.width > 3 * 48
-    shown = run("reconstruct", here / "photo.png", "-m", here / "vae.safetensors", "-fo", out)
+    shown = run("reconstruct", here / "photo.png", *model, "-fo", out)
     assert f"PSNR {said['psnr']:.2f} dB" in shown.stdout
     assert "note: cropped around the centre" in shown.stderr
 
@@ -468,7 +473,7 @@ def test_anatomy(here: Path, tmp_path: Path) -> None:
 
 def test_help_has_examples_that_parse() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    assert set(commands) == set(COMMANDS)
+    assert set(commands) == {*COMMANDS, "dataset"}  # which is a group
     for name in COMMANDS:
         shown = run(name, "--help").stdout
         examples = [line.strip() for line in shown.splitlines() if line.startswith("    sdconv ")]
@@ -477,6 +482,51 @@ def test_help_has_examples_that_parse() -> None:
             words = shlex.split(example.replace("$(sdconv fetch sdxl-vae)", "a.safetensors"))[1:]
             with commands[words[0]].make_context(words[0], words[1:]):  # raises on unknown options
                 pass
+
+
+def test_help_shows_the_commands_in_groups() -> None:
+    shown = run("--help").stdout
+    for title, commands in GROUPS.items():
+        section = shown.partition(f"\n{title}:\n")[2].partition("\n\n")[0]
+        names = [line.split()[0] for line in section.splitlines() if line.startswith("  ")]
+        assert {command.__name__.replace("_", "-") for command in commands} <= set(names), title
+    assert "--install-completion" in shown
+
+
+def test_completion_is_there_for_the_usual_shells() -> None:
+    for shell in ("bash", "zsh", "fish"):
+        script = in_its_own_process(
+            code="from sdconv.cli import main; main()", _SDCONV_COMPLETE=f"source_{shell}"
+        )
+        assert "sdconv" in script.stdout, shell
+
+
+def test_no_option_shows_a_type_in_place_of_its_meaning() -> None:
+    for name in COMMANDS:
+        options = run(name, "--help").stdout.partition("\nOptions:\n")[2]
+        assert not re.findall(r"--\w+ +<?(TEXT|INTEGER|str|int)\b", options), name
+
+
+def test_quiet_and_verbose(here: Path, tmp_path: Path) -> None:
+    given = ("encode", here / "photo.png", "-m", here / "vae.safetensors", "--force")
+    given += ("--out", tmp_path / "z.safetensors")
+    said = run(*given)
+    assert "note: padded from 50x37 to 56x40" in said.stderr and "encoding: " not in said.stderr
+    quiet = run(*given, "-q")
+    assert (quiet.stdout, quiet.stderr) == (said.stdout, "")
+    assert re.search(r"^note: encoding: \d+\.\d\d s$", run(*given, "-v").stderr, re.MULTILINE)
+    assert "encoding: " not in run(*given).stderr, "it holds for one command"
+    assert "exclude each other" in run(*given, "-q", "-v").stderr
+    assert "error: " in run("inspect", tmp_path / "absent.safetensors", "-q").stderr
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+def test_an_image_given_as_weights_is_named(form: str, tmp_path: Path) -> None:
+    for name in ("photo.safetensors", "photo.ckpt", f"photo.{form.lower()}"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name, format=form)
+        said = run("inspect", tmp_path / name)
+        assert said.exit_code == 2
+        assert f"{name}: is a {form.replace('WEBP', 'WebP')} image" in said.stderr
 
 
 def test_version() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import commands, seeded, unets
+from helpers import commands, pipelines, seeded, unets
 from helpers.paths import WEIGHTS
 from helpers.slow import first_of
 from PIL import Image
@@ -278,3 +279,125 @@ def test_all_blocks_of_a_full_autoencoder_fit(tmp_path: Path) -> None:
     answer = json.loads(run(*given, "-o", tmp_path / "out", "--json").stdout)
     assert answer["bytes"] < 30_000_000
     assert answer["shown"] > 30
+
+
+def test_a_missing_zarr_is_said_before_anything_is_computed(
+    here: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (here / "photo.png", "-m", here / "vae.safetensors", "-o", out)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "zarr", None)
+        opened: list[object] = []
+        without.setattr("sdconv.features.drivers.prepare_run", opened.append)
+        message = refused(*given)
+        assert "pip install 'sdconv[maps]'" in message
+        assert not opened and not out.exists()
+    assert run(*given, "-l", "encoder.conv_in").exit_code == 0
+
+
+def test_the_list_of_layers(here: Path, tmp_path: Path) -> None:
+    given = ("--list", "-m", here / "vae.safetensors")
+    printed = run(*given)
+    assert printed.exit_code == 0, printed.stderr
+    vae = sdconv.load(here / "vae.safetensors")
+    points = sdconv.features(vae)
+    listed = json.loads(run(*given, "--json").stdout)["points"]
+    assert listed == json.loads(json.dumps(points.to_json()))
+    assert all(point.name in printed.stdout for point in points)
+    sized = json.loads(run(*given, "--json", "--size", "64x32", "-l", "decoder.conv_*").stdout)
+    assert [one["name"] for one in sized["points"]] == [
+        "decoder.conv_in",
+        "decoder.conv_norm_out",
+        "decoder.conv_act",
+        "decoder.conv_out",
+    ]
+    assert sized["points"][-1]["size"] == [64, 32]
+    assert "no layer has this name" in refused(*given, "-l", "decoder.nothing")
+    # of a U-Net, an image's size is that of its latents times eight
+    unet = json.loads(run("--list", "-m", UNET, "--size", "128", "--json", "-l", "conv_in").stdout)[
+        "points"
+    ]
+    assert unet[0]["size"] == [16, 16]
+
+
+def test_without_a_folder_the_list_is_suggested(here: Path) -> None:
+    message = refused(here / "photo.png", "-m", here / "vae.safetensors")
+    assert "--out DIR" in message and "--list" in message
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "sd"
+    pipelines.pipeline("text").save_pretrained(folder)
+    return folder
+
+
+def test_a_pipelines_folder_and_a_prompt(here: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    layer = "mid_block.attentions.0"
+    found = {}
+    for words in ("a cat", "two dogs"):
+        out = tmp_path / words
+        given = ("-m", pipeline_folder, "--prompt", words, "--steps", 1, "-l", layer)
+        result = run(*given, "-o", out, "--size", 64)
+        assert result.exit_code == 0, result.stderr
+        assert f"the prompt is \u201c{words}\u201d" in result.stderr
+        found[words] = sdconv.open_maps(out / "maps.zarr").series(layer)[0]
+        assert ["prompt", f"\u201c{words}\u201d"] in index_of(out / "report.html")["facts"]
+    assert not torch.equal(*(one.tensor for one in found.values()))
+    # by hand, with the pipeline's own encoder
+    pipe = pipelines.pipeline("text")
+    with torch.no_grad():
+        embeds, _ = pipe.encode_prompt("a cat", "cpu", 1, False)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    again = sdconv.run_until(pipe.unet, layer, noise, found["a cat"].timestep, embeds)
+    assert torch.allclose(found["a cat"].tensor.float(), again[layer], atol=2e-3)
+
+    save_file({"prompt_embeds": embeds}, tmp_path / "embeds.safetensors")
+    given = ("-m", pipeline_folder, "--embeds", tmp_path / "embeds.safetensors", "--size", 64)
+    result = run(*given, "--steps", 1, "-l", layer, "-o", tmp_path / "embeds")
+    assert result.exit_code == 0, result.stderr
+    same = sdconv.open_maps(tmp_path / "embeds" / "maps.zarr").series(layer)[0].tensor
+    assert torch.equal(same, found["a cat"].tensor)
+    # an image is encoded by the pipeline's own autoencoder
+    given = (here / "photo.png", "-m", pipeline_folder, "--prompt", "a cat", "--steps", 2)
+    assert run(*given, "-l", layer, "-o", tmp_path / "image").exit_code == 0
+
+
+def test_a_prompt_that_cannot_be_used(here: Path, pipeline_folder: Path, out: Path) -> None:
+    assert "needs a pipeline's folder" in refused("-m", UNET, "--prompt", "a cat", "-o", out)
+    both = ("--prompt", "a", "--embeds", here / "raw.safetensors")
+    assert "either a prompt or its embeddings" in refused("-m", pipeline_folder, *both, "-o", out)
+    given = (here / "photo.png", "-m", pipeline_folder, "--component", "vae", "--prompt", "a")
+    assert "an autoencoder takes no prompt" in refused(*given, "-o", out)
+
+
+def test_two_runs_on_one_page(out: Path, tmp_path: Path) -> None:
+    given = ("--noise", "-m", UNET, "--steps", 2, "-l", "mid_block.*", "-o")
+    assert run(*given, tmp_path / "one", "--seed", 1).exit_code == 0
+    result = run(*given, out, "--seed", 2, "--compare", tmp_path / "one")
+    assert result.exit_code == 0, result.stderr
+    index = index_of(out / "report.html")
+    shots = index["maps"][0]["snapshots"]
+    assert [(one["half"], one["step"]) for one in shots] == [
+        ("this run", 0),
+        ("this run", 1),
+        ("one", 0),
+        ("one", 1),
+    ]
+    assert shots[0]["low"] != shots[2]["low"]
+    assert index["kernels"] and index["store"] == "maps.zarr"
+    assert "absent" in refused(*given, tmp_path / "three", "--compare", tmp_path / "absent")
+    assert not (tmp_path / "three").exists()
+
+
+def test_how_much_detail_the_page_has(here: Path, tmp_path: Path) -> None:
+    from sdconv.report.features import content
+
+    command = importlib.import_module("sdconv.cli.features_run")
+    assert command.DETAILED == content.DETAILED
+    given = (here / "photo.png", "-m", here / "vae.safetensors", "-l", "encoder.conv_in", "-o")
+    for number in (0, 20):
+        assert run(*given, tmp_path / str(number), "--detail", number).exit_code == 0
+        index = index_of(tmp_path / str(number) / "report.html")
+        assert len(index["maps"][0]["snapshots"][0]["exact"]) == number
+    assert "--page-size: not a memory size" in refused(*given, tmp_path / "x", "--page-size", "big")

@@ -14,7 +14,7 @@ import torch
 from helpers import seeded
 from helpers.commands import answer, run
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
 import sdconv
@@ -41,6 +41,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a network, a photo of 37 rows and 50 columns, and latents."""
     folder = tmp_path_factory.mktemp("habits")
     sdconv.save(seeded.network(KL), folder / "vae.safetensors")
+    sdconv.save(seeded.network(KL), folder / "vae")
+    sdconv.save(seeded.network(KL, 1), folder / "tuned.safetensors")
+    matrices = {"up": torch.ones(32, 1, 1, 1), "down": torch.ones(1, 4, 3, 3)}
+    lora = {f"lora_vae_decoder_conv_in.lora_{k}.weight": v for k, v in matrices.items()}
+    save_file(lora, folder / "lora.safetensors")
     y, x = np.mgrid[:37, :50]
     pixels = np.stack([x * 5, y * 6, (x * y) % 256], -1).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
@@ -58,6 +63,12 @@ def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def check_extra(command: str) -> None:
+    """Skip a test of a command whose extra is not installed."""
+    if command == "export":
+        pytest.importorskip("openvino", reason="needs the export extra: pip install '.[export]'")
+
+
 # --- sizes
 
 # a command line for each command with --size, and how its answer states rows and columns
@@ -70,6 +81,10 @@ SIZED: Mapping[str, tuple[str, Any]] = {
     ),
     "anatomy": ("anatomy vae.safetensors", lambda said: said["size"]),
     "plan": ("plan vae.safetensors --no-time", lambda said: [said["height"], said["width"]]),
+    "export": (
+        "export vae.safetensors --half decoder -o out.xml",
+        lambda said: said["size"],
+    ),
     "bench": ("bench vae.safetensors --explain", lambda said: said["size"]),
     "features": (
         "features photo.png -m vae.safetensors -l encoder.conv_in -o maps",
@@ -84,12 +99,14 @@ def test_the_table_has_every_command_with_a_size() -> None:
 
 @pytest.mark.parametrize("command", SIZED)
 def test_a_size_is_rows_and_columns(command: str, here: Path) -> None:
+    check_extra(command)
     line, stated = SIZED[command]
     assert list(stated(answer(*line.split(), "--size", "24x32"))) == [24, 32]
 
 
 @pytest.mark.parametrize("command", SIZED)
 def test_a_size_is_one_number(command: str, here: Path) -> None:
+    check_extra(command)
     line, stated = SIZED[command]
     is_resized = options_of(command)["--size"].help.startswith("Resize")
     rows = 24 if is_resized else 32  # of 37x50, the longer side becomes 32
@@ -121,6 +138,10 @@ NEEDED = {
     "inspect": "a.safetensors",
     "check": "a.safetensors",
     "convert": "a.safetensors b.safetensors --layout original",
+    "merge-lora": "a.safetensors b.safetensors --out c.safetensors",
+    "extract-lora": "a.safetensors b.safetensors --rank 2 --out c.safetensors",
+    "average": "a.safetensors b.safetensors --out c.safetensors",
+    "export": "a.safetensors --half decoder --out a.onnx",
     "diff": "a.safetensors b.safetensors",
     "encode": "a.png --model a.safetensors",
     "decode": "z.safetensors --model a.safetensors",
@@ -150,6 +171,8 @@ def test_an_unknown_dtype_is_refused(command: str) -> None:
 
 def test_dtypes_are_in_every_command_that_computes() -> None:
     computing = ["check", "convert", "encode", "decode", "reconstruct", "plan", "features"]
+    computing += ["extract-lora"]
+    computing += ["export", "anatomy"]  # the latter for the memory of weights and activations
     assert with_option("--dtype") == [name for name in COMMANDS if name in computing]
 
 
@@ -159,6 +182,13 @@ def test_dtypes_are_in_every_command_that_computes() -> None:
 WRITING = {
     "convert": ("convert vae.safetensors OUT --layout original", "out.safetensors"),
     "convert to a folder": ("convert vae.safetensors OUT --layout diffusers", "out"),
+    "merge-lora": ("merge-lora vae.safetensors lora.safetensors -o OUT", "out.safetensors"),
+    "merge-lora to a folder": ("merge-lora vae lora.safetensors -o OUT", "out"),
+    "extract-lora": (
+        "extract-lora vae.safetensors tuned.safetensors --rank 2 -o OUT",
+        "out.safetensors",
+    ),
+    "average": ("average vae.safetensors tuned.safetensors -o OUT", "out.safetensors"),
     "encode": ("encode photo.png -m vae.safetensors -o OUT", "out.safetensors"),
     "decode": ("decode z.safetensors -m vae.safetensors -o OUT", "out.png"),
     "reconstruct": ("reconstruct photo.png -m vae.safetensors -o OUT", "out.png"),
@@ -166,8 +196,10 @@ WRITING = {
         "features photo.png -m vae.safetensors -l encoder.conv_in -o OUT",
         "out",
     ),
+    "export": ("export vae.safetensors --half decoder --size 16 -o OUT", "out.xml"),
     "diff": ("diff vae.safetensors vae.safetensors --plot OUT", "out.png"),
     "anatomy": ("anatomy vae.safetensors --size 64 --plot OUT", "out.svg"),
+    "explain-page": ("explain-page -o OUT", "out.html"),
 }
 
 
@@ -180,6 +212,7 @@ def test_the_table_has_every_command_that_writes() -> None:
 
 @pytest.mark.parametrize("case", WRITING)
 def test_an_output_that_exists_is_overwritten_only_by_force(case: str, here: Path) -> None:
+    check_extra(case)
     line, name = WRITING[case]
     words, out = [name if word == "OUT" else word for word in line.split()], here / name
     assert run(*words).exit_code == 0
@@ -238,6 +271,10 @@ def test_numbered_images_are_not_overwritten_either(here: Path) -> None:
     "line",
     [
         "convert vae.safetensors vae.safetensors --layout original",
+        "merge-lora vae.safetensors lora.safetensors -o lora.safetensors",
+        "merge-lora vae lora.safetensors -o vae",
+        "extract-lora vae.safetensors tuned.safetensors --rank 2 -o tuned.safetensors",
+        "average vae.safetensors tuned.safetensors -o tuned.safetensors",
         "encode photo.png -m vae.safetensors -o vae.safetensors",
         "decode z.safetensors -m vae.safetensors -o photo.png",
         "reconstruct photo.png -m vae.safetensors -o photo.png",
@@ -256,6 +293,112 @@ def test_an_input_is_never_overwritten(line: str, here: Path) -> None:
     assert result.exit_code == 2
     assert "the output is one of the inputs" in result.stderr
     assert contents(here) == before
+
+
+# --- which weights
+
+# the options by which a command's weights are chosen and read, apart from --component
+CHOOSING = {
+    "inspect": "family prefix key",
+    "check": "family prefix key ema clamp",
+    "convert": "family prefix key clamp",
+    "diff": "key",
+    "encode": "family prefix model-key ema clamp",
+    "decode": "family prefix model-key ema clamp",
+    "reconstruct": "family prefix model-key ema clamp",
+    "anatomy": "family prefix key",
+    "plan": "family prefix key",
+    "bench": "family prefix key ema",
+    "features": "family prefix model-key ema clamp",
+    "export": "family prefix key ema clamp",
+}
+
+
+@pytest.mark.parametrize("command", CHOOSING)
+def test_weights_are_chosen_by_the_same_options(command: str) -> None:
+    own = options_of(command)
+    for name in CHOOSING[command].split():
+        first = next(one for one in CHOOSING if name in CHOOSING[one].split())
+        twin = options_of(first)[f"--{name}"]
+        assert (own[f"--{name}"].help, own[f"--{name}"].metavar) == (twin.help, twin.metavar)
+
+
+@pytest.fixture
+def several(here: Path) -> Path:
+    """The folder, with a pickle of two sets of weights, and a file of two copies of a VAE."""
+    tensors = seeded.tensors(KL)
+    doubled = {name: 2 * tensor for name, tensor in tensors.items()}
+    torch.save({"params": tensors, "params_ema": doubled}, here / "two.pt")
+    copies = {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}
+    copies |= {f"other.{name}": tensor for name, tensor in doubled.items()}
+    save_file(copies, here / "copies.safetensors")
+    return here
+
+
+# a command line that opens weights, W
+OPENING = {
+    "inspect": "inspect W",
+    "check": "check W --size 32",
+    "convert": "convert W o.safetensors --layout diffusers",
+    "diff": "diff W W",
+    "encode": "encode photo.png -m W -o o.safetensors",
+    "decode": "decode z.safetensors -m W -o o.png",
+    "reconstruct": "reconstruct photo.png -m W -o o.png",
+    "anatomy": "anatomy W --size 64",
+    "plan": "plan W --size 64 --no-time",
+    "bench": "bench W --size 64 --explain",
+    "features": "features photo.png -m W -l encoder.conv_in -o maps",
+    "export": "export W --half decoder --size 32 -o o.onnx",
+}
+
+
+@pytest.mark.parametrize("command", OPENING)
+def test_a_key_chooses_in_a_pickle(command: str, several: Path) -> None:
+    words = OPENING[command].replace("W", "two.pt").split()
+    option = "--model-key" if "-m" in words else "--key"
+    refused = run(*words)
+    assert refused.exit_code == 2 and f"pass {option} params" in refused.stderr
+    chosen = run(*words, option, "params")
+    assert chosen.exit_code == 0, chosen.stderr
+    assert run(*words, option, "absent", "--force").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [one for one in OPENING if one != "diff"])
+def test_a_prefix_chooses_among_copies(command: str, several: Path) -> None:
+    words = OPENING[command].replace("W", "copies.safetensors").split()
+    result = run(*words, "--prefix", "other")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_prefix_decides_the_result(several: Path) -> None:
+    found = []
+    for prefix in ("first_stage_model", "other"):
+        line = f"encode photo.png -m copies.safetensors --prefix {prefix} -o {prefix}.safetensors"
+        assert run(*line.split()).exit_code == 0
+        found.append(load_file(several / f"{prefix}.safetensors")["latents"])
+    assert not torch.allclose(*found)
+
+
+@pytest.mark.parametrize("command", [c for c in CHOOSING if "ema" in CHOOSING[c].split()])
+def test_averages_that_are_missing_are_named(command: str, here: Path) -> None:
+    line = OPENING[command].replace("W", "vae.safetensors").replace(" --explain", "")
+    result = run(*line.split(), "--ema")
+    assert result.exit_code == 2 and "no running averages" in result.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in CHOOSING if "clamp" in CHOOSING[c].split()])
+def test_values_beyond_a_dtype_are_clamped_on_request(command: str, here: Path) -> None:
+    tensors = seeded.tensors(KL)
+    tensors["decoder.conv_in.bias"] = tensors["decoder.conv_in.bias"].clone()
+    tensors["decoder.conv_in.bias"][0] = 70000.0
+    save_file(tensors, here / "large.safetensors")
+    words = OPENING[command].replace("W", "large.safetensors").split()
+    words += ["--dtype", "float16", "--family", "sd1"]
+    refused = run(*words)
+    assert refused.exit_code == 2 and "decoder.conv_in.bias" in refused.stderr
+    assert "or pass --clamp for the largest finite value" in refused.stderr
+    clamped = run(*words, "--clamp")
+    assert "were clamped, first decoder.conv_in.bias" in clamped.stderr
 
 
 # --- messages

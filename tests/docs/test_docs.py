@@ -18,9 +18,11 @@ from helpers.paths import ROOT
 from PIL import Image
 from test_imports import FLOORS
 
+from sdconv.report.explainer.page import explainer
+
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-SLOW = ("commands",)  # pages whose commands take long
+SLOW = ("commands", "datasets")  # pages whose commands take long
 LARGEST = 150_000  # bytes of an image
 
 
@@ -127,6 +129,12 @@ def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) ->
     assert {page.with_suffix(".html").name for page in PAGES} <= set(pages)
     loaded = r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(https?:)?//"
     assert [name for name, html in pages.items() if re.search(loaded, html)] == []
+
+
+def test_the_explainer_is_the_sites_first_page(site: Path) -> None:
+    home = (site / "index.html").read_text()
+    assert 0 < home.find('href="explainer/index.html"') < home.find('href="convolutions.html"')
+    assert (site / "explainer" / "index.html").read_text() == explainer()
 
 
 def test_equations_are_mathml(site: Path) -> None:

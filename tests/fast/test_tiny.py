@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import seeded
 from helpers.numbers import error
+from helpers.slow import first_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -74,7 +75,7 @@ def test_encode(network: AutoencoderTiny, calls: list[str]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", first_of([torch.bfloat16, torch.float16]))
 def test_16_bits(network: AutoencoderTiny, dtype: torch.dtype) -> None:
     exact = network.decode(drawn(*LATENTS)).sample
     half = seeded.network(network.config).to(dtype).requires_grad_(False)

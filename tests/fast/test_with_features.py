@@ -40,7 +40,7 @@ def by_kind(network: Any) -> dict[str, list[str]]:
 def test_capture_at_every_point(make: Any) -> None:
     network, given = make()
     with torch.no_grad():
-        with sdconv.capture(network, "*") as maps:
+        with sdconv.capture(network, [p.name for p in sdconv.features(network)]) as maps:
             plain = network(*given).sample
         expected = maps.to_dict()
         seen: set[str] = set()

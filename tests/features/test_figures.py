@@ -37,8 +37,9 @@ def maps() -> Maps:
 
 def test_a_figure_has_a_row_for_each_feature_map(maps: Maps) -> None:
     figure = maps.plot(channels=2)
-    assert len(figure.axes) == 2 * 6
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    drawings = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert len(drawings) == 2 * 6
+    titles = [axes.get_title(loc="left") for axes in drawings]
     assert titles[0].startswith("conv\n")
     drawn = figure.axes[1].images[0].get_array()
     assert torch.allclose(torch.as_tensor(drawn), maps["conv"][-1].tensor[0].mean(0), atol=1e-6)
@@ -46,6 +47,38 @@ def test_a_figure_has_a_row_for_each_feature_map(maps: Maps) -> None:
     assert titles[3] == f"\nchannel {variances.argmax()}"
     first = maps.plot("conv", call=0).axes[1].images[0].get_array()
     assert torch.allclose(torch.as_tensor(first), maps["conv"][0].tensor[0].mean(0), atol=1e-6)
+
+
+def test_a_figure_clips_outliers_and_centres_signed_values_on_zero() -> None:
+    torch.manual_seed(0)
+    signed = torch.randn(1, 3, 40, 40)
+    signed[0, 0, 0, 0] = 500.0
+    with torch.no_grad(), sdconv.capture(both := nn.Sequential(nn.Identity(), nn.ReLU()), "1") as m:
+        both(signed)
+    (call,) = (one.network_call for one in m.series("1"))
+    maps = Maps(
+        {
+            name: [CapturedMap(name, call, lambda x=x: x)]
+            for name, x in (  # type: ignore[misc]
+                ("signed", signed),
+                ("positive", signed.relu() + 1),
+                ("equal", torch.ones(1, 3, 4, 4)),
+            )
+        },
+        pipeline=False,
+    )
+    drawings = [axes for axes in maps.plot(channels=3).axes if axes.images]
+    shown = {}
+    for row, name in enumerate(maps):
+        (image,) = drawings[6 * row + 3].images  # the channel with the largest variance
+        shown[name] = image
+    low, high = shown["signed"].get_clim()
+    assert low == -high and high < 5
+    assert (shown["signed"].cmap.name, shown["signed"].colorbar.extend) == ("RdBu_r", "both")
+    low, high = shown["positive"].get_clim()
+    assert 1 <= low < high < 5
+    assert (shown["positive"].cmap.name, shown["positive"].colorbar.extend) == ("viridis", "max")
+    assert shown["equal"].colorbar.extend == "neither"
 
 
 def test_a_figure_can_be_written(maps: Maps, tmp_path: Any) -> None:

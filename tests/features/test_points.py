@@ -187,7 +187,7 @@ def test_points_that_are_not_one_convolution_have_no_kernel_stride_or_padding() 
     vae = sdconv.features(seeded.network(SMALL), 32)
     tiny = sdconv.features(seeded.network(seeded.tiny()), 32)
     without = {point.kind for point in (*vae, *listed(16)) if point.kernel is None}
-    kinds = "input hidden skip norm activation time resnet attention linear block"
+    kinds = "input hidden skip norm activation time resnet attention probs linear block"
     assert without == set(kinds.split())
     for point in (*vae, *listed(16), *tiny):
         assert (point.kernel is None) == (point.stride is None) == (point.padding is None)

@@ -5,6 +5,7 @@ the bytes:
 
 - ``HEAD /{owner}/{name}/resolve/{revision}/{file}``: a redirect stating commit, size and sha256;
 - ``POST /api/models/{owner}/{name}/paths-info/{revision}``: the repository's listing;
+- ``GET /api/models/{owner}/{name}/tree/{revision}[/{folder}]``: what is directly in a folder;
 - ``GET /{owner}/{name}/{file}``, at the store: the bytes, whole or from a ``Range`` on.
 """
 
@@ -14,6 +15,7 @@ import hashlib
 import json
 import re
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from typing import Any
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
 _STORED = re.compile(r"/([^/]+/[^/]+)/(.+)")
+_TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/[^/?]+(?:/([^?]*))?(?:\?.*)?")
 _PATHS_INFO = re.compile(r"/api/models/([^/]+/[^/]+)/paths-info/[^/]+")
 
 
@@ -40,6 +43,18 @@ class HubFile:
         self.sha256 = self.sha256 or hashlib.sha256(self.content).hexdigest()
         self.size = self.size or len(self.content)
         self.etag = self.etag or self.sha256
+
+    @classmethod
+    def small(cls, content: bytes) -> HubFile:
+        """A file that the repository holds itself, whose ETag is git's hash of a blob."""
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return cls(content, etag=git, listed=False)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """Its entry in the repository's listing."""
+        entry = {"type": "file", "path": name, "size": self.size, "oid": "0" * 40}
+        lfs = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
+        return {**entry, "lfs": lfs} if self.listed else entry
 
 
 @dataclass
@@ -69,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10
 
     def do_HEAD(self) -> None:
-        match = _RESOLVE.fullmatch(self.path)
+        match = _RESOLVE.fullmatch(urllib.parse.unquote(self.path))
         if match is None:
             return self._answer(404, {})
         repository, name = match.groups()
@@ -80,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         if file is None:
             return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         headers = {
-            "Location": f"{self.hub.store}/{repository}/{name}",
+            "Location": f"{self.hub.store}/{repository}/{urllib.parse.quote(name)}",
             "X-Repo-Commit": COMMIT,
             "X-Linked-ETag": f'"{file.etag}"',
             "X-Linked-Size": str(file.size),
@@ -92,16 +107,35 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         if match is None:
             return self._answer(404, {})
-        listing: list[dict[str, Any]] = []
-        for (repository, name), file in self.hub.files.items():
-            if repository == match[1]:
-                entry = {"type": "file", "path": name, "size": file.size, "oid": "0" * 40}
-                lfs = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
-                listing.append({**entry, "lfs": lfs} if file.listed else entry)
+        listing = [
+            file.entry(name)
+            for (repository, name), file in self.hub.files.items()
+            if repository == match[1]
+        ]
+        return self._answer(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
+
+    def _tree(self, repository: str, folder: str) -> None:
+        if repository in self.hub.refused:
+            status, code = self.hub.refused[repository]
+            return self._answer(status, {"X-Error-Code": code} if code else {})
+        start = f"{folder}/" if folder else ""
+        listing, folders = [], set()
+        for (owner, name), file in self.hub.files.items():
+            if owner == repository and name.startswith(start):
+                here, _, below = name.removeprefix(start).partition("/")
+                if below:
+                    folders.add(start + here)
+                else:
+                    listing.append(file.entry(name))
+        listing += [{"type": "directory", "path": one, "oid": "0" * 40} for one in sorted(folders)]
+        if not listing:
+            return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         return self._answer(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
 
     def do_GET(self) -> None:
-        match = _STORED.fullmatch(self.path)
+        if tree := _TREE.fullmatch(self.path):
+            return self._tree(tree[1], urllib.parse.unquote(tree[2] or ""))
+        match = _STORED.fullmatch(urllib.parse.unquote(self.path))
         file = self.hub.files.get((match[1], match[2])) if match else None
         if file is None:  # the client asks for other things too
             return self._answer(404, {})

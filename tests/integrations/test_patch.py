@@ -162,6 +162,19 @@ def test_applying_twice_changes_nothing_more() -> None:
     assert sdconv.remove_patch(net) == ()
 
 
+def test_another_backend_after_a_patch_is_reported() -> None:
+    net = unet()
+    total = sum(map(len, sdconv.apply_patch(net).replaced.values()))
+    assert f"replaced {total} blocks" in str(sdconv.apply_patch(unet(), backend="fast"))
+    again = sdconv.apply_patch(net)
+    assert again.switched == () and "switched" not in str(again)
+    fast = sdconv.apply_patch(net, backend="fast")
+    assert fast.replaced == {} and len(fast.switched) == fast.already == total
+    assert str(fast).splitlines()[1] == f"switched {total} of those to the fast backend"
+    assert sdconv.apply_patch(net, backend="fast").switched == ()
+    assert len(sdconv.apply_patch(net).switched) == total
+
+
 def test_parts_and_single_blocks() -> None:
     net = unet()
     kinds = classes(net)

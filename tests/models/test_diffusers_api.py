@@ -257,13 +257,16 @@ def test_options_of_save_pretrained(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
     ours.save_pretrained(tmp_path / "a", max_shard_size="1GB", push_to_hub=False)
     assert same(sdconv.load(tmp_path / "a"), ours)
-    for option in ({"push_to_hub": True}, {"save_function": print}, {"repo_id": "a/b"}):
-        with pytest.raises(sdconv.InputError, match="does not support") as caught:
-            ours.save_pretrained(tmp_path / "b", **option)
-        assert f"got: {next(iter(option))}\n" in str(caught.value)
+    with pytest.raises(sdconv.InputError, match="uploads nothing"):
+        ours.save_pretrained(tmp_path / "b", push_to_hub=True, repo_id="a/b")
+    with pytest.raises(sdconv.InputError, match="does not support"):
+        ours.save_pretrained(tmp_path / "b", use_flashpack=True)
     with pytest.raises(sdconv.InputError, match="not a size"):
         ours.save_pretrained(tmp_path / "b", max_shard_size="much")
     assert not (tmp_path / "b").exists()
+    # diffusers ignores these too
+    ours.save_pretrained(tmp_path / "c", save_function=print, repo_id="a/b", token=None)
+    assert same(sdconv.load(tmp_path / "c"), ours)
     with pytest.warns(sdconv.SdconvWarning, match="safetensors are written, not pickles"):
         ours.save_pretrained(tmp_path / "b", safe_serialization=False)
     assert same(sdconv.load(tmp_path / "b"), ours)
@@ -445,9 +448,10 @@ def test_attention_settings_change_no_result(kind: str) -> None:
     vae.enable_xformers_memory_efficient_attention()
     assert torch.equal(decoded(vae), expected)
     vae.unfuse_qkv_projections()
-    vae.set_default_attn_processor()
     vae.disable_xformers_memory_efficient_attention()
     assert torch.equal(decoded(vae), expected)
+    vae.set_default_attn_processor()  # which only rounds differently
+    assert torch.allclose(decoded(vae), expected, atol=1e-4)
     with pytest.raises(sdconv.SdconvError, match="cannot be replaced") as caught:
         vae.set_attn_processor({"a": attention_processor.AttnAddedKVProcessor()})
     assert "got: AttnAddedKVProcessor" in str(caught.value)
@@ -476,10 +480,9 @@ def test_use_tiling_gets_and_sets() -> None:
     assert not vae.use_tiling
     tiny = network("AutoencoderTiny")
     tiny.enable_tiling(False)
-    tiny.use_tiling = False
     assert not tiny.use_tiling
-    with pytest.raises(sdconv.SdconvError, match="tiling"):
-        tiny.use_tiling = True
+    tiny.use_tiling = True
+    assert tiny.use_tiling
 
 
 @pytest.mark.parametrize("level", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
@@ -501,6 +504,7 @@ def test_a_pipeline_offloads_in_groups() -> None:
         assert torch.equal(pipe.unet(*arguments).sample, expected)
 
 
+@pytest.mark.slow
 def test_methods_that_reach_the_transformers() -> None:
     ours, theirs = network("UNet2DConditionModel"), unets.theirs(UNET)
     arguments = unets.inputs(theirs.config)

@@ -119,8 +119,3 @@ def test_config_has_diffusers_values() -> None:
     for key, value in theirs.config.items():
         if not key.startswith("_"):
             assert config[key] == (tuple(value) if isinstance(value, list) else value), key
-
-
-def test_tiling_is_refused() -> None:
-    with pytest.raises(sdconv.SdconvError, match=r"AutoencoderTiny.enable_tiling: tiling is not"):
-        seeded.network(seeded.tiny()).enable_tiling()

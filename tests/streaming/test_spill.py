@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import seeded
 from helpers.paths import ROOT
+from helpers.slow import first_of
 from helpers.streamed import LINUX, open_files
 from torch import Tensor
 
@@ -101,7 +102,7 @@ with torch.no_grad():
 
 
 @LINUX
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize("how", first_of([signal.SIGKILL, signal.SIGINT, signal.SIGTERM]), ids=str)
 def test_nothing_is_left_by_a_process_that_was_stopped(how: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
     import_path = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdconv.errors import SdconvError
-from sdconv.fetch import COMPONENTS, FAMILIES, load_manifest
+from sdconv.hub.manifest import COMPONENTS, FAMILIES, load_manifest
 
 GOOD = {
     "repository": '"owner/name"',

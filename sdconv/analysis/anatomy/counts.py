@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 from math import prod
 from typing import Any
 
 ROLES = ("convolution", "attention", "embedding", "normalisation", "activation", "upsampling")
 """The kinds of operations."""
+
+_MACS = frozenset({"convolution", "attention", "embedding"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,22 @@ class Operation:
     downscale: tuple[Fraction, Fraction]
     global_receptive_field: bool
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image: of convolutions, linear layers and attention, as
+        torch's FlopCounterMode counts them, who calls each two FLOPs."""
+        return self.multiplies if self.role in _MACS else 0
+
+    @property
+    def activations(self) -> int:
+        """Values in its output, for one image."""
+        return prod((self.out_channels, *self.out_size))
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON has them; a downscale factor is text such as ``"1/2"``."""
-        return {**vars(self), "downscale": [str(factor) for factor in self.downscale]}
+        downscale = [str(factor) for factor in self.downscale]
+        own = {"macs": self.macs, "activations": self.activations}
+        return {**vars(self), **own, "downscale": downscale}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +123,17 @@ class Block:
         """Multiplies for one image."""
         return sum(one.multiplies for one in self.operations)
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return sum(one.macs for one in self.operations)
+
+    @property
+    def activations(self) -> int:
+        """Values in the outputs of all its operations, for one image: what training keeps of an
+        image for the backward pass."""
+        return sum(one.activations for one in self.operations)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Total:
@@ -115,6 +143,7 @@ class Total:
     operations: int
     parameters: int
     multiplies: int
+    macs: int
     parameter_share: float
     multiply_share: float
 
@@ -144,6 +173,52 @@ class Anatomy:
         return sum(one.multiplies for one in self.operations)
 
     @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image, through the latents and back."""
+        return sum(one.macs for one in self.operations)
+
+    def at_depth(self, depth: int) -> Anatomy:
+        """The same operations in coarser blocks: those whose names share their first ``depth``
+        parts, such as ``encoder.down_blocks.0`` at depth 3."""
+
+        def group(one: Operation) -> tuple[str, str]:
+            return one.path, ".".join(one.block.split(".")[:depth])
+
+        blocks = []
+        for (path, name), members in groupby(self.operations, key=group):
+            own = tuple(members)
+            kinds = {one.block_class for one in own if one.block == name}
+            class_name = kinds.pop() if len(kinds) == 1 else ""
+            blocks.append(Block(name=name, class_name=class_name, path=path, operations=own))
+        return replace(self, blocks=tuple(blocks))
+
+    def to_rows(self, *, every: bool = False, itemsize: int = 4) -> Iterator[dict[str, Any]]:
+        """A flat row for each block, or for each operation with ``every``, as a CSV file has them.
+
+        Args:
+            every: one row for each operation.
+            itemsize: bytes of a value, for the memory of weights and activations.
+        """
+        for block in self.blocks:
+            for one in block.operations if every else (block,):
+                yield {
+                    "path": block.path,
+                    "block": block.name,
+                    "name": one.name,
+                    "kind": one.role if isinstance(one, Operation) else one.class_name,
+                    "in_channels": one.in_channels,
+                    "out_channels": one.out_channels,
+                    "in_rows": one.in_size[0],
+                    "in_columns": one.in_size[1],
+                    "out_rows": one.out_size[0],
+                    "out_columns": one.out_size[1],
+                    "parameters": one.parameters,
+                    "weight_bytes": one.parameters * itemsize,
+                    "activation_bytes": one.activations * itemsize,
+                    "macs": one.macs,
+                }
+
+    @property
     def peak_values(self) -> int:
         """The most values that one operation's input and output hold together."""
         return max(
@@ -164,6 +239,7 @@ class Anatomy:
                 operations=len(own),
                 parameters=(parameters := sum(one.parameters for one in own)),
                 multiplies=(multiplies := sum(one.multiplies for one in own)),
+                macs=sum(one.macs for one in own),
                 parameter_share=parameters / self.parameters,
                 multiply_share=multiplies / self.multiplies,
             )
@@ -179,6 +255,7 @@ class Anatomy:
             "size": self.size,
             "parameters": self.parameters,
             "multiplies": self.multiplies,
+            "macs": self.macs,
             "totals": [vars(total) for total in self.totals],
             "blocks": [
                 {
@@ -187,6 +264,8 @@ class Anatomy:
                     "path": block.path,
                     "parameters": block.parameters,
                     "multiplies": block.multiplies,
+                    "macs": block.macs,
+                    "activations": block.activations,
                     "in_size": block.in_size,
                     "out_size": block.out_size,
                     "in_channels": block.in_channels,

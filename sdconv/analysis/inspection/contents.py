@@ -224,7 +224,7 @@ def _inspect_source(
         view = SourceView(source)
         identified = view.identify(family, prefix=prefix)
         entries = {name: _entry(view, name) for name in view.shapes}
-        notes = notes_on(view)
+        notes = notes_on(view, identified)
     except (UnknownNetworkError, WeightsMismatchError) as error:
         problem = str(error)
     taken = {name for one in identified for name in one.found.names.values()}

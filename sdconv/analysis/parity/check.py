@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.analysis.parity.compare import ModuleDifference, compare
+from sdconv.checkpoint.io.narrow import Caster
 from sdconv.checkpoint.io.source import open_source
 from sdconv.checkpoint.open import SourceView, Weights, pipeline_parts
 from sdconv.devices import usable_device
@@ -93,6 +95,10 @@ def check(
     size: tuple[int, int] | None = None,
     seed: int = 0,
     batch: int = 1,
+    prefix: str | None = None,
+    ema: bool = False,
+    clamp: bool = False,
+    on_module: Callable[[str, int, int], None] | None = None,
 ) -> ParityReport:
     """Build a file's network with sdconv and with a reference, and compare every module.
 
@@ -101,7 +107,7 @@ def check(
     ``sdconv.analysis.parity.compare``.
 
     Args:
-        path, component, family: as for ``sdconv.load``.
+        path, component, family, prefix, ema, clamp: as for ``sdconv.load``.
         against: ``"diffusers"``.
         dtype: the dtype that both compute in; None for float32.
         device: ``"cpu"`` or ``"cuda"``.
@@ -110,6 +116,7 @@ def check(
         seed: of the random input. Images and latents are standard normal, timesteps and labels
             uniform.
         batch: how many images or latents at once.
+        on_module: called after each module with its name, the number compared so far, and of all.
 
     Raises:
         InputError: an argument is invalid, or there is no such device.
@@ -130,8 +137,14 @@ def check(
         raise InputError(
             "unknown reference", where="against", expected="'diffusers'", got=repr(against)
         )
-    ours = load(path, component, dtype=dtype, device=device, family=family)
-    other = reference_network(path, ours, component=component, family=family, dtype=dtype)
+    chosen: dict[str, Any] = {
+        "component": component,
+        "family": family,
+        "prefix": prefix,
+        "ema": ema,
+    }
+    ours = load(path, dtype=dtype, device=device, clamp=clamp, **chosen)
+    other = reference_network(path, ours, dtype=dtype, clamp=clamp, **chosen)
     exact = device.type == "cpu" and dtype in _EXACT
     truth = None if exact else copy.deepcopy(other.network).double()
     inputs = inputs_for(ours, size, Noise(batch, seed, dtype, device))
@@ -144,7 +157,7 @@ def check(
         dtype=_short(dtype),
         device=str(device),
         input_shapes={method: tuple(given[0].shape) for method, given in inputs.items()},
-        rows=compare(ours, other.network.to(device), inputs, truth=truth),
+        rows=compare(ours, other.network.to(device), inputs, truth=truth, on_module=on_module),
         tolerance_source=_EQUAL if exact else _WITHIN.format(dtype=_short(dtype)),
     )
 
@@ -183,11 +196,14 @@ def reference_network(
     component: str | None = None,
     family: str | None = None,
     dtype: torch.dtype = torch.float32,
+    prefix: str | None = None,
+    ema: bool = False,
+    clamp: bool = False,
 ) -> Reference:
     """diffusers' network of a file, in eval mode, where the file's tensors are.
 
     Args:
-        path, component, family: those that ``ours`` was loaded with.
+        path, component, family, prefix, ema, clamp: those that ``ours`` was loaded with.
         ours: sdconv's network of the same file. Tensors that hold the same values on the same
             device are shared with it.
         dtype: the dtype of its weights.
@@ -202,12 +218,17 @@ def reference_network(
     with open_source(next(iter(parts.values()), path)) as source:
         view = SourceView(source)
         (one,) = (
-            one for one in view.identify(family, component) if component in (None, one.component)
+            one
+            for one in view.identify(family, component, prefix)
+            if component in (None, one.component)
         )
         state, tensors = ours.state_dict(), {}
+        caster = Caster(source.label, clamp=clamp)
         for canonical, name in one.found.names.items():
-            tensor = view.tensor(name)
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            stored = one.found.ema[canonical] if ema else name
+            tensor = view.tensor(stored)
+            if tensor.is_floating_point():
+                tensor = caster.cast(tensor, dtype, stored, tensor.device)
             tensors[name.removeprefix(one.found.prefix)] = _share(tensor, state[canonical])
         network, conversion = peer(one.config, source.config, tensors, one.found.layout)
     return Reference(network, VERSION, conversion, source.label, one.component)

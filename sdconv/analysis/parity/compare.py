@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
@@ -58,7 +58,12 @@ class ModuleDifference:
 
 
 def compare(
-    ours: nn.Module, theirs: nn.Module, inputs: Inputs, *, truth: nn.Module | None = None
+    ours: nn.Module,
+    theirs: nn.Module,
+    inputs: Inputs,
+    *,
+    truth: nn.Module | None = None,
+    on_module: Callable[[str, int, int], None] | None = None,
 ) -> tuple[ModuleDifference, ...]:
     """Run both networks in lockstep and compare the outputs of modules of the same name.
 
@@ -69,6 +74,8 @@ def compare(
             difference passes if it is at most twice ``theirs``' own error at that module,
             ``max|theirs - truth| / max|truth|``, or twice the dtype's rounding unit if that is
             more: two results that each err by no more than this are no further apart.
+        on_module: called after each module that has not run before, with its name, the number of
+            them so far, and of all.
 
     Returns:
         A row for each call of each module that both have, in the order in which they finish. The
@@ -85,7 +92,11 @@ def compare(
             _ReferenceOutputs(run(truth, in_float64(inputs, truth))) if truth is not None else None
         )
         rows = []
+        seen: set[str] = set()
         for own in run(ours, inputs):
+            seen.add(own.name)
+            if on_module is not None:
+                on_module(own.name, min(len(seen), len(names)), len(names))
             expected = reference.matching(own)
             tolerance = 0.0
             if exact is not None and expected is not None:

@@ -284,6 +284,11 @@ def is_extra(name: str, shape: tuple[int, ...]) -> bool:
     return alone or bool(_EXTRAS.fullmatch(name))
 
 
+def is_constant(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is no weight but a number of the noise schedule, a statistic or a mark."""
+    return is_extra(name, shape) or bool(_SCHEDULE.fullmatch(name))
+
+
 _TINY_NAME = re.compile(
     r"(?P<prefix>(?:.*\.)?)(?P<half>(?:taesd_)?(?:encoder|decoder)\.)(?P<layers>layers\.)?(?P<rest>[0-9]{1,4}\..+)"
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks, main_network
 from sdconv.checkpoint.identify.others import other_kind, other_unet, tiny_video
-from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, collapsed
+from sdconv.checkpoint.identify.shapes import BY_CONFIG, InferredConfig, NetworkShapes, collapsed
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import open_unet, read_unet
 from sdconv.checkpoint.identify.vae import (
@@ -355,7 +355,9 @@ def _with_config(
             where=where,
             expected=found.kind,
             got=name,
-            hint="remove the config: it is then inferred from the shapes",
+            hint="remove the config: it is then inferred from the shapes"
+            if name in _CONFIGS
+            else "run it with the library that has this class",
         )
     config = _CONFIGS[found.kind].from_json(given, where)
     if isinstance(config, UNet2DConditionConfig):
@@ -387,7 +389,7 @@ def _with_config(
         found=found,
         config=config,
         family=family or _named_by(config, read),
-        evidence="its config",
+        evidence=BY_CONFIG,
         open_to=config.open_to if family is None else (),
         guess=guess,
         contradicted=() if read is None else tuple(_contradicted(config, read.config)),

@@ -110,6 +110,18 @@ _KINDS: tuple[tuple[str, tuple[_Sign, ...]], ...] = (
         (_Sign(r"backbone\.0\.0\.weight"), _Sign(r"mapper\.0\.weight")),
     ),
     (
+        "Stable Video Diffusion's U-Net",
+        (_Sign(r"(.*\.)?[0-9]+\..*(temporal_res_block|temporal_transformer_blocks)\..+"),),
+    ),
+    ("Stable Video Diffusion's U-Net", (_Sign(r"(.*\.)?output_blocks\..+\.time_stack\..+"),)),
+    ("AnimateDiff's layers over time, or a U-Net with them", (_Sign(r".*motion_modules\..+"),)),
+    (
+        "a U-Net for videos, with layers over time",
+        (_Sign(r".*(temp_convs|temp_attentions)\.[0-9]+\..+"),),
+    ),
+    ("a ControlNet", (_Sign(r"(.*\.)?(controlnet_cond_embedding|input_hint_block)\..+"),)),
+    ("a T2I-Adapter", (_Sign(r"adapter\.body\.[0-9]+\..+"),)),
+    (
         "a VAE for videos, with convolutions over time",
         (_Sign(r"(encoder|decoder)\..+", _AXES_OF_VIDEO),),
     ),

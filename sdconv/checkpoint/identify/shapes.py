@@ -18,6 +18,10 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 Shape = tuple[int, ...]
 
 
+# What decided, where it was not the weights.
+BY_CALLER, BY_CONFIG = "given by the caller", "its config"
+
+
 @dataclass(frozen=True, kw_only=True)
 class InferredConfig:
     """A network's config, and how it was decided.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, Shape
+from sdconv.checkpoint.identify.shapes import BY_CALLER, InferredConfig, NetworkShapes, Shape
 from sdconv.config import AutoencoderTinyConfig
 
 TINY_FAMILIES = ("taesd", "taesdxl", "taesd3", "taef1", "taef2", "taesana")
@@ -54,7 +54,7 @@ def read_tiny(shapes: NetworkShapes, family: str | None = None) -> InferredConfi
         shift_factor=assumed["shift_factor"],
     )
     if family is not None:
-        return InferredConfig(config=config, family=family, evidence="given by the caller")
+        return InferredConfig(config=config, family=family, evidence=BY_CALLER)
     name = (
         "taef2"
         if pooled

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdconv.checkpoint.identify.metadata import family_in
-from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, collapsed
+from sdconv.checkpoint.identify.shapes import (
+    BY_CALLER,
+    InferredConfig,
+    NetworkShapes,
+    collapsed,
+)
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS, TEXT_WIDTHS
@@ -55,7 +60,7 @@ def read_unet(
                 expected=" or ".join(fitting),
                 got=repr(family),
             )
-        name, evidence = family, "given by the caller"
+        name, evidence = family, BY_CALLER
     facts = UNET_FACTS[name]
     time_channels, first = shapes.axes("time_embedding.linear_1.weight", 2)
     inputs, crosses = (

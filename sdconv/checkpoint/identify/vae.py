@@ -10,7 +10,7 @@ from typing import Any
 
 from sdconv.checkpoint.identify.find import DetectedNetwork
 from sdconv.checkpoint.identify.metadata import KEY, family_in
-from sdconv.checkpoint.identify.shapes import InferredConfig, NetworkShapes, Shape
+from sdconv.checkpoint.identify.shapes import BY_CALLER, InferredConfig, NetworkShapes, Shape
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
@@ -319,7 +319,7 @@ def _vae_family(
     fitting = _fitting(latent)
     if family is not None:
         check_family(family, latent)
-        return _FamilyChoice(family, "given by the caller")
+        return _FamilyChoice(family, BY_CALLER)
     said = family_in(around.metadata)
     shown = _shown(around, fitting)
     if shown is not None:

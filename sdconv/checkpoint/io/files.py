@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from sdconv.errors import CheckpointError, InputError, MissingFileError, SdconvError
+from sdconv.hub.names import weights_named
 
 LARGEST_TEXT = 100_000_000
 """The most bytes of a header, index or pickle program that are read; safetensors' own limit."""
 
 AGAIN = "download or copy the file again, and compare its size with the one on its page"
 
+_IMAGE = "name the file or folder that holds the weights; images are arguments of their own"
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs",
@@ -47,6 +49,13 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89hdf", "is an HDF5 file", "convert it to safetensors with the library that wrote it"),
     (b"\x1f\x8b", "is compressed with gzip", "unpack it first"),
     (b"7z\xbc\xaf", "is a 7-zip archive", "unpack it first"),
+    (b"\xff\xd8\xff", "is a JPEG image, not weights", _IMAGE),
+    (b"\x89png", "is a PNG image, not weights", _IMAGE),
+    (b"gif8", "is a GIF image, not weights", _IMAGE),
+    (b"riff", "is a WebP image or another RIFF file, not weights", _IMAGE),
+    (b"ii*\0", "is a TIFF image, not weights", _IMAGE),
+    (b"mm\0*", "is a TIFF image, not weights", _IMAGE),
+    (b"%pdf", "is a PDF, not weights", "name the file or folder that holds the weights"),
 )
 
 
@@ -59,6 +68,20 @@ def as_path(path: object) -> Path:
     if not isinstance(path, str | Path) or path == "":
         raise InputError("not a path", expected="a str or a pathlib.Path", got=short(path))
     return Path(path)
+
+
+def weights_path(path: object) -> Path:
+    """The path of weights, also for a name: of a network that ships with sdconv, or of weights that
+    were fetched from the hub. A path that exists is never taken for a name.
+
+    Raises:
+        MissingFileError: a name, whose weights are not on this machine.
+        InputError: it is not a ``str`` or a ``Path``, or it is empty.
+    """
+    given = as_path(path)
+    with os_errors(given):
+        exists = given.exists()
+    return given if exists else weights_named(str(path)) or given
 
 
 def regular_file(path: str | Path) -> tuple[Path, int]:

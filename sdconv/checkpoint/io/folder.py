@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from sdconv.checkpoint.io.files import AGAIN, as_path, os_errors, read_json, short
+from sdconv.checkpoint.io.files import AGAIN, as_path, os_errors, read_json, short, weights_path
 from sdconv.errors import CheckpointError
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
@@ -132,7 +132,7 @@ def folder_at(path: object) -> Folder | None:
     """
     if not isinstance(path, str | Path):
         return None
-    folder = as_path(path)
+    folder = weights_path(path)
     with os_errors(folder):
         if not folder.is_dir():
             return None

@@ -23,10 +23,14 @@ class Caster:
     Args:
         where: the weights' name, for messages.
         clamp: whether such values become the largest finite one; infinity stays infinity.
+        count: whether to note the tensors whose values change, which takes a second pass.
+
+    ``rounded``: the names of those tensors.
     """
 
-    def __init__(self, where: object, *, clamp: bool = False) -> None:
-        self._where, self._clamp = where, clamp
+    def __init__(self, where: object, *, clamp: bool = False, count: bool = False) -> None:
+        self._where, self._clamp, self._count = where, clamp, count
+        self.rounded: set[str] = set()
         self._clamped: dict[str, float] = {}
         self._limit = 0.0
 
@@ -42,6 +46,10 @@ class Caster:
             CheckpointError: a finite value would become infinite, and ``clamp`` is not set.
         """
         result = tensor.to(device, dtype)
+        if self._count and dtype != tensor.dtype and name not in self.rounded:
+            back = result.to(tensor.device, tensor.dtype)
+            if not bool(((back == tensor) | (back.isnan() & tensor.isnan())).all()):
+                self.rounded.add(name)
         if not (tensor.is_floating_point() and _is_narrower(dtype, tensor.dtype)):
             return result
         if not (overflowed := result.isinf() & ~tensor.isinf().to(device)).any():
@@ -59,8 +67,7 @@ class Caster:
                 where=self._where,
                 expected=f"values from {-limit:g} to {limit:g}",
                 got=f"{int(overflowed.sum())} beyond that",
-                hint=f"use {wider}, or pass clamp= (`sdconv convert --clamp`) for the largest "
-                "finite value",
+                hint=f"use {wider}, or pass clamp=True for the largest finite value",
             )
         if name not in self._clamped or abs(value) > abs(self._clamped[name]):
             self._clamped[name] = value

@@ -87,9 +87,13 @@ def weights_key(key: str | None) -> Iterator[None]:
 
     Args:
         key: where the weights are, such as ``"params_ema"`` or ``"model.state_dict"``; ``"."`` for
-            the outermost dict. None for the only ones.
+            the outermost dict. None for the only ones, or for those chosen by a context around
+            this one.
     """
-    if key is not None and not isinstance(key, str):
+    if key is None:
+        yield
+        return
+    if not isinstance(key, str):
         raise InputError(
             "not a name", where="key", expected="'ema', 'model.state_dict' or the like", got=key
         )
@@ -369,7 +373,7 @@ def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
             where=file,
             expected="one set of weights",
             got=_listed(candidates),
-            hint=f"choose: sdconv.load(path, key={names[0]!r}), --key {names[0]}",
+            hint=f"to choose, pass key={names[0]!r}",
         )
     usual = [dicts[name] for name in (*WRAPPERS, _OUTERMOST) if name in dicts]
     others = list(dicts.values()) if len(dicts) == 1 else []

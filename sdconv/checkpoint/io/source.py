@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import torch
 
-from sdconv.checkpoint.io.files import as_path, os_errors, short
+from sdconv.checkpoint.io.files import os_errors, short, weights_path
 from sdconv.checkpoint.io.folder import (
     Folder,
     FolderWeights,
@@ -372,14 +372,14 @@ def open_files(
     """``open_source`` for anything but a folder."""
     match path_or_paths:
         case str() | Path():
-            path = as_path(path_or_paths)
+            path = weights_path(path_or_paths)
             if (weights := weights_of_index(path)) is not None:
                 return _open_weights(path, weights, config_in(path.parent))
             return Source(str(path), [_open_file(path)], config_next_to([path]))
         case Mapping():
             return Source("state dict in memory", [_in_memory(path_or_paths)])
         case Sequence() if path_or_paths and not isinstance(path_or_paths, bytes | bytearray):
-            paths = [as_path(path) for path in path_or_paths]
+            paths = [weights_path(path) for path in path_or_paths]
             opened = [_open_file(path) for path in paths]
             return Source(", ".join(map(str, paths)), opened, config_next_to(paths))
     raise InputError(

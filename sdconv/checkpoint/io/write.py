@@ -194,7 +194,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except ValueError as error:
         raise _unwritable(path, error) from error
     try:
-        with _made(path.parent):
+        with made_folder(path.parent):
             start = f".{path.name[:40]}."
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=start, suffix=".part")
             os.close(handle)
@@ -217,7 +217,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def made_folder(folder: Path) -> Iterator[None]:
     """Creates a folder, and removes it again if the work in it fails."""
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:

@@ -7,6 +7,7 @@ text projection transposed. Source: ``open_clip/transformer.py``; the inverse is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from sdconv.checkpoint.keys.keymap import NUMBER, KeyMap
@@ -67,3 +68,34 @@ def open_clip_names(names: Collection[str]) -> dict[str, tuple[str, ...]] | None
         if len(pieces) != (3 if ".in_proj_" in target else 1):
             return None
     return {target: tuple(pieces) for target, pieces in made.items()} or None
+
+
+_IN_PROJECTION = re.compile(
+    rf"transformer\.resblocks\.(?P<layer>{NUMBER})\.attn\.in_proj_(?P<tail>weight|bias)"
+)
+
+
+def clip_names(names: Collection[str]) -> dict[str, tuple[str, int | None, bool]]:
+    """transformers' names, with ``text_model.``, of the tensors of a text encoder in either layout.
+
+    Returns:
+        Each with its name in the file, the third of that tensor's rows that it is (None for the
+        whole), and whether it is transposed there. Names of neither layout are left out.
+    """
+    result: dict[str, tuple[str, int | None, bool]] = {}
+    for name in names:
+        if match := _IN_PROJECTION.fullmatch(name):
+            attention = f"text_model.encoder.layers.{match['layer']}.self_attn"
+            for third, letter in enumerate("qkv"):
+                result[f"{attention}.{letter}_proj.{match['tail']}"] = (name, third, False)
+        elif (own := _KEYS.canonical(name)) is not None:
+            result[long_name(own)] = (name, None, name == TRANSPOSED)
+        elif _KEYS.original(long_name(name).removeprefix("text_model.")) is not None:
+            result[long_name(name)] = (name, None, False)
+    return result
+
+
+def open_clip_name(name: str) -> str | None:
+    """OpenCLIP's name of a tensor by transformers'; None if it has none of its own."""
+    short = long_name(name).removeprefix("text_model.")
+    return None if "self_attn." in short and "out_proj" not in short else _KEYS.original(short)

@@ -108,7 +108,8 @@ class Scratch(threading.local):
         if last is not None and last[0] == shape and last[1] is dtype:
             return last[2]
         size = dtype.itemsize * math.prod(shape)
-        view = self.block(name, size)[:size].view(dtype).view(shape)
+        with torch.inference_mode(False):  # so that calls outside of it can write into the view
+            view = self.block(name, size)[:size].view(dtype).view(shape)
         self._views[name] = (shape, dtype, view)
         return view
 

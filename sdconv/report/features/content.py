@@ -4,6 +4,7 @@ budget."""
 from __future__ import annotations
 
 import json
+import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,9 +14,11 @@ from PIL import Image
 
 from sdconv.errors import InputError
 from sdconv.features.rendering import (
+    CLIPPED,
     Pixels,
     Values,
     downscaled,
+    is_signed,
     principal_components,
     statistics,
     to_grey,
@@ -33,8 +36,11 @@ LARGE_SIDES = (256, 128, 64, 32)
 SMALL = 40
 """Side of the images in the drawing."""
 
-_LARGE_SHARE, _SMALL_SHARE = 0.1, 0.05  # of the bytes
-_PER_SNAPSHOT, _PER_CHANNEL, _FIXED = 1200, 22, 120_000  # bytes in addition to images, at most
+DETAILED = 16
+"""Channels of a feature map whose exact values are on the page, unless others are asked for."""
+
+_LARGE_SHARE, _SMALL_SHARE, _EXACT_SHARE = 0.1, 0.05, 0.3  # of the bytes
+_PER_SNAPSHOT, _PER_CHANNEL, _FIXED = 1400, 33, 160_000  # bytes in addition to images, at most
 _LEAST = 300  # bytes for the images of one feature map
 _IN_BASE64 = 4 / 3
 
@@ -44,11 +50,13 @@ Progress = Callable[[str, int, int], object]
 class Content:
     """The page's data blocks, made one by one, so that only one feature map is in memory at a time.
 
-    Each feature map gets a share of the remaining bytes in proportion to its pixels.
+    Each feature map gets a share of the remaining bytes in proportion to its pixels. The channels
+    with the largest variance are also there in float16, at their own resolution.
 
     Args:
         maps: in the page's order.
         limit: bytes of the whole page.
+        detailed: the number of those channels, as far as the bytes allow.
         progress: called with the name of a feature map, the number of snapshots done, and the
             number in all.
 
@@ -56,8 +64,10 @@ class Content:
         InputError: too many feature maps to leave room for their images.
     """
 
-    def __init__(self, maps: Sequence[FeatureMap], limit: int, progress: Progress) -> None:
-        self._maps, self._progress = maps, progress
+    def __init__(
+        self, maps: Sequence[FeatureMap], limit: int, detailed: int, progress: Progress
+    ) -> None:
+        self._maps, self._progress, self._detailed = maps, progress, detailed
         snapshots = [snapshot for one in maps for snapshot in one.snapshots]
         self.total = len(snapshots)
         self.thumbnail: int | None = None
@@ -67,7 +77,11 @@ class Content:
         numbers = sum(snapshot.shape[0] for snapshot in snapshots) * _PER_CHANNEL
         room = (limit - _FIXED - self.total * _PER_SNAPSHOT - numbers) / _IN_BASE64
         self._for_frames = room * _SMALL_SHARE
-        self._left = room - self._for_frames
+        self._exact_weight = sum(map(self._values, snapshots))
+        # compressed, two bytes for each value are enough
+        most = 2.1 * self._exact_weight + 100 * detailed * self.total
+        self._for_exact = min(room * _EXACT_SHARE, most)
+        self._left = room - self._for_frames - self._for_exact
         if self._left < self.total * _LEAST:
             raise InputError(
                 "too many feature maps for one page",
@@ -77,17 +91,21 @@ class Content:
             )
 
     def snapshots(self) -> Iterator[tuple[str, str]]:
-        """Names and texts of the data blocks of single snapshots."""
+        """Names and texts of the data blocks of single snapshots, two for each: images, and exact
+        values."""
         done = 0
         for one, facts, small in zip(self._maps, self.facts, self._small, strict=True):
             directions: Values | None = None
             for snapshot in one.snapshots:
                 self._progress(one.name, done, self.total)
                 name = f"snapshot-{done}"
-                text, known, image, directions = self._snapshot(snapshot, directions)
-                facts.append({"id": name, **known})
+                maps = snapshot.read()
+                text, known, image, directions = self._snapshot(snapshot, maps, directions)
                 small.append(image)
                 yield name, text
+                exact = self._exact(snapshot, maps)
+                facts.append({"id": name, "exact": list(map(int, exact)), **known})
+                yield f"exact-{done}", json.dumps(exact)
                 done += 1
         self._progress("", done, self.total)
 
@@ -113,12 +131,35 @@ class Content:
         distances = [(one.half != half, abs(one.step - step)) for one in snapshots]
         return distances.index(min(distances))
 
+    def _values(self, snapshot: Snapshot) -> int:
+        channels, height, width = snapshot.shape
+        return min(channels, self._detailed) * height * width
+
+    def _exact(self, snapshot: Snapshot, maps: Values) -> dict[str, str]:
+        """Values of the channels with the largest variance, as many as there is room for: float16,
+        the low bytes before the high ones, compressed; by number of the channel."""
+        share = self._values(snapshot) / max(self._exact_weight, 1)
+        allowed = self._for_exact * share
+        order = np.argsort(-np.nan_to_num(maps.var((1, 2))), kind="stable")[: self._detailed]
+        found: dict[str, str] = {}
+        used = 0
+        for channel in order.tolist():
+            with np.errstate(over="ignore"):
+                halves = np.ascontiguousarray(maps[channel].astype("<f2"))
+            data = zlib.compress(halves.view(np.uint8).reshape(-1, 2).T.tobytes(), 5)
+            if used + len(data) > allowed:
+                break
+            used += len(data)
+            found[str(channel)] = _base64(data)
+        self._exact_weight -= self._values(snapshot)
+        self._for_exact -= used
+        return found
+
     def _snapshot(
-        self, snapshot: Snapshot, like: Values | None
+        self, snapshot: Snapshot, maps: Values, like: Values | None
     ) -> tuple[str, dict[str, Any], Pixels, Values]:
         """The text of its data block, its entry in the index, its image in the drawing, and its
         principal directions."""
-        maps = snapshot.read()
         found = statistics(maps)
         large = downscaled(maps, LARGE_SIDES[0])
         components, directions, share = principal_components(large, like)
@@ -135,7 +176,8 @@ class Content:
         if side < min(SIDES[0], max(snapshot.shape[1:])):
             self.thumbnail = min(side, self.thumbnail or side)
 
-        numbers = np.stack([found.mean, found.variance, *ranges.T]).astype("<f4")
+        ends = _ends(maps)
+        numbers = np.stack([found.mean, found.variance, *ranges.T, *ends]).astype("<f4")
         block = {
             "columns": sheet.columns,
             "width": sheet.width,
@@ -159,9 +201,32 @@ class Content:
             "counts": found.counts.tolist(),
             "notFinite": found.not_finite,
             "pca": _short(share),
-            "planes": [[_short(value) for value in pair] for pair in bounds.tolist()],
+            "planes": [
+                [_short(value) for value in four]
+                for four in np.stack([*bounds.T, *_ends(planes)], 1).tolist()
+            ],
+            "signed": is_signed(*_clipped_range(maps)),
         }
         return json.dumps(block), facts, _square(to_rgb(components)), directions
+
+
+def _ends(maps: Values) -> tuple[Values, Values]:
+    """The smallest and the largest value of each channel, without NaN and infinity."""
+    flat = maps.reshape(len(maps), -1)
+    finite = np.isfinite(flat)
+    low = np.where(finite, flat, np.inf).min(1)
+    high = np.where(finite, flat, -np.inf).max(1)
+    return np.nan_to_num(low, posinf=0.0), np.nan_to_num(high, neginf=0.0)
+
+
+def _clipped_range(maps: Values) -> tuple[float, float]:
+    """The range of all values but the few that are clipped, estimated from some of them."""
+    finite = maps[np.isfinite(maps)]
+    some = finite[:: max(1, finite.size // 100_000)]
+    if not some.size:
+        return 0.0, 0.0
+    low, high = np.percentile(some, (CLIPPED, 100 - CLIPPED))
+    return float(low), float(high)
 
 
 def _weight(snapshot: Snapshot) -> float:

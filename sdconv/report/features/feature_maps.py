@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import partial
 
 from torch import Tensor
@@ -13,7 +12,11 @@ from sdconv.features.maps import CapturedMap, Maps
 from sdconv.features.points import Point
 from sdconv.features.rendering import Values, as_maps
 from sdconv.report.features.drawing import WHOLE, Drawing, box_of
+from sdconv.report.features.kernels import padding_words, true_stride
 from sdconv.sizes import count, format_pair
+
+THIS_RUN = "this run"
+"""What the page calls the run that it is of, next to others."""
 
 _TIMES = " \u00d7 "
 
@@ -28,7 +31,7 @@ class Snapshot:
         shape: of the values, ``(C, H, W)``.
         step: the number of the call.
         timestep: of the call, if the network has one.
-        half: the guidance half, if there are two.
+        half: the guidance half, if there are two; or the run, if there are several.
     """
 
     read: Callable[[], Values]
@@ -61,12 +64,19 @@ class FeatureMap:
         return inside or "output"
 
 
-def feature_maps(maps: Maps, points: Iterable[Point], drawing: Drawing) -> list[FeatureMap]:
+def feature_maps(
+    maps: Maps,
+    points: Iterable[Point],
+    drawing: Drawing,
+    others: Mapping[str, Maps] | None = None,
+) -> list[FeatureMap]:
     """Captured feature maps for the page, in the order of the drawing's boxes.
 
     Args:
         maps: of one network; of a batch the first sample is shown, and the first of each half where
             guidance doubles the batch.
+        others: other runs of the network to compare with, by what the page calls them; of these the
+            layers are shown that ``maps`` has.
         points: the network's.
         drawing: of the network, with a box for each of the feature maps.
 
@@ -77,7 +87,11 @@ def feature_maps(maps: Maps, points: Iterable[Point], drawing: Drawing) -> list[
     names = [box.name for box in drawing.boxes]
     found = []
     for name in maps:
-        snapshots = [shot for captured in maps.series(name) for shot in _snapshots(captured)]
+        label = THIS_RUN if others else None
+        snapshots = [shot for one in maps.series(name) for shot in _snapshots(one, label)]
+        for label, other in (others or {}).items():
+            if name in other:
+                snapshots += [s for one in other.series(name) for s in _snapshots(one, label)]
         box = box_of(name, names)
         assert box is not None, name
         facts = _facts(by_name[name]) if name in by_name else {}
@@ -86,7 +100,7 @@ def feature_maps(maps: Maps, points: Iterable[Point], drawing: Drawing) -> list[
     return sorted(found, key=lambda one: order[one.box])
 
 
-def _snapshots(captured: CapturedMap) -> Iterator[Snapshot]:
+def _snapshots(captured: CapturedMap, run: str | None) -> Iterator[Snapshot]:
     halves: Mapping[str | None, str] = {None: "tensor"}
     if captured.network_call.guided:
         halves = {"conditional": "conditional", "unconditional": "unconditional"}
@@ -99,7 +113,7 @@ def _snapshots(captured: CapturedMap) -> Iterator[Snapshot]:
             shape=(channels, rows, columns),
             step=captured.call,
             timestep=timestep[0] if isinstance(timestep, tuple) else timestep,
-            half=half,
+            half=", ".join(filter(None, (run, half))) or None,
         )
 
 
@@ -110,10 +124,12 @@ def _read(captured: CapturedMap, attribute: str) -> Values:
 
 def _facts(point: Point) -> dict[str, str]:
     facts = {} if point.kind in WHOLE else {"kind": point.kind}
-    if (convolution := _convolution(point)) is not None:
-        facts["convolution"] = convolution
+    if point.kernel is not None and point.stride is not None and point.padding is not None:
+        facts["kernel"] = _TIMES.join(map(str, point.kernel))
+        facts["stride"] = format_pair(point.stride, _TIMES)
+        facts["padding"] = padding_words(point.padding)
     if point.downscale is not None:
-        facts |= _scale(point.downscale)
+        facts["true stride"] = true_stride(point)
     if point.receptive_field is not None:
         sides = "{} \u00d7 {}".format(*point.receptive_field)
         facts["receptive field"] = (
@@ -126,23 +142,3 @@ def _facts(point: Point) -> dict[str, str]:
     if point.skip is not None:
         facts["skip from" if point.kind == "skip" else "skip to"] = point.skip.partition(":")[0]
     return facts
-
-
-def _convolution(point: Point) -> str | None:
-    """Such as ``3 \u00d7 3, stride 2, padding 1 below, 1 right``; None for others."""
-    if point.kernel is None or point.stride is None or point.padding is None:
-        return None
-    kernel = "{} \u00d7 {}".format(*point.kernel)
-    if len(set(point.padding)) == 1:
-        padding = str(point.padding[0])
-    else:
-        sides = zip(point.padding, ("above", "below", "left", "right"), strict=True)
-        padding = ", ".join(f"{zeros} {side}" for zeros, side in sides if zeros)
-    return f"{kernel}, stride {format_pair(point.stride, _TIMES)}, padding {padding}"
-
-
-def _scale(downscale: tuple[Fraction, Fraction]) -> dict[str, str]:
-    """How much smaller or larger the feature map is than the network's input."""
-    if all(factor < 1 for factor in downscale):
-        return {"upscale": format_pair((1 / downscale[0], 1 / downscale[1]), _TIMES)}
-    return {"downscale": format_pair(downscale, _TIMES)}

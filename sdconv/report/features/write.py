@@ -15,10 +15,23 @@ from PIL import Image
 
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import InputError
-from sdconv.report.features.content import Content, Progress
-from sdconv.report.features.drawing import Drawing
+from sdconv.report.features.content import DETAILED, Content, Progress
+from sdconv.report.features.drawing import WHOLE, Branch, Drawing
 from sdconv.report.features.feature_maps import FeatureMap
 from sdconv.report.features.geometry import KIND_WORDS, geometry
+from sdconv.report.features.kernels import Kernels, kernel_blocks
+
+SCRIPTS = (
+    "decode.js",
+    "colours.js",
+    "address.js",
+    "network.js",
+    "kernels.js",
+    "compare.js",
+    "large.js",
+    "page.js",
+)
+"""The page's script in parts, in this order."""
 
 LIMIT = 30_000_000
 """Bytes of a page; thumbnails are made coarser to stay below it."""
@@ -52,7 +65,10 @@ def write_page(
     facts: Mapping[str, str],
     sizes: Mapping[str, tuple[int, int]] | None = None,
     image: Image.Image | None = None,
+    kernels: Sequence[Kernels] = (),
+    store: str | None = None,
     limit: int = LIMIT,
+    detailed: int = DETAILED,
     progress: Progress = lambda name, done, total: None,
 ) -> Page:
     """Write the page, completely or not at all. Feature maps are read one by one.
@@ -65,7 +81,11 @@ def write_page(
         facts: shown under the title, label -> text.
         sizes: rows and columns of the outputs of boxes.
         image: the network's input.
+        kernels: the network's convolutions.
+        store: where the feature maps can be opened, for the page's reader.
         limit: the largest size in bytes.
+        detailed: the number of channels of each feature map whose exact values are on the page, as
+            far as they fit.
         progress: called with the name of a feature map, the number of snapshots done, and the
             number in all.
 
@@ -75,13 +95,17 @@ def write_page(
     """
     if not maps:
         raise InputError("there is no feature map to show", where=path, hint="capture some")
-    content = Content(maps, limit, progress)
+    learned = list(kernel_blocks(kernels))
+    room = limit - sum(len(text) + 400 for _, text in learned)
+    content = Content(maps, room, detailed, progress)
     head, rest = _template().split("<!--data-->")
 
     def write(part: Path) -> None:
         with part.open("w", encoding="utf-8") as file:
             file.write(head)
             for name, text in content.snapshots():
+                file.write(_block(name, text))
+            for name, text in learned:
                 file.write(_block(name, text))
             index = _drawn(drawing, maps, sizes or {})
             frames = []
@@ -91,7 +115,14 @@ def write_page(
             for listed, snapshots in zip(index["maps"], content.facts, strict=True):
                 listed["snapshots"] = snapshots
             small = None if image is None else _data_url(image)
-            index |= {"title": title, "facts": list(facts.items()), "frames": frames}
+            index |= {
+                "title": title,
+                "facts": list(facts.items()),
+                "frames": frames,
+                "kernels": _listed(kernels, [box.name for box in drawing.boxes]),
+                "start": _start(drawing, maps),
+                "store": store,
+            }
             file.write(_block("index", json.dumps({**index, "image": small})))
             file.write(rest)
 
@@ -108,11 +139,30 @@ def write_page(
 def _template() -> str:
     """The page with its style and script inserted."""
     folder = files("sdconv.report.features") / "page"
-    page, style, decode, script = (
-        (folder / name).read_text(encoding="utf-8")
-        for name in ("page.html", "page.css", "decode.js", "page.js")
+    page, style, *scripts = (
+        (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)
     )
-    return page.replace("/*style*/", style).replace("/*script*/", decode + script)
+    return page.replace("/*style*/", style).replace("/*script*/", "".join(scripts))
+
+
+def _listed(kernels: Sequence[Kernels], boxes: Sequence[str]) -> list[dict[str, Any]]:
+    """The convolutions in the page's index, with the numbers of their boxes."""
+    return [
+        {"name": one.name, "block": boxes.index(one.box), "facts": list(one.facts.items())}
+        for one in kernels
+    ]
+
+
+def _start(drawing: Drawing, maps: Sequence[FeatureMap]) -> dict[str, Any]:
+    """What the page opens on: of a U-Net the last step of the up path's middle, where an image can
+    be seen; else the first feature map."""
+    calls = [shot.step for one in maps for shot in one.snapshots]
+    up = [box.name for box in drawing.boxes if box.branch is Branch.up and box.kind in WHOLE]
+    shown = [at for at, one in enumerate(maps) if one.name in up]
+    if not drawing.skips or not shown:
+        return {"map": 0, "step": min(calls)}
+    # two thirds of the way up: fine enough to show the image, and not yet the noise that is left
+    return {"map": shown[(2 * len(shown)) // 3], "step": max(calls)}
 
 
 def _block(name: str, text: str) -> str:

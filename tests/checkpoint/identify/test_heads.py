@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.unets import FAMILIES, SD1, SD2, on_meta, peer_of
+from safetensors.torch import save_file
 
 import sdconv
+from sdconv.analysis.inspection import inspect
 from sdconv.config import UNet2DConditionConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -58,6 +62,33 @@ def test_distilled_networks(linear: bool) -> None:
     wide = {**SDXS, "cross_attention_dim": 1024}
     found = sdconv.infer(shapes_of(wide, linear=linear))["unet"]
     assert found.attention_head_dim == BY_64[:3]
+
+
+def test_assumed_heads_are_said(tmp_path: Path) -> None:
+    """And a config.json next to the weights decides, without a word."""
+    small = {**SDXS, "block_out_channels": (64, 128, 192), "attention_head_dim": (1, 2, 3)}
+    state = peer_of(small).state_dict()
+    zeros = {name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in state.items()}
+    save_file(zeros, tmp_path / "diffusion_pytorch_model.safetensors")
+
+    def found(path: Path, **given: Any) -> tuple[Any, str]:
+        inspection = inspect(path, **given)
+        (part,) = inspection.parts
+        return inspection.network("unet").config.attention_head_dim, " ".join(part.notes)
+
+    heads, notes = found(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert heads == 8 and "8 attention heads are assumed" in notes
+    assert found(tmp_path, family="sd1") == (8, "")
+    fields = {"_class_name": "UNet2DConditionModel", **dict(peer_of(small).config)}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert found(tmp_path) == ((1, 2, 3), "")
+    assert sdconv.load(tmp_path, dtype=torch.float32).config.attention_head_dim == (1, 2, 3)
+    # the control: with a mid block it is SD1's own shape
+    whole = {**small, "mid_block_type": "UNetMidBlock2DCrossAttn"}
+    state = peer_of(whole).state_dict()
+    zeros = {name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in state.items()}
+    save_file(zeros, tmp_path / "whole.safetensors")
+    assert found(tmp_path / "whole.safetensors") == (8, "")
 
 
 @pytest.mark.parametrize("linear", [False, True])

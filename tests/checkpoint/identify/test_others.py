@@ -108,6 +108,28 @@ OTHERS: dict[str, tuple[str, Shapes]] = {
     "VQ": ("VQ model", vq("diffusers", True)),
     "VQ without its codebook": ("VQ model", vq("diffusers", False)),
     "VQ, original": ("VQ model", vq("original", False)),
+    "Stable Video Diffusion's U-Net": (
+        "Stable Video Diffusion's U-Net",
+        {"down_blocks.0.resnets.0.temporal_res_block.conv1.weight": VIDEO},
+    ),
+    "the same, original": (
+        "Stable Video Diffusion's U-Net",
+        {"model.diffusion_model.output_blocks.3.0.time_stack.in_layers.2.weight": VIDEO},
+    ),
+    "AnimateDiff": (
+        "AnimateDiff",
+        {"down_blocks.0.motion_modules.0.proj_in.weight": (8, 8)},
+    ),
+    "text to video": (
+        "U-Net for videos",
+        {"down_blocks.0.temp_convs.0.conv1.2.weight": (8, 8, 3, 1, 1)},
+    ),
+    "ControlNet": ("a ControlNet", {"controlnet_cond_embedding.conv_in.weight": (8, 3, 3, 3)}),
+    "ControlNet, original": (
+        "a ControlNet",
+        {"control_model.input_hint_block.0.weight": (8, 3, 3, 3)},
+    ),
+    "T2I-Adapter": ("a T2I-Adapter", {"adapter.body.0.resnets.0.block1.weight": (8, 8, 3, 3)}),
     "asymmetric": (
         "AsymmetricAutoencoderKL",
         plain() | {"decoder.condition_encoder.layers.0.weight": (8, 8, 3, 3)},
@@ -130,6 +152,14 @@ def test_refused_by_name(name: str, tmp_path: Path) -> None:
         assert "whole" not in str(caught.value)
         assert "complete" not in str(caught.value)
     assert words in (inspect(path).complaint or "")
+
+
+def test_config_of_a_class_that_sdconv_does_not_have(tmp_path: Path) -> None:
+    seeded.network(seeded.SMALL_KL).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(sdconv.UnknownNetworkError, match="another class") as caught:
+        sdconv.load(tmp_path)
+    assert "hint: run it with the library that has this class" in str(caught.value)
 
 
 UNETS = {

@@ -348,7 +348,7 @@ def test_several_sets_of_weights(tmp_path: Path, one: str, other: str) -> None:
     with pytest.raises(CheckpointError, match="several sets of weights") as error:
         read_pickle(file)
     assert f"'{one}' (2 tensors), '{other}' (2 tensors)" in str(error.value)
-    assert f"choose: sdconv.load(path, key='{one}'), --key {one}" in str(error.value)
+    assert f"to choose, pass key='{one}'" in str(error.value)
     for path, weights in ((one, WEIGHTS), (other, OTHERS)):
         with weights_key(path):
             assert same(read_pickle(file), weights)

@@ -108,3 +108,13 @@ def test_captured_feature_maps_are_not_reused(monkeypatch: pytest.MonkeyPatch) -
         with sdconv.capture(other.decoder, "*.resnets.*") as maps:
             other.decode(z)
     assert plain and all(torch.equal(maps[name], plain[name]) for name in plain)
+
+
+def test_scratch_memory_of_a_call_in_inference_mode_can_be_written_outside_of_it() -> None:
+    name = "inference mode"
+    with torch.inference_mode():
+        inside = buffer_pool.scratch.take(name, (2, 3), torch.float32)
+        assert torch.empty(1).is_inference()  # as the view would be
+    with torch.no_grad():
+        outside = buffer_pool.scratch.take(name, (2, 3), torch.float32).copy_(torch.ones(2, 3))
+    assert outside.data_ptr() == inside.data_ptr()

@@ -166,6 +166,7 @@ def growth(run: Callable[[], object], count: int) -> int:
 LITTLE = 16_384
 
 
+@pytest.mark.slow
 @COUNTED
 @pytest.mark.parametrize(
     ("make", "shape", "expected"),

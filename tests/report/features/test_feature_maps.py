@@ -22,20 +22,37 @@ def test_facts_say_how_much_smaller_or_larger_than_the_input() -> None:
     with torch.no_grad(), sdconv.capture(network, names) as maps:
         network(torch.zeros(1, 3, 32, 32))
     facts = {one.name: one.facts for one in feature_maps(maps, points, drawing_of(points, maps))}
-    assert facts["encoder.conv_out"]["downscale"] == "2"
-    assert facts["decoder.conv_out"]["upscale"] == "2"
+    assert facts["encoder.conv_out"]["true stride"] == "2"
+    assert facts["decoder.conv_out"]["true stride"] == "1/2"  # of the latents
 
 
 def test_facts_show_kernel_stride_and_padding_of_a_convolution() -> None:
     network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
     points = sdconv.features(network, 32)
     expected = {
-        "encoder.down_blocks.0.downsamplers.0": "3 \u00d7 3, stride 2, padding 1 below, 1 right",
-        "encoder.conv_out": "3 \u00d7 3, stride 1, padding 1",
-        "quant_conv": "1 \u00d7 1, stride 1, padding 0",
-        "encoder.down_blocks.0.resnets.0": None,
+        "encoder.down_blocks.0.downsamplers.0": ("3 \u00d7 3", "2", "1 below, 1 right"),
+        "encoder.conv_out": ("3 \u00d7 3", "1", "1"),
+        "quant_conv": ("1 \u00d7 1", "1", "0"),
+        "encoder.down_blocks.0.resnets.0": (None, None, None),
     }
     with torch.no_grad(), sdconv.capture(network, list(expected)) as maps:
         network.encode(torch.zeros(1, 3, 32, 32))
     found = feature_maps(maps, points, drawing_of(points, maps))
-    assert {one.name: one.facts.get("convolution") for one in found} == expected
+    terms = ("kernel", "stride", "padding")
+    assert {one.name: tuple(map(one.facts.get, terms)) for one in found} == expected
+
+
+def test_other_runs_stand_next_to_this_one() -> None:
+    network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
+    points = sdconv.features(network, 32)
+    runs = []
+    for value in (0.0, 1.0):
+        with torch.no_grad(), sdconv.capture(network, ["encoder.conv_in", "quant_conv"]) as maps:
+            network.encode(torch.full((1, 3, 32, 32), value))
+        runs.append(maps)
+    (first, _) = feature_maps(runs[0], points, drawing_of(points), {"other": runs[1]})
+    assert [one.half for one in first.snapshots] == ["this run", "other"]
+    for snapshot, maps in zip(first.snapshots, runs, strict=True):
+        assert (snapshot.read() == maps["encoder.conv_in"][0].numpy()).all()
+    (alone, _) = feature_maps(runs[0], points, drawing_of(points))
+    assert [one.half for one in alone.snapshots] == [None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
@@ -60,14 +61,62 @@ def test_thumbnails_and_numbers_match_the_feature_maps(written: Path) -> None:
     snapshot = index["maps"][at]["snapshots"][5]
     assert (snapshot["step"], snapshot["timestep"], snapshot["half"]) == (2, 301, "unconditional")
     data = block(text, snapshot["id"])
-    mean, variance, low, high = np.frombuffer(b64decode(data["numbers"]), "<f4").reshape(4, -1)
+    numbers = np.frombuffer(b64decode(data["numbers"]), "<f4").reshape(6, -1)
+    mean, variance, low, high, least, most = numbers
     maps = values("down.0", 2, "unconditional")
     assert mean == pytest.approx(maps.mean((1, 2)), rel=1e-4)
     assert variance == pytest.approx(maps.var((1, 2)), rel=1e-4)
+    assert (least == maps.min((1, 2))).all() and (most == maps.max((1, 2))).all()
+    assert (least < low).all() and (most > high).all()  # half a percent is clipped at either end
     row, column = divmod(7, data["columns"])
     tile = decoded(data["sheet"])[16 * row :, 16 * column :][:16, :16]
     back = low[7] + (high[7] - low[7]) * tile / 255
     assert np.abs(back - maps[7].clip(low[7], high[7])).max() <= (high[7] - low[7]) / 250
+
+
+def test_exact_values_of_the_channels_with_the_largest_variance(written: Path) -> None:
+    text = written.read_text("utf-8")
+    listed = next(one for one in block(text, "index")["maps"] if one["name"] == "down.0")
+    snapshot = listed["snapshots"][5]
+    maps = values("down.0", 2, "unconditional")
+    expected = np.argsort(-maps.var((1, 2)), kind="stable")[:16]
+    assert snapshot["exact"] == expected.tolist()
+    data = block(text, snapshot["id"].replace("snapshot", "exact"))
+    assert list(map(int, data)) == snapshot["exact"]
+    for channel in expected.tolist():
+        shuffled = np.frombuffer(zlib.decompress(b64decode(data[str(channel)])), np.uint8)
+        halves = shuffled.reshape(2, -1).T.copy().view("<f2").reshape(16, 16)
+        assert (halves == maps[channel].astype(np.float16)).all()
+
+
+def test_fewer_exact_values_and_none(tmp_path: Path) -> None:
+    for detailed in (0, 3):
+        page(tmp_path / "a.html", maps_of(steps=False), detailed=detailed)
+        for one in block((tmp_path / "a.html").read_text("utf-8"), "index")["maps"]:
+            assert len(one["snapshots"][0]["exact"]) == detailed
+
+
+def test_signed_feature_maps_are_marked(tmp_path: Path) -> None:
+    signed = {"mid": -1.0, "down.0": 0.0, "down.1": 2.0}
+    maps = []
+    for name, low in signed.items():
+        x = np.linspace(low, 3, 2 * 64, dtype=np.float32).reshape(2, 8, 8)
+        shot = Snapshot(read=lambda x=x: x, shape=(2, 8, 8))  # type: ignore[misc]
+        maps.append(FeatureMap(name=name, box=name, snapshots=[shot]))
+    page(tmp_path / "a.html", maps)
+    listed = block((tmp_path / "a.html").read_text("utf-8"), "index")["maps"]
+    assert [one["snapshots"][0]["signed"] for one in listed] == [True, False, False]
+
+
+def test_a_unets_page_opens_on_a_late_step_of_its_up_path(tmp_path: Path) -> None:
+    page(tmp_path / "a.html", maps_of())
+    index = block((tmp_path / "a.html").read_text("utf-8"), "index")
+    assert index["maps"][index["start"]["map"]]["name"] == "up.1"
+    assert index["start"]["step"] == 3
+    without = lay_out(list(DRAWING.boxes))  # no skips: not a U-Net
+    page(tmp_path / "b.html", maps_of(), without)
+    index = block((tmp_path / "b.html").read_text("utf-8"), "index")
+    assert index["start"] == {"map": 0, "step": 0}
 
 
 def test_names_cannot_close_the_script_element(tmp_path: Path) -> None:

@@ -9,12 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from helpers.made import CHANNELS, IMAGE, TIMESTEPS, maps_of, page
+import torch
+from helpers.made import CHANNELS, IMAGE, TIMESTEPS, maps_of, page, values
+from PIL import Image
+from torch import nn
+
+from sdconv.report.features.kernels import Kernels
 
 pytestmark = pytest.mark.browser
 
 NAMES = list(CHANNELS)
+
+# texts that do not fit their element, and elements that stick out of the window
+CUT = """[...document.querySelectorAll("main *, header *")].filter(one => one.offsetParent
+    && !one.closest(".scroll, .sr, .skip, svg, select") && one.tagName !== "INPUT"
+    && (one.getBoundingClientRect().right > innerWidth + 1
+        || (one.scrollWidth > one.clientWidth + 1 && !one.children.length
+            && getComputedStyle(one).display !== "inline" && one.innerText)))
+    .map(one => (one.id || one.className || one.tagName) + ": " + one.innerText.slice(0, 30))"""
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +47,20 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    page(path, maps_of(), image=IMAGE)
+    page(path, maps_of(), image=IMAGE, kernels=KERNELS, store="maps.zarr")
     return path
+
+
+torch.manual_seed(0)
+FACTS = {"kernel": "3 \u00d7 3", "stride": "1", "padding": "1", "true stride": "1"}
+KERNELS = [
+    Kernels(name=name, box=box, module=nn.Conv2d(*sides, padding=1), facts=FACTS)
+    for name, box, sides in (
+        ("conv_in", "conv_in", (3, 4, 3)),
+        ("down.0.conv1", "down.0", (4, 24, 3)),
+        ("down.0.conv2", "down.0", (24, 24, 1)),
+    )
+]
 
 
 class Tab:
@@ -81,16 +107,26 @@ class Tab:
         ]
 
 
+FIRST = "#map=conv_in&step=0"
+
+
 @pytest.fixture
 def tab(browser: Any, report: Path) -> Iterator[Tab]:
-    opened = Tab(browser, report)
+    opened = Tab(browser, report, FIRST)
     yield opened
     assert opened.messages == []
     assert {re.match(r"\w+:", url)[0] for url in opened.requests} <= {"file:", "blob:", "data:"}  # type: ignore[index]
     opened.context.close()
 
 
-def test_it_opens_on_the_first_feature_map(tab: Tab) -> None:
+def test_it_opens_on_a_late_step_of_the_up_path(browser: Any, report: Path) -> None:
+    opened = Tab(browser, report)
+    opened.shows("up.1", 3)
+    assert opened.text("#step-words") == "call 3, t = 1"
+    opened.context.close()
+
+
+def test_a_feature_map(tab: Tab) -> None:
     tab.shows("conv_in")
     assert tab.text("#name") == "conv_in"
     assert tab.page.title() == "conv_in \u00b7 A network"
@@ -154,7 +190,8 @@ def test_the_slider_goes_over_timesteps(tab: Tab) -> None:
     tab.address("step=2")
     # the values that the made-up maps have at that step, around 2
     low, high = (
-        float(t.replace("\u2212", "-")) for t in tab.text("#mean-scale").strip().split("\n")
+        float(re.sub("[\u2264\u2265 ]", "", t).replace("\u2212", "-"))
+        for t in tab.page.locator("#mean-scale span").all_inner_texts()
     )
     assert low < 2 < high
     tab.page.click('[data-block="down.1"]')
@@ -233,7 +270,7 @@ def test_it_can_be_used_with_the_keyboard(tab: Tab) -> None:
     press("t")
     assert tab.page.get_attribute("html", "data-theme") == "dark"
     press("c")
-    tab.address("colormap=grey")
+    tab.address("colormap=diverging")
     press("p")
     tab.wait("document.getElementById('play').ariaPressed === 'true'")
     tab.shows(NAMES[0], 1, "variance")
@@ -265,8 +302,8 @@ def test_an_address_is_a_view(browser: Any, report: Path) -> None:
     assert opened.text("#one-title") == "Channel 5"
     assert opened.page.input_value("#search") == "down"
     assert opened.page.get_attribute("[data-choice=unconditional]", "aria-pressed") == "true"
-    opened.page.goto(report.as_uri() + "#map=nothing&step=x&sort=odd&channel=99999")
-    opened.shows("conv_in")
+    opened.page.goto(report.as_uri() + "#map=nothing&step=x&sort=odd&channel=99999&compare=7")
+    opened.shows("up.1", 3)
     assert opened.messages == []
     opened.context.close()
 
@@ -290,7 +327,7 @@ def test_thousands_of_channels_are_shown_at_once(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 900, 1400])
+@pytest.mark.parametrize("width", [380, 900, 1600])
 def test_it_fits_and_can_be_read(browser: Any, report: Path, scheme: str, width: int) -> None:
     opened = Tab(browser, report, color_scheme=scheme, viewport={"width": width, "height": 800})
     across = "[document.documentElement.scrollWidth, innerWidth]"
@@ -299,12 +336,16 @@ def test_it_fits_and_can_be_read(browser: Any, report: Path, scheme: str, width:
     dark = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     levels = [int(level) for level in re.findall(r"\d+", dark)][:3]
     assert (max(levels) < 80) == (scheme == "dark")
+    least = 44 if width < 720 else 24  # a finger, a mouse
     small = opened.page.eval_on_selector_all(
-        "button:not([disabled])",
-        """buttons => buttons.filter(one => one.offsetParent).map(one => [one.id || one.className,
-            one.offsetWidth, one.offsetHeight]).filter(([, w, h]) => Math.min(w, h) < 24)""",
+        "button:not([disabled]), select, input, a:not(.skip), summary",
+        """(all, least) => all.filter(one => one.offsetParent).map(one => [one.id || one.className,
+            one.offsetWidth, one.offsetHeight]).filter(([, w, h]) => Math.min(w, h) < least)""",
+        least,
     )
-    assert small == []
+    assert [one for one in small if one[0] != "search"] == []
+    cut = opened.page.evaluate(CUT)
+    assert cut == []
     assert opened.messages == []
     opened.context.close()
 
@@ -320,10 +361,128 @@ def test_every_control_has_an_accessible_name(tab: Tab) -> None:
 
 def test_a_single_call_has_no_slider(browser: Any, tmp_path: Path) -> None:
     page(tmp_path / "one.html", maps_of(steps=False))
-    opened = Tab(browser, tmp_path / "one.html")
+    opened = Tab(browser, tmp_path / "one.html", FIRST)
     assert not opened.page.locator("#time").is_visible()
     opened.page.keyboard.press("]")
     opened.page.keyboard.press("h")
     opened.shows("conv_in")
     assert opened.messages == []
+    opened.context.close()
+
+
+def test_signed_maps_have_diverging_colours_and_bars_say_when_they_clip(tab: Tab) -> None:
+    tab.page.click('[data-block="down.1"]')
+    tab.shows("down.1")
+    low, high = tab.page.locator("#one-scale span").all_inner_texts()
+    assert low.startswith("\u2264") or high.startswith("\u2265")
+    low, high = (words.strip("\u2264\u2265 ") for words in (low, high))
+    assert low == f"\u2212{high}"  # symmetric around zero
+    assert tab.page.get_attribute("#one-scale", "title").startswith("clipped: the values go from")
+    assert "247, 246, 246" in tab.page.get_attribute("#one-scale i", "style")
+    tab.page.click("#colormap button:text-is('viridis')")
+    tab.address("colormap=viridis")
+    tab.wait("!document.querySelector('#one-scale i').style.background.includes('247, 246, 246')")
+    # the deviation is never negative
+    tab.page.click("#colormap button:text-is('auto')")
+    tab.wait("document.querySelector('#one-scale i').style.background.includes('247, 246, 246')")
+    assert "247, 246, 246" not in tab.page.get_attribute("#std-scale i", "style")
+
+
+def test_a_channel_at_its_own_resolution_and_its_download(tab: Tab, tmp_path: Path) -> None:
+    maps = values("conv_in", 0, "conditional")
+    tab.page.click(".tile[data-channel='2']")
+    tab.wait("document.getElementById('one-title').innerText === 'Channel 2'")
+    tab.page.click("#enlarge")
+    tab.wait("document.getElementById('large').dataset.shown")
+    assert "exact values" in tab.text("#large-note")
+    assert tab.page.evaluate("document.getElementById('large-canvas').width") == 16
+    with tab.page.expect_download() as saved:
+        tab.page.click("#npy")
+    saved.value.save_as(tmp_path / "a.npy")
+    assert (np.load(tmp_path / "a.npy") == maps[2].astype(np.float16)).all()
+    with tab.page.expect_download() as saved:
+        tab.page.click("#png")
+    assert saved.value.suggested_filename == "conv_in.call0.channel2.png"
+    saved.value.save_as(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (16, 16)
+    tab.page.keyboard.press("ArrowRight")
+    tab.wait("document.getElementById('large-title').innerText.endsWith('channel 3')")
+    tab.page.hover("#large-canvas")
+    tab.wait("document.getElementById('large-value').innerText.startsWith('row')")
+    tab.page.keyboard.press("Escape")
+    assert not tab.page.locator("#large").is_visible()
+
+
+def test_a_channel_without_exact_values_says_so(browser: Any, tmp_path: Path) -> None:
+    page(tmp_path / "a.html", maps_of(steps=False), detailed=0, store="maps.zarr")
+    opened = Tab(browser, tmp_path / "a.html", "#map=down.0")
+    opened.page.keyboard.press("l")
+    opened.wait("document.getElementById('large').dataset.shown")
+    assert 'sdconv.open_maps("maps.zarr")' in opened.text("#large-note")
+    assert opened.page.is_disabled("#npy")
+    assert not opened.page.is_disabled("#png")
+    opened.context.close()
+
+
+def test_two_steps_are_compared_side_by_side(tab: Tab) -> None:
+    assert not tab.page.locator("#compared").is_visible()
+    tab.page.select_option("#compare", "2 conditional")
+    tab.wait("!document.getElementById('compared').hidden")
+    tab.address("compare=2")
+    assert not tab.page.locator("#images").is_visible()
+    heads = tab.page.locator(".versus").all_inner_texts()
+    assert "call 0" in heads[0] and "call 2" in heads[1]
+    scales = tab.page.locator("#compared .scale").all_inner_texts()
+    assert scales[0] == scales[1] != scales[2]
+    # the made-up maps grow by 1 with each step, in the mean over channels too
+    tab.page.click('[data-block="mid"]')
+    tab.shows("mid")
+    canvas = tab.page.locator("#compared canvas[aria-label^='Mean over channels, B minus A']")
+    low, high = re.findall(r"[\d.]+", canvas.get_attribute("aria-label"))
+    assert low == high and float(high) == pytest.approx(2, abs=0.5)
+    tab.page.select_option("#compare", "")
+    tab.wait("document.getElementById('compared').hidden")
+
+
+def test_the_layers_of_a_block_and_their_kernels(tab: Tab) -> None:
+    assert tab.page.locator("#layers-body tr").count() == 1
+    assert "true stride" in tab.text("#layers-head").lower()
+    tab.page.click("#kernels summary")
+    tab.wait("document.getElementById('kernels').dataset.shown === 'conv_in'")
+    titles = "#kernel-figures figcaption b"
+    assert tab.page.locator(titles).all_inner_texts() == [
+        "Kernels as colours",
+        "Slices",
+        "Norms",
+        "By position",
+    ]
+    tab.page.click('[data-block="down.0"]')
+    tab.shows("down.0")
+    assert tab.page.locator("#layers-body button").all_inner_texts() == ["conv1", "conv2"]
+    tab.page.click("#layers-body button:text-is('conv2')")
+    tab.wait("document.getElementById('kernels').dataset.shown === 'down.0.conv2'")
+    assert tab.page.locator(titles).all_inner_texts() == ["Absolute weights"]
+    tab.page.click('[data-block="mid"]')
+    tab.shows("mid")
+    assert not tab.page.locator("#layers").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_other_views_fit_a_narrow_window(browser: Any, report: Path, scheme: str) -> None:
+    fragment = "#map=conv_in&step=0&compare=2+conditional"
+    narrow = {"width": 400, "height": 800}
+    opened = Tab(browser, report, fragment, color_scheme=scheme, viewport=narrow)
+    opened.page.click("#kernels summary")
+    opened.wait("document.getElementById('kernels').dataset.shown === 'conv_in'")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert opened.page.evaluate(CUT) == []
+    opened.page.keyboard.press("l")
+    opened.wait("document.getElementById('large').dataset.shown")
+    outside = opened.page.eval_on_selector_all(
+        "#large *",
+        """all => all.filter(one => one.getBoundingClientRect().right > innerWidth
+            || one.getBoundingClientRect().bottom > innerHeight).map(one => one.id)""",
+    )
+    assert outside == []
     opened.context.close()

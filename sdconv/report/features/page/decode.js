@@ -19,20 +19,6 @@ async function greyOf(text) {
   return { values, width: bitmap.width, height: bitmap.height };
 }
 
-// matplotlib's viridis as polynomials of the grey value, by Matt Zucker (CC0)
-const VIRIDIS = [
-  [0.2777273272, 0.1050930431, -0.3308618287, -4.6342304990, 6.2282699093, 4.7763849986, -5.4354558559],
-  [0.0054073445, 1.4046135299, 0.2148475595, -5.7991009735, 14.1799333668, -13.7451453777, 4.6458526122],
-  [0.3340998053, 1.3845901628, 0.0950951630, -19.3324409563, 56.6905526007, -65.3530326334, 26.3124352496],
-];
-const table = (colour) => Array.from({ length: 256 }, (_, grey) => colour(grey / 255));
-const polynomial = (factors, x) => factors.reduceRight((sum, factor) => sum * x + factor, 0);
-const COLORMAPS = {
-  grey: table((x) => [x, x, x].map((part) => Math.round(255 * part))),
-  viridis: table((x) =>
-    VIRIDIS.map((part) => Math.round(255 * Math.min(1, Math.max(0, polynomial(part, x)))))),
-};
-
 /** An 8-bit bitmap as a URL for a stylesheet: the colormap is the palette in its header. */
 function bitmapUrl({ values, width, height }, colormap) {
   const row = (width + 3) & ~3;
@@ -71,15 +57,6 @@ function tileOf(sheet, columns, width, height, at) {
   return { values, width, height };
 }
 
-/** Draws a tile with a colormap on a canvas. */
-function paint(canvas, tile, colormap) {
-  canvas.width = tile.width;
-  canvas.height = tile.height;
-  const image = new ImageData(tile.width, tile.height);
-  tile.values.forEach((grey, i) => image.data.set([...colormap[grey], 255], 4 * i));
-  canvas.getContext("2d").putImageData(image, 0, 0);
-}
-
 /** Caches the last few results of `make`, and releases the others. */
 function cached(size, make, release = () => {}) {
   const kept = new Map();
@@ -105,10 +82,34 @@ const snapshotData = cached(16, async (id) => {
     greyOf(raw.sheet), greyOf(raw.planes), createImageBitmap(webpOf(raw.pca)),
   ]);
   const numbers = floatsOf(raw.numbers);
-  const count = numbers.length / 4;
+  const count = numbers.length / 6;
   const part = (at) => numbers.subarray(at * count, (at + 1) * count);
   return {
     ...raw, sheet, planes, pca, count,
-    mean: part(0), variance: part(1), low: part(2), high: part(3),
+    mean: part(0), variance: part(1), low: part(2), high: part(3), min: part(4), max: part(5),
   };
+});
+
+/** Half-precision numbers whose low bytes come before their high ones. */
+function halvesOf(bytes) {
+  const count = bytes.length / 2;
+  const values = new Float32Array(count);
+  for (let i = 0; i < count; i++) {
+    const half = bytes[i] | (bytes[count + i] << 8);
+    const exponent = (half >> 10) & 31;
+    const fraction = half & 1023;
+    const size = exponent === 31 ? (fraction ? NaN : Infinity)
+      : exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction;
+    values[i] = half & 32768 ? -size : size;
+  }
+  return values;
+}
+
+/** The exact values of a channel, or null if the page does not have them. */
+const exactValues = cached(24, async (key) => {
+  const [id, channel] = key.split("/");
+  const text = JSON.parse(stored(id.replace("snapshot", "exact")))[channel];
+  if (text === undefined) return null;
+  const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return halvesOf(new Uint8Array(await new Response(stream).arrayBuffer()));
 });

@@ -1,243 +1,5 @@
-// The page: everything shown follows from `state`, which is kept in the address.
+// The feature map in view, its channels, and what the keys do.
 "use strict";
-
-const $ = (id) => document.getElementById(id);
-const index = JSON.parse($("index").textContent);
-const { maps, blocks, frames } = index;
-const SORTS = { number: "number", variance: "variance", mean: "mean" };
-const SIZES = { small: 40, medium: 64, large: 128 };
-const THEMES = ["auto", "light", "dark"];
-const ICONS = {
-  auto: '<circle cx="8" cy="8" r="5.5"/><path d="M8 2.5v11M8 4.5h4M8 7h5.3M8 9.5h5"/>',
-  light: '<circle cx="8" cy="8" r="3"/><path d="M8 1v1.5M8 13.5V15M1 8h1.5M13.5 8H15M3 3l1 1M12 12l1 1M3 13l1-1M12 4l1-1"/>',
-  dark: '<path d="M13.5 9.5A6 6 0 0 1 6.5 2.5a6 6 0 1 0 7 7Z"/>',
-};
-const START = {
-  map: 0, step: null, half: null, sort: "number",
-  size: "medium", colormap: "viridis", channel: null, search: "",
-};
-const state = { ...START };
-let order = []; // the sorted channels
-let shown = null; // the data of the snapshot in view
-
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined) element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
-}
-
-function number(value) {
-  if (!Number.isFinite(value)) return String(value);
-  const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2).replace("-", "−");
-  return String(Number(value.toPrecision(3))).replace("-", "−");
-}
-
-const terms = (element, pairs) => element.replaceChildren(...pairs.map(([term, words]) =>
-  make("div", {}, make("dt", {}, term), make("dd", {}, words))));
-
-// ---- the address
-
-function address() {
-  const parts = new URLSearchParams();
-  for (const [name, value] of Object.entries(state)) {
-    if (name === "map") parts.set("map", maps[value].name);
-    else if (value !== START[name] && value !== null) parts.set(name, value);
-  }
-  // readable: a fragment may contain colons
-  return "#" + parts.toString().replaceAll("%3A", ":");
-}
-
-function fromAddress() {
-  const parts = new URLSearchParams(location.hash.slice(1));
-  const among = (name, choices) => (choices.includes(parts.get(name)) ? parts.get(name) : START[name]);
-  const whole = (name) => (/^\d+$/.test(parts.get(name) ?? "") ? Number(parts.get(name)) : null);
-  const map = maps.findIndex(({ name }) => name === parts.get("map"));
-  Object.assign(state, {
-    map: map < 0 ? START.map : map,
-    step: whole("step"),
-    half: parts.get("half"),
-    sort: among("sort", Object.keys(SORTS)),
-    size: among("size", Object.keys(SIZES)),
-    colormap: among("colormap", Object.keys(COLORMAPS)),
-    channel: whole("channel"),
-    search: parts.get("search") ?? "",
-  });
-}
-
-let later = 0;
-let written = ""; // the address that this page wrote last
-function write(put) {
-  put(address());
-  written = location.hash;
-}
-
-function change(changes) {
-  const opens = "map" in changes && changes.map !== state.map;
-  Object.assign(state, changes);
-  clearTimeout(later);
-  // browsers limit how often the address may change, and a slider changes it often
-  if (opens) write((to) => { location.hash = to; });
-  else later = setTimeout(() => write((to) => location.replace(to)), 200);
-  return render();
-}
-
-// ---- the snapshot in view
-
-function snapshotsNow() {
-  const every = maps[state.map].snapshots;
-  const halves = [...new Set(every.map((snapshot) => snapshot.half))];
-  const half = halves.includes(state.half) ? state.half : halves[0];
-  return { halves, half, snapshots: every.filter((snapshot) => snapshot.half === half) };
-}
-
-function snapshotNow() {
-  const { snapshots } = snapshotsNow();
-  const away = (snapshot) => Math.abs(snapshot.step - (state.step ?? snapshots[0].step));
-  return snapshots.reduce((best, snapshot) => (away(snapshot) < away(best) ? snapshot : best));
-}
-
-function stepBy(count) {
-  const { snapshots } = snapshotsNow();
-  const at = (snapshots.indexOf(snapshotNow()) + count + snapshots.length) % snapshots.length;
-  return change({ step: snapshots[at].step });
-}
-
-// ---- the network
-
-const frameUrl = cached(8, (id) => URL.createObjectURL(webpOf(stored(id))), URL.revokeObjectURL);
-const boxes = [];
-
-function drawNetwork() {
-  const { columns, height, lines, levels, kinds } = index.drawing;
-  const drawing = $("drawing");
-  drawing.style.setProperty("--columns", columns);
-  drawing.style.setProperty("--height", height);
-  const share = (value, whole) => `${(100 * value) / whole}%`;
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", `0 0 ${columns} ${height}`);
-  svg.setAttribute("aria-hidden", "true");
-  for (const line of lines) {
-    const path = document.createElementNS(svg.namespaceURI, "path");
-    path.setAttribute("d", line.d);
-    if (line.skip) path.setAttribute("class", "skipline");
-    path.ends = line.ends;
-    svg.append(path);
-  }
-  drawing.append(svg);
-  for (const { x, y, words } of levels) {
-    const style = `left:${share(x, columns)};top:${share(y, height)};transform:translate(-50%,-50%)`;
-    drawing.append(make("span", { class: "level", style }, words));
-  }
-  blocks.forEach((block, at) => {
-    const some = block.maps.length;
-    const words = `${block.name}, ${block.kind}${some ? "" : ", not captured"}`;
-    const box = make("button", {
-      type: "button", class: "box", "data-kind": block.kind, "data-block": block.name, tabindex: -1,
-      title: block.name, "aria-label": words, onclick: () => change({ map: block.main }),
-      style: `left:${share(block.x, columns)};top:${share(block.y, height)};` +
-        `width:${share(index.drawing.side, columns)};height:${share(index.drawing.side, height)}`,
-    });
-    box.disabled = !some;
-    box.addEventListener("keydown", (event) => moveAmongBlocks(event, at));
-    boxes.push(box);
-    drawing.append(box);
-  });
-  $("legend").append(...kinds.map(([kind, words]) =>
-    make("li", {}, make("i", { "data-kind": kind }), words)));
-}
-
-function moveAmongBlocks(event, at) {
-  const here = blocks[at];
-  const open = blocks.map((_, i) => i).filter((i) => blocks[i].maps.length);
-  const position = open.indexOf(at);
-  let to;
-  if (event.key === "ArrowLeft") to = open[position - 1];
-  else if (event.key === "ArrowRight") to = open[position + 1];
-  else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
-    const sign = event.key === "ArrowUp" ? -1 : 1;
-    const rows = open.filter((i) => sign * (blocks[i].y - here.y) > 0.1);
-    const away = (i) => 10 * Math.abs(blocks[i].y - here.y) + Math.abs(blocks[i].x - here.x);
-    to = rows.sort((a, b) => away(a) - away(b))[0];
-  } else return;
-  event.preventDefault();
-  if (to === undefined) return;
-  change({ map: blocks[to].main });
-  boxes[to].focus();
-}
-
-function showNetwork() {
-  const now = maps[state.map].block;
-  const snapshot = snapshotNow();
-  const frame = frames.find(({ step, half }) => step === snapshot.step && half === snapshot.half) ?? frames[0];
-  const url = frameUrl(frame.id);
-  const { columns } = frame;
-  const rows = Math.ceil(index.tiles / columns);
-  const among = new Set(matching().map((at) => maps[at].block));
-  boxes.forEach((box, at) => {
-    box.toggleAttribute("aria-current", at === now);
-    if (at === now) box.setAttribute("aria-current", "true");
-    box.tabIndex = at === now ? 0 : -1;
-    box.classList.toggle("dim", Boolean(state.search) && !among.has(at));
-    const { tile } = blocks[at];
-    if (tile === null) return;
-    const part = (position, all) => (all > 1 ? (100 * position) / (all - 1) : 0);
-    box.style.backgroundImage = `url(${url})`;
-    box.style.backgroundSize = `${100 * columns}% ${100 * rows}%`;
-    box.style.backgroundPosition = `${part(tile % columns, columns)}% ${part(Math.floor(tile / columns), rows)}%`;
-  });
-  for (const path of $("drawing").querySelectorAll("path")) {
-    path.classList.toggle("lit", path.ends.includes(now));
-  }
-}
-
-/** Scrolls to the block in view if the drawing is wider than its container. */
-function bringIntoView() {
-  const box = boxes[maps[state.map].block];
-  const room = $("scroll");
-  room.scrollLeft = box.offsetLeft + box.offsetWidth / 2 - room.clientWidth / 2;
-  const item = $("list").querySelector("[aria-current]");
-  const list = $("list");
-  if (item) list.scrollTop = item.offsetTop - list.offsetTop - list.clientHeight / 2;
-}
-
-// ---- search and the list of feature maps
-
-function matching() {
-  const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
-  const escaped = (word) => word.replace(/[.+^${}()|[\]\\]/g, "\\$&");
-  const patterns = words.map((word) => new RegExp(escaped(word).replaceAll("*", ".*").replaceAll("?", ".")));
-  return maps.map((_, at) => at).filter((at) => {
-    const text = `${maps[at].name} ${blocks[maps[at].block].kind}`.toLowerCase();
-    return patterns.every((pattern) => pattern.test(text));
-  });
-}
-
-const items = maps.map((map) => {
-  const { channels, size } = map.snapshots[0];
-  return make("li", {}, make("a", { href: "#map=" + encodeURIComponent(map.name).replaceAll("%3A", ":") },
-    map.name, make("span", {}, `${channels} × ${size.join(" × ")}`)));
-});
-
-function showList() {
-  const found = matching();
-  const open = new Set(found);
-  items.forEach((item, at) => {
-    item.hidden = !open.has(at);
-    const link = item.firstChild;
-    if (at === state.map) link.setAttribute("aria-current", "true");
-    else link.removeAttribute("aria-current");
-  });
-  $("found").textContent = state.search ? `${found.length} of ${maps.length} feature maps` : `${maps.length} feature maps`;
-  $("list").hidden = !found.length;
-  if ($("search").value !== state.search) $("search").value = state.search;
-}
-
-// ---- one feature map
 
 function showFacts(snapshot) {
   const map = maps[state.map];
@@ -284,12 +46,7 @@ function segments(group, choices, now, choose) {
   buttons.forEach((button) => button.setAttribute("aria-pressed", button.dataset.choice === String(now)));
 }
 
-function scaleOf(element, low, high) {
-  element.replaceChildren(number(low), make("i"), number(high));
-}
-
 function showImages(snapshot) {
-  const colormap = COLORMAPS[state.colormap];
   const canvas = $("pca");
   canvas.width = shown.pca.width;
   canvas.height = shown.pca.height;
@@ -297,25 +54,27 @@ function showImages(snapshot) {
   $("pca-note").textContent = `${Math.round(100 * snapshot.pca)} % of variance`;
   canvas.setAttribute("aria-label", "Three principal components as red, green and blue");
   ["mean", "std"].forEach((name, at) => {
-    const [low, high] = snapshot.planes[at];
-    const tile = tileOf(shown.planes, shown.planesColumns, shown.planesWidth, shown.planesHeight, at);
-    showImage($(name), tile, colormap, low, high, name === "mean" ? "Mean over channels" : "Standard deviation over channels");
-    scaleOf($(`${name}-scale`), low, high);
+    const plane = planeOf(snapshot, shown, at);
+    const scale = scaleOf(plane);
+    const words = name === "mean" ? "Mean over channels" : "Standard deviation over channels";
+    showImage($(name), plane.image, scale, words, snapshot.size);
+    showScale($(`${name}-scale`), scale);
   });
 }
 
-function showImage(canvas, tile, colormap, low, high, words) {
-  paint(canvas, tile, colormap);
-  canvas.setAttribute("aria-label", `${words}, ${number(low)} to ${number(high)}`);
+/** Draws an image of values; the value under the pointer goes to `say`, or into the tooltip. */
+function showImage(canvas, image, scale, words, size, say = (value) => { canvas.title = value; }, exact = false) {
+  paint(canvas, image, scale);
+  canvas.setAttribute("aria-label", `${words}, ${number(scale.low)} to ${number(scale.high)}`);
   canvas.onpointermove = (event) => {
     const area = canvas.getBoundingClientRect();
     const at = (value, most) => Math.max(0, Math.min(most - 1, Math.floor(value * most)));
-    const x = at((event.clientX - area.left) / area.width, tile.width);
-    const y = at((event.clientY - area.top) / area.height, tile.height);
-    const value = low + ((high - low) * tile.values[y * tile.width + x]) / 255;
-    const { size } = snapshotNow();
-    const pixel = [Math.round(((y + 0.5) * size[0]) / tile.height - 0.5), Math.round(((x + 0.5) * size[1]) / tile.width - 0.5)];
-    canvas.title = `row ${pixel[0]}, column ${pixel[1]}: about ${number(value)}`;
+    const x = at((event.clientX - area.left) / area.width, image.width);
+    const y = at((event.clientY - area.top) / area.height, image.height);
+    const value = image.values[y * image.width + x];
+    const pixel = [[y, size[0], image.height], [x, size[1], image.width]]
+      .map(([part, own, side]) => Math.round(((part + 0.5) * own) / side - 0.5));
+    say(`row ${pixel[0]}, column ${pixel[1]}: ${exact ? "" : "about "}${number(value)}`);
   };
 }
 
@@ -324,10 +83,12 @@ const channelNow = () => (state.channel !== null && state.channel < shown.count
 
 function showChannel() {
   const channel = Math.max(0, channelNow());
-  const { low, high, mean, variance } = shown;
-  const tile = tileOf(shown.sheet, shown.columns, shown.width, shown.height, channel);
-  showImage($("one"), tile, COLORMAPS[state.colormap], low[channel], high[channel], `Channel ${channel}`);
-  scaleOf($("one-scale"), low[channel], high[channel]);
+  const { mean, variance } = shown;
+  const stats = channelOf(shown, channel);
+  const { size, signed } = snapshotNow();
+  const scale = scaleOf({ ...stats, signed });
+  showImage($("one"), stats.image, scale, `Channel ${channel}`, size);
+  showScale($("one-scale"), scale);
   $("one-title").textContent = `Channel ${channel}`;
   $("one-note").textContent = `${number(mean[channel])} ± ${number(Math.sqrt(variance[channel]))}`;
   drawStrip(channel);
@@ -392,17 +153,36 @@ function drawStrip(channel) {
 let tiles = [];
 let sheetUrl = "";
 
-function showGrid() {
+/** The sheet of thumbnails with each channel's bytes as the numbers of its colours. */
+function shadedSheet({ signed }) {
+  const { sheet, count, columns, width, height, low, high } = shown;
+  const scale = (c) => scaleOf({ low: low[c], high: high[c], signed });
+  const { name } = scale(0);
+  if (name !== "diverging") return { sheet, name }; // the bytes are those of the whole range
+  const values = new Uint8Array(sheet.values);
+  for (let c = 0; c < count; c++) {
+    const table = shades(low[c], high[c], scale(c));
+    const start = Math.floor(c / columns) * height * sheet.width + (c % columns) * width;
+    for (let y = 0; y < height; y++) {
+      const row = start + y * sheet.width;
+      for (let x = row; x < row + width; x++) values[x] = table[values[x]];
+    }
+  }
+  return { sheet: { ...sheet, values }, name };
+}
+
+function showGrid(snapshot) {
   const grid = $("grid");
   const { count, columns, width, height, variance, mean } = shown;
   order = Array.from({ length: count }, (_, at) => at);
   if (state.sort === "variance") order.sort((a, b) => variance[b] - variance[a] || a - b);
   if (state.sort === "mean") order.sort((a, b) => mean[b] - mean[a] || a - b);
   const long = Math.max(width, height);
-  const wide = Math.max(8, Math.round((SIZES[state.size] * width) / long));
-  const high = Math.max(8, Math.round((SIZES[state.size] * height) / long));
+  const wide = Math.max(24, Math.round((SIZES[state.size] * width) / long));
+  const high = Math.max(24, Math.round((SIZES[state.size] * height) / long));
   URL.revokeObjectURL(sheetUrl);
-  sheetUrl = bitmapUrl(shown.sheet, COLORMAPS[state.colormap]);
+  const shaded = shadedSheet(snapshot);
+  sheetUrl = bitmapUrl(shaded.sheet, COLORMAPS[shaded.name]);
   grid.style.setProperty("--sheet", `url(${sheetUrl})`);
   grid.style.setProperty("--tile", `${wide}px`);
   const rows = shown.sheet.height / height;
@@ -432,7 +212,7 @@ function choose(channel) {
     tile.tabIndex = on ? 0 : -1;
   }
   showChannel();
-  change({ channel });
+  change({ channel }); // also what is compared
 }
 
 function moveAmongChannels(event) {
@@ -461,17 +241,21 @@ async function render() {
   showTime(snapshot);
   segments($("sort"), SORTS, state.sort, (sort) => change({ sort }));
   segments($("size"), { small: "S", medium: "M", large: "L" }, state.size, (size) => change({ size }));
-  segments($("colormap"), { grey: "grey", viridis: "viridis" }, state.colormap, (colormap) => change({ colormap }));
-  const ramp = [0, 64, 128, 191, 255].map((grey) => `rgb(${COLORMAPS[state.colormap][grey]})`);
-  document.documentElement.style.setProperty("--ramp", `linear-gradient(90deg, ${ramp})`);
+  segments($("colormap"), CHOICES, state.colormap, (colormap) => change({ colormap }));
+  showLayers();
+  showCompareChoices(snapshot);
   if (lastMap !== state.map) bringIntoView();
   lastMap = state.map;
-  const data = await snapshotData(snapshot.id);
+  const other = comparedNow();
+  const [data, second] = await Promise.all([snapshot, other].map((one) => one && snapshotData(one.id)));
   if (mine !== turn) return; // a newer render has started
   shown = data;
+  $("images").hidden = other !== null;
+  $("compared").hidden = other === null;
+  if (other) showCompared(snapshot, shown, other, second);
   showImages(snapshot);
   showHistogram(snapshot);
-  showGrid();
+  showGrid(snapshot);
   showChannel();
   document.documentElement.dataset.shown = `${maps[state.map].name} ${snapshot.step} ${state.sort}`;
 }
@@ -505,14 +289,16 @@ const KEYS = {
   p: () => snapshotsNow().snapshots.length > 1 && play(),
   h: () => change({ half: turned(snapshotsNow().halves, snapshotsNow().half) }),
   s: () => change({ sort: turned(Object.keys(SORTS), state.sort) }),
-  c: () => change({ colormap: turned(Object.keys(COLORMAPS), state.colormap) }),
+  c: () => change({ colormap: turned(Object.keys(CHOICES), state.colormap) }),
+  l: openLarge,
   t: () => theme(turned(THEMES, $("theme").dataset.name)),
   "/": () => $("search").select(),
   "?": () => $("keys").showModal(),
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.target === $("compare")) return;
   if (event.target === $("search")) {
     if (event.key === "Enter" && matching().length) change({ map: matching()[0] });
     if (event.key === "Escape") {

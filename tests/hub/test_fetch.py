@@ -21,7 +21,8 @@ import pytest
 from helpers.hub_server import Hub, HubFile, serve
 
 from sdconv.errors import InputError
-from sdconv.fetch import fetch, load_manifest
+from sdconv.hub.download import fetch
+from sdconv.hub.manifest import load_manifest
 
 NAME = "taesd"
 GATED = "flux1-vae"
@@ -30,18 +31,24 @@ PIECE = 10 * 1024 * 1024
 
 CALLS = """
 import json, sys, warnings
-from pathlib import Path
-from sdconv.errors import SdconvError
-from sdconv.fetch import fetch
+from sdconv import SdconvError, fetch
+from sdconv.hub.names import weights_named
 for line in sys.stdin:
-    name, directory, overwrite = json.loads(line)
-    directory = None if directory is None else Path(directory)
+    name, directory, overwrite, find, revision = json.loads(line)
     answer = {}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            path = fetch(name, directory=directory, overwrite=overwrite, progress=False)
-            answer["path"] = str(path)
+            if find:
+                answer["path"] = str(weights_named(name))
+            else:
+                answer["path"] = str(fetch(
+                    name,
+                    directory=directory,
+                    overwrite=overwrite,
+                    progress=False,
+                    revision=revision,
+                ))
         except SdconvError as error:
             answer["error"] = f"{type(error).__name__}: {error}"
     answer["warnings"] = [str(warning.message) for warning in warned]
@@ -73,9 +80,16 @@ class Client:
         return subprocess.Popen(command, env={**ours, **env}, stdin=pipe, stdout=pipe, text=True)
 
     def call(
-        self, name: str, directory: Path | None = None, overwrite: bool = False, **env: str
+        self,
+        name: str,
+        directory: Path | None = None,
+        overwrite: bool = False,
+        find: bool = False,
+        revision: str | None = None,
+        **env: str,
     ) -> Answer:
-        question = json.dumps([name, None if directory is None else str(directory), overwrite])
+        folder = None if directory is None else str(directory)
+        question = json.dumps([name, folder, overwrite, find, revision])
         if env:
             with self.start(**env) as process:
                 line, _ = process.communicate(question, timeout=30)
@@ -221,7 +235,7 @@ def test_a_hash_that_only_the_listing_states_is_checked(client: Client) -> None:
 
 def test_a_file_without_a_stated_hash_is_not_downloaded(client: Client) -> None:
     client.hub.files[repository()] = HubFile(noise(100_000), etag="c0ffee", listed=False)
-    assert "the hub states no sha256" in client.error(NAME)
+    assert "the hub states no hash" in client.error(NAME)
     assert client.hub.ranges == []
 
 
@@ -291,6 +305,115 @@ def test_a_hub_out_of_reach(client: Client) -> None:
     assert client.path(NAME, HF_ENDPOINT="http://127.0.0.1:9") == path
 
 
+OWN = "someone/networks"
+CONFIG = b'{"_class_name": "AutoencoderKL"}'
+
+
+@pytest.fixture
+def repository_of_networks(client: Client) -> Client:
+    """A hub with a repository as diffusers saves a pipeline, and other files next to it."""
+    files = client.hub.files
+    files.clear()
+    for name in (
+        "vae/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "halves/taesd_encoder.safetensors",
+        "halves/taesd_decoder.safetensors",
+        "alone/any name.safetensors",
+    ):
+        files[OWN, name] = HubFile(name.encode() * 100)
+    for name in ("vae/config.json", "unet/config.json", "model_index.json"):
+        files[OWN, name] = HubFile.small(CONFIG)
+    files[OWN, "unet/diffusion_pytorch_model.safetensors.index.json"] = HubFile.small(b"{}")
+    files[OWN, "docs/README.md"] = HubFile.small(b"words")
+    return client
+
+
+def test_a_file_of_a_repository(repository_of_networks: Client) -> None:
+    client, file = repository_of_networks, "halves/taesd_encoder.safetensors"
+    path = client.path(f"{OWN}:{file}")
+    assert path.read_bytes() == file.encode() * 100
+    assert [one.name for one in client.weights() if one.is_symlink()] == [path.name]
+    assert client.call(f"{OWN}:{file}", find=True).path == str(path)
+
+
+def test_a_folder_of_a_repository_brings_its_config(repository_of_networks: Client) -> None:
+    client = repository_of_networks
+    path = client.path(f"{OWN}:vae")
+    assert path.name == "diffusion_pytorch_model.safetensors"
+    assert sorted(one.name for one in path.parent.iterdir()) == ["config.json", path.name]
+    assert (path.parent / "config.json").read_bytes() == CONFIG
+    assert client.call(f"{OWN}:vae", find=True).path == str(path.parent)
+
+
+def test_shards_come_with_their_index(repository_of_networks: Client, tmp_path: Path) -> None:
+    path = repository_of_networks.path(f"{OWN}:unet/", tmp_path)
+    assert path == tmp_path / "networks/unet/diffusion_pytorch_model.safetensors.index.json"
+    names = {one.name for one in path.parent.iterdir() if one.is_file()}
+    shards = {f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    assert names == {path.name, "config.json", *shards}
+
+
+def test_the_only_weights_of_a_folder_may_have_any_name(repository_of_networks: Client) -> None:
+    assert repository_of_networks.path(f"{OWN}:alone").name == "any name.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("folder", "what", "hint"),
+    [
+        ("", "is a pipeline", f"name one of them: {OWN}:"),
+        (":halves", "holds several files of weights", f"{OWN}:halves/taesd_decoder.safetensors"),
+        (":docs", "holds no safetensors weights", f"{OWN}:FILE"),
+    ],
+)
+def test_a_folder_without_clear_weights_is_refused(
+    repository_of_networks: Client, folder: str, what: str, hint: str
+) -> None:
+    answer = repository_of_networks.call(OWN + folder)
+    assert f"{OWN}{folder}: {what}" in answer.error
+    assert hint in answer.error
+    assert repository_of_networks.hub.ranges == []
+
+
+def test_a_repository_that_is_not_there(repository_of_networks: Client) -> None:
+    client = repository_of_networks
+    assert "the hub has no such file" in client.error(f"{OWN}:nowhere")
+    assert "the hub has no such file" in client.error(f"{OWN}:vae/other.safetensors")
+    client.hub.refused[OWN] = (403, "GatedRepo")
+    assert "only to users who accepted its terms" in client.error(f"{OWN}:vae")
+
+
+def test_a_small_file_has_gits_hash(repository_of_networks: Client) -> None:
+    client = repository_of_networks
+    client.hub.files[OWN, "vae/config.json"].content = CONFIG.replace(b"KL", b"XX")
+    text = client.error(f"{OWN}:vae")
+    assert "config.json: the download has another git-hash than the hub states" in text
+
+
+def test_a_name_is_found_where_it_was_fetched_and_is_never_fetched(client: Client) -> None:
+    text = client.call(NAME, find=True).error
+    assert "has not been fetched" in text
+    assert f"hint: to download it from the hub: sdconv fetch {NAME}" in text
+    assert client.hub.ranges == []
+    path = client.path(NAME)
+    assert client.call(NAME, find=True).path == str(path)
+    assert client.call("a-name-of-nothing", find=True).path == "None"
+
+
+def test_a_revision_is_asked_for(client: Client) -> None:
+    path = Path(client.call(NAME, revision="v1.0").path)
+    assert path.read_bytes() == noise(100_000)
+    refs = [one.name for one in client.home.glob("hub/models--*/refs/*")]
+    assert refs == ["v1.0"]
+
+
+def test_what_ships_need_not_be_fetched() -> None:
+    with pytest.raises(InputError, match="ships with sdconv, and need not be fetched"):
+        fetch("tiny-vae")
+
+
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean sdxl-vae-fp16-fix") as caught:
         fetch("sdxl-vae-fp16fix")
@@ -302,9 +425,9 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_importing_it_does_not_import_the_hub() -> None:
-    look = "import sys, sdconv.fetch; print(*sys.modules)"
+    look = "import sys, sdconv.hub.download; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", look], capture_output=True, text=True, check=True
     )
     assert not {"huggingface_hub", "torch", "diffusers"} & set(loaded.stdout.split())
-    assert "sdconv.fetch" in loaded.stdout.split()
+    assert "sdconv.hub.download" in loaded.stdout.split()

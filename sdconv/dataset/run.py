@@ -1,0 +1,378 @@
+"""A run over a data set: plan, refuse what does not fit, make the shards that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from sdconv.dataset.layouts import layout_of
+from sdconv.dataset.placement import parse_sizing
+from sdconv.dataset.plan import SHARD_SIZE, Plan, extended, shard_digest
+from sdconv.dataset.processes import run_processes
+from sdconv.dataset.shards import Job, Shard, Tick, Work, make_shards
+from sdconv.dataset.sources import find_images
+from sdconv.dataset.store import ABOUT, FORMAT, LOCK, PLAN, VERSION, Record, Store
+from sdconv.errors import InputError
+
+ENGINES = ("processes", "ray")
+ON_ERROR = ("quarantine", "fail")
+
+Progress = Callable[[str, int, int], object]
+"""Called with what is done (``planning``, ``encoding``), how much of it, and how much there is."""
+
+
+class DatasetWork(Work, Protocol):
+    """Work that a data set is made of."""
+
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of the network's input must be."""
+
+    def about(self) -> dict[str, Any]:
+        """What decides the results."""
+
+    def prepare(self, store: Store, root: Path, plan: Plan) -> None:
+        """Called once before the first shard, while the folder is locked."""
+
+    def for_worker(self, number: int) -> DatasetWork:
+        """The same work for one of several processes, without what has been loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a data set is made.
+
+    Attributes:
+        size: see ``placement.parse_sizing``.
+        layout: ``"webdataset"``, ``"kohya"`` or ``"parquet"``.
+        shard_size: the most images of a shard.
+        draft: large JPEGs are decoded at a fraction of their size: see ``decoding.DRAFT``.
+        workers: processes with a network each; 1 computes in this process.
+        decoders: processes of each worker that decode images ahead of its network; 0 for none.
+        engine: ``"processes"`` on this machine, or ``"ray"``.
+        rank: (rank, number of ranks) of a static split: shard ``i`` is made by rank ``i`` modulo
+            their number; None for what the environment says, see ``environment_rank``.
+        on_error: ``"quarantine"`` leaves images out that cannot be encoded, ``"fail"`` stops.
+        force: start anew. rehash, prune: see ``plan.extended``.
+    """
+
+    size: str = "512"
+    layout: str = "webdataset"
+    shard_size: int = SHARD_SIZE
+    draft: bool = True
+    workers: int = 1
+    decoders: int = 0
+    engine: str = "processes"
+    rank: tuple[int, int] | None = None
+    on_error: str = "quarantine"
+    force: bool = False
+    rehash: bool = False
+    prune: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("engine", self.engine, ENGINES),
+            ("on_error", self.on_error, ON_ERROR),
+        ):
+            if value not in allowed:
+                raise InputError(
+                    f"unknown {name}", where=name, expected=", ".join(allowed), got=repr(value)
+                )
+        for name, number, least in (("workers", self.workers, 1), ("decoders", self.decoders, 0)):
+            if number < least:
+                raise InputError(
+                    "not a number of processes", where=name, expected=f"{least} or more", got=number
+                )
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        folder: of the data set.
+        images, shards: in the plan.
+        encoded, made: images and shards of this run.
+        done: shards that are committed, of this run or an earlier one.
+        quarantined: reason -> number of images.
+        new, changed: images that were planned, and that had other contents.
+        missing: keys of planned images that are no longer in the source.
+        rank: see ``Options``.
+        seconds: of the encoding. waited: of these, how long networks waited for images, summed
+            over the workers.
+    """
+
+    folder: Path
+    images: int
+    shards: int
+    new: int
+    changed: int
+    missing: tuple[str, ...]
+    rank: tuple[int, int]
+    encoded: int = 0
+    made: int = 0
+    done: int = 0
+    quarantined: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is committed."""
+        return self.done == self.shards
+
+    @property
+    def images_per_second(self) -> float:
+        """The rate of this run."""
+        return self.encoded / self.seconds if self.seconds else 0.0
+
+
+def make_dataset(
+    name: str,
+    source: str | Path,
+    out: str | Path,
+    work: DatasetWork,
+    options: Options,
+    progress: Progress = lambda *_: None,
+) -> Summary:
+    """Makes a data set, or what is missing of it.
+
+    Args:
+        name: what it holds, ``"latents"`` or ``"features"``.
+        source: see ``sources.find_images``.
+        out: its folder.
+        work: what is computed. options: how.
+        progress: see ``Progress``.
+
+    Raises:
+        InputError: the folder holds something else, or was made in another way; or an argument is
+            not valid.
+        SdconvError: as ``find_images``, ``shards.make_shards`` and ``processes.run_processes``.
+    """
+    rank, ranks = options.rank or environment_rank(os.environ)
+    if not 0 <= rank < ranks:
+        raise InputError(
+            "not a rank", where="rank", expected=f"0 to {ranks - 1}", got=f"{rank} of {ranks}"
+        )
+    store = Store(Path(out), name)
+    sizing = parse_sizing(options.size, work.multiple)  # before anything is written
+    root, plan = _planned(store, Path(source), str(source), work, options, sizing, progress)
+    summary = Summary(
+        folder=Path(out),
+        images=plan.images,
+        shards=len(plan.shards),
+        new=plan.new,
+        changed=plan.changed,
+        missing=plan.missing,
+        rank=(rank, ranks),
+    )
+    todo = [
+        (number, shard)
+        for number, shard in enumerate(plan.shards)
+        if number % ranks == rank and shard and not _is_made(store, number, shard)
+    ]
+    total = sum(len(shard) for _, shard in todo)
+
+    def tick(images: int, waited: float) -> None:
+        summary.encoded += images
+        summary.waited += waited
+        progress("encoding", summary.encoded, total)
+
+    start = time.perf_counter()
+    for _ in _made(_jobs(store, root, work, options, len(todo)), todo, options, tick):
+        summary.made += 1
+    summary.seconds = time.perf_counter() - start
+    with store.locked():
+        store.remove_leftovers()
+        summary.quarantined = dict(sorted(store.write_quarantine(plan).items()))
+    summary.done = sum(_is_made(store, n, shard) for n, shard in enumerate(plan.shards))
+    return summary
+
+
+def _planned(
+    store: Store,
+    path: Path,
+    source: str,
+    work: DatasetWork,
+    options: Options,
+    sizing: Any,
+    progress: Progress,
+) -> tuple[Path, Plan]:
+    """The source's root, and the plan, which is on the disk when this returns."""
+    layout = layout_of(options.layout)
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": store.name,
+        "sdconv": metadata.version("sdconv"),
+        "layout": options.layout,
+        "preprocessing": {
+            "size": options.size,
+            "multiple": work.multiple,
+            "resampling": "lanczos",
+            "draft": options.draft,
+        },
+        **work.about(),
+    }
+    found = find_images(source, skip=store.folder)  # before anything is written
+    with store.locked():
+        store.remove_leftovers()
+        before = store.about()
+        if before is not None and options.force:
+            Store(store.folder, before["name"]).remove_all(store.plan())
+            before = None
+        elif before is None:
+            _check_empty(store, path)
+        else:
+            check_same(before, about, store.folder / ABOUT)
+        old = store.plan()
+        plan = extended(
+            old,
+            found,
+            sizing,
+            work.multiple,
+            options.shard_size,
+            lambda: contents(store, old),
+            rehash=options.rehash,
+            prune=options.prune,
+            progress=lambda _, done, total: progress("planning", done, total),
+        )
+        layout.check(about, plan.shards)
+        if before is None:
+            store.write_json(ABOUT, about)
+        if plan != old or before is None:
+            store.write_text(PLAN, plan.lines())
+        work.prepare(store, found.root, plan)
+        for number, shard in enumerate(plan.shards):
+            if not shard:
+                store.remove_shard(number)
+    return found.root, plan
+
+
+def contents(store: Store, plan: Plan) -> dict[str, str | None]:
+    """By key: the SHA-256 of each encoded image, or the reason for which it was left out."""
+    found: dict[str, str | None] = {}
+    for number in range(len(plan.shards)):
+        record = store.record(number)
+        if record is not None:
+            found |= {one["key"]: one["sha256"] for one in record["samples"]}
+            found |= {one["key"]: one["reason"] for one in record["quarantined"]}
+    return found
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Refuses to go on with a data set that was made in another way.
+
+    Raises:
+        InputError: the lines of ``dataset.json`` that differ, apart from sdconv's version.
+    """
+    old, new = (_lines({**about, "sdconv": ""}) for about in (before, now))
+    if old == new:
+        return
+    raise InputError(
+        "this data set was made in another way",
+        where=where,
+        expected="; ".join(line for line in old if line not in new) or "no such line",
+        got="; ".join(line for line in new if line not in old) or "no such line",
+        hint="go on as it was made, or give --out another name; --force starts anew",
+    )
+
+
+def _lines(about: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in about.items():
+        if isinstance(value, Mapping):
+            found += _lines(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}: {json.dumps(value)}")
+    return found
+
+
+def _check_empty(store: Store, source: Path) -> None:
+    """Refuses a folder with files of others, unless it is the source itself."""
+    if store.folder.absolute() == source.absolute():
+        return
+    if others := sorted(one.name for one in store.folder.iterdir() if one.name != LOCK):
+        raise InputError(
+            "the folder is not empty, and is not a data set of sdconv",
+            where=store.folder,
+            expected="an empty folder, or none",
+            got=", ".join(others[:3]),
+            hint="give --out another name",
+        )
+
+
+def _is_made(store: Store, number: int, shard: Sequence[Any]) -> bool:
+    if not shard:
+        return True
+    record = store.record(number)
+    return record is not None and record["digest"] == shard_digest(shard)
+
+
+def _jobs(store: Store, root: Path, work: DatasetWork, options: Options, shards: int) -> list[Job]:
+    """What each worker does; a single one is this process."""
+    workers = max(1, min(options.workers, shards))
+    alone = workers == 1 and options.engine == "processes"
+    return [
+        Job(
+            folder=store.folder.absolute(),
+            name=store.name,
+            layout=options.layout,
+            root=root.absolute(),
+            work=work if alone else work.for_worker(number),
+            draft=options.draft,
+            decoders=options.decoders,
+            strict=options.on_error == "fail",
+        )
+        for number in range(workers)
+    ]
+
+
+def _made(
+    jobs: Sequence[Job], shards: Sequence[Shard], options: Options, tick: Tick
+) -> Iterator[Record]:
+    if not shards:
+        return iter(())
+    if options.engine == "ray":
+        from sdconv.dataset.ray_engine import run_on_ray
+
+        return run_on_ray(jobs[0], shards, options.workers, tick)
+    if len(jobs) == 1:
+        return make_shards(jobs[0], shards, tick)
+    return run_processes(jobs, shards, tick)
+
+
+def environment_rank(environment: Mapping[str, str]) -> tuple[int, int]:
+    """The rank and the number of ranks that the environment gives, (0, 1) if none.
+
+    ``RANK`` and ``WORLD_SIZE`` (torchrun's), a SLURM array's ``SLURM_ARRAY_TASK_ID`` with
+    ``_COUNT``, ``_MIN`` and ``_STEP``, or both: a torchrun in each task of an array.
+
+    Raises:
+        InputError: they are not numbers, or not of a regular array.
+    """
+    try:
+        rank, ranks = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+        slurm = "SLURM_ARRAY_TASK_"
+        if slurm + "ID" not in environment:
+            return rank, ranks
+        number, count = int(environment[slurm + "ID"]), int(environment[slurm + "COUNT"])
+        least = int(environment.get(slurm + "MIN", 0))
+        step = int(environment.get(slurm + "STEP", 1))
+        task, odd = divmod(number - least, step)
+        if odd or not 0 <= task < count:
+            raise ValueError(f"task {number} of {count} from {least} in steps of {step}")
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            "the environment's ranks cannot be used",
+            where="RANK, WORLD_SIZE, SLURM_ARRAY_TASK_*",
+            got=error,
+            hint="pass --rank R/N",
+        ) from error
+    return task * ranks + rank, count * ranks

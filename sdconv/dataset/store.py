@@ -1,0 +1,275 @@
+"""A data set's folder: each file in it is complete or absent, whenever the process is killed.
+
+- ``dataset.json``: what made it;
+- ``plan.jsonl``: the images and their shards;
+- ``NAME-000000.json``: the record of a shard. It appears after the files that it lists, and without
+  it they do not count;
+- ``quarantine.jsonl``: the images that were left out, and why.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdconv.dataset.plan import Plan
+from sdconv.errors import InputError, SdconvError
+
+FORMAT, VERSION = "sdconv_dataset", 1
+ABOUT, PLAN, QUARANTINE, LOCK = "dataset.json", "plan.jsonl", "quarantine.jsonl", ".lock"
+
+Record = dict[str, Any]
+
+
+class Store:
+    """The folder of a data set.
+
+    Args:
+        folder: its path. name: what its shards' names begin with, such as ``latents``.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+
+    def shard_name(self, number: int) -> str:
+        """The name of a shard, without a suffix."""
+        return f"{self.name}-{number:06d}"
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Store:
+        """The data set in a folder that exists.
+
+        Raises:
+            InputError: there is none.
+        """
+        store = cls(Path(folder), "")
+        about = store.about()
+        if about is None:
+            raise InputError(
+                "not a data set of sdconv",
+                where=folder,
+                expected=f"a folder with {ABOUT}",
+                hint="name the folder that `sdconv dataset encode` wrote",
+            )
+        store.name = about["name"]
+        return store
+
+    def about(self) -> dict[str, Any] | None:
+        """The content of ``dataset.json``; None if there is none.
+
+        Raises:
+            SdconvError: it cannot be read, or is of a later version.
+        """
+        path = self.folder / ABOUT
+        try:
+            about = json.loads(path.read_text("utf-8"))
+            if about["format"] != FORMAT:
+                raise ValueError(f"its format is {about['format']!r}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SdconvError(f"cannot be read ({error})", where=path) from error
+        if about["version"] != VERSION:
+            raise SdconvError(
+                "this data set is of another version of sdconv",
+                where=path,
+                expected=f"version {VERSION}",
+                got=about["version"],
+                hint="update sdconv",
+            )
+        return dict(about)
+
+    def plan(self) -> Plan:
+        """The plan; an empty one if there is none."""
+        path = self.folder / PLAN
+        return Plan.read(path) if path.exists() else Plan()
+
+    def record(self, number: int) -> Record | None:
+        """The record of a shard that is on the disk; None if it is not, or not whole."""
+        try:
+            record = json.loads(
+                (self.folder / f"{self.shard_name(number)}.json").read_text("utf-8")
+            )
+            whole = all(
+                (self.folder / file["name"]).stat().st_size == file["bytes"]
+                for file in record["files"]
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return dict(record) if whole else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder's lock, which processes on one file system take in turn; it ends with
+        the process."""
+        from filelock import FileLock
+
+        with self.errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / LOCK)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def write(self, name: str, write: Callable[[BinaryIO], object]) -> dict[str, Any]:
+        """Writes a file of the folder: under a temporary name, synced, and then renamed.
+
+        Returns:
+            Its name, length and SHA-256.
+
+        Raises:
+            SdconvError: it cannot be written; what was there before is left as it is.
+        """
+        path = self.folder / name
+        part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+        with self.errors(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with part.open("w+b") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    file.seek(0)
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    length = file.tell()
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+            sync_folder(path.parent)
+        return {"name": name, "bytes": length, "sha256": digest}
+
+    def write_text(self, name: str, lines: Iterable[str]) -> None:
+        """Writes lines to a file of the folder, as ``write`` does.
+
+        Raises:
+            SdconvError: it cannot be written.
+        """
+        self.write(name, lambda file: file.writelines(line.encode() for line in lines))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes JSON to a file of the folder, as ``write`` does.
+
+        Raises:
+            SdconvError: it cannot be written.
+        """
+        self.write_text(name, [json.dumps(content, indent=1) + "\n"])
+
+    def write_record(self, record: Record) -> None:
+        """Commits a shard, whose files are written.
+
+        Raises:
+            SdconvError: it cannot be written.
+        """
+        self.write_json(f"{self.shard_name(record['shard'])}.json", record)
+
+    def write_quarantine(self, plan: Plan) -> dict[str, int]:
+        """Writes ``quarantine.jsonl`` from the plan and the records.
+
+        Returns:
+            The number of images for each reason.
+        """
+        left = self.quarantined(plan)
+        self.write_text(QUARANTINE, [json.dumps(one) + "\n" for one in left])
+        return Counter(one["reason"] for one in left)
+
+    def quarantined(self, plan: Plan) -> list[dict[str, Any]]:
+        """The lines of ``quarantine.jsonl``: images that were left out, sorted by key."""
+        left = [
+            {name: value for name, value in asdict(one).items() if name not in _STAMP}
+            for one in plan.left_out
+        ]
+        for number in range(len(plan.shards)):
+            record = self.record(number)
+            left += record["quarantined"] if record else []
+        return sorted(left, key=lambda one: str(one["key"]))
+
+    def remove_leftovers(self) -> None:
+        """Removes the temporary files of processes of this machine that are gone."""
+        for part in self.folder.rglob(".*.part"):
+            host, _, number = part.name.removesuffix(".part").rpartition(".")
+            if host.endswith(f".{socket.gethostname()}") and not _runs(number):
+                with suppress(OSError):
+                    part.unlink()
+
+    def remove_all(self, plan: Plan) -> None:
+        """Removes the data set's files, and no others; ``dataset.json`` is the last."""
+        names = [name for n in range(len(plan.shards)) for name in self._files_of(n)]
+        with self.errors():
+            for name in (*names, QUARANTINE, PLAN, ABOUT):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def remove_shard(self, number: int) -> None:
+        """Removes a shard, which the next run makes again; its record is the first."""
+        with self.errors():
+            for name in reversed(self._files_of(number)):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _files_of(self, number: int) -> list[str]:
+        """The names of a shard's files, and its record last."""
+        record = f"{self.shard_name(number)}.json"
+        try:
+            files = json.loads((self.folder / record).read_text("utf-8"))["files"]
+            return [*(str(file["name"]) for file in files), record]
+        except (OSError, ValueError, KeyError, TypeError):
+            return [record]
+
+    @contextmanager
+    def errors(self, path: Path | None = None) -> Iterator[None]:
+        """Translates an OSError about the folder."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise SdconvError(
+                "the disk is full" if full else "cannot be written",
+                where=path or self.folder,
+                got=error.strerror or error,
+                hint="make room and run it again: what is committed stays"
+                if full
+                else "check that the folder is writable, and run it again: what is committed stays",
+            ) from error
+
+
+_STAMP = ("bytes", "mtime_ns")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _runs(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        return True
+    try:  # one that is killed, but whose parent has not noticed yet, runs no more
+        state = Path(f"/proc/{number}/stat").read_text("utf-8").rpartition(")")[2].split()
+    except OSError:
+        return True
+    return state[:1] != ["Z"]

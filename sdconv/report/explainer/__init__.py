@@ -1,0 +1,1 @@
+"""The explainer: one page that computes Stable Diffusion's convolutions on real weights."""

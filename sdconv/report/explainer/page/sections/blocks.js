@@ -1,0 +1,197 @@
+// What stands between the convolutions: GroupNorm, the shortcut, upsampling.
+
+import { SIZE } from "../core/vae.js";
+import { drawGrey, drawPhoto, percentiles, picker } from "../ui/canvas.js";
+import { choice, el, html, python, select, short, slider, toggle } from "../ui/dom.js";
+import { state } from "../ui/state.js";
+
+export const blocks = {
+  id: "blocks",
+  title: "Between the convolutions",
+  lead: `<p>Convolutions alone do not make a network. Three more parts are in every block of the VAE; here you can switch them off.</p>`,
+
+  build({ root, section, vae: network, photo, whenNear }) {
+    root.append(html(`<div><h3>GroupNorm and the shortcut</h3><p><b>GroupNorm</b> takes the mean of a few maps away and divides by their deviation, so that no layer gets numbers that are much too large or too small. The <b>shortcut</b> adds a block’s input to what its convolutions make of it. Switch either off in the decoder: the weights were trained with both.</p></div>`));
+    switches({ root, section, network, photo, whenNear });
+    root.append(html(`<div><h3>What a block adds</h3><p>Because of the shortcut, the convolutions of a block only have to say what should change.</p></div>`));
+    residual({ root, section, network, whenNear });
+    root.append(html(`<div><h3>Upsampling, and where checkerboards come from</h3><p>To make a map larger, the decoder repeats each value as a 2 × 2 square (<b>nearest</b>) and convolves the result. Older networks used a <b>transposed convolution</b>: each value lays down a copy of the kernel, two pixels from the last one. Where the copies overlap unevenly, some pixels get more products than their neighbours: a checkerboard. Point at a pixel and count.</p></div>`));
+    upsampling({ root, section, photo });
+  },
+};
+
+function switches({ root, section, network, photo, whenNear }) {
+  const { values: now, set } = state("switch", { norm: true, shortcut: true }, () => render());
+  const norm = toggle({ label: "GroupNorm", value: true, onchange: (on) => set({ norm: on }) });
+  const shortcut = toggle({ label: "shortcut", value: true, onchange: (on) => set({ shortcut: on }) });
+  const picture = el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": "The decoded picture" });
+  const bars = el("div", { class: "products", role: "img" });
+  const words = el("p", { class: "note", role: "status" });
+  const code = python();
+  root.append(el("div", { class: "split thirds" }, el("figure", {}, picture, el("figcaption", {}, "decoded")),
+    el("div", { class: "panel" }, el("div", { class: "controls" }, norm, shortcut),
+      el("p", { class: "note" }, "Spread (standard deviation) of the values after each block of the decoder; each step of the scale is ten times more."), bars, words)), code);
+
+  let usual = null, turn = 0;
+  async function render() {
+    if (!network.version) return;
+    norm.set(now.norm);
+    shortcut.set(now.shortcut);
+    const mine = ++turn;
+    const names = network.points.filter(({ name, add }) => add && name.startsWith("decoder.")).map(({ name }) => name);
+    const read = () => network.spread([...names, "decoder.conv_out"]);
+    usual ??= await network.decodedWith({}, read);
+    const { picture: values, more } = now.norm && now.shortcut ? usual
+      : await network.decodedWith({ without: { norm: !now.norm, shortcut: !now.shortcut } }, read);
+    if (mine !== turn) return;
+    drawPhoto(picture, values, SIZE, SIZE);
+    const log = (x) => (Number.isFinite(x) ? Math.max(0, Math.min(100, (Math.log10(Math.max(x, 1e-3)) + 3) / 10 * 100)) : 100);
+    bars.replaceChildren(...names.map((name, at) => el("div", { class: "bar-row" }, el("span", {}, name.replace("decoder.", "").replace("resnets.", "")),
+      el("span", { class: "log" }, el("i", { class: "usual", style: `width:${log(usual.more[at])}%` }), el("i", { style: `width:${log(more[at])}%` })), el("b", {}, magnitude(more[at])))));
+    bars.setAttribute("aria-label", `Spread after the first block ${magnitude(more[0])}, after the last ${magnitude(more.at(-2))}`);
+    words.textContent = now.norm && now.shortcut ? "As trained. The spread grows by the shortcut: each block adds to what is there."
+      : now.norm ? "Without the shortcut every block has to make the whole picture by itself. It was not trained to, and most of the photo is lost."
+        : "Without GroupNorm the convolutions get numbers of a size that they were not trained on, and the picture breaks down.";
+    code.show(switchLines(now), more.at(-1));
+    section.dataset.switched = `${now.norm} ${now.shortcut}`;
+  }
+  photo.addEventListener("change", () => { usual = null; render(); });
+  whenNear(section, () => network.compute().then(render));
+}
+
+const magnitude = (x) => (!Number.isFinite(x) ? "∞" : x >= 1e5 || x < 0.01 ? x.toExponential(0) : short(x, x < 10 ? 2 : 0));
+
+function switchLines({ norm, shortcut }) {
+  const start = norm && shortcut ? "changed = vae\n" : `import copy
+from sdconv.models.blocks import ResnetBlock2D
+changed = copy.deepcopy(vae)
+for block in changed.decoder.modules():
+    if isinstance(block, ResnetBlock2D):
+${norm ? "" : "        block.norm1 = block.norm2 = torch.nn.Identity()\n"}${shortcut ? "" : "        block.register_forward_hook(lambda block, inputs, output: output - inputs[0])\n"}`;
+  return `${start}with torch.no_grad():
+    decoded = changed.decode(vae.encode(photo).latent_dist.mode()).sample
+print(decoded.std(correction=0).item())`;
+}
+
+function residual({ root, section, network, whenNear }) {
+  const { values: now, set } = state("residual", { block: "encoder.down_blocks.0.resnets.0", channel: 12 }, () => render(), (v) => v.channel >= 0 && v.channel < 64);
+  const block = select({ label: "Block", options: [["", ""]], value: "", onchange: (name) => set({ block: name }) });
+  const channel = slider({ label: "channel", min: 0, max: 63, value: now.channel, oninput: (x) => set({ channel: x }) });
+  const pictures = ["what comes in", "what the convolutions add", "the sum: what goes out"].map((words) => {
+    const canvas = el("canvas", { width: 32, height: 32, role: "img", "aria-label": words });
+    return { canvas, node: el("figure", {}, canvas, el("figcaption", {}, words)) };
+  });
+  const code = python();
+  root.append(el("div", { class: "controls" }, block, channel), el("div", { class: "trio" }, pictures.map(({ node }) => node)), code);
+
+  let filled = false;
+  async function render() {
+    if (!network.version) return;
+    const all = network.points.filter(({ add }) => add);
+    if (!filled) block.querySelector("select").replaceChildren(...all.map(({ name }) => el("option", { value: name }, name)));
+    filled = true;
+    if (!network.point[now.block]?.add) now.block = all[0].name;
+    block.set(now.block);
+    channel.set(now.channel);
+    const point = network.point[now.block];
+    const [before, after] = [await network.planes(point.add, [now.channel]), await network.planes(point.name, [now.channel])];
+    const added = after.values.map((x, at) => x - before.values[at]), { width, height } = after;
+    const range = percentiles(after.values), middle = (range[0] + range[1]) / 2;
+    drawGrey(pictures[0].canvas, before.values, width, height, range);
+    drawGrey(pictures[1].canvas, added, width, height, [range[0] - middle, range[1] - middle]);
+    drawGrey(pictures[2].canvas, after.values, width, height, range);
+    const i = height / 2, j = width / 2;
+    code.show(`before, after = "${point.add}", "${point.name}"
+with torch.no_grad(), sdconv.capture(vae, [before, after]) as maps:
+    vae.decode(vae.encode(photo).latent_dist.mode())
+print([maps[name][0, ${now.channel}, ${i}, ${j}].item() for name in (before, after)])`, [before.values[i * width + j], after.values[i * width + j]]);
+  }
+  network.addEventListener("computed", () => render());
+  whenNear(section, () => network.compute().then(render));
+}
+
+const COUNT = 8;
+
+function upsampling({ root, section, photo }) {
+  const { values: now, set } = state("up", { how: "transposed", size: 3, on: "flat", i: 4, j: 5 }, () => render(), (v) =>
+    ["nearest", "transposed"].includes(v.how) && v.size >= 2 && v.size <= 5 && ["flat", "photo"].includes(v.on) && v.i >= 0 && v.j >= 0);
+  const how = choice({ label: "upsampling", options: [["nearest", "nearest, then 3 × 3"], ["transposed", "transposed convolution"]], value: now.how, onchange: (x) => set({ how: x }) });
+  const size = slider({ label: "kernel of the transposed one", min: 2, max: 5, value: now.size, words: (x) => `${x} × ${x}`, oninput: (x) => set({ size: x }) });
+  const on = choice({ label: "input", options: [["flat", "all ones"], ["photo", "the photo, 32 × 32"]], value: now.on, onchange: (x) => set({ on: x }) });
+  const map = picker({ label: "The enlarged map", width: 16, height: 16, onpick: (i, j) => set({ i, j }), hover: true });
+  const words = el("p", { class: "verdict", role: "status" });
+  const cells = el("div", { class: "cells output counts", "aria-hidden": "true" });
+  const code = python();
+  root.append(el("div", { class: "controls" }, how, on, size), el("div", { class: "split" }, el("figure", {}, map, el("figcaption", {}, "all weights of the kernel are equal")),
+    el("div", { class: "panel" }, words, el("p", { class: "note" }, "How many products each of the first pixels gets:"), cells)), code);
+
+  function render() {
+    how.set(now.how);
+    on.set(now.on);
+    size.set(now.size);
+    size.hidden = now.how === "nearest";
+    const input = now.on === "flat" ? { values: new Float32Array(COUNT * COUNT).fill(1), n: COUNT } : pooled(photo.grey);
+    const large = now.how === "nearest" ? nearest(input) : transposed(input, now.size);
+    now.i = Math.min(now.i, large.n - 1);
+    now.j = Math.min(now.j, large.n - 1);
+    const even = now.how === "nearest" ? 9 : now.size ** 2 / 4;
+    drawGrey(map.canvas, large.values, large.n, large.n, now.on === "flat" ? [0, 1.6 * even] : [0, even]);
+    const count = large.counts[now.i * large.n + now.j];
+    map.set(now.i, now.j, large.n, large.n, `row ${now.i}, column ${now.j}: ${count} products`);
+    const inner = [];
+    for (let i = 2; i < large.n - 4; i++) for (let j = 2; j < large.n - 4; j++) inner.push(large.counts[i * large.n + j]);
+    const kinds = [...new Set(inner)].sort((a, b) => a - b);
+    words.replaceChildren(`Row ${now.i}, column ${now.j}: `, el("b", { class: "output" }, `${count} ${count === 1 ? "product" : "products"}`), ". ",
+      kinds.length === 1 ? `Away from the border every pixel gets ${kinds[0]}: the map stays even.`
+        : `Neighbours get ${kinds.slice(0, -1).join(", ")} or ${kinds.at(-1)}: even a flat input comes out as a checkerboard.`);
+    const shown = Math.min(9, large.n);
+    cells.style.setProperty("--columns", shown);
+    cells.replaceChildren(...Array.from({ length: shown * shown }, (_, at) => {
+      const i = Math.floor(at / shown), j = at % shown, n = large.counts[i * large.n + j];
+      return el("span", { style: `--share:${Math.round(n / Math.max(...kinds) * 100)}%`, class: i === now.i && j === now.j ? "now" : "" }, String(n));
+    }));
+    section.dataset.counts = kinds.join(",");
+    const x = now.on === "flat" ? `x = torch.ones(1, 1, ${COUNT}, ${COUNT})` : "x = torch.nn.functional.avg_pool2d((photo.mean(1, keepdim=True) + 1) / 2, 8)";
+    code.show(now.how === "nearest" ? `${x}
+larger = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+larger = conv2d_reference(larger, torch.ones(1, 1, 3, 3), padding=(1, 1, 1, 1))
+print(larger[0, 0, ${now.i}, ${now.j}].item())` : `${x}
+larger = torch.nn.functional.conv_transpose2d(x, torch.ones(1, 1, ${now.size}, ${now.size}), stride=2)
+print(larger[0, 0, ${now.i}, ${now.j}].item())`, large.values[now.i * large.n + now.j]);
+  }
+  photo.addEventListener("change", render);
+  render();
+}
+
+function pooled(grey) {
+  const n = 32, side = SIZE / n, values = new Float32Array(n * n);
+  for (let i = 0; i < SIZE; i++) for (let j = 0; j < SIZE; j++) values[Math.floor(i / side) * n + Math.floor(j / side)] += grey[i * SIZE + j] / side ** 2;
+  return { values, n };
+}
+
+// Each value lays down a copy of a kernel of ones, two pixels from the last one.
+function transposed({ values, n: from }, size) {
+  const n = (from - 1) * 2 + size, out = new Float32Array(n * n), counts = new Uint16Array(n * n);
+  for (let i = 0; i < from; i++)
+    for (let j = 0; j < from; j++)
+      for (let u = 0; u < size; u++)
+        for (let v = 0; v < size; v++) {
+          const at = (2 * i + u) * n + 2 * j + v;
+          out[at] += values[i * from + j];
+          counts[at] += 1;
+        }
+  return { values: out, counts, n };
+}
+
+// Each value four times, then a 3x3 kernel of ones.
+function nearest({ values, n: from }) {
+  const n = from * 2, out = new Float32Array(n * n), counts = new Uint16Array(n * n);
+  for (let i = 0; i < n; i++)
+    for (let j = 0; j < n; j++)
+      for (let r = Math.max(0, i - 1); r <= Math.min(n - 1, i + 1); r++)
+        for (let c = Math.max(0, j - 1); c <= Math.min(n - 1, j + 1); c++) {
+          out[i * n + j] += values[(r >> 1) * from + (c >> 1)];
+          counts[i * n + j] += 1;
+        }
+  return { values: out, counts, n };
+}

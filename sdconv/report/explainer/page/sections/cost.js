@@ -1,0 +1,111 @@
+// What it costs: parameters and multiplications, and how Winograd saves some.
+
+import { choice, el, grouped, html, python, short, slider } from "../ui/dom.js";
+import { state } from "../ui/state.js";
+
+const SIZES = [16, 32, 64, 128, 256, 512];
+
+export const cost = {
+  id: "cost",
+  title: "What it costs",
+  lead: `<p>A convolution learns few numbers and uses each of them at every position. A <b>dense</b> layer learns one for every pair of an input and an output. Choose a layer and compare; each step of the scale is a thousand times more.</p>`,
+
+  build({ root, section, vae: network, whenNear }) {
+    const { values: now, set } = state("cost", { inputs: 64, outputs: 64, kernel: 3, size: 256 }, () => render(), (v) =>
+      v.inputs >= 1 && v.inputs <= 512 && v.outputs >= 1 && v.outputs <= 512 && [1, 3, 5, 7].includes(v.kernel) && SIZES.includes(v.size));
+    const inputs = slider({ label: "channels in", min: 1, max: 512, value: now.inputs, oninput: (x) => set({ inputs: x }) });
+    const outputs = slider({ label: "channels out", min: 1, max: 512, value: now.outputs, oninput: (x) => set({ outputs: x }) });
+    const kernel = choice({ label: "kernel", options: [1, 3, 5, 7].map((x) => [String(x), `${x} × ${x}`]), value: now.kernel, onchange: (x) => set({ kernel: Number(x) }) });
+    const size = slider({ label: "picture", min: 0, max: SIZES.length - 1, value: SIZES.indexOf(now.size), words: (at) => `${SIZES[at]} × ${SIZES[at]}`, oninput: (at) => set({ size: SIZES[at] }) });
+    const table = el("div", { class: "costs" });
+    const words = el("p", { class: "verdict", role: "status" });
+    const code = python();
+    const demo = winograd();
+    const layers = el("div", { class: "products", role: "img", "aria-label": "Multiplications of each part of the VAE" });
+    root.append(el("div", { class: "controls" }, inputs, outputs, kernel, size), el("div", { class: "panel" }, table, words), code,
+      html(`<div><h3>Fewer multiplications: Winograd</h3><p>Neighbouring outputs share inputs, and that can be used. Two outputs of a row and a kernel of three take 2 × 3 = 6 multiplications. Added and subtracted in the right order beforehand, four are enough. In two directions: a square of 4 × 4 outputs takes 16 × 9 = <b>144</b> products directly and 6 × 6 = <b>36</b> with Winograd’s F(4 × 4, 3 × 3). This page uses the smaller F(2 × 2, 3 × 3), 16 for 36, which rounds less.</p></div>`),
+      demo.node, demo.code,
+      html(`<div><h3>Where the VAE’s time goes</h3><p>The parts near the photo’s full size have no more weights than the others, and nearly all of the work.</p></div>`),
+      el("div", { class: "panel" }, layers));
+
+    function render() {
+      inputs.set(now.inputs);
+      outputs.set(now.outputs);
+      kernel.set(now.kernel);
+      size.set(SIZES.indexOf(now.size));
+      const area = now.size ** 2, weights = now.inputs * now.kernel ** 2 * now.outputs;
+      const rows = [
+        ["dense layer", area * now.inputs * area * now.outputs + area * now.outputs, area * now.inputs * area * now.outputs, "soft"],
+        ["convolution", weights + now.outputs, weights * area, "kernel"],
+        ...(now.kernel === 3 ? [["with Winograd, 36 for 144", null, weights * area / 4, "output"]] : []),
+      ];
+      const width = (x) => `${Math.max(1, Math.log10(x) / 18 * 100)}%`;
+      table.replaceChildren(...["learned numbers", "multiplications"].flatMap((title, column) => [el("h4", {}, title),
+        ...rows.filter((row) => row[column + 1] !== null).map((row) => el("div", { class: `cost ${row[3]}` }, el("span", {}, row[0]),
+          el("span", { class: "log" }, el("i", { style: `width:${width(row[column + 1])}` })), el("b", {}, grouped(row[column + 1]))))]));
+      const times = rows[0][1] / rows[1][1];
+      words.textContent = `The dense layer learns ${grouped(times)} times as many numbers, and fits one size of picture only. The convolution’s ${grouped(rows[1][1])} fit every size.`;
+      code.show(`from sdconv.convolution.geometry import (
+    conv_multiplies, conv_parameters, dense_multiplies, dense_parameters,
+)
+inputs, outputs, side = ${now.inputs}, ${now.outputs}, ${now.size}
+print([
+    dense_parameters(inputs * side**2, outputs * side**2), dense_multiplies(inputs * side**2, outputs * side**2),
+    conv_parameters(inputs, outputs, ${now.kernel}), conv_multiplies(inputs, outputs, ${now.kernel}, side),
+])`, [rows[0][1], rows[0][2], rows[1][1], rows[1][2]]);
+      section.dataset.times = String(times);
+    }
+    render();
+
+    whenNear(section, async () => {
+      await network.start();
+      const parts = new Map();
+      for (const { name, multiplies } of network.points) {
+        const part = /^\w+coder\.(\w+blocks?(\.\d)?|conv_\w+)/.exec(name)?.[0] ?? "latents";
+        parts.set(part, (parts.get(part) ?? 0) + multiplies);
+      }
+      const most = Math.max(...parts.values());
+      layers.replaceChildren(...[...parts].map(([name, x]) => el("div", { class: "bar-row" }, el("span", {}, name),
+        el("span", { class: "log" }, el("i", { style: `width:${x / most * 100}%` })), el("b", {}, x < 1e7 ? `${short(x / 1e6, 1)} M` : `${short(x / 1e9)} G`))));
+    });
+  },
+};
+
+// Winograd's F(2, 3) with numbers that one can change.
+function winograd() {
+  const { values: now, set } = state("winograd", { d: "1, 2, 3, 4", g: "1, 0, -1" }, () => render(), (v) => list(v.d, 4) && list(v.g, 3));
+  const field = (label, name, count, kind) => {
+    const input = el("input", { type: "text", spellcheck: "false", autocomplete: "off", oninput: () => {
+      input.setAttribute("aria-invalid", String(!list(input.value, count)));
+      if (list(input.value, count)) set({ [name]: input.value });
+    } });
+    return { input, node: el("label", { class: "text" }, el("span", { class: kind }, label), input) };
+  };
+  const inputs = field("four numbers of a row", "d", 4, "input"), weights = field("three weights", "g", 3, "kernel");
+  const direct = el("div", { class: "panel" }), fast = el("div", { class: "panel" }), code = python();
+  const node = el("div", { class: "body flat" }, el("div", { class: "controls" }, inputs.node, weights.node), el("div", { class: "split" }, direct, fast));
+
+  function render() {
+    const d = list(now.d, 4), g = list(now.g, 3), n = (x) => short(x, Number.isInteger(x) ? 0 : 2);
+    for (const [{ input }, text] of [[inputs, now.d], [weights, now.g]]) if (document.activeElement !== input) input.value = text;
+    const m = [(d[0] - d[2]) * g[0], (d[1] + d[2]) * (g[0] + g[1] + g[2]) / 2, (d[2] - d[1]) * (g[0] - g[1] + g[2]) / 2, (d[1] - d[3]) * g[2]];
+    const y = [0, 1].map((at) => g.reduce((sum, w, u) => sum + w * d[at + u], 0));
+    const line = (text, value) => el("p", { class: "sumline" }, el("span", {}, text), el("b", { class: "output" }, n(value)));
+    direct.replaceChildren(el("h4", {}, "directly: 6 multiplications"), ...y.map((value, at) =>
+      line(`${g.map((w, u) => `${n(d[at + u])} × ${n(w)}`).join(" + ")} =`, value)));
+    fast.replaceChildren(el("h4", {}, "Winograd: 4 multiplications"),
+      line(`m₁ = (${n(d[0])} − ${n(d[2])}) × ${n(g[0])} =`, m[0]),
+      line(`m₂ = (${n(d[1])} + ${n(d[2])}) × ${n((g[0] + g[1] + g[2]) / 2)} =`, m[1]),
+      line(`m₃ = (${n(d[2])} − ${n(d[1])}) × ${n((g[0] - g[1] + g[2]) / 2)} =`, m[2]),
+      line(`m₄ = (${n(d[1])} − ${n(d[3])}) × ${n(g[2])} =`, m[3]),
+      line("m₁ + m₂ + m₃ =", m[0] + m[1] + m[2]), line("m₂ − m₃ − m₄ =", m[1] - m[2] - m[3]));
+    code.show(`print(convolve([${d.join(", ")}], [${g.join(", ")}][::-1])[2:4])`, y);
+  }
+  render();
+  return { node, code };
+}
+
+function list(text, count) {
+  const found = text.split(",").map((part) => (part.trim() ? Number(part) : NaN));
+  return found.length === count && found.every(Number.isFinite) ? found : null;
+}

@@ -1,0 +1,154 @@
+// The receptive field: which pixels of the photo one value depends on, and how much.
+
+import { receptiveSpan } from "../core/convolution.js";
+import { SIZE } from "../core/vae.js";
+import { drawHeat, drawPhoto } from "../ui/canvas.js";
+import { choice, el, grouped, python, short, svg, toggle } from "../ui/dom.js";
+import { chooser, look } from "../ui/points.js";
+import { state } from "../ui/state.js";
+
+const SPREAD = 0.9;
+const STOPS = [
+  ["encoder.conv_in", "first layer"],
+  ["encoder.down_blocks.0.resnets.1", "five layers"],
+  ["encoder.down_blocks.0.downsamplers.0", "a stride of 2"],
+  ["encoder.down_blocks.1.downsamplers.0", "two"],
+  ["encoder.down_blocks.3.resnets.1", "three, before attention"],
+  ["decoder.conv_out", "the decoded picture"],
+];
+
+// The layers from the photo to a point, along the longest path; null where attention lies between.
+export function chainTo(network, name) {
+  const chain = [];
+  let global = false;
+  for (let at = name; at !== "photo"; at = network.point[at].input) {
+    const point = network.point[at];
+    if (point.kind === "attention") global = true;
+    if (point.kind !== "conv") continue;
+    chain.unshift({ kernel: point.kernel, stride: point.stride, before: point.kernel === 3 && point.stride === 1 ? 1 : 0 });
+    if (point.up) chain.unshift({ up: 2 });
+  }
+  return { chain, global };
+}
+
+export const field = {
+  id: "field",
+  title: "How much of the photo does one value see?",
+  lead: `<p>A neuron of the first layer reads 3 × 3 pixels. One of the next reads 3 × 3 of those neurons: 5 × 5 pixels. After a stride of 2, every step covers twice as much. That is the <b>receptive field</b>: the square. But not every pixel in it counts the same: the colour shows how much the value would change if the pixel did, its <b>effective</b> receptive field, computed backwards through every layer.</p>`,
+
+  build({ root, section, vae: network, photo, whenNear }) {
+    const { values: now, set } = look(() => render());
+    const own = state("field", { heat: true, zoom: false }, () => render());
+    const choose = chooser(network, set, "point at a value and see what it depends on");
+    const stops = choice({ label: "How deep?", options: STOPS, value: "", onchange: (layer) => {
+      // the same place in the picture
+      const scale = network.point[layer].height / network.point[now.layer].height;
+      set({ layer, i: Math.floor((now.i + 0.5) * scale), j: Math.floor((now.j + 0.5) * scale) });
+    } });
+    const canvas = el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": "The photo with the receptive field" });
+    const box = svg("rect", { class: "mark" });
+    const over = svg("svg", { class: "over", viewBox: `0 0 ${SIZE} ${SIZE}`, "aria-hidden": "true" }, box);
+    const heat = toggle({ label: "how much each pixel counts", value: own.values.heat, onchange: (x) => own.set({ heat: x }) });
+    const zoom = toggle({ label: "closer", value: own.values.zoom, onchange: (x) => own.set({ zoom: x }) });
+    const words = el("p", { class: "verdict", role: "status" });
+    const steps = el("div", { class: "growth", role: "img" });
+    const code = python();
+    root.append(stops, el("div", { class: "split" }, choose.node, el("div", { class: "panel" },
+      el("figure", {}, el("div", { class: "plate still" }, canvas, over)), el("div", { class: "controls" }, heat, zoom), words,
+      el("p", { class: "note" }, "How the square grows, layer by layer:"), steps)), code);
+
+    let turn = 0, wait = null;
+    async function render() {
+      if (!network.version) return;
+      const mine = ++turn;
+      await choose.draw(now);
+      if (mine !== turn) return;
+      stops.set(now.layer);
+      heat.set(own.values.heat);
+      zoom.set(own.values.zoom);
+      const { chain, global } = chainTo(network, now.layer);
+      const rows = receptiveSpan(chain, now.i), columns = receptiveSpan(chain, now.j);
+      const whole = rows[0] <= 0 && columns[0] <= 0 && rows[1] >= SIZE - 1 && columns[1] >= SIZE - 1;
+      const [top, bottom, left, right] = global || whole ? [0, SIZE - 1, 0, SIZE - 1] : [...rows, ...columns];
+      frame(top, bottom, left, right);
+      growth(chain, global);
+      const size = `${rows[1] - rows[0] + 1} × ${columns[1] - columns[0] + 1} pixels`;
+      words.textContent = global
+        ? "Attention lies on the way: through it this value depends on every pixel of the photo."
+        : `Through its convolutions this value sees ${size}, rows ${rows[0]} to ${rows[1]} and columns ${columns[0]} to ${columns[1]}${top < 0 || left < 0 || bottom >= SIZE || right >= SIZE ? "; what lies outside the photo is padding" : ""}.`;
+      section.dataset.span = [...rows, ...columns].join(",");
+      code.show(gradientLines(now), 0);
+      if (!own.values.heat) {
+        drawPhoto(canvas, photo.planes, SIZE, SIZE);
+        return;
+      }
+      clearTimeout(wait);
+      wait = setTimeout(async () => {
+        section.classList.add("busy");
+        const { values } = await network.gradient(now.layer, now.channel, now.i, now.j);
+        section.classList.remove("busy");
+        if (mine === turn) paint(values, { rows, columns, global });
+      }, 120);
+    }
+
+    function paint(values, { rows, columns, global }) {
+      const area = SIZE * SIZE, size = new Float32Array(area);
+      for (let at = 0; at < area; at++)
+        size[at] = Math.abs(values[at]) + Math.abs(values[area + at]) + Math.abs(values[2 * area + at]);
+      const most = size.reduce((a, b) => Math.max(a, b), 0) || 1, total = size.reduce((a, b) => a + b, 0);
+      drawHeat(canvas, photo.planes, size.map((x) => Math.sqrt(x / most)), SIZE, SIZE, [255, 140, 40]);
+      const sorted = size.slice().sort().reverse();
+      let sum = 0, count = 0;
+      while (sum < SPREAD * total) sum += sorted[count++];
+      let inside = 0;
+      for (let i = Math.max(0, rows[0]); i <= Math.min(SIZE - 1, rows[1]); i++)
+        for (let j = Math.max(0, columns[0]); j <= Math.min(SIZE - 1, columns[1]); j++) inside += size[i * SIZE + j];
+      words.append(` ${grouped(count)} pixels make ${SPREAD * 100} % of the effect.`,
+        global || inside > 0.9999 * total ? "" : ` Outside the square lies ${short((1 - inside / total) * 100, 1)} % of it: GroupNorm takes means over the whole map, so a little of everything arrives.`);
+      code.show(gradientLines(now), total);
+      section.dataset.painted = `${now.layer} ${now.channel} ${now.i} ${now.j}`;
+    }
+
+    // The square, and the part of the photo in view.
+    function frame(top, bottom, left, right) {
+      Object.entries({ x: left, y: top, width: right - left + 1, height: bottom - top + 1 })
+        .forEach(([name, value]) => box.setAttribute(name, value));
+      const side = Math.min(SIZE, Math.max(24, (bottom - top + 1) * 1.5));
+      const plate = canvas.parentElement;
+      const scale = own.values.zoom ? SIZE / side : 1;
+      const at = (low, high) => Math.max(0, Math.min(SIZE - side, (low + high + 1 - side) / 2)) / SIZE * 100;
+      plate.firstChild.style.transform = over.style.transform = scale === 1 ? "" :
+        `scale(${scale}) translate(${-at(left, right)}%, ${-at(top, bottom)}%)`;
+    }
+
+    function growth(chain, global) {
+      const sizes = chain.map((_, n) => {
+        // the widest of the copies that upsampling makes
+        const spans = Array.from({ length: 8 }, (_, index) => receptiveSpan(chain.slice(0, n + 1), 64 + index));
+        return Math.max(...spans.map(([first, last]) => last - first + 1));
+      });
+      const most = Math.max(...sizes, SIZE);
+      steps.setAttribute("aria-label", `Receptive field after each layer: ${sizes.join(", ")} pixels`);
+      steps.replaceChildren(...sizes.map((size, n) => el("i", {
+        style: `height:${Math.max(2, Math.min(size, most) / most * 100)}%`, class: chain[n].up ? "up" : chain[n].stride === 2 ? "stride" : "",
+        title: `layer ${n + 1}: ${size} × ${size} pixels${chain[n].stride === 2 ? " (stride 2)" : chain[n].up ? " (upsampling)" : ""}` })),
+      el("b", {}, `${sizes.at(-1)} × ${sizes.at(-1)}${global ? ", and through attention everything" : ""}`));
+    }
+
+    photo.addEventListener("change", () => network.version && render());
+    network.addEventListener("computed", () => render());
+    whenNear(section, () => network.compute().then(render));
+  },
+};
+
+function gradientLines({ layer, channel, i, j }) {
+  return `pixels = photo.clone().requires_grad_()
+found = {}
+hook = vae.get_submodule("${layer}").register_forward_hook(
+    lambda module, inputs, output: found.update(map=output)
+)
+vae.decode(vae.encode(pixels).latent_dist.mode())
+hook.remove()
+(gradient,) = torch.autograd.grad(found["map"][0, ${channel}, ${i}, ${j}], pixels)
+print(gradient.abs().sum().item())`;
+}

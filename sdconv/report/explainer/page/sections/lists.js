@@ -1,0 +1,105 @@
+// Two lists: one slides, turned around, under the other.
+
+import { convolve, meetings } from "../core/convolution.js";
+import { button, choice, el, python, printed, slider } from "../ui/dom.js";
+import { state } from "../ui/state.js";
+
+const PRESETS = {
+  small: ["1, 2, 3", "0, 1, 10"],
+  "two dice": ["0, 1, 1, 1, 1, 1, 1", "0, 1, 1, 1, 1, 1, 1"],
+  "mean of two": ["0, 0, 0, 6, 6, 6", "0.5, 0.5"],
+  rise: ["0, 0, 0, 6, 6, 6", "1, -1"],
+};
+const LONGEST = 9;
+
+// The numbers of a list as typed, or null.
+export function numbers(text) {
+  const parts = text.split(",").map((part) => part.trim());
+  const found = parts.map(Number);
+  return parts.every(Boolean) && found.every(Number.isFinite) && found.length <= LONGEST ? found : null;
+}
+
+export const lists = {
+  id: "lists",
+  title: "Two lists",
+  lead: `<p>A convolution takes two lists of numbers and makes a third. Turn the second list around, push it under the first, multiply the numbers that <b>meet</b>, and add up the products. That is one number of the answer. Then push on by one. Drag the <b class="kernel">orange</b> list.</p>`,
+
+  build({ root }) {
+    const { values: now, set } = state("lists", { a: "1, 2, 3", b: "0, 1, 10", n: 2 }, () => render(), (v) => {
+      const a = numbers(v.a), b = numbers(v.b);
+      return a && b && Number.isInteger(v.n) && v.n >= 0 && v.n < a.length + b.length - 1;
+    });
+    const field = (label, name, kind) => {
+      const input = el("input", { type: "text", inputmode: "text", spellcheck: "false", autocomplete: "off", oninput: () => {
+        const found = numbers(input.value);
+        input.setAttribute("aria-invalid", String(!found));
+        problem.textContent = found ? "" : `A list is up to ${LONGEST} numbers with commas between them, such as 1, 2, 3.`;
+        if (found) set({ [name]: input.value, n: 0 });
+      } });
+      return { input, node: el("label", { class: "text" }, el("span", { class: kind }, label), input) };
+    };
+    const problem = el("p", { class: "note minus", role: "alert" });
+    const first = field("first list", "a", "input"), second = field("second list", "b", "kernel");
+    const preset = choice({ label: "Lists to begin with", value: "", options: Object.keys(PRESETS).map((name) => [name, name]),
+      onchange: (name) => set({ a: PRESETS[name][0], b: PRESETS[name][1], n: 0 }) });
+    const rail = el("div", { class: "rail", role: "img" });
+    const at = slider({ label: "position", min: 0, max: 4, value: 2, oninput: (n) => set({ n }) });
+    const play = button("Slide it", () => (timer ? stop() : start()));
+    const sum = el("p", { class: "verdict", role: "status" });
+    const answer = el("div", { class: "answer" });
+    const code = python();
+    root.append(el("div", { class: "controls" }, first.node, second.node, preset), problem,
+      el("div", { class: "panel" }, rail, el("div", { class: "controls" }, at, play), sum, answer), code);
+
+    let timer = null;
+    const end = () => numbers(now.a).length + numbers(now.b).length - 2;
+    const stop = () => { clearInterval(timer); timer = null; play.textContent = "Slide it"; };
+    function start() {
+      set({ n: now.n >= end() ? 0 : now.n });
+      play.textContent = "Stop";
+      timer = setInterval(() => (now.n >= end() ? stop() : set({ n: now.n + 1 })), 900);
+    }
+
+    // dragging moves by whole cells
+    let grabbed = null;
+    rail.addEventListener("pointerdown", (event) => {
+      if (!event.target.closest(".turned")) return;
+      rail.setPointerCapture(event.pointerId);
+      stop();
+      grabbed = { x: event.clientX, n: now.n };
+    });
+    rail.addEventListener("pointermove", (event) => {
+      if (!grabbed) return;
+      const cell = rail.querySelector("span").getBoundingClientRect().width + 4;
+      const n = Math.max(0, Math.min(end(), grabbed.n + Math.round((event.clientX - grabbed.x) / cell)));
+      if (n !== now.n) set({ n });
+    });
+    rail.addEventListener("pointerup", () => { grabbed = null; });
+    rail.addEventListener("pointercancel", () => { grabbed = null; });
+
+    function render() {
+      const a = numbers(now.a), b = numbers(now.b), { n } = now;
+      for (const [{ input }, text] of [[first, now.a], [second, now.b]])
+        if (document.activeElement !== input) { input.value = text; input.removeAttribute("aria-invalid"); }
+      if (document.activeElement !== first.input && document.activeElement !== second.input) problem.textContent = "";
+      preset.set(Object.keys(PRESETS).find((name) => PRESETS[name][0] === now.a && PRESETS[name][1] === now.b) ?? "");
+      const pairs = meetings(a, b, n), all = convolve(a, b), room = b.length - 1;
+      rail.style.setProperty("--columns", a.length + 2 * room);
+      const cell = (value, row, column, kind) => el("span", { class: kind, style: `grid-row:${row};grid-column:${column + 1}` }, printed(value));
+      rail.replaceChildren(
+        ...a.map((x, m) => cell(x, 1, room + m, `in ${pairs.some((pair) => pair.m === m) ? "meets" : ""}`)),
+        ...b.map((x, k) => cell(x, 2, n + room - k, `turned ${pairs.some((pair) => pair.other === k) ? "meets" : ""}`)),
+        ...pairs.map(({ m, product }) => cell(product, 3, room + m, "product")));
+      const terms = pairs.map(({ m, other }) => `${printed(a[m])} × ${printed(b[other])}`).join(" + ");
+      rail.setAttribute("aria-label", `At position ${n}: ${terms} = ${printed(all[n])}`);
+      at.set(n, all.length - 1);
+      sum.replaceChildren(`${terms} = `, el("b", { class: "output" }, printed(Number(all[n].toPrecision(12)))));
+      answer.replaceChildren(el("span", { class: "note" }, "the answer so far"),
+        ...all.map((x, m) => button(m <= n ? printed(Number(x.toPrecision(12))) : "?", () => set({ n: m }), {
+          class: `cell ${m === n ? "now" : ""}`, "aria-label": `position ${m}${m <= n ? `: ${printed(x)}` : ""}`, "aria-current": m === n ? "true" : "false" })));
+      const literal = (list) => `[${list.join(", ")}]`;
+      code.show(`print(convolve(${literal(a)}, ${literal(b)})[${n}])`, all[n]);
+    }
+    render();
+  },
+};

@@ -1,0 +1,159 @@
+// Padding and stride: how many numbers come out, and where the kernel stops.
+
+import { conv2d, outputSize, samePadding } from "../core/convolution.js";
+import { SIZE } from "../core/vae.js";
+import { drawGrey, drawPhoto } from "../ui/canvas.js";
+import { button, choice, el, html, python, short, slider, svg, toggle } from "../ui/dom.js";
+import { state } from "../ui/state.js";
+
+const KINDS = [
+  ["valid", "valid: none"],
+  ["same", "same: as few as needed"],
+  ["both", "symmetric: both ends"],
+  ["end", "Stable Diffusion: at the end"],
+];
+
+// Zeros before and after a row.
+export function zeros(kind, size, kernel, stride) {
+  if (kind === "same") return samePadding(size, kernel, stride);
+  if (kind === "both") return [(kernel - 1) / 2, (kernel - 1) / 2];
+  return kind === "end" ? [0, 1] : [0, 0];
+}
+
+export const padding = {
+  id: "padding",
+  title: "Padding and stride",
+  lead: `<p>At the ends of a row the kernel reaches for numbers that do not exist. <b>Padding</b> puts zeros there. And it need not stop everywhere: the step from one stop to the next is the <b>stride</b>. Set both, guess how many numbers come out, then look.</p>`,
+
+  build({ root, section, vae: network, photo }) {
+    const { values: now, set } = state("padding", { size: 8, kernel: 3, stride: 2, kind: "end", guess: 0, shown: false, levels: 1, side: "end" },
+      () => render(), (v) => v.size >= 4 && v.size <= 12 && [1, 3, 5].includes(v.kernel) && v.stride >= 1 && v.stride <= 3 && KINDS.some(([kind]) => kind === v.kind)
+        && v.size >= v.kernel && v.levels >= 1 && v.levels <= 4 && ["end", "both"].includes(v.side));
+    const change = (what) => set({ ...what, shown: false, guess: 0 });
+    const controls = {
+      size: slider({ label: "numbers in", min: 5, max: 12, value: now.size, oninput: (size) => change({ size }) }),
+      stride: slider({ label: "stride", min: 1, max: 3, value: now.stride, oninput: (stride) => change({ stride }) }),
+      kernel: choice({ label: "kernel", options: [["1", "1"], ["3", "3"], ["5", "5"]], value: now.kernel, onchange: (x) => change({ kernel: Number(x) }) }),
+      kind: choice({ label: "padding", options: KINDS, value: now.kind, onchange: (kind) => change({ kind }) }),
+    };
+    const drawing = svg("svg", { class: "row-drawing", role: "img" });
+    const guess = el("input", { type: "number", min: 0, max: 20, id: "padding-guess", onkeydown: (event) => { if (event.key === "Enter") reveal(); } });
+    const check = button("Check", () => reveal());
+    const verdict = el("p", { class: "verdict", role: "status" });
+    const code = python();
+    const reveal = () => set({ shown: true, guess: guess.valueAsNumber || 0 });
+
+    const flickered = el("canvas", { width: SIZE, height: SIZE, role: "img" });
+    const side = choice({ label: "zeros", options: [["end", "at the end"], ["both", "on both sides"]], value: now.side, onchange: (one) => set({ side: one }) });
+    const levels = slider({ label: "times halved", min: 1, max: 4, value: now.levels, oninput: (x) => set({ levels: x }) });
+    const flicker = toggle({ label: "flicker between the two", value: false, onchange: (on) => blink(on) });
+    const apart = el("p", { class: "note", role: "status" });
+    const flickerCode = python();
+
+    const runs = ["A", "B"].map((name) => el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": `Picture decoded by run ${name}` }));
+    const given = el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": "The photo" });
+    const start = button("Run the network both ways", () => bug());
+    const answers = ["A", "B"].map((name) => button(`${name} pads wrongly`, () => judge(name), { class: "quiet", disabled: true }));
+    const found = el("p", { class: "verdict", role: "status" });
+    let wrong = "B";
+
+    root.append(
+      el("div", { class: "controls" }, Object.values(controls)),
+      el("div", { class: "panel" }, drawing, el("div", { class: "controls" },
+        el("label", { class: "text", for: "padding-guess" }, el("span", {}, "How many numbers come out?"), guess), check), verdict), code,
+      html(`<div><h3>Half a cell apart</h3><p>At stride 2, one zero at the end and one on both sides give the same size. But the kernel stops one pixel earlier: each map is half a cell off, and every halving adds to it. Stable Diffusion’s VAE pads at the end; torch’s <code>padding=1</code> is the other.</p></div>`),
+      el("div", { class: "split thirds" }, el("figure", {}, flickered, el("figcaption", {}, "the photo, halved by a blur with stride 2")),
+        el("div", { class: "panel" }, side, flicker, levels, apart)), flickerCode,
+      html(`<div><h3>Find the padding bug</h3><p>Two programs run the same trained VAE. All shapes agree, no error is raised. One of the two pads its strided convolutions on both sides. Which one?</p></div>`),
+      el("div", { class: "controls" }, start, answers),
+      el("div", { class: "trio" }, el("figure", {}, given, el("figcaption", {}, "the photo")),
+        runs.map((canvas, at) => el("figure", {}, canvas, el("figcaption", {}, `run ${"AB"[at]}`)))), found);
+
+    let timer = null;
+    function blink(on) {
+      clearInterval(timer);
+      // alternation is what is asked for by the switch; slower where motion is unwelcome
+      const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      if (on) timer = setInterval(() => set({ side: now.side === "end" ? "both" : "end" }), still ? 2000 : 500);
+    }
+
+    const decoded = {};
+    async function bug() {
+      start.disabled = true;
+      found.textContent = "Computing…";
+      wrong = Math.random() < 0.5 ? "A" : "B";
+      for (const name of ["A", "B"]) {
+        const shift = name === wrong ? -1 : 0; // as torch's padding 1 stops, one position earlier
+        decoded[name] = (await network.decodedWith({ shift })).picture;
+      }
+      runs.forEach((canvas, at) => drawPhoto(canvas, decoded["AB"[at]], SIZE, SIZE));
+      found.textContent = "Compare the edges with the photo’s.";
+      for (const one of answers) one.disabled = false;
+      start.disabled = false;
+    }
+    function judge(name) {
+      const error = (picture) => picture.reduce((sum, x, at) => sum + Math.abs(x - photo.planes[at]), 0) / picture.length / 2 * 100;
+      const [a, b] = ["A", "B"].map((one) => short(error(decoded[one]), 1));
+      found.textContent = `${name === wrong ? "Right" : "No"}: run ${wrong} pads on both sides. On average A differs from the photo by ${a} % and B by ${b} %.`;
+      section.dataset.bug = name === wrong ? "found" : "missed";
+    }
+
+    function render() {
+      const { size, kernel, stride, kind } = now, pad = zeros(kind, size, kernel, stride);
+      for (const name of ["size", "stride", "kernel", "kind"]) controls[name].set(now[name]);
+      const count = outputSize(size, kernel, stride, pad);
+      draw(drawing, { size, kernel, stride, pad, count, shown: now.shown });
+      if (document.activeElement !== guess) guess.value = now.guess || "";
+      const unread = size + pad[0] + pad[1] - ((count - 1) * stride + kernel);
+      verdict.replaceChildren(...(now.shown ? [now.guess === count ? "Yes, " : now.guess ? `No, not ${now.guess}: ` : "It is ", el("b", { class: "output" }, String(count)),
+        `. (${size} + ${pad[0]} + ${pad[1]} − ${kernel}) ÷ ${stride}, rounded down, plus 1.`,
+        unread > 0 ? ` The last ${unread > 1 ? `${unread} numbers are` : "number is"} never read.` : ""] : ["Guess first; the stops of the kernel appear when you check."]));
+      code.show(`from sdconv.convolution.geometry import output_size
+print(output_size(${size}, kernel=${kernel}, stride=${stride}, padding=(${pad.join(", ")})))`, count);
+      code.hidden = !now.shown; // it prints the answer
+      halved();
+      drawPhoto(given, photo.planes, SIZE, SIZE);
+    }
+
+    function halved() {
+      let map = { values: photo.grey, height: SIZE, width: SIZE };
+      const blur = [1, 2, 1, 2, 4, 2, 1, 2, 1].map((x) => x / 16);
+      const [before, after] = now.side === "end" ? [0, 1] : [1, 1];
+      for (let n = 0; n < now.levels; n++) map = conv2d(map, blur, { stride: 2, padding: [before, after, before, after] });
+      drawGrey(flickered, map.values, map.width, map.height, [0, 1]);
+      flickered.setAttribute("aria-label", `The photo halved ${now.levels} times, zeros ${now.side === "end" ? "at the end" : "on both sides"}`);
+      side.set(now.side);
+      levels.set(now.levels);
+      const cell = 2 ** now.levels, off = cell - 1;
+      apart.textContent = `One cell is now ${cell} × ${cell} pixels of the photo. Cell 0 is centred on pixel ${now.side === "end" ? off : 0}: the two paddings lie ${off} ${off === 1 ? "pixel" : "pixels"} apart, ${off}/${cell} of a cell.`;
+      const half = map.width / 2;
+      flickerCode.show(`grey = (photo.mean(1, keepdim=True) + 1) / 2
+blur = torch.tensor([[[[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]]]) / 16
+for _ in range(${now.levels}):
+    grey = conv2d_reference(grey, blur, stride=2, padding=(${before}, ${after}, ${before}, ${after}))
+print(grey[0, 0, ${half}, ${half}].item())`, map.values[half * map.width + half]);
+    }
+    photo.addEventListener("change", render);
+    render();
+  },
+};
+
+// The row with its zeros, the kernel's stops below it, and what comes out.
+function draw(node, { size, kernel, stride, pad: [before, after], count, shown }) {
+  const cell = 40, gap = 4, step = cell + gap, total = before + size + after;
+  const most = Math.max(10, total), left = (most - total) / 2;
+  const x = (at) => (left + at) * step;
+  const stops = shown ? count : 1, top = cell + 16, line = 13;
+  const height = top + (shown ? count : 1) * line + (shown ? cell + 22 : 0);
+  node.setAttribute("viewBox", `0 -4 ${most * step} ${height + 8}`);
+  node.setAttribute("aria-label", shown ? `${size} numbers, ${before} zeros before, ${after} after; the kernel stops ${count} times` : `${size} numbers, ${before} zeros before, ${after} after`);
+  const box = (at, y, kind, text) => [svg("rect", { x: x(at), y, width: cell, height: cell, rx: 5, class: kind }),
+    svg("text", { x: x(at) + cell / 2, y: y + cell / 2 + 6, class: `${kind}-text` }, text)];
+  node.replaceChildren(
+    ...Array.from({ length: total }, (_, at) => {
+      const inside = at >= before && at < before + size;
+      return box(at, 0, inside ? "in" : "pad", inside ? String(at - before) : "0");
+    }).flat(),
+    ...Array.from({ length: stops }, (_, at) => svg("line", { x1: x(at * stride) + 3, x2: x(at * stride + kernel) - gap - 3, y1: top + at * line, y2: top + at * line, class: "stop" })),
+    ...(shown ? Array.from({ length: count }, (_, at) => box(at * stride + (kernel - 1) / 2, top + count * line + 6, "out", String(at))).flat() : []));
+}

@@ -1,0 +1,64 @@
+// Where one looks: a layer of the VAE, a channel of its map, and a value in it. The sections on the
+// neuron and on the receptive field share it.
+
+import { picker, drawGrey, thumbnails } from "./canvas.js";
+import { el, select, short } from "./dom.js";
+import { state } from "./state.js";
+
+const listeners = new Set();
+let shared = null;
+
+// {values: {layer, channel, i, j}, set}; `listen` is called with every change.
+export function look(listen) {
+  listeners.add(listen);
+  shared ??= state("look", { layer: "encoder.conv_in", channel: 12, i: 36, j: 126 },
+    (change) => { for (const one of listeners) one(change); },
+    (v) => [v.channel, v.i, v.j].every((x) => Number.isInteger(x) && x >= 0));
+  return shared;
+}
+
+// The chosen layer, with channel and position moved inside of it.
+export function within(network, now) {
+  const known = network.point[now.layer];
+  if (!known || known.kind !== "conv") now.layer = "encoder.conv_in";
+  const point = network.point[now.layer];
+  now.channel = Math.min(now.channel, point.channels - 1);
+  now.i = Math.min(now.i, point.height - 1);
+  now.j = Math.min(now.j, point.width - 1);
+  return point;
+}
+
+// Choosers: the layer, the channel, and the map to click.
+export function chooser(network, set, what) {
+  const layer = select({ label: "Layer", options: [["", ""]], value: "", onchange: (name) => {
+    // the same place in the picture, in a map of another size
+    const now = shared.values, before = network.point[now.layer], after = network.point[name];
+    const moved = (x) => Math.floor((x + 0.5) * after.height / before.height);
+    set({ layer: name, i: moved(now.i), j: moved(now.j) });
+  } });
+  const grid = thumbnails({ label: "Channels", onpick: (channel) => set({ channel }) });
+  const map = picker({ label: `The feature map: ${what}`, width: 256, height: 256, onpick: (i, j) => set({ i, j }) });
+  const caption = el("figcaption");
+  let drawn = "", options = false;
+  const draw = async (now) => {
+    if (!options) {
+      options = true;
+      layer.querySelector("select").replaceChildren(...network.points.filter(({ kind }) => kind === "conv")
+        .map(({ name, channels, height }) => el("option", { value: name }, `${name} (${channels} × ${height}²)`)));
+    }
+    const point = within(network, now), version = network.version;
+    layer.set(now.layer);
+    const all = Array.from({ length: point.channels }, (_, c) => c);
+    if (drawn !== `${now.layer} ${version}`) grid.fill(await network.planes(now.layer, all, 32));
+    drawn = `${now.layer} ${version}`;
+    grid.choose(now.channel);
+    const { values, width, height } = await network.planes(now.layer, [now.channel]);
+    drawGrey(map.canvas, values, width, height);
+    const value = values[now.i * width + now.j];
+    map.set(now.i, now.j, height, width, `row ${now.i}, column ${now.j}: ${short(value)}`, height > 100 ? 2 : 0);
+    caption.textContent = `channel ${now.channel}: row ${now.i}, column ${now.j} is ${short(value)}`;
+    return { point, value, values };
+  };
+  const node = el("div", { class: "panel" }, layer, el("div", { class: "tall" }, grid), el("figure", {}, map, caption));
+  return { node, draw };
+}
