@@ -64,7 +64,8 @@ def test_two_ranks_make_the_same_files(tmp_path: Path) -> None:
     ran = torchrun(tmp_path, *decode, "-o", "out.png")
     assert ran.returncode != 0
     assert "out.png: exists already, and is not overwritten" in ran.stderr
-    ran = torchrun(tmp_path, *decode, "-o", "more.png", ranks=13)
+    save_file({"z": torch.zeros(1, 4, 2, 9)}, tmp_path / "few.safetensors")
+    ran = torchrun(tmp_path, "decode", "few.safetensors", "-m", TINY_VAE, "-o", "more.png", ranks=3)
     assert ran.returncode != 0
-    assert ran.stderr.count("error: ranks: more ranks than rows") == 1
+    assert ran.stderr.count("error: --ranks: more ranks than rows") == 1, "the first rank says it"
     assert not (tmp_path / "more.png").exists()
