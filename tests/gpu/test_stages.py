@@ -378,10 +378,13 @@ def event(name: str, device: str, us: float, shapes: Any = (), kernels: Any = ()
 
 
 def test_every_kernel_is_counted_once() -> None:
+    shapes = [[1, 4, 8, 8], [8, 4, 3, 3]]
     events = [
-        event("aten::conv2d", "CPU", 50, [[1, 4, 8, 8], [8, 4, 3, 3]]),
-        event("aten::cudnn_convolution", "CPU", 40, [[1, 4, 8, 8], [8, 4, 3, 3]], [("conv", 30)]),
-        event("conv", "CUDA", 30),
+        event("aten::conv2d", "CPU", 50, shapes),
+        event("aten::cudnn_convolution", "CPU", 40, shapes, [("zero", 1), ("conv", 29)]),
+        event("zero", "CUDA", 1),
+        event("conv", "CUDA", 29),
+        event("cuLaunchKernelEx", "CPU", 3, (), [("part_stats", 5)]),
         event("part_stats", "CUDA", 5),
         event("part_stats", "CUDA", 7),
         event("annotated", "CUDA", 42),
