@@ -9,7 +9,7 @@ from sdconv.errors import InputError
 from sdconv.fast.cpu.group_stats import affine, combine
 
 # Values reduced at once, which torch copies to float64; a GPU computes more while it is told to.
-CHUNK, GPU_CHUNK = 1 << 18, 1 << 23
+CHUNK, GPU_CHUNK = 1 << 18, 1 << 22
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:

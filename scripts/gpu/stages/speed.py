@@ -104,12 +104,15 @@ def plan(options: Options) -> Iterator[tuple[Work, Sequence[Side]]]:
     headline, important, rest = works()
     plain = [side for side in SIDES if not side.compiled]
     compiled = [side for side in SIDES if side.compiled]
-    yield headline, (*SIDES, RECORDED)
+    yield headline, (EAGER, FAST, RECORDED, COMPILED)
     for work in important:
-        yield work, (*plain, RECORDED)
-    yield headline, VARIANTS
+        yield work, (EAGER, FAST, RECORDED)
+    yield headline, (FAST_COMPILED, CHANNELS_LAST)
     for work in important:
         yield work, compiled
+    yield headline, VARIANTS
+    for work in important:
+        yield work, (CHANNELS_LAST,)
     for sides in (plain, compiled):
         for work in rest:
             yield work, sides
