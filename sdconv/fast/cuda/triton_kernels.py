@@ -5,8 +5,8 @@ summed taps of upsampling convolutions.
 without (bias, time embedding, residual), writes the sum, and takes the sum's statistics. Each part
 of a few hundred pixels is a program of its own, so that a feature map of 512 channels and 64x64
 pixels has 1024 programs, and one of 128 channels and 1024x1024 pixels 2048. `combine` merges the
-parts' statistics into those of groups, and `normalise` applies them. `add_taps` is independent of
-them, see :mod:`sdconv.fast.cuda.upsample`.
+parts' statistics into those of groups, and `normalise` applies them. `normalise_group` does all of
+it for a small feature map. `add_taps` is independent of them, see :mod:`sdconv.fast.cuda.upsample`.
 
 All arithmetic is in float32. Statistics are kept as means and sums of squared deviations from the
 mean, updated by Welford's formula (1962) and merged by that of Chan, Golub and LeVeque (1979). Sums
@@ -14,8 +14,8 @@ of means are taken relative to one of them, so that values far from zero lose li
 a feature map is divided depends on its size alone and the order of all sums is fixed: the result is
 the same bits each time, on each GPU and in each batch.
 
-The kernels run on a CPU in Triton's interpreter and compile for NVIDIA's architectures. They have
-not run on a GPU yet, and nothing here says how fast they are.
+On an H200, `normalise` and `sum_and_stats` of 128 channels and 1024x1024 pixels take 1.15 and 1.3
+times as long as a copy of the same bytes.
 """
 
 from __future__ import annotations
