@@ -1,8 +1,8 @@
 """Which variant of an operation runs on CUDA: one table, by operation and class of shapes.
 
 The table that ships was fastest on an H200. For another device, `write` a table to a JSON file, and
-name the file in the environment variable ``SDCONV_CUDA_CHOICES`` or `load` it. `using` sets choices for the length of a ``with`` block, which is how variants are
-compared.
+name the file in the environment variable ``SDCONV_CUDA_CHOICES`` or `load` it. `using` sets choices
+for the length of a ``with`` block, which is how variants are compared.
 
 A key is an operation, ``"upsample"``, or an operation and a class of shapes, ``"upsample 512ch
 64px"``, which has precedence: at most 512 channels, and at most as many pixels as 64x64.
