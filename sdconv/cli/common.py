@@ -66,10 +66,6 @@ class Backend(StrEnum):
     fast = "fast"
 
 
-IMAGE_BACKEND = Backend.fast
-"""The default of the commands that make images, and of `plan`, which plans for them."""
-
-
 class Layout(StrEnum):
     """A naming scheme for a checkpoint's tensors."""
 
@@ -154,9 +150,14 @@ StorageDtype = Annotated[
         show_default=False,
     ),
 ]
+# of the commands that run autoencoders on images, and of `plan`, which plans for them
 With = Annotated[
-    Backend,
-    typer.Option(help="The backend; reference gives the same bits as diffusers on a CPU."),
+    Backend | None,
+    typer.Option(
+        help="The backend; reference gives the same bits as diffusers on a CPU. Default: fast, or "
+        "reference on a CPU without Numba.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.")]
 ImageSize = Annotated[

@@ -11,7 +11,6 @@ import typer
 
 from sdconv.analysis.memory import check_memory
 from sdconv.cli.common import (
-    IMAGE_BACKEND,
     LARGEST_SEED,
     Clamp,
     Component,
@@ -34,7 +33,7 @@ from sdconv.cli.common import (
     say,
 )
 from sdconv.cli.ranks import Ranks, is_first_rank
-from sdconv.cli.running import RunOptions, open_autoencoder, prepared, running
+from sdconv.cli.running import RunOptions, image_backend, open_autoencoder, prepared, running
 from sdconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def encode(
     dtype: ComputeDtype = Dtype.float32,
     clamp: Clamp = False,
     device: Device = "cpu",
-    backend: With = IMAGE_BACKEND,
+    backend: With = None,
     memory: Memory = None,
     spill: Spill = None,
     ranks: Ranks = False,
@@ -163,7 +162,7 @@ def encode(
         dtype=dtype,
         clamp=clamp,
         device=device,
-        backend=backend,
+        backend=image_backend(backend, device),
         memory=memory,
         spill=spill,
         ranks=ranks,
@@ -246,7 +245,7 @@ def decode(
     dtype: ComputeDtype = Dtype.float32,
     clamp: Clamp = False,
     device: Device = "cpu",
-    backend: With = IMAGE_BACKEND,
+    backend: With = None,
     memory: Memory = None,
     spill: Spill = None,
     ranks: Ranks = False,
@@ -304,7 +303,7 @@ def decode(
         dtype=dtype,
         clamp=clamp,
         device=device,
-        backend=backend,
+        backend=image_backend(backend, device),
         memory=memory,
         spill=spill,
         ranks=ranks,
@@ -352,7 +351,7 @@ def reconstruct(
     dtype: ComputeDtype = Dtype.float32,
     clamp: Clamp = False,
     device: Device = "cpu",
-    backend: With = IMAGE_BACKEND,
+    backend: With = None,
     memory: Memory = None,
     spill: Spill = None,
     as_json: Json = False,
@@ -399,7 +398,7 @@ def reconstruct(
         dtype=dtype,
         clamp=clamp,
         device=device,
-        backend=backend,
+        backend=image_backend(backend, device),
         memory=memory,
         spill=spill,
     )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from sdconv.cli.common import (
-    IMAGE_BACKEND,
     ComputeDtype,
     Dtype,
     Family,
@@ -24,6 +23,7 @@ from sdconv.cli.common import (
     show,
     working,
 )
+from sdconv.cli.running import image_backend
 from sdconv.errors import InputError
 from sdconv.sizes import parse_bytes, parse_size
 
@@ -63,7 +63,7 @@ def plan(
     prefix: Prefix = None,
     key: Key = None,
     dtype: ComputeDtype = Dtype.float32,
-    backend: With = IMAGE_BACKEND,
+    backend: With = None,
     as_json: Json = False,
 ) -> None:
     """Predict the memory and the time of streaming an image through an autoencoder.
@@ -89,7 +89,8 @@ def plan(
     limit = parse_bytes(memory, "--memory")
     folder = None if spill is None else spill_folder(spill)
     network = _without_weights(paths, family, prefix, key).to(dtype.in_torch())
-    set_backend(network, backend.value)
+    chosen = image_backend(backend, "cpu").value
+    set_backend(network, chosen)
     scale = network.downscale
     if min(rows, columns) < scale:
         raise InputError("the image is too small", where="--size", expected=f"at least {scale}")
@@ -106,7 +107,7 @@ def plan(
                 "width": columns,
                 "batch": batch,
                 "dtype": dtype.value,
-                "backend": backend.value,
+                "backend": chosen,
                 "memory_limit": limit,
                 **answers,
             }

@@ -54,6 +54,24 @@ class RunOptions:
     ranks: bool = False
 
 
+def image_backend(given: Backend | None, device: str) -> Backend:
+    """The backend of a command that runs an autoencoder on images: the given one, or else the fast
+    one where it is faster. On a CPU without Numba it is not; a note then says how to get it."""
+    if given is not None:
+        return given
+    from sdconv.fast.cpu.kernels import has_numba_kernels
+
+    if device.startswith("cuda") or has_numba_kernels():
+        return Backend.fast
+    if is_first_rank():
+        say(
+            "without Numba, the reference backend computes this; the fast one takes about a third "
+            "of the time: pip install 'sdconv[fast]'",
+            "note",
+        )
+    return Backend.reference
+
+
 def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
     """The autoencoder of a command that reads or makes images, in eval mode.
 

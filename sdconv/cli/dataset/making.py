@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdconv.cli.common import (
-    IMAGE_BACKEND,
     LARGEST_SEED,
     Component,
     ComputeDtype,
@@ -50,6 +49,7 @@ from sdconv.cli.dataset.options import (
     parse_timesteps,
 )
 from sdconv.cli.dataset.progress import Advance, progress_of
+from sdconv.cli.running import image_backend
 
 if TYPE_CHECKING:
     from sdconv.dataset import FeatureExtractor, Summary
@@ -109,7 +109,7 @@ def encode(
     family: Family = None,
     dtype: ComputeDtype = Dtype.float32,
     device: Device = "cpu",
-    backend: With = IMAGE_BACKEND,
+    backend: With = None,
     as_json: Json = False,
 ) -> None:
     """Encode the images of a data set.
@@ -136,7 +136,7 @@ def encode(
         flip=flip,
         dtype=store.value,
         computed_in=dtype.value,
-        backend=backend.value,
+        backend=image_backend(backend, device).value,
         batch=batch,
     )
     encoder = Encoder(

@@ -89,6 +89,12 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
     return numba_kernels()[0] if dtype is torch.float32 else torch_kernels
 
 
+def has_numba_kernels() -> bool:
+    """Whether the kernels for float32 are Numba's. With torch's, the fast backend takes less memory
+    than the reference, not less time."""
+    return numba_kernels()[0] is not torch_kernels
+
+
 @cache
 def numba_kernels() -> tuple[Kernels, float]:
     """The Numba kernels, and the seconds it took to compile them or to read them from Numba's
