@@ -1,9 +1,10 @@
-"""For every test: skips with instructions, the number of threads, hypothesis' profiles."""
+"""For every test: skips with instructions, threads, no user's cache, hypothesis' profiles."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("ci" if os.environ.get("CI") else "local")
+    # the constants that ship choose the methods, here and in the commands that tests start, not
+    # those that a user has fitted: nothing is ever in this folder
+    os.environ["SDCONV_CACHE"] = str(Path(tempfile.gettempdir()) / "no-cache-of-sdconv")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         # torch reads it when it is imported, here and in the commands that tests start

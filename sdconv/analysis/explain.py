@@ -16,6 +16,11 @@ from sdconv.backends import backend
 from sdconv.config import Config
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
+from sdconv.fast.cpu.cost_constants import (
+    CostConstants,
+    calibration_in_force,
+    constants_in_force,
+)
 from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
@@ -54,13 +59,16 @@ class Explained:
 @dataclass(frozen=True)
 class Explanation:
     """``layers``: in the order in which they run. ``memory``: bytes of their packed weights;
-    ``limit``: the most that these may take."""
+    ``limit``: the most that these may take. ``constants``: the cost model's; ``calibrated``: the
+    day on which they were fitted on this machine, None for those that ship."""
 
     class_name: str
     size: tuple[int, int]
     layers: tuple[Explained, ...]
     memory: int
     limit: int
+    constants: CostConstants
+    calibrated: str | None
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,16 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
                 memory += sizes.get(layer.method, 0)
                 shortcut = _shortcut_bytes(network, layer)
                 memory += shortcut if memory + shortcut <= limit else 0
-    return Explanation(config.class_name, size, tuple(layers), memory, limit)
+    calibration = calibration_in_force()
+    return Explanation(
+        class_name=config.class_name,
+        size=size,
+        layers=tuple(layers),
+        memory=memory,
+        limit=limit,
+        constants=constants_in_force(),
+        calibrated=None if calibration is None else calibration.day,
+    )
 
 
 class _Shapes(Noise):

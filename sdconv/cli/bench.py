@@ -1,8 +1,10 @@
-"""The command that times the backends, and explains how the fast one computes each layer."""
+"""The command that times the backends, explains how the fast one computes each layer, and fits the
+cost model by which it chooses."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,18 +16,26 @@ from sdconv.cli.common import (
     InputSize,
     Json,
     Key,
-    Paths,
     Prefix,
     counting,
     one_or_all,
     print_json,
     show,
 )
+from sdconv.errors import InputError
 from sdconv.sizes import parse_size
 
 
 def bench(
-    paths: Paths,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PATH]",
+            help="The weights; not with --calibrate and --show. A file, a folder, several files of "
+            "one network, or a name such as tiny-vae.",
+            show_default=False,
+        ),
+    ] = None,
     component: Component = None,
     family: Family = None,
     prefix: Prefix = None,
@@ -39,6 +49,16 @@ def bench(
             "--explain", help="Time nothing: print the method of each convolution, and why."
         ),
     ] = False,
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Time convolutions for less than a minute and fit the cost model to this machine.",
+        ),
+    ] = False,
+    shown: Annotated[
+        bool, typer.Option("--show", help="Print the cost model's constants in force.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time the reference and the fast backend against each other.
@@ -48,12 +68,31 @@ def bench(
     With --explain: the method for each 3x3 convolution, what each method would cost, and why; from
     headers alone, without computing anything.
 
+    The methods are chosen by a cost model whose constants ship. --calibrate fits them to this
+    processor with this number of threads, and keeps them in the user's cache folder, or in that
+    which SDCONV_CACHE names. Another method rounds differently.
+
     \b
     Examples:
       sdconv bench weights/tiny-vae.safetensors --size 128x128
       sdconv bench v1-5-pruned-emaonly.safetensors --component unet --rounds 5 --json
       sdconv bench v1-5-pruned-emaonly.safetensors --component unet --size 96x64 --explain
+      sdconv bench --calibrate
+      sdconv bench --show --json
     """
+    if calibrated or shown:
+        if paths:
+            raise InputError(
+                "the cost model is not a network's",
+                where="--calibrate" if calibrated else "--show",
+                expected="no PATH",
+                got=", ".join(map(str, paths)),
+            )
+        _cost_model(calibrated, as_json)
+        return
+    if not paths:
+        raise typer.BadParameter("give the weights.", param_hint="PATH")
+
     from sdconv.analysis.explain import explain
     from sdconv.analysis.inspection import inspect
     from sdconv.analysis.memory import check_free_memory
@@ -106,3 +145,36 @@ def bench(
         print_json({"component": found.component, **asdict(timings), "rows": rows})
     else:
         show(timings_report(timings))
+
+
+def _cost_model(calibrated: bool, as_json: bool) -> None:
+    """Print the cost model's constants in force, fitted first if ``calibrated``."""
+    from sdconv.fast.cpu.calibrate import calibrate
+    from sdconv.fast.cpu.cost_constants import (
+        SHIPPED,
+        calibration_in_force,
+        constants_in_force,
+        constants_path,
+        keep,
+        other_conditions,
+        present_conditions,
+    )
+    from sdconv.report.bench import constants_report
+
+    if calibrated:
+        with counting("timing convolutions") as progress:
+            keep(calibrate(on_case=progress))
+    constants, found, others = constants_in_force(), calibration_in_force(), other_conditions()
+    if not as_json:
+        show(constants_report(constants, found, len(others)))
+        return
+    print_json(
+        {
+            "constants": asdict(constants),
+            "shipped": asdict(SHIPPED),
+            "calibration": None if found is None else asdict(found),
+            "conditions": asdict(present_conditions()),
+            "others": [asdict(one) for one in others],
+            "file": str(constants_path()),
+        }
+    )

@@ -8,6 +8,13 @@ from rich.console import Group, RenderableType
 
 from sdconv.analysis.explain import Explanation
 from sdconv.analysis.timings import Timings
+from sdconv.fast.cpu.cost_constants import (
+    SHIPPED,
+    Calibration,
+    CostConstants,
+    constants_path,
+    present_conditions,
+)
 from sdconv.report.pieces import facts_of, plain, table_of
 from sdconv.sizes import count, in_bytes
 
@@ -54,8 +61,53 @@ def explanation_report(found: Explanation) -> RenderableType:
     facts = {
         "network": f"{found.class_name}, {_by(found.size)}",
         "packed weights": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
+        "cost model": _source(found.calibrated),
     }
     return Group(facts_of(facts), table, plain(_EXPLAINED, "dim"))
+
+
+def constants_report(
+    constants: CostConstants, calibration: Calibration | None, others: int
+) -> RenderableType:
+    """What ``sdconv bench --show`` and ``--calibrate`` print.
+
+    Args:
+        constants: those in force.
+        calibration: where they are from; None if they ship.
+        others: how many calibrations of other conditions are kept.
+    """
+    table = table_of("constant", ">in force", ">shipped", "multiply-accumulates for")
+    for name, words in _CONSTANTS.items():
+        table.add_row(
+            name, f"{getattr(constants, name):.4g}", f"{getattr(SHIPPED, name):.4g}", words
+        )
+    facts = {"cost model": _source(None if calibration is None else calibration.day)}
+    if calibration is not None:
+        facts["off by"] = f"{calibration.error:.0%} (median of {calibration.shapes} times)"
+    conditions = present_conditions()
+    facts |= {
+        "processor": conditions.processor,
+        "threads": str(conditions.threads),
+        "kernels": conditions.kernels,
+        "file": str(constants_path()),
+    }
+    if others:
+        facts["also there"] = f"{others} for other processors, threads or kernels"
+    return Group(facts_of(facts), table)
+
+
+def _source(day: str | None) -> str:
+    return "the constants that ship" if day is None else f"fitted on this machine on {day}"
+
+
+_CONSTANTS = {
+    "direct": "one of torch's convolution",
+    "reorder": "each value of a weight that torch reorders",
+    "read": "each value of a packed weight",
+    "transform": "each value of a tile or a patch",
+    "normalise": "each value normalised in a pass of its own",
+    "call": "each call",
+}
 
 
 _EXPLAINED = """\

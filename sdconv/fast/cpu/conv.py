@@ -181,7 +181,7 @@ def conv3x3(
         NotFiniteError: the output is not finite, and ``x`` was overwritten.
     """
     plan = plan_for("conv3x3", x, weight, prologue is not None)
-    return _run(plan, x, weight, prologue, epilogue, groups, in_place)
+    return run_plan(plan, x, weight, prologue, epilogue, groups, in_place)
 
 
 def upsample_conv(
@@ -193,10 +193,10 @@ def upsample_conv(
         ``(B, O, 2H, 2W)``, and its statistics ``(B, groups, 2)``.
     """
     plan = plan_for("upsample_conv", x, weight, False)
-    return _run(plan, x, weight, None, Epilogue(bias), groups, in_place=False)
+    return run_plan(plan, x, weight, None, Epilogue(bias), groups, in_place=False)
 
 
-def _run(
+def run_plan(
     plan: ConvPlan,
     x: Tensor,
     weight: Tensor,

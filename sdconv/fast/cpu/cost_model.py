@@ -1,16 +1,18 @@
 """The cost model: which method computes a 3x3 convolution on a CPU, and why.
 
-Times are in units of one multiply-accumulate of a matrix product. The constants
-were fitted to measurements of the shapes in the VAE and the U-Nets
-(``python -m scripts.bench.cpu layers`` repeats them).
+Times are in units of one multiply-accumulate of a matrix product. They are sums of a shape's
+`TERMS`, each times a constant of :mod:`sdconv.fast.cpu.cost_constants`, which ship or are fitted on
+the machine where they are used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal
 
+from sdconv.fast.cpu.cost_constants import CostConstants, constants_in_force
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
@@ -19,12 +21,8 @@ Kind = Literal["conv3x3", "upsample_conv", "downsample_conv"]
 
 SCHEMES: dict[Kind, Scheme] = {"conv3x3": CONV3X3, "upsample_conv": UPSAMPLE_CONV}
 
-# per value of a weight: torch's kernel reorders it in each call; a packed weight is only read
-_REORDER, _READ = 160, 25
-# per value of a transformed tile, in and out; per call
-_TRANSFORM, _CALL = 70, 10_000_000
-# per value of a feature map that is normalised in passes of its own
-_NORMALISE = 250
+# batch, input channels, output channels, height and width of the input
+Shape = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]
     return {method: count * matrix for method, count in matrices.items()}
 
 
-@lru_cache(maxsize=1024)
 def plan_conv(
     kind: Kind,
     batch: int,
@@ -76,7 +73,20 @@ def plan_conv(
         direct_rate: how many times as many products a time torch's kernel computes in the feature
             map's dtype as in float32, see :mod:`sdconv.fast.cpu.processor`.
     """
-    costs = _costs(kind, batch, channels, out_channels, height, width, normalised, direct_rate)
+    shape = batch, channels, out_channels, height, width
+    return _plan(kind, shape, normalised, available, direct_rate, constants_in_force())
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    kind: Kind,
+    shape: Shape,
+    normalised: bool,
+    available: tuple[str, ...],
+    direct_rate: float,
+    constants: CostConstants,
+) -> ConvPlan:
+    costs = _costs(kind, shape, normalised, direct_rate, constants)
     best, *others = sorted(costs, key=lambda method: costs[method])
     method = min(
         (method for method in costs if method in available or method == "direct"),
@@ -93,37 +103,79 @@ def plan_conv(
     return ConvPlan(
         kind,
         method,
-        packed_bytes(kind, channels, out_channels).get(method, 0),
+        packed_bytes(kind, shape[1], shape[2]).get(method, 0),
         tuple((name, float(cost)) for name, cost in costs.items()),
         reason,
     )
 
 
 def _costs(
-    kind: Kind,
-    batch: int,
-    channels: int,
-    out_channels: int,
-    height: int,
-    width: int,
-    normalised: bool,
-    direct_rate: float,
+    kind: Kind, shape: Shape, normalised: bool, direct_rate: float, constants: CostConstants
 ) -> dict[str, float]:
     """The modelled time of each method for a kind of convolution."""
+    batch, channels, out_channels, height, width = shape
     pairs, pixels = channels * out_channels, batch * height * width
+    direct = constants.direct / direct_rate
     if kind == "upsample_conv":
         return {
             "winograd": UPSAMPLE_CONV.positions / UPSAMPLE_CONV.step**2 * pixels * pairs,
-            "direct": 36.0 * pixels * pairs / direct_rate,
+            "direct": 36.0 * pixels * pairs * direct,
         }
     if kind == "downsample_conv":
-        return {"direct": 9 * pairs * batch * (height // 2) * (width // 2) / direct_rate}
-    tiles = batch * -(-height // OUTPUT_TILE) * -(-width // OUTPUT_TILE)
-    products, norm = 9 * pairs * pixels, normalised * channels * pixels * _NORMALISE
-    return {
-        "winograd": CONV3X3.positions * pairs * (tiles + _READ)
-        + CONV3X3.positions * (channels + out_channels) * tiles * _TRANSFORM
-        + _CALL,
-        "im2col": products + norm + 9 * pairs * _READ + 9 * channels * pixels * _TRANSFORM + _CALL,
-        "direct": products / direct_rate + norm + 9 * pairs * _REORDER,
+        return {"direct": 9 * pairs * batch * (height // 2) * (width // 2) * direct}
+    prices = {
+        "product": 1.0,
+        "direct": direct,
+        "reorder": constants.reorder,
+        "read": constants.read,
+        "transform": constants.transform,
+        "call": constants.call,
+        "normalise": constants.normalise,
     }
+    return {
+        method: sum(prices[name] * count for name, count in terms(shape, normalised).items())
+        for method, terms in TERMS.items()
+    }
+
+
+def _winograd_terms(shape: Shape, normalised: bool) -> dict[str, float]:
+    batch, channels, out_channels, height, width = shape
+    tiles = batch * -(-height // OUTPUT_TILE) * -(-width // OUTPUT_TILE)
+    positions, pairs = CONV3X3.positions, channels * out_channels
+    return {
+        "product": positions * pairs * tiles,
+        "read": positions * pairs,
+        "transform": positions * (channels + out_channels) * tiles,
+        "call": 1,
+    }
+
+
+def _im2col_terms(shape: Shape, normalised: bool) -> dict[str, float]:
+    batch, channels, out_channels, height, width = shape
+    pairs, pixels = channels * out_channels, batch * height * width
+    return {
+        "product": 9 * pairs * pixels,
+        "read": 9 * pairs,
+        "transform": 9 * channels * pixels,
+        "normalise": normalised * channels * pixels,
+        "call": 1,
+    }
+
+
+def _direct_terms(shape: Shape, normalised: bool) -> dict[str, float]:
+    batch, channels, out_channels, height, width = shape
+    pairs, pixels = channels * out_channels, batch * height * width
+    return {
+        "direct": 9 * pairs * pixels,
+        "reorder": 9 * pairs,
+        "normalise": normalised * channels * pixels,
+    }
+
+
+# of a 3x3 convolution with stride 1: how often each method pays each constant, by its name;
+# "product" is a multiply-accumulate of a matrix product
+TERMS: Mapping[str, Callable[[Shape, bool], dict[str, float]]] = {
+    "winograd": _winograd_terms,
+    "im2col": _im2col_terms,
+    "direct": _direct_terms,
+}
