@@ -5,18 +5,23 @@ turns, in an order that rotates from round to round, and medians are printed. Si
 turns in one process. Memory is the peak of a process's anonymous resident memory above that with
 its weights loaded; the fast backend's packed weights are listed separately.
 
-    python -m scripts.bench.cpu decode --size 512x512 --peers plain channels_last compiled openvino
+    python -m scripts.bench.cpu decode --size 512x512 --peers channels_last compiled openvino mnn
     python -m scripts.bench.cpu encode --size 512x512
     python -m scripts.bench.cpu unet --size 64x64
+    python -m scripts.bench.cpu unet-xl --size 128x128 --peers
     python -m scripts.bench.cpu tiny-decode --size 512x512
+    python -m scripts.bench.cpu taef1-encode --size 512x512
+    python -m scripts.bench.cpu without-numba --size 256x256
+    python -m scripts.bench.cpu parts --of unet
     python -m scripts.bench.cpu layers
     python -m scripts.bench.cpu memory --size 512x512
     python -m scripts.bench.cpu error --size 512x512
-    python -m scripts.bench.cpu sizes --sizes 256 512 1024 2048 --plot docs/plots/sizes.webp
+    python -m scripts.bench.cpu sizes --sizes 256 512 1024 2048
     python -m scripts.bench.cpu first --size 512x512
     python -m scripts.bench.cpu limits
 
-Each takes --rounds, and --json FILE. `openvino` and `onnxruntime` need the `bench` extra.
+Each takes --rounds, and --json FILE. The runtimes `openvino`, `openvino_bf16`, `onnxruntime`, `mnn`
+and `ncnn` need the `bench` extra. `python -m scripts.bench.all` runs all of it.
 """
 
 from __future__ import annotations
@@ -32,8 +37,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +49,19 @@ from torch.nn import functional
 
 import sdconv
 from scripts.bench.memory import Peak
-from scripts.bench.plot import plot, slope
+from scripts.bench.parts import parts
+from scripts.bench.plot import slope
+from scripts.bench.record import available_memory, table, write_whole
 from scripts.bench.sides import (
     FAST,
     LABELS,
+    NETWORKS,
     PEERS,
+    PLAIN_KERNELS,
+    REFERENCE,
     Run,
     Separate,
+    SideError,
     Size,
     call,
     inputs_of,
@@ -62,6 +74,7 @@ from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
 from sdconv.fast.cpu.kernels import kernels_for
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
+from sdconv.loading import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,33 +95,109 @@ SDXL = (
 )
 
 
-def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds of each run, after one warm-up call."""
+def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round; each has been called before."""
     names = list(runs)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for run in runs.values():
-        run()
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             start = time.perf_counter()
             runs[name]()
             taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
+
+
+def medians(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """Median seconds of each run, after one warm-up call."""
+    for run in runs.values():
+        run()
+    return {name: statistics.median(times) for name, times in turns(runs, rounds).items()}
+
+
+# of the largest value: how far a side's output may be from diffusers' to be timed
+TOLERANCE, TOLERANCE_BF16 = 1e-3, 5e-2
 
 
 def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Each side's output is compared with diffusers' before it is timed."""
+    others = [name for name in options.peers if name != "plain"]
+    work = f"{options.what} {options.size[0]}x{options.size[1]}"
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Run] = {}
     with ExitStack() as stack:
-        names = (*options.peers, FAST)
-        runs = {
-            name: stack.enter_context(Separate(name, options.what, options.size)) for name in names
-        }
+        # the largest network is held once, by all sides
+        shared = stack.enter_context(Separate()) if options.what == "unet-xl" else None
+        expected: Any = None
+        for name in ("plain", FAST, *others):
+            rows[name] = {"work": work, "side": LABELS[name]}
+            side = shared or stack.enter_context(Separate())
+            try:
+                check_room(options.what, name, side is shared and expected is not None)
+                out = side.begin(name, options.what, options.size)
+            except SideError as error:
+                rows[name]["failed"] = str(error)
+                continue
+            if name == "plain":
+                expected = out
+            off = math.inf if expected is None else difference(out, expected)
+            rows[name]["difference"] = f"{off:.0e}"
+            if off <= (TOLERANCE_BF16 if name.endswith("bf16") else TOLERANCE):
+                runs[name] = partial(side.run, name)
+            else:
+                rows[name]["failed"] = "not timed: its output is not diffusers'"
         times = turns(runs, options.rounds)
-    for name, seconds in times.items():
+    middle = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, row in rows.items():
+        if name in middle:
+            row["seconds"] = round(middle[name], 3)
+            if FAST in middle:
+                row["over sdconv fast"] = round(middle[name] / middle[FAST], 2)
+            row["all seconds"] = [round(one, 4) for one in times[name]]
+        yield row
+
+
+def check_room(work: str, name: str, shared: bool) -> None:
+    """Refuses a side for which there is too little memory next to those that have begun.
+
+    Raises:
+        SideError: it needs more than is free.
+    """
+    with torch.device("meta"):
+        weights = 4 * sum(one.numel() for one in build(NETWORKS[work]).parameters())
+    # packed weights and copies of converters; a runtime's own copy
+    copies = {"plain": 0, "channels_last": 1, "compiled": 1, FAST: 0.5}.get(name, 2)
+    need = int(((0 if shared else 1) + copies) * weights) + (2 << 30)
+    free = available_memory()
+    if need > free:
+        raise SideError(f"needs about {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
+
+
+def difference(out: Any, expected: Any) -> float:
+    """The largest difference over the largest value; infinity if the shapes differ."""
+    if out.shape != expected.shape:
+        return math.inf
+    return float(abs(out - expected).max() / abs(expected).max())
+
+
+def without_numba(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A decode by the reference, by torch's kernels and by Numba's: a first call and later ones."""
+    names = (REFERENCE, PLAIN_KERNELS, FAST)
+    with ExitStack() as stack:
+        sides = {name: stack.enter_context(Separate()) for name in names}
+        first = {}
+        for name, side in sides.items():
+            side.begin(REFERENCE, "decode", (64, 64))  # imports, and makes the weights
+            start = time.perf_counter()
+            side.begin(name, "decode", options.size)
+            first[name] = time.perf_counter() - start
+        runs = {name: partial(side.run, name) for name, side in sides.items()}
+        times = turns(runs, options.rounds)
+    for name in names:
         yield {
-            "work": f"{options.what} {options.size[0]}x{options.size[1]}",
-            "side": LABELS[name],
-            "seconds": round(seconds, 3),
-            "over sdconv fast": round(seconds / times[FAST], 2),
+            "decode": f"{options.size[0]}x{options.size[1]}",
+            "side": name,
+            "first call, s": round(first[name], 2),
+            "seconds": round(statistics.median(times[name]), 2),
         }
 
 
@@ -121,7 +210,7 @@ def layers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             weight = torch.randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
             bias = torch.randn(out_channels)
             runs = _layer(x, weight, bias)
-            times = turns(runs, options.rounds)
+            times = medians(runs, options.rounds)
             torchs = min(times["torch"], times["torch, channels_last"])
             ratios.append(torchs / times["fast"])
             yield {
@@ -248,8 +337,6 @@ def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if column != "size":
             slopes[column] = round(slope([(side**2, row[column]) for side, row in rows]), 2)
     yield slopes
-    if options.plot is not None:
-        plot(rows, slopes, options.plot)
 
 
 def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -265,7 +352,7 @@ def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             scheme = UPSAMPLE_CONV if ".upsamplers." in name else CONV3X3
             direct *= scheme.positions / (9 * OUTPUT_TILE**2)
         counts["fast"] += direct
-    seconds = turns({FAST: side_of(FAST, "decode", options.size)}, options.rounds)
+    seconds = medians({FAST: side_of(FAST, "decode", options.size)}, options.rounds)
     for method, multiplies in counts.items():
         least = 2 * multiplies / rate
         yield {
@@ -336,11 +423,9 @@ def _first(cache: str, size: Size) -> dict[str, float]:
 
 
 WORKS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
-    "decode": network,
-    "encode": network,
-    "unet": network,
-    "tiny-decode": network,
-    "tiny-encode": network,
+    **dict.fromkeys(NETWORKS, network),
+    "without-numba": without_numba,
+    "parts": parts,
     "layers": layers,
     "memory": memory,
     "error": error,
@@ -350,32 +435,39 @@ WORKS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
 }
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("what", choices=(*WORKS, "once"))
     parser.add_argument("--size", type=size_of, help="of the image; of a U-Net's latents")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768, 1024])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["plain", "channels_last"])
+    parser.add_argument("--of", choices=("decode", "unet"), default="decode", help="of `parts`")
     parser.add_argument("--side", default=FAST, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="a file for the figures")
-    parser.add_argument("--plot", type=Path, help="a file for the plot of `sizes`")
-    options = parser.parse_args()
-    options.size = options.size or ((64, 64) if options.what == "unet" else (512, 512))
+    parser.add_argument("--json", type=Path, help="a file for the rows, written as they come")
+    options = parser.parse_args(arguments)
+    latents = "unet" in (options.what, options.of)
+    default = (128, 128) if options.what == "unet-xl" else (64, 64) if latents else (512, 512)
+    options.size = options.size or default
+    return options
+
+
+def main() -> None:
+    options = parsed()
     with torch.inference_mode():
         if options.what == "once":
             once(options)
             return
-        rows = []
+        rows: list[dict[str, Any]] = []
         for row in WORKS[options.what](options):
-            if not rows or list(row) != list(rows[-1]):
-                print("| " + " | ".join(row) + " |\n|" + "---|" * len(row), flush=True)
             rows.append(row)
-            print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-    threads = torch.get_num_threads()
-    print(f"\n({threads} threads, torch {torch.__version__}, {options.rounds} rounds)")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"threads": threads, "rows": rows}, indent=2) + "\n")
+            if options.json is not None:
+                write_whole(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
+    print(table(rows))
+    print(
+        f"({torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds)"
+    )
 
 
 if __name__ == "__main__":

@@ -15,44 +15,17 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 import sdconv
+from scripts.bench.configs import FLUX2, SD15, SDXL, TAESD, kl
 from scripts.bench.sides import Size, size_of
 from sdconv.analysis.parity import ParityReport, check
 from sdconv.checkpoint.save import original_tensors
 from sdconv.config import Config
-from sdconv.config.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
 from sdconv.integrations.peers import VERSION
 from sdconv.loading import build
-
-
-def kl(latent_channels: int, quant: bool) -> sdconv.AutoencoderKLConfig:
-    own: dict[str, Any] = {"use_quant_conv": quant, "use_post_quant_conv": quant}
-    own |= {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-    own |= {"latent_channels": latent_channels}
-    return sdconv.AutoencoderKLConfig(**{**sdconv.AutoencoderKLConfig.assumed, **own})
-
-
-def unet(**fields: Any) -> sdconv.UNet2DConditionConfig:
-    return sdconv.UNet2DConditionConfig(**{**sdconv.UNet2DConditionConfig.assumed, **fields})
-
-
-SDXL = unet(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN),
-    up_block_types=(CROSS_UP, CROSS_UP, UP),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 
 
 @dataclass(frozen=True)
@@ -64,8 +37,6 @@ class Case:
     family: str | None = None
 
 
-FLUX2 = sdconv.AutoencoderKLFlux2Config(**sdconv.AutoencoderKLFlux2Config.assumed)
-TAESD = sdconv.AutoencoderTinyConfig(**sdconv.AutoencoderTinyConfig.assumed)
 VAES: Mapping[str, Case] = {
     "SD1, SD2, SDXL": Case(sdconv.AutoencoderKL, kl(4, True), "sd1"),
     "SD3, FLUX.1": Case(sdconv.AutoencoderKL, kl(16, False), "flux1"),
@@ -73,7 +44,7 @@ VAES: Mapping[str, Case] = {
     "TAESD": Case(sdconv.AutoencoderTiny, TAESD),
 }
 UNETS: Mapping[str, Case] = {
-    "SD1.5 U-Net": Case(build, unet(sample_size=64, cross_attention_dim=768)),
+    "SD1.5 U-Net": Case(build, SD15),
     "SDXL base U-Net": Case(build, SDXL),
 }
 

@@ -1,13 +1,20 @@
-"""The plot of `cpu sizes`, and the slopes in it."""
+"""The plots of benchmarks, drawn from rows of their files."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.parts import PARTS
 from scripts.bench.sides import FAST
+
+Row = Mapping[str, Any]
+# the sides of `sizes`: column, label, colour
+_SIDES = (("channels_last", "diffusers, channels_last", "#888888"), (FAST, FAST, "#3f51b5"))
+_COLOURS = ("#3f51b5", "#7e8fd8", "#e07b39", "#5b9a68", "#c9a227", "#bbbbbb")
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -16,25 +23,21 @@ def slope(points: list[tuple[float, float]]) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
-def plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: Path) -> None:
+def plot_sizes(rows: Sequence[Row], path: Path) -> None:
+    """Seconds and peak memory of a decode over the image's side: the rows of `cpu sizes`."""
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
+    *rows, slopes = rows
+    sides = [int(row["size"].partition("x")[0]) for row in rows]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, unit, words in zip(axes, ("s", "MB"), ("seconds", "peak memory, MB"), strict=True):
-        for name, label, colour in (
-            ("channels_last", "diffusers, channels_last", "#888888"),
-            (FAST, FAST, "#3f51b5"),
-        ):
+        for name, label, colour in _SIDES:
             column = f"{name}, {unit}"
-            axis.loglog(
-                [side for side, _ in rows],
-                [row[column] for _, row in rows],
-                "o-",
-                color=colour,
-                label=f"{label}: pixels to the {slopes[column]}",
-            )
-        axis.set_xticks([side for side, _ in rows], [str(side) for side, _ in rows])
+            growth = f"{label}: pixels to the {slopes[column]}"
+            values = [row[column] for row in rows]
+            axis.loglog(sides, values, "o-", color=colour, label=growth)
+        axis.set_xticks(sides, [str(side) for side in sides])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.minorticks_off()
@@ -44,3 +47,37 @@ def plot(rows: list[tuple[int, dict[str, Any]]], slopes: dict[str, Any], path: P
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def plot_parts(rows: Sequence[Row], path: Path) -> None:
+    """Where the seconds go, for each work and side: the rows of `cpu parts`."""
+    from matplotlib import pyplot
+
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    figure, axes = pyplot.subplots(
+        len(works), 1, figsize=(9, 0.6 + 1.5 * len(works)), layout="constrained", squeeze=False
+    )
+    for axis, work in zip(axes[:, 0], works, strict=True):
+        own = [row for row in rows if row["work"] == work]
+        sides = list(dict.fromkeys(row["side"] for row in own))
+        seconds = {(row["side"], row["part"]): row["seconds"] for row in own}
+        longest = max(sum(seconds[side, part] for part in PARTS) for side in sides)
+        start = dict.fromkeys(sides, 0.0)
+        for part, colour in zip(PARTS, _COLOURS, strict=True):
+            widths = [seconds[side, part] for side in sides]
+            axis.barh(sides, widths, left=list(start.values()), color=colour, label=part)
+            for side, width in zip(sides, widths, strict=True):
+                if width > 0.05 * longest:
+                    middle = start[side] + width / 2
+                    ink = "white" if part == PARTS[0] else "black"
+                    centre = {"ha": "center", "va": "center", "fontsize": 8}
+                    axis.text(middle, side, f"{width:.2g}", color=ink, **centre)
+                start[side] += width
+        axis.invert_yaxis()
+        axis.set_title(f"{work}, seconds", loc="left", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)

@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import sdconv
+from scripts.bench.configs import SD15, SDXL, TAEF1, TAESD, kl
+from scripts.bench.record import sentence
 from sdconv.loading import build
 
 Size = tuple[int, int]
 Run = Callable[[], object]
 FAST = "sdconv fast"
 
+REFERENCE, PLAIN_KERNELS = "sdconv reference", "sdconv fast, without Numba"
+
 LABELS = {
     "plain": "diffusers",
     "channels_last": "diffusers, channels_last",
     "compiled": "diffusers, channels_last, compiled",
     "openvino": "OpenVINO, f32",
+    "openvino_bf16": "OpenVINO, bf16",
     "onnxruntime": "ONNX Runtime",
+    "mnn": "MNN",
+    "ncnn": "ncnn",
+    REFERENCE: REFERENCE,
+    PLAIN_KERNELS: PLAIN_KERNELS,
     FAST: FAST,
 }
+# by work
+NETWORKS: dict[str, Any] = {
+    "decode": kl(4, True),
+    "encode": kl(4, True),
+    "unet": SD15,
+    "unet-xl": SDXL,
+    "tiny-decode": TAESD,
+    "tiny-encode": TAESD,
+    "taef1-decode": TAEF1,
+    "taef1-encode": TAEF1,
+}
+# keys of `scripts.bench.runtimes.RUNTIMES`
+CONVERTED = ("openvino", "openvino_bf16", "onnxruntime", "mnn", "ncnn")
 
 
 def filled(network: nn.Module) -> Any:
@@ -43,21 +66,8 @@ def filled(network: nn.Module) -> Any:
 
 def ours(work: str) -> Any:
     """sdconv's full-size network."""
-    if work == "unet":
-        kind: Any = sdconv.UNet2DConditionConfig
-        own: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280)}
-        own |= {"cross_attention_dim": 768, "attention_head_dim": 8}
-        with torch.device("meta"):
-            return filled(build(kind.from_json({**kind.assumed, **own}, "SD1.5")))
-    if work.startswith("tiny"):
-        with torch.device("meta"):
-            return filled(
-                sdconv.AutoencoderTiny(sdconv.AutoencoderTinyConfig.from_json({}, "TAESD"))
-            )
-    own = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-    assumed = sdconv.AutoencoderKLConfig.assumed
     with torch.device("meta"):
-        return filled(sdconv.AutoencoderKL(sdconv.AutoencoderKLConfig(**{**assumed, **own})))
+        return filled(build(NETWORKS[work]))
 
 
 def theirs(network: Any) -> Any:
@@ -78,61 +88,103 @@ def size_of(text: str) -> Size:
 
 
 def inputs_of(work: str, size: Size) -> tuple[Tensor, ...]:
+    """Noise: an image or the latents of one for an autoencoder, latents of this size for a U-Net,
+    with its timestep and prompt."""
     height, width = size
     torch.manual_seed(0)
-    if work in ("encode", "tiny-encode"):
+    if work.endswith("encode"):
         return (torch.randn(1, 3, height, width),)
-    if work in ("decode", "tiny-decode"):
-        return (torch.randn(1, 4, height // 8, width // 8),)
-    return torch.randn(1, 4, height, width), torch.tensor(500), torch.randn(1, 77, 768)
+    if work.endswith("decode"):
+        channels = NETWORKS[work].latent_channels
+        return (torch.randn(1, channels, height // 8, width // 8),)
+    sample, step = torch.randn(1, 4, height, width), torch.tensor(500)
+    if work == "unet-xl":
+        pooled, times = torch.randn(1, 1280), torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])
+        return sample, step, torch.randn(1, 77, 2048), pooled, times
+    return sample, step, torch.randn(1, 77, 768)
 
 
 def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    if work == "unet":
-        out: Tensor = network(*inputs, return_dict=False)[0]
-    elif work in ("decode", "tiny-decode"):
+    if work.startswith("unet"):
+        added = dict(zip(("text_embeds", "time_ids"), inputs[3:], strict=False)) or None
+        out: Tensor = network(*inputs[:3], added_cond_kwargs=added, return_dict=False)[0]
+    elif work.endswith("decode"):
         out = network.decode(*inputs, return_dict=False)[0]
     else:
         out = network.encode(*inputs, return_dict=False)[0]
-        out = out if work == "tiny-encode" else out.mode()
+        out = out.mode() if work == "encode" else out
     return out
 
 
-def side_of(name: str, work: str, size: Size) -> Run:
-    """The call to time for the side of that name."""
-    network, inputs = ours(work), inputs_of(work, size)
-    if name != FAST:
-        return PEERS[name](theirs(network), work, inputs)
+def side_of(name: str, work: str, size: Size, network: Any = None) -> Run:
+    """The call to time for the side of that name; it returns the output.
 
-    def fast() -> Tensor:
-        with sdconv.backend("fast"):
+    Args:
+        network: sdconv's, whose weights the side shares; None for one of its own.
+    """
+    network, inputs = ours(work) if network is None else network, inputs_of(work, size)
+    if name in PEERS:
+        return PEERS[name](theirs(network), work, inputs)
+    if name == PLAIN_KERNELS:
+        sys.modules["numba"] = None  # type: ignore[assignment]  # as if it were not installed
+    backend = "reference" if name == REFERENCE else "fast"
+
+    def run() -> Tensor:
+        with sdconv.backend(backend):
             return call(network, work, inputs)
 
-    return fast
+    return run
+
+
+class SideError(RuntimeError):
+    """Why a side cannot be timed."""
 
 
 class Separate:
-    """A side in its own process, so that no two sides share threads or memory."""
+    """A process of its own for one side or for several that share their weights, so that sides of
+    different processes share neither threads nor memory."""
 
-    _run: ClassVar[Run]
+    # in that process
+    _network: ClassVar[Any] = None
+    _runs: ClassVar[dict[str, Run]] = {}
 
-    def __init__(self, name: str, work: str, size: Size) -> None:
-        self._process = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), self._begin, (name, work, size)
-        )
+    def __init__(self) -> None:
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def begin(self, name: str, work: str, size: Size) -> np.ndarray[Any, Any]:
+        """Makes a side and calls it once; returns the output.
+
+        Raises:
+            SideError: it cannot be made, or fails.
+        """
+        try:
+            out = self._process.submit(self._begin, name, work, size).result()
+        except BrokenProcessPool:
+            raise SideError("its process ends by a crash") from None
+        if isinstance(out, str):
+            raise SideError(out)
+        return out
+
+    def run(self, name: str) -> None:
+        """Calls a side."""
+        self._process.submit(self._again, name).result()
 
     @classmethod
-    def _begin(cls, name: str, work: str, size: Size) -> None:
-        with torch.inference_mode():
-            cls._run = staticmethod(side_of(name, work, size))
+    def _begin(cls, name: str, work: str, size: Size) -> np.ndarray[Any, Any] | str:
+        try:
+            with torch.inference_mode():
+                if cls._network is None:
+                    cls._network = ours(work)
+                cls._runs[name] = side_of(name, work, size, cls._network)
+                out: Any = cls._runs[name]()
+                return np.array(out, dtype=np.float32)
+        except Exception as error:  # many cannot be sent to another process
+            return sentence(error)
 
     @classmethod
-    def _again(cls) -> None:
+    def _again(cls, name: str) -> None:
         with torch.inference_mode():
-            cls._run()
-
-    def __call__(self) -> None:
-        self._process.submit(self._again).result()
+            cls._runs[name]()
 
     def __enter__(self) -> Self:
         return self
@@ -158,56 +210,20 @@ def compiled(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
     return torch.compile(run)  # type: ignore[no-any-return]
 
 
-class Called(nn.Module):
-    """A network's method as a module, for exporters."""
+def _converted(name: str) -> Callable[[Any, str, tuple[Tensor, ...]], Run]:
+    """A runtime that is imported when it is used."""
 
-    def __init__(self, network: nn.Module, work: str) -> None:
-        super().__init__()
-        self.network, self.work = network, work
+    def run(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
+        from scripts.bench.runtimes import RUNTIMES, Called
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return call(self.network, self.work, inputs)
+        return RUNTIMES[name](Called(network, work, call), inputs)
 
-
-def openvino(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
-    import openvino as ov
-
-    example = inputs if len(inputs) > 1 else inputs[0]
-    model = ov.convert_model(Called(network, work), example_input=example)
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    request = ov.compile_model(model, "CPU", settings).create_infer_request()
-    arrays = [tensor.numpy() for tensor in inputs]
-    return lambda: request.infer(arrays)
+    return run
 
 
-def onnxruntime(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
-    import onnxruntime as ort
-
-    names = [f"input_{i}" for i in range(len(inputs))]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "network.onnx"
-        # the exporter traces, which inference tensors do not allow
-        with torch.inference_mode(False), torch.no_grad():
-            torch.onnx.export(
-                Called(network, work),
-                tuple(one.clone() for one in inputs),
-                file,
-                input_names=names,
-                dynamo=True,
-                external_data=True,
-                verbose=False,
-            )
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-    given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
-    return lambda: session.run(None, given)
-
-
-PEERS = {
+PEERS: dict[str, Callable[[Any, str, tuple[Tensor, ...]], Run]] = {
     "plain": plain,
     "channels_last": channels_last,
     "compiled": compiled,
-    "openvino": openvino,
-    "onnxruntime": onnxruntime,
+    **{name: _converted(name) for name in LABELS if name in CONVERTED},
 }

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from scripts.bench.memory import Peak, anonymous
+from scripts.bench.record import write_whole
 from scripts.bench.sides import Size, inputs_of, ours, size_of
 from sdconv.backends import BACKENDS, backend
 from sdconv.fast.cpu.kernels import numba_kernels
@@ -119,9 +120,29 @@ def main() -> None:
     parser.add_argument("--whole", type=size_of, default=(512, 512), help="of the ordinary runs")
     parser.add_argument("--rounds", type=int, default=3, help="number of ordinary runs, 0 for none")
     parser.add_argument("--backend", choices=BACKENDS, default="fast")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     with torch.inference_mode(), backend(options.backend):
-        print(json.dumps(streamed(options), indent=2), flush=True)
+        found = streamed(options)
+    print(json.dumps(found, indent=2), flush=True)
+    if options.json is not None:
+        write_whole(options.json, json.dumps({"rows": [shown(found)]}, indent=1) + "\n")
+
+
+def shown(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures as a row of a table."""
+    return {
+        "work": f"{found['work']} {found['size']}",
+        "limit, MB": round(found["memory_limit"] / 1e6) if found["memory_limit"] else "",
+        "peak, MB": round(found["peak"] / 1e6),
+        "of the plan": round(found["peak_over_planned"], 2),
+        "spilled, MB": round(found["spilled"] / 1e6),
+        "seconds": round(found["seconds"], 1),
+        "of the planned": round(found["seconds_over_planned"], 2),
+        "each pixel, over an unstreamed one": round(found["over_whole"], 2)
+        if "over_whole" in found
+        else "",
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""The tables and plots of the pages, drawn from the files of runs that are kept in ``docs/bench``.
+
+    python -m scripts.bench.report --keep out/bench.json   # a run: into docs/bench, onto the pages
+    python -m scripts.bench.report                         # the pages again, from docs/bench
+
+On a page, what lies between ``<!-- bench: decode encode -->`` and ``<!-- end of bench -->`` is
+drawn: a table of these benchmarks for each run that has them, the newest first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.plot import plot_parts, plot_sizes
+from scripts.bench.record import ROOT, table, write_whole
+from scripts.bench.sides import FAST, LABELS
+
+DOCS = ROOT / "docs"
+_DRAWN = re.compile(r"(<!-- bench: (?P<what>[^>]*) -->\n).*?(<!-- end of bench -->\n)", re.DOTALL)
+_NONE = "**Not measured yet.**"
+
+Run = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def runs(folder: Path) -> dict[str, Run]:
+    """The runs that are kept, by file name, the newest first."""
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+    newest = sorted(found, key=lambda name: (found[name]["machine"]["date"], name), reverse=True)
+    return {name: found[name] for name in newest}
+
+
+def rows_of(run: Run, what: Sequence[str]) -> list[Row]:
+    """The rows of a run's benchmarks, with the number of threads where there are several."""
+    results = [one for name in what for one in run["results"].values() if one["what"] == name]
+    several = len({one["threads"] for one in results}) > 1
+    rows = []
+    for one in results:
+        for row in one["rows"]:
+            first, *_ = row
+            own = {first: row[first]} | ({"threads": one["threads"]} if several else {})
+            rows.append(own | dict(row))
+        if "failed" in one:
+            rows.append({"work": one["what"], "failed": one["failed"]})
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "") for name in columns} for row in rows]
+
+
+def heading(name: str, run: Run) -> str:
+    """The machine, the software and the day, in a line."""
+    on = run["machine"]
+    packages = [f"{one} {number}" for one, number in on["packages"].items() if number]
+    parts = [on["processor"], f"{on['cores']} cores", on["vectors"], *packages]
+    if on.get("sdconv"):
+        parts.append(f"sdconv {on['sdconv']}")
+    return f"{', '.join(map(str, parts))}; {on['date']} (`docs/bench/{name}.json`):"
+
+
+def section(kept: Mapping[str, Run], what: Sequence[str]) -> str:
+    """The tables of some benchmarks, one for each run."""
+    parts = []
+    for name, run in kept.items():
+        rows = rows_of(run, what)
+        if rows:
+            parts += [heading(name, run), table(rows).rstrip()]
+    parts += [_PLOTS[name] for name in what if parts and name in _PLOTS]
+    return "\n\n".join(parts) or _NONE
+
+
+# that are on a page only once there are figures for them
+_PLOTS = {"parts": "![Seconds of each part, diffusers and sdconv fast](plots/parts.webp)"}
+
+
+def summary(kept: Mapping[str, Run]) -> str:
+    """README's table: seconds of the sides next to each other, on all cores, of the newest run with
+    a decode."""
+    for name, run in kept.items():
+        cores = run["machine"]["cores"]
+        lines = [
+            _summary_line(one["rows"])
+            for what in _SUMMARY
+            for one in run["results"].values()
+            if one["what"] == what and one["threads"] == cores and one["rows"]
+        ]
+        # of several results of one work, the first
+        works = {line["work"]: line for line in reversed(lines)}
+        if any(work.startswith("decode") for work in works):
+            first = [line for line in lines if works[line["work"]] is line]
+            return f"{heading(name, run)}\n\n{table(first).rstrip()}"
+    return _NONE
+
+
+_SUMMARY = ("decode", "encode", "unet", "unet-xl", "tiny-decode", "taef1-decode")
+
+
+def _summary_line(rows: Sequence[Row]) -> dict[str, Any]:
+    seconds = {row["side"]: row["seconds"] for row in rows if row.get("seconds")}
+    torchs = [seconds[LABELS[one]] for one in ("plain", "channels_last") if LABELS[one] in seconds]
+    runtimes = {
+        side: seconds[side]
+        for side in (LABELS[one] for one in ("openvino", "onnxruntime", "mnn", "ncnn"))
+        if side in seconds
+    }
+    best = min(runtimes, key=lambda side: runtimes[side], default="")
+    return {
+        "work": rows[0]["work"],
+        "diffusers' faster layout, s": min(torchs) if torchs else "",
+        "compiled, s": seconds.get(LABELS["compiled"], ""),
+        "fastest runtime, s": f"{runtimes[best]} ({best})" if best else "",
+        "sdconv fast, s": seconds.get(FAST, ""),
+    }
+
+
+def drawn(text: str, kept: Mapping[str, Run]) -> str:
+    """A page with its tables drawn anew."""
+
+    def replaced(match: re.Match[str]) -> str:
+        what = match["what"].split()
+        tables = summary(kept) if what == ["summary"] else section(kept, what)
+        return f"{match[1]}\n{tables}\n\n{match[3]}"
+
+    return _DRAWN.sub(replaced, text)
+
+
+def draw(pages: Sequence[Path], folder: Path, plots: Path) -> None:
+    """Draws the pages' tables, and each plot from the newest run that has its rows."""
+    kept = runs(folder)
+    for page in pages:
+        write_whole(page, drawn(page.read_text("utf-8"), kept))
+    for what, plot in (("sizes", plot_sizes), ("parts", plot_parts)):
+        found = next(filter(None, (rows_of(run, [what]) for run in kept.values())), None)
+        if found:
+            plots.mkdir(parents=True, exist_ok=True)
+            plot(found, plots / f"{what}.webp")
+
+
+def keep(path: Path, folder: Path) -> Path:
+    """Copies a run's file to a folder, named by processor and day.
+
+    Raises:
+        SystemExit: its sizes are small.
+    """
+    run = json.loads(path.read_text("utf-8"))
+    if run["quick"]:
+        raise SystemExit(f"{path}: a run of small sizes; its figures say nothing")
+    on = run["machine"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{on['processor']} {on['vectors']} {on['date']}".lower())
+    to = folder / f"{name.strip('-')}.json"
+    write_whole(to, json.dumps(run, indent=1) + "\n")
+    return to
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="of scripts.bench.all")
+    options = parser.parse_args(arguments)
+    if options.keep:
+        print(keep(options.keep, DOCS / "bench"))
+    draw([DOCS / "performance.md", ROOT / "README.md"], DOCS / "bench", DOCS / "plots")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
