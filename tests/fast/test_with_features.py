@@ -78,7 +78,16 @@ def test_edits_at_every_kind_of_point(make: Any) -> None:
     assert seen >= len(kinds_of_points) - 2
 
 
-CASES = [(name, "patched") for name in pipelines.KINDS] + [("xl", "sdconv"), ("text", "block")]
+CASES = [
+    ("xl controlnet", "patched"),
+    *(
+        pytest.param(name, "patched", marks=pytest.mark.slow)
+        for name in pipelines.KINDS
+        if name != "xl controlnet"
+    ),
+    ("xl", "sdconv"),
+    ("text", "block"),
+]
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
