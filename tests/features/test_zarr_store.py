@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import pipelines, seeded
 from helpers.paths import ROOT
+from helpers.slow import first_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -198,7 +199,6 @@ import os, resource, signal, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import torch, sdconv
 from helpers import seeded
-from helpers.slow import first_of
 torch.set_num_threads({torch.get_num_threads()})  # it decides how sums are rounded
 torch.set_grad_enabled(False)
 network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))

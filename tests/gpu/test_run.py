@@ -26,7 +26,8 @@ def start(folder: Path, *arguments: str, faults: str = "") -> subprocess.Popen[s
     return subprocess.Popen(
         [*command, *arguments],
         cwd=folder.parent,
-        env={**kept, "SDCONV_GPU_FAULT": faults},
+        # compiled in the stage's own process: others would have to import torch first
+        env={**kept, "SDCONV_GPU_FAULT": faults, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -135,12 +136,12 @@ def test_all_stages_on_a_cpu(tmp_path: Path) -> None:
     assert {content["status"] for content in contents.values()} == {"done"}
     rows = {name: content["rows"] for name, content in contents.items()}
     networks = [row for row in rows["parity"] if not row["key"].startswith("control")]
-    assert len(networks) == 7 * 3
+    assert len(networks) == 7 * 2
     for row in networks:
         assert (row["reference"], row["fast"]) == ("passed", "passed")
         if row["dtype"] == "float32":
             assert row["equal"] == row["compared"] > 10
-    assert len(rows["speed"]) == 5 + 3 + 2
+    assert len(rows["speed"]) == 3 + 3 + 2 + 3
     assert all(row["milliseconds"] > 0 for row in rows["speed"])
     assert len(rows["profile"]) > 3 and contents["profile"]["facts"]["share"] > 0
     assert {row["key"] for row in rows["streaming"]} >= {"sdconv, streamed", "diffusers, tiles"}

@@ -196,8 +196,14 @@ def on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
 
 
 def _with_config(content: Any) -> UNet2DConditionModel:
+    return copy.deepcopy(_on_meta(pickle.dumps(dict(content))))
+
+
+@lru_cache(maxsize=6)
+def _on_meta(content: bytes) -> UNet2DConditionModel:
     with torch.device("meta"):
-        return UNet2DConditionModel(UNet2DConditionConfig.from_json(content, "config"))
+        config = UNet2DConditionConfig.from_json(pickle.loads(content), "config")
+        return UNet2DConditionModel(config)
 
 
 def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DConditionModel:

@@ -173,7 +173,8 @@ def test_freeu(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [
+    ("family", "checkpointing"),
+    [
         ("uneven layers", True),
         ("SD1", False),
         pytest.param("SDXL", False, marks=pytest.mark.slow),

@@ -24,6 +24,8 @@ _OUTCOME = re.compile(r"^(?P<test>\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIP
 
 def run(record: Record, options: Options) -> None:
     files = marked(ROOT / "tests")
+    if options.small:
+        files = files[-1:]  # one shows that the stage works
     record.facts(files=[str(file.relative_to(ROOT)) for file in files])
     log = record.folder / "pytest.txt"
     with log.open("w", encoding="utf-8") as copy:
