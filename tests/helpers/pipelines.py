@@ -98,12 +98,13 @@ def unet(**fields: Any) -> Any:
 
 def _copy(kind: type, fields: dict[str, Any], seed: int) -> Any:
     """A network of its own; a copy takes less time than a new one."""
-    return copy.deepcopy(_made(kind, pickle.dumps(fields), seed))
+    return copy.deepcopy(_made(kind, pickle.dumps(fields), seed, torch.get_default_device()))
 
 
 @lru_cache(maxsize=8)
-def _made(kind: type, fields: bytes, seed: int) -> Any:
-    return seeded(lambda: kind(**pickle.loads(fields)), seed)
+def _made(kind: type, fields: bytes, seed: int, device: torch.device) -> Any:
+    with device:
+        return seeded(lambda: kind(**pickle.loads(fields)), seed)
 
 
 def xl_unet(ids: int, text: int) -> Any:
