@@ -405,6 +405,7 @@ print("diffusers.models.autoencoders" in sys.modules, isinstance(network, diffus
 """
 
 
+@pytest.mark.slow
 def test_opening_does_not_import_diffusers_networks(state: State, tmp_path: Path) -> None:
     """diffusers imports a class when it is asked for, which would take seconds and 100 MB."""
     folder = folder_of(state, tmp_path / "vae")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import implementations, pipelines, seeded, unets
 from helpers.numbers import error
+from helpers.slow import first_of
 from torch import Tensor
 
 import sdconv
@@ -56,7 +57,7 @@ def test_capture_at_every_point(make: Any) -> None:
     assert not torch.equal(out, plain)
 
 
-@pytest.mark.parametrize("make", [vae, unet])
+@pytest.mark.parametrize("make", first_of([vae, unet]))
 def test_edits_at_every_kind_of_point(make: Any) -> None:
     network, given = make()
 
