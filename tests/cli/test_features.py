@@ -372,6 +372,7 @@ def test_a_prompt_that_cannot_be_used(here: Path, pipeline_folder: Path, out: Pa
     assert "an autoencoder takes no prompt" in refused(*given, "-o", out)
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_page(out: Path, tmp_path: Path) -> None:
     given = ("--noise", "-m", UNET, "--steps", 2, "-l", "mid_block.*", "-o")
     assert run(*given, tmp_path / "one", "--seed", 1).exit_code == 0

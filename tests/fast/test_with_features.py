@@ -37,7 +37,7 @@ def by_kind(network: Any) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("make", [vae, unet])
+@pytest.mark.parametrize("make", first_of([vae, unet]))
 def test_capture_at_every_point(make: Any) -> None:
     network, given = make()
     with torch.no_grad():

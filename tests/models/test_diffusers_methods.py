@@ -189,7 +189,7 @@ CASTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASTS)
-@pytest.mark.parametrize("kind", ["kl", "flux2", "tiny", "unet"])
+@pytest.mark.parametrize("kind", first_of(["unet", "kl", "flux2", "tiny"]))
 def test_layerwise_casting(kind: str, case: str, tmp_path: Path) -> None:
     configs = {"kl": KL, "flux2": FLUX2, "tiny": TINY}
     pair = unet_pair() if kind == "unet" else autoencoders(configs[kind], tmp_path)

@@ -289,7 +289,8 @@ def test_without_torch_distributed() -> None:
 # --- a rank that ends
 
 
-@pytest.mark.parametrize("end", first_of(["killed", "failed", "stopped"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["killed", "failed", "stopped"])
 def test_a_rank_that_ends_ends_the_others(end: str, tmp_path: Path) -> None:
     """Killed; failed with an error of its own while it lives on; and stopped, which only time can
     tell, here four seconds."""
