@@ -20,6 +20,7 @@ from sdconv.cli.common import (
     counting,
     one_or_all,
     print_json,
+    say,
     show,
 )
 from sdconv.errors import InputError
@@ -163,7 +164,14 @@ def _cost_model(calibrated: bool, as_json: bool) -> None:
 
     if calibrated:
         with counting("timing convolutions") as progress:
-            keep(calibrate(on_case=progress))
+            fitted = calibrate(on_case=progress)
+        keep(fitted)
+        if fitted.error > 0.25:
+            say(
+                f"the model is off by {fitted.error:.0%} (median): calibrate again while nothing "
+                "else runs on this machine",
+                "warning",
+            )
     constants, found, others = constants_in_force(), calibration_in_force(), other_conditions()
     if not as_json:
         show(constants_report(constants, found, len(others)))

@@ -104,8 +104,10 @@ _CONSTANTS = {
     "direct": "one of torch's convolution",
     "reorder": "each value of a weight that torch reorders",
     "read": "each value of a packed weight",
-    "transform": "each value of a tile or a patch",
+    "transform": "each value of a transformed tile",
+    "patch": "each value of a patch of im2col's",
     "normalise": "each value normalised in a pass of its own",
+    "prologue": "each value normalised as Winograd's transform reads it",
     "call": "each call",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +102,9 @@ def fit(seconds: Mapping[Case, float]) -> _Fit:
     modelled seconds are off by.
 
     The model is linear in the seconds of a multiply-accumulate and in its products with the
-    constants: non-negative least squares, each row divided by its measured seconds.
+    constants, which are not negative. Each row is divided by its measured seconds. What is least is
+    the sum of the absolute errors, by least squares that are weighted anew some times, so that
+    times that something else has disturbed count little.
 
     Raises:
         InputError: the times cannot be explained by the model.
@@ -113,18 +114,32 @@ def fit(seconds: Mapping[Case, float]) -> _Fit:
     matrix /= torch.tensor(list(seconds.values()), dtype=torch.float64)[:, None]
     if not matrix.isfinite().all():
         raise _impossible("seconds that are not above zero")
-    solution = _non_negative(matrix)
+    weights = torch.ones(len(matrix), dtype=torch.float64)
+    for _ in range(_ITERATIONS):
+        solution = _non_negative(matrix, weights)
+        off = (matrix @ torch.tensor(solution, dtype=torch.float64) - 1).abs()
+        weights = off.clamp(min=1e-3).rsqrt()
     product = solution[_COLUMNS.index("product")]
     if product <= 0:
         raise _impossible("products that take no time")
-    off = matrix @ torch.tensor(solution, dtype=torch.float64) - 1
     names = [name for name in _COLUMNS if name != "product"]
     found = dict(zip(_COLUMNS, solution, strict=True))
     constants = CostConstants(**{name: found[name] / product for name in names})
-    return _Fit(constants, float(off.abs().median()))
+    return _Fit(constants, float(off.median()))
 
 
-_COLUMNS = ("product", "reorder", "read", "transform", "call", "normalise", "direct")
+_ITERATIONS = 20
+_COLUMNS = (
+    "product",
+    "reorder",
+    "read",
+    "transform",
+    "patch",
+    "call",
+    "normalise",
+    "prologue",
+    "direct",
+)
 
 
 def _terms(case: Case) -> dict[str, float]:
@@ -142,15 +157,15 @@ def _impossible(what: str) -> InputError:
     )
 
 
-def _non_negative(matrix: Tensor) -> Sequence[float]:
-    """The solution of ``matrix @ x = 1`` by least squares with no ``x`` below zero: the columns
-    whose share comes out negative are left out, one at a time."""
+def _non_negative(matrix: Tensor, weights: Tensor) -> Sequence[float]:
+    """The solution of ``matrix @ x = 1`` by weighted least squares with no ``x`` below zero: the
+    columns whose share comes out negative are left out, one at a time."""
+    matrix, right = matrix * weights[:, None], weights[:, None]
     kept = list(range(matrix.shape[1]))
     while True:
         part = matrix[:, kept]
         scale = part.square().sum(0).sqrt().clamp(min=1e-300)  # columns differ by ten powers of ten
-        ones = matrix.new_ones(len(matrix), 1)
-        found = torch.linalg.lstsq(part / scale, ones, driver="gelsd").solution[:, 0] / scale
+        found = torch.linalg.lstsq(part / scale, right, driver="gelsd").solution[:, 0] / scale
         least = int((found * scale).argmin())
         if found[least] >= 0:
             break
@@ -164,7 +179,7 @@ def _non_negative(matrix: Tensor) -> Sequence[float]:
 
 
 class Timer:
-    """Seconds of a case on this machine: the median of some calls after the first, which packs the
+    """Seconds of a case on this machine: the least of some calls after the first, which packs the
     weight."""
 
     def __init__(self, calls: int = 5) -> None:
@@ -190,4 +205,4 @@ class Timer:
             begin = time.perf_counter()
             run_plan(plan, x, weight, prologue, epilogue, 1, in_place=False)
             times.append(time.perf_counter() - begin)
-        return statistics.median(times[1:])
+        return min(times[1:])

@@ -35,21 +35,31 @@ class CostConstants:
 
     ``reorder``: per value of a weight, which torch's kernel reorders in each call. ``read``: per
     value of a packed weight, which is only read. ``transform``: per value of a transformed tile,
-    in and out, and per value of a patch. ``call``: per call. ``normalise``: per value of a feature
-    map that is normalised in passes of its own. ``direct``: per multiply-accumulate of torch's
+    in and out. ``patch``: per value of im2col's patches. ``call``: per call. ``normalise``: per
+    value of a feature map that is normalised in passes of its own; ``prologue``: per value that is
+    normalised as Winograd's transform reads it. ``direct``: per multiply-accumulate of torch's
     convolution in float32.
     """
 
     reorder: float
     read: float
     transform: float
+    patch: float
     call: float
     normalise: float
+    prologue: float
     direct: float
 
 
 SHIPPED = CostConstants(
-    reorder=160.0, read=25.0, transform=70.0, call=1e7, normalise=250.0, direct=1.0
+    reorder=160.0,
+    read=25.0,
+    transform=70.0,
+    patch=70.0,
+    call=1e7,
+    normalise=250.0,
+    prologue=0.0,
+    direct=1.0,
 )
 """Fitted to measurements of the shapes in the VAE and the U-Nets on two cores with AVX-512."""
 

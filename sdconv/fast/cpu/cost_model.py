@@ -68,7 +68,8 @@ def plan_conv(
 
     Args:
         height, width: of the input.
-        normalised: whether GroupNorm and SiLU come before it; they cost Winograd's method nothing.
+        normalised: whether GroupNorm and SiLU come before it, which Winograd's method applies as it
+            reads its input.
         available: the methods for whose packed weights there is room; "direct" needs none.
         direct_rate: how many times as many products a time torch's kernel computes in the feature
             map's dtype as in float32, see :mod:`sdconv.fast.cpu.processor`.
@@ -129,8 +130,10 @@ def _costs(
         "reorder": constants.reorder,
         "read": constants.read,
         "transform": constants.transform,
+        "patch": constants.patch,
         "call": constants.call,
         "normalise": constants.normalise,
+        "prologue": constants.prologue,
     }
     return {
         method: sum(prices[name] * count for name, count in terms(shape, normalised).items())
@@ -146,6 +149,7 @@ def _winograd_terms(shape: Shape, normalised: bool) -> dict[str, float]:
         "product": positions * pairs * tiles,
         "read": positions * pairs,
         "transform": positions * (channels + out_channels) * tiles,
+        "prologue": normalised * channels * batch * height * width,
         "call": 1,
     }
 
@@ -156,7 +160,7 @@ def _im2col_terms(shape: Shape, normalised: bool) -> dict[str, float]:
     return {
         "product": 9 * pairs * pixels,
         "read": 9 * pairs,
-        "transform": 9 * channels * pixels,
+        "patch": 9 * channels * pixels,
         "normalise": normalised * channels * pixels,
         "call": 1,
     }
