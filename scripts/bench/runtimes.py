@@ -136,7 +136,8 @@ def ncnn(module: Called, inputs: Inputs) -> Callable[[], object]:
     def run() -> np.ndarray[Any, Any]:
         with net.create_extractor() as extractor:
             for name, blob in zip(names, blobs, strict=True):
-                extractor.input(name, runtime.Mat(blob))
+                # a copy, because the first layer may write over its input
+                extractor.input(name, runtime.Mat(blob).clone())
             code, out = extractor.extract(net.output_names()[0])
             if code:
                 raise RuntimeError(f"ncnn fails with code {code}")
