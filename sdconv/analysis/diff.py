@@ -170,6 +170,9 @@ def compare(
                 _difference(name, ours[name], theirs[name])
             )
             done += size
+        for checkpoint in checkpoints:
+            for part in checkpoint.parts:
+                part.view.source.check_unchanged()
         on_tensor("", done, done)
         return Comparison(
             first=checkpoints[0].label,

@@ -132,7 +132,7 @@ def _tensors(
                 got=tensor.layout,
                 hint="pass tensor.to_dense() in its place",
             )
-        if tensor.ndim == 4 and is_vae_projection(canonical):
+        if tensor.ndim > 2 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)
         wanted = dtype if tensor.is_floating_point() else tensor.dtype
         cast = caster.cast(tensor, wanted, names[canonical], device)

@@ -307,7 +307,7 @@ class _Job:
             written += self._statistics({one.name for one in written})
         metadata = {"format": "pt"}
         if not self.checkpoint.is_pipeline:
-            metadata = self.checkpoint.parts[0].view.source.metadata
+            metadata = self.checkpoint.parts[0].view.metadata
             if self.layout == "original":
                 metadata.pop(ORIGIN_KEY, None)
         # A single network gets its config, as in what sdconv.save writes. Of several networks,

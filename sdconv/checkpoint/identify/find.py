@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 
+from sdconv.checkpoint.identify.statistics import is_statistic
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import SortedNames, prefixes, sorted_prefixes
 from sdconv.checkpoint.keys.unet import ema_name, keys_of_canonical, keys_of_original
@@ -77,7 +77,8 @@ class DetectedNetwork:
         return name if name.endswith(canonical) else f"{name} ({canonical})"
 
 
-EMA_PREFIX = "model_ema."
+# under which part of a prefix running averages lie: `model_ema.`, `ema.`, `ema_model.`, `vae_ema.`
+EMA_PART = re.compile(r"(?:^|(?<=\.))(?:\w+_)?ema(?:_\w+)?\.")
 _EMBEDDINGS = ("add_embedding.linear_", "class_embedding.linear_")
 # the beginnings of the names in a VAE's levels
 _VAE_LEVELS: Mapping[str, Collection[str]] = {
@@ -109,10 +110,8 @@ _SCHEDULE = re.compile(
 )
 # under a VAE's prefix: the discriminator and the perceptual network of its training, and EMA copies
 _DROPPED = re.compile(r"(loss|model_ema)\..*|logvar")
-# statistics and schedules under names of their own
-_EXTRAS = re.compile(
-    r"edm_(mean|std)|edm_vpred\..+|(model_)?sampling\..+|denoiser\..+|sigmas?|timesteps"
-)
+# schedules under names of their own
+_EXTRAS = re.compile(r"edm_vpred\..+|(model_)?sampling\..+|denoiser\..+|sigmas?|timesteps")
 _VAE_ROOTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv|bn)\..*")
 _ATTENTION_LINEAR = re.compile(r".+\.attentions\.[0-9]{1,4}\.to_(q|k|v|out\.0)\.weight")
 # a tiny autoencoder's scale, which some files store next to its halves
@@ -120,9 +119,9 @@ _TINY_SCALARS = frozenset({"vae_scale", "vae_shift"})
 
 
 def linear_shape(canonical: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``(out, in)`` for a VAE's attention projection that is stored as a 1x1 convolution; any other
-    shape unchanged."""
-    if len(shape) == 4 and shape[2:] == (1, 1) and is_vae_projection(canonical):
+    """``(out, in)`` for a VAE's attention projection that is stored as a 1x1 convolution, of images
+    or of sequences; any other shape unchanged."""
+    if len(shape) in (3, 4) and set(shape[2:]) == {1} and is_vae_projection(canonical):
         return shape[:2]
     return shape
 
@@ -156,10 +155,10 @@ def find_networks(shapes: Shapes, where: object = None) -> list[DetectedNetwork]
 
 
 def _with_averages(found: list[DetectedNetwork]) -> list[DetectedNetwork]:
-    """The networks, of which those under ``model_ema.`` (with dots in their names) are the running
-    averages of others, if there are others."""
-    averages = [one for one in found if EMA_PREFIX in one.prefix]
-    result = [one for one in found if EMA_PREFIX not in one.prefix]
+    """The networks, of which those under ``model_ema.`` or the like (with dots in their names) are
+    the running averages of others, if there are others."""
+    averages = [one for one in found if EMA_PART.search(one.prefix)]
+    result = [one for one in found if not EMA_PART.search(one.prefix)]
     for ema in averages:
         same = [n for n, one in enumerate(result) if one.component == ema.component]
         usual = [n for n in same if result[n].prefix in _averaged_prefixes(ema.prefix)] or same
@@ -177,7 +176,7 @@ def _with_averages(found: list[DetectedNetwork]) -> list[DetectedNetwork]:
 
 
 # where whole checkpoints keep their own networks, and where they keep others for conditioning
-_OWN: Mapping[str, tuple[str, ...]] = {
+OWN: Mapping[str, tuple[str, ...]] = {
     "vae": ("first_stage_model.", "vae."),
     "unet": ("model.diffusion_model.", "unet."),
 }
@@ -186,7 +185,7 @@ _COPIES = ("conditioner.", "cond_stage_model.", "embedder", "model_ema.", "ema."
 
 def main_network(several: Sequence[DetectedNetwork]) -> DetectedNetwork | None:
     """Of several networks of one component, the checkpoint's own; None if that is not clear."""
-    own = [one for one in several if one.prefix in _OWN[one.component]]
+    own = [one for one in several if one.prefix in OWN[one.component]]
     if own:
         return own[0] if len(own) == 1 else None
     others = [one for one in several if not one.prefix.startswith(_COPIES)]
@@ -195,8 +194,9 @@ def main_network(several: Sequence[DetectedNetwork]) -> DetectedNetwork | None:
 
 def _averaged_prefixes(prefix: str) -> tuple[str, ...]:
     """Prefixes of the network whose running averages are under ``prefix``, in Lightning's layout
-    and in diffusers'."""
-    return prefix.replace(EMA_PREFIX, ""), prefix.replace(EMA_PREFIX, "model.")
+    and in diffusers', and in those of wrappers that copy a module."""
+    without = EMA_PART.sub("", prefix, count=1)
+    return without, EMA_PART.sub("model.", prefix, count=1), without.removeprefix("module.")
 
 
 def _find_vaes(shapes: Shapes, names: SortedNames, where: object) -> Iterable[DetectedNetwork]:
@@ -241,15 +241,11 @@ def _vae(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Detecte
             names[canonical] = prefix + name
         elif _DROPPED.fullmatch(name):
             dropped.append(prefix + name)
+        elif is_statistic(name):
+            continue
         elif prefix or _VAE_ROOTS.fullmatch(name) or not _is_of_another_part(name, shapes):
             unexpected.append(prefix + name)
-    averages: dict[str, str] = {}
-    for canonical, name in names.items():
-        for own in (name.removeprefix(prefix), keys.original(canonical) or ""):
-            for place in (prefix, "first_stage_model."):
-                average = f"{place}model_ema.{own.replace('.', '')}"
-                if average in shapes:
-                    averages.setdefault(canonical, average)
+    averages = _averages_without_dots(prefix, names, keys.original, shapes)
     has_statistics = any(name.startswith("bn.") for name in names)
     kind = "AutoencoderKLFlux2" if has_statistics else "AutoencoderKL"
     return DetectedNetwork(
@@ -260,9 +256,38 @@ def _vae(prefix: str, layout: str, inside: list[str], shapes: Shapes) -> Detecte
         names=names,
         dropped=tuple(dropped),
         unexpected=tuple(unexpected),
-        ema=averages,
+        ema={canonical: name for canonical, name in averages.items() if name in shapes},
+        averages=averages,
         in_layout=str if layout == "diffusers" else keys.original,
     )
+
+
+def _averages_without_dots(
+    prefix: str,
+    names: Mapping[str, str],
+    original: Callable[[str], str | None],
+    shapes: Shapes,
+) -> dict[str, str]:
+    """A VAE's running averages in Lightning's way, whose names have no dots: diffusers' name -> the
+    average's, whether the file has it or not; empty if it has none.
+
+    They keep the original layout's names where the weights have been converted, and lie in the
+    VAE's own ``model_ema.`` or in that of everything.
+    """
+    own = {canonical: name.removeprefix(prefix) for canonical, name in names.items()}
+    before = {canonical: original(canonical) or "" for canonical in names}
+    ways = [
+        {k: f"{place}model_ema.{(inner + name).replace('.', '')}" for k, name in table.items()}
+        for place, inner in (
+            (prefix, ""),
+            ("first_stage_model.", ""),
+            ("", prefix),
+            ("", "first_stage_model."),
+        )
+        for table in (own, before)
+    ]
+    counts = [sum(name in shapes for name in way.values()) for way in ways]
+    return ways[counts.index(max(counts))] if max(counts, default=0) else {}
 
 
 def _is_of_another_part(name: str, shapes: Shapes) -> bool:
@@ -270,6 +295,7 @@ def _is_of_another_part(name: str, shapes: Shapes) -> bool:
     something about the training."""
     return (
         name.startswith(_OTHER_PARTS)
+        or EMA_PART.match(name) is not None
         or bool(_SCHEDULE.fullmatch(name))
         or is_extra(name, tuple(shapes[name]))
     )
@@ -280,8 +306,8 @@ def is_extra(name: str, shape: tuple[int, ...]) -> bool:
     ``v_pred``, a counter such as ``iteration``, or a number of the noise schedule."""
     if name == "scaled_fp8":  # which belongs to the weights
         return False
-    alone = "." not in name and prod(shape) <= 1
-    return alone or bool(_EXTRAS.fullmatch(name))
+    alone = "." not in name and len(shape) <= 1
+    return alone or is_statistic(name) or bool(_EXTRAS.fullmatch(name))
 
 
 def is_constant(name: str, shape: tuple[int, ...]) -> bool:

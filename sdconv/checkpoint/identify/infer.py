@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks, main_network
+from sdconv.checkpoint.identify.find import (
+    EMA_PART,
+    OWN,
+    DetectedNetwork,
+    Shapes,
+    find_networks,
+    main_network,
+)
 from sdconv.checkpoint.identify.others import other_kind, other_unet, tiny_video
 from sdconv.checkpoint.identify.shapes import BY_CONFIG, InferredConfig, NetworkShapes, collapsed
+from sdconv.checkpoint.identify.statistics import (
+    Statistics,
+    statistics_in,
+    tensors_of_statistics,
+)
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import open_unet, read_unet
 from sdconv.checkpoint.identify.vae import (
@@ -34,7 +47,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.config.facts import EDM_STATISTICS, VAE_FACTS
+from sdconv.config.facts import VAE_FACTS
 from sdconv.config.unet import UNET_FACTS
 from sdconv.errors import (
     CheckpointError,
@@ -93,7 +106,7 @@ def infer(
     Warns:
         SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
     """
-    statistics: Mapping[str, tuple[float, ...]] = {}
+    statistics: Statistics = {}
     if isinstance(shapes, Header):
         metadata = shapes.metadata if metadata is None else metadata
         statistics = _statistics_in(shapes)
@@ -113,7 +126,7 @@ def identify(
     component: str | None = None,
     prefix: str | None = None,
     config: Mapping[str, Any] | None = None,
-    statistics: Mapping[str, tuple[float, ...]] | None = None,
+    statistics: Statistics | None = None,
     where: object = None,
 ) -> list[Identified]:
     """Like ``infer``, but also returns where each network was found and what decided its family. It
@@ -157,6 +170,7 @@ def identify(
             )
         found = [one for one in found if one.component != name or one is chosen]
         _check_halves(chosen, several, shapes, where)
+        _check_quant_convs(chosen, everything, shapes, where)
     around = Surroundings(
         shapes=shapes, networks=everything, metadata=metadata, statistics=statistics or {}
     )
@@ -209,12 +223,16 @@ def _not_found(
             expected=repr(component),
             got=", ".join(sorted({one.component for one in everything})),
         )
+    only_averages = bool(shapes) and all(EMA_PART.search(name) for name in shapes)
     return UnknownNetworkError(
-        "no network that sdconv knows",
+        "no network that sdconv knows"
+        + (": only running averages, whose names have lost their dots" if only_averages else ""),
         where=where,
         expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
         got=_glimpse(list(shapes)),
-        hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
+        hint="get the file that has the weights too: their names say what the averages are of"
+        if only_averages
+        else "check that this is the right file; `sdconv inspect` lists a file's tensors",
     )
 
 
@@ -232,16 +250,16 @@ def _check_unet(found: DetectedNetwork, where: object) -> None:
 
 def _check_first_stage(shapes: Shapes, found: Sequence[DetectedNetwork], where: object) -> None:
     """Refuses a copy of a VAE somewhere else in a file whose own VAE is for videos."""
-    first = "first_stage_model."
-    if not any(one.component == "vae" for one in found) or any(
-        one.prefix == first for one in found
-    ):
-        return
-    if any(len(shape) == 5 and name.startswith(first) for name, shape in shapes.items()):
-        others = [one.prefix for one in found if one.component == "vae"]
+    others = [one.prefix for one in found if one.component == "vae"]
+    for first in (*OWN["vae"], "") if others else ():
+        if first in others:
+            return
+        video = re.compile(re.escape(first) if first else r"(?:encoder|decoder)\.")
+        if not any(len(shape) == 5 and video.match(name) for name, shape in shapes.items()):
+            continue
         raise UnknownNetworkError(
-            f"the vae under {first} is {other_kind(shapes, first) or 'for videos'}, which sdconv "
-            "does not build",
+            f"the vae under {first or 'no prefix'} is {other_kind(shapes, first) or 'for videos'}, "
+            "which sdconv does not build",
             where=where,
             expected="a VAE for images",
             got=f"another VAE under {others[0] or 'no prefix'}, which is not the file's own",
@@ -275,6 +293,33 @@ def _check_halves(
         if whole
         else "load a file with the whole VAE",
     )
+
+
+_QUANT_CONV = re.compile(r"(?:.*\.)?(?P<own>(?:post_)?quant_conv)\.weight")
+
+
+def _check_quant_convs(
+    chosen: DetectedNetwork, everything: Sequence[DetectedNetwork], shapes: Shapes, where: object
+) -> None:
+    """Refuses a VAE without quant convolutions where the file has some that are no network's."""
+    if chosen.kind != "AutoencoderKL":
+        return
+    claimed = {name for one in everything for name in (*one.names.values(), *one.ema.values())} | {
+        name for one in everything for name in one.unexpected
+    }
+    for name in shapes:
+        match = _QUANT_CONV.fullmatch(name)
+        if match is None or name in claimed or EMA_PART.search(name):
+            continue
+        if f"{match['own']}.weight" not in chosen.names:
+            raise WeightsMismatchError(
+                f"the VAE under {chosen.prefix or 'no prefix'} has no {match['own']}, but the file "
+                "has one elsewhere",
+                where=where,
+                expected=f"{chosen.prefix}{match['own']}.weight",
+                got=short(name),
+                hint="rename it, or leave it out of the file if it belongs to something else",
+            )
 
 
 def _has_half(found: DetectedNetwork, half: str) -> bool:
@@ -487,19 +532,14 @@ _CONFIGS: Mapping[str, type[Config]] = {
 }
 
 
-def _statistics_in(header: Header) -> dict[str, tuple[float, ...]]:
+def _statistics_in(header: Header) -> Statistics:
     """The values of a file's ``edm_mean`` and ``edm_std``; empty without them."""
-    if not all(name in header.tensors for name in EDM_STATISTICS):
-        return {}
+    if tensors_of_statistics(header.tensors) is None:
+        return statistics_in((), header.metadata, lambda name: None)
     from sdconv.checkpoint.io.source import open_source  # which imports torch
 
     with open_source(header.path) as source:
-        return {name: numbers_in(source.tensor(name)) for name in EDM_STATISTICS}
-
-
-def numbers_in(tensor: Any) -> tuple[float, ...]:
-    """A small tensor's values."""
-    return tuple(map(float, tensor.float().flatten().tolist())) if tensor.numel() <= 64 else ()
+        return statistics_in(header.tensors, header.metadata, source.tensor)
 
 
 def _glimpse(names: list[str]) -> str:

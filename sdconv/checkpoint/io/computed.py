@@ -20,7 +20,7 @@ class Computed:
     """A tensor that does not exist yet.
 
     ``compute``: makes it, with this shape and in this dtype (safetensors' name). ``places``: the
-    tensors that it is made of.
+    tensors that it is made of, or files of which it is made in part (then without a name).
     """
 
     shape: tuple[int, ...]

@@ -225,8 +225,20 @@ class SafetensorsFile(SourceFile):
 
 def _state(descriptor: int) -> tuple[int, ...]:
     """What changes when a file is written to, or is another one."""
-    status = os.fstat(descriptor)
+    return _fields(os.fstat(descriptor))
+
+
+def _fields(status: os.stat_result) -> tuple[int, ...]:
     return tuple(getattr(status, field) for field in _FIELDS)
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        "changed while it was read",
+        where=path,
+        expected="the same file from its header to its last tensor",
+        hint="check that nothing is writing to it, and try again",
+    )
 
 
 class TensorsFile(SourceFile):
@@ -247,6 +259,26 @@ class TensorsFile(SourceFile):
                 expected="a tensor on the CPU or a GPU",
             )
         return tensor
+
+
+class PickleFile(TensorsFile):
+    """A pickle's tensors, which may be mapped from it; ``status``: of the file when it was read."""
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, torch.Tensor], status: os.stat_result
+    ) -> None:
+        super().__init__(str(path), tensors)
+        self._path, self._status = path, status
+
+    def check_unchanged(self) -> None:
+        try:
+            now = self._path.stat()
+        except OSError:
+            return  # gone, and what is mapped stays as it was
+        if now.st_ino != self._status.st_ino or now.st_dev != self._status.st_dev:
+            return  # replaced: likewise
+        if _fields(now) != _fields(self._status):
+            raise _changed(self._path)
 
 
 class Source:
@@ -416,13 +448,9 @@ def _open_file(path: Path) -> SourceFile:
         tensors = read_pickle(path)
         with os_errors(path):
             after = path.stat()
-        if any(getattr(before, field) != getattr(after, field) for field in _FIELDS):
-            raise CheckpointError(
-                "changed while it was read",
-                where=path,
-                hint="check that nothing is writing to it, and try again",
-            )
-        return TensorsFile(str(path), tensors)
+        if _fields(before) != _fields(after):
+            raise _changed(path)
+        return PickleFile(path, tensors, after)
     return SafetensorsFile(path)
 
 
