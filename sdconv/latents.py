@@ -23,7 +23,8 @@ from einops import rearrange
 from torch import Tensor
 
 from sdconv.checkpoint.io.files import as_path, os_errors, short
-from sdconv.checkpoint.io.source import Source, TensorsFile, open_source
+from sdconv.checkpoint.io.source import Source, open_source
+from sdconv.checkpoint.io.tensor_files import TensorsFile
 from sdconv.checkpoint.io.write import write_tensors
 from sdconv.config.facts import VAE_FACTS
 from sdconv.errors import CheckpointError, InputError, SdconvWarning

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.io.source import TORCH_DTYPES
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.checkpoint.open import Weights
 from sdconv.checkpoint.whole import by_common_name, opened
 

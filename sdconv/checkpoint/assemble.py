@@ -14,7 +14,7 @@ from sdconv.checkpoint.identify.find import is_vae_projection
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype
-from sdconv.checkpoint.io.source import TORCH_DTYPES
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.checkpoint.open import SourceView, Weights, one_of, open_component
 from sdconv.config import Config
 from sdconv.devices import usable_device

@@ -24,8 +24,8 @@ from sdconv.checkpoint.components import (
 from sdconv.checkpoint.identify.find import is_constant
 from sdconv.checkpoint.io.computed import Computed, ComputedFile
 from sdconv.checkpoint.io.narrow import Caster
-from sdconv.checkpoint.io.source import TORCH_DTYPES
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.checkpoint.open import Weights
 from sdconv.checkpoint.rewrite import check_form, rewrite
 from sdconv.checkpoint.whole import Checkpoint, by_common_name, opened

@@ -19,8 +19,8 @@ from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.narrow import Caster
-from sdconv.checkpoint.io.source import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
 from sdconv.checkpoint.naming import ORIGIN_KEY, FileNames
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights

@@ -28,7 +28,8 @@ from sdconv.checkpoint.identify.quantised import (
 from sdconv.checkpoint.identify.statistics import Statistics, statistics_in
 from sdconv.checkpoint.io.dequantise import DequantisedFile
 from sdconv.checkpoint.io.folder import Folder, folder_at
-from sdconv.checkpoint.io.source import Source, SourceFile, open_files, open_folder
+from sdconv.checkpoint.io.source import Source, open_files, open_folder
+from sdconv.checkpoint.io.tensor_files import SourceFile
 from sdconv.checkpoint.io.write import AVERAGING_FIELDS
 from sdconv.checkpoint.keys.adapters import adapter_in
 from sdconv.errors import SdconvWarning, UnknownNetworkError

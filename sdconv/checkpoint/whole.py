@@ -17,8 +17,9 @@ from sdconv.checkpoint.identify.find import DetectedNetwork, main_network
 from sdconv.checkpoint.identify.unet import family_of_width
 from sdconv.checkpoint.io.files import read_json
 from sdconv.checkpoint.io.folder import Folder, folder_at
-from sdconv.checkpoint.io.source import TensorsFile, open_files, open_folder
+from sdconv.checkpoint.io.source import open_files, open_folder
 from sdconv.checkpoint.io.stream import OutputTensor
+from sdconv.checkpoint.io.tensor_files import TensorsFile
 from sdconv.checkpoint.keys.clip import POSITIONS, TRANSPOSED, long_name, open_clip_names
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights, network_folders
 from sdconv.errors import CheckpointError, UnknownNetworkError

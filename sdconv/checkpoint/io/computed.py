@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from sdconv.checkpoint.io.header import DTYPE_BITS, TensorInfo
-from sdconv.checkpoint.io.source import SourceFile
+from sdconv.checkpoint.io.tensor_files import SourceFile
 
 Place = tuple[SourceFile, str]
 """A file, and the name of a tensor in it."""

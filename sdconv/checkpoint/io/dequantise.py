@@ -15,7 +15,7 @@ from math import prod
 import torch
 
 from sdconv.checkpoint.io.header import TensorInfo
-from sdconv.checkpoint.io.source import SourceFile
+from sdconv.checkpoint.io.tensor_files import SourceFile
 from sdconv.errors import WeightsMismatchError
 
 BLOCK = 128
