@@ -16,9 +16,9 @@ from sdconv.fast.cuda import choices, upsample
 
 
 def test_every_operation_has_a_choice() -> None:
-    assert choices.SHIPPED.keys() == choices.VARIANTS.keys()
-    for operation, variants in choices.VARIANTS.items():
-        assert choices.SHIPPED[operation] in variants
+    assert choices.SHIPPED.keys() >= choices.VARIANTS.keys()
+    for key, variant in choices.SHIPPED.items():
+        assert variant in choices.VARIANTS[key.split()[0]]
     assert upsample.VARIANTS.keys() == set(choices.VARIANTS["upsample"])
     assert choices.current() == choices.SHIPPED
 
