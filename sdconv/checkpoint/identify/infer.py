@@ -110,7 +110,7 @@ def infer(
     Warns:
         SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
     """
-    statistics: Statistics = {}
+    statistics: Statistics = statistics_in((), _checked_metadata(metadata), lambda name: None)
     if isinstance(shapes, Header):
         metadata = shapes.metadata if metadata is None else metadata
         statistics = _statistics_in(shapes)

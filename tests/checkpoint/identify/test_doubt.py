@@ -280,6 +280,9 @@ def test_statistics_anywhere_and_in_metadata(tmp_path: Path) -> None:
         assert of_playground(sdconv.infer(sdconv.read_header(path))["vae"])
         convert(path, tmp_path / "folder", "diffusers")
         assert of_playground(sdconv.load(tmp_path / "folder", "vae").config)
+    shapes = sdconv.read_header(path).shapes
+    said = {"edm_mean": json.dumps(MEAN), "edm_std": json.dumps(STD)}
+    assert of_playground(sdconv.infer(shapes, metadata=said)["vae"])
     save_file(vae() | unet(2048), path, {"edm_mean": "[1, 2]", "edm_std": "x"})
     with pytest.raises(sdconv.WeightsMismatchError, match="statistics of this VAE"):
         sdconv.load(path, "vae")
