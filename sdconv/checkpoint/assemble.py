@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,14 @@ def assemble(
     prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
+    fields: Mapping[str, Any] | None = None,
 ) -> Module:
     """Opens a network from a checkpoint, in eval mode.
 
     Args:
         path, component, dtype, device, family, ema, prefix, clamp, mmap: as for ``sdconv.load``.
         build: makes the network for a config; it is called on the meta device.
+        fields: of the config, which overrule what was found.
 
     Raises:
         SdconvError: as ``sdconv.load``, and what ``build`` raises.
@@ -60,6 +62,7 @@ def assemble(
             one_of({one.component: one for one in (identified, *more)}, None, source.label)
         if ema:
             identified = averaged(identified, source.label)
+        identified = _overruled(identified, fields or {})
         warn_if_open(identified, stacklevel=4)  # the caller of `load` or `from_pretrained`
         with torch.device("meta"):
             network = build(identified.config)
@@ -70,6 +73,22 @@ def assemble(
         network.load_state_dict(state, strict=True, assign=True)
         caster.warn(stacklevel=4)
     return network.eval()
+
+
+# fields that decide between families
+_DECIDING = ("scaling_factor", "attention_head_dim")
+
+
+def _overruled(identified: Identified, fields: Mapping[str, Any]) -> Identified:
+    """The same network with other fields of its config."""
+    kind = type(identified.config)
+    own = {name: value for name, value in fields.items() if name in kind.field_names()}
+    if not own:
+        return identified
+    config = kind.from_json({**identified.config.to_json(), **own}, "the fields of the config")
+    if any(own.get(name) is not None for name in _DECIDING):
+        return replace(identified, config=config.left_open(()), open_to=(), guess=None)
+    return replace(identified, config=config)
 
 
 def shapes_in(network: nn.Module) -> dict[str, tuple[int, ...]]:

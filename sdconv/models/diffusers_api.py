@@ -33,7 +33,8 @@ _IGNORED = frozenset(
 )
 # options that change numbers, what is returned or where it computes, unless they are not set
 _REFUSED = frozenset(
-    "dduf_entries from_flax ignore_mismatched_sizes output_loading_info parallel_config"
+    "dduf_entries from_flax ignore_mismatched_sizes original_config output_loading_info"
+    " parallel_config"
     " quantization_config return_unused_kwargs use_flashpack".split()
 )
 
@@ -197,9 +198,10 @@ class DiffusersModel(nn.Module):
             variant: the word in the file's name, such as ``"fp16"``, if the folder has weights in
                 that variant only.
             family: as for ``sdconv.load``.
-            options: fields of the config overrule it; ``device_map`` may name one device;
-                ``disable_mmap`` reads everything into memory. Those for the hub are accepted, and
-                have no effect, like those that do not exist.
+            options: fields of the config overrule it, and so does ``config``, a ``config.json``,
+                its folder or its content; ``device_map`` may name one device; ``disable_mmap``
+                reads everything into memory. Those for the hub are accepted, and have no effect,
+                like those that do not exist.
 
         Raises:
             InputError: an option is not supported, or the variant does not exist.
@@ -210,7 +212,9 @@ class DiffusersModel(nn.Module):
         """
         device = _one_device(options.pop("device_map", None))
         mmap = not options.pop("disable_mmap", False)
-        fields = {k: options.pop(k) for k in cls.config_class.field_names() if k in options}
+        given = {**_given_config(options.pop("config", None)), **options}
+        fields = {k: given[k] for k in cls.config_class.field_names() if k in given}
+        options = {k: v for k, v in options.items() if k not in fields}
         _refuse({name for name in _REFUSED & set(options) if options[name]}, "from_pretrained")
         if unknown := sorted(set(options) - _IGNORED - _REFUSED):
             what = f"from_pretrained ignores options that do not exist: {', '.join(unknown)}"
@@ -220,22 +224,20 @@ class DiffusersModel(nn.Module):
             path = weights_path(path) / subfolder
         if variant is not None:
             path = _with_variant(weights_path(path), variant)
-        network = assemble(
+        return assemble(
             path,
-            functools.partial(cls._build_from, path, fields),
+            functools.partial(cls._build_from, path),
             component=cls.component,
             dtype=dtype or torch_dtype or torch.float32,
             device=device,
             family=family,
             mmap=mmap,
+            fields=fields,
         )
-        if fields.get("scaling_factor") is not None:
-            network.config = network.config.left_open(())  # the caller has decided
-        return network
 
     @classmethod
-    def _build_from(cls, path: object, fields: Mapping[str, Any], config: Config) -> Self:
-        """A network for the config that was found under ``path``, in which ``fields`` differ."""
+    def _build_from(cls, path: object, config: Config) -> Self:
+        """A network for the config that was found under ``path``."""
         if not isinstance(config, cls.config_class):
             raise InputError(
                 "another network than the one asked for",
@@ -244,9 +246,6 @@ class DiffusersModel(nn.Module):
                 got=config.class_name,
                 hint="call from_pretrained of that class, or sdconv.load",
             )
-        if fields:
-            given = {**config.to_json(), **fields}
-            config = cls.config_class.from_json(given, "from_pretrained")
         return cls._build(config)
 
     @classmethod
@@ -451,6 +450,23 @@ def _refuse(options: set[str], method: str) -> None:
             got=", ".join(sorted(options)),
             hint="leave them out",
         )
+
+
+def _given_config(config: Any) -> Mapping[str, Any]:
+    """The content of the config that a caller names."""
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    path = as_path(config)
+    if not path.exists():
+        raise InputError(
+            "this config is not on this machine, and nothing is downloaded here",
+            where="config",
+            expected="a config.json, its folder, or its content",
+            got=short(config),
+            hint="leave config out: it is inferred from the weights' shapes; family= decides the "
+            "rest",
+        )
+    return read_json(path / "config.json" if path.is_dir() else path)
 
 
 def _one_device(device_map: Any) -> str | torch.device:

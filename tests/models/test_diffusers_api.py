@@ -237,6 +237,17 @@ def test_options_of_from_pretrained(tmp_path: Path) -> None:
     assert same(cls.from_pretrained(tmp_path, **quiet), network("AutoencoderKL"))
     with pytest.warns(sdconv.SdconvWarning, match="ignores options that do not exist: foo"):
         assert same(cls.from_pretrained(tmp_path, foo=1), network("AutoencoderKL"))
+    # a config of one's own, as for from_single_file
+    config = {**network("AutoencoderKL").config.to_json(), "scaling_factor": 0.75}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    for one in (config, tmp_path / "own", str(tmp_path / "own" / "config.json")):
+        state = network("AutoencoderKL").state_dict()
+        assert cls.from_single_file(state, config=one).config.scaling_factor == 0.75
+    with pytest.raises(sdconv.InputError, match="config is not on this machine"):
+        cls.from_pretrained(tmp_path, config="owner/name")
+    with pytest.raises(sdconv.InputError, match="not support"):
+        cls.from_pretrained(tmp_path, original_config="v1-inference.yaml")
     with pytest.raises(sdconv.CheckpointError, match="block_out_channels"):
         cls.from_pretrained(tmp_path, block_out_channels="many")
 
