@@ -85,8 +85,10 @@ class Weighed:
         marker ``scaled_fp8`` of all of them."""
         result = {}
         for name in self.others:
-            if name == self.prefix + _MARKER:
-                result[name] = ""
+            root = name.removesuffix(_MARKER)
+            if root != name and (root == self.prefix or root.endswith(".")):
+                if any(weight.startswith(root) for weight in self.weights):
+                    result[name] = ""
             elif (match := _LEAF.fullmatch(name)) and f"{match['module']}.weight" in self.weights:
                 result[name] = f"{match['module']}.weight"
         return result
