@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sdconv.checkpoint.identify.find import is_vae_projection
+from sdconv.checkpoint.identify.detected import is_vae_projection
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype

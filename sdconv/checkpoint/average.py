@@ -21,7 +21,7 @@ from sdconv.checkpoint.components import (
     dequantise_rest,
     text_encoders,
 )
-from sdconv.checkpoint.identify.find import is_constant
+from sdconv.checkpoint.identify.other_names import is_constant
 from sdconv.checkpoint.io.computed import Computed, ComputedFile
 from sdconv.checkpoint.io.narrow import Caster
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdconv.checkpoint.identify.find import is_vae_projection, linear_shape, main_network
+from sdconv.checkpoint.identify.detected import is_vae_projection, linear_shape
+from sdconv.checkpoint.identify.find import main_network
 from sdconv.checkpoint.identify.quantised import Weighed
 from sdconv.checkpoint.keys.clip import clip_names
 from sdconv.checkpoint.keys.prefixes import SortedNames, prefixes

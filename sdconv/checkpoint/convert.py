@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from sdconv.checkpoint.assemble import shapes_in
-from sdconv.checkpoint.identify.find import DetectedNetwork, is_extra
+from sdconv.checkpoint.identify.detected import DetectedNetwork
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
+from sdconv.checkpoint.identify.other_names import is_extra
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.narrow import Caster
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream

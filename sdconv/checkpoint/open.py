@@ -11,12 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.identify.find import (
-    DetectedNetwork,
-    find_networks,
-    is_bare_half,
-    tiny_half,
-)
+from sdconv.checkpoint.identify.detected import DetectedNetwork
+from sdconv.checkpoint.identify.find import find_networks
+from sdconv.checkpoint.identify.find_tiny import is_bare_half, tiny_half
 from sdconv.checkpoint.identify.infer import Identified, identify
 from sdconv.checkpoint.identify.quantised import (
     ScaledWeights,

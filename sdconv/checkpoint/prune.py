@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sdconv.checkpoint.assemble import averaged
-from sdconv.checkpoint.identify.find import EMA_PART, DetectedNetwork
+from sdconv.checkpoint.identify.detected import DetectedNetwork
 from sdconv.checkpoint.identify.infer import Identified
+from sdconv.checkpoint.identify.other_names import EMA_PART
 from sdconv.checkpoint.open import SourceView
 from sdconv.errors import WeightsMismatchError
 

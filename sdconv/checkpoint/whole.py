@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from sdconv.checkpoint.identify.find import DetectedNetwork, main_network
+from sdconv.checkpoint.identify.detected import DetectedNetwork
+from sdconv.checkpoint.identify.find import main_network
 from sdconv.checkpoint.identify.unet import family_of_width
 from sdconv.checkpoint.io.files import read_json
 from sdconv.checkpoint.io.folder import Folder, folder_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdconv.checkpoint.identify.find import Shapes
+from sdconv.checkpoint.identify.detected import Shapes
 from sdconv.checkpoint.identify.infer import Identified
 from sdconv.checkpoint.identify.shapes import Shape
 from sdconv.errors import WeightsMismatchError

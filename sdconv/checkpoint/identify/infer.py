@@ -9,12 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import (
-    DetectedNetwork,
-    Shapes,
-    find_networks,
-    main_network,
-)
+from sdconv.checkpoint.identify.detected import DetectedNetwork, Shapes
+from sdconv.checkpoint.identify.find import find_networks, main_network
 from sdconv.checkpoint.identify.others import tiny_video
 from sdconv.checkpoint.identify.refusals import (
     check_first_stage,

@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.detected import DetectedNetwork
 from sdconv.checkpoint.io.dequantise import misfit, spread_scale
 from sdconv.checkpoint.io.files import short
 from sdconv.errors import WeightsMismatchError

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sdconv.checkpoint.identify.find import EMA_PART, OWN, DetectedNetwork, Shapes
+from sdconv.checkpoint.identify.detected import DetectedNetwork, Shapes
+from sdconv.checkpoint.identify.find import OWN
+from sdconv.checkpoint.identify.other_names import EMA_PART
 from sdconv.checkpoint.identify.others import other_kind, other_unet
 from sdconv.checkpoint.io.files import short
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.detected import DetectedNetwork
 from sdconv.checkpoint.identify.metadata import family_in, spoken
 from sdconv.checkpoint.identify.shapes import BY_CALLER, InferredConfig, NetworkShapes, Shape
 from sdconv.checkpoint.identify.statistics import (
