@@ -269,9 +269,8 @@ def _lay_out(
             for stored, own in names.items()
         },
     )
-    for stored, key in keys.items():
-        entry = replace(ours[key], pieces=((file, stored),), component=twin.name)
-        theirs[key] = entry
+    for place, key in keys.items():
+        theirs[key] = replace(ours[key], pieces=((file, place),), component=twin.name)
 
 
 def _laid_out(
