@@ -4,7 +4,8 @@ average and extract-lora.
 The checkpoint has the size of Stable Diffusion 1.5 (U-Net, VAE and text encoder, 2.1 GB in
 float16) and seeded weights; the LoRA has rank 16 in all attention layers of U-Net and text encoder.
 Each measurement is a process of its own. Memory is the peak of anonymous resident memory, which
-excludes file-backed pages, above that of a process that has imported the same.
+excludes file-backed pages, above that before the call; it includes what a command imports, for
+``convert`` diffusers' transformers.
 
     python -m scripts.bench.rewrite
 """
