@@ -101,10 +101,7 @@ def test_say_why_a_pixel_is_bright(learner: Learner) -> None:
     learner.tab.wait("Boolean(neuron.dataset.sum)")
     before = learner.page.inner_text("#neuron figcaption")
     picture = learner.page.locator("#neuron .picker")
-    picture.scroll_into_view_if_needed()
-    box = picture.bounding_box()
-    assert box
-    learner.did(learner.page.mouse.click, box["x"] + 0.3 * box["width"], box["y"] + 40)
+    learner.did(picture.click, position={"x": 120, "y": 40})
     learner.tab.wait(f"neuron.querySelector('figcaption').innerText !== {before!r}")
     learner.tab.wait("location.hash.includes('look.j')")
     caption = learner.read("#neuron figcaption")
@@ -124,23 +121,19 @@ def test_trace_a_receptive_field(learner: Learner) -> None:
     learner.go("field")
     learner.tab.wait(IDLE)
     learner.did(learner.page.locator("#field").get_by_label("a stride of 2").check)
-    picture = learner.page.locator("#field .picker")
-    picture.scroll_into_view_if_needed()
-    learner.tab.wait("field.querySelector('figcaption').innerText.includes('row')")
-    box = picture.bounding_box()
-    assert box
-    learner.did(learner.page.mouse.click, box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    learner.tab.wait("Boolean(field.dataset.painted?.startsWith('encoder.down'))")
+    learner.did(learner.page.locator("#field .picker").click)  # in the middle
     field = ReceptiveField()
     for _ in range(5):
         field = field.through(3, 1, (1, 1))
     field = field.through(3, 2, (0, 1))
-    learner.tab.wait("location.hash.includes('look.i=64')")
-    learner.page.wait_for_timeout(500)
+    learner.tab.wait("field.dataset.painted.endsWith('64')")
+    caption = learner.read("#field figcaption")
+    (row,) = re.findall(r"row (\d+)", caption)
     words = learner.read("#field .verdict")
-    first, last = field.span(64)
+    first, last = field.span(int(row))
     assert f"{field.size} \u00d7 {field.size} pixels, rows {first} to {last}" in words
-    learner.tab.wait("Boolean(field.dataset.painted)")
-    assert "90\u00a0% of the effect" in learner.read("#field .verdict")
+    assert "90\u00a0% of the effect" in words
 
 
 def test_explain_a_checkerboard(learner: Learner) -> None:

@@ -125,10 +125,15 @@ export class Vae extends EventTarget {
   }
 
   #drive() {
+    if (this.failed) return;
     this.running ??= this.#work().catch((error) => {
       this.failed = error;
       this.dispatchEvent(new CustomEvent("failed", { detail: error.message }));
-    }).finally(() => { this.running = null; });
+    }).finally(() => {
+      this.running = null;
+      // something may have been asked for after the last look
+      if (this.#questions.length || this.#computing.length || this.#asides.length) this.#drive();
+    });
   }
 
   async #work() {

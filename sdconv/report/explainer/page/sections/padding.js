@@ -87,12 +87,12 @@ export const padding = {
         return;
       }
       if (decoded?.wrong !== now.wrong || decoded.photo !== photo.pixels) {
-        decoded = { wrong: now.wrong, photo: photo.pixels };
-        for (const one of [start, ...answers]) one.disabled = Boolean(now.wrong);
-        for (const canvas of runs) drawGrey(canvas, new Float32Array(1), 1, 1, [0, 1]);
+        const mine = decoded = { wrong: now.wrong, photo: photo.pixels };
+        for (const one of answers) one.disabled = true;
+        for (const canvas of runs) canvas.getContext("2d").clearRect(0, 0, SIZE, SIZE);
         found.textContent = now.wrong ? "Computing…" : "";
+        start.disabled = Boolean(now.wrong);
         if (!now.wrong) return;
-        const mine = decoded;
         for (const name of ["A", "B"]) {
           const shift = name === mine.wrong ? -1 : 0; // as torch's padding 1 stops, one position earlier
           mine[name] = (await network.decodedWith({ shift })).picture;

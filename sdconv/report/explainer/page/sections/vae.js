@@ -162,13 +162,13 @@ export const vae = {
       baseline = null;
       live = {};
     });
+    // what the address has holds for all sections, before this one comes into view
+    if (now.edits) network.read().then(() => { network.wanted = { ...network.wanted, edits: valid() }; });
     let begun = false;
     follow(section, async () => {
-      const { edits } = network.announced;
-      // what the address has, or another photo, needs a picture without edits to compare with
-      if (!baseline && Object.keys(begun ? edits : valid()).length) baseline = (await network.decodedWith({})).picture;
       if (!begun) render({ edits: now.edits });
       begun = true;
+      if (!baseline && Object.keys(network.announced.edits).length) baseline = (await network.decodedWith({})).picture;
       show();
     });
   },
