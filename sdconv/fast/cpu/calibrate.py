@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ SHAPES: tuple[Shape, ...] = (
 METHODS = ("winograd", "im2col", "direct")
 # bytes of im2col's patches beyond which it is not timed, for it is slow there and never chosen
 _LARGEST_PATCHES = 128 << 20
+_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,18 @@ def calibrate(
     """Times convolutions and fits the cost model's constants to them; keeps nothing.
 
     Args:
-        measure: seconds of a case; None to run it.
+        measure: seconds of a case; None to run it. The least of two counts.
         on_case: called after each case with its method, the number of cases so far, and of all.
 
     Raises:
         InputError: the times cannot be explained by the model.
     """
     measure = Timer() if measure is None else measure
-    every = cases()
+    # some passes over all cases, so that what disturbs one for a while does not spoil it
+    every = cases() * _PASSES
     seconds: dict[Case, float] = {}
     for number, case in enumerate(every, 1):
-        seconds[case] = measure(case)
+        seconds[case] = min(measure(case), seconds.get(case, math.inf))
         if on_case is not None:
             on_case(case.method, number, len(every))
     fitted = fit(seconds)
@@ -182,7 +185,7 @@ class Timer:
     """Seconds of a case on this machine: the least of some calls after the first, which packs the
     weight."""
 
-    def __init__(self, calls: int = 5) -> None:
+    def __init__(self, calls: int = 3) -> None:
         self._calls = calls
         numba_kernels()
 
