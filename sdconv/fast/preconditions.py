@@ -29,7 +29,7 @@ def _originals(kind: Any) -> tuple[Any, Any]:
 
 # Programs replace methods of torch's classes, for instance to make images seamless.
 _METHODS: dict[type[nn.Module], tuple[Any, Any]] = {
-    kind: _originals(kind) for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU)
+    kind: _originals(kind) for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.Dropout)
 }
 
 
@@ -107,6 +107,27 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     replaced. The same goes for a convolution's ``_conv_forward``, which ``forward`` calls.
     """
     return is_called_plainly(module, kind) and has_plain_methods(module, kind)
+
+
+def is_diffusers(module: Any, name: str) -> bool:
+    """Whether calling a module runs the ``forward`` that diffusers wrote for its class of this
+    name, and nothing else."""
+    kind = type(module)
+    return _is_of_diffusers(kind, name, "forward") and is_bare(module, kind)
+
+
+def is_diffusers_processor(processor: Any, name: str) -> bool:
+    """Whether an attention processor is diffusers' of this name, with the ``__call__`` that
+    diffusers wrote."""
+    return _is_of_diffusers(type(processor), name, "__call__")
+
+
+def _is_of_diffusers(kind: Any, name: str, method: str) -> bool:
+    """Whether a class is diffusers' of this name, and the method was not replaced."""
+    if kind.__name__ != name or not kind.__module__.startswith("diffusers.models."):
+        return False
+    code = getattr(getattr(kind, method), "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
 
 
 def has_plain_methods(module: nn.Module, kind: type[nn.Module]) -> bool:
