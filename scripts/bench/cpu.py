@@ -8,6 +8,7 @@ its weights loaded; the fast backend's packed weights are listed separately.
     python -m scripts.bench.cpu decode --size 512x512 --peers plain channels_last compiled openvino
     python -m scripts.bench.cpu encode --size 512x512
     python -m scripts.bench.cpu unet --size 64x64
+    python -m scripts.bench.cpu unet-xl --size 128x128
     python -m scripts.bench.cpu tiny-decode --size 512x512
     python -m scripts.bench.cpu layers
     python -m scripts.bench.cpu memory --size 512x512
@@ -16,7 +17,8 @@ its weights loaded; the fast backend's packed weights are listed separately.
     python -m scripts.bench.cpu first --size 512x512
     python -m scripts.bench.cpu limits
 
-Each takes --rounds, and --json FILE. `openvino` and `onnxruntime` need the `bench` extra.
+Each takes --rounds, and --json FILE. `openvino` and `onnxruntime` need the `bench` extra. SDXL's
+U-Net needs 10 GB of memory for each side.
 """
 
 from __future__ import annotations
@@ -80,6 +82,9 @@ SDXL = (
     *((960, 640, 64), (1280, 640, 64), (1920, 640, 64), (640, 1280, 32), (1280, 1280, 32)),
     *((1920, 1280, 32), (2560, 1280, 32)),
 )
+
+# the default sizes of U-Nets
+LATENTS: dict[str, Size] = {"unet": (64, 64), "unet-xl": (128, 128)}
 
 
 def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
@@ -339,6 +344,7 @@ WORKS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "decode": network,
     "encode": network,
     "unet": network,
+    "unet-xl": network,
     "tiny-decode": network,
     "tiny-encode": network,
     "layers": layers,
@@ -361,7 +367,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the figures")
     parser.add_argument("--plot", type=Path, help="a file for the plot of `sizes`")
     options = parser.parse_args()
-    options.size = options.size or ((64, 64) if options.what == "unet" else (512, 512))
+    options.size = options.size or LATENTS.get(options.what, (512, 512))
     with torch.inference_mode():
         if options.what == "once":
             once(options)

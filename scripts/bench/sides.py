@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sdconv
+from sdconv.config.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
 from sdconv.loading import build
 
 Size = tuple[int, int]
@@ -26,6 +27,23 @@ LABELS = {
     "openvino": "OpenVINO, f32",
     "onnxruntime": "ONNX Runtime",
     FAST: FAST,
+}
+
+# what the configs of SD1.5's and SDXL's U-Nets set
+UNETS: dict[str, dict[str, Any]] = {
+    "unet": {"cross_attention_dim": 768},
+    "unet-xl": {
+        "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (CROSS_UP, CROSS_UP, UP),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
 }
 
 
@@ -43,18 +61,20 @@ def filled(network: nn.Module) -> Any:
 
 def ours(work: str) -> Any:
     """sdconv's full-size network."""
-    if work == "unet":
+    if work in UNETS:
         kind: Any = sdconv.UNet2DConditionConfig
-        own: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280)}
-        own |= {"cross_attention_dim": 768, "attention_head_dim": 8}
         with torch.device("meta"):
-            return filled(build(kind.from_json({**kind.assumed, **own}, "SD1.5")))
+            return filled(build(kind.from_json({**kind.assumed, **UNETS[work]}, work)))
     if work.startswith("tiny"):
         with torch.device("meta"):
             return filled(
                 sdconv.AutoencoderTiny(sdconv.AutoencoderTinyConfig.from_json({}, "TAESD"))
             )
-    own = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    own: dict[str, Any] = {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+    }
     assumed = sdconv.AutoencoderKLConfig.assumed
     with torch.device("meta"):
         return filled(sdconv.AutoencoderKL(sdconv.AutoencoderKLConfig(**{**assumed, **own})))
@@ -84,12 +104,17 @@ def inputs_of(work: str, size: Size) -> tuple[Tensor, ...]:
         return (torch.randn(1, 3, height, width),)
     if work in ("decode", "tiny-decode"):
         return (torch.randn(1, 4, height // 8, width // 8),)
-    return torch.randn(1, 4, height, width), torch.tensor(500), torch.randn(1, 77, 768)
+    width_of_text = UNETS[work]["cross_attention_dim"]
+    given = torch.randn(1, 4, height, width), torch.tensor(500), torch.randn(1, 77, width_of_text)
+    return given if work == "unet" else (*given, torch.randn(1, 1280), torch.zeros(1, 6))
 
 
 def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    if work == "unet":
-        out: Tensor = network(*inputs, return_dict=False)[0]
+    if work in UNETS:
+        sample, time, text, *added = inputs
+        names = ("text_embeds", "time_ids")[: len(added)]
+        more = {"added_cond_kwargs": dict(zip(names, added, strict=True))} if added else {}
+        out: Tensor = network(sample, time, text, **more, return_dict=False)[0]
     elif work in ("decode", "tiny-decode"):
         out = network.decode(*inputs, return_dict=False)[0]
     else:

@@ -21,6 +21,7 @@ from numba import types
 from sdconv.fast.cpu.numba.dsl import (
     atomic_next,
     carray,
+    copy,
     f32,
     floats,
     inner,
@@ -31,24 +32,23 @@ from sdconv.fast.cpu.numba.dsl import (
 from sdconv.fast.cpu.numba.gemm import LANES, PANEL, ROWS, VECTORS, VectorCode, block
 
 ATTENTION = job(
-    *("heads", "queries", "keys", "depth", "value_depth", "rows"),
+    *("heads", "queries", "keys", "depth", "value_depth"),
     *("q", "q_batch", "q_head", "q_row"),
     *("k", "k_batch", "k_head", "k_row"),
     *("v", "v_batch", "v_head", "v_row"),
     *("out", "out_batch", "out_head", "out_row"),
-    *("scale", "zeros"),
+    "scale",
 )
 
 # queries in a unit of work
-QUERIES = 2 * PANEL if VECTORS > 2 else 6 * PANEL
+QUERIES = 4 * PANEL if VECTORS > 2 else 12 * PANEL
 # keys in a chunk
 KEYS = 16 * ROWS
-# the number of output rows of a block, the best first: it must divide a value's depth
-BLOCKS = (5, 4)
 
 _LEAST = f32(-3.0e38)
-_scores, _score = block(ROWS, VECTORS), block(1, VECTORS)
-_mix_5, _mix_4 = (block(rows, VECTORS) for rows in BLOCKS)
+# these begin with zeros
+_scores, _score = block(ROWS, VECTORS, zero=True), block(1, VECTORS, zero=True)
+_mix_6, _mix_5, _mix_4 = (block(rows, VECTORS) for rows in (6, 5, 4))
 
 # 2^r for -1/2 <= r <= 1/2, within 2e-9
 _POWER = (
@@ -59,9 +59,14 @@ _POWER = (
 _ROUND = 1.5 * 2**23
 
 
+def has_kernel(value_depth: int) -> bool:
+    """Whether the output of a value's depth divides into blocks."""
+    return value_depth % 5 == 0 or value_depth % 4 == 0
+
+
 def scratch_size(depth: int, value_depth: int) -> int:
     """Floats of scratch memory for each thread."""
-    return (depth + value_depth + 2) * QUERIES + KEYS * PANEL
+    return (depth + value_depth + 2) * QUERIES + KEYS * (PANEL + value_depth)
 
 
 class _Code(VectorCode):
@@ -142,18 +147,37 @@ def _softmax(
 
 
 @inner
-def _score_keys(zeros: Any, k: int, k_row: int, q: Any, depth: int, scores: int, keys: int) -> None:
+def _score_keys(k: int, k_row: int, q: Any, depth: int, scores: int, keys: int) -> None:
     """Scores ``(keys, PANEL)`` of a chunk of keys and the packed queries."""
     if keys < ROWS:
         for key in range(keys):
             to = floats(scores + 4 * key * PANEL)
-            _score(zeros, 0, floats(k + 4 * key * k_row), k_row, 1, q, depth, to, PANEL)
+            _score(q, 0, floats(k + 4 * key * k_row), k_row, 1, q, depth, to, PANEL)
         return
     for first in range(0, keys, ROWS):
         # the last block ends with the last key and overlaps the block before
         key = min(first, keys - ROWS)
         to = floats(scores + 4 * key * PANEL)
-        _scores(zeros, 0, floats(k + 4 * key * k_row), k_row, 1, q, depth, to, PANEL)
+        _scores(q, 0, floats(k + 4 * key * k_row), k_row, 1, q, depth, to, PANEL)
+
+
+@inner
+def _mix_values(mixed: int, depth: int, values: int, weights: Any, keys: int) -> None:
+    """Adds a chunk's values ``(keys, depth)`` by their weights ``(keys, PANEL)`` to the output
+    ``(depth, PANEL)``, in blocks of 5 rows, or of 6 and 4."""
+    if depth % 5 == 0:
+        for d in range(0, depth, 5):
+            to = floats(mixed + 4 * d * PANEL)
+            _mix_5(to, PANEL, floats(values + 4 * d), 1, depth, weights, keys, to, PANEL)
+        return
+    # 6 divides what is left after one block of 4, or two
+    fours = depth * 2 % 6 * 2
+    for d in range(0, depth - fours, 6):
+        to = floats(mixed + 4 * d * PANEL)
+        _mix_6(to, PANEL, floats(values + 4 * d), 1, depth, weights, keys, to, PANEL)
+    for d in range(depth - fours, depth, 4):
+        to = floats(mixed + 4 * d * PANEL)
+        _mix_4(to, PANEL, floats(values + 4 * d), 1, depth, weights, keys, to, PANEL)
 
 
 @kernel(ATTENTION)
@@ -167,9 +191,11 @@ def attention(pointer: Any) -> None:
     most_at = mixed_at + 4 * value_depth * QUERIES
     sums_at = most_at + 4 * QUERIES
     scores_at = sums_at + 4 * QUERIES
+    values_at = scores_at + 4 * KEYS * PANEL
     packed, mixed, scores = floats(packed_at), floats(mixed_at), floats(scores_at)
+    values = floats(values_at)
     most, sums = floats(most_at), floats(sums_at)
-    zeros, scale = floats(job.zeros), floats(job.scale)[0]
+    scale = floats(job.scale)[0]
     blocks = (job.queries + QUERIES - 1) // QUERIES
     while True:
         unit = atomic_next(pointer, 0)
@@ -193,22 +219,19 @@ def attention(pointer: Any) -> None:
             mixed[i] = f32(0)
         for key in range(0, job.keys, KEYS):
             keys = min(KEYS, job.keys - key)
+            for i in range(keys):
+                # where they are, rows may be a power of two apart and evict each other
+                copy(values, i * value_depth, floats(v), (key + i) * job.v_row, value_depth)
             for panel in range(panels):
                 own_q = floats(packed_at + 4 * panel * depth * PANEL)
                 own_mixed = mixed_at + 4 * panel * value_depth * PANEL
                 own_k = k + 4 * key * job.k_row
-                _score_keys(zeros, own_k, job.k_row, own_q, depth, scores_at, keys)
+                _score_keys(own_k, job.k_row, own_q, depth, scores_at, keys)
                 own_most, own_sums = most_at + 4 * panel * PANEL, sums_at + 4 * panel * PANEL
                 _softmax(
                     scores, keys, floats(own_mixed), value_depth, floats(own_most), floats(own_sums)
                 )
-                for d in range(0, value_depth, job.rows):
-                    to = floats(own_mixed + 4 * d * PANEL)
-                    values = floats(v + 4 * (key * job.v_row + d))
-                    if job.rows == 5:
-                        _mix_5(to, PANEL, values, 1, job.v_row, scores, keys, to, PANEL)
-                    else:
-                        _mix_4(to, PANEL, values, 1, job.v_row, scores, keys, to, PANEL)
+                _mix_values(own_mixed, value_depth, values_at, scores, keys)
         out = floats(job.out + 4 * (batch * job.out_batch + head * job.out_head))
         for i in range(count):
             at = i // PANEL * value_depth * PANEL + i % PANEL

@@ -28,14 +28,15 @@ ROWS = 6
 CHUNK = 40 * ROWS
 
 
-def block(rows: int, vectors: int) -> Any:
+def block(rows: int, vectors: int, *, zero: bool = False) -> Any:
     """Makes a function that computes a block of the output, ``rows`` high and ``vectors`` vectors
     wide.
 
     ``out[r, v] = start[r, v] + sum over k < depth of a[r, k] * b[k, v]``: the sum first, so that
     its rounding does not grow with ``start``, which may be ``out``. Rows of ``start`` and
     ``out`` are ``start_step`` and ``step`` numbers apart, rows and columns of ``a`` are ``a_row``
-    and ``a_column`` apart; ``b`` is a packed panel.
+    and ``a_column`` apart; ``b`` is a packed panel. With ``zero``, ``start`` is not read and counts
+    as 0.
     """
 
     def fill(
@@ -51,7 +52,8 @@ def block(rows: int, vectors: int) -> Any:
         step: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Code(builder).block(rows, vectors, *args)
+            start = (None, None) if zero else args[:2]
+            _Code(builder).block(rows, vectors, *start, *args[2:])
             return context.get_dummy_value()
 
         given = (start, start_step, a, a_row, a_column, b, depth, out, step)
@@ -170,8 +172,9 @@ class _Code(VectorCode):
 
         totals = self.loop(integer(0), depth, [self.constant(0.0)] * len(cells), step)
         for (r, v), total in zip(cells, totals, strict=True):
-            begin = self.load(start, builder.mul(start_step, integer(r)), v * LANES)
-            total = builder.fadd(begin, total)
+            if start is not None:
+                begin = self.load(start, builder.mul(start_step, integer(r)), v * LANES)
+                total = builder.fadd(begin, total)
             self.store(total, out, builder.mul(out_step, integer(r)), v * LANES)
 
 

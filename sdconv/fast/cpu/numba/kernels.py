@@ -36,6 +36,8 @@ _OUTPUT_TRANSFORM = {
 }
 # with fewer rows, packing a panel of the weight in each call takes longer than it saves
 _LEAST_ROWS = 256
+# with more, each panel of columns touches more pages than the processor has addresses of at hand
+_MOST_ROWS = 1024
 
 
 def input_transform(
@@ -174,7 +176,8 @@ def _linear(
         return None
     panels = -(-columns // gemm.PANEL)
     # as many rows as leave each thread some units
-    chunk = -(-rows // max(1, 4 * threads() // panels))
+    chunks = max(1, 4 * threads() // panels, -(-rows // _MOST_ROWS))
+    chunk = -(-rows // chunks)
     start = x.new_zeros(len(weight)) if bias is None else bias
     out = x.new_empty(*x.shape[:-1], columns)
     launch(
@@ -198,8 +201,9 @@ def _linear(
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
     batch, heads, queries, depth = query.shape
     value_depth = value.shape[3]
-    rows = next((rows for rows in attention_kernel.BLOCKS if value_depth % rows == 0), 0)
-    if rows == 0 or any(one.stride(3) != 1 for one in (query, key, value)):
+    if not attention_kernel.has_kernel(value_depth):
+        return None
+    if any(one.stride(3) != 1 for one in (query, key, value)):
         return None
     # in the memory layout of torch's own kernel: a query's heads next to each other
     out = query.new_empty(batch, queries, heads, value_depth).transpose(1, 2)
@@ -214,13 +218,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
         keys=key.shape[2],
         depth=depth,
         value_depth=value_depth,
-        rows=rows,
         **_heads("q", query),
         **_heads("k", key),
         **_heads("v", value),
         **_heads("out", out),
         scale=scale_in_memory.data_ptr(),
-        zeros=_ZEROS.data_ptr(),
     )
     return out
 
