@@ -32,6 +32,8 @@ _OUTCOMES = (
 
 def run(record: Record, options: Options) -> None:
     files = marked(ROOT / "tests")
+    if options.small:
+        files = files[-1:]  # one shows that the stage works
     record.facts(files=[str(file.relative_to(ROOT)) for file in files])
     log = record.folder / "pytest.txt"
     with log.open("w", encoding="utf-8") as copy:

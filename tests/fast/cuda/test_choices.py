@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.slow import first_of
 
 from sdconv.errors import InputError, MissingFileError
 from sdconv.fast.cuda import choices, upsample
@@ -49,7 +50,7 @@ def test_written_and_loaded(tmp_path: Path) -> None:
     assert choices.current() == choices.SHIPPED
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", first_of([True, False]))
 def test_named_by_the_environment(known: bool, tmp_path: Path) -> None:
     path = tmp_path / "choices.json"
     if known:

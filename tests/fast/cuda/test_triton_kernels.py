@@ -134,7 +134,7 @@ cases = st.builds(
 
 
 @given(case=cases, tiling=st.sampled_from(SMALL))
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sum_and_stats(kernels: Interpreter, case: Case, tiling: Tiling) -> None:
     out, stats = case.sum_and_stats(kernels, tiling)
     assert out.dtype is case.dtype and stats.dtype is torch.float32
@@ -145,7 +145,7 @@ def test_sum_and_stats(kernels: Interpreter, case: Case, tiling: Tiling) -> None
 
 
 @given(case=cases, tiling=st.sampled_from(SMALL), silu=st.booleans())
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_group_norm(kernels: Interpreter, case: Case, tiling: Tiling, silu: bool) -> None:
     offset, added = (case.terms[name] if not case.subpixel else None for name in ("bias", "added"))
     channels = case.x.shape[1]
@@ -260,7 +260,7 @@ def test_nan_and_infinity(kernels: Interpreter) -> None:
     transposed=st.booleans(),
     nhwc=st.booleans(),
 )
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_add_taps(
     kernels: Interpreter,
     seed: int,
