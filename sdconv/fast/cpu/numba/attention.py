@@ -32,7 +32,7 @@ from sdconv.fast.cpu.numba.dsl import (
 from sdconv.fast.cpu.numba.gemm import LANES, PANEL, ROWS, VECTORS, VectorCode, block
 
 ATTENTION = job(
-    *("heads", "queries", "keys", "depth", "value_depth"),
+    *("heads", "queries", "unit_queries", "keys", "depth", "value_depth"),
     *("q", "q_batch", "q_head", "q_row"),
     *("k", "k_batch", "k_head", "k_row"),
     *("v", "v_batch", "v_head", "v_row"),
@@ -40,8 +40,8 @@ ATTENTION = job(
     "scale",
 )
 
-# queries in a unit of work
-QUERIES = 4 * PANEL if VECTORS > 2 else 12 * PANEL
+# panels of queries in a unit of work, at most: their outputs stay in a core's own cache
+_PANELS = 192 // PANEL
 # keys in a chunk
 KEYS = 16 * ROWS
 
@@ -64,9 +64,17 @@ def has_kernel(value_depth: int) -> bool:
     return value_depth % 5 == 0 or value_depth % 4 == 0
 
 
-def scratch_size(depth: int, value_depth: int) -> int:
-    """Floats of scratch memory for each thread."""
-    return (depth + value_depth + 2) * QUERIES + KEYS * (PANEL + value_depth)
+def unit_queries(queries: int, heads: int, threads: int) -> int:
+    """Queries in a unit of work: as many as leave each thread some units."""
+    panels = -(-queries // PANEL)
+    most = max(1, min(_PANELS, panels * heads // (4 * threads)))
+    units = -(-panels // most)
+    return PANEL * -(-panels // units)
+
+
+def scratch_size(depth: int, value_depth: int, queries: int) -> int:
+    """Floats of scratch memory for each thread, with units of ``queries`` queries."""
+    return (depth + value_depth + 2) * queries + KEYS * (PANEL + value_depth)
 
 
 class _Code(VectorCode):
@@ -182,28 +190,28 @@ def _mix_values(mixed: int, depth: int, values: int, weights: Any, keys: int) ->
 
 @kernel(ATTENTION)
 def attention(pointer: Any) -> None:
-    """Softmax attention, ``softmax(q k^T scale) v``; ``scale`` includes log2(e). A unit is QUERIES
-    queries of one head."""
+    """Softmax attention, ``softmax(q k^T scale) v``; ``scale`` includes log2(e). A unit is
+    ``unit_queries`` queries of one head."""
     job = carray(pointer, 1)[0]
     own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
-    depth, value_depth = job.depth, job.value_depth
-    packed_at, mixed_at = own, own + 4 * depth * QUERIES
-    most_at = mixed_at + 4 * value_depth * QUERIES
-    sums_at = most_at + 4 * QUERIES
-    scores_at = sums_at + 4 * QUERIES
+    depth, value_depth, size = job.depth, job.value_depth, job.unit_queries
+    packed_at, mixed_at = own, own + 4 * depth * size
+    most_at = mixed_at + 4 * value_depth * size
+    sums_at = most_at + 4 * size
+    scores_at = sums_at + 4 * size
     values_at = scores_at + 4 * KEYS * PANEL
     packed, mixed, scores = floats(packed_at), floats(mixed_at), floats(scores_at)
     values = floats(values_at)
     most, sums = floats(most_at), floats(sums_at)
     scale = floats(job.scale)[0]
-    blocks = (job.queries + QUERIES - 1) // QUERIES
+    blocks = (job.queries + size - 1) // size
     while True:
         unit = atomic_next(pointer, 0)
         if unit >= job.units:
             break
         batch, head = unit // blocks // job.heads, unit // blocks % job.heads
-        first = unit % blocks * QUERIES
-        count = min(QUERIES, job.queries - first)
+        first = unit % blocks * size
+        count = min(size, job.queries - first)
         panels = (count + PANEL - 1) // PANEL
         q = floats(job.q + 4 * (batch * job.q_batch + head * job.q_head + first * job.q_row))
         k = job.k + 4 * (batch * job.k_batch + head * job.k_head)

@@ -208,13 +208,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     # in the memory layout of torch's own kernel: a query's heads next to each other
     out = query.new_empty(batch, queries, heads, value_depth).transpose(1, 2)
     scale_in_memory = torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
+    size = attention_kernel.unit_queries(queries, batch * heads, threads())
     launch(
         attention_kernel.attention,
         attention_kernel.ATTENTION,
-        units=batch * heads * -(-queries // attention_kernel.QUERIES),
-        **_scratch(attention_kernel.scratch_size(depth, value_depth)),
+        units=batch * heads * -(-queries // size),
+        **_scratch(attention_kernel.scratch_size(depth, value_depth, size)),
         heads=heads,
         queries=queries,
+        unit_queries=size,
         keys=key.shape[2],
         depth=depth,
         value_depth=value_depth,
