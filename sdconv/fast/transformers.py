@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from sdconv.backends import implements
 from sdconv.fast.cpu.group_stats import group_stats, normalise
@@ -31,13 +32,19 @@ def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor 
             return None
         plain: Tensor = module(x.contiguous(), return_dict=False, **conditions)[0]
         return plain
-    # a mode of the caller's sees what diffusers calls
-    fused = not torch._C._len_torch_function_stack() and can_run_transformer(module, x, conditions)
+    fused = not _has_modes() and can_run_transformer(module, x, conditions)
     with _FastFunctions():
         if fused:
             return run_transformer_fused(module, x, conditions)
         out: Tensor = module(x, return_dict=False, **conditions)[0]
     return out
+
+
+def _has_modes() -> bool:
+    """Whether a mode of the caller's, other than a default device, is to see what diffusers
+    calls."""
+    modes = _get_current_function_mode_stack()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 class _FastFunctions(TorchFunctionMode):

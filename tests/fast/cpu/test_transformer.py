@@ -18,6 +18,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import sdconv
+from sdconv.fast import transformers as fast_transformers
+from sdconv.fast.cpu import torch_kernels
+from sdconv.fast.cpu import transformer as fast_transformer
 from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.integrations.diffusers import transformer
 from sdconv.models.unet_blocks import TransformerSlot, run_transformer
@@ -226,6 +229,22 @@ def test_gradients_are_the_references() -> None:
         grads.append(x.grad)
     assert error(grads[1], grads[0]) < 1e-4
     assert error(grads[1].roll(1, 1), grads[0]) > 0.1
+
+
+def test_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch, fused: list[str]) -> None:
+    for user in (fast_transformer, fast_transformers):
+        monkeypatch.setattr(user, "kernels_for", lambda dtype: torch_kernels)
+    module = made()
+    assert error(run(module, "fast"), exact(module)) < WITHIN
+    assert fused == []
+
+
+def test_a_default_device(fused: list[str]) -> None:
+    module = made()
+    with torch.device("cpu"):
+        out = run(module, "fast")
+    assert "geglu" in fused
+    assert error(out, exact(module)) < WITHIN
 
 
 def test_a_callers_mode_sees_the_functions_that_diffusers_calls() -> None:
