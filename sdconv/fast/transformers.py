@@ -43,7 +43,7 @@ def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor 
 def _has_modes() -> bool:
     """Whether a mode of the caller's, other than a default device, is to see what diffusers
     calls."""
-    modes = _get_current_function_mode_stack()
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 

@@ -57,13 +57,13 @@ def transformer(module: Any, x: Tensor, conditions: Conditions) -> Tensor:
             masks = {"attention_mask": None, "encoder_attention_mask": None}
             none = {"timestep": None, "cross_attention_kwargs": None, "class_labels": None}
             hidden = block(hidden, **{**masks, **none, **conditions})
-    out = _fused_add(module.proj_out, hidden, _tokens(x))
-    if out is not None:
-        return _feature_map(out, height, width)
+    fused = _fused_add(module.proj_out, hidden, _tokens(x))
+    if fused is not None:
+        return _feature_map(fused, height, width)
     if module.use_linear_projection:
         return _feature_map(module.proj_out(hidden), height, width) + x
-    out = module.proj_out(_feature_map(hidden, height, width)) + x
-    return out
+    out: Tensor = module.proj_out(_feature_map(hidden, height, width))
+    return out + x
 
 
 def _is_plain_block(block: Any) -> bool:
@@ -122,11 +122,10 @@ def _feed_forward(module: Any, x: Tensor, residual: Tensor) -> Tensor:
 
 def _geglu(module: Any, x: Tensor) -> Tensor:
     if _is_dense(module.proj, x):
-        kernels = kernels_for(x.dtype)
-        out = kernels.geglu(x, module.proj.weight, module.proj.bias)
-        if out is not None:
-            return out
-    out = module(x)
+        fused = kernels_for(x.dtype).geglu(x, module.proj.weight, module.proj.bias)
+        if fused is not None:
+            return fused
+    out: Tensor = module(x)
     return out
 
 
@@ -169,4 +168,4 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _feature_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """``(B, H W, C)`` as ``(B, C, H, W)`` in channels-last order."""
-    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return tokens.view(len(tokens), height, width, -1).permute(0, 3, 1, 2)
