@@ -402,7 +402,13 @@ def _relu(
 
 
 def _embedding(
-    recorder: Recorder, before: TensorGeometry, y: Tensor, x: Tensor, weight: Tensor, *_: Any
+    recorder: Recorder,
+    before: TensorGeometry,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> TensorGeometry:
     return recorder.add("embedding", before, before, channels=(1, y.shape[-1]), weights=(weight,))
 
