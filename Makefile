@@ -1,6 +1,7 @@
 # Python >= 3.11, git and make are all that a machine needs: every target sets up .venv itself.
 PYTHON ?= python3
-# processes that share the tests (pytest -n); 0 is one process, without pytest-xdist
+# processes that share the tests (pytest -n), each a part of the files, so that what a file's tests
+# have in common is set up once; 0 is one process, without pytest-xdist
 WORKERS ?= 2
 
 BIN := .venv/bin
@@ -51,7 +52,7 @@ docs: $(SETUP)
 	@echo "made: out/site/index.html"
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(if $(filter-out 0,$(WORKERS)),--dist worksteal)
 
 lint: $(SETUP)
 	$(BIN)/ruff format --check .

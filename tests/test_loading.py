@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.slow import first_of
 from helpers.weight_files import PLAIN, is_mapped
 from safetensors.torch import save_file
 from torch import Tensor
@@ -404,6 +405,7 @@ print("diffusers.models.autoencoders" in sys.modules, isinstance(network, diffus
 """
 
 
+@pytest.mark.slow
 def test_opening_does_not_import_diffusers_networks(state: State, tmp_path: Path) -> None:
     """diffusers imports a class when it is asked for, which would take seconds and 100 MB."""
     folder = folder_of(state, tmp_path / "vae")
@@ -428,7 +430,7 @@ def test_weights_that_are_not_dense(state: State) -> None:
         sdconv.load(broken, family="sd1")
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("dtype", first_of([None, torch.float16]))
 @pytest.mark.parametrize("kind", ["file", "whole checkpoint", "folder", "pipeline", "pickle"])
 def test_without_a_mapping(
     kind: str, dtype: torch.dtype | None, state: State, tmp_path: Path

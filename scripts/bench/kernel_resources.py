@@ -21,6 +21,10 @@ from typing import Any
 from sdconv.fast.cuda.choices import SHIPPED, TILINGS
 
 ARCHITECTURES = (80, 90, 100)
+# the kernels' arguments that are in the dtype of feature maps
+TENSORS = ("x", "bias", "added", "residual", "residual_bias", "weight", "weights", "shift", "out")
+# a group of 10 channels
+GROUP = {"SIZE": 10, "WIDTH": 16, "PIXELS": 256}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
     import triton
 
     kernels: Any = importlib.import_module("sdconv.fast.cuda.triton_kernels")
+    softmax: Any = importlib.import_module("sdconv.fast.cuda.triton_softmax")
     backends: Any = importlib.import_module("triton.backends.compiler")
     target = backends.GPUTarget("cuda", architecture, 32)
     tiling = TILINGS[SHIPPED["tiling"]]
@@ -52,7 +57,9 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
         ("epilogue, sub-pixel", kernels.sum_and_stats, _only(nothing, "bias", "out", "parts")),
         ("", kernels.combine, {"SIZE": 4, "WIDTH": 4, "MERGED": tiling.merged // 4}),
         ("", kernels.normalise, {"added": None, "SILU": True, **block}),
+        ("", kernels.normalise_group, {"added": None, "SILU": True, **GROUP}),
         ("", kernels.add_taps, {"OUTPUTS": 16, "CHANNELS": 32}),
+        ("", softmax.softmax_rows, {"COLUMNS": softmax.COLUMNS}),
     ):
         own = dict(constants)
         if kernel is kernels.sum_and_stats:
@@ -67,7 +74,8 @@ def resources(architecture: int, dtype: str) -> Iterator[Resources]:
         source = triton.compiler.ASTSource(
             fn=kernel, signature=signature, constexprs=own, attrs=divides
         )
-        compiled = triton.compile(source, target=target, options={"num_warps": tiling.warps})
+        warps = 8 if kernel in (kernels.normalise_group, softmax.softmax_rows) else tiling.warps
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
         registers, spilled = _usage(compiled.asm["cubin"])
         name = kernel.__name__
         shared = int(compiled.metadata.shared)
@@ -81,11 +89,21 @@ def _only(nothing: Mapping[str, None], *given: str) -> dict[str, Any]:
 def _type(name: str, constants: Mapping[str, Any], dtype: str) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("parts", "stats"):
+    if name in ("parts", "stats", "scores", "sums"):
         return "*fp32"
-    if name in ("x", "bias", "added", "residual", "residual_bias", "weight", "shift", "out"):
+    if name in (
+        "x",
+        "bias",
+        "added",
+        "residual",
+        "residual_bias",
+        "weight",
+        "weights",
+        "shift",
+        "out",
+    ):
         return f"*{dtype}"
-    return "fp32" if name == "eps" else "i32"
+    return "fp32" if name in ("eps", "scale") else "i32"
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -8,7 +8,10 @@ import mmap
 import os
 import sys
 import tempfile
+import weakref
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +69,7 @@ class Arena:
             self._blocks.append(torch.frombuffer(self._file, dtype=torch.uint8))
         elif spilled:
             self._blocks.append(_anonymous(spilled, torch.device("cpu")))
+            lock_pages(self._blocks[-1], device)
 
     def block(self, start: int, size: int) -> Tensor:
         """Bytes ``start`` up to ``start + size``, as uint8."""
@@ -93,10 +97,24 @@ def mmap_zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.de
     return _anonymous(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)
 
 
-def trim_heap() -> None:
-    """Returns freed memory that glibc's allocator keeps, up to 64 MiB, to the system; does nothing
-    without glibc."""
-    if sys.platform == "linux":
+def lock_pages(block: Tensor, device: torch.device) -> None:
+    """Locks a block of the host's memory until it is freed, so that a GPU copies it at the full
+    rate of the bus; does nothing for a CPU, or where the system forbids it."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = block.data_ptr()
+    if int(runtime.cudaHostRegister(address, block.nbytes, 0)) == 0:
+        weakref.finalize(block, runtime.cudaHostUnregister, address)
+        return
+    with suppress(RuntimeError):  # otherwise the next kernel would report the refusal
+        torch.zeros(1, device=device)
+
+
+def trim_heap(device: torch.device) -> None:
+    """Returns freed memory that glibc's allocator keeps, up to 64 MiB, to the system, if that is
+    the memory of the device; does nothing without glibc."""
+    if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)

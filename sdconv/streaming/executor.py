@@ -53,7 +53,7 @@ def _run_image(
         collected = _run_step(step, units, buffers, stats.get(step.source), x.device, on_strip)
         if collected is not None:
             stats[step.target] = collected
-        trim_heap()
+        trim_heap(x.device)
 
 
 def _run_step(
@@ -73,7 +73,7 @@ def _run_step(
     target_stats = RunningGroupStats(step.target.channels, device) if step.collects_stats else None
     try:
         runner = make_runner(step, units, buffers, source_stats, target_stats, device)
-        trim_heap()
+        trim_heap(device)
         for start in range(0, step.units, units):
             stop = min(start + units, step.units)
             runner.run_strip(start, stop)

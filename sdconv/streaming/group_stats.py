@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from sdconv.errors import InputError
 from sdconv.fast.cpu.group_stats import affine, combine
 
-# Values reduced at once: torch copies each chunk to float64.
-CHUNK = 1 << 18
+# Values reduced at once, which torch copies to float64; a GPU computes more while it is told to.
+CHUNK, GPU_CHUNK = 1 << 18, 1 << 22
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,7 +37,9 @@ class RunningGroupStats:
         on where a strip begins, and every later layer would round differently.
         """
         strip = RunningGroupStats(len(self.mean), self.mean.device)
-        for chunk in torch.split(rows.flatten(0, 1), max(1, CHUNK // rows.shape[2])):
+        pixels = rows.flatten(0, 1)
+        values = GPU_CHUNK if rows.device.type == "cuda" else CHUNK
+        for chunk in torch.split(pixels, max(1, values // rows.shape[2])):
             mean = chunk.sum(0, dtype=torch.float64) / len(chunk)
             squares = torch.linalg.vector_norm(chunk, dim=0, dtype=torch.float64).square()
             deviations = (squares - mean.square() * len(chunk)).clamp_min(0)

@@ -24,6 +24,8 @@ from sdconv.streaming.group_stats import RunningGroupStats, norm_dtype
 # A larger workspace makes no strip faster: measured on 2 cores, where the kernels reach their full
 # rate from a few million values on.
 AMPLE_WORKSPACE = 64 << 20
+# A GPU computes so many values in a millisecond; smaller strips would wait for being launched.
+AMPLE_GPU_WORKSPACE = 512 << 20
 
 
 def prefers_channels_first(weight: Tensor) -> bool:
@@ -246,7 +248,7 @@ class StreamLayer:
 
     def ample_workspace(self, width: int) -> int:
         """The workspace in bytes beyond which strips get no faster."""
-        return AMPLE_WORKSPACE
+        return AMPLE_GPU_WORKSPACE if self.module.weight.device.type == "cuda" else AMPLE_WORKSPACE
 
     def workspace(self, units: int, width: int) -> int:
         """Bytes that a strip of ``units`` needs in addition to the feature maps, for an input
@@ -337,7 +339,7 @@ class _TorchRunner:
             context.target_stats.update(out)
         del out
         # otherwise the allocator would keep freed blocks of every strip size
-        trim_heap()
+        trim_heap(context.device)
 
     def restart(self) -> None:
         self._window.restart()

@@ -150,13 +150,13 @@ def check(kind: str, made: tuple[dict[str, Any], State, State]) -> None:
             assert same(sdconv.load(back, kind, family="sd1").state_dict(), plain)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(files("vae"))
 def test_vaes(made: tuple[dict[str, Any], State, State]) -> None:
     check("vae", made)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(files("unet"))
 def test_unets(made: tuple[dict[str, Any], State, State]) -> None:
     check("unet", made)

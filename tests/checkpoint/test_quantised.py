@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded, unets
+from helpers.slow import first_of
 from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -123,7 +124,7 @@ def test_load_multiplies(
 
 
 @pytest.mark.parametrize(("leaf", "scale", "dtype"), CASES)
-@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("layout", first_of(["original", "diffusers"]))
 def test_convert_multiplies(
     leaf: str, scale: Callable[[Tensor], Tensor], dtype: torch.dtype, layout: str, tmp_path: Path
 ) -> None:

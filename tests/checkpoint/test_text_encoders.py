@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import seeded, unets
+from helpers.slow import first_of
 from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,7 +75,7 @@ def spoilt(dtype: torch.dtype = torch.float32) -> Tensor:
     return (RIGHT.float() + torch.where(RIGHT % 2 == 0, -1e-4, 1e-4)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("dtype", first_of([torch.float16, None]))
 @pytest.mark.parametrize(
     ("positions", "right"),
     [

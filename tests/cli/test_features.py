@@ -241,6 +241,7 @@ def test_an_output_that_exists_is_refused_without_force(here: Path, out: Path) -
     assert run(*given, "-o", out.parent / "deep" / "er").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(here: Path, out: Path) -> None:
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
@@ -259,7 +260,7 @@ def test_a_full_disk_leaves_nothing(here: Path, out: Path) -> None:
 
 
 def test_an_interruption_leaves_nothing(out: Path) -> None:
-    given = ("--noise", "-m", UNET, "--steps", 500, "--size", 512, "-o", out)
+    given = ("--noise", "-m", UNET, "--steps", 500, "--size", 256, "-o", out)
     command = [sys.executable, "-m", "sdconv", "features", *map(str, given)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 240
@@ -371,6 +372,7 @@ def test_a_prompt_that_cannot_be_used(here: Path, pipeline_folder: Path, out: Pa
     assert "an autoencoder takes no prompt" in refused(*given, "-o", out)
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_page(out: Path, tmp_path: Path) -> None:
     given = ("--noise", "-m", UNET, "--steps", 2, "-l", "mid_block.*", "-o")
     assert run(*given, tmp_path / "one", "--seed", 1).exit_code == 0

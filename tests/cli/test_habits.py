@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import seeded
 from helpers.commands import answer, run
+from helpers.slow import marked_slow
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
@@ -69,6 +70,12 @@ def check_extra(command: str) -> None:
         pytest.importorskip("openvino", reason="needs the export extra: pip install '.[export]'")
 
 
+def but_export(commands: Iterable[str]) -> list[Any]:
+    """Commands as parameters, ``export``, which takes seconds, marked ``slow``."""
+    every = list(commands)
+    return marked_slow(every, but=[one for one in every if one != "export"])
+
+
 # --- sizes
 
 # a command line for each command with --size, and how its answer states rows and columns
@@ -97,14 +104,14 @@ def test_the_table_has_every_command_with_a_size() -> None:
     assert set(SIZED) == set(with_option("--size"))
 
 
-@pytest.mark.parametrize("command", SIZED)
+@pytest.mark.parametrize("command", but_export(SIZED))
 def test_a_size_is_rows_and_columns(command: str, here: Path) -> None:
     check_extra(command)
     line, stated = SIZED[command]
     assert list(stated(answer(*line.split(), "--size", "24x32"))) == [24, 32]
 
 
-@pytest.mark.parametrize("command", SIZED)
+@pytest.mark.parametrize("command", but_export(SIZED))
 def test_a_size_is_one_number(command: str, here: Path) -> None:
     check_extra(command)
     line, stated = SIZED[command]
@@ -210,7 +217,7 @@ def test_the_table_has_every_command_that_writes() -> None:
     assert writing | {"fetch"} == set(with_option("--force"))
 
 
-@pytest.mark.parametrize("case", WRITING)
+@pytest.mark.parametrize("case", but_export(WRITING))
 def test_an_output_that_exists_is_overwritten_only_by_force(case: str, here: Path) -> None:
     check_extra(case)
     line, name = WRITING[case]
@@ -352,7 +359,7 @@ OPENING = {
 }
 
 
-@pytest.mark.parametrize("command", OPENING)
+@pytest.mark.parametrize("command", but_export(OPENING))
 def test_a_key_chooses_in_a_pickle(command: str, several: Path) -> None:
     words = OPENING[command].replace("W", "two.pt").split()
     option = "--model-key" if "-m" in words else "--key"
@@ -363,7 +370,7 @@ def test_a_key_chooses_in_a_pickle(command: str, several: Path) -> None:
     assert run(*words, option, "absent", "--force").exit_code == 2
 
 
-@pytest.mark.parametrize("command", [one for one in OPENING if one != "diff"])
+@pytest.mark.parametrize("command", but_export(one for one in OPENING if one != "diff"))
 def test_a_prefix_chooses_among_copies(command: str, several: Path) -> None:
     words = OPENING[command].replace("W", "copies.safetensors").split()
     result = run(*words, "--prefix", "other")
@@ -386,7 +393,9 @@ def test_averages_that_are_missing_are_named(command: str, here: Path) -> None:
     assert result.exit_code == 2 and "no running averages" in result.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in CHOOSING if "clamp" in CHOOSING[c].split()])
+@pytest.mark.parametrize(
+    "command", but_export(c for c in CHOOSING if "clamp" in CHOOSING[c].split())
+)
 def test_values_beyond_a_dtype_are_clamped_on_request(command: str, here: Path) -> None:
     tensors = seeded.tensors(KL)
     tensors["decoder.conv_in.bias"] = tensors["decoder.conv_in.bias"].clone()

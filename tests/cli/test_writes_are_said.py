@@ -187,7 +187,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-EVERY_TIME = ("fp8 with a scale", "losses")
+EVERY_TIME = ("losses",)
 # nothing is written of them
 REFUSED = ("a scale without fp8", "fp8 with a scale that does not fit")
 

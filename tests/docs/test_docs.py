@@ -22,7 +22,7 @@ from sdconv.report.explainer.page import explainer
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-SLOW = ("commands", "datasets")  # pages whose commands take long
+SLOW = ("commands", "datasets", "features", "parity", "streaming")  # pages whose commands take long
 LARGEST = 150_000  # bytes of an image
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import implementations, pipelines, seeded, unets
 from helpers.numbers import error
+from helpers.slow import first_of
 from torch import Tensor
 
 import sdconv
@@ -36,7 +37,7 @@ def by_kind(network: Any) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("make", [vae, unet])
+@pytest.mark.parametrize("make", first_of([vae, unet]))
 def test_capture_at_every_point(make: Any) -> None:
     network, given = make()
     with torch.no_grad():
@@ -56,7 +57,7 @@ def test_capture_at_every_point(make: Any) -> None:
     assert not torch.equal(out, plain)
 
 
-@pytest.mark.parametrize("make", [vae, unet])
+@pytest.mark.parametrize("make", first_of([vae, unet]))
 def test_edits_at_every_kind_of_point(make: Any) -> None:
     network, given = make()
 
@@ -78,7 +79,16 @@ def test_edits_at_every_kind_of_point(make: Any) -> None:
     assert seen >= len(kinds_of_points) - 2
 
 
-CASES = [(name, "patched") for name in pipelines.KINDS] + [("xl", "sdconv"), ("text", "block")]
+CASES = [
+    ("xl controlnet", "patched"),
+    *(
+        pytest.param(name, "patched", marks=pytest.mark.slow)
+        for name in pipelines.KINDS
+        if name != "xl controlnet"
+    ),
+    ("xl", "sdconv"),
+    ("text", "block"),
+]
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)

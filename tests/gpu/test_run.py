@@ -26,7 +26,8 @@ def start(folder: Path, *arguments: str, faults: str = "") -> subprocess.Popen[s
     return subprocess.Popen(
         [*command, *arguments],
         cwd=folder.parent,
-        env={**kept, "SDCONV_GPU_FAULT": faults},
+        # compiled in the stage's own process: others would have to import torch first
+        env={**kept, "SDCONV_GPU_FAULT": faults, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -129,20 +130,31 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 
 def test_all_stages_on_a_cpu(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    status, printed = run(folder, "--minutes", "15")
+    status, printed = run(folder, "--minutes", "15", "--no-compile")
     assert status == 0, printed + (folder / "report.md").read_text()
     contents = {name: stage(folder, name) for name in STAGES}
     assert {content["status"] for content in contents.values()} == {"done"}
     rows = {name: content["rows"] for name, content in contents.items()}
     networks = [row for row in rows["parity"] if not row["key"].startswith("control")]
-    assert len(networks) == 7 * 3
+    assert len(networks) == 7 * 2
     for row in networks:
         assert (row["reference"], row["fast"]) == ("passed", "passed")
         if row["dtype"] == "float32":
             assert row["equal"] == row["compared"] > 10
-    assert len(rows["speed"]) == 5 + 3 + 2
+    assert len(rows["speed"]) == 3 + 3 + 2 + 1
     assert all(row["milliseconds"] > 0 for row in rows["speed"])
     assert len(rows["profile"]) > 3 and contents["profile"]["facts"]["share"] > 0
     assert {row["key"] for row in rows["streaming"]} >= {"sdconv, streamed", "diffusers, tiles"}
     assert contents["tests"]["facts"]["counts"] == {"skipped": pytest.approx(80, abs=70)}
     assert "complaint" not in (folder / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_compiled_networks_on_a_cpu(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    status, printed = run(folder, "--stages", "speed", "--minutes", "15")
+    assert status == 0, printed + (folder / "report.md").read_text()
+    rows = stage(folder, "speed")["rows"]
+    compiled = [row for row in rows if row["key"].endswith("compiled")]
+    assert len(rows) == 3 + 3 + 2 + 3 and len(compiled) == 2
+    assert all(row["compile_seconds"] > 0 and row["difference"] < 1e-3 for row in compiled)

@@ -208,14 +208,17 @@ def test_outcomes_are_noted_as_they_come(record: Record, tmp_path: Path) -> None
         "tests/test_gpu.py::test_a[cuda-float32] PASSED                    [ 33%]\n",
         "tests/test_gpu.py::test_b[with a space] FAILED                    [ 66%]\n",
         "tests/test_gpu.py::test_c SKIPPED (needs a CUDA device; ...)      [100%]\n",
+        "[gw0] [ 50%] PASSED tests/test_gpu.py::test_d[of several processes] \n",
+        "[gw12] [100%] ERROR tests/test_gpu.py::test_e\n",
         "== 1 failed, 1 passed, 1 skipped in 3.00s ==\n",
     ]
     with (tmp_path / "log").open("w") as log:
         counts = tests.follow(record, lines, log)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
+    assert counts == {"passed": 2, "failed": 1, "skipped": 1, "error": 1}
     assert record.content["facts"]["counts"] == dict(counts)
-    assert list(rows(record)) == ["tests/test_gpu.py::test_b[with a space]"]
-    assert complaints(record) == ["tests/test_gpu.py::test_b[with a space]: failed"]
+    failed = ["tests/test_gpu.py::test_b[with a space]", "tests/test_gpu.py::test_e"]
+    assert list(rows(record)) == failed
+    assert complaints(record) == [f"{failed[0]}: failed", f"{failed[1]}: error"]
     assert (tmp_path / "log").read_text() == "".join(lines)
 
 
@@ -378,10 +381,13 @@ def event(name: str, device: str, us: float, shapes: Any = (), kernels: Any = ()
 
 
 def test_every_kernel_is_counted_once() -> None:
+    shapes = [[1, 4, 8, 8], [8, 4, 3, 3]]
     events = [
-        event("aten::conv2d", "CPU", 50, [[1, 4, 8, 8], [8, 4, 3, 3]]),
-        event("aten::cudnn_convolution", "CPU", 40, [[1, 4, 8, 8], [8, 4, 3, 3]], [("conv", 30)]),
-        event("conv", "CUDA", 30),
+        event("aten::conv2d", "CPU", 50, shapes),
+        event("aten::cudnn_convolution", "CPU", 40, shapes, [("zero", 1), ("conv", 29)]),
+        event("zero", "CUDA", 1),
+        event("conv", "CUDA", 29),
+        event("cuLaunchKernelEx", "CPU", 3, (), [("part_stats", 5)]),
         event("part_stats", "CUDA", 5),
         event("part_stats", "CUDA", 7),
         event("annotated", "CUDA", 42),

@@ -327,7 +327,7 @@ def differing(rank: int, group: Any, *, config: Config, change: dict[str, Any]) 
         except sdconv.SdconvError as error:
             message = f"{type(error).__name__}: {error}"
     hook.remove()
-    out = call(network, "decode", randn(1, 4, 30, 26))
+    out = call(network, "decode", randn(1, 4, 12, 5))
     network.disable_parallel()
     return message, bool(out.isfinite().all())
 

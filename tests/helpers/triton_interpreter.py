@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 KERNELS = "sdconv.fast.cuda.triton_kernels"
+SOFTMAX = "sdconv.fast.cuda.triton_softmax"
 
 # a piece of the kernels' source, and what replaces it
 Fault = tuple[str, str]
@@ -36,6 +37,12 @@ class Interpreter:
     def group_norm(self, *args: Any, fault: Fault | None = None) -> Tensor:
         return self.pool.submit(_group_norm, fault, *args).result()
 
+    def norm_by_group(self, *args: Any, fault: Fault | None = None) -> Tensor:
+        return self.pool.submit(_norm_by_group, fault, *args).result()
+
+    def softmax_rows(self, *args: Any, fault: Fault | None = None) -> tuple[Tensor, Tensor]:
+        return self.pool.submit(_softmax_rows, fault, *args).result()
+
     def add_taps(self, *args: Any, fault: Fault | None = None) -> Tensor:
         return self.pool.submit(_add_taps, fault, *args).result()
 
@@ -50,11 +57,11 @@ def interpreter() -> Iterator[Interpreter]:
         yield Interpreter(pool)
 
 
-def _kernels(fault: Fault | None) -> Any:
-    """The module of the kernels, or a copy with a fault in it."""
+def _kernels(fault: Fault | None, name: str = KERNELS) -> Any:
+    """A module of kernels, or a copy with a fault in it."""
     if fault is None:
-        return importlib.import_module(KERNELS)
-    spec = importlib.util.find_spec(KERNELS)
+        return importlib.import_module(name)
+    spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).read_text("utf-8")
     assert fault[0] in source, f"not in the kernels' source: {fault[0]}"
@@ -112,6 +119,20 @@ def _group_norm(
     out: Tensor = kernels.run_normalise(
         x, offset, added, stats, weight, bias, groups, eps, silu, tiling
     )
+    return out
+
+
+def _norm_by_group(fault: Fault | None, x: Tensor, *args: Any) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    out: Tensor = _kernels(fault).run_normalise_group(x, *args)
+    return out
+
+
+def _softmax_rows(fault: Fault | None, columns: int, *args: Any) -> tuple[Tensor, Tensor]:
+    kernels = _kernels(fault, SOFTMAX)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "COLUMNS", columns)
+        out: tuple[Tensor, Tensor] = kernels.run_softmax_rows(*args)
     return out
 
 

@@ -3,6 +3,9 @@ of a config, and inputs for them."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -189,14 +192,28 @@ def peer_of(config: dict[str, Any]) -> diffusers.UNet2DConditionModel:
 
 def on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
     """sdconv's network of a config, on the meta device."""
-    content = peer_of(config).config
+    return _with_config(peer_of(config).config)
+
+
+def _with_config(content: Any) -> UNet2DConditionModel:
+    return copy.deepcopy(_on_meta(pickle.dumps(dict(content))))
+
+
+@lru_cache(maxsize=6)
+def _on_meta(content: bytes) -> UNet2DConditionModel:
     with torch.device("meta"):
-        return UNet2DConditionModel(UNet2DConditionConfig.from_json(content, "config"))
+        config = UNet2DConditionConfig.from_json(pickle.loads(content), "config")
+        return UNet2DConditionModel(config)
 
 
 def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DConditionModel:
     """diffusers' network with seeded weights, in eval mode."""
-    network = peer_of(config)
+    return copy.deepcopy(_theirs(pickle.dumps(config), seed))
+
+
+@lru_cache(maxsize=6)  # a copy takes less time than a new one
+def _theirs(config: bytes, seed: int) -> diffusers.UNet2DConditionModel:
+    network = peer_of(pickle.loads(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     network.load_state_dict(seeded.weights(shapes, seed), assign=True)
     return network.eval()
@@ -204,7 +221,7 @@ def theirs(config: dict[str, Any], seed: int = 0) -> diffusers.UNet2DConditionMo
 
 def ours(peer: diffusers.UNet2DConditionModel) -> UNet2DConditionModel:
     """sdconv's network with the config of diffusers' and a copy of its weights."""
-    network = on_meta({k: v for k, v in peer.config.items() if not k.startswith("_")})
+    network = _with_config(peer.config)
     state = {name: tensor.clone() for name, tensor in peer.state_dict().items()}
     network.load_state_dict(state, assign=True)
     return network.eval()

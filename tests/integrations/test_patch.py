@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders import vae as autoencoder
 from helpers.patching import REPLACED, classes, code_of, code_run_by, is_ours, modules_of, plain
 from helpers.pipelines import KINDS, SCHEDULERS, pipeline, run, scheduler, seeded, unet, vae
+from helpers.slow import first_of, marked_slow
 from torch import nn
 
 import sdconv
@@ -19,7 +20,7 @@ from sdconv.models import blocks
 from sdconv.models import vae as sdconv_vae
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked_slow(KINDS, but=["text", "upscale", "xl controlnet"]))
 def test_pipelines_give_the_same_pixels(kind: str) -> None:
     pipe = pipeline(kind)
     summary = sdconv.apply_patch(pipe)
@@ -31,7 +32,7 @@ def test_pipelines_give_the_same_pixels(kind: str) -> None:
 
 # diffusers passes tensors to numpy in a way that numpy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", first_of(SCHEDULERS))
 def test_schedulers(name: str) -> None:
     pipe = pipeline("text", scheduler=scheduler(name))
     expected = run(pipe, "text")

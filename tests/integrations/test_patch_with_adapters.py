@@ -15,6 +15,7 @@ import torch
 from diffusers.models.autoencoders import vae as autoencoder
 from helpers.patching import REPLACED, classes, code_of, code_run_by, is_ours, modules_of, plain
 from helpers.pipelines import Run, pipeline, run, unet, vae
+from helpers.slow import first_of
 from helpers.versions import fails_on_torch_2_6
 from torch import Tensor, nn
 
@@ -225,7 +226,8 @@ def _half(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "move", [_half, lambda pipe: pipe.to(torch.float64), lambda pipe: pipe.to(torch.bfloat16)]
+    "move",
+    first_of([_half, lambda pipe: pipe.to(torch.float64), lambda pipe: pipe.to(torch.bfloat16)]),
 )
 def test_changed_dtype(move: Callable[[Any], object]) -> None:
     before, after = pipeline("text"), pipeline("text")

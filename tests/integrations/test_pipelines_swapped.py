@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import loras
 from helpers.patching import REPLACED, code_of, code_run_by, plain
 from helpers.pipelines import KINDS, SCHEDULERS, TEXT_WIDTH, pipeline, run, scheduler
+from helpers.slow import first_of, marked_slow
 from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,7 +31,7 @@ def swapped(kind: str = "text", **parts: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked_slow(KINDS, but=["text", "upscale", "xl controlnet"]))
 def test_pipelines_give_the_same_pixels(kind: str, tmp_path: Path) -> None:
     pipe = pipeline(kind)
     pipe.save_pretrained(tmp_path / "folder")
@@ -50,7 +51,7 @@ def test_from_the_folder_of_a_pipeline(tmp_path: Path) -> None:
     assert run(pipe, "text") == plain()
 
 
-@pytest.mark.parametrize("kind", ["image", "xl"])
+@pytest.mark.parametrize("kind", first_of(["image", "xl"]))
 def test_tiling_streams_and_keeps_the_image(kind: str) -> None:
     pipe = swapped(kind)
     whole = run(pipe, kind).images
@@ -117,7 +118,7 @@ def test_a_fault_changes_the_image(fault: Callable[[Any], None]) -> None:
 
 # diffusers passes tensors to numpy in a way that numpy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", first_of(SCHEDULERS))
 def test_schedulers(name: str) -> None:
     expected = run(pipeline("text", scheduler=scheduler(name)), "text")
     assert expected != plain()
@@ -125,7 +126,7 @@ def test_schedulers(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*upcast_vae. is deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", ["xl", "upscale"])
+@pytest.mark.parametrize("kind", first_of(["xl", "upscale"]))
 def test_in_half_precision(kind: str) -> None:
     # these two pipelines convert a float16 VAE to float32
     before, after = pipeline(kind).to(torch.float16), swapped(kind).to(torch.float16)

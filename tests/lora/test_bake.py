@@ -103,8 +103,9 @@ def test_a_whole_model(form: str, case: tuple[str, Path, State], tmp_path: Path)
         assert torch.equal(written[name], tensor), name
         assert written[name].dtype == torch.float16
     # the VAE is as it was
+    written = sdconv.load(out, "vae").state_dict()
     for name, tensor in sdconv.load(source, "vae").state_dict().items():
-        assert torch.equal(sdconv.load(out, "vae").state_dict()[name], tensor)
+        assert torch.equal(written[name], tensor)
     # the text encoders: what diffusers fuses, rounded
     theirs = fused(kind, lora, 0.7)
     for part in ENCODERS[kind]:

@@ -15,6 +15,7 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from helpers import seeded, unets
 from helpers.numbers import randn
+from helpers.slow import first_of
 from torch import Tensor
 
 import sdconv
@@ -132,7 +133,7 @@ def test_freeu_by_attributes() -> None:
     ]
 
 
-@pytest.mark.parametrize("size", ["auto", "max", 1, None, "one for each"])
+@pytest.mark.parametrize("size", first_of(["one for each", "auto", "max", 1, None]))
 def test_attention_slices(size: Any) -> None:
     pair = unet_pair()
     plain = results(pair[0])
@@ -188,7 +189,7 @@ CASTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASTS)
-@pytest.mark.parametrize("kind", ["kl", "flux2", "tiny", "unet"])
+@pytest.mark.parametrize("kind", first_of(["unet", "kl", "flux2", "tiny"]))
 def test_layerwise_casting(kind: str, case: str, tmp_path: Path) -> None:
     configs = {"kl": KL, "flux2": FLUX2, "tiny": TINY}
     pair = unet_pair() if kind == "unet" else autoencoders(configs[kind], tmp_path)
@@ -252,7 +253,7 @@ def test_attention_backends(kind: str, active_backend: None, tmp_path: Path) -> 
 # --- adapters that take a U-Net apart
 
 
-@pytest.mark.parametrize("family", ["SD1", "SDXL"])
+@pytest.mark.parametrize("family", first_of(["SDXL", "SD1"]))
 def test_controlnet_xs(family: str) -> None:
     config = unets.small(family) | {"layers_per_block": 2, "sample_size": 8}
     pair = unet_pair(config)

@@ -24,7 +24,7 @@ from helpers.fake_cuda import (
 )
 from helpers.numbers import error
 from helpers.paths import DATA
-from helpers.slow import first_of
+from helpers.slow import first_of, marked_slow
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -50,7 +50,11 @@ def rows(ours: nn.Module, peer: nn.Module, *arguments: Any) -> tuple[ModuleDiffe
     return compare(ours, peer, {"forward": arguments})
 
 
-@pytest.mark.parametrize("family", unets.FAMILIES)
+# the others have the same kinds of modules
+DIFFERENT = ["SD1", "SDXL", "SD2 unCLIP", "KOALA 700M", "x4 upscaler", "uneven layers", SMALL]
+
+
+@pytest.mark.parametrize("family", marked_slow(unets.FAMILIES, but=DIFFERENT))
 def test_every_module_is_equal_bit_for_bit(family: str) -> None:
     ours, peer = pair(family)
     assert list(ours.state_dict()) == list(peer.state_dict())
@@ -64,7 +68,7 @@ def test_every_module_is_equal_bit_for_bit(family: str) -> None:
     assert {"time_proj", "time_embedding", "conv_norm_out", "forward"} <= compared
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 9), (13, 6)])
+@pytest.mark.parametrize("size", first_of([(5, 9), (1, 1), (13, 6)]))
 @pytest.mark.parametrize("family", ["SD1", "KOALA 700M"])
 def test_odd_sizes(family: str, size: tuple[int, int]) -> None:
     ours, peer = pair(family)
@@ -96,7 +100,7 @@ def residuals(config: Any, batch: int = 2, size: tuple[int, int] = (8, 12)) -> l
     return [torch.randn(batch, *shape) for shape in shapes]
 
 
-@pytest.mark.parametrize("family", ["SD1", "SDXL", "tiny SD"])
+@pytest.mark.parametrize("family", first_of(["SD1", "SDXL", "tiny SD"]))
 def test_controlnet_residuals(family: str) -> None:
     ours, peer = pair(family)
     torch.manual_seed(2)
@@ -106,7 +110,7 @@ def test_controlnet_residuals(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["LCM"])
-@pytest.mark.parametrize("shape", [(2, 256), (1, 256), (256,)])
+@pytest.mark.parametrize("shape", first_of([(256,), (1, 256), (2, 256)]))
 def test_guidance_of_one_image_is_for_all(family: str, shape: tuple[int, ...]) -> None:
     ours, peer = pair(family)
     arguments = list(unets.inputs(peer.config))
@@ -116,7 +120,7 @@ def test_guidance_of_one_image_is_for_all(family: str, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2], ids=["levels", "mid block", "light"])
-@pytest.mark.parametrize("family", ["SD1", "SDXL", "tiny SD"])
+@pytest.mark.parametrize("family", first_of(["SDXL", "SD1", "tiny SD"]))
 def test_t2i_adapter_residuals(family: str, extra: int) -> None:
     ours, peer = pair(family)
     levels = len(peer.config.block_out_channels)
@@ -153,7 +157,7 @@ def test_masks_reach_the_attention() -> None:
         assert not torch.equal(got, ours(sample, timestep, prompt_embeds).sample)
 
 
-@pytest.mark.parametrize("family", ["SD1", "SDXL", "KOALA 700M", "x4 upscaler"])
+@pytest.mark.parametrize("family", first_of(["KOALA 700M", "SD1", "SDXL", "x4 upscaler"]))
 def test_freeu(family: str) -> None:
     ours, peer = pair(family)
     arguments = unets.inputs(peer.config)
@@ -169,7 +173,12 @@ def test_freeu(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [("SD1", False), ("SDXL", False), ("uneven layers", True)]
+    ("family", "checkpointing"),
+    [
+        ("uneven layers", True),
+        ("SD1", False),
+        pytest.param("SDXL", False, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_equal(family: str, checkpointing: bool) -> None:
     gradients = []
@@ -356,7 +365,7 @@ def test_parity_on_cuda(family: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
-@pytest.mark.parametrize("family", ["LCM", "SD2 unCLIP", "SSD-1B", "x4 upscaler"])
+@pytest.mark.parametrize("family", first_of(["SD2 unCLIP", "LCM", "SSD-1B", "x4 upscaler"]))
 def test_save_and_load(family: str, layout: str, tmp_path: Path) -> None:
     ours, _ = pair(family)
     (file,) = sdconv.save(ours, tmp_path / "unet.safetensors", layout=layout)
@@ -433,13 +442,14 @@ def test_custom_modules_in_the_slots() -> None:
 
 
 def test_compiles_without_a_graph_break() -> None:
-    ours, peer = pair(SMALL)
+    ours, peer = pair(SMALL, unets.smallest)
     arguments = unets.inputs(peer.config)
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(*arguments).sample, peer(*arguments).sample)
 
 
+@pytest.mark.slow
 def test_one_graph_serves_any_size() -> None:
     config = unets.smallest("no transformers")
     peer = unets.theirs(config)

@@ -261,6 +261,7 @@ def test_autocast_changes_nothing() -> None:
         assert error(call(network, "decode", z.bfloat16()), low) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_as_exact_as_the_ordinary_run_with_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The controls inject faults: convolutions whose rounding error is three times torch's; and, on
     the processors where it is less exact, the kernel meant for few channels."""

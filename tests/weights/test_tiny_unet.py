@@ -61,7 +61,13 @@ def test_it_predicts_noise_in_held_out_crops(
     assert (found.linear - expected).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(("change", "times"), [("another timestep", 1.2), ("shuffled weights", 2)])
+@pytest.mark.parametrize(
+    ("change", "times"),
+    [
+        ("another timestep", 1.2),
+        pytest.param("shuffled weights", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_network_predicts_worse(
     change: str,
     times: float,

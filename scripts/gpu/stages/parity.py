@@ -78,7 +78,7 @@ class Trio:
 def run(record: Record, options: Options) -> None:
     record.facts(against=version(), order="cheapest and most telling first")
     every = precisions(options.device)
-    for group in (every[:2], every[2:]):
+    for group in (every[:2],) if options.small else (every[:2], every[2:]):
         for name in (networks.SHIPPED, *networks.FULL):
             network_rows(record, options, name, group)
 

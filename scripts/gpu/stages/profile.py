@@ -25,6 +25,8 @@ from scripts.gpu.stages.speed import FAST, Work, caller
 from scripts.gpu.timing import once, timed
 
 ROWS = 40
+# what the profiler also calls an operation: calls of the driver's, and its own work
+OVERHEAD = ("cu", "Activity Buffer")
 Shapes = tuple[tuple[int, ...], ...]
 # microseconds by operation and shapes, and how often each ran
 Spent = tuple[Counter[tuple[str, Shapes]], Counter[tuple[str, Shapes]]]
@@ -99,10 +101,12 @@ def by_kernel(events: Iterable[Any]) -> Spent:
             every[event.name, ()] += event.time_range.elapsed_us()
             numbers[event.name, ()] += 1
             continue
+        if not event.kernels or event.name.startswith(OVERHEAD):
+            continue
+        key = event.name, _shapes(event.input_shapes)
+        counts[key] += 1
         for kernel in event.kernels:
-            key = event.name, _shapes(event.input_shapes)
             spent[key] += kernel.duration
-            counts[key] += 1
             every[kernel.name, ()] -= kernel.duration
             numbers[kernel.name, ()] -= 1
     for key, time in every.items():
@@ -146,6 +150,8 @@ def work_of(name: str, shapes: Shapes) -> tuple[int, int]:
         return products, read + batch * height * width * out_channels * scale
     if "attention" in short and len(shapes) >= 3:
         queries, keys, values = shapes[:3]
+        if "efficient" in short:  # (B, tokens, heads, C), not (B, heads, tokens, C)
+            queries, keys, values = ((b, h, n, c) for b, n, h, c in (queries, keys, values))
         pairs = math.prod(queries[:-1]) * keys[-2]
         return pairs * (queries[-1] + values[-1]), read + math.prod(queries[:-1]) * values[-1]
     if short in ("mm", "addmm", "bmm", "baddbmm", "linear") and len(shapes) >= 2:

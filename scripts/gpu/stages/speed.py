@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from scripts.bench.sides import theirs
 from scripts.gpu import networks
@@ -98,18 +99,21 @@ def plan(options: Options) -> Iterator[tuple[Work, Sequence[Side]]]:
         for work in (decode, Work(networks.SD15_UNET, "forward", 64, 1, FLOAT32)):
             yield work, (EAGER, FAST, CHANNELS_LAST)
         yield Work(networks.SDXL_VAE, "encode", 64, 2, BFLOAT16), (EAGER, FAST)
-        yield decode, (COMPILED, FAST_COMPILED)
+        # the quickest to compile
+        yield Work(networks.TAESD, "decode", 64, 1, FLOAT32), (EAGER, COMPILED, FAST_COMPILED)
         return
     headline, important, rest = works()
     plain = [side for side in SIDES if not side.compiled]
     compiled = [side for side in SIDES if side.compiled]
-    yield headline, (*SIDES, RECORDED)
+    yield headline, (EAGER, FAST, RECORDED, COMPILED)
     for work in important:
-        # a graph is recorded of functions of tensors alone
-        yield work, plain if work.method == "forward" else (*plain, RECORDED)
-    yield headline, VARIANTS
+        yield work, (EAGER, FAST, RECORDED)
+    yield headline, (FAST_COMPILED, CHANNELS_LAST)
     for work in important:
         yield work, compiled
+    yield headline, VARIANTS
+    for work in important:
+        yield work, (CHANNELS_LAST,)
     for sides in (plain, compiled):
         for work in rest:
             yield work, sides
@@ -249,10 +253,13 @@ def caller(network: Any, work: Work, side: Side, options: Options) -> Callable[[
     if side.recorded:
         from sdconv.fast.cuda import graphs
 
+        tensors, structure = tree_flatten(inputs)
         recording = graphs.record(
-            network, lambda x: networks.call(network, work.method, (x,)), *inputs
+            network,
+            lambda *given: networks.call(network, work.method, tree_unflatten(given, structure)),
+            *tensors,
         )
-        return lambda: recording(*inputs)
+        return lambda: recording(*tensors)
     return torch.compile(run, dynamic=False) if side.compiled else run
 
 

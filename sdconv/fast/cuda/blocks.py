@@ -6,7 +6,7 @@ returns its output with the statistics for the next one, see :mod:`sdconv.fast.c
 Statistics are ``(B, groups, 2)``.
 
 The tests run this module on a CPU, the kernels in Triton's interpreter, and on CUDA tensors without
-values. It has not run on a GPU yet.
+values; ``docs/gpu.md`` has a run on a GPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Which variant of an operation runs on CUDA: one table, by operation and class of shapes.
 
-The table that ships is a guess that no measurement supports yet. A measurement replaces it: `write`
-a table to a JSON file, and name the file in the environment variable ``SDCONV_CUDA_CHOICES`` or
-`load` it. `using` sets choices for the length of a ``with`` block, which is how variants are
-compared.
+The table that ships was fastest on an H200. For another device, `write` a table to a JSON file, and
+name the file in the environment variable ``SDCONV_CUDA_CHOICES`` or `load` it. `using` sets choices
+for the length of a ``with`` block, which is how variants are compared.
 
 A key is an operation, ``"upsample"``, or an operation and a class of shapes, ``"upsample 512ch
 64px"``, which has precedence: at most 512 channels, and at most as many pixels as 64x64.
@@ -53,26 +52,38 @@ TILINGS: Mapping[str, Tiling] = {
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     # GroupNorm's kernels, see `Tiling`
     "tiling": tuple(TILINGS),
+    # GroupNorm without known statistics: many programs for each sample, or one for each group.
+    "norm": ("in parts", "by group"),
     # Who adds a convolution's bias.
     "bias": ("epilogue", "convolution"),
     # Four 2x2 convolutions, one transposed 4x4 convolution, or an upsampled feature map.
     "upsample": ("subpixel", "transposed", "direct"),
     # The VAE's attention: one projection for value and output, or two.
     "attention": ("folded", "plain"),
+    # Its softmax: between two matrix products, or in torch's fused attention.
+    "scores": ("products", "fused"),
 }
 """The variants of each operation."""
-
-SHIPPED: Mapping[str, str] = {
-    "tiling": "2048 values, 4 warps",
-    "bias": "epilogue",
-    "upsample": "subpixel",
-    "attention": "folded",
-}
 
 _CHANNELS = (128, 256, 512, 1024)
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
 
+SHIPPED: Mapping[str, str] = {
+    "tiling": "2048 values, 4 warps",
+    "norm": "in parts",
+    # up to 64x64 pixels, what counts is the number of kernels
+    **{
+        f"norm {most}ch {side}px": "by group" for most in (*_CHANNELS, ">1024") for side in (32, 64)
+    },
+    "bias": "epilogue",
+    "upsample": "subpixel",
+    "attention": "folded",
+    "scores": "products",
+}
+
 _table: dict[str, str] = dict(SHIPPED)
+# what has been looked up in it
+_chosen: dict[tuple[str, int, int], str] = {}
 
 
 def shape_class(channels: int, pixels: int) -> str:
@@ -85,8 +96,11 @@ def shape_class(channels: int, pixels: int) -> str:
 
 def choose(operation: str, channels: int, pixels: int) -> str:
     """The variant of an operation for a feature map with these channels and pixels."""
-    chosen = _table.get(f"{operation} {shape_class(channels, pixels)}")
-    return _table[operation] if chosen is None else chosen
+    key = operation, channels, pixels
+    if key not in _chosen:
+        operation_and_class = f"{operation} {shape_class(channels, pixels)}"
+        _chosen[key] = _table.get(operation_and_class, _table[operation])
+    return _chosen[key]
 
 
 def tiling(channels: int, pixels: int) -> Tiling:
@@ -144,6 +158,7 @@ def current() -> dict[str, str]:
 def _set(choices: Mapping[str, str]) -> None:
     _table.clear()
     _table.update(choices)
+    _chosen.clear()
 
 
 def _checked(choices: object, where: object) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdconv.fast import gradients
-from sdconv.fast.cuda.choices import tiling
+from sdconv.fast.cuda.choices import choose, tiling
 
 
 def group_norm(
@@ -50,8 +50,11 @@ def group_norm(
     from sdconv.fast.cuda import triton_kernels as kernels
 
     x = x.contiguous(memory_format=torch.channels_last)
-    tiles = tiling(x.shape[1], x.shape[2] * x.shape[3])
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    tiles = tiling(channels, pixels)
     if stats is None:
+        if choose("norm", channels, pixels) == "by group":
+            return kernels.run_normalise_group(x, offset, added, weight, bias, groups, eps, silu)
         stats = kernels.run_sum_and_stats(x, offset, added, None, None, None, groups, tiles)
     return kernels.run_normalise(x, offset, added, stats, weight, bias, groups, eps, silu, tiles)
 

@@ -81,7 +81,7 @@ class BandRun:
                 stats[step.target] = collected
             if step.target.resident:  # the keys travel while the values are computed
                 spreading.append(self._spread(buffers.tensor(step.target)))
-            trim_heap()
+            trim_heap(self.group.device)
 
     def _spread(self, whole: Tensor) -> Wait:
         ranks = range(self.bands.ranks)
@@ -150,7 +150,7 @@ class _StepRun:
         begin = inner.index(True) if any(inner) else 0
         context = self._context(source_stats, stats)
         runner = step.layer.make_runner(context, self.units)
-        trim_heap()
+        trim_heap(context.device)
 
         def run_strips(first: int, last: int) -> None:
             for strip, is_inner in zip(strips[first:last], inner[first:last], strict=True):

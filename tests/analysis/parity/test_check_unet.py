@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import seeded, unets
 from helpers.differences import first_failure
+from helpers.slow import first_of
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def made(config: dict[str, Any], layout: str = "diffusers") -> Tensors:
     return original_tensors(tensors, network.config) if layout == "original" else tensors
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("layout", first_of(["original", "diffusers"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_module_is_equal_bit_for_bit(kind: str, layout: str) -> None:
     tensors = made(unets.smallest(kind), layout)

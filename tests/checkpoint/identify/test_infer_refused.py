@@ -350,7 +350,7 @@ def mutated(draw: st.DrawFn) -> Shapes:
 
 
 @given(mutated(), st.sampled_from([None, "sd1", "sdxl", "flux2"]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @pytest.mark.filterwarnings("ignore::sdconv.SdconvWarning")
 def test_only_our_errors_come_out_of_mutated_shapes(named: Shapes, family: str | None) -> None:
     try:

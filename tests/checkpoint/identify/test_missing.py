@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers import seeded, unets
+from helpers.slow import marked_slow
 
 import sdconv
 from sdconv.checkpoint.identify.fit import fit
@@ -61,7 +62,10 @@ def one_of_each_kind(named: Shapes) -> dict[str, str]:
         pytest.param("diffusers", "", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(
+    "kind",
+    marked_slow(NETWORKS, but=NETWORKS.keys() - {"SDXL", "SSD-1B", "x4 upscaler", "small SD"}),
+)
 def test_a_missing_tensor_is_named(kind: str, layout: str, prefix: str) -> None:
     network = NETWORKS[kind]
     named = shapes_in(network, layout, prefix)

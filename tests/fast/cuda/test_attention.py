@@ -89,3 +89,45 @@ def test_gradients() -> None:
     expected = torch.autograd.grad(module(x).square().sum(), given)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() < 2e-5 * max(float(other.abs().max()), 1.0)
+
+
+# --- the softmax between two matrix products
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1 << 27, 40])
+def test_by_products(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int) -> None:
+    monkeypatch.setattr(attention, "SCORES", rows)
+    query, key, value = (randn(2, 300, 16, seed=seed).to(dtype) for seed in range(3))
+    out = attention.by_products(4 * query, key, value)
+    exact = sdpa(4 * query.double(), key.double(), value.double())
+    fused = sdpa(4 * query, key, value)
+    assert out.dtype is dtype
+    assert error(out, exact) < 2 * max(error(fused, exact), float(torch.finfo(dtype).eps))
+    # the fault: queries of one part only
+    wrong = attention.by_products(4 * query, key, value.roll(1, 1))
+    assert error(wrong, exact) > 0.1
+
+
+def sdpa(*heads: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(*heads)
+
+
+def test_products_only_where_they_are_exact_and_faster() -> None:
+    wide = [randn(1, 4, 512).bfloat16() for _ in range(3)]
+    assert not attention.uses_products(*wide)  # on a CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_by_products_on_cuda(dtype: torch.dtype) -> None:
+    query, key, value = (randn(2, 3000, 512, seed=seed).to("cuda", dtype) for seed in range(3))
+    exact = sdpa(query.double(), key.double(), value.double())
+    assert attention.uses_products(query, key, value)
+    assert not attention.uses_products(query.float(), key.float(), value.float())
+    assert not attention.uses_products(query[..., :256], key[..., :256], value[..., :256])
+    assert not attention.uses_products(query.requires_grad_(), key, value)
+    query = query.detach()
+    out, again = (attention.by_products(query, key, value) for _ in range(2))
+    assert torch.equal(out, again)
+    assert error(out, exact) < 2 * error(sdpa(query, key, value), exact)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scripts.bench import kernel_resources
-from sdconv.fast.cuda import epilogue, group_norm, upsample
+from sdconv.fast.cuda import attention, choices, epilogue, group_norm, upsample
 from sdconv.fast.cuda.choices import TILINGS, Tiling
 from sdconv.fast.cuda.epilogue import group_stats
 
@@ -102,6 +102,12 @@ class Case:
         given = (self.x, offset, added, None, self.weight, self.shift, self.groups, EPS, silu)
         return kernels.group_norm(tiling, *given, fault=fault)
 
+    def norm_by_group(
+        self, kernels: Interpreter, silu: bool = True, fault: Fault | None = None
+    ) -> Tensor:
+        given = (self.x, self.terms["bias"], self.terms["added"], self.weight, self.shift)
+        return kernels.norm_by_group(*given, self.groups, EPS, silu, fault=fault)
+
     def exact_norm(self, silu: bool = True) -> Tensor:
         x, offset, added, weight, shift = (
             None if one is None else one.double()
@@ -128,7 +134,7 @@ cases = st.builds(
 
 
 @given(case=cases, tiling=st.sampled_from(SMALL))
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sum_and_stats(kernels: Interpreter, case: Case, tiling: Tiling) -> None:
     out, stats = case.sum_and_stats(kernels, tiling)
     assert out.dtype is case.dtype and stats.dtype is torch.float32
@@ -139,7 +145,7 @@ def test_sum_and_stats(kernels: Interpreter, case: Case, tiling: Tiling) -> None
 
 
 @given(case=cases, tiling=st.sampled_from(SMALL), silu=st.booleans())
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_group_norm(kernels: Interpreter, case: Case, tiling: Tiling, silu: bool) -> None:
     offset, added = (case.terms[name] if not case.subpixel else None for name in ("bias", "added"))
     channels = case.x.shape[1]
@@ -158,6 +164,64 @@ def test_group_norm(kernels: Interpreter, case: Case, tiling: Tiling, silu: bool
     assert out.dtype is case.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert error(out, exact) < 2 * WITHIN[case.dtype]
+
+
+@given(case=cases, silu=st.booleans())
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_group_norm_by_group(kernels: Interpreter, case: Case, silu: bool) -> None:
+    if case.subpixel:  # another size
+        case = Case(size=3, height=21, width=67, dtype=case.dtype)
+    out = case.norm_by_group(kernels, silu)
+    assert out.dtype is case.dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert error(out, case.exact_norm(silu)) < 2 * WITHIN[case.dtype]
+
+
+def test_group_norm_by_group_far_from_zero(kernels: Interpreter) -> None:
+    case = Case(height=16, mean=1000.0, given="bias added")
+    assert error(case.norm_by_group(kernels), case.exact_norm()) < 2e-4
+    case.x = torch.full_like(case.x, 3.7)  # as wide as the time embedding is far apart
+    assert error(case.norm_by_group(kernels), case.exact_norm()) < 2e-6
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 200),
+    block=st.sampled_from([16, 64, 256]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    spread=st.sampled_from([0.0, 1.0, 100.0]),
+)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_softmax_rows(
+    kernels: Interpreter,
+    seed: int,
+    rows: int,
+    columns: int,
+    block: int,
+    dtype: torch.dtype,
+    spread: float,
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    scores = spread * torch.randn(rows, columns, generator=random) + 50
+    weights, sums = kernels.softmax_rows(block, scores, 0.5, dtype)
+    assert weights.dtype is dtype and weights.shape == scores.shape
+    assert sums.dtype is torch.float32 and sums.shape == (rows, 1)
+    twin, twin_sums = attention.softmax_rows(scores, 0.5, dtype)
+    assert error(weights.float(), twin.float()) < WITHIN[dtype]
+    assert error(sums, twin_sums) < WITHIN[dtype]
+    # the sums are those of the rounded weights
+    assert error(sums, weights.float().sum(1, keepdim=True)) < 2e-6
+    assert error((weights / sums), (0.5 * scores.double()).softmax(1)) < 2 * WITHIN[dtype]
+
+
+def test_softmax_rows_of_infinity_and_nan(kernels: Interpreter) -> None:
+    scores = torch.zeros(4, 40)
+    scores[0, 30], scores[1, 3], scores[2, 20:] = float("nan"), float("inf"), float("-inf")
+    weights, sums = kernels.softmax_rows(16, scores, 1.0, torch.bfloat16)
+    out, expected = weights / sums, scores.softmax(1)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert error(out[2:], expected[2:]) < 1e-2
 
 
 @pytest.mark.parametrize("tiling", SMALL, ids=str)
@@ -196,7 +260,7 @@ def test_nan_and_infinity(kernels: Interpreter) -> None:
     transposed=st.booleans(),
     nhwc=st.booleans(),
 )
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_add_taps(
     kernels: Interpreter,
     seed: int,
@@ -293,6 +357,33 @@ def test_wrong_normalisations_are_noticed(kernels: Interpreter) -> None:
         assert error(case.norm(kernels, SMALL[1], fault=fault), case.exact_norm()) > 1e-2
 
 
+def test_wrong_normalisations_by_group_are_noticed(kernels: Interpreter) -> None:
+    case = Case(given="bias added", height=31, width=47)  # several tiles, the last one not full
+    assert error(case.norm_by_group(kernels), case.exact_norm()) < 2e-6
+    faults = [
+        ("added + sample * channels + c, mask=exists", "added + c, mask=exists"),
+        ("total += tl.where(inside, about * about, 0)", "total += about * about"),
+        ("mean = pivot + tl.sum(tl.sum(total, 1), 0) / size", "mean = pivot"),
+    ]
+    for fault in faults:
+        assert error(case.norm_by_group(kernels, fault=fault), case.exact_norm()) > 1e-4
+
+
+def test_wrong_softmaxes_are_noticed(kernels: Interpreter) -> None:
+    scores = 10 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    exact = scores.softmax(1)
+    for fault, least in (
+        (None, 0.0),
+        (("(value - most) * scale", "value * scale - most"), 1e-2),
+        (("total += tl.where(inside, weight", "total = tl.where(inside, weight"), 1e-2),
+        (("scores + row * columns", "scores"), 1e-2),
+    ):
+        weights, sums = kernels.softmax_rows(16, 2 * scores, 0.5, torch.float16, fault=fault)
+        wrong = not error(weights / sums, exact) < 2e-3
+        assert wrong == (fault is not None), fault
+        assert not wrong or not error(weights / sums, exact) < least
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_wrong_taps_are_noticed(kernels: Interpreter, transposed: bool) -> None:
     weight = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -360,6 +451,11 @@ def test_on_cuda(dtype: torch.dtype, size: tuple[int, int]) -> None:
         assert torch.equal(out, group_norm.group_norm(*known))
         assert out.is_contiguous(memory_format=torch.channels_last)
         assert error(out.cpu(), case.exact_norm()) < 2 * WITHIN[dtype]
+        for variant in choices.VARIANTS["norm"]:
+            table = {key: variant for key in choices.SHIPPED if key.split()[0] == "norm"}
+            with choices.using(table):
+                out = group_norm.group_norm(*known)
+            assert error(out.cpu(), case.exact_norm()) < 2 * WITHIN[dtype]
     weight = case.weight.repeat(9).view(-1, 32, 3, 3).cuda()
     for transposed in (False, True):
         exact = taps(weight.double(), transposed)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from helpers import capturing, implementations, pipelines, unets
+from helpers.slow import first_of
 from torch import Tensor, nn
 
 import sdconv
@@ -19,7 +20,7 @@ FACTORS = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
 
 
 @pytest.mark.parametrize("kind", implementations.NAMES)
-@pytest.mark.parametrize("name", ["text", "xl", "controlnet"])
+@pytest.mark.parametrize("name", first_of(["controlnet", "text", "xl"]))
 def test_at_interval_1_it_is_the_plain_run(kind: str, name: str) -> None:
     pipe = implementations.pipeline(kind, name)
     plain = pipelines.run(pipe, name)
@@ -36,8 +37,9 @@ def test_at_interval_1_it_is_the_plain_run(kind: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        *product(("SD1", "SDXL"), implementations.NAMES),
-        ("uneven layers", "diffusers"),
+        *(("SD1", kind) for kind in implementations.NAMES),
+        *(pytest.param("SDXL", kind, marks=pytest.mark.slow) for kind in implementations.NAMES),
+        pytest.param("uneven layers", "diffusers", marks=pytest.mark.slow),
         ("uneven layers", "sdconv"),
         ("KOALA 700M", "diffusers"),  # without a mid block
     ],

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.browser import Tab, chromium
 from helpers.paths import ROOT
+from helpers.slow import first_of
 
 import sdconv
 from sdconv.convolution.geometry import ReceptiveField, output_size
@@ -392,7 +393,7 @@ def test_pictures_have_texts(shared: Tab) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 800, 1600])
+@pytest.mark.parametrize("width", first_of([400, 800, 1600]))
 def test_it_fits(browser: Any, explainer: Path, scheme: str, width: int) -> None:
     tab = Tab(browser, explainer, color_scheme=scheme, viewport={"width": width, "height": 900})
     tab.wait(READY)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.made import CHANNELS, IMAGE, TIMESTEPS, maps_of, page, values
+from helpers.slow import first_of
 from PIL import Image
 from torch import nn
 
@@ -327,7 +328,7 @@ def test_thousands_of_channels_are_shown_at_once(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 900, 1600])
+@pytest.mark.parametrize("width", first_of([380, 900, 1600]))
 def test_it_fits_and_can_be_read(browser: Any, report: Path, scheme: str, width: int) -> None:
     opened = Tab(browser, report, color_scheme=scheme, viewport={"width": width, "height": 800})
     across = "[document.documentElement.scrollWidth, innerWidth]"
