@@ -51,10 +51,6 @@ def export(
     ],
     size: ImageSize = "512x512",
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")] = 1,
-    dynamic: Annotated[
-        bool,
-        typer.Option("--dynamic", help="Take any number of images of any size, not one shape."),
-    ] = False,
     component: Component = None,
     family: Family = None,
     prefix: Prefix = None,
@@ -67,17 +63,16 @@ def export(
 ) -> None:
     """Write half of an autoencoder for ONNX Runtime or OpenVINO.
 
-    The graph takes inputs of one shape, images of --size or their latents, or with --dynamic of any
-    number and size (multiples of the downscale factor). It is run after it has been written, on
-    random input, with --dynamic at two sizes, and the largest difference from torch is printed. The
-    encoder gives mean and log-variance, stacked; a tiny autoencoder's gives latents. Needs the
-    extra: pip install 'sdconv[export]'.
+    The graph takes inputs of one shape: images of --size, or their latents. It is run once after it
+    has been written, on random input, and the largest difference from torch is printed. The encoder
+    gives mean and log-variance, stacked; a tiny autoencoder's gives latents. Needs the extra: pip
+    install 'sdconv[export]'.
 
     \b
     Examples:
       sdconv export tiny-vae --half decoder --out decoder.onnx
       sdconv export vae.safetensors --half encoder --size 512x768 --out encoder.onnx
-      sdconv export vae.safetensors --half decoder --dynamic --out decoder.xml --json
+      sdconv export vae.safetensors --half decoder --out decoder.xml --json
     """
     from sdconv.integrations.export import check_export_path, export_half
 
@@ -97,14 +92,13 @@ def export(
     )
     network = open_autoencoder(paths, options)
     with working("exporting"):
-        sides = None if dynamic else shape
-        found = export_half(network, half.value, out, size=sides, batch=batch)
+        found = export_half(network, half.value, out, size=shape, batch=batch)
     if as_json:
         print_json(
             {
                 "files": [str(file) for file in found.files],
                 "half": half.value,
-                "size": sides,
+                "size": shape,
                 "input": {"name": found.input[0], "shape": found.input[1]},
                 "output": {"name": found.output[0], "shape": found.output[1]},
                 "difference": found.difference,
@@ -112,8 +106,7 @@ def export(
         )
         return
     takes, gives = (
-        f"{name} {' x '.join('any' if side is None else str(side) for side in shape)}"
-        for name, shape in (found.input, found.output)
+        f"{name} {' x '.join(map(str, sides))}" for name, sides in (found.input, found.output)
     )
     checked = "not run: ONNX Runtime is missing"
     if found.difference is not None:
