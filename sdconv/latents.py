@@ -11,20 +11,23 @@ import json
 import math
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from sdconv.checkpoint.io.files import as_path, short
-from sdconv.checkpoint.io.source import open_source
+from sdconv.checkpoint.io.files import as_path, os_errors, short
+from sdconv.checkpoint.io.source import Source, open_source
+from sdconv.checkpoint.io.tensor_files import TensorsFile
 from sdconv.checkpoint.io.write import write_tensors
 from sdconv.config.facts import VAE_FACTS
-from sdconv.errors import InputError, SdconvWarning
+from sdconv.errors import CheckpointError, InputError, SdconvWarning
 from sdconv.models.base import Autoencoder, check_tensor
 from sdconv.models.tiny import AutoencoderTiny
 from sdconv.models.vae import AutoencoderKLFlux2
@@ -323,12 +326,14 @@ def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
     """Read latents from a file.
 
     Files of ComfyUI (``.latent``) are raw; old ones, without its mark, were multiplied by 0.18215
-    and are divided by it.
+    and are divided by it. sd-scripts' ``.npz`` are raw, except for FLUX.1's (``NAME_flux.npz``).
 
     Args:
-        path: a safetensors file, or a pickle of tensors.
+        path: a safetensors file, a pickle of tensors or of one tensor, or numpy's ``.npz`` or
+            ``.npy``.
         key: the tensor's name; None for the only tensor, the one named ``latents``,
-            ``latent_tensor`` or ``samples``, or the only one with four axes.
+            ``latent_tensor`` or ``samples``, sd-scripts' ``latents_32x64``, or the only one with
+            four axes.
 
     Returns:
         The latents, ``(B, C, h, w)`` (a single ``(C, h, w)`` gets a batch axis).
@@ -338,7 +343,7 @@ def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
         InputError: there is no such tensor, or it is not clear which one; or it is not of floating
             point, not of this shape or not finite.
     """
-    with open_source(path) as source:
+    with _opened(as_path(path)) as source:
         names = list(source.entries)
         if key is None:
             key = _latents_among({name: info.shape for name, info in source.entries.items()})
@@ -358,6 +363,8 @@ def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
         if image_size is None or alpha is None or tuple(alpha.shape) != image_size:
             alpha = None
     scaled = None if form is None else form == "scaled"
+    if form is None and as_path(path).suffix.lower() == ".npz":
+        scaled = False if not as_path(path).stem.endswith("_flux") else None
     latents = latents[None] if latents.ndim == 3 else latents
     if latents.ndim != 4 or not latents.is_floating_point() or not latents.numel():
         raise InputError(
@@ -371,6 +378,14 @@ def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
     if not torch.isfinite(latents).all():
         raise InputError("the latents hold NaN or infinity", where=f"{path}: {key}")
     if form is None and key == _COMFYUI:
+        if others := [one for one in names if one.startswith(_VERSION) and one != _COMFYUI_RAW]:
+            raise InputError(
+                "latents in a format of ComfyUI that sdconv does not know",
+                where=path,
+                expected=f"{_COMFYUI_RAW}, or no mark",
+                got=", ".join(others),
+                hint="write them again with `sdconv encode`",
+            )
         if _COMFYUI_RAW not in names:
             latents, made_by = latents * (1 / _SD_FACTOR), LatentScale(_SD_FACTOR)
         scaled = False
@@ -379,18 +394,37 @@ def read_stored(path: str | Path, key: str | None = None) -> StoredLatents:
     return StoredLatents(latents, scaled, made_by, image_size, alpha)
 
 
+def _opened(path: Path) -> Source:
+    """Opens a file of latents; numpy's too."""
+    if path.suffix.lower() not in (".npz", ".npy"):
+        return open_source(path)
+    with os_errors(path), path.open("rb") as file:
+        try:
+            content = np.load(file, allow_pickle=False)
+            arrays = dict(content) if isinstance(content, Mapping) else {KEY: content}
+            tensors = {name: torch.from_numpy(np.asarray(one)) for name, one in arrays.items()}
+        except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                "cannot be read as numpy's arrays", where=path, got=short(str(error))
+            ) from error
+    return Source(str(path), [TensorsFile(str(path), tensors)])
+
+
 def _latents_among(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The name of the tensor that holds latents, ``KEY`` if that is open."""
     if len(shapes) == 1:
         return next(iter(shapes))
     known = [name for name in (KEY, _COMFYUI, "samples") if name in shapes]
+    known += [name for name in shapes if _KOHYA.fullmatch(name)]
     images = [name for name, shape in shapes.items() if len(shape) == 4]
     return known[0] if known else images[0] if len(images) == 1 else KEY
 
 
 # the tensor in ComfyUI's files, and the empty one that marks those in its present format
-_COMFYUI, _COMFYUI_RAW = "latent_tensor", "latent_format_version_0"
+_COMFYUI, _VERSION = "latent_tensor", "latent_format_version_"
+_COMFYUI_RAW = f"{_VERSION}0"
 # by which it multiplied before, whatever the family
+_KOHYA = re.compile(r"latents_[0-9]+x[0-9]+")
 _SD_FACTOR = VAE_FACTS["sd1"].scaling_factor
 
 

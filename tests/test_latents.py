@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import seeded
@@ -245,3 +246,36 @@ def test_a_damaged_scale(text: str, tmp_path: Path) -> None:
     save_file({"latents": latents(4)}, path, {"sdconv.latents.scale": text})
     with pytest.raises(sdconv.InputError, match="not a latent scale"):
         read_stored(path)
+
+
+def test_numpys_files_and_a_single_tensor(tmp_path: Path) -> None:
+    """sd-scripts' are raw, but for FLUX.1's; others do not say."""
+    raw, files = latents(4)[:1], {}
+    size = {"original_size": np.array([48, 32]), "crop_ltrb": np.zeros(4)}
+    files["a.npz"] = {"latents": raw[0].numpy(), **size}
+    files["a_48x32_sd3.npz"] = {"latents_4x6": raw[0].numpy(), "original_size_4x6": np.zeros(2)}
+    files["a_48x32_flux.npz"] = {"latents_4x6": raw[0].numpy()}
+    for name, arrays in files.items():
+        np.savez(tmp_path / name, **arrays)
+        read, said = read_latents(tmp_path / name)
+        assert torch.equal(read, raw)
+        assert said is (None if "flux" in name else False)
+    np.save(tmp_path / "a.npy", raw.numpy())
+    torch.save(raw, tmp_path / "a.pt")
+    for name in ("a.npy", "a.pt"):
+        read, said = read_latents(tmp_path / name)
+        assert torch.equal(read, raw) and said is None
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 and no more")
+    for name in ("o.npy", "b.npz"):
+        with pytest.raises(sdconv.CheckpointError, match="numpy's arrays"):
+            read_latents(tmp_path / name)
+    with pytest.raises(sdconv.CheckpointError, match="does not exist"):
+        read_latents(tmp_path / "gone.npz")
+
+
+def test_another_format_of_comfyui(tmp_path: Path) -> None:
+    path = tmp_path / "z.latent"
+    save_file({"latent_tensor": latents(4), "latent_format_version_1": EMPTY}, path)
+    with pytest.raises(sdconv.InputError, match="format of ComfyUI that sdconv does not know"):
+        read_latents(path)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.io.source import TORCH_DTYPES
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.checkpoint.open import Weights
 from sdconv.checkpoint.whole import by_common_name, opened
 
@@ -170,6 +170,9 @@ def compare(
                 _difference(name, ours[name], theirs[name])
             )
             done += size
+        for checkpoint in checkpoints:
+            for part in checkpoint.parts:
+                part.view.source.check_unchanged()
         on_tensor("", done, done)
         return Comparison(
             first=checkpoints[0].label,

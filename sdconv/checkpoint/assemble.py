@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sdconv.checkpoint.identify.find import is_vae_projection
+from sdconv.checkpoint.identify.detected import is_vae_projection
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
 from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype
-from sdconv.checkpoint.io.source import TORCH_DTYPES
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.checkpoint.open import SourceView, Weights, one_of, open_component
 from sdconv.config import Config
 from sdconv.devices import usable_device
@@ -35,12 +35,14 @@ def assemble(
     prefix: str | None = None,
     clamp: bool = False,
     mmap: bool = True,
+    fields: Mapping[str, Any] | None = None,
 ) -> Module:
     """Opens a network from a checkpoint, in eval mode.
 
     Args:
         path, component, dtype, device, family, ema, prefix, clamp, mmap: as for ``sdconv.load``.
         build: makes the network for a config; it is called on the meta device.
+        fields: of the config, which overrule what was found.
 
     Raises:
         SdconvError: as ``sdconv.load``, and what ``build`` raises.
@@ -60,6 +62,7 @@ def assemble(
             one_of({one.component: one for one in (identified, *more)}, None, source.label)
         if ema:
             identified = averaged(identified, source.label)
+        identified = _overruled(identified, fields or {})
         warn_if_open(identified, stacklevel=4)  # the caller of `load` or `from_pretrained`
         with torch.device("meta"):
             network = build(identified.config)
@@ -70,6 +73,22 @@ def assemble(
         network.load_state_dict(state, strict=True, assign=True)
         caster.warn(stacklevel=4)
     return network.eval()
+
+
+# fields that decide between families
+_DECIDING = ("scaling_factor", "attention_head_dim")
+
+
+def _overruled(identified: Identified, fields: Mapping[str, Any]) -> Identified:
+    """The same network with other fields of its config."""
+    kind = type(identified.config)
+    own = {name: value for name, value in fields.items() if name in kind.field_names()}
+    if not own:
+        return identified
+    config = kind.from_json({**identified.config.to_json(), **own}, "the fields of the config")
+    if any(own.get(name) is not None for name in _DECIDING):
+        return replace(identified, config=config.left_open(()), open_to=(), guess=None)
+    return replace(identified, config=config)
 
 
 def shapes_in(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -132,7 +151,7 @@ def _tensors(
                 got=tensor.layout,
                 hint="pass tensor.to_dense() in its place",
             )
-        if tensor.ndim == 4 and is_vae_projection(canonical):
+        if tensor.ndim > 2 and is_vae_projection(canonical):
             tensor = tensor.flatten(1)
         wanted = dtype if tensor.is_floating_point() else tensor.dtype
         cast = caster.cast(tensor, wanted, names[canonical], device)

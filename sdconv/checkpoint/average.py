@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import starmap
 from pathlib import Path
@@ -14,16 +15,21 @@ import torch
 from torch import Tensor
 
 from sdconv.checkpoint.changes import Change, Changes, same_values
-from sdconv.checkpoint.components import components_of
-from sdconv.checkpoint.identify.find import is_constant
+from sdconv.checkpoint.components import (
+    Component,
+    components_of,
+    dequantise_rest,
+    text_encoders,
+)
+from sdconv.checkpoint.identify.other_names import is_constant
 from sdconv.checkpoint.io.computed import Computed, ComputedFile
 from sdconv.checkpoint.io.narrow import Caster
-from sdconv.checkpoint.io.source import TORCH_DTYPES
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.checkpoint.open import Weights
 from sdconv.checkpoint.rewrite import check_form, rewrite
 from sdconv.checkpoint.whole import Checkpoint, by_common_name, opened
-from sdconv.errors import InputError, WeightsMismatchError
+from sdconv.errors import InputError, SdconvError, SdconvWarning, WeightsMismatchError
 
 Shares = Sequence[float]
 """One number for each checkpoint, 1 in all."""
@@ -62,7 +68,8 @@ def average(
     Each floating-point tensor becomes ``sum(share * tensor)``, summed in float32 (in float64 for
     float64 tensors) and rounded once to the first checkpoint's dtype; where all are equal, it keeps
     its bits. Integers (``position_ids``) and constants (noise schedules, ``edm_mean``) are those
-    of the first. The others may have any layout and dtype, as long as they hold the same tensors.
+    of the first. The others may have any layout and dtype, text encoders too, if they hold the
+    same tensors.
 
     Args:
         checkpoints: two or more, each a file or folder of a network or of a whole model.
@@ -78,6 +85,9 @@ def average(
         CheckpointError: something cannot be read or written, or a sum is too large for its dtype.
         WeightsMismatchError: the checkpoints do not hold the same tensors in the same shapes.
         InputError: an argument has a value that is not allowed.
+
+    Warns:
+        SdconvWarning: the VAEs' files say that their latents have different scales.
     """
     count = len(checkpoints)
     if isinstance(checkpoints, str | Path) or count < 2:
@@ -96,9 +106,14 @@ def average(
         opens = [opened(one, stack) for one in checkpoints]
         first = opens[0]
         path, _ = check_form(first, out)
-        of_folders = all(one.is_pipeline for one in opens)
-        named = [by_common_name(one, placed=not of_folders) for one in opens]
+        for one in opens:
+            dequantise_rest(one)
+        named = [by_common_name(one, placed=False) for one in opens]
+        for other, theirs in zip(opens[1:], named[1:], strict=True):
+            for encoder in text_encoders(first):
+                _lay_out(encoder, named[0], other, theirs)
         _check_fit(opens, named)
+        _warn_of_scales(opens)
         components = components_of(first)
         job = _Job(first, components, usual, own, Changes(), Caster(first.label), {}, [])
         job.plan([[one[name] for one in named if name in one] for name in named[0]])
@@ -207,6 +222,90 @@ def _is_averaged(one: OutputTensor) -> bool:
     return dtype is not None and dtype.is_floating_point and not is_constant(one.name, one.shape)
 
 
+def _counts(name: str, one: OutputTensor) -> bool:
+    """Whether a tensor that only one checkpoint has is missed in the other; what contrastive
+    training left in a text encoder, which no prompt embedding depends on, is not."""
+    return _is_averaged(one) and not name.endswith((".logit_scale", ".attn_mask"))
+
+
+def _lay_out(
+    encoder: Component,
+    ours: Mapping[str, OutputTensor],
+    other: Checkpoint,
+    theirs: dict[str, OutputTensor],
+) -> None:
+    """Gives a text encoder of another checkpoint the first one's names and layout.
+
+    Args:
+        encoder: the first checkpoint's.
+        ours, theirs: every tensor of the first and of the other checkpoint by its common name; the
+            latter is changed if its text encoder has another layout.
+    """
+    view = encoder.part.view
+    names: dict[str, list[str]] = {}  # of what each stored tensor holds
+    for name, stored in encoder.tensors.items():
+        names.setdefault(stored.name, []).append(name)
+    by_place = {one.pieces[0]: key for key, one in ours.items()}
+    keys = {stored: by_place[view.home(stored)] for stored in names}
+    twins = [one for one in text_encoders(other) if one.name == encoder.name]
+    if len(twins) != 1 or set(keys.values()) <= set(theirs):
+        return
+    (twin,) = twins
+    if twin.shapes != encoder.shapes:  # the error lists what differs
+        return
+    home = twin.part.view.home
+    gone = {home(stored.name) for stored in twin.tensors.values()}
+    for key in [key for key, one in theirs.items() if one.pieces[0] in gone]:
+        del theirs[key]
+    file = ComputedFile(
+        other.label,
+        {
+            stored: Computed(
+                shape=view.shapes[stored],
+                dtype=twin.part.view.dtype(twin.tensors[own[0]].name),
+                places=tuple(home(twin.tensors[name].name) for name in own),
+                compute=partial(_laid_out, encoder, twin, own, view.shapes[stored]),
+            )
+            for stored, own in names.items()
+        },
+    )
+    for place, key in keys.items():
+        theirs[key] = replace(ours[key], pieces=((file, place),), component=twin.name)
+
+
+def _laid_out(
+    encoder: Component, twin: Component, names: Sequence[str], shape: tuple[int, ...]
+) -> Tensor:
+    """A tensor that holds what ``twin`` has of these names, as ``encoder`` stores it."""
+    tensors = [twin.tensor(name) for name in names]
+    result = torch.empty(shape, dtype=tensors[0].dtype)
+    for name, tensor in zip(names, tensors, strict=True):
+        encoder.slice(name, result).copy_(tensor)
+    return result
+
+
+def _warn_of_scales(opens: Sequence[Checkpoint]) -> None:
+    """Warns of VAEs whose latents have different scales, as far as their files say so.
+
+    Warns:
+        SdconvWarning: there are some.
+    """
+    scales: dict[str, str] = {}
+    for one in opens:
+        for part in one.parts:
+            if part.name not in ("", "vae"):
+                continue
+            with suppress(SdconvError):
+                for known in part.view.identify(None, "vae"):
+                    if not known.open_to and "scaling_factor" in known.config:
+                        factors = (known.config["scaling_factor"], known.config.get("shift_factor"))
+                        scales[one.label] = " with shift ".join(str(f) for f in factors if f)
+    if len(set(scales.values())) > 1:
+        said = ", ".join(f"{label}: {scale}" for label, scale in scales.items())
+        what = f"these VAEs scale their latents differently ({said}); the first one's scale is kept"
+        warnings.warn(SdconvWarning(what), stacklevel=3)
+
+
 def _differ(several: Sequence[OutputTensor]) -> bool:
     """Whether the tensors have different values; those differ whose dtype torch lacks."""
     if len(several) < 2 or len({one.shape for one in several}) > 1:
@@ -224,18 +323,9 @@ def _real(tensor: Tensor) -> Tensor:
 def _check_fit(opens: Sequence[Checkpoint], named: Sequence[Mapping[str, OutputTensor]]) -> None:
     """Refuses checkpoints with other tensors than the first, or the same in other shapes."""
     first, *others = named
-    for name, one in first.items():
-        if len(one.pieces) > 1 or one.transposed:
-            raise WeightsMismatchError(
-                "a text encoder of the first checkpoint has the layout of a folder, those of the "
-                "others that of an original file",
-                where=opens[0].label,
-                got=name,
-                hint="convert the folder first: `sdconv convert FOLDER FILE --layout original`",
-            )
     for checkpoint, theirs in zip(opens[1:], others, strict=True):
-        only_first = [k for k, v in first.items() if k not in theirs and _is_averaged(v)]
-        only_other = [k for k, v in theirs.items() if k not in first and _is_averaged(v)]
+        only_first = [k for k, v in first.items() if k not in theirs and _counts(k, v)]
+        only_other = [k for k, v in theirs.items() if k not in first and _counts(k, v)]
         other_shape = [
             f"{k} {first[k].shape} and {theirs[k].shape}"
             for k in first

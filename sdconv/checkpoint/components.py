@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdconv.checkpoint.identify.find import is_vae_projection, linear_shape, main_network
-from sdconv.checkpoint.identify.quantised import check_quantised
+from sdconv.checkpoint.identify.detected import is_vae_projection, linear_shape
+from sdconv.checkpoint.identify.find import main_network
+from sdconv.checkpoint.identify.quantised import Weighed
 from sdconv.checkpoint.keys.clip import clip_names
 from sdconv.checkpoint.keys.prefixes import SortedNames, prefixes
 from sdconv.checkpoint.whole import Checkpoint, Part
@@ -39,12 +40,14 @@ class Component:
     """A network or a CLIP text encoder in a checkpoint.
 
     ``name``: ``"unet"``, ``"vae"``, ``"text_encoder"`` or ``"text_encoder_2"``. ``tensors``:
-    diffusers' or transformers' name (with ``text_model.``) -> where the file has it.
+    diffusers' or transformers' name (with ``text_model.``) -> where the file has it. ``prefix``: of
+    a text encoder's names in the file.
     """
 
     name: str
     part: Part
     tensors: Mapping[str, Stored]
+    prefix: str = ""
 
     @property
     def is_network(self) -> bool:
@@ -68,7 +71,7 @@ class Component:
             stored = stored.chunk(3)[where.third]
         if where.transposed:
             stored = stored.T
-        is_point = stored.ndim == 4 and self.name == "vae" and is_vae_projection(name)
+        is_point = stored.ndim > 2 and self.name == "vae" and is_vae_projection(name)
         return stored.flatten(1) if is_point else stored
 
     def _shape(self, name: str, stored: Stored) -> tuple[int, ...]:
@@ -85,7 +88,7 @@ def components_in(checkpoint: Checkpoint) -> list[Component]:
 
     Raises:
         UnknownNetworkError: there is none, or there are several networks of one kind.
-        WeightsMismatchError: a network is quantised in a way that is not undone.
+        WeightsMismatchError: one of them is quantised in a way that is not undone.
     """
     found = list(checkpoint.networks())
     result = []
@@ -103,11 +106,15 @@ def components_in(checkpoint: Checkpoint) -> list[Component]:
                 hint="`sdconv convert --component --prefix` takes one of them out",
             )
         part = next(part for part, one in several if one is chosen)
-        check_quantised(kind, chosen, part.view.dtype, checkpoint.label)
+        part.view.check_quantised(Weighed.of(chosen))
         network = part.view.dequantise(chosen)
         tensors = {name: Stored(name=stored) for name, stored in network.names.items()}
         result.append(Component(name=kind, part=part, tensors=tensors))
-    result += text_encoders(checkpoint)
+    for encoder in text_encoders(checkpoint):
+        these = _weighed(encoder)
+        encoder.part.view.check_quantised(these)
+        encoder.part.view.multiply(these)
+        result.append(encoder)
     if not result:
         raise UnknownNetworkError(
             "no network that sdconv knows, and no CLIP text encoder",
@@ -136,7 +143,37 @@ def text_encoders(checkpoint: Checkpoint) -> Iterator[Component]:
             }
             is_second = root == _REFINERS or _SECOND.fullmatch(root) is not None
             name = part.name or ("text_encoder_2" if is_second else "text_encoder")
-            yield Component(name=name, part=part, tensors=tensors)
+            yield Component(name=name, part=part, tensors=tensors, prefix=root)
+
+
+def _weighed(encoder: Component) -> Weighed:
+    """A text encoder's weights, and what lies next to them."""
+    weights = frozenset(stored.name for stored in encoder.tensors.values())
+    under = (name for name in encoder.part.view.shapes if name.startswith(encoder.prefix))
+    others = tuple(name for name in under if name not in weights)
+    return Weighed(what=encoder.name, prefix=encoder.prefix, weights=weights, others=others)
+
+
+def dequantise_rest(checkpoint: Checkpoint) -> None:
+    """Multiplies scaled fp8 weights outside of the networks: text encoders', and those of networks
+    that sdconv does not know.
+
+    Raises:
+        WeightsMismatchError: scales do not fit, or weights are quantised in a way that is not
+            undone.
+    """
+    own = {id(part): set(found.names.values()) for part, found in checkpoint.networks()}
+    for part in checkpoint.parts:
+        groups: dict[str, list[str]] = {}
+        for name in part.view.shapes:
+            if name not in own.get(id(part), ()) and name not in part.view.companions:
+                groups.setdefault(name.partition(".")[0] if "." in name else "", []).append(name)
+        for first, names in groups.items():
+            weights = frozenset(name for name in names if name.endswith(".weight"))
+            others = tuple(name for name in names if name not in weights)
+            these = Weighed(what=part.name or first, prefix="", weights=weights, others=others)
+            part.view.check_quantised(these)
+            part.view.multiply(these)
 
 
 def components_of(checkpoint: Checkpoint) -> dict[tuple[str, str], str]:

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from sdconv.checkpoint.assemble import shapes_in
-from sdconv.checkpoint.identify.find import DetectedNetwork, is_extra
+from sdconv.checkpoint.identify.detected import DetectedNetwork
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified, warn_if_open
+from sdconv.checkpoint.identify.other_names import is_extra
 from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
 from sdconv.checkpoint.io.narrow import Caster
-from sdconv.checkpoint.io.source import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES, TensorsFile
 from sdconv.checkpoint.io.write import CONFIG_KEY, check_in_diffusers, output_path, write_config
 from sdconv.checkpoint.naming import ORIGIN_KEY, FileNames
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights
@@ -307,7 +308,7 @@ class _Job:
             written += self._statistics({one.name for one in written})
         metadata = {"format": "pt"}
         if not self.checkpoint.is_pipeline:
-            metadata = self.checkpoint.parts[0].view.source.metadata
+            metadata = self.checkpoint.parts[0].view.metadata
             if self.layout == "original":
                 metadata.pop(ORIGIN_KEY, None)
         # A single network gets its config, as in what sdconv.save writes. Of several networks,

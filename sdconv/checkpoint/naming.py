@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdconv.checkpoint.identify.find import DetectedNetwork
+from sdconv.checkpoint.identify.detected import DetectedNetwork
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.open import SourceView
 from sdconv.checkpoint.save import original_tensors

@@ -11,25 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdconv.checkpoint.identify.find import (
-    DetectedNetwork,
-    find_networks,
-    is_bare_half,
-    tiny_half,
-)
-from sdconv.checkpoint.identify.infer import Identified, identify, numbers_in
+from sdconv.checkpoint.identify.detected import DetectedNetwork
+from sdconv.checkpoint.identify.find import find_networks
+from sdconv.checkpoint.identify.find_tiny import is_bare_half, tiny_half
+from sdconv.checkpoint.identify.infer import Identified, identify
 from sdconv.checkpoint.identify.quantised import (
     ScaledWeights,
+    Weighed,
     check_quantised,
-    companions_of,
     scaled_weights,
+    without_formats,
 )
+from sdconv.checkpoint.identify.statistics import Statistics, statistics_in
 from sdconv.checkpoint.io.dequantise import DequantisedFile
 from sdconv.checkpoint.io.folder import Folder, folder_at
-from sdconv.checkpoint.io.source import Source, SourceFile, open_files, open_folder
+from sdconv.checkpoint.io.source import Source, open_files, open_folder
+from sdconv.checkpoint.io.tensor_files import SourceFile
 from sdconv.checkpoint.io.write import AVERAGING_FIELDS
 from sdconv.checkpoint.keys.adapters import adapter_in
-from sdconv.config.facts import EDM_STATISTICS
 from sdconv.errors import SdconvWarning, UnknownNetworkError
 
 Weights = str | Path | Sequence[str | Path] | Mapping[str, Tensor]
@@ -124,7 +123,7 @@ class SourceView:
         wanted = f"{prefix.removesuffix('.')}." if prefix else prefix
         for found in self.networks:
             if component in (None, found.component) and wanted in (None, found.prefix):
-                check_quantised(found.component, found, self.dtype, self.source.label)
+                self.check_quantised(Weighed.of(found))
         config = self.source.config
         if config is not None:
             config = {k: v for k, v in config.items() if k not in AVERAGING_FIELDS}
@@ -141,41 +140,66 @@ class SourceView:
         )
         return [replace(one, found=self.dequantise(one.found)) for one in identified]
 
+    def check_quantised(self, these: Weighed) -> None:
+        """Refuses weights that were quantised in a way that sdconv does not undo.
+
+        Raises:
+            WeightsMismatchError: they were.
+        """
+        check_quantised(these, self.dtype, self.source.metadata, self.source.label)
+
     def dequantise(self, found: DetectedNetwork) -> DetectedNetwork:
         """The network without its scales, which ``home`` and ``tensor`` apply from here on.
 
         Raises:
             WeightsMismatchError: the scales do not fit, or the format is unknown.
         """
-        where, known = self.source.label, companions_of(found)
-        kept = tuple(name for name in found.unexpected if name not in known)
-        scaled = ScaledWeights()
-        if not self.dequantised.intersection(found.names.values()):
-            scaled = scaled_weights(found, self.shapes, self.dtype, self._bytes, where)
-        if scaled.scales:
-            file = DequantisedFile(
-                where,
-                {weight: self._homes[weight] for weight in scaled.scales},
-                {weight: self._homes[scale] for weight, scale in scaled.scales.items()},
-            )
-            self._homes |= {weight: (file, weight) for weight in scaled.scales}
-            self.dequantised |= set(scaled.scales)
-            self.companions |= scaled.companions
-        if scaled.scales and scaled.unscaled:
+        these = Weighed.of(found)
+        self.multiply(these)
+        known = these.companions
+        return replace(found, unexpected=tuple(n for n in found.unexpected if n not in known))
+
+    def multiply(self, these: Weighed) -> None:
+        """Takes scaled fp8 weights multiplied by their scales from here on.
+
+        Raises:
+            WeightsMismatchError: the scales do not fit, or the format is unknown.
+
+        Warns:
+            SdconvWarning: some fp8 weights have a scale, others do not.
+        """
+        if self.dequantised.intersection(these.weights):
+            return
+        where = self.source.label
+        scaled: ScaledWeights = scaled_weights(these, self.shapes, self.dtype, self._bytes, where)
+        if not scaled.scales:
+            return
+        file = DequantisedFile(
+            where,
+            {weight: self._homes[weight] for weight in scaled.scales},
+            {weight: self._homes[scale] for weight, scale in scaled.scales.items()},
+        )
+        self._homes |= {weight: (file, weight) for weight in scaled.scales}
+        self.dequantised |= set(scaled.scales)
+        self.companions |= scaled.companions
+        if scaled.unscaled:
             warnings.warn(
-                f"{where}: {len(scaled.unscaled)} fp8 weights of the {found.component} have no "
+                f"{where}: {len(scaled.unscaled)} fp8 weights of the {these.what} have no "
                 f"scale and are taken as they are, such as {scaled.unscaled[0]}; "
                 f"{len(scaled.scales)} have one",
                 SdconvWarning,
                 stacklevel=5,
             )
-        return replace(found, unexpected=kept)
 
-    def _statistics(self) -> dict[str, tuple[float, ...]]:
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The source's metadata, without what is not true any more of weights that were
+        multiplied."""
+        return without_formats(self.source.metadata, self.dequantised)
+
+    def _statistics(self) -> Statistics:
         """The values of the file's ``edm_mean`` and ``edm_std``; empty without them."""
-        if not all(name in self._homes for name in EDM_STATISTICS):
-            return {}
-        return {name: numbers_in(self.tensor(name)) for name in EDM_STATISTICS}
+        return statistics_in(self._homes, self.source.metadata, self.tensor)
 
     def _bytes(self, name: str) -> bytes:
         values = self.tensor(name).contiguous().reshape(-1).view(torch.uint8)

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sdconv.checkpoint.assemble import averaged
-from sdconv.checkpoint.identify.find import EMA_PREFIX, DetectedNetwork
+from sdconv.checkpoint.identify.detected import DetectedNetwork
 from sdconv.checkpoint.identify.infer import Identified
+from sdconv.checkpoint.identify.other_names import EMA_PART
 from sdconv.checkpoint.open import SourceView
 from sdconv.errors import WeightsMismatchError
 
-_EMA = re.compile(rf"(?:.+\.)?{re.escape(EMA_PREFIX)}.+")
 _LOSS = re.compile(r"(?:(?:first_stage_model|vae)\.)?(?:loss\..+|logvar)")
 _OPTIMIZER = re.compile(
     r"(?:optimizers?|optimizer_states?|optim|opt_state|lr_schedulers?|grad_scaler|scaler|callbacks"
@@ -79,7 +79,7 @@ def _averages_in(names: Iterable[str], networks: Sequence[DetectedNetwork]) -> s
     """
     weights = {name for one in networks for name in one.names.values()}
     known = {name for one in networks for name in one.ema.values()}
-    return {name for name in names if name in known or _EMA.fullmatch(name)} - weights
+    return {name for name in names if name in known or EMA_PART.search(name)} - weights
 
 
 def _training_state_in(names: Iterable[str], networks: Sequence[DetectedNetwork]) -> set[str]:

@@ -92,7 +92,7 @@ def _tensors(part: Part, *, prefixed: bool) -> list[OutputTensor]:
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """A single file's metadata: its own, or of a folder the configs of its networks."""
     first, *more = checkpoint.parts
-    metadata = {"format": "pt"} if first.name else dict(first.view.source.metadata)
+    metadata = {"format": "pt"} if first.name else first.view.metadata
     configs = {
         part.name: part.view.source.config
         for part in checkpoint.parts
@@ -131,7 +131,7 @@ def _stage(checkpoint: Checkpoint, folder: Path, stage: Path, on_tensor: OnTenso
     total, before, files = sum(sizes.values()), 0, []
     for part, own in parts.items():
         files.append(Path(part.name) / _file_name(part))
-        metadata = part.view.source.metadata or {"format": "pt"}
+        metadata = part.view.metadata or {"format": "pt"}
         stream(own, stage / files[-1], metadata, on_tensor=_after(before, total, on_tensor))
         before += sizes[part]
     for relative in _other_files(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdconv.checkpoint.identify.find import is_vae_projection
+from sdconv.checkpoint.identify.detected import is_vae_projection
 from sdconv.checkpoint.io.narrow import Caster, check_dtype
 from sdconv.checkpoint.io.write import CONFIG_KEY, output_path, write_folder, write_tensors
 from sdconv.checkpoint.keys.keymap import KeyMap

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
-from sdconv.checkpoint.identify.find import DetectedNetwork, main_network
+from sdconv.checkpoint.identify.detected import DetectedNetwork
+from sdconv.checkpoint.identify.find import main_network
 from sdconv.checkpoint.identify.unet import family_of_width
 from sdconv.checkpoint.io.files import read_json
 from sdconv.checkpoint.io.folder import Folder, folder_at
-from sdconv.checkpoint.io.source import TensorsFile, open_files, open_folder
+from sdconv.checkpoint.io.source import open_files, open_folder
 from sdconv.checkpoint.io.stream import OutputTensor
+from sdconv.checkpoint.io.tensor_files import TensorsFile
 from sdconv.checkpoint.keys.clip import POSITIONS, TRANSPOSED, long_name, open_clip_names
 from sdconv.checkpoint.open import COMPONENTS, SourceView, Weights, network_folders
-from sdconv.errors import CheckpointError
+from sdconv.errors import CheckpointError, UnknownNetworkError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,9 +94,24 @@ def opened(path: Weights, stack: ExitStack, component: str | None = None) -> Che
     if folder is None:
         source = stack.enter_context(open_files(path))
     elif folder.is_pipeline or network_folders(folder):
+        there = _listed_components(folder)
+        if not there:
+            raise CheckpointError(
+                "is a pipeline without weights",
+                where=folder.path,
+                expected="a folder with weights for each component in model_index.json",
+                hint="download the folder again, with its weights",
+            )
+        if component not in (None, *there):
+            raise UnknownNetworkError(
+                f"there is no component {component!r}",
+                where=folder.path,
+                expected=repr(component),
+                got=", ".join(there),
+            )
         parts = tuple(
             Part(name=name, view=SourceView(stack.enter_context(open_folder(one))))
-            for name, one in _listed_components(folder).items()
+            for name, one in there.items()
             if component in (None, name)
         )
         return Checkpoint(label=str(folder.path), parts=parts, folder=folder.path)

@@ -313,6 +313,13 @@ def decode(
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled)
     form = stated if scaled is None else scaled
+    if form is None:
+        taken = "scaled" if isinstance(network, AutoencoderTiny) else "raw"
+        say(
+            f"{latents} does not say whether its latents are raw or scaled: taken as {taken} "
+            "(--raw, --scaled)",
+            "note",
+        )
     is_scaled = isinstance(network, AutoencoderTiny) if form is None else form
     wraps = nullcontext() if seamless is None else made_seamless(network, seamless.value)
     rows, columns = (network.downscale * side for side in z.shape[2:])

@@ -123,6 +123,14 @@ def merge_lora(
             show_default=False,
         ),
     ] = None,
+    text_encoder_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="S",
+            help="The same for text encoders; 0 leaves them as they are.  Default: as --scale.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -137,12 +145,15 @@ def merge_lora(
     Examples:
       sdconv merge-lora v1-5.safetensors style.safetensors --scale 0.8 --out styled.safetensors
       sdconv merge-lora sdxl/ a.safetensors b.safetensors --scale 1 --scale 0.5 --out sdxl-merged/
+      sdconv merge-lora v1-5.safetensors style.safetensors --text-encoder-scale 0.5 -o c.safetensors
     """
     from sdconv.lora.bake import bake_lora as write
 
     check_output(out, force, [checkpoint, *loras])
     with reading("merging") as progress:
-        result = write(checkpoint, loras, out, scale or 1.0, on_tensor=progress)
+        result = write(
+            checkpoint, loras, out, scale or 1.0, text_encoder_scale or None, on_tensor=progress
+        )
     if result.dequantised:
         say(f"{result.dequantised} scaled fp8 weights were multiplied by their scales", "note")
     if result.averages:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -118,11 +119,16 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def has_plain_methods(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module's ``forward`` and ``_conv_forward`` are those of class ``kind``, and torch's
-    own if that is a class of torch's."""
+    own if that is a class of torch's; and so is the function that these call."""
     _, conv_forward = _METHODS.get(kind, (None, None))
     return has_plain_forward(module, kind) and (
-        conv_forward is None or _is_plain(module, kind, "_conv_forward", conv_forward)
+        conv_forward is None
+        or (_is_plain(module, kind, "_conv_forward", conv_forward) and _is_plain_conv2d())
     )
+
+
+def _is_plain_conv2d() -> bool:
+    return torch.compiler.is_compiling() or functional.conv2d is torch.conv2d
 
 
 def has_plain_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sdconv.checkpoint.changes import Change, Changes
 from sdconv.checkpoint.components import Component, components_in
 from sdconv.checkpoint.io.computed import Computed, ComputedFile, Place
+from sdconv.checkpoint.io.source import Source
 from sdconv.checkpoint.io.stream import OnTensor
 from sdconv.checkpoint.open import Weights
 from sdconv.checkpoint.rewrite import check_form, rewrite
@@ -49,6 +50,7 @@ def bake_lora(
     loras: Weights | Sequence[Weights],
     out: str | Path,
     scales: float | Sequence[float] = 1.0,
+    text_encoder_scales: float | Sequence[float] | None = None,
     *,
     on_tensor: OnTensor = lambda name, done, total: None,
 ) -> Baked:
@@ -69,6 +71,7 @@ def bake_lora(
         out: one file if the name ends in ``.safetensors``; any other name is a folder, if the
             checkpoint is one.
         scales: the strength of all, or a list with that of each; negative to subtract.
+        text_encoder_scales: the same for text encoders; None for ``scales``.
         on_tensor: called before each tensor with its name, the bytes done so far and all bytes.
 
     Raises:
@@ -81,7 +84,12 @@ def bake_lora(
         SdconvWarning: a LoRA's alpha is unknown.
     """
     several = _several(loras)
-    strengths = _strengths(scales, len(several))
+    strengths = _strengths(scales, len(several), "scales")
+    for_text = (
+        strengths
+        if text_encoder_scales is None
+        else _strengths(text_encoder_scales, len(several), "text_encoder_scales")
+    )
     with ExitStack() as stack:
         source = opened(checkpoint, stack)
         path, _ = check_form(source, out)
@@ -89,7 +97,8 @@ def bake_lora(
         shapes = {name: one.shapes for name, one in components.items()}
         planned: dict[tuple[str, str], list[Scaled]] = {}
         skipped: dict[str, tuple[str, ...]] = {}
-        for lora, scale in zip(several, strengths, strict=True):
+        sources = []
+        for lora, scale, text_scale in zip(several, strengths, for_text, strict=True):
             read = read_whole_lora(lora, shapes)
             if not read.updates:
                 raise WeightsMismatchError(
@@ -99,12 +108,15 @@ def bake_lora(
                     got=f"{len(read.skipped)} keys of other components",
                 )
             skipped[read.label] = read.skipped
-            for key, update in read.updates.items() if scale else ():  # 0 leaves even -0.0
-                planned.setdefault(key, []).append((update, scale))
+            sources.append(read.source)
+            for key, update in read.updates.items():
+                own = scale if components[key[0]].is_network else text_scale
+                if own:  # 0 leaves even -0.0
+                    planned.setdefault(key, []).append((update, own))
         changes = Changes()
         for name, component in components.items():
-            own = {k: v for (part, k), v in planned.items() if part == name}
-            _substitute(source, component, own, changes)
+            updates = {k: v for (part, k), v in planned.items() if part == name}
+            _substitute(source, component, updates, changes, sources)
         files = rewrite(source, path, on_tensor)
         return Baked(
             files=tuple(files),
@@ -123,7 +135,7 @@ def _several(loras: Weights | Sequence[Weights]) -> list[Weights]:
     return list(loras)
 
 
-def _strengths(scales: float | Sequence[float], count: int) -> list[float]:
+def _strengths(scales: float | Sequence[float], count: int, where: str) -> list[float]:
     if not isinstance(scales, Sequence):
         return [checked_scale(scales)] * count
     if len(scales) == 1:
@@ -131,7 +143,7 @@ def _strengths(scales: float | Sequence[float], count: int) -> list[float]:
     if len(scales) != count:
         raise InputError(
             "scales that are not one for each LoRA",
-            where="scales",
+            where=where,
             expected=f"one for all, or {count}",
             got=f"{len(scales)}: {', '.join(map(str, scales))}",
         )
@@ -143,19 +155,21 @@ def _substitute(
     component: Component,
     updates: Mapping[str, Sequence[Scaled]],
     changes: Changes,
+    loras: Sequence[Source],
 ) -> None:
-    """Puts merged tensors in the place of a component's."""
+    """Puts merged tensors in the place of a component's; the LoRAs must not change meanwhile."""
     view = component.part.view
     by_stored: dict[str, dict[str, Sequence[Scaled]]] = {}
     for name, scaled in updates.items():
         by_stored.setdefault(component.tensors[name].name, {})[name] = scaled
+    read_too = [(file, "") for lora in loras for file in lora.files]
     file = ComputedFile(
         source.label,
         {
             stored: Computed(
                 shape=view.shapes[stored],
                 dtype=view.dtype(stored),
-                places=(view.home(stored),),
+                places=(view.home(stored), *read_too),
                 compute=partial(_merged, component, view.home(stored), own, changes),
             )
             for stored, own in by_stored.items()

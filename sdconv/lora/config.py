@@ -167,7 +167,8 @@ def _read(lora: Weights, source: Source, component: str) -> Mapping[str, Any]:
         with os_errors(path):
             file = path / CONFIG_FILE if path.is_dir() else path.with_name(CONFIG_FILE)
             # next to a file of another name, it may belong to another file
-            exists = (path.is_dir() or path.stem == "adapter_model") and file.exists()
+            is_pefts = path.name.partition(".")[0] == "adapter_model"  # also adapter_model.fp16
+            exists = (path.is_dir() or is_pefts) and file.exists()
         if exists:
             return read_json(file)
     try:

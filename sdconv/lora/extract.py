@@ -17,8 +17,8 @@ from sdconv.checkpoint.changes import same_values
 from sdconv.checkpoint.components import Component, components_in
 from sdconv.checkpoint.io.computed import Computed, ComputedFile
 from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype
-from sdconv.checkpoint.io.source import DTYPE_NAMES, TORCH_DTYPES
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor, stream
+from sdconv.checkpoint.io.tensor_files import DTYPE_NAMES, TORCH_DTYPES
 from sdconv.checkpoint.io.write import output_path
 from sdconv.checkpoint.keys.unet import keys_of_canonical
 from sdconv.checkpoint.open import Weights

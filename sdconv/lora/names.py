@@ -49,12 +49,12 @@ _IA3_WEIGHT = re.compile(r"(?P<stem>.+)\.weight")  # with an `on_input` of the s
 _WRAPPER = re.compile(r"base_model\.model\.")
 _PREFIX = re.compile(
     r"unet\.|vae\.|model\.diffusion_model\.|diffusion_model\.|first_stage_model\."
-    r"|lora_unet_|lora_vae_|lycoris_|oft_unet_"
+    r"|lora_unet[._]|lora_vae[._]|lycoris_|oft_unet_"
 )
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))")
 # text encoders, and embeddings that were trained with them
 _TEXT_ENCODER = re.compile(
-    r"(?:lora_(?:te\d*|prior_te|text_encoders?(?:_\d+)?|clip_[lg]|t5xxl)_"
+    r"(?:lora_(?:te\d*|prior_te|text_encoders?(?:_\d+)?|clip_[lg]|t5xxl)[._]"
     r"|(?:text_encoders?(?:_\d+)?|te\d*|clip_[lgh]|t5xxl|cond_stage_model|conditioner)[._]"
     r"|lycoris_(?:te\d*_)?(?:text_model|text_encoder|te\d+)_"
     r"|(?:transformer\.)?text_model\.|bundle_emb\.).+|emb_params|clip_[lg]|string_to_param\..+"

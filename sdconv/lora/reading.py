@@ -86,7 +86,7 @@ def read_lora(lora: Weights, shapes: Mapping[str, tuple[int, ...]], network: str
         layers = {name: spellings.get(key.layer) for name, key in keys.items()}
         config = AdapterConfig.read(lora, source)
         part = read_part(source, keys, layers, shapes, network, config)
-        if isinstance(lora, str | Path) and part.without_alpha:
+        if isinstance(lora, str | Path):
             warn_without_alpha(source, part.without_alpha)
         skipped += part.repeated
         return Lora(label=source.label, updates=part.updates, skipped=tuple(skipped))
@@ -184,7 +184,8 @@ def check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey]
             where=source.label,
             expected="names that end in .lora_down.weight, .lora_up.weight, .lora_A.weight, "
             ".lora_B.weight, .lora.down.weight, or those of LyCORIS, such as .hada_w1_a and .diff",
-            got=_first(unknown) or f"only {len(source.entries)} keys of text encoders",
+            got=_first(unknown)
+            or f"only {len(source.entries)} keys of text encoders, or of embeddings for them",
             hint=f"this looks like {' and '.join(others)}, which sdconv does not merge"
             if others
             else None,
@@ -282,7 +283,17 @@ def _check_equal(source: Source, name: str, one: Tensor, other: Tensor) -> None:
 
 
 def warn_without_alpha(source: Source, layers: Sequence[str]) -> None:
-    """Warns of layers for which neither the file nor a config gives an alpha."""
+    """Warns of layers for which neither the file nor a config gives an alpha, and of kohya's
+    metadata that have another alpha than the rank that is taken for it."""
+    alpha, dim = (source.metadata.get(f"ss_network_{one}", "") for one in ("alpha", "dim"))
+    if not layers and _number(alpha) not in (None, _number(dim)) and not _has_alphas(source):
+        what = (
+            f"{source.label}: the file has no alphas, but its metadata says ss_network_alpha "
+            f"{alpha} for ss_network_dim {dim}. Alpha is taken to be the rank, as in other "
+            "programs, so that the LoRA may be merged too strongly. hint: to follow the metadata, "
+            "divide alpha by dim and pass scale="
+        )
+        warnings.warn(SdconvWarning(what), stacklevel=4)  # the caller of merge_lora
     if layers:
         what = (
             f"{source.label}: alpha is unknown for {len(layers)} layers: the file has PEFT's "
@@ -291,6 +302,17 @@ def warn_without_alpha(source: Source, layers: Sequence[str]) -> None:
             "adapter_model.safetensors, or divide alpha by the rank and pass scale="
         )
         warnings.warn(SdconvWarning(what), stacklevel=4)  # the caller of merge_lora
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _has_alphas(source: Source) -> bool:
+    return any(name.endswith(".alpha") for name in source.entries)
 
 
 def _first(names: Sequence[str]) -> str:

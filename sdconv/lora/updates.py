@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdconv.checkpoint.io.narrow import beyond_range
 from sdconv.errors import InputError
 
 
@@ -83,9 +84,9 @@ def merged(
     for update, scale in updates:
         total += update.delta(start, scale)
     rounded = total.to(dtype or original.dtype)
-    if not bool(torch.isfinite(rounded.to(wide)).all()):
+    if not bool((torch.isfinite(rounded.to(wide)) & ~beyond_range(total, rounded)).all()):
         raise InputError(
-            "the merged weight has values that are not finite",
+            "the merged weight has values that are not finite, or too large for its dtype",
             where=name,
             expected=f"numbers that {rounded.dtype} can hold",
             got=f"scale {' and '.join(f'{scale:g}' for _, scale in updates)}",

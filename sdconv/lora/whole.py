@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdconv.checkpoint.io.source import open_source
+from sdconv.checkpoint.io.source import Source, open_source
 from sdconv.checkpoint.open import Weights
 from sdconv.lora.config import AdapterConfig
 from sdconv.lora.names import (
@@ -28,7 +28,7 @@ from sdconv.lora.text_names import (
 from sdconv.lora.updates import Update
 
 Shapes = Mapping[str, tuple[int, ...]]
-_VAES = re.compile(r"(?:base_model\.model\.)?(?:lora_vae_|vae\.|first_stage_model\.).+")
+_VAES = re.compile(r"(?:base_model\.model\.)?(?:lora_vae[._]|vae\.|first_stage_model\.).+")
 _NAMES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -41,11 +41,13 @@ _NAMES = {
 class WholeLora:
     """A LoRA for the components of a model. ``label``: the file's name in messages. ``updates``: by
     component and by the parameter's name. ``skipped``: keys of components that the model does not
-    have, of embeddings, and such as repeat others."""
+    have, of embeddings, and such as repeat others. ``source``: the file, whose tensors may still be
+    mapped from it."""
 
     label: str
     updates: Mapping[tuple[str, str], Update]
     skipped: tuple[str, ...]
+    source: Source
 
 
 def read_whole_lora(lora: Weights, components: Mapping[str, Shapes]) -> WholeLora:
@@ -92,9 +94,9 @@ def read_whole_lora(lora: Weights, components: Mapping[str, Shapes]) -> WholeLor
             updates |= {(component, name): update for name, update in part.updates.items()}
             skipped += part.repeated
             without_alpha += part.without_alpha
-        if isinstance(lora, str | Path) and without_alpha:
+        if isinstance(lora, str | Path):
             warn_without_alpha(source, without_alpha)
-        return WholeLora(label=source.label, updates=updates, skipped=tuple(skipped))
+        return WholeLora(label=source.label, updates=updates, skipped=tuple(skipped), source=source)
 
 
 def _component(name: str, key: LoraKey, components: Mapping[str, Shapes]) -> str | None:

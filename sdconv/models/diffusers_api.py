@@ -19,16 +19,23 @@ from torch import nn
 
 from sdconv.backends import provided
 from sdconv.checkpoint.assemble import assemble
-from sdconv.checkpoint.io.files import as_path, os_errors, read_json, weights_path
-from sdconv.checkpoint.io.folder import DIFFUSERS_NAME
+from sdconv.checkpoint.io.files import as_path, read_json, short, weights_path
+from sdconv.checkpoint.io.folder import DIFFUSERS_NAME, folder_at, variant_in
 from sdconv.checkpoint.io.write import AVERAGING_FIELDS, write_config, write_folder
 from sdconv.config import Config
 from sdconv.errors import CheckpointError, InputError, SdconvWarning
 
 # options of diffusers for the hub and for filling a model, which have no effect here
 _IGNORED = frozenset(
-    "cache_dir force_download local_files_only low_cpu_mem_usage proxies revision token"
-    " use_safetensors".split()
+    "cache_dir commit_hash force_download local_files_only low_cpu_mem_usage max_memory mirror"
+    " offload_folder offload_state_dict proxies revision token trust_remote_code use_safetensors"
+    " user_agent".split()
+)
+# options that change numbers, what is returned or where it computes, unless they are not set
+_REFUSED = frozenset(
+    "dduf_entries from_flax ignore_mismatched_sizes original_config output_loading_info"
+    " parallel_config"
+    " quantization_config return_unused_kwargs use_flashpack".split()
 )
 
 
@@ -191,25 +198,41 @@ class DiffusersModel(nn.Module):
             variant: the word in the file's name, such as ``"fp16"``, if the folder has weights in
                 that variant only.
             family: as for ``sdconv.load``.
-            options: those for the hub are accepted, and have no effect.
+            options: fields of the config overrule it, and so does ``config``, a ``config.json``,
+                its folder or its content; ``device_map`` may name one device; ``disable_mmap``
+                reads everything into memory. Those for the hub are accepted, and have no effect,
+                like those that do not exist.
 
         Raises:
             InputError: an option is not supported, or the variant does not exist.
             SdconvError: as ``sdconv.load``.
+
+        Warns:
+            SdconvWarning: an option does not exist.
         """
-        _refuse(set(options) - _IGNORED, "from_pretrained")
+        device = _one_device(options.pop("device_map", None))
+        mmap = not options.pop("disable_mmap", False)
+        given = {**_given_config(options.pop("config", None)), **options}
+        fields = {k: given[k] for k in cls.config_class.field_names() if k in given}
+        options = {k: v for k, v in options.items() if k not in fields}
+        _refuse({name for name in _REFUSED & set(options) if options[name]}, "from_pretrained")
+        if unknown := sorted(set(options) - _IGNORED - _REFUSED):
+            what = f"from_pretrained ignores options that do not exist: {', '.join(unknown)}"
+            warnings.warn(SdconvWarning(what), stacklevel=2)
         path: Any = pretrained_model_name_or_path
         if subfolder is not None:
             path = weights_path(path) / subfolder
         if variant is not None:
-            _check_variant(weights_path(path), variant)
-
+            path = _with_variant(weights_path(path), variant)
         return assemble(
             path,
             functools.partial(cls._build_from, path),
             component=cls.component,
             dtype=dtype or torch_dtype or torch.float32,
+            device=device,
             family=family,
+            mmap=mmap,
+            fields=fields,
         )
 
     @classmethod
@@ -263,10 +286,13 @@ class DiffusersModel(nn.Module):
                 expected=f"fields of {kind.class_name}: {', '.join(self.config)}",
                 got=", ".join(sorted(unknown)),
             )
+        before = self.config
         try:
-            self.config = kind.from_json({**self.config.to_json(), **fields}, "register_to_config")
+            self.config = kind.from_json({**before.to_json(), **fields}, "register_to_config")
         except CheckpointError as error:
             raise InputError("invalid config", where="register_to_config", got=error) from error
+        if self.config.get("scaling_factor") != before.get("scaling_factor"):
+            self.config = self.config.left_open(())  # the caller has decided
 
     def to_json_string(self) -> str:
         """The config as the text of a ``config.json``."""
@@ -426,26 +452,52 @@ def _refuse(options: set[str], method: str) -> None:
         )
 
 
-def _check_variant(folder: Path, variant: str) -> None:
-    """Refuses a variant that does not exist, or that is not what sdconv reads from the folder."""
-    name = f"{DIFFUSERS_NAME}.{variant}.safetensors"
-    forms = ("safetensors.index.{}", "{}.safetensors.index", "safetensors.{}.index")
-    indices = [f"{DIFFUSERS_NAME}.{form.format(variant)}.json" for form in forms]
-    with os_errors(folder):
-        exists = any((folder / one).is_file() for one in (name, *indices))
-        has_plain = (folder / f"{DIFFUSERS_NAME}.safetensors").exists()
-    if not exists:
+def _given_config(config: Any) -> Mapping[str, Any]:
+    """The content of the config that a caller names."""
+    if config is None or isinstance(config, Mapping):
+        return config or {}
+    path = as_path(config)
+    if not path.exists():
+        raise InputError(
+            "this config is not on this machine, and nothing is downloaded here",
+            where="config",
+            expected="a config.json, its folder, or its content",
+            got=short(config),
+            hint="leave config out: it is inferred from the weights' shapes; family= decides the "
+            "rest",
+        )
+    return read_json(path / "config.json" if path.is_dir() else path)
+
+
+def _one_device(device_map: Any) -> str | torch.device:
+    """The device that a ``device_map`` names for everything."""
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return "cpu"
+    if isinstance(device_map, int) and not isinstance(device_map, bool):
+        return f"cuda:{device_map}"
+    if isinstance(device_map, torch.device) or (
+        isinstance(device_map, str) and not device_map.startswith(("auto", "balanced", "seq"))
+    ):
+        return device_map
+    raise InputError(
+        "sdconv does not spread a network over devices",
+        where="device_map",
+        expected="one device, such as 'cuda'",
+        got=short(device_map),
+    )
+
+
+def _with_variant(path: Path, variant: str) -> Path:
+    """The file or the index of a folder's weights in a variant."""
+    folder = folder_at(path)
+    found = None if folder is None else variant_in(folder, variant)
+    if found is None:
         raise InputError(
             "unknown variant",
-            where=folder,
-            expected=name,
+            where=path,
+            expected=f"{DIFFUSERS_NAME}.{variant}.safetensors",
             hint="leave variant out: sdconv then reads the weights that the folder has",
         )
-    if has_plain:
-        raise InputError(
-            "the folder also has weights without a variant, which sdconv reads first",
-            where=folder,
-            expected=f"only {name}",
-            got=f"{DIFFUSERS_NAME}.safetensors too",
-            hint="leave variant out, and pass torch_dtype for another dtype",
-        )
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import seeded, unets
+from helpers import clip, seeded, unets
 from helpers.weight_files import convert, put
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -209,3 +209,55 @@ def test_scaled_fp8_is_multiplied(tmp_path: Path) -> None:
     assert f"{VAE}decoder.conv_in.scale_weight" not in written
     right = small.float() * torch.tensor(0.01) * 0.5 + B[name] * 0.5
     assert torch.equal(written[name], right)
+
+
+@pytest.mark.parametrize("width", [768, 1024])
+def test_text_encoders_in_other_layouts(width: int, tmp_path: Path) -> None:
+    """A folder and an original file, which has OpenCLIP's layout for SD2."""
+    folders, singles = [], []
+    config = {**unets.smallest("SD1"), "cross_attention_dim": width}
+    shapes = {k: tuple(v.shape) for k, v in unets.on_meta(config).state_dict().items()}
+    for seed in (1, 2):
+        folder, single = tmp_path / f"folder{seed}", tmp_path / f"{seed}.safetensors"
+        sdconv.save(sdconv.load(seeded.tensors(KL, seed), family="sd1"), folder / "vae")
+        sdconv.save(sdconv.load(seeded.weights(shapes, seed), family="sd1"), folder / "unet")
+        put(folder / "text_encoder" / "model.safetensors", **clip.text_encoder("", seed))
+        listed = {name: ["diffusers", "X"] for name in ("unet", "vae", "text_encoder")}
+        (folder / "model_index.json").write_text(json.dumps(listed))
+        convert(folder, single, "original", family="sd1" if width == 768 else "sd2")
+        folders.append(folder)
+        singles.append(single)
+    out, right = tmp_path / "out.safetensors", tmp_path / "right.safetensors"
+    average(singles, right, (0.25, 0.75))
+    wanted = load_file(right)
+    assert any(name.endswith("in_proj_weight") for name in wanted) == (width == 1024)
+    result = average([singles[0], folders[1]], out, (0.25, 0.75))
+    assert result.averaged["text_encoder"] > 10
+    found = load_file(out)
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    # the other way round, a folder is written
+    average([folders[0], singles[1]], tmp_path / "mixed", (0.25, 0.75))
+    average(folders, tmp_path / "pure", (0.25, 0.75))
+    one, two = (
+        load_file(tmp_path / name / "text_encoder" / "model.safetensors")
+        for name in ("mixed", "pure")
+    )
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    # the control: they differ, and another shape is refused
+    assert not torch.equal(two[LAYER], clip.text_encoder("", 1)[LAYER])
+    put(folders[1] / "text_encoder" / "model.safetensors", **clip.text_encoder("", 2, 16))
+    with pytest.raises(WeightsMismatchError, match="do not fit"):
+        average([singles[0], folders[1]], out)
+
+
+def test_vaes_of_other_scales_are_said(tmp_path: Path) -> None:
+    paths = []
+    for seed, family in enumerate(("sd1", "sdxl", "sd2")):
+        paths.append(tmp_path / f"{family}.safetensors")
+        sdconv.save(sdconv.load(seeded.tensors(KL, seed), family=family), paths[-1])
+    out = tmp_path / "out.safetensors"
+    with pytest.warns(sdconv.SdconvWarning, match=r"0\.18215, .*0\.13025"):
+        average(paths[:2], out)
+    assert sdconv.load(out).config.scaling_factor == 0.18215
+    average(paths[::2], out)  # the control: no warning

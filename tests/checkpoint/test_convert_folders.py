@@ -110,3 +110,15 @@ def test_a_file_made_from_a_folder_comes_back_from_diffusers_names_byte_by_byte(
     convert(made, between, "diffusers")
     convert(between, back, "original")
     assert back.read_bytes() == made.read_bytes() != between.read_bytes()
+
+
+def test_pipelines_that_lack_weights(tmp_path: Path) -> None:
+    (tmp_path / "pipe" / "vae").mkdir(parents=True)
+    (tmp_path / "pipe" / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(sdconv.CheckpointError, match="is a pipeline without weights"):
+        convert(tmp_path / "pipe", out, "original")
+    save_file({"x": torch.ones(1)}, tmp_path / "pipe" / "vae" / "model.safetensors")
+    with pytest.raises(sdconv.UnknownNetworkError, match="no component 'unet'"):
+        convert(tmp_path / "pipe", out, "original", "unet")
+    assert not out.exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import seeded, unets
+from helpers import clip, seeded, unets
 from helpers.slow import first_of
 from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
@@ -18,8 +20,11 @@ from torch import Tensor
 
 import sdconv
 from sdconv.analysis.inspection import inspect
+from sdconv.checkpoint.average import average
 from sdconv.checkpoint.io.dequantise import block_size, spread_scale
 from sdconv.checkpoint.save import original_tensors
+from sdconv.lora.bake import bake_lora
+from sdconv.lora.extract import extract_lora
 
 PREFIX = "first_stage_model."
 CONFIG = seeded.SMALL_KL
@@ -287,3 +292,164 @@ def test_a_scale_for_rows_is_not_one_for_columns() -> None:
     assert rows is not None
     assert (weight * rows)[:, 0].tolist() == [1.0, 2.0, 3.0]
     assert spread_scale(torch.ones(4), (3, 5)) is None
+
+
+LINEAR = "encoder.mid_block.attentions.0.to_q."
+
+
+def linear(scale: Tensor, leaf: str = "scale_weight", **more: Tensor) -> tuple[State, Tensor]:
+    """A VAE with one scaled fp8 linear layer, and what that layer holds in the file."""
+    state = dict(seeded.tensors(seeded.SMALL_KL))
+    small = (state[f"{LINEAR}weight"] * 50).to(E4M3)
+    added = {LINEAR + name: tensor for name, tensor in {leaf: scale, **more}.items()}
+    return state | {f"{LINEAR}weight": small} | added, small.float()
+
+
+@pytest.mark.parametrize("shape", [(64, 2, 1), (64, 1, 1), (64, 1), (1, 64), (4, 2), (2, 1)])
+def test_shapes_of_scales(shape: tuple[int, ...]) -> None:
+    """Also musubi-tuner's, one for each row and block of columns with an axis more."""
+    scale = 0.01 + torch.arange(math.prod(shape)).reshape(shape) / 1000
+    state, small = linear(scale)
+    grid = scale.reshape(shape[:2])
+    right = torch.empty(64, 64)
+    for row, column in itertools.product(range(64), range(64)):
+        right[row, column] = grid[row * shape[0] // 64, column * shape[1] // 64]
+    loaded = sdconv.load(state, family="sd1").state_dict()[f"{LINEAR}weight"]
+    assert torch.equal(loaded, small * right)
+
+
+@pytest.mark.parametrize("leaf", ["scale", "weight.scale", "weight_zero_point", "weight_qdata"])
+def test_names_that_are_not_known_are_refused_as_such(leaf: str, tmp_path: Path) -> None:
+    state, _ = linear(torch.tensor(0.02), leaf)
+    path = tmp_path / "vae.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+    for call in (
+        lambda: sdconv.load(path, family="sd1"),
+        lambda: convert(path, tmp_path / "o.safetensors", "original", family="sd1"),
+    ):
+        with pytest.raises(sdconv.WeightsMismatchError, match=r"quantised \(scaled fp8") as caught:
+            call()
+        assert f"{LINEAR}{leaf}" in str(caught.value)
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_scales_of_inputs_and_outputs_do_not_matter() -> None:
+    plain, small = linear(torch.tensor(0.02))
+    extra = {name: torch.tensor(3.0) for name in ("activation_scale", "output_scale")}
+    for state in (plain, linear(torch.tensor(0.02), **extra)[0]):
+        loaded = sdconv.load(state, family="sd1").state_dict()[f"{LINEAR}weight"]
+        assert torch.equal(loaded, small * torch.tensor(0.02))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_scale_is_a_number(value: float) -> None:
+    with pytest.raises(sdconv.WeightsMismatchError, match="scaled fp8 weight is not finite"):
+        sdconv.load(linear(torch.tensor(value))[0], family="sd1")
+
+
+def test_a_scale_of_columns_without_an_axis_is_not_taken_for_one_of_rows() -> None:
+    with pytest.raises(sdconv.WeightsMismatchError, match="does not fit it"):
+        sdconv.load(linear(torch.ones(32))[0], family="sd1")
+
+
+def test_formats_in_comfyuis_metadata(tmp_path: Path) -> None:
+    key, path, out = "_quantization_metadata", tmp_path / "vae.safetensors", tmp_path / "o"
+    state, small = linear(torch.tensor(0.02), "weight_scale")
+    layer = LINEAR.removesuffix(".")
+    for said, fine in (("float8_e4m3fn", True), ("nvfp4", False)):
+        layers = {layer: {"format": said}, "another": {"format": "nvfp4"}}
+        save_file(state, path, {key: json.dumps({"format_version": "1.0", "layers": layers})})
+        if not fine:
+            with pytest.raises(sdconv.WeightsMismatchError, match="ComfyUI's format 'nvfp4'"):
+                sdconv.load(path, family="sd1")
+            continue
+        loaded = sdconv.load(path, family="sd1").state_dict()[f"{LINEAR}weight"]
+        assert torch.equal(loaded, small * torch.tensor(0.02))
+        convert(path, tmp_path / "o.safetensors", "diffusers", family="sd1")
+        # what is written is not quantised any more
+        kept = json.loads(sdconv.read_header(tmp_path / "o.safetensors").metadata[key])
+        assert set(kept["layers"]) == {"another"}
+    assert not out.exists()
+
+
+Q = f"{clip.PREFIX}{clip.LAYER}."
+OTHER = "model.diffusion_model.double_blocks.0.img_attn.qkv."
+
+
+def with_text(seed: int, scale: float, other: bool = False) -> tuple[State, State]:
+    """A VAE with a text encoder, or with a network that sdconv does not know, whose one layer is
+    scaled fp8; and the same in float32."""
+    vae = {PREFIX + k: v for k, v in seeded.tensors(CONFIG, seed).items()}
+    text = clip.text_encoder(seed=seed)
+    right = vae | ({f"{OTHER}weight": text[f"{Q}weight"]} if other else text)
+    layer = OTHER if other else Q
+    small, number = (right[f"{layer}weight"] / scale).to(E4M3), torch.tensor(scale)
+    right[f"{layer}weight"] = small.float() * number
+    return right | {f"{layer}weight": small, f"{layer}scale_weight": number}, right
+
+
+def stored(folder: Path, *states: State) -> list[Path]:
+    paths = [folder / f"{number}.safetensors" for number in range(len(states))]
+    for path, state in zip(paths, states, strict=True):
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    return paths
+
+
+def test_a_scaled_text_encoder_is_merged_into_and_extracted_from(tmp_path: Path) -> None:
+    (small, right), (tuned, tuned_right) = with_text(1, 0.01), with_text(2, 0.02)
+    stem = f"lora_te_{clip.LAYER.replace('.', '_')}"
+    lora = {
+        f"{stem}.lora_down.weight": torch.ones(1, 32),
+        f"{stem}.lora_up.weight": torch.ones(32, 1),
+    }
+    paths = stored(tmp_path, small, right, tuned, tuned_right, lora)
+    results = []
+    for path in paths[:2]:
+        results.append(bake_lora(path, paths[4], tmp_path / "out.safetensors"))
+        written = load_file(tmp_path / "out.safetensors")
+        assert torch.equal(written[f"{Q}weight"], right[f"{Q}weight"] + 1)
+        assert f"{Q}scale_weight" not in written
+    assert [one.dequantised for one in results] == [1, 0]
+    outs = [tmp_path / "l0.safetensors", tmp_path / "l1.safetensors"]
+    extract_lora(paths[0], paths[2], outs[0], 2)
+    extract_lora(paths[1], paths[3], outs[1], 2)
+    one, two = map(load_file, outs)
+    assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_scaled_weights_outside_of_the_networks_are_averaged(other: bool, tmp_path: Path) -> None:
+    (a, a_right), (b, b_right) = with_text(1, 0.01, other), with_text(2, 0.02, other)
+    outs = [tmp_path / "s.safetensors", tmp_path / "r.safetensors"]
+    marker = {f"{OTHER.partition('double')[0] if other else clip.PREFIX}scaled_fp8": torch.empty(0)}
+    paths = stored(tmp_path, a | marker, b | marker, a_right, b_right)
+    assert average(paths[:2], outs[0]).dequantised == 1
+    average(paths[2:], outs[1])
+    one, two = map(load_file, outs)
+    assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_other_quantisation_outside_of_the_networks_is_not_averaged(tmp_path: Path) -> None:
+    states = []
+    for seed in (1, 2):
+        _, right = with_text(seed, 0.01, other=True)
+        right[f"{OTHER}weight"] = right[f"{OTHER}weight"].to(torch.uint8)
+        states.append(right | {f"{OTHER}weight.absmax": torch.ones(4) * seed})
+    with pytest.raises(sdconv.WeightsMismatchError, match="model is quantised"):
+        average(stored(tmp_path, *states), tmp_path / "out.safetensors")
+
+
+def test_plain_fp8_is_averaged_in_its_own_dtype(tmp_path: Path) -> None:
+    states = []
+    for seed in (1, 2):
+        drawn = seeded.tensors(CONFIG, seed)
+        states.append({k: v.to(E4M3) if v.ndim > 1 else v for k, v in drawn.items()})
+    out = tmp_path / "out.safetensors"
+    average(stored(tmp_path, *states), out)
+    name = "decoder.conv_in.weight"
+    right = (states[0][name].float() * 0.5 + states[1][name].float() * 0.5).to(E4M3)
+    assert torch.equal(load_file(out)[name].float(), right.float())
+    states[1][name] = torch.full_like(states[1][name].float(), 448).to(E4M3)
+    with pytest.raises(sdconv.CheckpointError, match="out of range in float8_e4m3fn") as caught:
+        average(stored(tmp_path, *states), out, (-2, 3))
+    assert "clamp" not in str(caught.value)

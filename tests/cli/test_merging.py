@@ -106,6 +106,11 @@ def test_merge_lora(here: Path, tmp_path: Path) -> None:
     assert said["changes"].get("vae", {"relative": 0})["relative"] < 1e-6  # of the last bit
     assert torch.allclose(load_file(out)[NAME], load_file(a)[NAME], atol=1e-6)
     assert "nothing changed" in run("merge-lora", a, lora, "--scale", 0, "-fo", out).stdout
+    # the scale of text encoders, of which this checkpoint has none, is one of its own
+    given = ("--scale", 0.5, "--text-encoder-scale", 0)
+    assert "vae: 1 modules" in run("merge-lora", a, lora, *given, "-fo", out).stdout
+    again = sdconv.load(out).state_dict()
+    assert all(torch.equal(again[k], v) for k, v in network.state_dict().items())
 
 
 def test_extract_lora(here: Path, tmp_path: Path) -> None:

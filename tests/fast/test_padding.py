@@ -107,6 +107,18 @@ def test_a_method_of_torchs_class_is_replaced(method: str, monkeypatch: pytest.M
         assert error(got, before) > 1e-3, "the control: the change matters"
 
 
+def test_torchs_function_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = seeded.network(CONFIG)
+    ordinary, plain = outputs(network), torch.conv2d
+
+    def replacement(x: Tensor, *given: Any, **named: Any) -> Tensor:
+        return plain(x, *given, **named) * 1.01
+
+    monkeypatch.setattr(functional, "conv2d", replacement)
+    for got, before in zip(check(network), ordinary, strict=True):
+        assert error(got, before) > 1e-3, "the control: the change matters"
+
+
 @pytest.mark.parametrize("mode", first_of(MODES))
 def test_strips_of_any_height(mode: str) -> None:
     from helpers.streamed import call, executed, planned

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from helpers import loras
+from diffusers import AutoencoderKL, ControlNetXSAdapter, UNet2DConditionModel
+from helpers import loras, pipelines
 from helpers.patching import REPLACED, code_of, code_run_by, plain
 from helpers.pipelines import KINDS, SCHEDULERS, TEXT_WIDTH, pipeline, run, scheduler
 from helpers.slow import first_of, marked_slow
@@ -132,3 +134,38 @@ def test_in_half_precision(kind: str) -> None:
     before, after = pipeline(kind).to(torch.float16), swapped(kind).to(torch.float16)
     assert run(after, kind) == run(before, kind)
     assert after.vae.dtype == before.vae.dtype
+
+
+@pytest.mark.parametrize("kind", ["text", "xl"])
+def test_controlnet_xs(kind: str) -> None:
+    """diffusers takes the U-Net apart when the pipeline is made."""
+    found = []
+    config = {**pipeline(kind).unet.config, "layers_per_block": 2}  # which ControlNet-XS expects
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    for make in (pipeline, swapped):
+        pipe = make(kind, unet=pipelines.unet(**config))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            control = ControlNetXSAdapter.from_unet(pipelines.unet(**config), size_ratio=0.5).eval()
+            for parameter in control.parameters():
+                if not parameter.any():  # zero, as before training
+                    nn.init.normal_(parameter, std=0.1)
+        own = "StableDiffusionXL" if kind == "xl" else "StableDiffusion"
+        whole = getattr(diffusers, f"{own}ControlNetXSPipeline")
+        wanted = inspect.signature(whole.__init__).parameters
+        parts = {name: part for name, part in pipe.components.items() if name in wanted}
+        xs = whole(**parts, controlnet=control)
+        xs.set_progress_bar_config(disable=True)
+        assert type(xs.unet).__name__ == "UNetControlNetXSModel"
+        for scale in (1.0, 0.0):
+            image = xs(
+                prompt="cat",
+                image=torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(1)),
+                controlnet_conditioning_scale=scale,
+                num_inference_steps=2,
+                generator=torch.Generator().manual_seed(2),
+                output_type="pt",
+            ).images
+            found.append(image)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1]), "the control does something"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import loras, pipelines, seeded
+from helpers import clip, loras, pipelines, seeded
 from helpers.slow import first_of
 from helpers.weight_files import convert, raw
 from safetensors.torch import load_file, save_file
@@ -308,3 +308,49 @@ def test_averages_and_scales_are_said(tmp_path: Path) -> None:
     written = load_file(out)
     assert "unet.conv_in.scale_weight" not in written
     assert torch.equal(written[name], small.float() * torch.tensor(0.01) + 0.25)
+
+
+def test_a_one_byte_weight_does_not_saturate_in_silence(tmp_path: Path) -> None:
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in seeded.tensors(seeded.SMALL_KL).items()}
+    path, out = tmp_path / "vae.safetensors", tmp_path / "out.safetensors"
+    save_file(state, path)
+    stem = "lora_vae_decoder_mid_block_attentions_0_to_q"
+    for value, fits in ((400.0, True), (500.0, False)):
+        lora = {f"{stem}.lora_down.weight": torch.ones(1, 64)}
+        lora[f"{stem}.lora_up.weight"] = torch.full((64, 1), value)
+        if fits:
+            bake_lora(path, lora, out)
+            continue
+        with pytest.raises(InputError, match="values that are not finite, or too large"):
+            bake_lora(path, lora, out)
+
+
+def test_text_encoders_have_a_scale_of_their_own(tmp_path: Path) -> None:
+    vae = seeded.tensors(seeded.SMALL_KL)
+    text = clip.text_encoder()
+    layer, network = f"{clip.PREFIX}{clip.LAYER}.weight", "decoder.mid_block.attentions.0.to_q"
+    state = {f"first_stage_model.{k}": v for k, v in vae.items()} | text
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file(state, path)
+    loras = []
+    for value in (1.0, 2.0):
+        lora = {}
+        for stem, width in ((f"lora_te_{clip.LAYER}", 32), (f"lora_vae_{network}", 64)):
+            stem = stem.replace(".", "_")
+            lora[f"{stem}.lora_down.weight"] = torch.ones(1, width)
+            lora[f"{stem}.lora_up.weight"] = torch.full((width, 1), value)
+        loras.append(lora)
+    for scales, of_text, of_vae, in_text in (
+        (1.0, None, 3.0, 3.0),
+        (1.0, 0.0, 3.0, 0.0),
+        (0.0, 1.0, 0.0, 3.0),
+        ([1.0, 2.0], [0.5, -1.0], 5.0, -1.5),
+    ):
+        bake_lora(path, loras, out, scales, of_text)
+        written = load_file(out)
+        assert torch.allclose(written[layer], state[layer] + in_text, atol=1e-6)
+        name = f"first_stage_model.{network}.weight"
+        assert torch.allclose(written[name], state[name] + of_vae, atol=1e-6)
+    with pytest.raises(InputError, match="not one for each LoRA") as caught:
+        bake_lora(path, loras, out, 1.0, [1.0, 2.0, 3.0])
+    assert "text_encoder_scales" in str(caught.value)

@@ -57,12 +57,31 @@ def test_the_config_next_to_pefts_file(
     save_file(PEFT, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     expected = factor * (UP @ DOWN)
-    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+    (tmp_path / "variant").mkdir()
+    save_file(PEFT, tmp_path / "variant" / "adapter_model.fp16.safetensors")
+    (tmp_path / "variant" / "adapter_config.json").write_text(json.dumps(config))
+    for path in (
+        tmp_path,
+        tmp_path / "adapter_model.safetensors",
+        tmp_path / "variant" / "adapter_model.fp16.safetensors",
+    ):
         assert torch.allclose(change(network, path), expected, atol=1e-6)
     # in a file of another name, the config may belong to another file
     save_file(PEFT, tmp_path / "style.safetensors")
     with pytest.warns(sdconv.SdconvWarning, match=r"style\.safetensors: alpha is unknown"):
         assert torch.allclose(change(network, tmp_path / "style.safetensors"), UP @ DOWN, atol=1e-6)
+
+
+def test_kohyas_metadata_with_another_alpha(network: Any, tmp_path: Path) -> None:
+    """Other programs do not read them, so neither is followed in silence."""
+    path = tmp_path / "style.safetensors"
+    said = {"ss_network_dim": "4", "ss_network_alpha": "2.0"}
+    save_file(GOOD, path, said)
+    with pytest.warns(sdconv.SdconvWarning, match=r"ss_network_alpha 2\.0 for ss_network_dim 4"):
+        assert torch.allclose(change(network, path), UP @ DOWN, atol=1e-6)
+    for fine in ({**said, "ss_network_alpha": "4"}, {"ss_network_alpha": "Dynamic"}, None):
+        save_file(GOOD, path, fine)
+        assert torch.allclose(change(network, path), UP @ DOWN, atol=1e-6)
 
 
 @pytest.mark.parametrize(

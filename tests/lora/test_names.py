@@ -35,6 +35,7 @@ FORMS = (
     "unet.{}.lora.[down|up].weight",
     "unet.{}.lora_linear_layer.[down|up].weight",
     "{}.lora_[down|up].weight",
+    "lora_unet.{}.lora_[down|up].weight",
     "diffusion_model.{}.lora_[down|up].weight",
 )
 
@@ -116,6 +117,7 @@ TEXT_KEYS = (
     "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
     "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight",
     "base_model.model.text_encoder.encoder.layers.0.mlp.fc1.lora_B.weight",
+    "lora_te1.text_model.encoder.layers.0.mlp.fc1.lora_down.weight",
 )
 
 

@@ -216,9 +216,41 @@ def test_variants(tmp_path: Path) -> None:
     assert same(cls.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), ours)
     with pytest.raises(sdconv.InputError, match="unknown variant"):
         cls.from_pretrained(tmp_path, variant="bf16")
-    ours.save_pretrained(tmp_path)
-    with pytest.raises(sdconv.InputError, match="weights without a variant"):
-        cls.from_pretrained(tmp_path, variant="fp16")
+    # next to weights without a variant, each opens its own
+    network("AutoencoderKL").save_pretrained(tmp_path)
+    assert same(cls.from_pretrained(tmp_path), network("AutoencoderKL"))
+    assert same(cls.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), ours)
+
+
+def test_options_of_from_pretrained(tmp_path: Path) -> None:
+    """What diffusers takes for the config, the device and the hub; what does not exist is said."""
+    network("AutoencoderKL").save_pretrained(tmp_path)
+    cls, peer = sdconv.AutoencoderKL, diffusers.AutoencoderKL
+    for fields in ({}, {"scaling_factor": 0.5}, {"force_upcast": False, "sample_size": 64}):
+        ours, theirs = (one.from_pretrained(tmp_path, **fields) for one in (cls, peer))
+        assert same(ours, theirs)
+        for name in ("scaling_factor", "force_upcast", "sample_size", "latent_channels"):
+            assert ours.config[name] == theirs.config[name]
+    quiet: dict[str, Any] = {
+        **{"device_map": {"": "cpu"}, "low_cpu_mem_usage": False, "mirror": None},
+        **{"ignore_mismatched_sizes": False, "disable_mmap": True, "max_memory": None},
+    }
+    assert same(cls.from_pretrained(tmp_path, **quiet), network("AutoencoderKL"))
+    with pytest.warns(sdconv.SdconvWarning, match="ignores options that do not exist: foo"):
+        assert same(cls.from_pretrained(tmp_path, foo=1), network("AutoencoderKL"))
+    # a config of one's own, as for from_single_file
+    config = {**network("AutoencoderKL").config.to_json(), "scaling_factor": 0.75}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    for one in (config, tmp_path / "own", str(tmp_path / "own" / "config.json")):
+        state = network("AutoencoderKL").state_dict()
+        assert cls.from_single_file(state, config=one).config.scaling_factor == 0.75
+    with pytest.raises(sdconv.InputError, match="config is not on this machine"):
+        cls.from_pretrained(tmp_path, config="owner/name")
+    with pytest.raises(sdconv.InputError, match="not support"):
+        cls.from_pretrained(tmp_path, original_config="v1-inference.yaml")
+    with pytest.raises(sdconv.CheckpointError, match="block_out_channels"):
+        cls.from_pretrained(tmp_path, block_out_channels="many")
 
 
 def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
@@ -228,9 +260,12 @@ def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
     assert "got: AutoencoderTiny" in str(caught.value)
     with pytest.raises(sdconv.UnknownNetworkError, match="no component 'unet'"):
         sdconv.UNet2DConditionModel.from_pretrained(tmp_path)
-    with pytest.raises(sdconv.InputError, match="not support") as caught:
-        sdconv.AutoencoderTiny.from_pretrained(tmp_path, device_map="auto", token=None)
-    assert "got: device_map\n" in str(caught.value)
+    for option in ({"quantization_config": {}, "output_loading_info": True}, {"from_flax": 1}):
+        with pytest.raises(sdconv.InputError, match="not support") as caught:
+            sdconv.AutoencoderTiny.from_pretrained(tmp_path, **option, token=None)
+        assert f"got: {list(option)[-1]}\n" in str(caught.value)
+    with pytest.raises(sdconv.InputError, match="does not spread a network over devices"):
+        sdconv.AutoencoderTiny.from_pretrained(tmp_path, device_map="auto")
     with pytest.warns(sdconv.SdconvWarning, match="could be of sd1"):
         sdconv.AutoencoderKL.from_single_file(network("AutoencoderKL").state_dict())
     decided = sdconv.AutoencoderKL.from_single_file(

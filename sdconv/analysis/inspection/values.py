@@ -11,7 +11,7 @@ import torch
 
 from sdconv.analysis.inspection.contents import Paths, open_all
 from sdconv.checkpoint.io.header import DTYPE_BITS
-from sdconv.checkpoint.io.source import TORCH_DTYPES
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 
 
 @dataclass(kw_only=True)

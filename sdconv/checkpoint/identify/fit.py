@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdconv.checkpoint.identify.find import Shapes
+from sdconv.checkpoint.identify.detected import Shapes
 from sdconv.checkpoint.identify.infer import Identified
 from sdconv.checkpoint.identify.shapes import Shape
 from sdconv.errors import WeightsMismatchError
@@ -71,6 +71,11 @@ class Fit:
             return "dequantise the weights with the software that wrote them"
         if self.missing and not self.unexpected and not self.misshapen:
             return "check that the file is whole; `sdconv inspect` lists its tensors"
+        if self.missing and self.unexpected:
+            return (
+                "some names are of a layout that sdconv does not know, or of another network; "
+                "`sdconv inspect` lists all tensors"
+            )
         if self.missing:
             return (
                 "check that the file is whole and of one network; `sdconv inspect` lists its "

@@ -9,9 +9,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdconv.checkpoint.identify.find import DetectedNetwork, Shapes, find_networks, main_network
-from sdconv.checkpoint.identify.others import other_kind, other_unet, tiny_video
+from sdconv.checkpoint.identify.detected import DetectedNetwork, Shapes
+from sdconv.checkpoint.identify.find import find_networks, main_network
+from sdconv.checkpoint.identify.others import tiny_video
+from sdconv.checkpoint.identify.refusals import (
+    check_first_stage,
+    check_halves,
+    check_quant_convs,
+    check_unet,
+    not_found,
+    under,
+)
 from sdconv.checkpoint.identify.shapes import BY_CONFIG, InferredConfig, NetworkShapes, collapsed
+from sdconv.checkpoint.identify.statistics import (
+    Statistics,
+    statistics_in,
+    tensors_of_statistics,
+)
 from sdconv.checkpoint.identify.tiny import TINY_FAMILIES, read_tiny
 from sdconv.checkpoint.identify.unet import open_unet, read_unet
 from sdconv.checkpoint.identify.vae import (
@@ -34,7 +48,7 @@ from sdconv.config import (
     Config,
     UNet2DConditionConfig,
 )
-from sdconv.config.facts import EDM_STATISTICS, VAE_FACTS
+from sdconv.config.facts import VAE_FACTS
 from sdconv.config.unet import UNET_FACTS
 from sdconv.errors import (
     CheckpointError,
@@ -42,7 +56,6 @@ from sdconv.errors import (
     SdconvError,
     SdconvWarning,
     UnknownNetworkError,
-    WeightsMismatchError,
 )
 
 # the values that ``family=`` accepts
@@ -93,7 +106,7 @@ def infer(
     Warns:
         SdconvWarning: the shapes fit several families that differ in, say, the scaling factor.
     """
-    statistics: Mapping[str, tuple[float, ...]] = {}
+    statistics: Statistics = statistics_in((), _checked_metadata(metadata), lambda name: None)
     if isinstance(shapes, Header):
         metadata = shapes.metadata if metadata is None else metadata
         statistics = _statistics_in(shapes)
@@ -113,7 +126,7 @@ def identify(
     component: str | None = None,
     prefix: str | None = None,
     config: Mapping[str, Any] | None = None,
-    statistics: Mapping[str, tuple[float, ...]] | None = None,
+    statistics: Statistics | None = None,
     where: object = None,
 ) -> list[Identified]:
     """Like ``infer``, but also returns where each network was found and what decided its family. It
@@ -137,11 +150,11 @@ def identify(
     everything = find_networks(shapes, where) if networks is None else networks
     found = [one for one in everything if component in (None, one.component)]
     if prefix is not None:
-        found = _under(found, prefix, where)
+        found = under(found, prefix, where)
     if not found:
-        raise _not_found(shapes, everything, component, where)
+        raise not_found(shapes, everything, component, where)
     if component in (None, "vae") and prefix is None:
-        _check_first_stage(shapes, found, where)
+        check_first_stage(shapes, found, where)
     for name in sorted({one.component for one in found}):
         several = [one for one in found if one.component == name]
         chosen = main_network(several) if len(several) > 1 else several[0]
@@ -156,7 +169,8 @@ def identify(
                 hint="pass " + " or ".join(f"prefix={one.prefix!r}" for one in several[:4]),
             )
         found = [one for one in found if one.component != name or one is chosen]
-        _check_halves(chosen, several, shapes, where)
+        check_halves(chosen, several, shapes, where)
+        check_quant_convs(chosen, everything, shapes, where)
     around = Surroundings(
         shapes=shapes, networks=everything, metadata=metadata, statistics=statistics or {}
     )
@@ -165,120 +179,14 @@ def identify(
         if one.kind in ("AutoencoderKL", "AutoencoderKLFlux2"):
             check_kind(one, one.shapes(shapes), where)
         if one.component == "unet":
-            _check_unet(one, where)
+            check_unet(one, where)
         if one.kind == "AutoencoderTiny" and tiny_video(shapes, one.prefix):
-            raise _not_found(shapes, (), component, where)
+            raise not_found(shapes, (), component, where)
         if given := dict(config or {}) or _config_in(metadata, one.component, where):
             result.append(_with_config(one, around, given, family, where))
         else:
             result.append(Identified(found=one, **vars(_read(one, around, family, where))))
     return result
-
-
-def _under(found: Sequence[DetectedNetwork], prefix: str, where: object) -> list[DetectedNetwork]:
-    """The networks under the prefix that the caller names."""
-    wanted = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
-    if chosen := [one for one in found if one.prefix == wanted]:
-        return chosen
-    raise UnknownNetworkError(
-        f"there is no network under the prefix {prefix!r}",
-        where=where,
-        expected=" or ".join(repr(one.prefix) for one in found[:8]) or "a network",
-        got=repr(prefix),
-    )
-
-
-def _not_found(
-    shapes: Shapes, everything: Sequence[DetectedNetwork], component: str | None, where: object
-) -> UnknownNetworkError:
-    """The error for a checkpoint without the network that is asked for, which names what it holds
-    instead."""
-    kind = other_kind(shapes) if component in (None, "vae") or not everything else None
-    if kind is not None:
-        return UnknownNetworkError(
-            f"no network that sdconv knows: this is {kind}",
-            where=where,
-            expected="a VAE or a tiny autoencoder for images, or a U-Net",
-            got=_glimpse(list(shapes)),
-            hint="run it with diffusers, or with the code that it was trained with",
-        )
-    if everything:
-        return UnknownNetworkError(
-            f"there is no component {component!r}",
-            where=where,
-            expected=repr(component),
-            got=", ".join(sorted({one.component for one in everything})),
-        )
-    return UnknownNetworkError(
-        "no network that sdconv knows",
-        where=where,
-        expected="a VAE, a tiny autoencoder or a U-Net, in diffusers' or the original layout",
-        got=_glimpse(list(shapes)),
-        hint="check that this is the right file; `sdconv inspect` lists a file's tensors",
-    )
-
-
-def _check_unet(found: DetectedNetwork, where: object) -> None:
-    """Refuses a U-Net with modules that sdconv does not build, and names it."""
-    if kind := other_unet(name.removeprefix(found.prefix) for name in found.unexpected):
-        raise UnknownNetworkError(
-            f"the unet is {kind[0]}, which sdconv does not build",
-            where=where,
-            expected="the U-Net of Stable Diffusion 1, 2 or XL, or one distilled from it",
-            got=short(kind[1]),
-            hint="run it with diffusers, or with the code that it was trained with",
-        )
-
-
-def _check_first_stage(shapes: Shapes, found: Sequence[DetectedNetwork], where: object) -> None:
-    """Refuses a copy of a VAE somewhere else in a file whose own VAE is for videos."""
-    first = "first_stage_model."
-    if not any(one.component == "vae" for one in found) or any(
-        one.prefix == first for one in found
-    ):
-        return
-    if any(len(shape) == 5 and name.startswith(first) for name, shape in shapes.items()):
-        others = [one.prefix for one in found if one.component == "vae"]
-        raise UnknownNetworkError(
-            f"the vae under {first} is {other_kind(shapes, first) or 'for videos'}, which sdconv "
-            "does not build",
-            where=where,
-            expected="a VAE for images",
-            got=f"another VAE under {others[0] or 'no prefix'}, which is not the file's own",
-            hint=f"to use that one, pass prefix={others[0]!r}",
-        )
-
-
-def _check_halves(
-    chosen: DetectedNetwork, several: Sequence[DetectedNetwork], shapes: Shapes, where: object
-) -> None:
-    """Refuses half of a VAE, and says where a whole one lies."""
-    if chosen.kind not in ("AutoencoderKL", "AutoencoderKLFlux2"):
-        return
-    halves = {half: _has_half(chosen, half) for half in ("encoder", "decoder")}
-    if all(halves.values()):
-        return
-    there, gone = ("decoder", "encoder") if halves["decoder"] else ("encoder", "decoder")
-    whole = [
-        one
-        for one in several
-        if one is not chosen and _has_half(one, "encoder") and _has_half(one, "decoder")
-    ]
-    raise WeightsMismatchError(
-        f"the VAE is incomplete: under {chosen.prefix or 'no prefix'} there is the {there} alone, "
-        f"and its {gone} is missing",
-        where=where,
-        expected="an encoder and a decoder",
-        got=f"{len(chosen.names)} tensors of the {there}",
-        hint=f"a whole VAE lies under {whole[0].prefix or 'no prefix'}: pass "
-        f"prefix={whole[0].prefix!r}"
-        if whole
-        else "load a file with the whole VAE",
-    )
-
-
-def _has_half(found: DetectedNetwork, half: str) -> bool:
-    return any(name.startswith(f"{half}.") for name in found.names)
 
 
 def _checked_shapes(shapes: object) -> dict[str, tuple[int, ...]]:
@@ -487,20 +395,11 @@ _CONFIGS: Mapping[str, type[Config]] = {
 }
 
 
-def _statistics_in(header: Header) -> dict[str, tuple[float, ...]]:
+def _statistics_in(header: Header) -> Statistics:
     """The values of a file's ``edm_mean`` and ``edm_std``; empty without them."""
-    if not all(name in header.tensors for name in EDM_STATISTICS):
-        return {}
+    if tensors_of_statistics(header.tensors) is None:
+        return statistics_in((), header.metadata, lambda name: None)
     from sdconv.checkpoint.io.source import open_source  # which imports torch
 
     with open_source(header.path) as source:
-        return {name: numbers_in(source.tensor(name)) for name in EDM_STATISTICS}
-
-
-def numbers_in(tensor: Any) -> tuple[float, ...]:
-    """A small tensor's values."""
-    return tuple(map(float, tensor.float().flatten().tolist())) if tensor.numel() <= 64 else ()
-
-
-def _glimpse(names: list[str]) -> str:
-    return f"{len(names)} tensors: {short(sorted(names)[:4])}" if names else "no tensors"
+        return statistics_in(header.tensors, header.metadata, source.tensor)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-KEY = "modelspec.architecture"
+# where it may stand: modelspec's own key, and that of kohya's training scripts
+_KEYS = ("modelspec.architecture", "ss_base_model_version")
 
 # beginnings of modelspec.architecture, the most specific first
 _WORDS: Sequence[tuple[str, str]] = (
@@ -25,5 +26,18 @@ _WORDS: Sequence[tuple[str, str]] = (
 
 def family_in(metadata: Mapping[str, str]) -> str | None:
     """The family; None if the metadata names none that sdconv knows."""
-    said = metadata.get(KEY, "").lower()
-    return next((named for word, named in _WORDS if said.startswith(word)), None)
+    return _named(metadata)[0]
+
+
+def spoken(metadata: Mapping[str, str]) -> str:
+    """What names the family, as ``modelspec.architecture = ...``; empty if nothing does."""
+    return _named(metadata)[1]
+
+
+def _named(metadata: Mapping[str, str]) -> tuple[str | None, str]:
+    for key in _KEYS:
+        said = metadata.get(key, "")
+        for word, named in _WORDS:
+            if said.lower().startswith(word):
+                return named, f"{key} = {said}"
+    return None, ""

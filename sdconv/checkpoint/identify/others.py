@@ -64,6 +64,11 @@ _KINDS: tuple[tuple[str, tuple[_Sign, ...]], ...] = (
         "Stable Video Diffusion's VAE, whose decoder is for videos",
         (_Sign(r"decoder\.(time_conv_out|conv_out\.time_mix_conv)\..+"),),
     ),
+    ("Open-Sora's VAE, for videos", (_Sign(r"(.*\.)?(spatial_vae|temporal_vae)\..+"),)),
+    (
+        "a VQ model for videos, such as MAGVIT-v2",
+        (_Sign(r"(encoder|decoder)\..+", _AXES_OF_VIDEO), _Sign(r"quantizers?\..+")),
+    ),
     (
         "HunyuanVideo's VAE, for videos",
         (_Sign(r"(encoder|decoder)\..+\.conv1\.conv\.weight", 5),),
@@ -128,6 +133,27 @@ _KINDS: tuple[tuple[str, tuple[_Sign, ...]], ...] = (
     (
         "a VAE for videos, with convolutions over time",
         (_Sign(r"(quant_conv|post_quant_conv)\.weight", _AXES_OF_VIDEO),),
+    ),
+    (
+        "the latent upscaler's U-Net, with K-diffusion's blocks",
+        (_Sign(r"(down|up)_blocks\.[0-9]+\.resnets\.[0-9]+\.norm[12]\.linear\..+"),),
+    ),
+    ("an autoencoder for audio", (_Sign(r"(.*\.)?(encoder|decoder)\..+\.weight_v"),)),
+    ("an IP-Adapter", (_Sign(r"(image_proj|ip_adapter)\..+"),)),
+    ("FLUX.1's transformer", (_Sign(r"(.*\.)?double_blocks\.0\.img_attn\.qkv\.weight"),)),
+    ("SD3's transformer", (_Sign(r"(.*\.)?joint_blocks\.0\.x_block\.attn\.qkv\.weight"),)),
+    ("a safety checker", (_Sign(r"(.*\.)?concept_embeds"),)),
+    (
+        "a CLIP text encoder",
+        (_Sign(r"(.*\.)?(embeddings\.)?token_embedding\.weight"),),
+    ),
+    ("a CLIP image encoder", (_Sign(r"(.*\.)?vision_model\.embeddings\..+"),)),
+    ("a T5 text encoder", (_Sign(r"(.*\.)?block\.0\.layer\.0\.SelfAttention\.q\.weight"),)),
+    ("a textual inversion embedding", (_Sign(r"emb_params|clip_[lg]|\*"),)),
+    ("a hypernetwork", (_Sign(r"[0-9]{3,4}\.[01]\.linear.*\.weight"),)),
+    (
+        "an upscaler of images (ESRGAN)",
+        (_Sign(r"body\.0\.rdb1\.conv1\.weight|model\.1\.sub\.0\.RDB1\.conv1\.0\.weight"),),
     ),
 )
 # names of modules that only other U-Nets have

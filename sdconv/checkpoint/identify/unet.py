@@ -29,6 +29,9 @@ from sdconv.config.unet import (
 )
 from sdconv.errors import InputError
 
+UNKNOWN_WIDTH = "prompt embeddings of the width"
+"""How the evidence begins where the width of the prompt embedding decides nothing."""
+
 
 def read_unet(
     shapes: NetworkShapes, metadata: Mapping[str, str], family: str | None = None
@@ -314,7 +317,8 @@ def _family(
         evidence = f"prompt embeddings of width {context}; {said}"
         return name, evidence, fitting if name in fitting else list(UNET_FACTS)
     how = "linear" if linear else "a convolution"
-    return name, f"proj_in is {how}, the width {context} of no known family; {said}", fitting
+    evidence = f"{UNKNOWN_WIDTH} {context} of no known family, and proj_in is {how}; {said}"
+    return name, evidence, fitting
 
 
 def family_of_width(context: int | None, linear: bool) -> str:

@@ -8,9 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sdconv.checkpoint.identify.find import DetectedNetwork
-from sdconv.checkpoint.identify.metadata import KEY, family_in
+from sdconv.checkpoint.identify.detected import DetectedNetwork
+from sdconv.checkpoint.identify.metadata import family_in, spoken
 from sdconv.checkpoint.identify.shapes import BY_CALLER, InferredConfig, NetworkShapes, Shape
+from sdconv.checkpoint.identify.statistics import (
+    Statistics,
+    tensors_of_statistics,
+    unrelated_statistics,
+)
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
@@ -69,6 +74,16 @@ def check_kind(found: DetectedNetwork, shapes: Mapping[str, Shape], where: objec
             got=f"{given[0]} channels out of the encoder",
             hint="run it with the code that it was trained with",
         )
+    for name, shape in shapes.items():
+        if name.endswith("upsamplers.0.conv.weight") and len(shape) == 4 and shape[0] > shape[1]:
+            raise UnknownNetworkError(
+                "the vae upsamples by shuffling channels into pixels, as HunyuanImage's and DC-AE "
+                "do, which sdconv does not build",
+                where=where,
+                expected="as many channels out of an upsampling convolution as into it",
+                got=f"{name} {shape}",
+                hint="run it with the code that it was trained with",
+            )
     for name in found.unexpected:
         for pattern, what in _OTHER_KINDS:
             if pattern.fullmatch(name.removeprefix(found.prefix)):
@@ -94,7 +109,7 @@ class Surroundings:
     shapes: Mapping[str, Shape]
     networks: Sequence[DetectedNetwork] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    statistics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=dict)
 
 
 def read_vae(
@@ -320,6 +335,22 @@ def _vae_family(
     if family is not None:
         check_family(family, latent)
         return _FamilyChoice(family, BY_CALLER)
+    choice = _without_statistics(structure, around, fitting)
+    if not (strays := unrelated_statistics(around.shapes, around.metadata)):
+        return choice
+    candidates = (choice.family, *choice.open_to, "playground-v2.5")
+    doubt = (
+        f"lies next to {', '.join(strays)}, which may be statistics of its latents, but not both "
+        f"{' and '.join(EDM_STATISTICS)}, as Playground v2.5 has them"
+    )
+    open_to = tuple(dict.fromkeys(name for name in candidates if name in (choice.family, *fitting)))
+    return replace(choice, open_to=open_to, doubt=doubt)
+
+
+def _without_statistics(
+    structure: Mapping[str, Any], around: Surroundings, fitting: Sequence[str]
+) -> _FamilyChoice:
+    """The family, except for what statistics say that sdconv does not know."""
     said = family_in(around.metadata)
     shown = _shown(around, fitting)
     if shown is not None:
@@ -328,8 +359,7 @@ def _vae_family(
     if said is None:
         return choice
     if said in fitting:
-        spoken = around.metadata[KEY]
-        return _FamilyChoice(said, f"metadata: {KEY} = {spoken}")
+        return _FamilyChoice(said, f"metadata: {spoken(around.metadata)}")
     return _compared(choice, said, fitting)
 
 
@@ -409,7 +439,8 @@ def family_of_unets(around: Surroundings) -> tuple[str, str] | None:
 
 def _shown(around: Surroundings, fitting: Sequence[str]) -> _FamilyChoice | None:
     """The family that the rest of the checkpoint shows."""
-    if all(name in around.shapes for name in EDM_STATISTICS) and "playground-v2.5" in fitting:
+    there = around.statistics or tensors_of_statistics(around.shapes)
+    if there and "playground-v2.5" in fitting:
         said = " and ".join(EDM_STATISTICS)
         if around.statistics:
             return _FamilyChoice("playground-v2.5", f"{said} in the file")

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from sdconv.checkpoint.io.header import DTYPE_BITS, TensorInfo
-from sdconv.checkpoint.io.source import SourceFile
+from sdconv.checkpoint.io.tensor_files import SourceFile
 
 Place = tuple[SourceFile, str]
 """A file, and the name of a tensor in it."""
@@ -20,7 +20,7 @@ class Computed:
     """A tensor that does not exist yet.
 
     ``compute``: makes it, with this shape and in this dtype (safetensors' name). ``places``: the
-    tensors that it is made of.
+    tensors that it is made of, or files of which it is made in part (then without a name).
     """
 
     shape: tuple[int, ...]

@@ -15,7 +15,7 @@ from math import prod
 import torch
 
 from sdconv.checkpoint.io.header import TensorInfo
-from sdconv.checkpoint.io.source import SourceFile
+from sdconv.checkpoint.io.tensor_files import SourceFile
 from sdconv.errors import WeightsMismatchError
 
 BLOCK = 128
@@ -50,6 +50,13 @@ class DequantisedFile(SourceFile):
     def _read(self, name: str) -> torch.Tensor:
         (file, own), (scale_file, scale_name) = self._weights[name], self._scales[name]
         weight, scale = file.tensor(own).float(), scale_file.tensor(scale_name).float()
+        if not bool(scale.isfinite().all()):
+            raise WeightsMismatchError(
+                f"the scale of a scaled fp8 weight is not finite: {name}",
+                where=self.label,
+                expected="numbers",
+                got=scale_name,
+            )
         spread = spread_scale(scale, tuple(weight.shape))
         if spread is None:
             raise misfit(name, tuple(weight.shape), scale_name, tuple(scale.shape), self.label)
@@ -76,15 +83,20 @@ def spread_scale(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | 
 
     One number, one for each row, or one for each block of every axis that the scale has: the block
     is 128 if that gives this number of blocks, else the only power of two that does, else the
-    length divided by the number.
+    length divided by the number. Further axes of length 1 do not count (musubi-tuner's scales are
+    ``(rows, blocks, 1)``).
     """
     if scale.numel() == 1:
         return scale.reshape(())
     if not shape:
         return None
+    if scale.ndim == 1 and scale.shape != shape[:1]:
+        return None  # of columns, or of blocks of an axis that is not said
     if scale.ndim == 1 or prod(scale.shape) == scale.shape[0]:
         # one number for each row, or for each block of rows
         scale = scale.reshape(-1, *(1,) * (len(shape) - 1))
+    while scale.ndim > len(shape) and scale.shape[-1] == 1:
+        scale = scale.squeeze(-1)
     if scale.ndim > len(shape):
         return None
     scale = scale.reshape(*scale.shape, *(1,) * (len(shape) - scale.ndim))

@@ -112,7 +112,7 @@ class Folder:
             if group := [c for c in candidates if c.kind in kinds]:
                 chosen = _choose(self.path, group)
                 if chosen.is_index:
-                    return _indexed(self.path, chosen, _same_but_whole(chosen, group))
+                    return _indexed(self.path, chosen, _same_but_whole(chosen, candidates))
                 return FolderWeights(files=(chosen.path,), weight_map=None)
         names = [child.name for child in self.children]
         raise CheckpointError(
@@ -213,6 +213,18 @@ def _candidates(children: Iterable[Path]) -> list[_Candidate]:
     return found
 
 
+def variant_in(folder: Folder, variant: str) -> Path | None:
+    """The file or the index with a folder's weights of a variant, such as ``fp16``; None if it has
+    none."""
+    found = [
+        one
+        for one in _candidates(folder.children)
+        if one.variant == variant and (one.is_index or not _SHARD.search(one.path.name))
+    ]
+    found.sort(key=lambda one: (one.base != DIFFUSERS_NAME, one.kind in _PICKLES, not one.is_index))
+    return found[0].path if found else None
+
+
 def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
     whole = [c for c in group if c.is_index or not _SHARD.search(c.path.name)]
     if not whole:
@@ -237,13 +249,18 @@ def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
     return best[0]
 
 
-def _same_but_whole(index: _Candidate, group: list[_Candidate]) -> Path | None:
-    """The file that holds all of an index's weights, going by the names."""
-    for one in group:
-        named = (one.base, one.variant, one.kind) == (index.base, index.variant, index.kind)
-        if named and not one.is_index:
-            return one.path
-    return None
+def _same_but_whole(index: _Candidate, candidates: list[_Candidate]) -> Path | None:
+    """The file that holds all of an index's weights, going by the names: the one of its own name,
+    or else one of another variant, kind or name."""
+    whole = [one for one in candidates if not one.is_index and not _SHARD.search(one.path.name)]
+    whole.sort(
+        key=lambda one: (
+            one.base != index.base,
+            one.kind != index.kind,
+            one.variant != index.variant,
+        )
+    )
+    return whole[0].path if whole else None
 
 
 def _indexed(folder: Path, index: _Candidate, whole: Path | None = None) -> FolderWeights:

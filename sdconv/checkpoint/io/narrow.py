@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -17,18 +18,27 @@ STORAGE_ONLY = frozenset(
 )
 
 
+# dtypes with a larger range, by dtype
+_WIDER = {
+    torch.float16: "bfloat16 or float32",
+    torch.bfloat16: "float32 or float64",
+    **dict.fromkeys(STORAGE_ONLY, "float16 or bfloat16"),
+}
+
+
 class Caster:
     """Casts floating-point tensors, and refuses or clamps values beyond the new dtype's range.
 
     Args:
         where: the weights' name, for messages.
-        clamp: whether such values become the largest finite one; infinity stays infinity.
+        clamp: whether such values become the largest finite one; infinity stays infinity. None: no,
+            and the caller cannot ask for it.
         count: whether to note the tensors whose values change, which takes a second pass.
 
     ``rounded``: the names of those tensors.
     """
 
-    def __init__(self, where: object, *, clamp: bool = False, count: bool = False) -> None:
+    def __init__(self, where: object, *, clamp: bool | None = None, count: bool = False) -> None:
         self._where, self._clamp, self._count = where, clamp, count
         self.rounded: set[str] = set()
         self._clamped: dict[str, float] = {}
@@ -52,7 +62,8 @@ class Caster:
                 self.rounded.add(name)
         if not (tensor.is_floating_point() and _is_narrower(dtype, tensor.dtype)):
             return result
-        if not (overflowed := result.isinf() & ~tensor.isinf().to(device)).any():
+        overflowed = beyond_range(tensor.to(device), result)
+        if not overflowed.any():
             return result
         source = tensor.to(device)
         limit = torch.finfo(dtype).max
@@ -60,14 +71,16 @@ class Caster:
         value = float(worst[worst.abs().argmax()])
         if not self._clamp:
             short = str(dtype).removeprefix("torch.")
-            half = dtype == torch.float16
-            wider = "bfloat16 or float32" if half else "float32 or float64"
+            becomes = "out of range" if dtype in STORAGE_ONLY else "infinite"
+            option = (
+                "" if self._clamp is None else ", or pass clamp=True for the largest finite value"
+            )
             raise CheckpointError(
-                f"{name} holds {value:g}, which is infinite in {short}",
+                f"{name} holds {value:g}, which is {becomes} in {short}",
                 where=self._where,
                 expected=f"values from {-limit:g} to {limit:g}",
                 got=f"{int(overflowed.sum())} beyond that",
-                hint=f"use {wider}, or pass clamp=True for the largest finite value",
+                hint=f"use {_WIDER.get(dtype, 'float64')}{'' if self._clamp is None else option}",
             )
         if name not in self._clamped or abs(value) > abs(self._clamped[name]):
             self._clamped[name] = value
@@ -88,6 +101,17 @@ class Caster:
                 SdconvWarning,
                 stacklevel=stacklevel,
             )
+
+
+def beyond_range(before: Tensor, after: Tensor) -> Tensor:
+    """Where a finite value is beyond the range of the narrower dtype."""
+    if after.dtype not in STORAGE_ONLY:
+        return after.isinf() & ~before.isinf()
+    # torch makes of them the largest value, infinity or NaN, according to the dtype
+    facts = torch.finfo(after.dtype)
+    half_a_step = facts.eps * 2.0 ** math.floor(math.log2(facts.max)) / 2
+    wide = before.float() if before.dtype in STORAGE_ONLY else before
+    return wide.isfinite() & (wide.abs() > facts.max + half_a_step)
 
 
 def _is_narrower(dtype: torch.dtype, source: torch.dtype) -> bool:

@@ -116,8 +116,8 @@ _SAFER = (
 def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a torch checkpoint, on the CPU; memory-mapped in the zip format.
 
-    The weights are a dict of tensors, in dicts of any depth. Everything else in the file is
-    dropped.
+    The weights are a dict of tensors, in dicts and lists of any depth. Everything else in the file
+    is dropped. A single tensor alone gets the name ``tensor``.
 
     Raises:
         CheckpointError: the file cannot be read, is not a torch checkpoint, asks for more than
@@ -353,6 +353,8 @@ def _reason(error: Exception) -> str:
 
 
 def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
+    if isinstance(content, torch.Tensor):  # such as a pipeline's latents
+        return {"tensor": torch.Tensor.detach(content)}
     dicts = _dicts_of_tensors(content)
     # the weights of a network have names of several parts
     candidates = {k: v for k, v in dicts.items() if any("." in name for name in v)}
@@ -390,20 +392,22 @@ def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
 
 
 def _dicts_of_tensors(content: object) -> dict[str, dict[str, torch.Tensor]]:
-    """Every dict that holds tensors, by the names that lead to it, joined by dots."""
+    """Every dict that holds tensors, by the names and numbers that lead to it, joined by dots."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     seen: set[int] = set()
     queue: deque[tuple[str, object]] = deque([("", content)])
     while queue:
         path, one = queue.popleft()
-        if not isinstance(one, Mapping) or id(one) in seen or len(path) > _LONGEST_PATH:
+        if not isinstance(one, Mapping | list | tuple) or id(one) in seen:
+            continue
+        if len(path) > _LONGEST_PATH:
             continue
         seen.add(id(one))
-        if tensors := _tensors(one):
+        if isinstance(one, Mapping) and (tensors := _tensors(one)):
             found[path or _OUTERMOST] = tensors
-        for name, value in one.items():
-            if isinstance(name, str) and not _NOT_WEIGHTS.fullmatch(name):
-                queue.append((f"{path}.{name}" if path else name, value))
+        for name, value in one.items() if isinstance(one, Mapping) else enumerate(one):
+            if isinstance(name, str | int) and not _NOT_WEIGHTS.fullmatch(str(name)):
+                queue.append((f"{path}.{name}" if path else str(name), value))
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.io.header import DTYPE_BITS, TensorInfo
 from sdconv.checkpoint.io.narrow import Caster
-from sdconv.checkpoint.io.source import DTYPE_NAMES, TORCH_DTYPES, SourceFile
+from sdconv.checkpoint.io.tensor_files import DTYPE_NAMES, TORCH_DTYPES, SourceFile
 from sdconv.checkpoint.io.write import write_whole
 from sdconv.errors import CheckpointError
 

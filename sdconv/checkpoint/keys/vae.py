@@ -82,12 +82,12 @@ TINY_KEYS = KeyMap(
 )
 
 # Every name that converters have given to a layer of the attention, by diffusers' present one:
-# diffusers' before 0.17, and the original's.
+# diffusers' before 0.17, the original's, and those of ports to other libraries.
 _ATTENTION_NAMES: Mapping[str, tuple[str, ...]] = {
-    "to_q": ("to_q", "query", "q"),
-    "to_k": ("to_k", "key", "k"),
-    "to_v": ("to_v", "value", "v"),
-    "to_out.0": ("to_out.0", "proj_attn", "proj_out", "to_out"),
+    "to_q": ("to_q", "query", "q", "query_proj", "q_proj"),
+    "to_k": ("to_k", "key", "k", "key_proj", "k_proj"),
+    "to_v": ("to_v", "value", "v", "value_proj", "v_proj"),
+    "to_out.0": ("to_out.0", "proj_attn", "proj_out", "to_out", "out_proj"),
     "group_norm": ("group_norm", "norm"),
 }
 _ATTENTION = re.compile(

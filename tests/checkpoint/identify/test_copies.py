@@ -37,6 +37,7 @@ SPELLINGS = {
     "diffusers' now": {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
     "diffusers' before": {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"},
     "with group_norm": {"norm": "group_norm"},
+    "another library's": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj_out": "out_proj"},
 }
 
 
@@ -238,3 +239,61 @@ def test_marks_are_carried_and_explained(layout: str, tmp_path: Path) -> None:
 
 def test_marks_next_to_a_vae() -> None:
     assert same(sdconv.load(vae() | EXTRAS, family="sd1"), seeded.tensors(KL))
+
+
+@pytest.mark.parametrize("first", ["vae.", ""])
+def test_no_video_vae_is_replaced(first: str) -> None:
+    video = {k: v[:, :, None] if v.ndim == 4 else v for k, v in vae(first).items()}
+    with pytest.raises(sdconv.UnknownNetworkError, match="video"):
+        sdconv.load(video | vae(COPY, 2), family="sd1")
+    assert same(sdconv.load(vae(COPY, 2), family="sd1"), seeded.tensors(KL, 2))  # the control
+
+
+def test_quant_convolutions_elsewhere() -> None:
+    state = {k if "quant" in k else f"module.{k}": v for k, v in vae().items()}
+    with pytest.raises(sdconv.WeightsMismatchError, match="post_quant_conv, but the file has one"):
+        sdconv.load(state, family="sd1")
+    bare = {f"module.{k}": v for k, v in vae().items() if "quant" not in k}
+    assert not sdconv.load(bare, family="sd1").config.use_quant_conv  # the control
+
+
+def test_convolutions_over_sequences_are_linear() -> None:
+    state = {k: v[..., 0] if ".attn_1." in k and v.ndim == 4 else v for k, v in vae().items()}
+    assert same(sdconv.load(state, family="sd1"), seeded.tensors(KL))
+
+
+@pytest.mark.parametrize(
+    "part", ["ema.", "ema_model.", "ema_model.module.", "vae_ema.", "model_ema."]
+)
+@pytest.mark.parametrize("prefix", ["", FIRST])
+def test_averages_under_other_names(part: str, prefix: str, tmp_path: Path) -> None:
+    state = vae(prefix, 1) | vae(part + prefix, 2)
+    assert same(sdconv.load(state, family="sd1"), seeded.tensors(KL, 1))
+    assert same(sdconv.load(state, family="sd1", ema=True), seeded.tensors(KL, 2))
+    out = tmp_path / "out.safetensors"
+    convert(state, out, "diffusers", family="sd1", ema="only")
+    assert set(load_file(out)) == set(seeded.tensors(KL))
+    assert same(sdconv.load(out), seeded.tensors(KL, 2))
+    convert(state, out, "diffusers", family="sd1", prune=True)
+    assert not any("ema" in name for name in load_file(out))
+
+
+def test_averages_of_everything_without_dots() -> None:
+    state = vae(FIRST, 1) | {
+        f"model_ema.{name.replace('.', '')}": tensor for name, tensor in vae(FIRST, 2).items()
+    }
+    assert same(sdconv.load(state, family="sd1", ema=True), seeded.tensors(KL, 2))
+    name = "model_ema.first_stage_modeldecoderconv_outbias"
+    del state[name]
+    with pytest.raises(sdconv.WeightsMismatchError, match=f"expected: {name}"):
+        sdconv.load(state, family="sd1", ema=True)
+    only = {k: v for k, v in state.items() if k.startswith("model_ema.")}
+    with pytest.raises(sdconv.UnknownNetworkError, match="only running averages"):
+        sdconv.load(only)
+
+
+def test_any_small_tensor_without_a_dot_is_carried(tmp_path: Path) -> None:
+    state = vae() | {"noise_offset": torch.rand(3), "sigmas": torch.rand(100)}
+    assert same(sdconv.load(state, family="sd1"), seeded.tensors(KL))
+    convert(state, tmp_path / "o.safetensors", "diffusers", family="sd1")
+    assert torch.equal(load_file(tmp_path / "o.safetensors")["noise_offset"], state["noise_offset"])

@@ -262,3 +262,63 @@ def test_statistics_scale_the_latents() -> None:
     scaled = scale(network, raw)
     torch.testing.assert_close(scaled, (raw - mean) * 0.5 / std)
     torch.testing.assert_close(unscale(network, scaled), raw)
+
+
+def test_statistics_anywhere_and_in_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "playground.safetensors"
+    for prefix in ("model.", VAE, "vae."):
+        state = vae() | unet(2048) | {prefix + name: one for name, one in EDM.items()}
+        assert of_playground(sdconv.load(state, "vae").config)
+        save_file(state, path)
+        assert of_playground(sdconv.infer(sdconv.read_header(path))["vae"])
+    for mean, std in (
+        (json.dumps(MEAN), json.dumps(STD)),
+        ("-1.5,2,-1.25,2.5", "8.5 5.75 6.5 5.25"),
+    ):
+        save_file(vae() | unet(2048), path, {"edm_mean": mean, "edm_std": std})
+        assert of_playground(sdconv.load(path, "vae").config)
+        assert of_playground(sdconv.infer(sdconv.read_header(path))["vae"])
+        convert(path, tmp_path / "folder", "diffusers")
+        assert of_playground(sdconv.load(tmp_path / "folder", "vae").config)
+    shapes = sdconv.read_header(path).shapes
+    said = {"edm_mean": json.dumps(MEAN), "edm_std": json.dumps(STD)}
+    assert of_playground(sdconv.infer(shapes, metadata=said)["vae"])
+    save_file(vae() | unet(2048), path, {"edm_mean": "[1, 2]", "edm_std": "x"})
+    with pytest.raises(sdconv.WeightsMismatchError, match="statistics of this VAE"):
+        sdconv.load(path, "vae")
+
+
+@pytest.mark.parametrize("name", ["edm_mean", "latents_mean", "model.latents_std", "in metadata"])
+def test_statistics_that_are_not_understood_are_a_doubt(name: str, tmp_path: Path) -> None:
+    path, state, metadata = tmp_path / "vae.safetensors", vae() | unet(2048), None
+    if name == "in metadata":
+        metadata = {"latents_mean": "[1, 2, 3, 4]"}
+    else:
+        state[name] = torch.ones(4)
+    save_file(state, path, metadata)
+    with pytest.warns(sdconv.SdconvWarning, match="may be statistics of its latents"):
+        loaded = sdconv.load(path, "vae")
+    assert loaded.config.open_to == ("sdxl", "playground-v2.5")
+    assert sdconv.load(path, "vae", family="sdxl").config.open_to == ()
+
+
+def test_kohyas_metadata_contradict_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(vae() | unet(768), path, {"ss_base_model_version": "sdxl_base_v1-0"})
+    with pytest.warns(sdconv.SdconvWarning, match="the metadata says sdxl"):
+        sdconv.load(path, "vae")
+    save_file(vae(), path, {"ss_base_model_version": "sdxl_base_v1-0"})
+    assert sdconv.load(path).config.scaling_factor == 0.13025
+
+
+def test_the_scaling_factor_that_a_caller_registers_decides(tmp_path: Path) -> None:
+    with pytest.warns(sdconv.SdconvWarning, match="could be of"):
+        network = sdconv.load(vae())
+    network.register_to_config(**dict(network.config))  # as training scripts do
+    assert network.config.open_to
+    network.register_to_config(scaling_factor=0.13025)
+    sdconv.save(network, tmp_path / "vae.safetensors")
+    config = sdconv.load(tmp_path / "vae.safetensors").config
+    assert (config.scaling_factor, config.open_to) == (0.13025, ())
+    given = sdconv.AutoencoderKL.from_single_file(vae(), scaling_factor=0.18215)
+    assert given.config.open_to == ()

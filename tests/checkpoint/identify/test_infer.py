@@ -145,7 +145,7 @@ def test_other_tensors_are_ignored(prefix: str) -> None:
 
 
 def test_an_unknown_name_next_to_a_bare_vae_is_unexpected() -> None:
-    shapes = {**shapes_in(CONFIGS["sd1"], "original"), "decoder.extra.weight": (1,), "odd": (2,)}
+    shapes = {**shapes_in(CONFIGS["sd1"], "original"), "decoder.extra.weight": (1,), "odd": (2, 3)}
     (found,) = find_networks(shapes)
     assert set(found.unexpected) == {"decoder.extra.weight", "odd"}
 

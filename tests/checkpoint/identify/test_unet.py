@@ -13,7 +13,8 @@ import torch
 from helpers.unets import FAMILIES, SMALL, peer_of
 
 import sdconv
-from sdconv.checkpoint.identify.find import DetectedNetwork, find_networks
+from sdconv.checkpoint.identify.detected import DetectedNetwork
+from sdconv.checkpoint.identify.find import find_networks
 from sdconv.checkpoint.identify.infer import identify
 from sdconv.checkpoint.keys.unet import keys_of_canonical, keys_of_original
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import seeded
-from helpers.weight_files import convert
+from helpers.weight_files import convert, put
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdconv
+from sdconv.analysis.diff import compare
+from sdconv.checkpoint.average import average
 from sdconv.checkpoint.io.source import open_source
 from sdconv.errors import CheckpointError
+from sdconv.lora.bake import bake_lora
+from sdconv.lora.extract import extract_lora
 
 KL = seeded.SMALL_KL
 State = dict[str, Tensor]
@@ -113,3 +118,76 @@ def test_descriptors_are_closed(tmp_path: Path) -> None:
     source.close()
     source.close()
     assert count() == before
+
+
+def in_place(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-50_000:] = bytes(50_000)
+    with path.open("r+b") as handle:
+        handle.write(content)
+    os.utime(path, ns=(1, 1))
+
+
+def renamed(path: Path) -> None:
+    new = path.with_name("new")
+    new.write_bytes(path.read_bytes())
+    in_place(new)
+    new.replace(path)
+
+
+LORA = {
+    "lora_vae_decoder_mid_block_attentions_0_to_q.lora_down.weight": torch.ones(2, 64),
+    "lora_vae_decoder_mid_block_attentions_0_to_q.lora_up.weight": torch.ones(64, 2),
+}
+
+
+@pytest.mark.parametrize("how", [in_place, renamed])
+@pytest.mark.parametrize("what", ["convert", "average", "merge", "extract", "diff"])
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_every_command_notices(
+    kind: str, what: str, how: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Also of pickles, which are mapped too."""
+    first, second, out = (tmp_path / f"{name}.{kind}" for name in ("a", "b", "c"))
+    out = out.with_suffix(".safetensors")
+    for path, seed in ((first, 1), (second, 2)):
+        put(path, **seeded.tensors(KL, seed))
+    calls: list[str] = []
+
+    def on_tensor(name: str, done: int, total: int) -> None:
+        calls.append(name)
+        if len(calls) == 20:
+            how(first)
+
+    work: dict[str, Callable[[], object]] = {
+        "convert": lambda: convert(first, out, "original", family="sd1", on_tensor=on_tensor),
+        "average": lambda: average([first, second], out, on_tensor=on_tensor),
+        "merge": lambda: bake_lora(first, LORA, out, on_tensor=on_tensor),
+        "extract": lambda: extract_lora(first, second, out, 1, on_tensor=on_tensor),
+        "diff": lambda: compare(first, second, on_tensor=on_tensor),
+    }
+    if how is renamed:  # the old file to the last tensor
+        work[what]()
+    else:
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            work[what]()
+        assert not out.exists()
+    assert len(calls) >= 20
+
+
+def test_a_lora_that_changes(tmp_path: Path) -> None:
+    path, lora, out = (tmp_path / f"{name}.safetensors" for name in ("a", "lora", "out"))
+    written(path, 1)
+    save_file(LORA, lora)
+    content = lora.read_bytes()
+
+    def on_tensor(name: str, done: int, total: int) -> None:
+        with lora.open("r+b") as handle:
+            handle.write(content[:-8] + bytes(8))
+        os.utime(lora, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="file any more that was opened"):
+        bake_lora(path, lora, out, on_tensor=on_tensor)
+    assert not out.exists()
+    lora.write_bytes(content)
+    bake_lora(path, lora, out)  # the control

@@ -212,6 +212,17 @@ def test_a_stale_index_next_to_a_whole_file(tmp_path: Path) -> None:
     assert list(open_source(tmp_path).shapes) == ["whole"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", PLAIN.replace(".", ".fp16."), "a.ckpt"])
+def test_a_stale_index_next_to_a_whole_file_of_another_name(name: str, tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    put(tmp_path / name, whole=A)
+    for shard in tmp_path.glob("*-of-*"):
+        shard.unlink()
+    with pytest.raises(CheckpointError, match="lies next to a whole file") as error:
+        open_source(tmp_path)
+    assert f"if {name} is what you want, delete {index.name}" in str(error.value)
+
+
 def test_a_shard_may_be_a_link_to_elsewhere_and_lie_in_a_subfolder(tmp_path: Path) -> None:
     blob = put(tmp_path / "blobs" / "x.safetensors", a=A)
     folder = tmp_path / "snapshot"

@@ -229,7 +229,7 @@ def test_a_whole_pickled_module_is_refused_by_the_names_of_its_classes(
 @FORMATS
 @pytest.mark.parametrize(
     "content",
-    [{}, {"state_dict": {}}, {"epoch": 1, "lr": 0.1}, [1, 2], "text", None, torch.ones(2)],
+    [{}, {"state_dict": {}}, {"epoch": 1, "lr": 0.1}, [1, 2], "text", None],
     ids=str,
 )
 def test_a_pickle_without_named_tensors(tmp_path: Path, content: object, new: bool) -> None:
@@ -391,3 +391,25 @@ def test_keys_of_load_and_the_commands(tmp_path: Path) -> None:
     assert torch.equal(load_file(out)["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
     refused = commands.run("convert", file, out, *to[:4], "--force")
     assert refused.exit_code != 0 and "--key params" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"models": [WEIGHTS]}, "models.0"),
+        ({"a": ({"b": [3, WEIGHTS]},)}, "a.0.b.1"),
+        ([WEIGHTS], "0"),
+        ({"states": {0: WEIGHTS}}, "states.0"),
+    ],
+)
+def test_weights_in_lists(content: object, key: str, tmp_path: Path) -> None:
+    file = saved(tmp_path / "a.ckpt", content)
+    assert same(read_pickle(file), WEIGHTS)
+    with weights_key(key):
+        assert same(read_pickle(file), WEIGHTS)
+    optimizer = {"optimizer_states": [{"state": {0: {"exp_avg.0": torch.ones(2)}}}]}
+    assert same(read_pickle(saved(file, {"model": [WEIGHTS], **optimizer})), WEIGHTS)
+
+
+def test_a_single_tensor(tmp_path: Path) -> None:
+    assert same(read_pickle(saved(tmp_path / "a.pt", torch.ones(3))), {"tensor": torch.ones(3)})

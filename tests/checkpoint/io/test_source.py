@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sdconv.checkpoint.io.header import DTYPE_BITS
-from sdconv.checkpoint.io.source import TORCH_DTYPES, open_source
+from sdconv.checkpoint.io.source import open_source
+from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.errors import CheckpointError, InputError, SdconvError
 
 
