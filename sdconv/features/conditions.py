@@ -70,7 +70,7 @@ def conditions(
         else:
             added["text_embeds"] = prompt.pooled
         rows, columns = (side * PIXELS_PER_LATENT for side in size)
-        numbers = [rows, columns, 0, 0, rows, columns]
+        numbers: list[float] = [rows, columns, 0, 0, rows, columns]
         if (count := added["time_ids"].shape[1]) == _REFINER_TIME_IDS:
             score = AESTHETIC_SCORE if prompt is None else prompt.aesthetic_score
             numbers = [rows, columns, 0, 0, score]

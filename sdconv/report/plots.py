@@ -237,11 +237,12 @@ def _words(block: Block) -> tuple[str, ...]:
     # the kernel that most have: a block's 1x1 convolution is its shortcut
     (kernel, times) = max(kernels.items(), default=("-", 1))
     stride = max((c.stride[0] for c in convolutions if c.stride), default=None)
+    field = block.last.receptive_field
     return (
         str(before) if before == after else f"{before}→{after}",
         {1: "", 2: "two ", 3: "three "}.get(times, f"{times} of ") + kernel,
         "-" if stride is None else str(stride),
-        f"{block.last.receptive_field[0]}{'*' if block.last.global_receptive_field else ''}",
+        "-" if field is None else f"{field[0]}{'*' if block.last.global_receptive_field else ''}",
     )
 
 
