@@ -12,6 +12,13 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# torch 2.6 has no function that asks for all of them
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 def _originals(kind: Any) -> tuple[Any, Any]:
@@ -154,9 +161,10 @@ def has_plain_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module], name: str, function: Any) -> bool:
     """Whether a method of a module is this function, not one of its own."""
-    if name not in vars(module):  # torch.compile cannot compare a bound method's function
+    own = module.__dict__  # torch.compile traces no vars() before torch 2.7
+    if name not in own:  # torch.compile cannot compare a bound method's function
         return getattr(kind, name) is function
-    return getattr(vars(module)[name], "__func__", None) is function
+    return getattr(own[name], "__func__", None) is function
 
 
 def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -170,7 +178,7 @@ def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+            or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
         )
     )
 

@@ -25,15 +25,19 @@ def chromium() -> Iterator[Any]:
 
 
 class Tab:
-    """A file in a tab, with its console messages and its requests."""
+    """A file in a tab, with its console messages and its requests; ``script`` runs before it."""
 
-    def __init__(self, browser: Any, path: Path, fragment: str = "", **options: Any) -> None:
+    def __init__(
+        self, browser: Any, path: Path, fragment: str = "", script: str = "", **options: Any
+    ) -> None:
         self.messages: list[str] = []
         self.requests: list[str] = []
         self.context = browser.new_context(
             **{"viewport": {"width": 1300, "height": 900}, **options}
         )
         self.context.set_default_timeout(60_000)
+        if script:
+            self.context.add_init_script(script)
         self.page = self.context.new_page()
         self.page.on("console", lambda said: self.messages.append(said.text))
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))

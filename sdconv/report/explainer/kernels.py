@@ -1,4 +1,4 @@
-"""The four loops of the page in which nearly all its time goes, as WebAssembly.
+"""The loops of the page in which nearly all its time goes, as WebAssembly.
 
 Feature maps are channels-last, in float32, with a channel count that is a multiple of 8. Addresses
 and strides are in bytes. `page/core/band.js` calls these functions, and says what is where.
@@ -7,7 +7,9 @@ and strides are in bytes. `page/core/band.js` calls these functions, and says wh
 from __future__ import annotations
 
 from sdconv.report.explainer.wasm import (
+    F64X2,
     I32,
+    ROUNDING,
     V128,
     Function,
     Value,
@@ -21,10 +23,23 @@ from sdconv.report.explainer.wasm import (
 ROWS = (6, 2, 1)
 """Rows of a block of `gemm`: six rows by eight columns fill the vector registers."""
 
+POINTS = (3 / 4, 3 / 2)
+"""Winograd's F(4x4, 3x3) interpolates at 0, at these, at their negatives and at infinity, as the
+fast backend does (`sdconv/fast/cpu/winograd.py`)."""
+
 
 def kernels(fused: bool) -> bytes:
     """The module; ``fused`` uses relaxed SIMD's multiply-add, which not every browser has."""
-    return module([_gemm(fused), _activate(fused), _winograd_in(), _winograd_out()])
+    return module(
+        [
+            _gemm(fused),
+            _activate(fused),
+            _sums(),
+            _plus(),
+            _winograd_in(fused),
+            _winograd_out(fused),
+        ]
+    )
 
 
 def _gemm(fused: bool) -> Function:
@@ -81,7 +96,7 @@ def _activate(fused: bool) -> Function:
     f = Function("activate", ("x", "y", "count", "channels", "scale", "shift", "plain"))
     x, y, count, channels, scale, shift, plain = f.arguments()
     left, at = f.local(I32), f.local(I32)
-    u, power, rest, result = (f.local(V128) for _ in range(4))
+    u, rounded, power, rest, result = (f.local(V128) for _ in range(5))
     with f.loop(count, 1):
         f.set(left, channels)
         f.set(at, constant(0, I32))
@@ -91,7 +106,8 @@ def _activate(fused: bool) -> Function:
             with f.when(Value(I32, plain.code + b"\x45")):
                 # exp(-u) = 2^power * exp(rest), with |rest| <= ln(2) / 2
                 f.set(rest, (constant(0, V128) - u).at_least(-87.0).at_most(88.0))
-                f.set(power, (rest * 1.4426950408889634).nearest())
+                f.set(rounded, rest * 1.4426950408889634 + ROUNDING)
+                f.set(power, rounded - ROUNDING)
                 f.set(rest, rest - power * 0.693359375 - power * -2.12194440e-4)
                 exp = constant(1.9875691500e-4, V128)
                 for coefficient in (
@@ -103,18 +119,58 @@ def _activate(fused: bool) -> Function:
                 ):
                     exp = multiply_add(exp, rest, constant(coefficient, V128), fused)
                 f.set(result, exp * rest * rest + rest + 1.0)
-                f.set(result, u / (result * power.power_of_two() + 1.0))
+                f.set(result, u / (result * rounded.power_of_two() + 1.0))
             f.store(y, result)
             for moved in (x, y, at):
                 f.set(moved, moved + 16)
     return f
 
 
-def _winograd_in() -> Function:
-    """The input transform of Winograd's F(2x2, 3x3) for ``count`` tiles of 4x4 pixels in a row.
+def _sums() -> Function:
+    """Adds to ``to`` the sums of ``count`` pixels of each channel, then those of their squares, in
+    float64: what GroupNorm needs."""
+    f = Function("sums", ("x", "to", "count", "channels", "pixel"))
+    x, to, count, channels, pixel = f.arguments()
+    left, number, at = f.local(I32), f.local(I32), f.local(I32)
+    squares = f.local(I32, to + channels * 8)
+    totals = [f.local(F64X2) for _ in range(4)]
+    places = [(to, 0), (to, 16), (squares, 0), (squares, 16)]
+    four = f.local(V128)
+    f.set(left, channels)
+    with f.loop(left, 4):
+        f.set(at, x)
+        f.set(number, count)
+        for total, (address, offset) in zip(totals, places, strict=True):
+            f.set(total, load(address, offset, F64X2))
+        with f.loop(number, 1):
+            f.set(four, load(at))
+            f.set(at, at + pixel)
+            for half, value in enumerate(four.halves()):
+                f.set(totals[half], totals[half] + value)
+                f.set(totals[2 + half], totals[2 + half] + value * value)
+        for total, (address, offset) in zip(totals, places, strict=True):
+            f.store(address, total, offset)
+        f.set(x, x + 16)
+        f.set(to, to + 32)
+        f.set(squares, squares + 32)
+    return f
 
-    Tiles are 2 pixels apart. Position p of a tile goes to ``v + p * position``.
-    Source: Lavin and Gray 2016, https://arxiv.org/abs/1509.09308.
+
+def _plus() -> Function:
+    """``y += x`` for ``count`` floats."""
+    f = Function("plus", ("y", "x", "count"))
+    y, x, count = f.arguments()
+    with f.loop(count, 4):
+        f.store(y, load(y) + load(x))
+        f.set(x, x + 16)
+        f.set(y, y + 16)
+    return f
+
+
+def _winograd_in(fused: bool) -> Function:
+    """The input transform of Winograd's F(4x4, 3x3) for ``count`` tiles of 6x6 pixels in a row.
+
+    Tiles are 4 pixels apart. Position p of a tile goes to ``v + p * position``.
     """
     f = Function("winograd_in", ("x", "row", "pixel", "v", "position", "count", "channels"))
     x, row, pixel, v, position, count, channels = f.arguments()
@@ -124,59 +180,91 @@ def _winograd_in() -> Function:
         with f.loop(left, 4):
             tile = []
             f.set(from_row, x)
-            for _ in range(4):
+            for _ in range(6):
                 at = f.local(I32, from_row)
                 line = []
-                for _ in range(4):
+                for _ in range(6):
                     line.append(f.local(V128, load(at)))
                     f.set(at, at + pixel)
-                tile.append([f.local(V128, one) for one in _input_side(line)])
+                tile.append([f.local(V128, one) for one in _input_side(f, line, fused)])
                 f.set(from_row, from_row + row)
-            columns = [_input_side([tile[r][c] for r in range(4)]) for c in range(4)]
+            columns = [_input_side(f, [tile[r][c] for r in range(6)], fused) for c in range(6)]
             f.set(to, v)
-            for p in range(16):
-                f.store(to, columns[p % 4][p // 4])
+            for p in range(36):
+                f.store(to, columns[p % 6][p // 6])
                 f.set(to, to + position)
             f.set(x, x + 16)
             f.set(v, v + 16)
-        f.set(x, x + pixel)  # the channels were one pixel already
+        f.set(x, x + pixel * 3)  # the channels were one pixel already
     return f
 
 
-def _input_side(d: list[Value]) -> list[Value]:
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+def _input_side(f: Function, d: list[Value], fused: bool) -> list[Value]:
+    """``B^T d``."""
+    p, q = POINTS
+    pp, qq = p * p, q * q
+
+    def plus(sum_: Value, by: float, value: Value) -> Value:
+        return multiply_add(value, constant(by, V128), sum_, fused)
+
+    even = [f.local(V128, plus(d[4], -square, d[2])) for square in (qq, pp)]
+    odd = [f.local(V128, plus(d[3], -square, d[1])) for square in (qq, pp)]
+    return [
+        plus(plus(d[4], -pp - qq, d[2]), pp * qq, d[0]),
+        plus(even[0], p, odd[0]),
+        plus(even[0], -p, odd[0]),
+        plus(even[1], q, odd[1]),
+        plus(even[1], -q, odd[1]),
+        plus(plus(d[5], -pp - qq, d[3]), pp * qq, d[1]),
+    ]
 
 
-def _winograd_out() -> Function:
-    """The output transform: 16 positions to 2x2 pixels, plus the bias."""
+def _winograd_out(fused: bool) -> Function:
+    """The output transform: 36 positions to 4x4 pixels, plus the bias."""
     f = Function(
         "winograd_out", ("m", "position", "y", "row", "pixel", "bias", "count", "channels")
     )
     m, position, y, row, pixel, bias, count, channels = f.arguments()
-    left, at, shift = f.local(I32), f.local(I32), f.local(I32)
+    left, at, shift, target = f.local(I32), f.local(I32), f.local(I32), f.local(I32)
+    constant_ = f.local(V128)
     with f.loop(count, 1):
         f.set(left, channels)
         f.set(shift, bias)
         with f.loop(left, 4):
             f.set(at, m)
             half = []
-            for _ in range(4):
+            for _ in range(6):
                 line = []
-                for _ in range(4):
+                for _ in range(6):
                     line.append(f.local(V128, load(at)))
                     f.set(at, at + position)
-                half.append([f.local(V128, one) for one in _output_side(line)])
-            for c in range(2):
-                for r, value in enumerate(_output_side([half[p][c] for p in range(4)])):
-                    target = y
-                    target = target + pixel if c else target
-                    target = target + row if r else target
-                    f.store(target, value + load(shift))
+                half.append([f.local(V128, one) for one in _output_side(f, line, fused)])
+            f.set(constant_, load(shift))
+            for c in range(4):
+                f.set(target, y)
+                for _ in range(c):
+                    f.set(target, target + pixel)
+                for value in _output_side(f, [half[p][c] for p in range(6)], fused):
+                    f.store(target, value + constant_)
+                    f.set(target, target + row)
             for moved in (m, y, shift):
                 f.set(moved, moved + 16)
-        f.set(y, y + pixel)
+        f.set(y, y + pixel * 3)
     return f
 
 
-def _output_side(d: list[Value]) -> list[Value]:
-    return [d[0] + d[1] + d[2], d[1] - d[2] - d[3]]
+def _output_side(f: Function, m: list[Value], fused: bool) -> list[Value]:
+    """``A^T m``."""
+    p, q = POINTS
+
+    def plus(sum_: Value, by: float, value: Value) -> Value:
+        return multiply_add(value, constant(by, V128), sum_, fused)
+
+    sums = [f.local(V128, m[at] + m[at + 1]) for at in (1, 3)]
+    differences = [f.local(V128, m[at] - m[at + 1]) for at in (1, 3)]
+    return [
+        m[0] + sums[0] + sums[1],
+        plus(differences[0] * p, q, differences[1]),
+        plus(sums[0] * p**2, q**2, sums[1]),
+        plus(plus(m[5], p**3, differences[0]), q**3, differences[1]),
+    ]

@@ -1,4 +1,4 @@
-"""A small assembler for WebAssembly: functions of integers and four-lane vectors, as bytes.
+"""A small assembler for WebAssembly: functions of integers and vectors, as bytes.
 
 Expressions are Python expressions on `Value`; statements are methods of `Function`. Only what
 :mod:`sdconv.report.explainer.kernels` needs is here. Encoding: the WebAssembly core specification,
@@ -12,10 +12,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-I32, V128 = 0x7F, 0x7B
+I32, V128, F64X2 = 0x7F, 0x7B, 0x17B
+"""Kinds of values: an integer, four floats, two doubles. The low byte is WebAssembly's type."""
 _GET, _SET, _END, _BLOCK, _LOOP, _BR, _BR_IF, _IF = 0x20, 0x21, 0x0B, 0x02, 0x03, 0x0C, 0x0D, 0x04
 _I32 = {"add": b"\x6a", "sub": b"\x6b", "mul": b"\x6c"}
-_V128 = {"add": 0xE4, "sub": 0xE5, "mul": 0xE6, "div": 0xE7, "min": 0xE8, "max": 0xE9}
+# "min" and "max" are pmin and pmax: one instruction each, which the others are not
+_V128 = {"add": 0xE4, "sub": 0xE5, "mul": 0xE6, "div": 0xE7, "min": 0xEA, "max": 0xEB}
+_F64X2 = {"add": 0xF0, "sub": 0xF1, "mul": 0xF2}
+
+ROUNDING = 1.5 * 2**23
+"""Added to a smaller float, it leaves no bits for a fraction: the sum is rounded."""
 
 
 def leb(number: int) -> bytes:
@@ -52,7 +58,8 @@ class Value:
 
     def _with(self, other: Value | int | float, name: str) -> Value:
         right = constant(other, self.kind) if isinstance(other, int | float) else other
-        operation = _I32[name] if self.kind == I32 else _simd(_V128[name])
+        vector = _F64X2 if self.kind == F64X2 else _V128
+        operation = _I32[name] if self.kind == I32 else _simd(vector[name])
         return Value(self.kind, self.code + right.code + operation)
 
     def __add__(self, other: Value | int | float) -> Value:
@@ -75,15 +82,17 @@ class Value:
         """The lane-wise minimum."""
         return self._with(other, "min")
 
-    def nearest(self) -> Value:
-        """Each lane rounded to a whole number."""
-        return Value(V128, self.code + _simd(0x6A))
+    def halves(self) -> tuple[Value, Value]:
+        """The first two and the last two floats, as doubles."""
+        high = self.code * 2 + _simd(0x0D) + bytes([*range(8, 16), *range(24, 32)])
+        return Value(F64X2, self.code + _simd(0x5F)), Value(F64X2, high + _simd(0x5F))
 
     def power_of_two(self) -> Value:
-        """``2 ** lane`` for lanes that are whole numbers: the exponent's bits."""
+        """``2 ** n`` for lanes that hold ``ROUNDING + n``: the number's last bits become the
+        exponent's."""
         bias = b"\x41" + signed_leb(127) + _simd(0x11)
         shift = b"\x41" + signed_leb(23) + _simd(0xAB)
-        return Value(V128, self.code + _simd(0xF8) + bias + _simd(0xAE) + shift)
+        return Value(V128, self.code + bias + _simd(0xAE) + shift)
 
 
 def constant(number: int | float, kind: int) -> Value:
@@ -93,9 +102,9 @@ def constant(number: int | float, kind: int) -> Value:
     return Value(V128, _simd(0x0C) + struct.pack("<4f", *[number] * 4))
 
 
-def load(address: Value, offset: int = 0) -> Value:
-    """Four floats from memory."""
-    return Value(V128, address.code + _simd(0x00) + b"\x02" + leb(offset))
+def load(address: Value, offset: int = 0, kind: int = V128) -> Value:
+    """A vector from memory."""
+    return Value(kind, address.code + _simd(0x00) + b"\x02" + leb(offset))
 
 
 def splat(address: Value, offset: int = 0) -> Value:
@@ -134,7 +143,7 @@ class Function:
         self._code += value.code + bytes([_SET]) + variable.code[1:]
 
     def store(self, address: Value, value: Value, offset: int = 0) -> None:
-        """Four floats into memory."""
+        """A vector into memory."""
         self._code += address.code + value.code + _simd(0x0B) + b"\x02" + leb(offset)
 
     @contextmanager
@@ -155,7 +164,7 @@ class Function:
 
     def body(self) -> bytes:
         """The function's entry in the code section."""
-        kinds = b"".join(leb(1) + bytes([kind]) for kind in self._locals)
+        kinds = b"".join(leb(1) + bytes([kind & 0xFF]) for kind in self._locals)
         inner = leb(len(self._locals)) + kinds + bytes(self._code) + bytes([_END])
         return leb(len(inner)) + inner
 

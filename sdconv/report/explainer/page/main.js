@@ -4,15 +4,24 @@ import { Vae } from "./core/vae.js";
 import { sections } from "./sections/all.js";
 import { SETUP, el, html } from "./ui/dom.js";
 import { Photo } from "./ui/photo.js";
-import { anchor, startOver } from "./ui/state.js";
+import { anchor, startOver, state } from "./ui/state.js";
 
 const photo = new Photo();
 await photo.load();
 const vae = new Vae(photo.pixels);
-photo.addEventListener("change", () => { if (vae.running || vae.version) vae.compute({ photo: photo.pixels }); else vae.wanted.photo = photo.pixels; });
+photo.addEventListener("change", () => {
+  if (vae.running || vae.version) vae.compute({ photo: photo.pixels });
+  else vae.wanted.photo = photo.pixels; // it waits until a section needs the network
+});
 photo.acceptDrops();
 
-// Calls `begin` once, when `node` is about to come into view: the network is run when it is needed.
+const trouble = document.getElementById("trouble");
+const tell = (text) => { trouble.textContent = text; trouble.hidden = false; };
+if (!vae.possible)
+  tell("This browser cannot run the network: it lacks WebAssembly with SIMD, or it is switched off. Chrome or Edge 91, Firefox 89, Safari 16.4 and newer have it. Sections 1, 2, 3, 6 and 9 work all the same.");
+vae.addEventListener("failed", ({ detail }) => tell(`The network has stopped: ${detail}. Load the page again; if that does not help, close other pages, for it needs about 1 GB of memory.`));
+
+// Calls `begin` once, when `node` is about to come into view.
 function whenNear(node, begin) {
   const observer = new IntersectionObserver((entries) => {
     if (!entries.some((entry) => entry.isIntersecting)) return;
@@ -20,6 +29,23 @@ function whenNear(node, begin) {
     begin();
   }, { rootMargin: "600px" });
   observer.observe(node);
+}
+
+// Starts the network when `node` comes near, and calls `render` whenever it has computed something
+// else: at once, or when `node` comes back.
+function follow(node, render) {
+  if (!vae.possible) return;
+  let near = false, seen = 0;
+  const update = () => {
+    if (!near || seen === vae.version) return;
+    seen = vae.version;
+    render();
+  };
+  new IntersectionObserver((entries) => {
+    near = entries.at(-1).isIntersecting;
+    if (near) vae.compute().then(update);
+  }, { rootMargin: "600px" }).observe(node);
+  vae.addEventListener("computed", update);
 }
 
 document.getElementById("setup").textContent = SETUP;
@@ -31,7 +57,7 @@ sections.forEach(({ id, title, lead, build }, at) => {
     el("h2", { id: `${id}-title` }, el("span", { class: "number" }, String(at + 1)), title), html(lead), body);
   main.append(node);
   links.set(id, el("a", { href: `#${id}`, "aria-label": `${at + 1}. ${title}`, title }, String(at + 1)));
-  build({ root: body, section: node, vae, photo, whenNear });
+  build({ root: body, section: node, vae, photo, whenNear, follow });
 });
 nav.append(...links.values());
 document.getElementById("contents").append(...sections.map(({ id, title }) => el("li", {}, el("a", { href: `#${id}` }, title))));
@@ -69,13 +95,17 @@ vae.addEventListener("progress", ({ detail }) => {
 document.getElementById("reset").addEventListener("click", () => startOver());
 const theme = document.getElementById("theme");
 const THEMES = { "": "Auto", light: "Light", dark: "Dark" };
-theme.addEventListener("click", () => {
-  const names = Object.keys(THEMES), now = document.documentElement.dataset.theme ?? "";
-  const next = names[(names.indexOf(now) + 1) % names.length];
-  if (next) document.documentElement.dataset.theme = next;
+const colours = state("page", { theme: "" }, () => {
+  const { theme: now } = colours.values;
+  if (now) document.documentElement.dataset.theme = now;
   else delete document.documentElement.dataset.theme;
-  theme.textContent = THEMES[next];
-  theme.setAttribute("aria-label", `Colours: ${next || "as the system"}`);
+  theme.textContent = THEMES[now];
+  theme.setAttribute("aria-label", `Colours: ${now || "as the system"}`);
+}, (v) => v.theme in THEMES);
+colours.set({});
+theme.addEventListener("click", () => {
+  const names = Object.keys(THEMES);
+  colours.set({ theme: names[(names.indexOf(colours.values.theme) + 1) % names.length] });
 });
 
 goTo(anchor());

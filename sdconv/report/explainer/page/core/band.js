@@ -7,7 +7,8 @@
 
 import { floats, matrices, up8, winograd } from "./weights.js";
 
-const GROUPS = 32, EPS = 1e-6, CHUNK = 48;
+const GROUPS = 32, EPS = 1e-6, CHUNK = 32;
+const SWITCHED = /^decoder\..*resnets/; // where GroupNorm and the shortcut can be switched off
 
 export class Band {
   constructor({ module, tensors, rank, ranks, exchange }) {
@@ -19,11 +20,10 @@ export class Band {
     this.packed = new Map();
     this.scratch = new Map();
     this.edits = {};
-    this.applied = {};
+    this.valid = new Map(); // name -> the conditions under which its map was computed
     this.stale = true;
     this.shift = 0; // -1 is torch's padding 1 where the network was trained with (0, 1, 0, 1)
     this.without = {}; // {norm, shortcut}: switched off in the decoder's ResNet blocks
-    this.switched = false;
     this.progress = () => {};
   }
 
@@ -121,12 +121,17 @@ export class Band {
     return map;
   }
 
-  // Whether a point has to be computed: something before it has changed, or its own edit has.
+  // What an operation depends on besides its input.
+  conditions(name) {
+    const shift = name.includes("downsamplers") ? this.shift : 0;
+    return JSON.stringify([this.edits[name] ?? {}, shift, SWITCHED.test(name) ? this.without : {}]);
+  }
+
+  // Whether a point has to be computed: something before it has changed, or its own conditions
+  // have. What is begun is valid again when it is finished; a run may be stopped in between.
   due(name) {
-    const edit = JSON.stringify(this.edits[name] ?? {});
-    if (edit !== (this.applied[name] ?? "{}") || !this.maps.has(name)) this.stale = true;
-    if (this.switched && name === "decoder.conv_in") this.stale = true;
-    this.applied[name] = edit;
+    if (this.valid.get(name) !== this.conditions(name)) this.stale = true;
+    if (this.stale) this.valid.delete(name);
     return this.stale;
   }
 
@@ -139,7 +144,7 @@ export class Band {
     const y = this.create(name, source.rows / stride, source.width / stride, real);
     y.from = { input: x.name, weight, norm, stride, up, add: add?.name ?? null };
     this.convolve(source, packed, bias, y, stride, stride === 2 ? this.shift : 0);
-    if (add && !(this.without.shortcut && name.startsWith("decoder."))) this.plus(y, add);
+    if (add && !(this.without.shortcut && SWITCHED.test(name))) this.plus(y, add);
     return this.finish(y);
   }
 
@@ -160,33 +165,33 @@ export class Band {
     }
   }
 
-  // Winograd's F(2x2, 3x3): 16 multiplications for 2x2 outputs where the sum has 36.
+  // Winograd's F(4x4, 3x3): 36 multiplications for 4x4 outputs where the sum has 144.
   winograd(x, packed, bias, y) {
     const { k, n } = packed, { gemm, winograd_in, winograd_out } = this.kernels;
     const weight = (packed.winograd ??= this.pack(packed, () => winograd(packed)));
-    const v = this.buffer("v", 16 * CHUNK * k), m = this.buffer("m", 16 * CHUNK * n);
-    for (let i = 0; i < y.rows; i += 2)
-      for (let tile = 0; tile < y.width / 2; tile += CHUNK) {
-        const count = Math.min(CHUNK, y.width / 2 - tile);
-        winograd_in(this.pixel(x, i - 1, 2 * tile - 1), x.row, x.pixel, v, CHUNK * k * 4, count, k);
-        this.view(m, 16 * CHUNK * n).fill(0);
-        for (let p = 0; p < 16; p++)
-          gemm(v + p * CHUNK * k * 4, weight.at + p * k * n * 4, m + p * CHUNK * n * 4,
+    // a position's products, and a gap: at multiples of 4 kB they would share one set of the cache
+    const inputs = CHUNK * k + 16, outputs = CHUNK * n + 16;
+    const v = this.buffer("v", 36 * inputs), m = this.buffer("m", 36 * outputs);
+    for (let i = 0; i < y.rows; i += 4)
+      for (let tile = 0; tile < y.width / 4; tile += CHUNK) {
+        const count = Math.min(CHUNK, y.width / 4 - tile);
+        winograd_in(this.pixel(x, i - 1, 4 * tile - 1), x.row, x.pixel, v, inputs * 4, count, k);
+        this.view(m, 36 * outputs).fill(0);
+        for (let p = 0; p < 36; p++)
+          gemm(v + p * inputs * 4, weight.at + p * k * n * 4, m + p * outputs * 4,
             count, k, n, k * 4, n * 4, n * 4);
-        winograd_out(m, CHUNK * n * 4, this.pixel(y, i, 2 * tile), y.row, y.pixel, bias.at, count, n);
+        winograd_out(m, outputs * 4, this.pixel(y, i, 4 * tile), y.row, y.pixel, bias.at, count, n);
       }
   }
 
   plus(y, x) {
-    for (let i = 0; i < y.rows; i++) {
-      const to = this.values(y, i, 0, y.width), from = this.values(x, i, 0, x.width);
-      for (let at = 0; at < to.length; at++) to[at] += from[at];
-    }
+    for (let i = 0; i < y.rows; i++)
+      this.kernels.plus(this.pixel(y, i, 0), this.pixel(x, i, 0), y.width * y.channels);
   }
 
   // GroupNorm as a scale and a shift for each channel, from the sums over all bands.
   affine(x, norm) {
-    if (this.without.norm && /^decoder\..*resnets/.test(norm))
+    if (this.without.norm && SWITCHED.test(norm))
       return { scale: new Float32Array(x.channels).fill(1), shift: new Float32Array(x.channels), groups: [], size: 1 };
     const size = x.real / GROUPS, count = x.total * size;
     const weight = this.vector(`${norm}.weight`).values, bias = this.vector(`${norm}.bias`).values;
@@ -309,22 +314,17 @@ export class Band {
         for (let at = Number(channel); at < line.length; at += y.channels) line[at] *= factor;
       }
     await this.publish(y);
+    this.valid.set(y.name, this.conditions(y.name));
     this.progress(y.name);
     return y;
   }
 
   // Exchanges the rows at the edges, and sums for GroupNorm: of values and of squares, in float64.
   async publish(map) {
-    const n = map.channels, sums = new Float64Array(2 * n);
-    for (let i = 0; i < map.rows; i++) {
-      const line = this.values(map, i, 0, map.width);
-      for (let at = 0; at < line.length; at += n)
-        for (let c = 0; c < n; c++) {
-          const x = line[at + c];
-          sums[c] += x;
-          sums[n + c] += x * x;
-        }
-    }
+    const n = map.channels, at = this.buffer("sums", 4 * n);
+    const totals = new Float64Array(this.memory.buffer, at, 2 * n).fill(0);
+    for (let i = 0; i < map.rows; i++) this.kernels.sums(this.pixel(map, i, 0), at, map.width, n, map.pixel);
+    const sums = totals.slice();
     const first = this.values(map, 0, 0, map.width).slice();
     const last = this.values(map, map.rows - 1, 0, map.width).slice();
     const parts = await this.exchange({ sums, first, last });

@@ -52,22 +52,27 @@ export function transposed({ values, k, n, size }) {
   return { values: out, k: n, n: k, size };
 }
 
-// Nine matrices to the sixteen of Winograd's F(2x2, 3x3): G w G^T.
+// The interpolation points of Winograd's F(4x4, 3x3); the sixth is infinity.
+const POINTS = [0, 3 / 4, -3 / 4, 3 / 2, -3 / 2];
+
+// Three weights to six: each row has a point's powers, over the product of its differences from the
+// other points.
+const SIX = [...POINTS.map((p) => {
+  const scale = POINTS.reduce((product, other) => (other === p ? product : product * (p - other)), 1);
+  return [1 / scale, p / scale, p * p / scale];
+}), [0, 0, 1]];
+
+// Nine matrices to the thirty-six of Winograd's F(4x4, 3x3): G w G^T.
 export function winograd({ values, k, n }) {
-  const out = new Float32Array(16 * k * n), plane = k * n;
-  const row = new Float64Array(12);
-  for (let at = 0; at < plane; at++) {
-    for (let c = 0; c < 3; c++) {
-      const a = values[c * plane + at], b = values[(3 + c) * plane + at], d = values[(6 + c) * plane + at];
-      row[c] = a; row[3 + c] = (a + b + d) / 2; row[6 + c] = (a - b + d) / 2; row[9 + c] = d;
+  const out = new Float32Array(36 * k * n), plane = k * n;
+  for (let r = 0; r < 6; r++)
+    for (let c = 0; c < 6; c++) {
+      const by = Array.from({ length: 9 }, (_, p) => SIX[r][Math.floor(p / 3)] * SIX[c][p % 3]);
+      for (let at = 0; at < plane; at++) {
+        let sum = 0;
+        for (let p = 0; p < 9; p++) sum += by[p] * values[p * plane + at];
+        out[(6 * r + c) * plane + at] = sum;
+      }
     }
-    for (let r = 0; r < 4; r++) {
-      const a = row[3 * r], b = row[3 * r + 1], d = row[3 * r + 2];
-      out[(4 * r) * plane + at] = a;
-      out[(4 * r + 1) * plane + at] = (a + b + d) / 2;
-      out[(4 * r + 2) * plane + at] = (a - b + d) / 2;
-      out[(4 * r + 3) * plane + at] = d;
-    }
-  }
-  return { values: out, k, n, size: 4 };
+  return { values: out, k, n, size: 6 };
 }

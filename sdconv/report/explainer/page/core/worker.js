@@ -8,19 +8,26 @@ import { readSafetensors } from "./weights.js";
 
 let band = null;
 let queue = Promise.resolve();
+let current = null, stop = null; // numbers of messages
+
+const STOPPED = Symbol("stopped");
 
 // To and from the other workers, in order: what the n-th call sends meets the n-th of the others.
-function exchanger(rank, ports) {
+function exchanger(ports) {
   const inbox = ports.map(() => []);
   let arrived = () => {};
   ports.forEach((port, other) => {
     if (port) port.onmessage = ({ data }) => { inbox[other].push(data); arrived(); };
   });
-  return async (part) => {
+  return async (more) => {
+    const part = { ...more, stop: stop === current };
     for (const port of ports) port?.postMessage(part);
     const complete = () => ports.every((port, other) => !port || inbox[other].length);
     while (!complete()) await new Promise((resolve) => { arrived = resolve; });
-    return ports.map((port, other) => (port ? inbox[other].shift() : part));
+    const parts = ports.map((port, other) => (port ? inbox[other].shift() : part));
+    // all workers learn of it at the same exchange, so none waits for another
+    if (parts.some((one) => one.stop)) throw STOPPED;
+    return parts;
   };
 }
 
@@ -42,16 +49,13 @@ function planes(name, channels, side) {
 const answers = {
   start({ module, weights, rank, ports }) {
     const tensors = readSafetensors(weights);
-    band = new Band({ module, tensors, rank, ranks: ports.length, exchange: exchanger(rank, ports) });
+    band = new Band({ module, tensors, rank, ranks: ports.length, exchange: exchanger(ports) });
     if (rank === 0) band.progress = (name) => postMessage({ progress: name });
   },
 
   async run({ photo, size, edits, shift, without }) {
+    Object.assign(band, { edits, shift, without, stale: false });
     if (photo) await band.input("photo", photo, size, size, 3);
-    else band.stale = false;
-    if (shift !== band.shift) band.stale = true;
-    band.switched = Boolean(without.norm) !== Boolean(band.without.norm) || Boolean(without.shortcut) !== Boolean(band.without.shortcut);
-    Object.assign(band, { edits, shift, without });
     await decode(band, await encode(band, band.maps.get("photo")));
   },
 
@@ -79,11 +83,16 @@ const answers = {
 };
 
 onmessage = ({ data: { id, kind, ...given } }) => {
+  if (given.stop) {
+    ({ stop } = given);
+    return;
+  }
   queue = queue.then(async () => {
+    current = id;
     try {
       postMessage({ id, answer: await answers[kind](given) });
     } catch (error) {
-      postMessage({ id, error: String(error?.stack ?? error) });
+      postMessage(error === STOPPED ? { id, stopped: true } : { id, error: String(error?.stack ?? error) });
     }
   });
 };

@@ -3,6 +3,7 @@
 import { SIZE } from "../core/vae.js";
 import { drawGrey, drawPhoto, percentiles, picker } from "../ui/canvas.js";
 import { choice, el, html, python, select, short, slider, toggle } from "../ui/dom.js";
+import { inPython } from "../ui/edits.js";
 import { state } from "../ui/state.js";
 
 export const blocks = {
@@ -10,17 +11,17 @@ export const blocks = {
   title: "Between the convolutions",
   lead: `<p>Convolutions alone do not make a network. Three more parts are in every block of the VAE; here you can switch them off.</p>`,
 
-  build({ root, section, vae: network, photo, whenNear }) {
+  build({ root, section, vae: network, photo, follow }) {
     root.append(html(`<div><h3>GroupNorm and the shortcut</h3><p><b>GroupNorm</b> takes the mean of a few maps away and divides by their deviation, so that no layer gets numbers that are much too large or too small. The <b>shortcut</b> adds a block’s input to what its convolutions make of it. Switch either off in the decoder: the weights were trained with both.</p></div>`));
-    switches({ root, section, network, photo, whenNear });
+    switches({ root, section, network, follow });
     root.append(html(`<div><h3>What a block adds</h3><p>Because of the shortcut, the convolutions of a block only have to say what should change.</p></div>`));
-    residual({ root, section, network, whenNear });
+    residual({ root, section, network, follow });
     root.append(html(`<div><h3>Upsampling, and where checkerboards come from</h3><p>To make a map larger, the decoder repeats each value as a 2 × 2 square (<b>nearest</b>) and convolves the result. Older networks used a <b>transposed convolution</b>: each value lays down a copy of the kernel, two pixels from the last one. Where the copies overlap unevenly, some pixels get more products than their neighbours: a checkerboard. Point at a pixel and count.</p></div>`));
     upsampling({ root, section, photo });
   },
 };
 
-function switches({ root, section, network, photo, whenNear }) {
+function switches({ root, section, network, follow }) {
   const { values: now, set } = state("switch", { norm: true, shortcut: true }, () => render());
   const norm = toggle({ label: "GroupNorm", value: true, onchange: (on) => set({ norm: on }) });
   const shortcut = toggle({ label: "shortcut", value: true, onchange: (on) => set({ shortcut: on }) });
@@ -32,31 +33,32 @@ function switches({ root, section, network, photo, whenNear }) {
     el("div", { class: "panel" }, el("div", { class: "controls" }, norm, shortcut),
       el("p", { class: "note" }, "Spread (standard deviation) of the values after each block of the decoder; each step of the scale is ten times more."), bars, words)), code);
 
-  let usual = null, turn = 0;
+  let usual = null, usualPhoto = null, turn = 0;
   async function render() {
     if (!network.version) return;
     norm.set(now.norm);
     shortcut.set(now.shortcut);
     const mine = ++turn;
     const names = network.points.filter(({ name, add }) => add && name.startsWith("decoder.")).map(({ name }) => name);
-    const read = () => network.spread([...names, "decoder.conv_out"]);
-    usual ??= await network.decodedWith({}, read);
-    const { picture: values, more } = now.norm && now.shortcut ? usual
+    const read = [...names, "decoder.conv_out"], current = network.wanted.photo;
+    const trained = current === usualPhoto ? usual : await network.decodedWith({}, read);
+    [usual, usualPhoto] = [trained, current];
+    const { picture: values, spread } = now.norm && now.shortcut ? usual
       : await network.decodedWith({ without: { norm: !now.norm, shortcut: !now.shortcut } }, read);
     if (mine !== turn) return;
     drawPhoto(picture, values, SIZE, SIZE);
     const log = (x) => (Number.isFinite(x) ? Math.max(0, Math.min(100, (Math.log10(Math.max(x, 1e-3)) + 3) / 10 * 100)) : 100);
     bars.replaceChildren(...names.map((name, at) => el("div", { class: "bar-row" }, el("span", {}, name.replace("decoder.", "").replace("resnets.", "")),
-      el("span", { class: "log" }, el("i", { class: "usual", style: `width:${log(usual.more[at])}%` }), el("i", { style: `width:${log(more[at])}%` })), el("b", {}, magnitude(more[at])))));
-    bars.setAttribute("aria-label", `Spread after the first block ${magnitude(more[0])}, after the last ${magnitude(more.at(-2))}`);
+      el("span", { class: "log ticks", style: "--step:10%" }, el("i", { class: "usual", style: `width:${log(usual.spread[at])}%` }), el("i", { style: `width:${log(spread[at])}%` })), el("b", {}, magnitude(spread[at])))));
+    bars.setAttribute("aria-label", `Spread after the first block ${magnitude(spread[0])}, after the last ${magnitude(spread.at(-2))}`);
     words.textContent = now.norm && now.shortcut ? "As trained. The spread grows by the shortcut: each block adds to what is there."
       : now.norm ? "Without the shortcut every block has to make the whole picture by itself. It was not trained to, and most of the photo is lost."
         : "Without GroupNorm the convolutions get numbers of a size that they were not trained on, and the picture breaks down.";
-    code.show(switchLines(now), more.at(-1));
+    code.show(switchLines(now), spread.at(-1));
     section.dataset.switched = `${now.norm} ${now.shortcut}`;
   }
-  photo.addEventListener("change", () => { usual = null; render(); });
-  whenNear(section, () => network.compute().then(render));
+  // changed channels do not matter here
+  follow(section, () => { if (network.wanted.photo !== usualPhoto) render(); });
 }
 
 const magnitude = (x) => (!Number.isFinite(x) ? "∞" : x >= 1e5 || x < 0.01 ? x.toExponential(0) : short(x, x < 10 ? 2 : 0));
@@ -73,7 +75,7 @@ ${norm ? "" : "        block.norm1 = block.norm2 = torch.nn.Identity()\n"}${shor
 print(decoded.std(correction=0).item())`;
 }
 
-function residual({ root, section, network, whenNear }) {
+function residual({ root, section, network, follow }) {
   const { values: now, set } = state("residual", { block: "encoder.down_blocks.0.resnets.0", channel: 12 }, () => render(), (v) => v.channel >= 0 && v.channel < 64);
   const block = select({ label: "Block", options: [["", ""]], value: "", onchange: (name) => set({ block: name }) });
   const channel = slider({ label: "channel", min: 0, max: 63, value: now.channel, oninput: (x) => set({ channel: x }) });
@@ -101,13 +103,14 @@ function residual({ root, section, network, whenNear }) {
     drawGrey(pictures[1].canvas, added, width, height, [range[0] - middle, range[1] - middle]);
     drawGrey(pictures[2].canvas, after.values, width, height, range);
     const i = height / 2, j = width / 2;
-    code.show(`before, after = "${point.add}", "${point.name}"
-with torch.no_grad(), sdconv.capture(vae, [before, after]) as maps:
-    vae.decode(vae.encode(photo).latent_dist.mode())
+    const { definitions, managers, scaling } = inPython(network.announced.edits);
+    code.show(`${definitions}before, after = "${point.add}", "${point.name}"
+with torch.no_grad()${managers}, sdconv.capture(vae, [before, after]) as maps:
+    latents = vae.encode(photo).latent_dist.mode()
+${scaling}    vae.decode(latents)
 print([maps[name][0, ${now.channel}, ${i}, ${j}].item() for name in (before, after)])`, [before.values[i * width + j], after.values[i * width + j]]);
   }
-  network.addEventListener("computed", () => render());
-  whenNear(section, () => network.compute().then(render));
+  follow(section, render);
 }
 
 const COUNT = 8;

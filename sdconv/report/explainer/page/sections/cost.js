@@ -23,7 +23,7 @@ export const cost = {
     const demo = winograd();
     const layers = el("div", { class: "products", role: "img", "aria-label": "Multiplications of each part of the VAE" });
     root.append(el("div", { class: "controls" }, inputs, outputs, kernel, size), el("div", { class: "panel" }, table, words), code,
-      html(`<div><h3>Fewer multiplications: Winograd</h3><p>Neighbouring outputs share inputs, and that can be used. Two outputs of a row and a kernel of three take 2 × 3 = 6 multiplications. Added and subtracted in the right order beforehand, four are enough. In two directions: a square of 4 × 4 outputs takes 16 × 9 = <b>144</b> products directly and 6 × 6 = <b>36</b> with Winograd’s F(4 × 4, 3 × 3). This page uses the smaller F(2 × 2, 3 × 3), 16 for 36, which rounds less.</p></div>`),
+      html(`<div><h3>Fewer multiplications: Winograd</h3><p>Neighbouring outputs share inputs, and that can be used. Two outputs of a row and a kernel of three take 2 × 3 = 6 multiplications. Added and subtracted in the right order beforehand, four are enough. In two directions: a square of 4 × 4 outputs takes 16 × 9 = <b>144</b> products directly and 6 × 6 = <b>36</b> with Winograd’s F(4 × 4, 3 × 3). So this page runs the network.</p></div>`),
       demo.node, demo.code,
       html(`<div><h3>Where the VAE’s time goes</h3><p>The parts near the photo’s full size have no more weights than the others, and nearly all of the work.</p></div>`),
       el("div", { class: "panel" }, layers));
@@ -42,7 +42,7 @@ export const cost = {
       const width = (x) => `${Math.max(1, Math.log10(x) / 18 * 100)}%`;
       table.replaceChildren(...["learned numbers", "multiplications"].flatMap((title, column) => [el("h4", {}, title),
         ...rows.filter((row) => row[column + 1] !== null).map((row) => el("div", { class: `cost ${row[3]}` }, el("span", {}, row[0]),
-          el("span", { class: "log" }, el("i", { style: `width:${width(row[column + 1])}` })), el("b", {}, grouped(row[column + 1]))))]));
+          el("span", { class: "log ticks", style: `--step:${100 / 6}%` }, el("i", { style: `width:${width(row[column + 1])}` })), el("b", {}, grouped(row[column + 1]))))]));
       const times = rows[0][1] / rows[1][1];
       words.textContent = `The dense layer learns ${grouped(times)} times as many numbers, and fits one size of picture only. The convolution’s ${grouped(rows[1][1])} fit every size.`;
       code.show(`from sdconv.convolution.geometry import (
@@ -58,7 +58,7 @@ print([
     render();
 
     whenNear(section, async () => {
-      await network.start();
+      await network.read();
       const parts = new Map();
       for (const { name, multiplies } of network.points) {
         const part = /^\w+coder\.(\w+blocks?(\.\d)?|conv_\w+)/.exec(name)?.[0] ?? "latents";

@@ -4,6 +4,7 @@ import { receptiveSpan } from "../core/convolution.js";
 import { SIZE } from "../core/vae.js";
 import { drawHeat, drawPhoto } from "../ui/canvas.js";
 import { choice, el, grouped, python, short, svg, toggle } from "../ui/dom.js";
+import { inPython } from "../ui/edits.js";
 import { chooser, look } from "../ui/points.js";
 import { state } from "../ui/state.js";
 
@@ -36,7 +37,7 @@ export const field = {
   title: "How much of the photo does one value see?",
   lead: `<p>A neuron of the first layer reads 3 × 3 pixels. One of the next reads 3 × 3 of those neurons: 5 × 5 pixels. After a stride of 2, every step covers twice as much. That is the <b>receptive field</b>: the square. But not every pixel in it counts the same: the colour shows how much the value would change if the pixel did, its <b>effective</b> receptive field, computed backwards through every layer.</p>`,
 
-  build({ root, section, vae: network, photo, whenNear }) {
+  build({ root, section, vae: network, photo, follow }) {
     const { values: now, set } = look(() => render());
     const own = state("field", { heat: true, zoom: false }, () => render());
     const choose = chooser(network, set, "point at a value and see what it depends on");
@@ -77,7 +78,7 @@ export const field = {
         ? "Attention lies on the way: through it this value depends on every pixel of the photo."
         : `Through its convolutions this value sees ${size}, rows ${rows[0]} to ${rows[1]} and columns ${columns[0]} to ${columns[1]}${top < 0 || left < 0 || bottom >= SIZE || right >= SIZE ? "; what lies outside the photo is padding" : ""}.`;
       section.dataset.span = [...rows, ...columns].join(",");
-      code.show(gradientLines(now), 0);
+      code.show(gradientLines(now, network.announced.edits), 0);
       if (!own.values.heat) {
         drawPhoto(canvas, photo.planes, SIZE, SIZE);
         return;
@@ -85,9 +86,10 @@ export const field = {
       clearTimeout(wait);
       wait = setTimeout(async () => {
         section.classList.add("busy");
-        const { values } = await network.gradient(now.layer, now.channel, now.i, now.j);
+        const found = await network.gradient(now.layer, now.channel, now.i, now.j);
+        if (mine !== turn) return;
         section.classList.remove("busy");
-        if (mine === turn) paint(values, { rows, columns, global });
+        if (found) paint(found.values, { rows, columns, global });
       }, 120);
     }
 
@@ -103,9 +105,9 @@ export const field = {
       let inside = 0;
       for (let i = Math.max(0, rows[0]); i <= Math.min(SIZE - 1, rows[1]); i++)
         for (let j = Math.max(0, columns[0]); j <= Math.min(SIZE - 1, columns[1]); j++) inside += size[i * SIZE + j];
-      words.append(` ${grouped(count)} pixels make ${SPREAD * 100} % of the effect.`,
+      words.append(` ${grouped(count)} pixels make ${SPREAD * 100} % of the effect.`,
         global || inside > 0.9999 * total ? "" : ` Outside the square lies ${short((1 - inside / total) * 100, 1)} % of it: GroupNorm takes means over the whole map, so a little of everything arrives.`);
-      code.show(gradientLines(now), total);
+      code.show(gradientLines(now, network.announced.edits), total);
       section.dataset.painted = `${now.layer} ${now.channel} ${now.i} ${now.j}`;
     }
 
@@ -135,20 +137,21 @@ export const field = {
       el("b", {}, `${sizes.at(-1)} × ${sizes.at(-1)}${global ? ", and through attention everything" : ""}`));
     }
 
-    photo.addEventListener("change", () => network.version && render());
-    network.addEventListener("computed", () => render());
-    whenNear(section, () => network.compute().then(render));
+    follow(section, render);
   },
 };
 
-function gradientLines({ layer, channel, i, j }) {
-  return `pixels = photo.clone().requires_grad_()
+function gradientLines({ layer, channel, i, j }, edits) {
+  const { definitions, managers, scaling } = inPython(edits);
+  return `${definitions}pixels = photo.clone().requires_grad_()
 found = {}
-hook = vae.get_submodule("${layer}").register_forward_hook(
-    lambda module, inputs, output: found.update(map=output)
-)
-vae.decode(vae.encode(pixels).latent_dist.mode())
-hook.remove()
+with torch.enable_grad()${managers}:
+    hook = vae.get_submodule("${layer}").register_forward_hook(
+        lambda module, inputs, output: found.update(map=output)
+    )
+    latents = vae.encode(pixels).latent_dist.mode()
+${scaling}    vae.decode(latents)
+    hook.remove()
 (gradient,) = torch.autograd.grad(found["map"][0, ${channel}, ${i}, ${j}], pixels)
 print(gradient.abs().sum().item())`;
 }

@@ -2,6 +2,7 @@
 
 import { silu } from "../core/convolution.js";
 import { el, python, short, svg } from "../ui/dom.js";
+import { inPython } from "../ui/edits.js";
 import { chooser, look } from "../ui/points.js";
 
 const SHOWN = 18;
@@ -11,7 +12,7 @@ export const neuron = {
   title: "The neuron: why is this pixel bright?",
   lead: `<p>Each number of a feature map is the output of one <b>neuron</b>. It multiplies the numbers under its kernel (<b class="input">blue</b>) by its weights (<b class="kernel">orange</b>), adds up the products, and adds a constant, the <b>bias</b>. In the first layer there are 27 products: three colours, nine positions. In later layers there are nine for every channel below. Point at any value and read what made it.</p>`,
 
-  build({ root, section, vae: network, whenNear }) {
+  build({ root, section, vae: network, follow }) {
     const { values: now, set } = look(() => render());
     const choose = chooser(network, set, "point at a value");
     const why = el("p", { class: "verdict", role: "status" });
@@ -51,7 +52,9 @@ export const neuron = {
         found.outside.some(Boolean) ? "Here the kernel reaches beyond the edge: what lies there counts as 0." : "");
       const lines = [["products, added up", sum], ["plus the bias", found.bias, z]];
       if (found.shortcut !== null) lines.push(["plus the block’s input (the shortcut)", found.shortcut, z + found.shortcut]);
-      const value = z + (found.shortcut ?? 0);
+      const factor = network.announced.edits[now.layer]?.[now.channel] ?? 1;
+      const value = factor * (z + (found.shortcut ?? 0));
+      if (factor !== 1) lines.push([`times ${short(factor)}: you changed this channel in section 8`, null, value]);
       if (norm) {
         const u = value * norm.scale + norm.shift;
         lines.push([`GroupNorm: minus its group’s mean ${short(norm.mean)}, over its deviation ${short(norm.std)}, then weight and bias`, null, u],
@@ -61,14 +64,15 @@ export const neuron = {
         el("li", {}, el("span", {}, words, x !== null && total !== x ? el("em", {}, ` ${x < 0 ? "−" : "+"} ${short(Math.abs(x), 4)}`) : ""),
           el("b", { class: total === lines.at(-1).at(-1) ? "output" : "" }, short(total, 4)))));
       if (norm) steps.append(el("li", { class: "note" }, `That is what ${next.name} reads.`));
-      code.show(`with torch.no_grad(), sdconv.capture(vae, "${point.name}") as maps:
-    vae.decode(vae.encode(photo).latent_dist.mode())
+      const { definitions, managers, scaling } = inPython(network.announced.edits);
+      code.show(`${definitions}with torch.no_grad()${managers}, sdconv.capture(vae, "${point.name}") as maps:
+    latents = vae.encode(photo).latent_dist.mode()
+${scaling}    vae.decode(latents)
 print(maps["${point.name}"][0, ${now.channel}, ${now.i}, ${now.j}].item())`, found.value);
       section.dataset.sum = String(value);
     }
 
-    network.addEventListener("computed", () => render());
-    whenNear(section, () => network.compute().then(render));
+    follow(section, render);
   },
 };
 

@@ -26,9 +26,10 @@ export const padding = {
   lead: `<p>At the ends of a row the kernel reaches for numbers that do not exist. <b>Padding</b> puts zeros there. And it need not stop everywhere: the step from one stop to the next is the <b>stride</b>. Set both, guess how many numbers come out, then look.</p>`,
 
   build({ root, section, vae: network, photo }) {
-    const { values: now, set } = state("padding", { size: 8, kernel: 3, stride: 2, kind: "end", guess: 0, shown: false, levels: 1, side: "end" },
+    const { values: now, set } = state("padding", { size: 8, kernel: 3, stride: 2, kind: "end", guess: 0, shown: false, levels: 1, side: "end", flicker: false, wrong: "", answer: "" },
       () => render(), (v) => v.size >= 4 && v.size <= 12 && [1, 3, 5].includes(v.kernel) && v.stride >= 1 && v.stride <= 3 && KINDS.some(([kind]) => kind === v.kind)
-        && v.size >= v.kernel && v.levels >= 1 && v.levels <= 4 && ["end", "both"].includes(v.side));
+        && v.size >= v.kernel && v.levels >= 1 && v.levels <= 4 && ["end", "both"].includes(v.side)
+        && ["", "A", "B"].includes(v.wrong) && ["", "A", "B"].includes(v.answer));
     const change = (what) => set({ ...what, shown: false, guess: 0 });
     const controls = {
       size: slider({ label: "numbers in", min: 5, max: 12, value: now.size, oninput: (size) => change({ size }) }),
@@ -46,16 +47,15 @@ export const padding = {
     const flickered = el("canvas", { width: SIZE, height: SIZE, role: "img" });
     const side = choice({ label: "zeros", options: [["end", "at the end"], ["both", "on both sides"]], value: now.side, onchange: (one) => set({ side: one }) });
     const levels = slider({ label: "times halved", min: 1, max: 4, value: now.levels, oninput: (x) => set({ levels: x }) });
-    const flicker = toggle({ label: "flicker between the two", value: false, onchange: (on) => blink(on) });
+    const flicker = toggle({ label: "flicker between the two", value: now.flicker, onchange: (on) => set({ flicker: on }) });
     const apart = el("p", { class: "note", role: "status" });
     const flickerCode = python();
 
     const runs = ["A", "B"].map((name) => el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": `Picture decoded by run ${name}` }));
     const given = el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": "The photo" });
-    const start = button("Run the network both ways", () => bug());
-    const answers = ["A", "B"].map((name) => button(`${name} pads wrongly`, () => judge(name), { class: "quiet", disabled: true }));
+    const start = button("Run the network both ways", () => set({ wrong: Math.random() < 0.5 ? "A" : "B", answer: "" }));
+    const answers = ["A", "B"].map((name) => button(`${name} pads wrongly`, () => set({ answer: name }), { class: "quiet", disabled: true }));
     const found = el("p", { class: "verdict", role: "status" });
-    let wrong = "B";
 
     root.append(
       el("div", { class: "controls" }, Object.values(controls)),
@@ -70,32 +70,47 @@ export const padding = {
         runs.map((canvas, at) => el("figure", {}, canvas, el("figcaption", {}, `run ${"AB"[at]}`)))), found);
 
     let timer = null;
-    function blink(on) {
+    function blink() {
+      flicker.set(now.flicker);
+      if (now.flicker === Boolean(timer)) return;
       clearInterval(timer);
       // alternation is what is asked for by the switch; slower where motion is unwelcome
       const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-      if (on) timer = setInterval(() => set({ side: now.side === "end" ? "both" : "end" }), still ? 2000 : 500);
+      timer = now.flicker ? setInterval(() => set({ side: now.side === "end" ? "both" : "end" }), still ? 2000 : 500) : null;
     }
 
-    const decoded = {};
+    // Which of the two runs pads wrongly is in the address (`wrong`); the pictures are computed.
+    let decoded = null;
     async function bug() {
-      start.disabled = true;
-      found.textContent = "Computing…";
-      wrong = Math.random() < 0.5 ? "A" : "B";
-      for (const name of ["A", "B"]) {
-        const shift = name === wrong ? -1 : 0; // as torch's padding 1 stops, one position earlier
-        decoded[name] = (await network.decodedWith({ shift })).picture;
+      if (!network.possible) {
+        start.disabled = true;
+        return;
       }
-      runs.forEach((canvas, at) => drawPhoto(canvas, decoded["AB"[at]], SIZE, SIZE));
-      found.textContent = "Compare the edges with the photo’s.";
-      for (const one of answers) one.disabled = false;
-      start.disabled = false;
+      if (decoded?.wrong !== now.wrong || decoded.photo !== photo.pixels) {
+        const mine = decoded = { wrong: now.wrong, photo: photo.pixels };
+        for (const one of answers) one.disabled = true;
+        for (const canvas of runs) canvas.getContext("2d").clearRect(0, 0, SIZE, SIZE);
+        found.textContent = now.wrong ? "Computing…" : "";
+        start.disabled = Boolean(now.wrong);
+        if (!now.wrong) return;
+        for (const name of ["A", "B"]) {
+          const shift = name === mine.wrong ? -1 : 0; // as torch's padding 1 stops, one position earlier
+          mine[name] = (await network.decodedWith({ shift })).picture;
+          if (mine !== decoded) return;
+        }
+        runs.forEach((canvas, at) => drawPhoto(canvas, mine["AB"[at]], SIZE, SIZE));
+        for (const one of [start, ...answers]) one.disabled = false;
+      }
+      if (decoded.B) judge();
     }
-    function judge(name) {
+    function judge() {
+      delete section.dataset.bug;
+      found.textContent = "Compare the edges with the photo’s.";
+      if (!now.answer) return;
       const error = (picture) => picture.reduce((sum, x, at) => sum + Math.abs(x - photo.planes[at]), 0) / picture.length / 2 * 100;
       const [a, b] = ["A", "B"].map((one) => short(error(decoded[one]), 1));
-      found.textContent = `${name === wrong ? "Right" : "No"}: run ${wrong} pads on both sides. On average A differs from the photo by ${a} % and B by ${b} %.`;
-      section.dataset.bug = name === wrong ? "found" : "missed";
+      found.textContent = `${now.answer === now.wrong ? "Right" : "No"}: run ${now.wrong} pads on both sides. On average A differs from the photo by ${a} % and B by ${b} %.`;
+      section.dataset.bug = now.answer === now.wrong ? "found" : "missed";
     }
 
     function render() {
@@ -113,6 +128,8 @@ print(output_size(${size}, kernel=${kernel}, stride=${stride}, padding=(${pad.jo
       code.hidden = !now.shown; // it prints the answer
       halved();
       drawPhoto(given, photo.planes, SIZE, SIZE);
+      blink();
+      bug();
     }
 
     function halved() {

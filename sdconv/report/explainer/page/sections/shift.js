@@ -48,8 +48,8 @@ export const shift = {
     let kernel = null;
     async function render() {
       if (!kernel) {
-        await network.start();
-        kernel = { weight: floats(network.tensor("encoder.conv_in.weight")).slice(CHANNEL * 27, (CHANNEL + 1) * 27), bias: floats(network.tensor("encoder.conv_in.bias"))[CHANNEL] };
+        await network.read();
+        kernel = { weight: floats(network.tensors["encoder.conv_in.weight"]).slice(CHANNEL * 27, (CHANNEL + 1) * 27), bias: floats(network.tensors["encoder.conv_in.bias"])[CHANNEL] };
       }
       x.set(now.x);
       y.set(now.y);

@@ -2,6 +2,7 @@
 
 import { drawGrey, drawPhoto, picker, thumbnails } from "../ui/canvas.js";
 import { button, choice, el, python, select, short, slider, toggle } from "../ui/dom.js";
+import { inPython, parsed, written } from "../ui/edits.js";
 import { state } from "../ui/state.js";
 
 // The stations of the strip: where they stand, what they are called, how their points begin.
@@ -17,23 +18,15 @@ const STATIONS = [
   ["decoder", "out", "decoder.conv_out"],
 ];
 
-const edited = (text) => Object.fromEntries(text.split(";").filter(Boolean).reduce((all, one) => {
-  const [name, channel, factor] = one.split(":");
-  return all.set(name, { ...all.get(name), [channel]: Number(factor) });
-}, new Map()));
-
-const written = (edits) => Object.entries(edits)
-  .flatMap(([name, factors]) => Object.entries(factors).map(([channel, factor]) => `${name}:${channel}:${factor}`)).join(";");
-
 export const vae = {
   id: "vae",
   title: "The whole network",
   lead: `<p>Here are all of its layers. The <b>encoder</b> turns the photo into <b>latents</b>: four maps of 32 × 32 numbers, a 48th of the photo’s. The <b>decoder</b> makes a picture of them. Choose a station, then one of its channels, and turn it up, down or off: everything behind it is computed again.</p>`,
 
-  build({ root, section, vae: network, photo, whenNear }) {
-    let baseline = null, live = {};
+  build({ root, section, vae: network, photo, follow }) {
+    let baseline = null, decoded = null, live = {}, stationsOf = 0;
     const { values: now, set } = state("vae", {
-      point: "decoder.mid_block.resnets.1", channel: 0, edits: "", i: 128, j: 128,
+      point: "decoder.mid_block.resnets.1", channel: 0, edits: "", i: 128, j: 128, compare: false,
     }, (change) => render(change), (v) => v.channel >= 0 && v.channel < 64 && v.i >= 0 && v.i < 256 && v.j >= 0 && v.j < 256);
 
     const stations = STATIONS.map(([, label, prefix]) => el("button", { type: "button", class: "station",
@@ -43,7 +36,7 @@ export const vae = {
     const before = el("canvas", { width: 256, height: 256, role: "img", "aria-label": "The photo" });
     const after = picker({ label: "The decoded picture", width: 256, height: 256, onpick: (i, j) => set({ i, j }) });
     const changed = el("p", { class: "note", role: "status" });
-    const compare = toggle({ label: "without my changes", value: false, onchange: () => draw() });
+    const compare = toggle({ label: "without my changes", value: now.compare, onchange: (on) => set({ compare: on }) });
     const where = select({ label: "Point", options: [["", ""]], value: "", onchange: (point) => set({ point, channel: 0 }) });
     const grid = thumbnails({ label: "Channels", onpick: (channel) => set({ channel }) });
     const big = el("canvas", { width: 32, height: 32, role: "img" });
@@ -66,7 +59,7 @@ export const vae = {
     const of = (prefix) => network.points.filter(({ name }) => name.startsWith(prefix));
 
     function change(x) {
-      const edits = edited(now.edits), one = { ...edits[now.point], [now.channel]: x };
+      const edits = parsed(now.edits), one = { ...edits[now.point], [now.channel]: x };
       if (x === 1) delete one[now.channel];
       edits[now.point] = one;
       set({ edits: written(edits) });
@@ -74,20 +67,29 @@ export const vae = {
 
     // Edits of points and channels that exist; an address may have others.
     function valid() {
-      return Object.fromEntries(Object.entries(edited(now.edits)).filter(([name, factors]) => network.point[name]
+      return Object.fromEntries(Object.entries(parsed(now.edits)).filter(([name, factors]) => network.point[name]
         && Object.entries(factors).every(([c, x]) => Number(c) < network.point[name].channels && Number.isFinite(x))));
     }
 
-    async function render(changes = {}) {
+    // Sets the controls and asks for what has changed; `show` draws what was computed.
+    function render(changes = {}) {
       if (!network.version) return;
       if (!network.point[now.point]) now.point = "latents";
       now.channel = Math.min(now.channel, network.point[now.point].channels - 1);
-      const edits = valid(), words = JSON.stringify(edits);
+      const edits = valid();
       controls(edits);
-      if (words !== JSON.stringify(network.wanted.edits)) await network.compute({ edits });
-      await result(edits);
-      await pointMaps();
-      if ("edits" in changes || !Object.keys(changes).length) await stationMaps();
+      if (JSON.stringify(edits) !== JSON.stringify(network.wanted.edits)) network.compute({ edits });
+      else if (!("edits" in changes)) show();
+    }
+
+    let turn = 0;
+    async function show() {
+      const mine = ++turn, { edits } = network.announced;
+      decoded = (await network.planes("decoder.conv_out", [0, 1, 2])).values;
+      if (!Object.keys(edits).length) baseline = decoded;
+      result(edits);
+      if (mine === turn) await pointMaps();
+      if (mine === turn && stationsOf !== network.version) await stationMaps();
     }
 
     function controls(edits) {
@@ -106,13 +108,15 @@ export const vae = {
       about.textContent = `channel ${now.channel} of ${point.channels}, ${point.height} × ${point.width} values`;
       list.replaceChildren(...Object.entries(edits).flatMap(([name, factors]) => Object.entries(factors).map(([channel, times]) =>
         el("li", {}, el("button", { type: "button", class: "chip", onclick: () => set({ point: name, channel: Number(channel) }) }, `${name}, channel ${channel}: × ${short(times)}`),
-          button("×", () => { const all = edited(now.edits); delete all[name][channel]; set({ edits: written(all) }); }, { "aria-label": `undo channel ${channel} of ${name}`, class: "chip" })))));
+          button("×", () => { const all = parsed(now.edits); delete all[name][channel]; set({ edits: written(all) }); }, { "aria-label": `undo channel ${channel} of ${name}`, class: "chip" })))));
       clear.hidden = !Object.keys(edits).length;
       compare.hidden = clear.hidden;
+      compare.set(now.compare);
       after.set(now.i, now.j, 256, 256, `row ${now.i}, column ${now.j}`, 3);
     }
 
     async function stationMaps() {
+      stationsOf = network.version;
       await Promise.all(STATIONS.map(async ([, , prefix], at) => {
         const point = of(prefix).at(-1), all = Array.from({ length: point.channels }, (_, c) => c);
         const map = await network.planes(point.name, all, 32), area = map.width * map.height;
@@ -137,35 +141,35 @@ export const vae = {
       big.setAttribute("aria-label", `Feature map: ${point.name}, channel ${now.channel}`);
     }
 
-    let decoded = null;
-    async function result(edits) {
-      decoded = (await network.planes("decoder.conv_out", [0, 1, 2])).values;
-      if (!Object.keys(edits).length) baseline = decoded;
+    function result(edits) {
       draw();
       const pixel = [0, 1, 2].map((c) => decoded[c * 65536 + now.i * 256 + now.j]);
       code.show(lines(edits, now), pixel);
       const mean = baseline ? decoded.reduce((sum, x, at) => sum + Math.abs(x - baseline[at]), 0) / decoded.length : 0;
       changed.textContent = clear.hidden
         ? `Computed in ${network.seconds.toFixed(1)} s in your browser.`
-        : `The changes move the picture’s values by ${short(mean / 2 * 100, 1)} % of their range on average.`;
+        : `Computed in ${network.seconds.toFixed(1)} s. The changes move the picture’s values by ${short(mean / 2 * 100, 1)} % of their range on average.`;
     }
 
     function draw() {
       if (!decoded) return;
-      const off = compare.querySelector("input").checked && baseline && !compare.hidden;
+      const off = now.compare && baseline && !compare.hidden;
       drawPhoto(after.canvas, off ? baseline : decoded, 256, 256);
       drawPhoto(before, photo.planes, 256, 256);
     }
 
-    photo.addEventListener("change", async () => {
+    photo.addEventListener("change", () => {
       baseline = null;
       live = {};
-      if (network.version) { await network.compute({ edits: {} }); await render(); }
     });
-    whenNear(section, async () => {
-      await network.compute();
-      if (now.edits) baseline = (await network.planes("decoder.conv_out", [0, 1, 2])).values;
-      render();
+    // what the address has holds for all sections, before this one comes into view
+    if (now.edits) network.read().then(() => { network.wanted = { ...network.wanted, edits: valid() }; });
+    let begun = false;
+    follow(section, async () => {
+      if (!begun) render({ edits: now.edits });
+      begun = true;
+      if (!baseline && Object.keys(network.announced.edits).length) baseline = (await network.decodedWith({})).picture;
+      show();
     });
   },
 };
@@ -177,25 +181,9 @@ function variation(values) {
 }
 
 function lines(edits, { i, j }) {
-  const entries = Object.entries(edits), ends = `print(decoded[0, :, ${i}, ${j}].tolist())`;
-  const literal = (factors) => `{${Object.entries(factors).map(([c, x]) => `${c}: ${x}`).join(", ")}}`;
-  if (!entries.length)
-    return `with torch.no_grad():
+  const { definitions, managers, scaling } = inPython(edits);
+  return `${definitions}with torch.no_grad()${managers}:
     latents = vae.encode(photo).latent_dist.mode()
-    decoded = vae.decode(latents).sample
-${ends}`;
-  const latents = edits.latents, others = entries.filter(([name]) => name !== "latents");
-  return `def scaled(factors):
-    def edit(x, _):
-        for channel, factor in factors.items():
-            x[:, channel] *= factor
-        return x
-    return edit
-
-edits = {
-${others.map(([name, factors]) => `    "${name}": scaled(${literal(factors)}),\n`).join("")}}
-with torch.no_grad(), sdconv.edit(vae, edits):
-    latents = vae.encode(photo).latent_dist.mode()
-${latents ? `    latents = scaled(${literal(latents)})(latents, None)\n` : ""}    decoded = vae.decode(latents).sample
-${ends}`;
+${scaling}    decoded = vae.decode(latents).sample
+print(decoded[0, :, ${i}, ${j}].tolist())`;
 }
