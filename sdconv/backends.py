@@ -125,7 +125,10 @@ def provide(name: str, provider: Callable[[], Any]) -> None:
 def provided(name: str) -> Any:
     """Imports a module of a higher floor: ``"fast"``, which registers its implementations, or
     ``"diffusers"``, :mod:`sdconv.integrations.diffusers`."""
-    return _providers[name]()
+    import torch
+
+    with torch.device("cpu"):  # torch 2.6 cannot import its compiler with "meta" as the default
+        return _providers[name]()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from helpers.fake_cuda import (
 from helpers.numbers import error
 from helpers.slow import first_of
 from helpers.taesd_author import author, files
+from helpers.versions import needs_driver
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -63,6 +64,7 @@ def dry_run(
     return len(modules)
 
 
+@needs_driver
 @pytest.mark.parametrize("dtype", first_of(HALF_DTYPES), ids=str)
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_dry_run(kind: str, dtype: torch.dtype) -> None:
@@ -92,6 +94,7 @@ def test_dry_run_notices_a_tensor_on_the_cpu() -> None:
         dry_run(seeded.network(SMALL), torch.float16, add(lambda: torch.zeros(2, 3)))
 
 
+@needs_driver
 def test_dry_run_notices_a_promotion_to_float32() -> None:
     with pytest.raises((AssertionError, RuntimeError), match=r"dtype|same"):
         dry_run(seeded.network(SMALL), torch.float16, add(lambda: torch.zeros(2, 3, device="cuda")))

@@ -1,22 +1,25 @@
-"""The wheel and the sdist, built and installed into an environment without the checkout.
-
-No index is asked: the environment sees the packages of the running one, but not its sdconv.
-"""
+"""The wheel and the sdist, built and installed into environments without the checkout."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import subprocess
+import shutil
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from helpers import loras, pipelines
+from helpers.environments import attempt, run, with_every_package, with_extras
+from helpers.notebooks import EXECUTE
 from helpers.paths import ROOT
+from safetensors.torch import save_file
+
+import sdconv
+from sdconv.checkpoint.save import original_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -31,16 +34,6 @@ print(unet.config.class_name, len(maps), sdconv.__file__)
 """
 
 
-def run(command: list[str | Path], folder: Path) -> str:
-    """What a command prints, in an environment without the checkout."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
-    ran = subprocess.run(
-        list(map(str, command)), cwd=folder, capture_output=True, text=True, env=env
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel."""
@@ -50,42 +43,106 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment(folder: Path, package: Path) -> Path:
-    """The folder of the commands of a new environment, into which a package is installed."""
-    run([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
-    python = folder / "bin" / "python"
-    (site,) = folder.glob("lib/python*/site-packages")
-    # a plain path: the .pth files in it, such as the one of an editable sdconv, are not read
-    (site / "packages_of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"])
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    run([*pip, "--no-deps", "--no-index", "--no-build-isolation", package], folder.parent)
-    return python.parent
-
-
-@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
-def test_an_installed_package_runs_outside_the_checkout(
-    dist: Path, pattern: str, tmp_path: Path
-) -> None:
-    (package,) = dist.glob(pattern)
-    commands = environment(tmp_path / "venv", package)
+def test_the_sdist_installs_and_runs_outside_the_checkout(dist: Path, tmp_path: Path) -> None:
+    (package,) = dist.glob("*.tar.gz")
+    commands = with_every_package(tmp_path / "venv", package)
     here = tmp_path / "here"
     here.mkdir()
     name, captured, home = run([commands / "python", "-c", MAPS], here).split()
     assert name == "UNet2DConditionModel" and int(captured) > 0
     assert Path(home).is_relative_to(tmp_path / "venv"), "the checkout was imported"
+    assert "AutoencoderKL" in run([commands / "sdconv", "inspect", "tiny-vae"], here)
 
-    readme = (ROOT / "README.md").read_text()
-    code, shown = (re.search(rf"```{kind}\n(.*?)```", readme, re.S) for kind in ("python", "text"))
-    assert code and shown
-    assert run([commands / "python", "-c", code[1]], here) == shown[1]
 
-    sdconv = commands / "sdconv"
-    assert "AutoencoderKL" in run([sdconv, "inspect", "tiny-vae"], here)
-    said = run([sdconv, "reconstruct", here / "decoded.png", "--model", "tiny-vae"], here)
-    assert "PSNR" in said and (here / "reconstruction.png").is_file()
-    assert "every module is equal, bit for bit" in run(
-        [sdconv, "check", "tiny-vae", "--size", "64"], here
-    )
+# --- with the extras that feature maps and speed need, and no other package
+
+
+@pytest.fixture(scope="module")
+def lean(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands of an environment with ``sdconv[maps,fast]``, and with what runs a notebook."""
+    (wheel,) = dist.glob("*.whl")
+    folder = tmp_path_factory.mktemp("lean") / "venv"
+    return with_extras(folder, wheel, "maps,fast", ["nbclient", "ipykernel"])
+
+
+def readme_snippets() -> list[str]:
+    """The README's fenced Python, marked as such or not."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
+    return [text for language, text in fenced if language in ("", "python")]
+
+
+def test_it_has_what_the_extras_ask_for_and_nothing_else(lean: Path, tmp_path: Path) -> None:
+    for name in ("numba", "xarray", "matplotlib", "transformers"):
+        run([lean / "python", "-c", f"import {name}"], tmp_path)
+    for name in ("pytest", "onnx", "accelerate"):
+        assert (
+            "ModuleNotFoundError"
+            in attempt([lean / "python", "-c", f"import {name}"], tmp_path).stderr
+        )
+    (at,) = run([lean / "python", "-c", "import sdconv; print(sdconv.__file__)"], tmp_path).split()
+    assert Path(at).is_relative_to(lean.parent), "the checkout was imported"
+    checked = run([lean / "sdconv", "check", "tiny-vae", "--size", "64"], tmp_path)
+    assert "every module is equal, bit for bit" in checked
+
+
+def test_every_snippet_of_the_readme_runs(lean: Path, tmp_path: Path) -> None:
+    """The second is of a pipeline: small networks lie under the names that it opens."""
+    first, second = readme_snippets()
+    shown = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert shown and run([lean / "python", "-c", first], tmp_path) == shown[1]
+    pipe = pipelines.pipeline("xl")
+    pipe.save_pretrained(tmp_path / "pipe")
+    networks = {
+        "first_stage_model.": sdconv.load(tmp_path / "pipe", "vae"),
+        "model.diffusion_model.": sdconv.load(tmp_path / "pipe", "unet"),
+    }
+    tensors = {
+        f"{prefix}{name}": tensor.contiguous()
+        for prefix, network in networks.items()
+        for name, tensor in original_tensors(network.state_dict(), network.config).items()
+    }
+    save_file(tensors, tmp_path / "sd_xl_base_1.0.safetensors")
+    save_file(loras.kohya(loras.matrices(pipe.unet, only="to_q")), tmp_path / "style.safetensors")
+    before = """
+import sdconv
+from diffusers import StableDiffusionXLPipeline
+pipe = StableDiffusionXLPipeline.from_pretrained("pipe")
+"""
+    after = """
+print(type(pipe.vae).__module__, type(pipe.unet).__module__, len(style.layers))
+pipe("a", num_inference_steps=1, height=64, width=64).images[0].save("image.png")
+"""
+    said = run([lean / "python", "-c", before + second + after], tmp_path)
+    assert "sdconv.models.vae sdconv.integrations.diffusers" in said
+    assert (tmp_path / "image.png").is_file()
+
+
+def test_a_photo_is_reconstructed_and_its_feature_maps_open_in_xarray(
+    lean: Path, tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / "weights" / "photo.jpg", tmp_path)
+    assert "PSNR" in run([lean / "sdconv", "reconstruct", "photo.jpg"], tmp_path)
+    assert (tmp_path / "reconstruction.png").is_file()
+    run([lean / "sdconv", "features", "photo.jpg", "-m", "tiny-vae", "-o", "maps"], tmp_path)
+    read = """
+import xarray
+layer = xarray.open_zarr("maps/maps.zarr/decoder.conv_out", consolidated=False)
+print([(one.dims, one.shape, bool(abs(one).max() > 0)) for one in layer.values()])
+"""
+    said = run([lean / "python", "-W", "error", "-c", read], tmp_path)
+    assert said.rstrip().endswith("(1, 1, 3, 256, 256), True)]"), said
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_notebooks_run(path: Path, lean: Path, tmp_path: Path) -> None:
+    run([lean / "python", "-c", EXECUTE, path, tmp_path / "ran.ipynb", tmp_path], tmp_path)
+    cells = json.loads((tmp_path / "ran.ipynb").read_text("utf-8"))["cells"]
+    assert [
+        one
+        for cell in cells
+        for one in cell.get("outputs", [])
+        if "image/png" in one.get("data", {})
+    ]
 
 
 def test_the_wheel_holds_the_package_and_its_data_only(dist: Path) -> None:

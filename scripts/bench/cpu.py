@@ -94,6 +94,9 @@ SDXL = (
     *((1920, 1280, 32), (2560, 1280, 32)),
 )
 
+# the default sizes of U-Nets
+LATENTS: dict[str, Size] = {"unet": (64, 64), "unet-xl": (128, 128)}
+
 
 def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run in each round; each has been called before."""
@@ -447,9 +450,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the rows, written as they come")
     options = parser.parse_args(arguments)
-    latents = "unet" in (options.what, options.of)
-    default = (128, 128) if options.what == "unet-xl" else (64, 64) if latents else (512, 512)
-    options.size = options.size or default
+    work = options.of if options.what == "parts" else options.what
+    options.size = options.size or LATENTS.get(work, (512, 512))
     return options
 
 

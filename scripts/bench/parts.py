@@ -26,7 +26,8 @@ _KERNEL = "sdconv kernel: "
 # the beginnings of the names of each part's operations
 _OPERATIONS = {
     "products": (
-        *(f"{_KERNEL}bmm", f"{_KERNEL}linear", "aten::mkldnn", "aten::_slow_conv"),
+        *(f"{_KERNEL}bmm", f"{_KERNEL}linear", f"{_KERNEL}geglu"),
+        *("aten::mkldnn", "aten::_slow_conv"),
         *("aten::convolution", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"),
         *("aten::linear", "aten::matmul"),
     ),

@@ -65,7 +65,9 @@ def anatomy(
 
     Kernel, stride, padding, channels, the feature map's size, parameters, the memory of weights and
     activations, MACs (multiply-accumulates), receptive field and downscale factor; then the shares
-    of convolutions, attention and normalisation. Only headers are read, no tensors.
+    of convolutions, attention and normalisation. Only headers are read, no tensors. A U-Net gets
+    the latents of an image of --size, and a prompt of 77 tokens. In a whole checkpoint the VAE is
+    shown, unless --component says otherwise.
 
     \b
     Examples:
@@ -73,7 +75,7 @@ def anatomy(
       sdconv anatomy tiny-vae --depth 2 --dtype float16
       sdconv anatomy tiny-vae --all --csv
       sdconv anatomy vae.safetensors --size 1024x1024 --plot anatomy.png
-      sdconv anatomy v1-5-pruned-emaonly.safetensors --component vae --json
+      sdconv anatomy v1-5-pruned-emaonly.safetensors --component unet --depth 3 --json
     """
     from sdconv.analysis.anatomy import dissect
     from sdconv.analysis.inspection import inspect
@@ -89,7 +91,14 @@ def anatomy(
         check_output(plot, force, paths)
     with weights_key(key):
         inspection = inspect(one_or_all(paths), family=family, prefix=prefix)
-    found = inspection.network(component or "vae")
+    several = {one.component for one in inspection.networks}
+    if component is None and len(several) > 1:
+        component = "vae"
+        say(
+            f"the weights hold {' and '.join(sorted(several))}; the vae is shown (see --component)",
+            "note",
+        )
+    found = inspection.network(component)
     result = dissect(found.config, shape)
     if plot is not None:
         from sdconv.report.plots import draw_anatomy

@@ -91,6 +91,17 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+ModelOrSmall = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="The weights: a file, a folder, or a name; of two halves, twice.  Default: tiny-vae, "
+        "the small VAE that ships.",
+        show_default=False,
+    ),
+]
 Component = Annotated[
     str | None,
     typer.Option(
@@ -365,10 +376,13 @@ def _progress_bar(words: str, *done: ProgressColumn) -> Iterator[Callable[[str, 
         TimeRemainingColumn,
     )
 
+    if not shows_progress():
+        with _timed(words):
+            yield lambda name, done, total: None
+        return
     console = errors_console()
     # how much is done, what share of all that is, and the time that is left
     columns = (TextColumn(words), BarColumn(), TaskProgressColumn(), *done, TimeRemainingColumn())
-    hidden = not shows_progress()
-    with _timed(words), Progress(*columns, console=console, disable=hidden) as progress:
+    with _timed(words), Progress(*columns, console=console) as progress:
         task = progress.add_task(words, total=None)
         yield lambda name, done, total: progress.update(task, completed=done, total=total)

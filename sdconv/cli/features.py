@@ -111,12 +111,32 @@ def features(
             show_default=False,
         ),
     ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPT",
+            help="The negative prompt, which guidance leads away from.  Default: an empty one.",
+            show_default=False,
+        ),
+    ] = None,
     embeds: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="A U-Net's prompt as tensors in a file: prompt_embeds and, for SDXL, "
-            "pooled_prompt_embeds.",
+            "pooled_prompt_embeds; for guidance also negative_prompt_embeds and "
+            "negative_pooled_prompt_embeds.",
+            show_default=False,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SCALE",
+            help="Scale of classifier-free guidance; 1 is without. The feature maps are those of "
+            "the half that follows the prompt.  Default: as in diffusers' pipelines, 7.5, for "
+            "SDXL 5.",
             show_default=False,
         ),
     ] = None,
@@ -179,6 +199,7 @@ def features(
       sdconv features --noise --model unet.safetensors --steps 20 --keep ::5 --out maps
       sdconv features photo.jpg --model unet.safetensors --vae vae.safetensors --out maps
       sdconv features --model stable-diffusion/ --prompt 'a cat' -l '*.attn2:probs' --out maps
+      sdconv features -m stable-diffusion/ --prompt 'a cat' --guidance 3 --steps 30 --out maps
     """
     if listed:
         from sdconv.analysis.inspection import inspect
@@ -234,6 +255,8 @@ def features(
         seed=seed,
         prompt=prompt,
         embeds=embeds,
+        negative=negative_prompt,
+        guidance=guidance,
     )
     run = prepare_run(request)
     for note in run.notes:

@@ -33,7 +33,7 @@ def list_points(
 
     from sdconv.features import Points
     from sdconv.features import features as points_of
-    from sdconv.features.drivers import latent_sides
+    from sdconv.features.conditions import latent_sides
     from sdconv.features.selection import match_patterns, match_points
     from sdconv.loading import build
     from sdconv.models.unet import UNet2DConditionModel
@@ -73,6 +73,7 @@ def capture_run(
             layers or _of_methods(block_outputs(points), run.methods),
             exclude=exclude,
             steps=None if single else kept,
+            reduce=run.reduce,
             dtype=torch.float16,
             store=store,
             max_memory=IN_MEMORY,

@@ -23,6 +23,7 @@ from sdconv.cli.common import (
     Json,
     Model,
     ModelKey,
+    ModelOrSmall,
     Out,
     Prefix,
     Resize,
@@ -344,7 +345,7 @@ def decode(
 
 def reconstruct(
     image: ImageFile,
-    model: Model,
+    model: ModelOrSmall = None,
     out: Out = Path("reconstruction.png"),
     force: Force = False,
     size: Resize = None,
@@ -371,6 +372,7 @@ def reconstruct(
 
     \b
     Examples:
+      sdconv reconstruct photo.jpg
       sdconv reconstruct photo.jpg --model vae.safetensors --out out.png
       sdconv reconstruct photo.jpg --model encoder.safetensors --model decoder.safetensors
       sdconv reconstruct photo.jpg --model vae.safetensors --size 512 --json
@@ -395,6 +397,9 @@ def reconstruct(
             hint="give the output another name, or leave --alpha out",
         )
     image_format(out)
+    if not model:
+        model = [Path("tiny-vae")]
+        say("with tiny-vae, the small VAE that ships; --model names another", "note")
     check_output(out, force, [image, *model])
     options = RunOptions(
         component=component,

@@ -28,6 +28,10 @@ UNCLIP_WIDTHS = frozenset({2 * 768, 2 * 1024})
 # ViT-bigG (SDXL); `cross_attention_dim` in their unet/config.json. The number of heads follows.
 TEXT_WIDTHS: Mapping[int, str] = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 
+# Rows and columns of pixels that one of a U-Net's latents stands for, in every family
+# (`vae_scale_factor` in diffusers' pipelines).
+PIXELS_PER_LATENT = 8
+
 # The noise schedule of Stable Diffusion 1, 2 and XL: over these timesteps, the square root of beta
 # rises linearly between the square roots of these two (`linear_start` and `linear_end` in their
 # configs; `make_beta_schedule` in ldm's util.py).

@@ -24,7 +24,7 @@ from sdconv.dataset.run import Options, Progress, Summary, make_dataset
 from sdconv.dataset.store import Store
 from sdconv.errors import InputError
 from sdconv.features.capture import capture
-from sdconv.features.drivers import conditions, scheduler_file
+from sdconv.features.conditions import conditions, scheduler_file
 from sdconv.features.points import points_of
 from sdconv.features.reduction import Reduction, reduction
 from sdconv.features.selection import match_patterns

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdconv.config.facts import PIXELS_PER_LATENT
 from sdconv.convolution.geometry import ReceptiveField
 from sdconv.dataset.decoding import Decoded, decode
 from sdconv.dataset.features import DECODING, TOP, FeatureExtractor
@@ -19,8 +20,6 @@ from sdconv.errors import InputError
 from sdconv.features.dry_run import receptive_fields
 
 Box = tuple[int, int, int, int]
-
-_PIXELS = 8  # that one of a U-Net's latents stands for, in every family
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _fields(extractor: FeatureExtractor) -> dict[str, tuple[ReceptiveField, Rece
 
     def scale(name: str) -> int:
         if network is not vae:
-            return _PIXELS
+            return PIXELS_PER_LATENT
         return vae.downscale if name.startswith(DECODING) else 1
 
     fields = receptive_fields(network)

@@ -12,6 +12,13 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# torch 2.6 has no function that asks for all of them
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 def _originals(kind: Any) -> tuple[Any, Any]:
@@ -30,7 +37,7 @@ def _originals(kind: Any) -> tuple[Any, Any]:
 
 # Programs replace methods of torch's classes, for instance to make images seamless.
 _METHODS: dict[type[nn.Module], tuple[Any, Any]] = {
-    kind: _originals(kind) for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU)
+    kind: _originals(kind) for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.Dropout)
 }
 
 
@@ -110,6 +117,27 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     return is_called_plainly(module, kind) and has_plain_methods(module, kind)
 
 
+def is_diffusers(module: Any, name: str) -> bool:
+    """Whether calling a module runs the ``forward`` that diffusers wrote for its class of this
+    name, and nothing else."""
+    kind = type(module)
+    return _is_of_diffusers(kind, name, "forward") and is_bare(module, kind)
+
+
+def is_diffusers_processor(processor: Any, name: str) -> bool:
+    """Whether an attention processor is diffusers' of this name, with the ``__call__`` that
+    diffusers wrote."""
+    return _is_of_diffusers(type(processor), name, "__call__")
+
+
+def _is_of_diffusers(kind: Any, name: str, method: str) -> bool:
+    """Whether a class is diffusers' of this name, and the method was not replaced."""
+    if kind.__name__ != name or not kind.__module__.startswith("diffusers.models."):
+        return False
+    code = getattr(getattr(kind, method), "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
+
+
 def has_plain_methods(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module's ``forward`` and ``_conv_forward`` are those of class ``kind``, and torch's
     own if that is a class of torch's; and so is the function that these call."""
@@ -133,9 +161,10 @@ def has_plain_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module], name: str, function: Any) -> bool:
     """Whether a method of a module is this function, not one of its own."""
-    if name not in vars(module):  # torch.compile cannot compare a bound method's function
+    own = module.__dict__  # torch.compile traces no vars() before torch 2.7
+    if name not in own:  # torch.compile cannot compare a bound method's function
         return getattr(kind, name) is function
-    return getattr(vars(module)[name], "__func__", None) is function
+    return getattr(own[name], "__func__", None) is function
 
 
 def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -149,7 +178,7 @@ def is_called_plainly(module: nn.Module, kind: type[nn.Module]) -> bool:
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+            or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
         )
     )
 

@@ -1,6 +1,7 @@
 """The U-Net's transformers on a CPU: linear layers, 1x1 convolutions and attention in float32.
 
-The transformers are diffusers' own modules, so the torch functions that they call are intercepted.
+The transformers are diffusers' own modules, so the torch functions that they call are intercepted;
+plain ones are computed by :mod:`sdconv.fast.cpu.transformer` instead, which fuses more.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from sdconv.backends import implements
 from sdconv.fast.cpu.group_stats import group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.transformer import can_run_transformer
+from sdconv.fast.cpu.transformer import transformer as run_transformer_fused
 from sdconv.fast.preconditions import is_eager, is_supported
 from sdconv.models.unet_blocks import Conditions, run_transformer
 
@@ -28,9 +32,19 @@ def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor 
             return None
         plain: Tensor = module(x.contiguous(), return_dict=False, **conditions)[0]
         return plain
+    fused = not _has_modes() and can_run_transformer(module, x, conditions)
     with _FastFunctions():
+        if fused:
+            return run_transformer_fused(module, x, conditions)
         out: Tensor = module(x, return_dict=False, **conditions)[0]
     return out
+
+
+def _has_modes() -> bool:
+    """Whether a mode of the caller's, other than a default device, is to see what diffusers
+    calls."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 class _FastFunctions(TorchFunctionMode):

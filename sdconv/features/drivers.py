@@ -3,7 +3,7 @@ autoencoder, noise or noised latents through a U-Net."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,24 @@ from torch import Tensor
 
 from sdconv.analysis.memory import check_free_memory, check_memory
 from sdconv.errors import InputError
+from sdconv.features.conditions import (
+    conditional_half,
+    conditions,
+    guided_conditions,
+    latent_sides,
+    scheduler_file,
+)
 from sdconv.features.prompts import PromptEmbeds, encode_prompt, read_embeds
 from sdconv.images import LoadedImage, read_image, to_tensor
 from sdconv.latents import encode, read_stored, scale
 from sdconv.loading import load
 from sdconv.models.base import Autoencoder, Network
-from sdconv.models.dummy_inputs import Noise, inputs_for
 from sdconv.models.unet import UNet2DConditionModel
 
+GUIDANCE, SDXL_GUIDANCE = 7.5, 5.0
+"""The scales of classifier-free guidance that diffusers' pipelines have by default."""
+
 LATENT_SUFFIXES = (".safetensors", ".latent", ".pt", ".pth", ".bin", ".ckpt")
-# prompt embeddings of at most this width come from no text encoder: the tiny U-Net's are unit
-# vectors
-_UNIT_VECTORS = 16
-_PIXELS = 8  # per latent, in every family of the U-Nets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class Request:
         prompt: a U-Net's prompt, which the text encoders in the pipeline's folder ``model`` encode;
             or None.
         embeds: a file with the prompt's embedding, or None.
+        negative: the negative prompt, or None for what the pipeline takes without one.
+        guidance: scale of classifier-free guidance; None for that of diffusers' pipelines.
     """
 
     source: Path | None
@@ -66,6 +73,8 @@ class Request:
     seed: int
     prompt: str | None = None
     embeds: Path | None = None
+    negative: str | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,7 @@ class Run:
         facts: label -> text about the input.
         notes: choices that were made.
         image: the image that the input comes from, if any.
+        guided: the network's batch has two halves, of which the second follows the prompt.
     """
 
     network: Network
@@ -89,6 +99,12 @@ class Run:
     facts: dict[str, str]
     notes: tuple[str, ...]
     image: Image.Image | None
+    guided: bool = False
+
+    @property
+    def reduce(self) -> Callable[[Tensor], Tensor] | None:
+        """What is kept of a feature map: under guidance the half that follows the prompt."""
+        return conditional_half if self.guided else None
 
 
 def prepare_run(request: Request) -> Run:
@@ -154,6 +170,8 @@ def _prompt(request: Request) -> PromptEmbeds | None:
         raise InputError(
             "give either a prompt or its embeddings", where="--prompt and --embeds", got="both"
         )
+    if request.negative is not None and request.prompt is None:
+        raise InputError("a negative prompt needs a prompt", where="--negative-prompt")
     if request.embeds is not None:
         return read_embeds(request.embeds)
     if request.prompt is None:
@@ -161,7 +179,7 @@ def _prompt(request: Request) -> PromptEmbeds | None:
     folder = request.model if isinstance(request.model, Path) else request.model[0]
     # of a component's folder, the pipeline is the folder around it
     within = (folder.parent / "text_encoder").is_dir() and not (folder / "text_encoder").is_dir()
-    return encode_prompt(folder.parent if within else folder, request.prompt)
+    return encode_prompt(folder.parent if within else folder, request.prompt, request.negative)
 
 
 def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
@@ -221,20 +239,33 @@ def _unet_run(
         check_free_memory(least, f"latents {rows}x{columns}", options)
     shape = (1, channels, rows, columns)
     noise = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
-    arguments, words = conditions(unet, (rows, columns), request.seed, prompt)
+    guidance = _guidance(unet, request, prompt)
+    arguments, words = (conditions if guidance is None else guided_conditions)(
+        unet, (rows, columns), request.seed, prompt
+    )
     latents = noise  # of the run from noise, step by step
 
     def call(timestep: int) -> None:
         nonlocal latents
         noisy = latents if z is None else schedule.add_noise(z, noise, timestep)
-        sample = torch.cat([noisy, arguments[0][:, channels:]], 1)
+        further = arguments[0][:, channels:]
+        sample = torch.cat([noisy.expand(len(further), -1, -1, -1), further], 1)
         predicted = unet(sample, timestep, *arguments[2:]).sample
+        if guidance is not None:
+            without, of_prompt = predicted.chunk(2)
+            predicted = without + guidance * (of_prompt - without)
         if z is None:
             latents = schedule.step(predicted, timestep, latents)
 
     source = "noise" if request.source is None else request.source.name
     how = "denoised" if z is None else "with noise added at each timestep"
     trained = "the pipeline's" if config else "Stable Diffusion's"
+    facts = {}
+    if prompt is not None:
+        of_half = ", and the feature maps are those of its half of the batch"
+        guided = "none" if guidance is None else f"{guidance:g}"
+        facts = {"prompt": prompt.words, "guidance": guided}
+        words += f", the guidance {guided}" + ("" if guidance is None else of_half)
     notes += (words, f"the noise schedule is {trained}, the prediction {schedule.prediction_type}")
     return Run(
         network=unet,
@@ -244,21 +275,39 @@ def _unet_run(
         facts={
             "input": f"{source}, latents {_shape(noise)}, {how}",
             "timesteps": f"{request.steps}, seed {request.seed}",
-            **({} if prompt is None else {"prompt": prompt.words}),
+            **facts,
         },
         notes=notes,
         image=image,
+        guided=guidance is not None,
     )
 
 
-def latent_sides(unet: UNet2DConditionModel, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of the latents of an image of this size; None for the U-Net's default
-    size."""
-    if size is not None:
-        rows, columns = size if isinstance(size, tuple) else (size, size)
-        return max(rows // _PIXELS, 1), max(columns // _PIXELS, 1)
-    default = unet.config.sample_size or 64
-    return (default, default) if isinstance(default, int) else default
+def _guidance(
+    unet: UNet2DConditionModel, request: Request, prompt: PromptEmbeds | None
+) -> float | None:
+    """The scale of classifier-free guidance: as in diffusers' pipelines, if a prompt steers the
+    denoising; None without guidance."""
+    refusal = None
+    if prompt is None:
+        refusal = "guidance needs a prompt", "give --prompt, or --embeds"
+    elif request.source is not None:
+        refusal = "guidance steers denoising, but here noise is added to an image", "leave it out"
+    elif unet.config.time_cond_proj_dim is not None:
+        refusal = "this U-Net was distilled to need no guidance", "leave it out"
+    elif prompt.negative is None:
+        refusal = (
+            "guidance needs the embedding of a negative prompt too",
+            "add negative_prompt_embeds to the file: pipelines take that of the empty prompt",
+        )
+    if refusal is not None and (request.guidance or 0) > 1:
+        raise InputError(refusal[0], where="--guidance", hint=refusal[1])
+    if refusal is not None or prompt is None:
+        return None
+    scale = request.guidance
+    if scale is None:
+        scale = SDXL_GUIDANCE if prompt.pooled is not None else GUIDANCE
+    return scale if scale > 1 else None
 
 
 def _latents_of(
@@ -311,56 +360,6 @@ def _latents_of(
             got=z.shape[1],
         )
     return z.to(unet.dtype), loaded.image, loaded.notes
-
-
-def conditions(
-    unet: UNet2DConditionModel,
-    size: tuple[int, int],
-    seed: int,
-    prompt: PromptEmbeds | None = None,
-) -> tuple[list[Any], str]:
-    """A U-Net's arguments by position, with a neutral prompt embedding unless there is a prompt,
-    and a note about them."""
-    noise = Noise(1, seed, unet.dtype, unet.device)
-    arguments = list(cast(Iterable[Any], inputs_for(unet, size, noise)["forward"]))
-    prompt_embeds = arguments[2]
-    width = prompt_embeds.shape[2]
-    words = "the prompt embedding is zeros"
-    if not unet.reads_text:
-        arguments[2], words = None, "the network takes no prompt embedding"
-    elif prompt is not None:
-        arguments[2] = prompt.tokens
-        words = f"the prompt is {prompt.words}, without guidance"
-    elif width <= _UNIT_VECTORS:
-        arguments[2] = torch.eye(width, dtype=prompt_embeds.dtype, device=unet.device)[None]
-        words = f"the prompt embedding is {width} unit vectors"
-    else:
-        arguments[2] = torch.zeros_like(prompt_embeds)
-    if added := arguments[7] if len(arguments) > 7 else None:
-        if prompt is None or prompt.pooled is None:
-            added["text_embeds"].zero_()
-            words += "" if prompt is None else ", its pooled embedding is zeros"
-        elif prompt.pooled.shape != added["text_embeds"].shape:
-            raise InputError(
-                "the pooled prompt embedding is not one of this U-Net",
-                where=prompt.words,
-                expected=tuple(added["text_embeds"].shape),
-                got=tuple(prompt.pooled.shape),
-            )
-        else:
-            added["text_embeds"] = prompt.pooled
-        rows, columns = (side * _PIXELS for side in size)
-        numbers = [rows, columns, 0, 0, rows, columns][: added["time_ids"].shape[1]]
-        added["time_ids"] = added["time_ids"].new_tensor([numbers])
-    more = unet.config.in_channels - unet.config.out_channels
-    return arguments, words + (f", and {more} further channels are noise" if more > 0 else "")
-
-
-def scheduler_file(model: Path | list[Path]) -> Path | None:
-    """The scheduler's config in a pipeline's folder; None if there is none."""
-    folder = model if isinstance(model, Path) else model[0]
-    found = folder / "scheduler" / "scheduler_config.json"
-    return found if found.is_file() else None
 
 
 def _shape(x: Tensor) -> str:

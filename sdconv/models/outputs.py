@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,9 +61,12 @@ Result = TypeVar("Result")
 
 def exportable(kind: type[Result]) -> type[Result]:
     """Registers a dataclass with torch's pytrees, so that ``torch.export`` can return it."""
-    torch.export.register_dataclass(
-        kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}"
-    )
+    with warnings.catch_warnings():
+        # torch 2.6 calls a function of its own that it has deprecated
+        warnings.filterwarnings("ignore", ".*_register_pytree_node", FutureWarning)
+        torch.export.register_dataclass(
+            kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}"
+        )
     return kind
 
 

@@ -24,7 +24,7 @@ PLOT_FORMATS: Mapping[str, str] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 @dataclass(frozen=True)
 class _Labels:
-    """The labels of the encoder's or the decoder's row: title, input and output."""
+    """The labels of a row: title, input and output."""
 
     title: str
     source: str
@@ -34,6 +34,7 @@ class _Labels:
 _LABELS = {
     "encode": _Labels("Encoder", "image", "latents"),
     "decode": _Labels("Decoder", "latents", "image"),
+    "denoise": _Labels("U-Net", "latents", "prediction"),
 }
 
 
@@ -54,9 +55,9 @@ _DATA = _Kind("#d9d9d9", "input and output")
 _KINDS = (_CONVOLUTION, _RESIDUAL, _ATTENTION, _DOWNSAMPLING, _UPSAMPLING, _DATA)
 
 _EXPLAINED = (
-    "Above the boxes: rows x columns of the feature map. Receptive field: the pixels (in the "
-    "decoder latents) across that one value depends\non through convolutions; * global, through "
-    "attention. The sides of the boxes are square roots of rows and channels."
+    "Above the boxes: rows x columns of the feature map. Receptive field: the pixels (latents in "
+    "decoders and U-Nets) across that one\nvalue depends on through convolutions; * global, "
+    "through attention. The sides of the boxes are square roots of rows and channels."
 )
 
 # y positions in the axes of the boxes; the tallest box is 1 high and centred on 0
@@ -89,7 +90,8 @@ def plot_format(path: Path) -> str:
 
 
 def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
-    """Draw encoder and decoder as rows of boxes, with each box's share of the multiplies below it.
+    """Draw encoder and decoder, or a U-Net, as rows of boxes, with each box's share of the
+    multiplies below it.
 
     A box's left side is as high as its input feature map, its right side as its output, and its
     width stands for the channels; all by their square root, so that small ones remain visible.
@@ -199,7 +201,7 @@ def _draw_boxes(
         _write(axes, slot, *_words(block))
     end = len(blocks) + 1
     box(end, last.out_channels, last.out_size[0], last.out_size[0], _DATA)
-    if last.out_channels == 2 * anatomy.latent_channels:
+    if last.path == "encode" and last.out_channels == 2 * anatomy.latent_channels:
         _write(axes, end, str(last.out_channels), "means and", "variances")
     else:
         _write(axes, end, str(last.out_channels), labels.result)
@@ -235,11 +237,12 @@ def _words(block: Block) -> tuple[str, ...]:
     # the kernel that most have: a block's 1x1 convolution is its shortcut
     (kernel, times) = max(kernels.items(), default=("-", 1))
     stride = max((c.stride[0] for c in convolutions if c.stride), default=None)
+    field = block.last.receptive_field
     return (
         str(before) if before == after else f"{before}→{after}",
         {1: "", 2: "two ", 3: "three "}.get(times, f"{times} of ") + kernel,
         "-" if stride is None else str(stride),
-        f"{block.last.receptive_field[0]}{'*' if block.last.global_receptive_field else ''}",
+        "-" if field is None else f"{field[0]}{'*' if block.last.global_receptive_field else ''}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from math import isnan
@@ -79,11 +80,14 @@ def anatomy_report(anatomy: Anatomy, *, every: bool, itemsize: int = 4) -> Rende
     Args:
         anatomy: what is shown. every: every operation. itemsize: bytes of a value.
     """
+    from sdconv.analysis.anatomy import PATHS
+
     rows, columns = anatomy.size
-    parts: list[RenderableType] = [
-        plain(f"{anatomy.class_name} on an image of {rows}x{columns} (rows x columns)", "bold")
-    ]
-    for path in ("encode", "decode"):
+    sides = f"an image of {rows}x{columns} (rows x columns)"
+    if unet := anatomy.blocks_of("denoise"):
+        sides = f"latents of {_sides(unet[-1].out_size)}, of {sides}"
+    parts: list[RenderableType] = [plain(f"{anatomy.class_name} on {sides}", "bold")]
+    for path in PATHS:
         if blocks := anatomy.blocks_of(path):
             parts.append(_half(anatomy, path, blocks, every, itemsize))
     return Group(*parts, _totals(anatomy), plain(_EXPLAINED, "dim"))
@@ -94,9 +98,10 @@ output: rows x columns of the feature map that comes out
 activations: memory of the outputs of all operations of a block, which training keeps
 MACs: multiply-accumulates of convolutions, linear layers and attention, for one image
 padding: zeros on every side; 0,1 is at the bottom and on the right only
-receptive field: the pixels across, in the decoder latents, that one value depends on through
-convolutions; * global, through attention (GroupNorm's statistics are global too)
-downscale: pixels, in the decoder latents, from one value to the next; 1/2 after upsampling"""
+receptive field: the pixels across (latents in decoders and U-Nets) that one value depends on
+through convolutions and skips; * global, through attention (GroupNorm's statistics are global too)
+downscale: pixels (latents in decoders and U-Nets) from one value to the next, the true stride of
+the layers so far; 1/2 after upsampling. Embeddings of the timestep and the prompt have neither"""
 
 
 def manifest_report(known: Iterable[KnownCheckpoint]) -> RenderableType:
@@ -259,7 +264,7 @@ def _block_row(anatomy: Anatomy, block: Block, itemsize: int) -> tuple[str, ...]
     convolutions = block.convolutions
     return (
         _short(block.name),
-        " ".join(_sides(one.kernel) for one in convolutions) or block.class_name,
+        _kernels(block) or block.class_name,
         " ".join(dict.fromkeys(_both(one.stride) for one in convolutions)),
         # a 1x1 shortcut has no padding, which need not be said
         " ".join(
@@ -308,6 +313,14 @@ def _short(name: str) -> str:
 def _sides(pair: tuple[int, int] | None) -> str:
     """``3x3``: rows x columns."""
     return "" if pair is None else f"{pair[0]}x{pair[1]}"
+
+
+def _kernels(block: Block) -> str:
+    """``3x3 3x3 1x1`` of a block's convolutions; of more than three, how many there are of each."""
+    kernels = [_sides(one.kernel) for one in block.convolutions]
+    if len(kernels) <= 3:
+        return " ".join(kernels)
+    return ", ".join(f"{times} of {kernel}" for kernel, times in Counter(kernels).most_common())
 
 
 def _both(pair: tuple[object, object] | None) -> str:

@@ -17,7 +17,7 @@ from sdconv.dataset import FeatureExtractor, FeatureSettings, Options
 from sdconv.dataset.encoder import generator_for
 from sdconv.dataset.patches import top_patches
 from sdconv.errors import InputError
-from sdconv.features.drivers import conditions
+from sdconv.features.conditions import conditions
 from sdconv.features.reduction import pool
 from sdconv.images import to_tensor
 from sdconv.integrations.schedule import Schedule

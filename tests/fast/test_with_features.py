@@ -29,7 +29,7 @@ def unet() -> tuple[Any, tuple[Any, ...]]:
 
 def by_kind(network: Any) -> dict[str, list[str]]:
     """Hook points by the last part of their names; no block has two of a kind. All points inside
-    transformers, which have no fast implementation, are one kind."""
+    transformers are one kind; ``cpu/test_transformer.py`` has each of them alone."""
     found: dict[str, list[str]] = {}
     for point in sdconv.features(network):
         kind = "attentions" if "attentions" in point.name else point.name.rpartition(".")[2]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import seeded, unets
+from helpers.versions import fails_on_torch_2_6
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -329,6 +330,7 @@ def test_compiled_networks_run_uncompiled_inside() -> None:
         handle.remove()
 
 
+@fails_on_torch_2_6("an error for the whole graph is without the reason")
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_block_inside_compiled_code_is_refused_with_a_hint(fullgraph: bool) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
+from inspect import signature
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -94,18 +96,19 @@ SMALL_TINY = tiny(
 )
 
 # one of each kind that diffusers can build too
-WITH_PEER: Mapping[str, Config] = {
+WITH_PEER: dict[str, Config] = {
     "sd1": kl((32, 32, 64, 64), 4, True),
     "sd3": kl((32, 64), 16, False),
     "three levels": kl((32, 32, 96), 4, True, layers_per_block=1),
     "no attention": kl((32, 32), 4, True, layers_per_block=1, mid_block_add_attention=False),
     "flux2": flux2((32, 32, 64, 64)),
-    "flux2 with a small decoder": flux2(
-        (32, 64), layers_per_block=1, decoder_block_out_channels=(32, 32)
-    ),
     "taesd": tiny(),
     "taesd, 16 channels": tiny(latent_channels=16),
 }
+if "decoder_block_out_channels" in signature(diffusers.AutoencoderKLFlux2).parameters:
+    WITH_PEER["flux2 with a small decoder"] = flux2(  # since diffusers 0.38
+        (32, 64), layers_per_block=1, decoder_block_out_channels=(32, 32)
+    )
 # one of each kind that diffusers cannot build
 POOLED = tiny(latent_channels=32, use_midblock_gn=True)
 SANA = tiny(

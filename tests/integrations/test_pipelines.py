@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ def diffusers_twin(ours: Any) -> Any:
 
     fields = {k: v for k, v in ours.config.items() if k not in type(ours.config).extensions}
     fields.pop("block_out_channels" if "num_encoder_blocks" in fields else "", None)
-    theirs = getattr(diffusers, ours.config.class_name)(**fields).eval()
+    kind = getattr(diffusers, ours.config.class_name)
+    known = signature(kind).parameters  # of this version
+    fields = {k: v for k, v in fields.items() if k in known or v is not None}
+    theirs = kind(**fields).eval()
     theirs.load_state_dict(ours.state_dict())
     return theirs
 

@@ -9,10 +9,23 @@ from itertools import groupby
 from math import prod
 from typing import Any
 
-ROLES = ("convolution", "attention", "embedding", "normalisation", "activation", "upsampling")
+from sdconv.sizes import format_padding, format_pair
+
+ROLES = (
+    "convolution",
+    "attention",
+    "feed-forward",
+    "embedding",
+    "normalisation",
+    "activation",
+    "upsampling",
+)
 """The kinds of operations."""
 
-_MACS = frozenset({"convolution", "attention", "embedding"})
+PATHS = ("encode", "decode", "denoise")
+"""What a network does: the two halves of an autoencoder, a U-Net."""
+
+_MACS = frozenset({"convolution", "attention", "feed-forward", "embedding"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +33,15 @@ class Operation:
     """One operation of a network. Pairs are (rows, columns).
 
     ``name``: its module's, by diffusers' names. ``block``: the name of the block it belongs to.
-    ``path``: ``"encode"`` or ``"decode"``. ``role``: one of ``ROLES``. ``kernel``, ``stride``: a
+    ``path``: one of ``PATHS``. ``role``: one of ``ROLES``. ``kernel``, ``stride``: a
     convolution's, else None. ``padding``: zeros above, below, left and right. ``in_size``,
-    ``out_size``: of the feature map.
+    ``out_size``: of the feature map; for a prompt, tokens and 1.
 
-    ``receptive_field``: the input pixels (latents, when decoding) that one output depends on
-    through convolutions. ``downscale``: input pixels from one output to the next, below 1 after
-    upsampling. ``global_receptive_field``: whether attention, here or before, makes every output
-    depend on the whole input.
+    ``receptive_field``: the input pixels (latents, unless encoding) that one output depends on
+    through convolutions, the widest of all paths through skips. ``downscale``: input pixels from
+    one output to the next, below 1 after upsampling. Both are None for what does not depend on the
+    feature map: embeddings of the timestep and the prompt. ``global_receptive_field``: whether
+    attention, here or before, makes every output depend on the whole input.
     """
 
     name: str
@@ -44,8 +58,8 @@ class Operation:
     out_size: tuple[int, int]
     parameters: int
     multiplies: int
-    receptive_field: tuple[int, int]
-    downscale: tuple[Fraction, Fraction]
+    receptive_field: tuple[int, int] | None
+    downscale: tuple[Fraction, Fraction] | None
     global_receptive_field: bool
 
     @property
@@ -61,7 +75,7 @@ class Operation:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON has them; a downscale factor is text such as ``"1/2"``."""
-        downscale = [str(factor) for factor in self.downscale]
+        downscale = self.downscale and [str(factor) for factor in self.downscale]
         own = {"macs": self.macs, "activations": self.activations}
         return {**vars(self), **own, "downscale": downscale}
 
@@ -90,7 +104,7 @@ class Block:
     def last(self) -> Operation:
         """The operation with the largest receptive field."""
         return max(
-            self.operations, key=lambda one: (one.global_receptive_field, one.receptive_field)
+            self.operations, key=lambda one: (one.global_receptive_field, one.receptive_field or ())
         )
 
     @property
@@ -150,7 +164,10 @@ class Total:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A network's operations for an image of one size, ``(rows, columns)``."""
+    """A network's operations for an image of one size, ``(rows, columns)``, or for its latents.
+
+    ``latent_channels``: channels of the latents that a U-Net predicts, or an autoencoder's.
+    """
 
     class_name: str
     latent_channels: int
@@ -201,11 +218,13 @@ class Anatomy:
         """
         for block in self.blocks:
             for one in block.operations if every else (block,):
+                widest = one if isinstance(one, Operation) else one.last
                 yield {
                     "path": block.path,
                     "block": block.name,
                     "name": one.name,
                     "kind": one.role if isinstance(one, Operation) else one.class_name,
+                    **_geometry(one),
                     "in_channels": one.in_channels,
                     "out_channels": one.out_channels,
                     "in_rows": one.in_size[0],
@@ -216,6 +235,9 @@ class Anatomy:
                     "weight_bytes": one.parameters * itemsize,
                     "activation_bytes": one.activations * itemsize,
                     "macs": one.macs,
+                    "downscale": _both(widest.downscale),
+                    "receptive_field": _both(widest.receptive_field),
+                    "global_receptive_field": widest.global_receptive_field,
                 }
 
     @property
@@ -227,7 +249,7 @@ class Anatomy:
         )
 
     def blocks_of(self, path: str) -> tuple[Block, ...]:
-        """The blocks of ``"encode"`` or ``"decode"``; none if the network lacks that half."""
+        """The blocks of one of ``PATHS``; none if the network does not have it."""
         return tuple(block for block in self.blocks if block.path == path)
 
     @property
@@ -275,3 +297,20 @@ class Anatomy:
                 for block in self.blocks
             ],
         }
+
+
+def _geometry(one: Operation | Block) -> dict[str, str]:
+    """Kernel, stride and padding of a convolution, or of a block's only one; else empty."""
+    found = (one,) if isinstance(one, Operation) else one.convolutions
+    conv = found[0] if len(found) == 1 else None
+    if conv is None or conv.kernel is None or conv.stride is None:
+        return {"kernel": "", "stride": "", "padding": ""}
+    return {
+        "kernel": "x".join(map(str, conv.kernel)),
+        "stride": format_pair(conv.stride),
+        "padding": format_padding(conv.padding),
+    }
+
+
+def _both(pair: tuple[object, object] | None) -> str:
+    return "" if pair is None else format_pair(pair)

@@ -10,7 +10,7 @@ Multiplies are counted for one image:
 - attention: in addition to its linear layers two matrix products, positions * positions * channels
   each;
 - GroupNorm, LayerNorm: two for each value (the square for the variance, and the scaling);
-- SiLU, GELU: one for each value. ReLU, additions and nearest upsampling: none.
+- SiLU, GELU: one for each value. ReLU, additions, nearest upsampling, embedding tables: none.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
+from sdconv.config.facts import PIXELS_PER_LATENT
 from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
 from sdconv.errors import InputError
 from sdconv.loading import build
-from sdconv.models.base import Autoencoder
+from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import (
     AsymmetricDownsample2D,
     Attention,
@@ -41,7 +43,9 @@ from sdconv.models.blocks import (
     ResnetBlock2D,
     Upsample2D,
 )
+from sdconv.models.dummy_inputs import Noise, inputs_for
 from sdconv.models.tiny import TinyBlock
+from sdconv.models.unet import UNet2DConditionModel
 
 LARGEST_SIDE = 1 << 16
 """The largest image that `dissect` takes, in rows or columns."""
@@ -49,15 +53,22 @@ LARGEST_SIDE = 1 << 16
 _BLOCKS = (ResnetBlock2D, Attention, Downsample2D, AsymmetricDownsample2D, Upsample2D, TinyBlock)
 
 
+def _is_block(module: nn.Module) -> bool:
+    # the transformers are diffusers'
+    return isinstance(module, _BLOCKS) or type(module).__name__ == "Transformer2DModel"
+
+
 def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
-    """What each operation of an autoencoder does to an image. No weights are needed or read.
+    """What each operation of a network does to an image, or to its latents. No weights are needed
+    or read.
 
     Args:
         config: as ``sdconv.infer`` derives it from shapes.
-        size: rows and columns of the image, or one number for both; at most ``LARGEST_SIDE``.
+        size: rows and columns of the image, or one number for both; at most ``LARGEST_SIDE``. A
+            U-Net's latents have an eighth of them, and its prompt 77 tokens.
 
     Raises:
-        InputError: an invalid size, an image of less than one latent, or not an autoencoder.
+        InputError: an invalid size, or an image of less than one latent.
     """
     rows, columns = pair("size", size, 1)
     if max(rows, columns) > LARGEST_SIDE:
@@ -67,17 +78,9 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
             expected=f"at most {LARGEST_SIDE} rows and columns",
             got=f"{rows}x{columns}",
         )
-    if not config.class_name.startswith("Autoencoder"):
-        raise InputError(
-            "only autoencoders can be dissected",
-            where="component",
-            expected="vae",
-            got=config.class_name,
-        )
     with torch.device("meta"):
         network = build(config)
-    assert isinstance(network, Autoencoder)
-    least = network.downscale
+    least = network.downscale if isinstance(network, Autoencoder) else PIXELS_PER_LATENT
     if min(rows, columns) < least:
         raise InputError(
             "the image is too small",
@@ -85,16 +88,19 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
             expected=f"at least {least} rows and columns, the size of one latent",
             got=f"{rows}x{columns}",
         )
+    latent = rows // least, columns // least
     operations: list[Operation] = []
     with torch.no_grad():
-        if network.encoder is not None:
-            operations += _record(network, "encode", config["in_channels"], (rows, columns))
-        if network.decoder is not None:
-            latent = rows // least, columns // least
-            operations += _record(network, "decode", config["latent_channels"], latent)
+        if isinstance(network, UNet2DConditionModel):
+            operations += _record(network, "denoise", latent)
+        for path in ("encode", "decode"):
+            if getattr(network, f"{path}r", None) is not None:
+                sides = (rows, columns) if path == "encode" else latent
+                operations += _record(network, path, sides)
+    unet = isinstance(network, UNet2DConditionModel)
     return Anatomy(
         class_name=config.class_name,
-        latent_channels=config["latent_channels"],
+        latent_channels=config["out_channels" if unet else "latent_channels"],
         size=(rows, columns),
         blocks=tuple(
             Block(name=name, class_name=class_name, path=path, operations=tuple(group))
@@ -143,14 +149,23 @@ class TensorGeometry:
         return self.spatial, self.is_global, *self.receptive_field
 
 
-def _record(network: nn.Module, path: str, channels: int, size: tuple[int, int]) -> list[Operation]:
-    """The operations of ``network.encode`` or ``network.decode``, in the order in which they
-    run."""
+def _record(network: Network, path: str, size: tuple[int, int]) -> list[Operation]:
+    """The operations of one of ``PATHS``, in the order in which they run."""
     recorder = Recorder(path)
+    method = "forward" if path == "denoise" else path
+    channels = network.config["latent_channels" if path == "decode" else "in_channels"]
     x = torch.empty(1, channels, *size, device="meta")
     recorder.track(x, TensorGeometry.of_input(size))
+    conditions: list[Any] = []
+    if path == "denoise":  # the timestep, the prompt and what else is added, whatever the size
+        noise = Noise(1, 0, torch.float32, torch.device("meta"))
+        _, *conditions = inputs_for(network, (1, 1), noise)[method]
+    for condition in tree_leaves(conditions):
+        if isinstance(condition, Tensor):
+            tokens = condition.shape[1] if condition.ndim == 3 else 1
+            recorder.track(condition, TensorGeometry.of_input((tokens, 1), spatial=False))
     with recorder.following_modules(network), recorder:
-        getattr(network, path)(x)
+        getattr(network, method)(x, *conditions)
     return recorder.operations
 
 
@@ -221,6 +236,10 @@ class Recorder(TorchFunctionMode):
         ]
         return max(geometries, key=lambda geometry: geometry.extent, default=None)
 
+    def inside(self, class_name: str) -> bool:
+        """Whether a module of this class is running."""
+        return any(type(module).__name__ == class_name for _, module in self._modules)
+
     def add(
         self,
         role: str,
@@ -236,7 +255,7 @@ class Recorder(TorchFunctionMode):
     ) -> TensorGeometry:
         """Record an operation of the module that is running, and return ``after``."""
         block, module = next(
-            (here for here in self._modules if isinstance(here[1], _BLOCKS)), self._modules[-1]
+            (here for here in self._modules if _is_block(here[1])), self._modules[-1]
         )
         self.operations.append(
             Operation(
@@ -254,8 +273,8 @@ class Recorder(TorchFunctionMode):
                 out_size=after.size,
                 parameters=sum(weight.numel() for weight in weights if weight is not None),
                 multiplies=multiplies,
-                receptive_field=after.receptive_field,
-                downscale=after.downscale,
+                receptive_field=after.receptive_field if after.spatial else None,
+                downscale=after.downscale if after.spatial else None,
                 global_receptive_field=after.is_global,
             )
         )
@@ -313,8 +332,9 @@ def _linear(
 ) -> TensorGeometry:
     # Tokens (B, positions, C): a linear layer is applied at each position, as a 1x1 convolution is.
     # A vector (B, C) is an embedding.
+    role = "embedding" if x.ndim == 2 else "attention"
     return recorder.add(
-        "attention" if x.ndim > 2 else "embedding",
+        "feed-forward" if recorder.inside("FeedForward") else role,
         before,
         before,
         channels=(x.shape[-1], y.shape[-1]),
@@ -369,14 +389,28 @@ def _norm(
 def _activation(
     recorder: Recorder, before: TensorGeometry, y: Tensor, x: Tensor, *_: Any, **__: Any
 ) -> TensorGeometry:
-    channels = (x.shape[1], x.shape[1])
-    return recorder.add("activation", before, before, channels=channels, multiplies=x.numel())
+    channels = x.shape[1] if x.ndim == 4 else x.shape[-1]
+    return recorder.add(
+        "activation", before, before, channels=(channels, channels), multiplies=x.numel()
+    )
 
 
 def _relu(
     recorder: Recorder, before: TensorGeometry, y: Tensor, x: Tensor, *_: Any, **__: Any
 ) -> TensorGeometry:
     return recorder.add("activation", before, before, channels=(x.shape[1], x.shape[1]))
+
+
+def _embedding(
+    recorder: Recorder,
+    before: TensorGeometry,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *_: Any,
+    **__: Any,
+) -> TensorGeometry:
+    return recorder.add("embedding", before, before, channels=(1, y.shape[-1]), weights=(weight,))
 
 
 def _upsample(
@@ -398,6 +432,7 @@ _RECORD: Mapping[Callable[..., Any], Callable[..., TensorGeometry]] = {
     F.pad: _pad,
     F.conv2d: _conv2d,
     F.linear: _linear,
+    F.embedding: _embedding,
     F.scaled_dot_product_attention: _attention,
     F.group_norm: _norm,
     F.layer_norm: _norm,

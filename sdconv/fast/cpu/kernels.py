@@ -70,9 +70,17 @@ class Kernels(Protocol):
         """Multiplies ``left`` ``(P, T, K)`` by packed right factors into ``out``
         ``(P, T, padded(O))``."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """``x`` ``(..., K)`` times the transpose of ``weight`` ``(O, K)``, plus ``bias`` ``(O,)``,
-        all contiguous; None where torch's own kernel is as good."""
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor | None:
+        """``x`` ``(..., K)`` times the transpose of ``weight`` ``(O, K)``, plus ``bias`` ``(O,)``
+        and ``residual`` ``(..., O)``, all contiguous; None where torch's own kernels are as
+        good."""
+
+    def geglu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The first half of ``x`` ``(..., K)`` times the transpose of ``weight`` ``(2O, K)``, plus
+        ``bias`` ``(2O,)``, times GELU of the second half: ``(..., O)``. All are contiguous; None
+        where torch's own kernels are as good."""
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
         """``softmax(query key^T scale) value`` per head: ``(B, heads, T, D)``, ``(B, heads, S, D)``

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.slow import first_of
+from helpers.versions import fails_on_torch_2_6
 from torch import Tensor
 
 from sdconv.fast.cpu import custom_ops
@@ -36,6 +37,7 @@ def test_group_stats() -> None:
     torch.library.opcheck(custom_ops.group_stats, (drawn(2, 8, 5, 7), GROUPS))
 
 
+@fails_on_torch_2_6("its GroupNorm has no gradient for sizes that are symbols")
 @pytest.mark.parametrize("layout", first_of([torch.contiguous_format, torch.channels_last]))
 @pytest.mark.parametrize("shortcut", [None, False, True])
 def test_conv3x3(shortcut: bool | None, layout: torch.memory_format) -> None:

@@ -21,6 +21,7 @@ from helpers.fake_cuda import (
     to_fake_cuda,
 )
 from helpers.slow import first_of
+from helpers.versions import needs_driver
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -69,6 +70,7 @@ def norms_and_epilogues(network: nn.Module) -> tuple[int, int]:
     return norms, resnets + attentions + upsamplers + first
 
 
+@needs_driver
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_dry_run_of_autoencoders(kind: str, dtype: torch.dtype) -> None:
@@ -86,6 +88,7 @@ def test_dry_run_of_autoencoders(kind: str, dtype: torch.dtype) -> None:
     assert ran["sdconv.epilogue.default"] == epilogues
 
 
+@needs_driver
 @pytest.mark.parametrize("dtype", first_of(HALF_DTYPES), ids=str)
 @pytest.mark.parametrize("family", first_of(unets.FAMILIES))
 def test_dry_run_of_unets(family: str, dtype: torch.dtype) -> None:
@@ -104,6 +107,7 @@ def test_dry_run_of_unets(family: str, dtype: torch.dtype) -> None:
     assert ran["aten.upsample_nearest2d.default"] == 0
 
 
+@needs_driver
 def test_dry_run_notices_an_injected_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_norm", lambda norm, x, *_, **__: x.float())
     network = seeded.network(AUTOENCODERS["sd1"])

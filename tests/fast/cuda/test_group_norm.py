@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.numbers import error
+from helpers.versions import fails_on_torch_2_6
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -91,6 +92,7 @@ def test_other_statistics_give_another_result() -> None:
     assert error(group_norm.group_norm(*case, GROUPS, EPS, True), exact(case, True)) > 1e-2
 
 
+@fails_on_torch_2_6("its GroupNorm has no gradient for sizes that are symbols")
 @pytest.mark.parametrize("terms", [0, 2])
 def test_the_operator(terms: int) -> None:
     case = [None if one is None else one.requires_grad_() for one in drawn(terms=terms)]

@@ -10,15 +10,15 @@ The idea is that of Goto and van de Geijn 2008, "Anatomy of High-Performance Mat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 
-from sdconv.fast.cpu.numba.dsl import BLOCK, atomic_next, carray, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.dsl import atomic_next, carray, floats, inner, job, kernel, llvm
 
 BMM = job("rows", "depth", "width", "a", "b", "start", "out")
-LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "out")
 
 # floats in a vector register, and vectors in a panel: with ROWS, as many as the registers hold
 LANES, VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
@@ -28,13 +28,15 @@ ROWS = 6
 CHUNK = 40 * ROWS
 
 
-def block(rows: int, vectors: int) -> Any:
+def block(rows: int, vectors: int, *, zero: bool = False) -> Any:
     """Makes a function that computes a block of the output, ``rows`` high and ``vectors`` vectors
     wide.
 
-    ``out[r, v] = start[r, v] + sum over k < depth of a[r, k] * b[k, v]``. Rows of ``start`` and
+    ``out[r, v] = start[r, v] + sum over k < depth of a[r, k] * b[k, v]``: the sum first, so that
+    its rounding does not grow with ``start``, which may be ``out``. Rows of ``start`` and
     ``out`` are ``start_step`` and ``step`` numbers apart, rows and columns of ``a`` are ``a_row``
-    and ``a_column`` apart; ``b`` is a packed panel.
+    and ``a_column`` apart; ``b`` is a packed panel. With ``zero``, ``start`` is not read and counts
+    as 0.
     """
 
     def fill(
@@ -50,7 +52,8 @@ def block(rows: int, vectors: int) -> Any:
         step: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Code(builder).block(rows, vectors, *args)
+            start = (None, None) if zero else args[:2]
+            _Code(builder).block(rows, vectors, *start, *args[2:])
             return context.get_dummy_value()
 
         given = (start, start_step, a, a_row, a_column, b, depth, out, step)
@@ -59,8 +62,8 @@ def block(rows: int, vectors: int) -> Any:
     return llvm(fill)
 
 
-class _Code:
-    """Writes the LLVM code of a block."""
+class VectorCode:
+    """Writes LLVM code with vectors of floats."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
@@ -68,6 +71,73 @@ class _Code:
         name = f"llvm.fma.v{LANES}f32"
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def at(self, base: Any, *offsets: Any) -> Any:
+        """The address that is the sum of ``offsets`` numbers after ``base``."""
+        for offset in offsets:
+            offset = ir.IntType(64)(offset) if isinstance(offset, int) else offset
+            base = self.builder.gep(base, [offset])
+        return base
+
+    def load(self, base: Any, *offsets: Any) -> Any:
+        """The vector at an address."""
+        return self.builder.load(self.vector_at(self.at(base, *offsets)), align=4)
+
+    def store(self, vector: Any, base: Any, *offsets: Any) -> None:
+        """Writes a vector to an address."""
+        self.builder.store(vector, self.vector_at(self.at(base, *offsets)), align=4)
+
+    def vector_at(self, address: Any) -> Any:
+        """The address of a float as the address of a vector."""
+        return self.builder.bitcast(address, self.vector.as_pointer())
+
+    def constant(self, value: float) -> Any:
+        """A vector with a number in every lane."""
+        return self.vector([value] * LANES)
+
+    def broadcast(self, address: Any) -> Any:
+        """A vector with the number at an address in every lane."""
+        undefined, index = self.vector(ir.Undefined), ir.IntType(32)
+        number = self.builder.load(address, align=4)
+        first = self.builder.insert_element(undefined, number, index(0))
+        lanes = ir.VectorType(index, LANES)([0] * LANES)
+        return self.builder.shuffle_vector(first, undefined, lanes)
+
+    def loop(
+        self,
+        first: Any,
+        end: Any,
+        carried: list[Any],
+        body: Callable[[Any, list[Any]], list[Any]],
+    ) -> list[Any]:
+        """Writes a loop over the integers from ``first`` up to ``end``.
+
+        ``body`` gets the integer and the values that the step before has returned, at first
+        ``carried``. Returns those of the last step.
+        """
+        builder, before = self.builder, self.builder.block
+        head, step, after = (builder.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        i = builder.phi(first.type)
+        values = [builder.phi(value.type) for value in carried]
+        builder.cbranch(builder.icmp_signed("<", i, end), step, after)
+        builder.position_at_end(step)
+        results = body(i, values)
+        following = builder.add(i, first.type(1))
+        last = builder.block
+        builder.branch(head)
+        i.add_incoming(first, before)
+        i.add_incoming(following, last)
+        for value, start, result in zip(values, carried, results, strict=True):
+            value.add_incoming(start, before)
+            value.add_incoming(result, last)
+        builder.position_at_end(after)
+        return values
+
+
+class _Code(VectorCode):
+    """Writes the LLVM code of a block."""
 
     def block(
         self,
@@ -81,65 +151,31 @@ class _Code:
         b: Any,
         depth: Any,
         out: Any,
-        step: Any,
+        out_step: Any,
     ) -> None:
         """Writes the body of the function that `block` makes."""
         builder, integer = self.builder, depth.type
         cells = [(r, v) for r in range(rows) for v in range(vectors)]
-        first = {
-            (r, v): self.load(start, builder.mul(start_step, integer(r)), v * LANES)
-            for r, v in cells
-        }
-        before = builder.block
-        loop = builder.append_basic_block()
-        after = builder.append_basic_block()
-        builder.branch(loop)
 
-        builder.position_at_end(loop)
-        k = builder.phi(integer)
-        sums = {cell: builder.phi(self.vector) for cell in cells}
-        from_b = builder.mul(k, integer(vectors * LANES))
-        right = [self.load(b, from_b, v * LANES) for v in range(vectors)]
-        column = builder.mul(k, a_column)
-        left = [
-            self.broadcast(self.at(a, builder.mul(a_row, integer(r)), column)) for r in range(rows)
-        ]
-        totals = {(r, v): builder.call(self.fma, [left[r], right[v], sums[r, v]]) for r, v in cells}
-        following = builder.add(k, integer(1))
-        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
-        k.add_incoming(integer(0), before)
-        k.add_incoming(following, loop)
-        for cell in cells:
-            sums[cell].add_incoming(first[cell], before)
-            sums[cell].add_incoming(totals[cell], loop)
+        def step(k: Any, sums: list[Any]) -> list[Any]:
+            from_b = builder.mul(k, integer(vectors * LANES))
+            right = [self.load(b, from_b, v * LANES) for v in range(vectors)]
+            column = builder.mul(k, a_column)
+            left = [
+                self.broadcast(self.at(a, builder.mul(a_row, integer(r)), column))
+                for r in range(rows)
+            ]
+            return [
+                builder.call(self.fma, [left[r], right[v], total])
+                for (r, v), total in zip(cells, sums, strict=True)
+            ]
 
-        builder.position_at_end(after)
-        for (r, v), total in totals.items():
-            to = self.at(out, builder.mul(step, integer(r)), v * LANES)
-            builder.store(total, self.vector_at(to), align=4)
-
-    def at(self, base: Any, *offsets: Any) -> Any:
-        """The address that is the sum of ``offsets`` numbers after ``base``."""
-        for offset in offsets:
-            offset = ir.IntType(64)(offset) if isinstance(offset, int) else offset
-            base = self.builder.gep(base, [offset])
-        return base
-
-    def load(self, base: Any, *offsets: Any) -> Any:
-        """The vector at an address."""
-        return self.builder.load(self.vector_at(self.at(base, *offsets)), align=4)
-
-    def vector_at(self, address: Any) -> Any:
-        """The address of a float as the address of a vector."""
-        return self.builder.bitcast(address, self.vector.as_pointer())
-
-    def broadcast(self, address: Any) -> Any:
-        """A vector with the number at an address in every lane."""
-        undefined, index = self.vector(ir.Undefined), ir.IntType(32)
-        number = self.builder.load(address, align=4)
-        first = self.builder.insert_element(undefined, number, index(0))
-        lanes = ir.VectorType(index, LANES)([0] * LANES)
-        return self.builder.shuffle_vector(first, undefined, lanes)
+        totals = self.loop(integer(0), depth, [self.constant(0.0)] * len(cells), step)
+        for (r, v), total in zip(cells, totals, strict=True):
+            if start is not None:
+                begin = self.load(start, builder.mul(start_step, integer(r)), v * LANES)
+                total = builder.fadd(begin, total)
+            self.store(total, out, builder.mul(out_step, integer(r)), v * LANES)
 
 
 def _panel(vectors: int) -> Any:
@@ -169,7 +205,7 @@ _panel_of_1, _panel_of_2, _panel_of_3, _whole_panel = (
 
 
 @inner
-def _multiply(
+def multiply(
     start: int, a: int, b: int, out: int, depth: int, width: int, rows: int, vectors: int
 ) -> None:
     """Computes some rows in one panel's columns; ``vectors`` vectors or more are left."""
@@ -203,32 +239,4 @@ def bmm(pointer: Any) -> None:
         b = job.b + 4 * (item * width + column) * depth
         out = job.out + 4 * ((item * job.rows + row) * width + column)
         rows = min(CHUNK, job.rows - row)
-        _multiply(job.start, a, b, out, depth, width, rows, (width - column) // LANES)
-
-
-@kernel(LINEAR)
-def linear(pointer: Any) -> None:
-    """A linear layer: ``(rows, depth)`` times the transpose of ``(width, depth)``, plus the bias
-    ``start``. A unit is a panel of ``chunk`` rows; it packs its panel of the weight first."""
-    job = carray(pointer, 1)[0]
-    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
-    depth, width = job.depth, job.width
-    packed, weight = floats(own), floats(job.b)
-    panels = (width + PANEL - 1) // PANEL
-    while True:
-        unit = atomic_next(pointer, 0)
-        if unit >= job.units:
-            break
-        column = unit % panels * PANEL
-        row = unit // panels * job.chunk
-        columns = min(PANEL, width - column)
-        for k0 in range(0, depth, BLOCK):
-            for c in range(columns):
-                at = (column + c) * depth
-                for k in range(k0, min(k0 + BLOCK, depth)):
-                    packed[k * columns + c] = weight[at + k]
-        a = job.a + 4 * row * depth
-        out = job.out + 4 * (row * width + column)
-        rows = min(job.chunk, job.rows - row)
-        start = job.start + 4 * column
-        _multiply(start, a, own, out, depth, width, rows, columns // LANES)
+        multiply(job.start, a, b, out, depth, width, rows, (width - column) // LANES)

@@ -6,8 +6,10 @@ of Numba.
 
 from __future__ import annotations
 
+import math
 import secrets
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional
 from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.numba import attention as attention_kernel
 from sdconv.fast.cpu.numba import gemm, reductions, transforms
+from sdconv.fast.cpu.numba import linear as linear_kernels
 from sdconv.fast.cpu.numba.launch import launch, threads
 from sdconv.fast.cpu.tiling import Strip
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
@@ -33,6 +36,8 @@ _OUTPUT_TRANSFORM = {
 }
 # with fewer rows, packing a panel of the weight in each call takes longer than it saves
 _LEAST_ROWS = 256
+# with more, each panel of columns touches more pages than the processor has addresses of at hand
+_MOST_ROWS = 1024
 
 
 def input_transform(
@@ -146,21 +151,40 @@ def bmm(left: Tensor, packed: Tensor, out: Tensor) -> None:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    columns, depth = weight.shape
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor | None:
+    return _linear(linear_kernels.linear, x, weight, bias, residual, len(weight))
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    return _linear(linear_kernels.geglu, x, weight, bias, None, len(weight) // 2)
+
+
+def _linear(
+    kernel: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    columns: int,
+) -> Tensor | None:
+    """A kernel's output ``(..., columns)`` for an input ``(..., K)`` and a weight ``(O, K)``."""
+    depth = weight.shape[1]
     rows = x.numel() // depth
     if rows < _LEAST_ROWS or columns % gemm.LANES:
         return None
     panels = -(-columns // gemm.PANEL)
     # as many rows as leave each thread some units
-    chunk = -(-rows // max(1, 4 * threads() // panels))
-    start = x.new_zeros(columns) if bias is None else bias
+    chunks = max(1, 4 * threads() // panels, -(-rows // _MOST_ROWS))
+    chunk = -(-rows // chunks)
+    start = x.new_zeros(len(weight)) if bias is None else bias
     out = x.new_empty(*x.shape[:-1], columns)
     launch(
-        gemm.linear,
-        gemm.LINEAR,
+        kernel,
+        linear_kernels.LINEAR,
         units=panels * -(-rows // chunk),
-        **_scratch(depth * gemm.PANEL),
+        **_scratch(linear_kernels.scratch_size(depth)),
         rows=rows,
         chunk=chunk,
         depth=depth,
@@ -168,6 +192,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         a=x.data_ptr(),
         b=weight.data_ptr(),
         start=start.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
         out=out.data_ptr(),
     )
     return out
@@ -176,29 +201,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
     batch, heads, queries, depth = query.shape
     value_depth = value.shape[3]
-    rows = next((rows for rows in attention_kernel.BLOCKS if value_depth % rows == 0), 0)
-    if rows == 0 or any(one.stride(3) != 1 for one in (query, key, value)):
+    if not attention_kernel.has_kernel(value_depth):
+        return None
+    if any(one.stride(3) != 1 for one in (query, key, value)):
         return None
     # in the memory layout of torch's own kernel: a query's heads next to each other
     out = query.new_empty(batch, queries, heads, value_depth).transpose(1, 2)
-    scale_in_memory = torch.tensor(scale, dtype=torch.float32)
+    scale_in_memory = torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
+    size = attention_kernel.unit_queries(queries, batch * heads, threads())
     launch(
         attention_kernel.attention,
         attention_kernel.ATTENTION,
-        units=batch * heads * -(-queries // gemm.PANEL),
-        **_scratch(attention_kernel.scratch_size(depth, value_depth)),
+        units=batch * heads * -(-queries // size),
+        **_scratch(attention_kernel.scratch_size(depth, value_depth, size)),
         heads=heads,
         queries=queries,
+        unit_queries=size,
         keys=key.shape[2],
         depth=depth,
         value_depth=value_depth,
-        rows=rows,
         **_heads("q", query),
         **_heads("k", key),
         **_heads("v", value),
         **_heads("out", out),
         scale=scale_in_memory.data_ptr(),
-        zeros=_ZEROS.data_ptr(),
     )
     return out
 

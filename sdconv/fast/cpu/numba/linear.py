@@ -1,0 +1,160 @@
+"""Linear layers of float32 by Numba, with what follows them: a residual, or a GELU gate (GEGLU).
+
+A unit of work is a panel of the output's columns. It packs its panel of the weight, so that no
+packed copy of a weight is kept; rows are multiplied a few at a time, and what follows is computed
+while they are in the cache.
+
+Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+
+from sdconv.fast.cpu.numba.dsl import atomic_next, carray, f32, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.gemm import LANES, PANEL, ROWS, VectorCode, multiply
+
+LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "residual", "out")
+
+# rows of the output that are finished together
+_FINISHED = 8 * ROWS
+
+# erf(x) = x p(x^2) / q(x^2) within 3e-7, and exactly 1 from _ERF_IS_1 on (Eigen's coefficients)
+_ERF_IS_1 = f32(3.832506856900711)
+_P8, _P6, _P4 = f32(0.00022905065861350646), f32(0.0034082910107109506), f32(0.050955695062380861)
+_P2, _P0 = f32(0.18520832239976145), f32(1.128379143519084)
+_Q12, _Q10, _Q8 = f32(-1.1791602954361697e-7), f32(2.3547966471313185e-5), f32(1.01796252789e-3)
+_Q6, _Q4, _Q2 = f32(0.014070470171167667), f32(0.11098505178285362), f32(0.49746925110067538)
+
+
+def scratch_size(depth: int) -> int:
+    """Floats of scratch memory for each thread."""
+    return (2 * depth + _FINISHED) * PANEL
+
+
+@llvm
+def _transpose(typing_context: Any, x: Any, x_step: Any, out: Any, out_step: Any) -> Any:
+    """Writes the transpose of a square of LANES rows and columns; rows are ``x_step`` and
+    ``out_step`` numbers apart."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _Code(builder).transpose(*args)
+        return context.get_dummy_value()
+
+    return types.void(x, x_step, out, out_step), codegen
+
+
+class _Code(VectorCode):
+    """Writes the LLVM code of a transpose."""
+
+    def transpose(self, x: Any, x_step: Any, out: Any, out_step: Any) -> None:
+        """Writes the body of ``_transpose``: squares of half the size change places, then those
+        inside them."""
+        builder, lanes = self.builder, range(LANES)
+        rows = [self.load(x, builder.mul(x_step, x_step.type(i))) for i in lanes]
+        distance = LANES // 2
+        while distance:
+            for i in (i for i in lanes if not i & distance):
+                a, b = rows[i], rows[i + distance]
+                # lanes of b are numbered from LANES on
+                first = [j + LANES - distance if j & distance else j for j in lanes]
+                second = [j + LANES if j & distance else j + distance for j in lanes]
+                rows[i], rows[i + distance] = self.lanes(a, b, first), self.lanes(a, b, second)
+            distance //= 2
+        for i in lanes:
+            self.store(rows[i], out, builder.mul(out_step, out_step.type(i)))
+
+    def lanes(self, a: Any, b: Any, numbers: list[int]) -> Any:
+        """A vector of lanes of ``a`` and ``b``."""
+        return self.builder.shuffle_vector(a, b, ir.VectorType(ir.IntType(32), LANES)(numbers))
+
+
+@inner
+def _pack(weight: int, rows: int, depth: int, packed: int) -> None:
+    """Packs rows of a weight, ``depth`` numbers each, as a panel ``(depth, rows)``."""
+    squares = depth // LANES * LANES
+    x, out = floats(weight), floats(packed)
+    for c in range(0, rows, LANES):
+        for k in range(0, squares, LANES):
+            of, to = floats(weight + 4 * (c * depth + k)), floats(packed + 4 * (k * rows + c))
+            _transpose(of, depth, to, rows)
+        for k in range(squares, depth):
+            for i in range(c, c + LANES):
+                out[k * rows + i] = x[i * depth + k]
+
+
+@inner
+def _gelu(x: Any) -> Any:
+    """``x`` times the probability that a standard normal variable is less."""
+    z = x * f32(0.7071067811865476)
+    z = z if z > -_ERF_IS_1 else -_ERF_IS_1
+    z = z if z < _ERF_IS_1 else _ERF_IS_1
+    s = z * z
+    p = (((_P8 * s + _P6) * s + _P4) * s + _P2) * s + _P0
+    q = (((((_Q12 * s + _Q10) * s + _Q8) * s + _Q6) * s + _Q4) * s + _Q2) * s + f32(1)
+    return f32(0.5) * x * (f32(1) + z * p / q)
+
+
+@kernel(LINEAR)
+def linear(pointer: Any) -> None:
+    """``(rows, depth)`` times the transpose of ``(width, depth)``, plus the bias ``start`` and the
+    ``residual`` ``(rows, width)``, unless that is 0. A unit is a panel of ``chunk`` rows."""
+    job = carray(pointer, 1)[0]
+    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+    depth, width = job.depth, job.width
+    panels = (width + PANEL - 1) // PANEL
+    while True:
+        unit = atomic_next(pointer, 0)
+        if unit >= job.units:
+            break
+        column = unit % panels * PANEL
+        columns = min(PANEL, width - column)
+        _pack(job.b + 4 * column * depth, columns, depth, own)
+        first = unit // panels * job.chunk
+        end = min(job.rows, first + job.chunk)
+        for row in range(first, end, _FINISHED):
+            rows = min(_FINISHED, end - row)
+            at = 4 * (row * width + column)
+            a, to = job.a + 4 * row * depth, job.out + at
+            multiply(job.start + 4 * column, a, own, to, depth, width, rows, columns // LANES)
+            if job.residual != 0:
+                out, residual = floats(to), floats(job.residual + at)
+                for r in range(rows):
+                    for c in range(columns):
+                        out[r * width + c] += residual[r * width + c]
+
+
+@kernel(LINEAR)
+def geglu(pointer: Any) -> None:
+    """``x * gelu(gate)``, where ``x`` and ``gate`` ``(rows, width)`` are the halves of a linear
+    layer whose weight is ``(2 * width, depth)``. A unit is a panel of ``chunk`` rows."""
+    job = carray(pointer, 1)[0]
+    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+    depth, width = job.depth, job.width
+    own_gate = own + 4 * depth * PANEL
+    gate_at = own_gate + 4 * depth * PANEL
+    gate = floats(gate_at)
+    panels = (width + PANEL - 1) // PANEL
+    while True:
+        unit = atomic_next(pointer, 0)
+        if unit >= job.units:
+            break
+        column = unit % panels * PANEL
+        columns = min(PANEL, width - column)
+        _pack(job.b + 4 * column * depth, columns, depth, own)
+        _pack(job.b + 4 * (width + column) * depth, columns, depth, own_gate)
+        first = unit // panels * job.chunk
+        end = min(job.rows, first + job.chunk)
+        for row in range(first, end, _FINISHED):
+            rows = min(_FINISHED, end - row)
+            a, to = job.a + 4 * row * depth, job.out + 4 * (row * width + column)
+            start, vectors = job.start + 4 * column, columns // LANES
+            multiply(start, a, own, to, depth, width, rows, vectors)
+            multiply(start + 4 * width, a, own_gate, gate_at, depth, PANEL, rows, vectors)
+            out = floats(to)
+            for r in range(rows):
+                for c in range(columns):
+                    out[r * width + c] *= _gelu(gate[r * PANEL + c])
