@@ -238,6 +238,7 @@ def test_a_killed_run_leaves_complete_maps(tmp_path: Path) -> None:
         assert all(torch.equal(one.tensor, other.tensor) for one, other in pairs)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment(tmp_path: Path) -> None:
     """Each map that is listed is complete, no matter what was being written."""
     code = """

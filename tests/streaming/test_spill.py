@@ -101,6 +101,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("how", first_of([signal.SIGKILL, signal.SIGINT, signal.SIGTERM]), ids=str)
 def test_nothing_is_left_by_a_process_that_was_stopped(how: signal.Signals, tmp_path: Path) -> None:

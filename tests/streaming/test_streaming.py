@@ -55,6 +55,7 @@ NETWORK = seeded.network(SMALL)
 EXACT = copy.deepcopy(NETWORK).double()
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["encode", "decode"]),
     st.tuples(st.integers(4, 40), st.integers(4, 40)),
@@ -98,6 +99,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
         assert error(streamed, truth) <= allowed
 
 
+@pytest.mark.slow
 def test_very_long_sides() -> None:
     x = randn(1, 4, 2, 120)
     for z in (x, x.transpose(2, 3)):

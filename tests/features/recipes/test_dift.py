@@ -65,6 +65,7 @@ def found(features: Tensor, others: Tensor, shift: tuple[int, int]) -> float:
     return near[both].float().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", first_of([(32, 32), (0, 32), (32, 0)]))
 def test_cells_are_found_in_a_shifted_copy(shift: tuple[int, int]) -> None:
     # with different noise, so that the match is not due to the noise

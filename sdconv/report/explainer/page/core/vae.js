@@ -153,6 +153,7 @@ export class Vae extends EventTarget {
     await this.#run(settings);
     this.seconds = (performance.now() - from) / 1000;
     this.announced = settings;
+    if (this.wanted === settings) asked.push(...this.#computing.splice(0)); // who came meanwhile
     this.version++;
     for (const resolve of asked) resolve();
     this.dispatchEvent(new CustomEvent("computed"));
