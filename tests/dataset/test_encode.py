@@ -152,7 +152,8 @@ def test_a_sample_says_what_it_is(vae: Path, tmp_path: Path) -> None:
     dataset.encode(tmp_path / "in", vae, tmp_path / "out", options=SMALL)
     found = dataset.open_latents(tmp_path / "out")
     about = {found.keys[n]: found.sample(n).about for n in range(len(found))}
-    sixteen = Image.open(tmp_path / "in" / "sixteen.png").mode  # "I" before Pillow 11
+    with Image.open(tmp_path / "in" / "sixteen.png") as image:
+        sixteen = image.mode  # "I" before Pillow 11
     assert {key: (one["mode"], one["notes"]) for key, one in about.items()} == {
         "alpha": ("RGBA", ["transparency was blended with white"]),
         "cmyk": ("CMYK", ["CMYK was converted to RGB"]),

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, rows_of, scratch
-from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_conv
+from sdconv.fast.cpu.cost_constants import constants_for
+from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_by
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for
 from sdconv.fast.cpu.processor import direct_rate
@@ -154,7 +155,8 @@ def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPla
         if weight_cache.has_room(weight, pack, size[method])
     )
     shape = batch, channels, out_channels, height, width
-    return plan_conv(kind, *shape, normalised, available, direct_rate(x.dtype))
+    constants = constants_for(torch.get_num_threads())
+    return plan_by(kind, shape, normalised, available, direct_rate(x.dtype), constants)
 
 
 def conv3x3(

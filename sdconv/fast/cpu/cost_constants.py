@@ -106,7 +106,7 @@ def constants_in_force() -> CostConstants:
     Warns:
         SdconvWarning: the file of fitted constants cannot be used, once in a process.
     """
-    return _constants(torch.get_num_threads())
+    return constants_for(torch.get_num_threads())
 
 
 def calibration_in_force() -> Calibration | None:
@@ -146,12 +146,13 @@ def keep(calibration: Calibration) -> Path:
 
 def forget() -> None:
     """Reads the file again when it is needed next."""
-    for function in (_kept, _calibration, _constants):
+    for function in (_kept, _calibration, constants_for):
         function.cache_clear()
 
 
 @cache
-def _constants(threads: int) -> CostConstants:
+def constants_for(threads: int) -> CostConstants:
+    """`constants_in_force` with so many threads."""
     found = _calibration(threads)
     return SHIPPED if found is None else found.constants
 

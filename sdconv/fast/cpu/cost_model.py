@@ -75,11 +75,11 @@ def plan_conv(
             map's dtype as in float32, see :mod:`sdconv.fast.cpu.processor`.
     """
     shape = batch, channels, out_channels, height, width
-    return _plan(kind, shape, normalised, available, direct_rate, constants_in_force())
+    return plan_by(kind, shape, normalised, available, direct_rate, constants_in_force())
 
 
 @lru_cache(maxsize=1024)
-def _plan(
+def plan_by(
     kind: Kind,
     shape: Shape,
     normalised: bool,
@@ -87,6 +87,7 @@ def _plan(
     direct_rate: float,
     constants: CostConstants,
 ) -> ConvPlan:
+    """`plan_conv` by given constants; ``shape``: batch, channels in and out, height and width."""
     costs = _costs(kind, shape, normalised, direct_rate, constants)
     best, *others = sorted(costs, key=lambda method: costs[method])
     method = min(
