@@ -11,6 +11,7 @@ import torch
 from helpers import seeded, unets
 from helpers.numbers import error, randn
 from helpers.slow import first_of
+from helpers.versions import fails_on_torch_2_6
 from torch import Tensor, nn
 
 import sdconv
@@ -113,6 +114,7 @@ def test_compiled_by_inductor(name: str) -> None:
         assert error(torch.compile(network, fullgraph=True)(*given), expected) < WITHIN
 
 
+@fails_on_torch_2_6("it traces neither the VAE's attention nor diffusers' transformers")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_exported(name: str) -> None:
     kind, given = NETWORKS[name]

@@ -20,15 +20,6 @@ WORDS, STEPS, LAYER = "a cat and two dogs", 3, "mid_block.resnets.1"
 SIDES = (pipelines.HEIGHT, pipelines.WIDTH)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for kind in ("text", "xl", "refiner"):
-        found[kind] = tmp_path_factory.mktemp("pipelines") / kind
-        pipelines.pipeline(kind).save_pretrained(found[kind])
-    return found
-
-
 def request(model: Path, **given: Any) -> Request:
     none = dict.fromkeys(("source", "key", "vae", "component", "family", "prefix", "model_key"))
     fixed = {"ema": False, "dtype": torch.float32, "clamp": False, "device": "cpu", "seed": 5}

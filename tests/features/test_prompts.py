@@ -16,16 +16,6 @@ from sdconv.features.prompts import PromptEmbeds, encode_prompt, read_embeds
 WORDS = "a cat and two dogs"
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pipelines' folders, of which only the text encoders are read here."""
-    found = {}
-    for kind in ("text", "xl", "refiner"):
-        found[kind] = tmp_path_factory.mktemp("pipelines") / kind
-        pipelines.pipeline(kind).save_pretrained(found[kind])
-    return found
-
-
 @torch.no_grad()
 def theirs(kind: str) -> tuple[Any, ...]:
     pipe = pipelines.pipeline(kind)

@@ -1,7 +1,8 @@
 """Which variant of an operation runs on CUDA: one table, by operation and class of shapes.
 
-The table that ships was fastest on an H200. For another device, `write` a table to a JSON file, and
-name the file in the environment variable ``SDCONV_CUDA_CHOICES`` or `load` it. `using` sets choices
+What ships was fastest on an H200, operation by operation, except for "norm", whose classes are a
+guess. For another device, `write` a table to a JSON file, and name the file in the environment
+variable ``SDCONV_CUDA_CHOICES`` or `load` it. `using` sets choices
 for the length of a ``with`` block, which is how variants are compared.
 
 A key is an operation, ``"upsample"``, or an operation and a class of shapes, ``"upsample 512ch

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.browser import Tab, chromium
+from helpers.browser import Tab
 from helpers.paths import ROOT
 from helpers.slow import first_of
 
 import sdconv
 from sdconv.convolution.geometry import ReceptiveField, output_size
 from sdconv.images import read_image, to_tensor
-from sdconv.report.explainer.page import write_explainer
 
 pytestmark = pytest.mark.browser
 
@@ -32,21 +31,8 @@ TIMES = "\u00d7"
 STRIDE = 97  # every 97th value of a map is compared: all channels, rows and columns
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def explainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("explainer") / "explainer.html"
-    write_explainer(path)
-    return path
-
-
 READY = "document.documentElement.dataset.ready === 'true'"
-IDLE = "explainer.vae.version > 0 && !explainer.vae.running && !explainer.vae.aside"
+IDLE = "explainer.vae.version > 0 && !explainer.vae.running"
 
 
 @pytest.fixture(scope="module")
