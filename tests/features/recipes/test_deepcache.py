@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import capturing, implementations, pipelines, unets
+from helpers.numbers import error
 from helpers.slow import first_of
 from torch import Tensor, nn
 
@@ -137,10 +138,13 @@ def test_the_fast_backend() -> None:
     with sdconv.backend("fast"):
         fast = run()
         with recipes.deepcache(network, 1):
-            assert torch.equal(run(), fast)
+            every = run()
         with recipes.deepcache(network, 2):
-            same = [torch.equal(a, b) for a, b in zip(run(), fast, strict=True)]
-    assert same == [True, False, True]
+            between = run()
+    # a transformer that is looked at is called, so that its residual is added by other arithmetic
+    assert max(map(error, every, fast)) < 1e-6
+    errors = list(map(error, between, fast))
+    assert max(errors[0], errors[2]) < 1e-6 < 1e-3 < errors[1]
     assert not torch.equal(fast, plain)
 
 
