@@ -14,6 +14,7 @@ are missing or have failed. Figures of another machine or of other software are 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -38,13 +39,15 @@ Options = tuple[str, ...]
 @dataclass(frozen=True)
 class Task:
     """One benchmark. ``what``: what it measures, by which `--only` chooses it. ``options``: of
-    ``module``. ``minutes``: about what it takes on two cores without AVX-512."""
+    ``module``. ``minutes``: about what it takes on two cores without AVX-512. ``resumes``: one that
+    was ended goes on with what is in its file."""
 
     what: str
     threads: int
     options: Options
     minutes: float
     module: str = "scripts.bench.cpu"
+    resumes: bool = False
 
     @property
     def key(self) -> str:
@@ -92,6 +95,7 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
     yield Task("error", cores, ("error", *sized(256, 64)), 5)
     streamed = (*sized(1024, 128), "--memory", "1GiB", "--whole", sized(512, 64)[1])
     yield Task("streaming", cores, (*streamed, *rounds(3)), 3, "scripts.bench.streaming")
+    yield from data_sets(cores, quick)
     if cores == 1:
         return
     yield Task("decode", 1, compared("decode", sized(320, 64), 3, *TORCHS, *RUNTIMES), 9)
@@ -103,10 +107,32 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
         yield Task("layers", 1, ("layers", *rounds(2)), 5)
 
 
+def data_sets(cores: int, quick: bool) -> Iterator[Task]:
+    """Many images, and one over several ranks, which have one thread each."""
+    ranks, dataset = "scripts.bench.ranks", "scripts.bench.dataset"
+    yield Task("planning", cores, ("--plan", "500" if quick else "20000"), 1, dataset)
+    if quick:
+        few = ("--sizes", "32", "--images", "4", "--rounds", "2")
+        yield Task("dataset", cores, few, 1, dataset)
+        small = ("--size", "64x64", "--errors", "--rounds", "1", "--ranks", str(min(cores, 2)))
+        yield Task("ranks", 1, small, 1, ranks)
+        return
+    for sizes, minutes in (("256", 12), ("512", 48)):
+        yield Task("dataset", cores, ("--sizes", sizes), minutes, dataset, True)
+    for sizes, minutes in (("256", 24), ("512", 96)):
+        yield Task("dataset", cores, ("--full", "--sizes", sizes), minutes, dataset, True)
+    if cores > 1:
+        size = ("--size", "512x512", "--errors", "--rounds")
+        yield Task("ranks", 1, (*size, "2"), 15, ranks)
+        yield Task("ranks", 1, ("--work", "encode", *size, "2"), 8, ranks)
+        bf16 = ("--size", "256x256", "--errors", "--dtype", "bfloat16", "--rounds", "1")
+        yield Task("ranks", 1, bf16, 8, ranks)
+
+
 def run(task: Task) -> dict[str, Any]:
     """A benchmark's rows; with "failed" if it ended with an error, after the rows until then."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
+        file = unfinished(task) if task.resumes else Path(folder) / "rows.json"
         begin, load = time.monotonic(), os.getloadavg()[0]
         ran = subprocess.run(
             [sys.executable, *task.command, "--json", str(file)],
@@ -117,6 +143,8 @@ def run(task: Task) -> dict[str, Any]:
             env={**os.environ, "OMP_NUM_THREADS": str(task.threads)},
         )
         rows = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
+        if not ran.returncode:
+            file.unlink(missing_ok=True)
     found = {
         "what": task.what,
         "threads": task.threads,
@@ -128,6 +156,13 @@ def run(task: Task) -> dict[str, Any]:
         lines = ran.stderr.strip().splitlines() or [f"ends with {ran.returncode}"]
         found["failed"] = lines[-1]
     return found
+
+
+def unfinished(task: Task) -> Path:
+    """The file of a benchmark that goes on when it is started again, with the same software."""
+    same = [task.key, {**machine(), "date": None}]
+    name = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+    return ROOT / "out" / "unfinished" / f"{name}.json"
 
 
 def begun(path: Path, quick: bool) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Images per second of `sdconv.dataset.encode` and of a plain diffusers + DataLoader loop.
 
     python -m scripts.bench.dataset                      # 300 images at 256 and 512, the small VAE
-    python -m scripts.bench.dataset --full --images 20   # a VAE of full size, weights from a seed
-    python -m scripts.bench.dataset --sizes 256 --workers 2 --rounds 3
+    python -m scripts.bench.dataset --full --sizes 256   # a VAE of full size, weights from a seed
+    python -m scripts.bench.dataset --plan 20000         # files per second of planning alone
+    python -m scripts.bench.dataset --json out/data.json # goes on where it was, if it was ended
 
-Each side runs in processes of its own, in turn, several rounds; medians are printed, with the
-seconds that the network waited for images (in the loop, those that `next` took) and the peak
+The images are divided over the rounds. In each, every side in turn encodes the round's images in
+processes of its own; what is printed is all images over all seconds, from imports to the last file,
+the seconds that the network waited for images (in the loop, those that `next` took), and the peak
 memory of all of a side's processes together. Every side has the same number of processes: the
 loop's network has the DataLoader's workers next to it and as many threads; sdconv's workers have a
 network each, with one thread. Both write mean and log-variance of each image to the disk.
@@ -17,7 +19,6 @@ import argparse
 import inspect
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("loop", "sdconv reference", "sdconv fast")
+from scripts.bench.record import ROOT, table, write_whole
+
+LOOP = "diffusers + DataLoader"
+SIDES = (LOOP, "sdconv reference", "sdconv fast")
+ROWS = 1024
+"""Of each image, whatever size it is encoded at."""
 
 
 def loop(folder: Path, model: Path, out: Path, size: int, workers: int) -> float:
@@ -83,7 +88,7 @@ def one_side(side: str, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         given = (args.folder, args.model, Path(name), args.sizes[0], args.workers)
         start = time.perf_counter()
-        if side == "loop":
+        if side == LOOP:
             waited = loop(*given)
         else:
             waited = sdconv_encode(*given, side.removeprefix("sdconv "))
@@ -126,13 +131,13 @@ def _memory(process: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def write_images(folder: Path, count: int, side: int) -> None:
+def write_images(folder: Path, numbers: range, side: int = ROWS) -> None:
     """Photo-like JPEGs: parts of the photo that ships, enlarged, each another one."""
     from PIL import Image
 
     photo = Image.open(ROOT / "weights" / "photo.jpg")
     folder.mkdir(parents=True)
-    for number in range(count):
+    for number in numbers:
         left, top = number * 7 % 64, number * 13 % 64
         part = photo.crop((left, top, left + 192, top + 160))
         part.resize((side * 6 // 5, side), Image.Resampling.BICUBIC).save(
@@ -167,10 +172,87 @@ def write_model(folder: Path, full: bool) -> Path:
 def lines_of_code() -> dict[str, int]:
     """Lines that a user writes, without signatures and docstrings."""
     count = {}
-    for side, function in (("loop", loop), ("sdconv", sdconv_encode)):
-        body = inspect.getsource(function).partition('"""')[2].partition('"""\n')[2]
+    for side in SIDES:
+        source = inspect.getsource(loop if side == LOOP else sdconv_encode)
+        body = source.partition('"""')[2].partition('"""\n')[2]
         count[side] = sum(bool(line.strip()) for line in body.splitlines())
     return count
+
+
+def planning(files: int, folder: Path) -> list[dict[str, Any]]:
+    """Seconds of a first plan of many small images, and of one that finds nothing new."""
+    from PIL import Image
+
+    from sdconv.dataset.placement import parse_sizing
+    from sdconv.dataset.plan import Plan, extended
+    from sdconv.dataset.sources import find_images
+
+    for number in range(100):  # that many sizes
+        path = folder / f"{number:02d}" / "0.jpg"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (400 + 7 * number, 900 - 5 * number)).save(path)
+        for other in range(1, -(-files // 100)):
+            path.with_name(f"{other}.jpg").write_bytes(path.read_bytes())
+    rows, old = [], Plan()
+    for what in ("the first plan", "nothing new"):
+        start = time.perf_counter()
+        source = find_images(folder)
+        found = extended(old, source, parse_sizing("buckets:1024"), 8, 1000, dict)
+        seconds = time.perf_counter() - start
+        assert found.new == (len(source.items) if what == "the first plan" else 0)
+        rows.append(
+            {
+                "work": f"plan, {what}",
+                "files": len(source.items),
+                "seconds": round(seconds, 2),
+                "files/s": round(len(source.items) / seconds),
+            }
+        )
+        old = found
+    return rows
+
+
+Runs = dict[str, list[dict[str, float]]]
+
+
+def row_of(work: str, side: str, found: list[dict[str, float]]) -> dict[str, Any]:
+    """A side's runs as one row."""
+    images, seconds, waited = (
+        sum(one[name] for one in found) for name in ("images", "seconds", "waited")
+    )
+    return {
+        "work": work,
+        "side": side,
+        "images": int(images),
+        "images/s": round(images / seconds, 3),
+        "waited, s": round(waited, 1),
+        "memory, MB": round(max(one["memory"] for one in found) / 1e6),
+        "lines of code": lines_of_code()[side],
+    }
+
+
+def encoding(args: argparse.Namespace, folder: Path, runs: Runs, keep: Any) -> None:
+    """Runs what is missing in ``runs``, and calls ``keep`` after each."""
+    model = write_model(folder / "vae", args.full)
+    share = -(-args.images // args.rounds)
+    for size in args.sizes:
+        for turn in range(args.rounds):
+            numbers = range(turn * share, min(args.images, (turn + 1) * share))
+            images = folder / f"images{turn}"
+            if not images.exists():
+                write_images(images, numbers)
+            for side in SIDES:
+                done = runs.setdefault(json.dumps([work_of(size, args), side]), [])
+                if len(done) > turn or not numbers:
+                    continue
+                found = measured(side, size, args, images, model)
+                done.append({**found, "images": len(numbers)})
+                print(f"# {work_of(size, args)}, {side}: {found['seconds']:.1f} s", flush=True)
+                keep()
+
+
+def work_of(size: int, args: argparse.Namespace) -> str:
+    return f"encode {size}x{size}, {'full-size' if args.full else 'small'} VAE"
 
 
 def main() -> None:
@@ -178,33 +260,39 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="over which they are divided")
     parser.add_argument("--full", action="store_true", help="a VAE of full size")
+    parser.add_argument("--plan", type=int, metavar="FILES", help="measure planning alone")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
     for name in ("--side", "--folder", "--model"):
         parser.add_argument(name, type=str if name == "--side" else Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(one_side(args.side, args)))
         return
+    told = {name: getattr(args, name) for name in ("images", "sizes", "workers", "rounds", "full")}
+    runs: Runs = {}
+    if args.json is not None and args.json.exists():
+        before = json.loads(args.json.read_text("utf-8"))
+        if before.get("options") != told:
+            raise SystemExit(f"{args.json}: figures of other options; give another file")
+        runs = before["runs"]
+    rows: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        if runs:
+            rows[:] = [row_of(*json.loads(name), found) for name, found in runs.items() if found]
+        if args.json is not None:
+            content = {"options": told, "runs": runs, "rows": rows}
+            write_whole(args.json, json.dumps(content, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as name:
-        model = write_model(Path(name) / "vae", args.full)
-        write_images(Path(name) / "images", args.images, 2 * max(args.sizes))
-        print(f"{args.images} images, {args.workers} workers, {args.rounds} rounds")
-        print(f"{'size':>5}  {'side':<17} {'images/s':>9} {'waited s':>9} {'memory MB':>10}")
-        for size in args.sizes:
-            runs: dict[str, list[Any]] = {side: [] for side in SIDES}
-            for _ in range(args.rounds):
-                for side in SIDES:
-                    runs[side].append(measured(side, size, args, Path(name) / "images", model))
-            for side, found in runs.items():
-                seconds, waited, memory = (
-                    statistics.median(one[field] for one in found)
-                    for field in ("seconds", "waited", "memory")
-                )
-                rate = args.images / seconds
-                print(f"{size:>5}  {side:<17} {rate:>9.2f} {waited:>9.1f} {memory / 1e6:>10.0f}")
-    code = ", ".join(f"{side} {count}" for side, count in lines_of_code().items())
-    print(f"lines of code: {code}")
+        if args.plan:
+            rows += planning(args.plan, Path(name))
+        else:
+            encoding(args, Path(name), runs, keep)
+    keep()
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ of each case anew: the first call gives the memory (the most anonymous resident 
 above those before it), the second one the time. Errors are those against float64, relative to its
 largest value. `distvae` is measured where it is installed.
 
-    python -m scripts.bench.ranks --size 512x512
+    python -m scripts.bench.ranks --size 512x512 --errors --json out/ranks.json
     python -m scripts.bench.ranks --size 256x256 --errors --dtype bfloat16 --rounds 1
     python -m scripts.bench.ranks --work encode --ranks 2 3
 """
@@ -13,6 +13,7 @@ largest value. `distvae` is measured where it is installed.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, in the ranks too
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scripts.bench.memory import Peak
+from scripts.bench.record import table, write_whole
 from scripts.bench.sides import call, inputs_of, ours, size_of, theirs
 from sdconv.backends import backend
 from sdconv.fast.cpu.kernels import numba_kernels
@@ -123,6 +126,33 @@ def measured(case: Any, options: Any, exact: Tensor | None) -> tuple[float, floa
     return max(seconds for seconds, _ in found), max(size for _, size in found), error
 
 
+def rows_of(options: Any, chosen: Any, results: Any) -> list[dict[str, Any]]:
+    """Medians of each case that has run, with its seconds over those of one rank."""
+    (rows, columns), dtype = options.size, str(options.dtype).removeprefix("torch.")
+    found, alone = [], dict[str, float]()
+    for (name, ranks, _, _), runs in zip(chosen, results, strict=True):
+        if not runs:
+            continue
+        seconds, size, error = (statistics.median(column) for column in zip(*runs, strict=True))
+        side = name.removesuffix(", over ranks")
+        alone.setdefault(side, seconds)
+        # distvae's network is diffusers'
+        one = alone.get("diffusers" if side == "distvae" else side, seconds)
+        found.append(
+            {
+                "work": f"{options.work} {rows}x{columns}",
+                "dtype": dtype,
+                "side": name,
+                "ranks": ranks,
+                "seconds": round(seconds, 2),
+                "of one rank's": round(seconds / one, 2) if ranks > 1 else "",
+                "memory of a rank, MB": round(size / 1e6),
+                **({"error against float64": f"{error:.1e}"} if options.errors else {}),
+            }
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--work", "-w", choices=("encode", "decode"), default="decode")
@@ -132,6 +162,7 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true", help="against float64, which takes long")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--json", type=Path, help="a file for the figures, written as they come")
     options = parser.parse_args()
     options.dtype = getattr(torch, options.dtype)
     exact = None
@@ -142,6 +173,7 @@ def main() -> None:
             exact = call(network, options.work, (x.to(options.dtype).double(),))
     chosen = [case for case in cases(options.ranks) if options.only in case[0]]
     results: list[list[tuple[float, float, float]]] = [[] for _ in chosen]
+    rows: list[dict[str, Any]] = []
     for _ in range(options.rounds):
         for case, found in zip(chosen, results, strict=True):
             found.append(measured(case, options, exact))
@@ -150,11 +182,10 @@ def main() -> None:
                 f"# {case[0]}, {case[1]}: {seconds:.2f} s, {size / 1e6:.0f} MB, {error:.1e}",
                 flush=True,
             )
-    print("| case | ranks | seconds | MB of a rank | error |\n|---|---|---|---|---|")
-    for case, found in zip(chosen, results, strict=True):
-        seconds, size, error = (statistics.median(column) for column in zip(*found, strict=True))
-        shown = f"{error:.1e}" if options.errors else ""
-        print(f"| {case[0]} | {case[1]} | {seconds:.2f} | {size / 1e6:.0f} | {shown} |")
+            rows = rows_of(options, chosen, results)
+            if options.json is not None:
+                write_whole(options.json, json.dumps({"rows": rows}, indent=1) + "\n")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from sdconv.dataset.plan import Plan
 from sdconv.dataset.principal import PrincipalAxes
 from sdconv.dataset.run import Options, Progress, Summary, make_dataset
 from sdconv.dataset.store import Store
-from sdconv.errors import InputError
+from sdconv.errors import InputError, SdconvError
 from sdconv.features.capture import capture
 from sdconv.features.conditions import conditions, scheduler_file
 from sdconv.features.points import points_of
@@ -185,13 +186,15 @@ class FeatureExtractor:
         if not name.startswith("pca:") or not plan.images:
             return
         images = [one for shard in plan.shards for one in shard]
-        images = images[:: -(-len(images) // PrincipalAxes.IMAGES)]
+        step = -(-len(images) // PrincipalAxes.IMAGES)
+        spread = images[::step] + [one for n, one in enumerate(images) if n % step]
+        draft = (store.about() or {})["preprocessing"]["draft"]
 
         def whole() -> Iterator[Mapping[str, Tensor]]:
-            for planned in images:
-                image = decode(root, planned, draft=True)
-                if isinstance(image, Decoded):
-                    yield from self._captured([image], _whole)
+            decoded = (decode(root, planned, draft) for planned in spread)
+            usable = (image for image in decoded if isinstance(image, Decoded))
+            for image in islice(usable, PrincipalAxes.IMAGES):
+                yield from self._captured([image], _whole)
 
         self.axes = PrincipalAxes.read_or_fit(store, int(name.partition(":")[2]), whole)
 
@@ -288,7 +291,10 @@ class FeatureExtractor:
         return x.to(self.vae.device, self.vae.dtype)
 
     def _reduction(self, name: str) -> Reduction | None:
-        return self.axes[name].project if self.axes else reduction(self.settings.reduce)
+        if (self.settings.reduce or "").startswith("pca:"):
+            return self.axes[name].project
+        reduce = reduction(self.settings.reduce)
+        return None if reduce is None else _of_point(name, reduce)
 
     @cached_property
     def names(self) -> list[str]:
@@ -324,7 +330,25 @@ def _whole(name: str) -> None:
 
 
 def _largest_of(name: str) -> Reduction:
-    return _largest
+    return _of_point(name, _largest)
+
+
+def _of_point(name: str, reduce: Reduction) -> Reduction:
+    """The reduction, whose refusals are about the hook point and not about the image: they end the
+    run."""
+
+    def reduced(x: Tensor) -> Any:
+        try:
+            return reduce(x)
+        except InputError as error:
+            raise SdconvError(
+                "its feature maps cannot be reduced in this way",
+                where=name,
+                got=" ".join(str(error).split()),
+                hint="exclude it, or take another --reduce",
+            ) from error
+
+    return reduced
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from sdconv.sizes import parse_size
 Size = tuple[int, int]
 
 # SDXL's aspect buckets (appendix I of its paper), landscape, in 1/16 of the base size; the rest
-# are these turned upright, and the square
+# are these turned upright, and the square; the paper has one of them in landscape only
 _SDXL = (
     (8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23),
     (11, 22), (11, 21), (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17),
     (15, 16),
 )  # fmt: skip
+_LANDSCAPE_ONLY = (11, 21)
 _STEP = 64  # of the sides of sd-scripts' buckets
 
 
@@ -153,7 +154,8 @@ def _sdxl_buckets(base: int) -> list[Size]:
     unit = base // 16
     wide = [(rows * unit, columns * unit) for rows, columns in _SDXL]
     # by columns, then rows: of two that are equally near, sd-scripts takes the first
-    every = [*wide, *((columns, rows) for rows, columns in wide), (base, base)]
+    upright = [(b * unit, a * unit) for a, b in _SDXL if (a, b) != _LANDSCAPE_ONLY]
+    every = [*wide, *upright, (base, base)]
     return sorted(every, key=lambda one: one[::-1])
 
 

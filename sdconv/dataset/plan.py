@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -75,7 +75,7 @@ class Planned:
     @property
     def digest(self) -> str:
         """Equal digests have equal samples, as long as the settings are the same."""
-        named = {**asdict(self), "offset": 0, "bytes": 0, "mtime_ns": 0}
+        named = {**vars(self), "offset": 0, "bytes": 0, "mtime_ns": 0}
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]
 
     def as_item(self) -> Item:
@@ -124,11 +124,11 @@ class Plan:
         """The plan as JSON, one line for each image."""
         for number, shard in enumerate(self.shards):
             for one in shard:
-                yield json.dumps({"shard": number, **asdict(one)}) + "\n"
+                yield json.dumps({"shard": number, **vars(one)}) + "\n"
             if not shard:  # all its images were removed; the numbers of the others stay
                 yield json.dumps({"shard": number}) + "\n"
         for left in self.left_out:
-            yield json.dumps({"shard": None, **asdict(left)}) + "\n"
+            yield json.dumps({"shard": None, **vars(left)}) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -243,7 +243,7 @@ def extended(
         if isinstance(header, Rejected):
             stamp = {"bytes": item.bytes, "mtime_ns": item.mtime_ns}
             where = {"path": item.path, "member": item.member}
-            left_out.append(LeftOut(key=key, **where, **stamp, **asdict(header)))  # type: ignore[arg-type]
+            left_out.append(LeftOut(key=key, **where, **stamp, **vars(header)))  # type: ignore[arg-type]
         else:
             added.append(_planned(key, item, header, sizing, multiple))
     left_out.sort(key=lambda one: one.key)

@@ -10,10 +10,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sdconv.dataset.store import Store
+from sdconv.dataset.store import AXES, Store
 from sdconv.features.reduction import channel_axis
-
-FILE = "pca.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class PrincipalAxes:
     axes: Tensor
 
     IMAGES: ClassVar[int] = 64
-    """The most images that the axes are found from, spread evenly over the plan."""
+    """The most images that the axes are found from: the first that can be decoded of those that are
+    spread evenly over the plan, and of the others if these are too few."""
 
     def project(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, components, H, W)``."""
@@ -50,10 +49,12 @@ class PrincipalAxes:
             images: yields feature maps ``(C, H, W)`` by the names of the hook points; what follows
                 an ``@`` in a name is left out.
         """
-        path = store.folder / FILE
+        path = store.folder / AXES
         if not path.exists():
             tensors = _fit(images(), components)
-            store.write(FILE, lambda file: file.write(save(tensors)))
+            if not tensors:  # no image can be decoded: none needs axes
+                return {}
+            store.write(AXES, lambda file: file.write(save(tensors)))
         found = load(path.read_bytes())
         names = {name.rpartition(":")[0] for name in found}
         return {name: cls(found[f"{name}:mean"], found[f"{name}:axes"]) for name in names}

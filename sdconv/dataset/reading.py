@@ -47,11 +47,13 @@ class Samples:
             record = self._store.record(number)
             if record is None:
                 continue
-            sizes = {one.key: one.size for one in shard}
+            planned = {one.key: one for one in shard}
             for row, sample in enumerate(record["samples"]):
-                if sample["key"] not in sizes:  # removed from the plan since
+                one = planned.get(sample["key"])
+                # removed from the plan since, or changed and not made again yet
+                if one is None or (one.revision and one.digest != sample["digest"]):
                     continue
-                self.buckets.setdefault(sizes[sample["key"]], []).append(len(self.keys))
+                self.buckets.setdefault(one.size, []).append(len(self.keys))
                 self.keys.append(sample["key"])
                 self._places.append((len(self._records), row))
             self._records.append(record)

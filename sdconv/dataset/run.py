@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,19 @@ from sdconv.dataset.layouts import layout_of
 from sdconv.dataset.placement import parse_sizing
 from sdconv.dataset.plan import SHARD_SIZE, Plan, extended, shard_digest
 from sdconv.dataset.processes import run_processes
-from sdconv.dataset.shards import Job, Shard, Tick, Work, make_shards
+from sdconv.dataset.shards import Job, Shard, Tick, Work, make_shards, refusal
 from sdconv.dataset.sources import find_images
-from sdconv.dataset.store import ABOUT, FORMAT, LOCK, PLAN, VERSION, Record, Store
+from sdconv.dataset.store import (
+    ABOUT,
+    FORMAT,
+    LOCK,
+    PLAN,
+    QUARANTINE,
+    VERSION,
+    Record,
+    Store,
+    settings_digest,
+)
 from sdconv.errors import InputError
 
 ENGINES = ("processes", "ray")
@@ -59,7 +70,7 @@ class Options:
         rank: (rank, number of ranks) of a static split: shard ``i`` is made by rank ``i`` modulo
             their number; None for what the environment says, see ``environment_rank``.
         on_error: ``"quarantine"`` leaves images out that cannot be encoded, ``"fail"`` stops.
-        force: start anew. rehash, prune: see ``plan.extended``.
+        force: start anew, which one of several ranks cannot. rehash, prune: see ``plan.extended``.
     """
 
     size: str = "512"
@@ -160,9 +171,19 @@ def make_dataset(
         raise InputError(
             "not a rank", where="rank", expected=f"0 to {ranks - 1}", got=f"{rank} of {ranks}"
         )
+    if options.force and ranks > 1:
+        raise InputError(
+            "several ranks cannot start anew: each would remove what the others have made",
+            where="force",
+            hint="remove the folder first, or run without --force",
+        )
     store = Store(Path(out), name)
     sizing = parse_sizing(options.size, work.multiple)  # before anything is written
-    root, plan = _planned(store, Path(source), str(source), work, options, sizing, progress)
+    root, plan, settings = _planned(
+        store, Path(source), str(source), work, options, sizing, progress
+    )
+    if plan.left_out and options.on_error == "fail":
+        raise refusal(plan.left_out[0], plan.left_out[0])
     summary = Summary(
         folder=Path(out),
         images=plan.images,
@@ -185,7 +206,7 @@ def make_dataset(
         progress("encoding", summary.encoded, total)
 
     start = time.perf_counter()
-    for _ in _made(_jobs(store, root, work, options, len(todo)), todo, options, tick):
+    for _ in _made(_jobs(store, root, work, options, settings, len(todo)), todo, options, tick):
         summary.made += 1
     summary.seconds = time.perf_counter() - start
     with store.locked():
@@ -203,8 +224,9 @@ def _planned(
     options: Options,
     sizing: Any,
     progress: Progress,
-) -> tuple[Path, Plan]:
-    """The source's root, and the plan, which is on the disk when this returns."""
+) -> tuple[Path, Plan, str]:
+    """The source's root; the plan, which is on the disk when this returns; and what tells the
+    settings from others."""
     layout = layout_of(options.layout)
     about = {
         "format": FORMAT,
@@ -243,7 +265,8 @@ def _planned(
             prune=options.prune,
             progress=lambda _, done, total: progress("planning", done, total),
         )
-        layout.check(about, plan.shards)
+        others = store.folder if before is None and not options.force else None
+        layout.check(about, plan.shards, others)
         if before is None:
             store.write_json(ABOUT, about)
         if plan != old or before is None:
@@ -252,7 +275,7 @@ def _planned(
         for number, shard in enumerate(plan.shards):
             if not shard:
                 store.remove_shard(number)
-    return found.root, plan
+    return found.root, plan, settings_digest(about)
 
 
 def contents(store: Store, plan: Plan) -> dict[str, str | None]:
@@ -272,9 +295,9 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -
     Raises:
         InputError: the lines of ``dataset.json`` that differ, apart from sdconv's version.
     """
-    old, new = (_lines({**about, "sdconv": ""}) for about in (before, now))
-    if old == new:
+    if settings_digest(before) == settings_digest(now):
         return
+    old, new = (_lines({**about, "sdconv": ""}) for about in (before, now))
     raise InputError(
         "this data set was made in another way",
         where=where,
@@ -295,10 +318,13 @@ def _lines(about: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _check_empty(store: Store, source: Path) -> None:
-    """Refuses a folder with files of others, unless it is the source itself."""
-    if store.folder.absolute() == source.absolute():
-        return
-    if others := sorted(one.name for one in store.folder.iterdir() if one.name != LOCK):
+    """Refuses a folder with files of others; if it is the source itself, only such files as would
+    be overwritten."""
+    names = [one.name for one in store.folder.iterdir() if one.name != LOCK]
+    if store.folder.resolve() == source.resolve():
+        ours = re.compile(rf"{PLAN}|{QUARANTINE}|{store.name}-\d{{6,}}\..*")
+        names = [name for name in names if ours.fullmatch(name)]
+    if others := sorted(names):
         raise InputError(
             "the folder is not empty, and is not a data set of sdconv",
             where=store.folder,
@@ -315,7 +341,9 @@ def _is_made(store: Store, number: int, shard: Sequence[Any]) -> bool:
     return record is not None and record["digest"] == shard_digest(shard)
 
 
-def _jobs(store: Store, root: Path, work: DatasetWork, options: Options, shards: int) -> list[Job]:
+def _jobs(
+    store: Store, root: Path, work: DatasetWork, options: Options, settings: str, shards: int
+) -> list[Job]:
     """What each worker does; a single one is this process."""
     workers = max(1, min(options.workers, shards))
     alone = workers == 1 and options.engine == "processes"
@@ -329,6 +357,7 @@ def _jobs(store: Store, root: Path, work: DatasetWork, options: Options, shards:
             draft=options.draft,
             decoders=options.decoders,
             strict=options.on_error == "fail",
+            settings=settings,
         )
         for number in range(workers)
     ]

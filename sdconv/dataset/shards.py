@@ -24,7 +24,7 @@ from sdconv.dataset.decoding import Decoded, decode
 from sdconv.dataset.headers import Rejected
 from sdconv.dataset.layouts import layout_of
 from sdconv.dataset.layouts.sample import Layout, Sample
-from sdconv.dataset.plan import Planned, shard_digest
+from sdconv.dataset.plan import LeftOut, Planned, shard_digest
 from sdconv.dataset.pools import process_pool
 from sdconv.dataset.store import Record, Store, file_digest
 from sdconv.errors import SdconvError
@@ -60,6 +60,7 @@ class Job:
         draft: see ``decode``.
         decoders: processes that decode images ahead of the network; 0 decodes in between.
         strict: an image that cannot be encoded is an error.
+        settings: see ``store.settings_digest``.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Job:
     draft: bool
     decoders: int
     strict: bool
+    settings: str
 
     @property
     def store(self) -> Store:
@@ -194,12 +196,7 @@ def _make(
                 yield result
                 continue
             if job.strict:
-                raise SdconvError(
-                    f"an image cannot be encoded: {result.reason}",
-                    where=planned.path if planned.member is None else planned.as_item().full_name,
-                    got=result.detail,
-                    hint="leave --on-error fail out to put it into quarantine and go on",
-                )
+                raise refusal(planned, result)
             left_out.append(
                 {
                     "key": planned.key,
@@ -218,6 +215,7 @@ def _make(
     record = {
         "shard": number,
         "digest": shard_digest(shard),
+        "settings": job.settings,
         "made_by": {"sdconv": metadata.version("sdconv"), "torch": torch.__version__},
         "files": files,
         "samples": [
@@ -226,8 +224,19 @@ def _make(
         ],
         "quarantined": left_out,
     }
+    store.remove_replaced(record)
     store.write_record(record)
     return record
+
+
+def refusal(image: Planned | LeftOut, why: Rejected | LeftOut) -> SdconvError:
+    """The error about an image that may not be left out."""
+    return SdconvError(
+        f"an image cannot be encoded: {why.reason}",
+        where=image.path if image.member is None else f"{image.path}/{image.member}",
+        got=why.detail,
+        hint="leave --on-error fail out to put it into quarantine and go on",
+    )
 
 
 def _computed(

@@ -50,7 +50,7 @@ class Item:
     @property
     def full_name(self) -> str:
         """A name that no other item has."""
-        return self.path if self.member is None else f"{self.path}/{self.member}"
+        return as_key(self.path if self.member is None else f"{self.path}/{self.member}")
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,18 @@ def find_images(source: str | Path, skip: Path | None = None) -> Source:
             (in one of the ``PATH_FIELDS``, relative to the list), with a ``key`` if you like.
         skip: a folder that is not searched.
 
+    A member that is in a tar twice counts once, the last, as it does for tar; so does a line of a
+    list that is there twice.
+
     Raises:
-        InputError: it does not exist, is something else, or has no images.
+        InputError: it does not exist, is something else, or has no images; or a list has an entry
+            without a path, with a key that cannot be one, or two entries of one key.
         SdconvError: it cannot be read, or a package that reads it is missing.
     """
     path = Path(source)
     try:
         root, items = _find(path, str(source), skip)
+        items = list({item.identity: item for item in items}.values())
         items.sort(key=lambda item: (item.path, item.member or ""))
     except OSError as error:
         raise SdconvError(
@@ -116,7 +121,7 @@ def _find(path: Path, text: str, skip: Path | None) -> tuple[Path, list[Item]]:
             where=path,
             expected="a folder, a .tar, a .jsonl or a .parquet file",
         )
-    return path.parent, [_listed(path, number, row) for number, row in readers[path.suffix](path)]
+    return path.parent, _listed(path, readers[path.suffix](path))
 
 
 def _files_in(folder: Path, skip: Path | None) -> Iterator[Path]:
@@ -124,24 +129,40 @@ def _files_in(folder: Path, skip: Path | None) -> Iterator[Path]:
         raise error
 
     skipped = None if skip is None else skip.resolve()
+
+    def searched(path: Path) -> bool:
+        if path.name.startswith(".") or (skipped is not None and path.resolve() == skipped):
+            return False
+        if not path.is_symlink():
+            return True
+        above = [one for one in path.parents if one == folder or folder in one.parents]
+        # a link to a folder that it is in would be followed for ever
+        return not any(one.resolve().is_relative_to(path.resolve()) for one in above)
+
     for name, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         here = Path(name)
-        folders[:] = [
-            one
-            for one in folders
-            if not one.startswith(".") and (skipped is None or (here / one).resolve() != skipped)
-        ]
+        folders[:] = [one for one in folders if searched(here / one)]
         yield from (here / file for file in files if not file.startswith("."))
 
 
 def _file_item(root: Path, file: Path, key: str | None = None) -> Item:
-    path = PurePosixPath(os.path.relpath(file, root).replace(os.sep, "/"))
-    name = key or str(path.with_suffix("")).removeprefix("../")
+    path = os.path.relpath(file, root).replace(os.sep, "/")
+    name = key or as_key(str(PurePosixPath(path).with_suffix("")))
     try:
         about = file.stat()
-    except OSError:  # a list may name files that are not there
-        return Item(name, str(path), None, 0, -1, 0)
-    return Item(name, str(path), None, 0, about.st_size, about.st_mtime_ns)
+    except (OSError, ValueError):  # a list may name files that are not there
+        return Item(name, path, None, 0, -1, 0)
+    return Item(name, path, None, 0, about.st_size, about.st_mtime_ns)
+
+
+def as_key(path: str) -> str:
+    """A path as a key: below a folder, and in UTF-8 even where the file's name is not."""
+    return in_utf8("/".join(part for part in path.split("/") if part not in ("", ".", "..")))
+
+
+def in_utf8(name: str) -> str:
+    """A file's name with the bytes in it that are not UTF-8 spelled out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _in_tars(root: Path, tars: Iterable[Path]) -> list[Item]:
@@ -154,14 +175,25 @@ def _in_tars(root: Path, tars: Iterable[Path]) -> list[Item]:
                     name = PurePosixPath(member.name)
                     if member.isfile() and name.suffix.lower() in IMAGE_SUFFIXES:
                         # webdataset's key ends at the first dot of the file's name
-                        key = str(name.with_name(name.name.split(".")[0] or name.name))
+                        key = as_key(str(name.with_name(name.name.split(".")[0] or name.name)))
                         place = (member.offset_data, member.size, changed)
                         items.append(Item(key, path, member.name, *place))
+                _check_end(tar, archive.offset)
         except tarfile.TarError as error:
             raise SdconvError(
                 f"not a tar that can be read ({error})", where=tar, hint="download it again"
             ) from error
     return items
+
+
+def _check_end(tar: Path, offset: int) -> None:
+    """Refuses a tar whose members end before its file does, which tarfile takes for its end."""
+    with tar.open("rb") as file:
+        length = file.seek(0, io.SEEK_END)
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if offset > length or (block and block != bytes(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"damaged or cut off at byte {min(offset, length)} of {length}")
 
 
 def _expanded(path: Path, text: str) -> list[Path]:
@@ -173,15 +205,14 @@ def _expanded(path: Path, text: str) -> list[Path]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
                 except ValueError as error:
-                    raise InputError(
-                        "not JSON", where=f"{path}, line {number}", got=line.strip()[:80]
-                    ) from error
+                    got = line.strip()[:80].decode("utf-8", "backslashreplace")
+                    raise InputError("not JSON", where=f"{path}, line {number}", got=got) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -197,7 +228,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         file = parquet.ParquetFile(path)
     except ArrowInvalid as error:
         raise InputError(f"not a parquet file ({error})", where=path) from error
-    wanted = [name for name in (*PATH_FIELDS, "key") if name in file.schema_arrow.names]
+    names = file.schema_arrow.names
+    wanted = [name for name in (*PATH_FIELDS, "key") if name in names]
+    if not set(wanted) & set(PATH_FIELDS):
+        raise InputError(
+            "no column has paths",
+            where=path,
+            expected="one of " + ", ".join(PATH_FIELDS),
+            got=", ".join(names) or "no columns",
+        )
     number = 0
     for batch in file.iter_batches(columns=wanted):
         for row in batch.to_pylist():
@@ -205,19 +244,55 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, row
 
 
-def _listed(path: Path, number: int, row: Any) -> Item:
+def _listed(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Item]:
+    """The files that a list names."""
+    items: list[Item] = []
+    keys: dict[str, str] = {}  # those that the list gives -> path
+    for number, row in rows:
+        given, key = _entry(f"{path}, entry {number}", row)
+        items.append(item := _file_item(path.parent, path.parent / given, key))
+        if key is not None and keys.setdefault(key, item.path) != item.path:
+            raise InputError(
+                "two images have one key",
+                where=f"{path}, entry {number}",
+                expected="a key of its own for each image, or none",
+                got=f"{key!r}, which {keys[key]} has",
+            )
+    named = {item.identity: item.name for item in items}
+    for item in items:
+        if named[item.identity] != item.name:
+            raise InputError(
+                "an image has two keys",
+                where=f"{path}: {item.path}",
+                expected="one entry for each image",
+                got=f"{item.name} and {named[item.identity]}",
+            )
+    return items
+
+
+def _entry(where: str, row: Any) -> tuple[str, str | None]:
+    """The path and the key of an entry of a list."""
     row = {"path": row} if isinstance(row, str) else row
     fields = row if isinstance(row, dict) else {}
     given = next((fields[name] for name in PATH_FIELDS if name in fields), None)
-    if not isinstance(given, str) or not given:
+    if not isinstance(given, str) or PurePosixPath(given).name in ("", ".."):
         raise InputError(
             "an entry has no path",
-            where=f"{path}, entry {number}",
+            where=where,
             expected="one of " + ", ".join(PATH_FIELDS),
-            got=", ".join(map(str, fields)) or repr(row),
+            got=repr(row)[:80],
         )
-    key = fields.get("key")
-    return _file_item(path.parent, path.parent / given, None if key is None else str(key))
+    if fields.get("key") is None:
+        return given, None
+    key = str(fields["key"])
+    if key != as_key(key) or not key.isprintable() or not key:
+        raise InputError(
+            "this cannot be a key",
+            where=where,
+            expected="a relative path without '..', in printable characters",
+            got=repr(key),
+        )
+    return given, key
 
 
 class _Part(io.RawIOBase):

@@ -5,6 +5,8 @@
 - ``NAME-000000.json``: the record of a shard. It appears after the files that it lists, and without
   it they do not count;
 - ``quarantine.jsonl``: the images that were left out, and why.
+
+What follows from all images, such as ``AXES`` and ``PATCHES``, is next to them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from sdconv.errors import InputError, SdconvError
 
 FORMAT, VERSION = "sdconv_dataset", 1
 ABOUT, PLAN, QUARANTINE, LOCK = "dataset.json", "plan.jsonl", "quarantine.jsonl", ".lock"
+AXES, PATCHES = "pca.safetensors", "patches.html"
 
 Record = dict[str, Any]
 
@@ -95,12 +98,13 @@ class Store:
         return Plan.read(path) if path.exists() else Plan()
 
     def record(self, number: int) -> Record | None:
-        """The record of a shard that is on the disk; None if it is not, or not whole."""
+        """The record of a shard that is on the disk; None if it is not, is not whole, or was made
+        in another way than ``dataset.json`` says."""
         try:
             record = json.loads(
                 (self.folder / f"{self.shard_name(number)}.json").read_text("utf-8")
             )
-            whole = all(
+            whole = record["settings"] == settings_digest(self.about()) and all(
                 (self.folder / file["name"]).stat().st_size == file["bytes"]
                 for file in record["files"]
             )
@@ -170,8 +174,14 @@ class Store:
         """Commits a shard, whose files are written.
 
         Raises:
-            SdconvError: it cannot be written.
+            SdconvError: it cannot be written, or another process has started the folder anew.
         """
+        if record["settings"] != settings_digest(self.about()):
+            raise SdconvError(
+                "another process has started this data set anew, in another way",
+                where=self.folder,
+                hint="let one run end before you start another with --force",
+            )
         self.write_json(f"{self.shard_name(record['shard'])}.json", record)
 
     def write_quarantine(self, plan: Plan) -> dict[str, int]:
@@ -207,7 +217,7 @@ class Store:
         """Removes the data set's files, and no others; ``dataset.json`` is the last."""
         names = [name for n in range(len(plan.shards)) for name in self._files_of(n)]
         with self.errors():
-            for name in (*names, QUARANTINE, PLAN, ABOUT):
+            for name in (*names, AXES, PATCHES, QUARANTINE, PLAN, ABOUT):
                 (self.folder / name).unlink(missing_ok=True)
 
     def remove_shard(self, number: int) -> None:
@@ -215,6 +225,21 @@ class Store:
         with self.errors():
             for name in reversed(self._files_of(number)):
                 (self.folder / name).unlink(missing_ok=True)
+
+    def remove_replaced(self, record: Record) -> None:
+        """Removes the files of a shard that the record which is written next no longer has: those
+        of images that were removed, renamed, or cannot be encoded any more."""
+        number = record["shard"]
+        old, kept = self.record(number), {file["name"] for file in record["files"]}
+        if old is None or {file["name"] for file in old["files"]} <= kept:
+            return
+        shards = enumerate(self.plan().shards)
+        elsewhere = {one.key for n, shard in shards if n != number for one in shard}
+        with self.errors():
+            for sample in old["samples"]:
+                file = old["files"][sample["place"].get("file", 0)]
+                if file["name"] not in kept and sample["key"] not in elsewhere:
+                    (self.folder / file["name"]).unlink(missing_ok=True)
 
     def _files_of(self, number: int) -> list[str]:
         """The names of a shard's files, and its record last."""
@@ -243,6 +268,12 @@ class Store:
 
 
 _STAMP = ("bytes", "mtime_ns")
+
+
+def settings_digest(about: Mapping[str, Any] | None) -> str:
+    """What tells whether two data sets are made in one way, whichever version of sdconv did it."""
+    named = json.dumps({**(about or {}), "sdconv": ""}, sort_keys=True)
+    return hashlib.sha256(named.encode()).hexdigest()[:32]
 
 
 def file_digest(path: Path) -> str:

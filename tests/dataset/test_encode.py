@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -356,3 +357,87 @@ def test_the_encoder_can_be_pickled_and_called(vae: Path) -> None:
     with torch.inference_mode():
         expected = sdconv.load(vae).encode(x).latent_dist.mean[0]
     assert np.array_equal(out["latents"][1], expected.numpy())
+
+
+def test_stopping_at_the_first_error_takes_headers_for_errors_too(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "empty.png").write_bytes(b"")
+    strict = Options(size="16", shard_size=4, on_error="fail")
+    with pytest.raises(SdconvError, match=r"empty\.png: an image cannot be encoded: empty"):
+        dataset.encode(folder, vae, tmp_path / "out", options=strict)
+    (folder / "empty.png").unlink()
+    assert dataset.encode(folder, vae, tmp_path / "other", options=strict).complete
+
+
+def test_shards_of_another_model_do_not_count(vae: Path, folder: Path, tmp_path: Path) -> None:
+    """As a run leaves them that still writes while another one starts anew."""
+    out, other = tmp_path / "out", tmp_path / "other.safetensors"
+    sdconv.save(seeded.network(sdconv.load(vae).config, seed=1), other)
+    dataset.encode(folder, vae, out, options=SMALL)
+    late = {name: data for name, data in files_of(out).items() if "000001" in name}
+    forced = Options(size="16", shard_size=4, force=True)
+    dataset.encode(folder, other, out, options=forced)
+    whole = files_of(out)
+    for name, data in late.items():
+        assert whole[name] != data, "the control"
+        (out / name).write_bytes(data)
+    assert dataset.status(out).done == 2
+    assert len(dataset.open_latents(out)) == 5
+    assert dataset.encode(folder, other, out, options=SMALL).made == 1
+    assert files_of(out) == whole
+
+
+def test_a_run_ends_when_another_one_starts_anew(vae: Path, folder: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other.safetensors"
+    sdconv.save(seeded.network(sdconv.load(vae).config, seed=1), other)
+    forced = Options(size="16", shard_size=4, force=True)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "encoding" and done == 1:
+            dataset.encode(folder, other, out, options=forced)
+
+    with pytest.raises(SdconvError, match="another process has started this data set anew"):
+        dataset.encode(folder, vae, out, options=SMALL, progress=interrupt)
+    dataset.encode(folder, other, out, options=SMALL)
+    dataset.encode(folder, other, tmp_path / "whole", options=SMALL)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_files_of_others_in_the_source_are_not_overwritten(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "latents-000000.tar").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"not empty(.|\n)*latents-000000\.tar"):
+        dataset.encode(folder, vae, folder, options=SMALL)
+    (folder / "latents-000000.tar").rename(folder / "mine.tar")
+    assert dataset.encode(folder, vae, folder, options=SMALL).complete
+    assert (folder / "mine.tar").read_bytes() == b"mine"
+
+
+def test_keys_that_no_tar_or_column_likes(vae: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for number, name in enumerate(
+        ["a.png", "a.v2.png", "b\nc.png", f"{'x' * 240}.png", "日本.png"]
+    ):
+        write(source / name, number)
+    (source / os.fsdecode(b"d\xff.png")).write_bytes((source / "a.png").read_bytes())
+    keys = {"a", "a.v2", "b\nc", "x" * 240, "日本", "d\\xff"}
+    for layout in ("webdataset", "parquet"):
+        options = Options(size="16", layout=layout)
+        dataset.encode(source, vae, tmp_path / layout, Settings(latents="sample"), options)
+        assert set(latents_of(tmp_path / layout)) == keys
+        assert dataset.verify(tmp_path / layout).problems == ()
+    tars = [str(path) for path in (tmp_path / "webdataset").glob("*.tar")]
+    read = {one["__key__"] for one in webdataset.WebDataset(tars, shardshuffle=False)}
+    assert read == keys - {"a.v2", "b\nc"} | {"a%2Ev2", "b%0Ac"}
+
+
+def test_several_ranks_do_not_start_anew(vae: Path, folder: Path, tmp_path: Path) -> None:
+    dataset.encode(folder, vae, tmp_path / "out", options=SMALL)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(InputError, match="several ranks cannot start anew"):
+        dataset.encode(
+            folder, vae, tmp_path / "out", options=Options(size="16", force=True, rank=(1, 2))
+        )
+    assert files_of(tmp_path / "out") == before

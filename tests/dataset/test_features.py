@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import zarr
+from helpers import seeded
 from helpers.paths import TINY_VAE, WEIGHTS
 from helpers.photos import files_of, photos, pixels, write
 from PIL import Image
@@ -16,7 +18,8 @@ from sdconv import dataset
 from sdconv.dataset import FeatureExtractor, FeatureSettings, Options
 from sdconv.dataset.encoder import generator_for
 from sdconv.dataset.patches import top_patches
-from sdconv.errors import InputError
+from sdconv.dataset.principal import PrincipalAxes
+from sdconv.errors import InputError, SdconvError
 from sdconv.features.conditions import conditions
 from sdconv.features.reduction import pool
 from sdconv.images import to_tensor
@@ -179,3 +182,39 @@ def test_features_are_not_latents(vae: Path, folder: Path, tmp_path: Path) -> No
         dataset.open_latents(tmp_path / "out")
     with pytest.raises(InputError, match="made in another way"):
         dataset.encode(folder, vae, tmp_path / "out", options=SMALL)
+
+
+def test_axes_go_with_the_data_set_that_they_were_found_for(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    sdconv.save(seeded.network(sdconv.load(vae).config, seed=1), other)
+    settings = FeatureSettings(points=(POINTS[0],), reduce="pca:2", dtype="float32")
+    for model, out, force in ((vae, "a", False), (other, "a", True), (other, "b", False)):
+        options = Options(size="16", shard_size=4, force=force)
+        dataset.features(folder, FeatureExtractor(model, settings), tmp_path / out, options)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_axes_are_found_from_images_that_can_be_decoded(vae: Path, tmp_path: Path) -> None:
+    """Every second one is damaged: those that are looked at first."""
+    for number in range(PrincipalAxes.IMAGES + 6):
+        path = write(tmp_path / "in" / f"{number:03d}.jpg", number, 64, 64)
+        if number % 2 == 0:
+            path.write_bytes(path.read_bytes()[:-900])
+    settings = FeatureSettings(points=(POINTS[0],), reduce="pca:2", dtype="float32")
+    extractor = FeatureExtractor(vae, settings)
+    summary = dataset.features(tmp_path / "in", extractor, tmp_path / "out", SMALL)
+    assert summary.quarantined == {"damaged": 35}
+    shapes = {tuple(one[POINTS[0]].shape) for one in stored(tmp_path / "out").values()}
+    assert shapes == {(2, 16, 16)}
+
+
+@pytest.mark.parametrize("how", [{"reduce": "pool:2"}, {"reduce": "mean", "top": True}])
+def test_a_point_that_cannot_be_reduced_ends_the_run(
+    how: dict[str, Any], vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Its images are not to blame."""
+    settings = FeatureSettings(points=("encoder.mid_block.attentions.0.to_q",), **how)
+    with pytest.raises(SdconvError, match=r"to_q: its feature maps cannot be reduced in this way"):
+        dataset.features(folder, FeatureExtractor(vae, settings), tmp_path / "out", SMALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +185,38 @@ def test_datasets_reads_parquet_and_tars(vae: Path, folder: Path, tmp_path: Path
 def test_an_unknown_layout(vae: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="layout: unknown layout"):
         dataset.encode(folder, vae, tmp_path / "out", options=Options(size="16", layout="lmdb"))
+
+
+SAMPLES = Settings(latents="sample")
+NEXT_TO = Options(size="buckets:128:64:256", layout="kohya")
+
+
+def test_no_latents_stay_next_to_an_image_that_has_none(vae: Path, tmp_path: Path) -> None:
+    for number, name in enumerate("abc"):
+        write(tmp_path / f"{name}.png", number)
+    dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO)
+    first = (tmp_path / "a.npz").read_bytes()
+    assert {one.name for one in tmp_path.glob("*.npz")} == {"a.npz", "b.npz", "c.npz"}
+    half = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(half[: len(half) // 2])  # its header is whole
+    (tmp_path / "c.png").unlink()
+    options = replace(NEXT_TO, prune=True)
+    assert dataset.encode(tmp_path, vae, tmp_path, SAMPLES, options).quarantined == {"damaged": 1}
+    assert {one.name for one in tmp_path.glob("*.npz")} == {"a.npz"}
+    assert (tmp_path / "a.npz").read_bytes() == first
+    # an image of another bucket moves to another shard, under the same name
+    write(tmp_path / "a.png", 5, 60, 20)
+    dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO)
+    assert (tmp_path / "a.npz").read_bytes() != first
+    assert dataset.verify(tmp_path).problems == ()
+
+
+def test_the_cache_of_sd_scripts_is_not_overwritten(vae: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.png", 1)
+    (tmp_path / "a.npz").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"a\.npz: there is a file that this run would overwrite"):
+        dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO)
+    assert (tmp_path / "a.npz").read_bytes() == b"mine"
+    assert not (tmp_path / "dataset.json").exists()
+    dataset.encode(tmp_path, vae, tmp_path, SAMPLES, replace(NEXT_TO, force=True))
+    assert dataset.verify(tmp_path).problems == ()

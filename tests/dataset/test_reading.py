@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -84,3 +85,24 @@ def test_errors(out: Path, vae: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "latents-000000.tar").write_bytes(b"")
     with pytest.raises(SdconvError, match=r"a: a sample cannot be read"):
         found[0]
+
+
+def test_latents_of_an_edited_image_are_not_read(vae: Path, folder: Path, tmp_path: Path) -> None:
+    """Between the plan that notices the edit and the run that encodes the image again."""
+    options = Options(size="16", shard_size=4)
+    dataset.encode(folder, vae, tmp_path / "out", options=options)
+    assert "photo02" in dataset.open_latents(tmp_path / "out").keys
+    write(folder / "photo02.jpg", 77)
+    os.utime(folder / "photo02.jpg", (2e9, 2e9))
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "encoding":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dataset.encode(folder, vae, tmp_path / "out", options=options, progress=stop)
+    found = dataset.open_latents(tmp_path / "out")
+    assert "photo02" not in found.keys
+    assert len(found) == 8
+    dataset.encode(folder, vae, tmp_path / "out", options=options)
+    assert len(dataset.open_latents(tmp_path / "out")) == 9

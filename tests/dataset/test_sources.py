@@ -162,3 +162,113 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
         found = header(path)
     assert isinstance(found, Rejected)
     assert found.reason == "unreadable"
+
+
+# --- odd folders, tars and lists
+
+
+def test_links_in_a_circle_are_not_followed_and_others_are(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "x.png", 1)
+    write(tmp_path / "b" / "y.png", 2)
+    for link, to in (("a/up", ".."), ("self", "."), ("a/over", "../b"), ("b/over", "../a")):
+        (tmp_path / link).symlink_to(to)
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    found = {item.path: item.bytes for item in find_images(tmp_path).items}
+    assert set(found) == {"a/x.png", "b/y.png", "a/over/y.png", "b/over/x.png", "gone.png"}
+    assert found["gone.png"] == -1
+
+
+def test_a_member_that_is_there_twice_is_the_last(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / f"{n}.png", n).read_bytes() for n in (1, 2))
+    for name, data in (("one", first), ("two", second)):
+        tar_of(tmp_path / f"{name}.tar", {"x.png": data})
+    whole = (tmp_path / "one.tar").read_bytes().rstrip(b"\0")
+    whole += b"\0" * (-len(whole) % 512)
+    (tmp_path / "both.tar").write_bytes(whole + (tmp_path / "two.tar").read_bytes())
+    source = find_images(tmp_path / "both.tar")
+    (item,) = source.items
+    with open_item(source.root, item.path, item.offset, item.bytes, True) as file:
+        assert file.read() == second
+
+
+def test_keys_stay_below_a_folder_and_are_utf8(tmp_path: Path) -> None:
+    image = write(tmp_path / "images" / "x.png", 5).read_bytes()
+    tar_of(tmp_path / "a.tar", {"../up.png": image, "/root.png": image, "./here.png": image})
+    names = {item.name for item in find_images(tmp_path / "a.tar").items}
+    assert names == {"up", "root", "here"}
+    (tmp_path / "images" / os.fsdecode(b"\xff.png")).write_bytes(image)
+    assert {item.name for item in find_images(tmp_path / "images").items} == {"x", "\\xff"}
+    (tmp_path / "lists" / "deep").mkdir(parents=True)
+    (tmp_path / "lists" / "deep" / "list.jsonl").write_text('{"path": "../../images/x.png"}')
+    (item,) = find_images(tmp_path / "lists" / "deep" / "list.jsonl").items
+    assert item.name == "images/x"
+
+
+@pytest.mark.parametrize("cut", ["in a file", "in a header", "another block"])
+def test_a_tar_that_does_not_end_is_refused(cut: str, tmp_path: Path) -> None:
+    image = write(tmp_path / "x.png", 5).read_bytes()
+    path = tmp_path / "a.tar"
+    tar_of(path, {"x.png": image, "y.png": image})
+    whole = path.read_bytes()
+    second = whole.index(b"y.png")
+    if cut == "another block":
+        path.write_bytes(whole[:second] + b"\xff" * 512 + whole[second + 512 :])
+    else:
+        path.write_bytes(whole[: second + (600 if cut == "in a file" else 100)])
+    with pytest.raises(SdconvError, match=r"a\.tar: not a tar that can be read"):
+        find_images(path)
+
+
+def test_a_tar_without_its_last_blocks_is_read(tmp_path: Path) -> None:
+    image = write(tmp_path / "x.png", 5).read_bytes()
+    tar_of(tmp_path / "a.tar", {"x.png": image})
+    whole = (tmp_path / "a.tar").read_bytes().rstrip(b"\0")
+    (tmp_path / "a.tar").write_bytes(whole + b"\0" * (-len(whole) % 512))
+    assert len(find_images(tmp_path / "a.tar").items) == 1
+
+
+def listed(folder: Path, *rows: object) -> list[str]:
+    """The names of what a list of these entries has."""
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [item.name for item in find_images(folder / "list.jsonl").items]
+
+
+def test_an_image_with_several_captions_is_there_once(tmp_path: Path) -> None:
+    write(tmp_path / "x.png", 5)
+    rows = [{"path": "x.png", "text": text} for text in ("one", "two")]
+    assert listed(tmp_path, *rows) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"path": "x.png", "key": "k"}, {"path": "y.png", "key": "k"}], "two images have one key"),
+        ([{"path": "x.png", "key": "k"}, {"path": "x.png"}], "an image has two keys"),
+        ([{"path": "x.png", "key": "../k"}], "this cannot be a key"),
+        ([{"path": "x.png", "key": "k/"}], "this cannot be a key"),
+        ([{"path": "x.png", "key": ""}], "this cannot be a key"),
+        ([{"path": "x.png", "key": "a\nb"}], "this cannot be a key"),
+        ([{"path": ".."}], "an entry has no path"),
+    ],
+)
+def test_keys_of_lists_are_unambiguous(rows: list[object], words: str, tmp_path: Path) -> None:
+    for name in "xy":
+        write(tmp_path / f"{name}.png", 5)
+    with pytest.raises(InputError, match=words):
+        listed(tmp_path, *rows)
+
+
+def test_lists_with_odd_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "x.png", 5)
+    path = tmp_path / "list.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"path": "x.png"}\r\n{"path": "no\\u0000.png"}\n')
+    assert {item.name: item.bytes < 0 for item in find_images(path).items} == {
+        "x": False,
+        "no\0": True,
+    }
+    path.write_bytes(b'{"path": "\xff.png"}')
+    with pytest.raises(InputError, match="line 1: not JSON"):
+        find_images(path)
+    parquet.write_table(pyarrow.table({"url": ["x.png"]}), tmp_path / "list.parquet")
+    with pytest.raises(InputError, match=r"no column has paths(.|\n)*got: url"):
+        find_images(tmp_path / "list.parquet")

@@ -310,10 +310,11 @@ def _write_patches(
     out: Path, source: str, extractor: FeatureExtractor, patches: int, progress: Advance
 ) -> Path:
     from sdconv.dataset.patches import top_patches
+    from sdconv.dataset.store import PATCHES
     from sdconv.report.patches import write_patches
 
     found = top_patches(out, source, extractor, patches, progress=progress)
-    page = out / "patches.html"
+    page = out / PATCHES
     name = extractor.network.config.class_name
     images = len(
         {one.key for point in found.channels.values() for p in point.values() for one in p}

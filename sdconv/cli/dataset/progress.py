@@ -53,15 +53,17 @@ def progress_of(unit: str) -> Iterator[Advance]:
 
 
 def _lines(unit: str) -> Advance:
-    start = last = time.monotonic()
+    last = time.monotonic()
+    starts: dict[str, tuple[float, int]] = {}
 
     def show(words: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
+        start, first = starts.setdefault(words, (now, done))
         if now - last < EVERY:
             return
         last = now
-        rate = done / (now - start)
+        rate = (done - first) / max(now - start, 1e-9)
         left = f", {(total - done) / rate / 60:.0f} min left" if rate else ""
         say(f"{words}: {done} of {total}, {rate:.1f} {unit}/s{left}", "progress")
 

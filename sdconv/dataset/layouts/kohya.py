@@ -11,7 +11,7 @@ SD and SDXL have them in ``NAME.npz``, which every version reads; SD3 and FLUX.1
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -56,8 +56,13 @@ class Kohya:
             }
         return Sample(about, tensors)
 
-    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
-        """Refuses what sd-scripts does not read."""
+    def check(
+        self,
+        about: Mapping[str, Any],
+        shards: Sequence[Sequence[Planned]],
+        fresh: Path | None = None,
+    ) -> None:
+        """Refuses what sd-scripts does not read, and to overwrite its own cache."""
         if "latents" not in about:
             raise InputError("sd-scripts reads latents only", where="layout", got=about["name"])
         latents, size = about["latents"], about["preprocessing"]["size"]
@@ -84,7 +89,15 @@ class Kohya:
         taken: dict[str, str] = {}
         for shard in shards:
             for one in shard:
-                name = str(_stem({"path": one.path, "member": one.member, "key": one.key}))
+                image = {"path": one.path, "member": one.member, "key": one.key}
+                name = str(_stem(image))
+                file = _file_name({**image, "original_size": one.original}, latents)
+                if fresh is not None and (fresh / file).exists():
+                    raise InputError(
+                        "there is a file that this run would overwrite",
+                        where=fresh / file,
+                        hint="remove it, or pass --force to overwrite all of them",
+                    )
                 if (other := taken.setdefault(name, one.path)) != one.path:
                     raise InputError(
                         "two images would share one .npz, for sd-scripts too",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from sdconv.dataset.layouts.sample import Sample
 from sdconv.dataset.plan import Planned
+from sdconv.dataset.sources import in_utf8
 from sdconv.dataset.store import Record, Store
 from sdconv.errors import InputError, SdconvError
 
@@ -64,7 +66,12 @@ class Parquet:
         }
         return Sample(about, tensors)
 
-    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
+    def check(
+        self,
+        about: Mapping[str, Any],
+        shards: Sequence[Sequence[Planned]],
+        fresh: Path | None = None,
+    ) -> None:
         """Refuses bfloat16, which parquet lacks."""
         if about.get(about["name"], {}).get("dtype") == "bfloat16":
             raise InputError(
@@ -79,7 +86,7 @@ def _table(arrow: Any, samples: Sequence[Sample]) -> Any:
     integers = arrow.list_(arrow.int32())
     columns: dict[str, Any] = {
         "key": arrow.array([one.key for one in samples]),
-        "path": arrow.array([one.about["path"] for one in samples]),
+        "path": arrow.array([in_utf8(one.about["path"]) for one in samples]),
     }
     for name in _SIZES:
         columns[name] = arrow.array([one.about[name] for one in samples], integers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -43,13 +44,19 @@ class Layout(Protocol):
     def read(self, store: Store, record: Record, place: Mapping[str, Any]) -> Sample:
         """One sample of a shard, at a place that ``write`` returned."""
 
-    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
+    def check(
+        self,
+        about: Mapping[str, Any],
+        shards: Sequence[Sequence[Planned]],
+        fresh: Path | None = None,
+    ) -> None:
         """Refuses settings that it cannot represent.
 
         Args:
             about: the content of ``dataset.json``.
             shards: the plan's.
+            fresh: a folder whose files are not the data set's, and must not be overwritten.
 
         Raises:
-            InputError: it cannot.
+            InputError: it cannot, or a file is in the way.
         """

@@ -4,7 +4,9 @@ other."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors.torch import load, save
@@ -15,6 +17,7 @@ from sdconv.dataset.store import Record, Store
 from sdconv.errors import SdconvError
 
 _BLOCK = 512  # of a tar: every file in it fills whole ones
+_CONTROL, _NAME = re.compile(r"[\x00-\x1f\x7f]"), re.compile(r"[\x00-\x1f\x7f%.]")
 
 
 class WebDataset:
@@ -51,15 +54,24 @@ class WebDataset:
                 json.loads(_part(file, place["json"])), load(_part(file, place["safetensors"]))
             )
 
-    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
+    def check(
+        self,
+        about: Mapping[str, Any],
+        shards: Sequence[Sequence[Planned]],
+        fresh: Path | None = None,
+    ) -> None:
         """Takes everything."""
 
 
 def member_name(key: str) -> str:
     """A key as webdataset's key, which ends at the first dot of a file's name: dots and percent
-    signs there are written as ``%2E`` and ``%25``."""
+    signs there are written as ``%2E`` and ``%25``, and line breaks and the like in the same way."""
     folder, slash, name = key.rpartition("/")
-    return folder + slash + name.replace("%", "%25").replace(".", "%2E")
+    return _CONTROL.sub(_escaped, folder) + slash + _NAME.sub(_escaped, name)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"%{ord(match[0]):02X}"
 
 
 def _put(tar: Any, name: str, suffix: str, data: bytes) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
@@ -66,7 +67,12 @@ class Zarr:
             }
         return Sample(about, tensors)
 
-    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
+    def check(
+        self,
+        about: Mapping[str, Any],
+        shards: Sequence[Sequence[Planned]],
+        fresh: Path | None = None,
+    ) -> None:
         """Refuses bfloat16, and shards of images of several sizes."""
         if about[about["name"]]["dtype"] == "bfloat16":
             raise InputError(
