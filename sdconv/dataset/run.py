@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +14,10 @@ from sdconv.dataset.layouts import layout_of
 from sdconv.dataset.placement import parse_sizing
 from sdconv.dataset.plan import SHARD_SIZE, Plan, extended, shard_digest
 from sdconv.dataset.processes import run_processes
+from sdconv.dataset.refusals import check_empty, check_same
 from sdconv.dataset.shards import Job, Shard, Tick, Work, make_shards, refusal
 from sdconv.dataset.sources import find_images
-from sdconv.dataset.store import (
-    ABOUT,
-    FORMAT,
-    LOCK,
-    PLAN,
-    QUARANTINE,
-    VERSION,
-    Record,
-    Store,
-    settings_digest,
-)
+from sdconv.dataset.store import ABOUT, FORMAT, PLAN, VERSION, Record, Store, settings_digest
 from sdconv.errors import InputError
 
 ENGINES = ("processes", "ray")
@@ -250,7 +239,7 @@ def _planned(
             Store(store.folder, before["name"]).remove_all(store.plan())
             before = None
         elif before is None:
-            _check_empty(store, path)
+            check_empty(store, path)
         else:
             check_same(before, about, store.folder / ABOUT)
         old = store.plan()
@@ -287,51 +276,6 @@ def contents(store: Store, plan: Plan) -> dict[str, str | None]:
             found |= {one["key"]: one["sha256"] for one in record["samples"]}
             found |= {one["key"]: one["reason"] for one in record["quarantined"]}
     return found
-
-
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Refuses to go on with a data set that was made in another way.
-
-    Raises:
-        InputError: the lines of ``dataset.json`` that differ, apart from sdconv's version.
-    """
-    if settings_digest(before) == settings_digest(now):
-        return
-    old, new = (_lines({**about, "sdconv": ""}) for about in (before, now))
-    raise InputError(
-        "this data set was made in another way",
-        where=where,
-        expected="; ".join(line for line in old if line not in new) or "no such line",
-        got="; ".join(line for line in new if line not in old) or "no such line",
-        hint="go on as it was made, or give --out another name; --force starts anew",
-    )
-
-
-def _lines(about: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in about.items():
-        if isinstance(value, Mapping):
-            found += _lines(value, f"{prefix}{name}.")
-        else:
-            found.append(f"{prefix}{name}: {json.dumps(value)}")
-    return found
-
-
-def _check_empty(store: Store, source: Path) -> None:
-    """Refuses a folder with files of others; if it is the source itself, only such files as would
-    be overwritten."""
-    names = [one.name for one in store.folder.iterdir() if one.name != LOCK]
-    if store.folder.resolve() == source.resolve():
-        ours = re.compile(rf"{PLAN}|{QUARANTINE}|{store.name}-\d{{6,}}\..*")
-        names = [name for name in names if ours.fullmatch(name)]
-    if others := sorted(names):
-        raise InputError(
-            "the folder is not empty, and is not a data set of sdconv",
-            where=store.folder,
-            expected="an empty folder, or none",
-            got=", ".join(others[:3]),
-            hint="give --out another name",
-        )
 
 
 def _is_made(store: Store, number: int, shard: Sequence[Any]) -> bool:

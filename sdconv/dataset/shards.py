@@ -71,12 +71,12 @@ class Job:
     draft: bool
     decoders: int
     strict: bool
-    settings: str
+    settings: str | None
 
     @property
     def store(self) -> Store:
         """The data set's folder."""
-        return Store(self.folder, self.name)
+        return Store(self.folder, self.name, self.settings)
 
 
 def make_shards(

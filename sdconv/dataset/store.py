@@ -38,11 +38,13 @@ class Store:
 
     Args:
         folder: its path. name: what its shards' names begin with, such as ``latents``.
+        settings: write only while ``dataset.json`` has this ``settings_digest``.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, settings: str | None = None) -> None:
         self.folder = folder
         self.name = name
+        self._settings = settings
 
     def shard_name(self, number: int) -> str:
         """The name of a shard, without a suffix."""
@@ -134,7 +136,8 @@ class Store:
             Its name, length and SHA-256.
 
         Raises:
-            SdconvError: it cannot be written; what was there before is left as it is.
+            SdconvError: it cannot be written, or another process has started the folder anew in
+                another way; what was there before is left as it is.
         """
         path = self.folder / name
         part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
@@ -148,6 +151,7 @@ class Store:
                     file.seek(0)
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                     length = file.tell()
+                self._check_settings()
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -174,14 +178,8 @@ class Store:
         """Commits a shard, whose files are written.
 
         Raises:
-            SdconvError: it cannot be written, or another process has started the folder anew.
+            SdconvError: as ``write``.
         """
-        if record["settings"] != settings_digest(self.about()):
-            raise SdconvError(
-                "another process has started this data set anew, in another way",
-                where=self.folder,
-                hint="let one run end before you start another with --force",
-            )
         self.write_json(f"{self.shard_name(record['shard'])}.json", record)
 
     def write_quarantine(self, plan: Plan) -> dict[str, int]:
@@ -249,6 +247,14 @@ class Store:
             return [*(str(file["name"]) for file in files), record]
         except (OSError, ValueError, KeyError, TypeError):
             return [record]
+
+    def _check_settings(self) -> None:
+        if self._settings is not None and self._settings != settings_digest(self.about()):
+            raise SdconvError(
+                "another process has started this data set anew, in another way",
+                where=self.folder,
+                hint="let one run end before you start another with --force",
+            )
 
     @contextmanager
     def errors(self, path: Path | None = None) -> Iterator[None]:

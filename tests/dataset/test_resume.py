@@ -405,7 +405,7 @@ def test_a_worker_that_is_killed_again_and_again(source: Path, vae: Path, tmp_pa
         draft=True,
         decoders=0,
         strict=False,
-        settings="",
+        settings=None,
     )
     shards = list(enumerate(dataset.plan(source, "16", shard_size=30).shards))
     with pytest.raises(
