@@ -135,9 +135,10 @@ def rows_of(options: Any, chosen: Any, results: Any) -> list[dict[str, Any]]:
             continue
         seconds, size, error = (statistics.median(column) for column in zip(*runs, strict=True))
         side = name.removesuffix(", over ranks")
-        alone.setdefault(side, seconds)
+        if ranks == 1:
+            alone[side] = seconds
         # distvae's network is diffusers'
-        one = alone.get("diffusers" if side == "distvae" else side, seconds)
+        one = alone.get("diffusers" if side == "distvae" else side)
         found.append(
             {
                 "work": f"{options.work} {rows}x{columns}",
@@ -145,7 +146,7 @@ def rows_of(options: Any, chosen: Any, results: Any) -> list[dict[str, Any]]:
                 "side": name,
                 "ranks": ranks,
                 "seconds": round(seconds, 2),
-                "of one rank's": round(seconds / one, 2) if ranks > 1 else "",
+                "of one rank's": round(seconds / one, 2) if ranks > 1 and one else "",
                 "memory of a rank, MB": round(size / 1e6),
                 **({"error against float64": f"{error:.1e}"} if options.errors else {}),
             }

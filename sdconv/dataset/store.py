@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,7 @@ from sdconv.errors import InputError, SdconvError
 
 FORMAT, VERSION = "sdconv_dataset", 1
 ABOUT, PLAN, QUARANTINE, LOCK = "dataset.json", "plan.jsonl", "quarantine.jsonl", ".lock"
+_NUMBERS = count()  # threads of one process must not share a temporary file
 AXES, PATCHES = "pca.safetensors", "patches.html"
 
 Record = dict[str, Any]
@@ -140,7 +142,8 @@ class Store:
                 another way; what was there before is left as it is.
         """
         path = self.folder / name
-        part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+        process = f"{socket.gethostname()}.{os.getpid()}"
+        part = path.with_name(f".{path.name}.{next(_NUMBERS)}.{process}.part")
         with self.errors(path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,6 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return {"seconds": 2.0, "waited": 0.5, "memory": 3e6}
 
     monkeypatch.setattr(dataset, "measured", measured)
-    monkeypatch.setattr(dataset, "ROWS", 40)
     monkeypatch.setattr(dataset, "write_model", lambda folder, full: folder)
     monkeypatch.setattr(dataset.write_images, "__defaults__", (40,))
     return found
@@ -94,3 +93,5 @@ def test_ranks_are_compared_with_one_rank() -> None:
     assert rows[0]["work"] == "decode 8x16"
     assert rows[0]["dtype"] == "bfloat16"
     assert rows[0]["error against float64"] == "1.0e-03"
+    (alone,) = ranks.rows_of(options, chosen[2:3], runs[2:3])
+    assert alone["of one rank's"] == ""
