@@ -362,6 +362,10 @@ def write_image(image: Image.Image, path: str | Path) -> None:
 def _as_displayed(image: Image.Image, where: object, alpha: bool = False) -> LoadedImage:
     """The image as a viewer shows it: upright, opaque unless ``alpha`` is kept, RGB or RGBA."""
     notes = []
+    if not image.mode.startswith("I") and any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    ):
+        notes.append("of 16 bits per channel the upper 8 were taken")
     if getattr(image, "is_animated", False):
         notes.append("the first of several frames was taken")
     if image.mode == "F" or image.mode.startswith("I"):

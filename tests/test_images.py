@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -92,6 +93,25 @@ def test_palette_cmyk_and_jpeg(tmp_path: Path) -> None:
     )
     cmyk = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "c.jpg", quality=100)
     assert np.abs(pixels(read_image(cmyk)).astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_colours_of_16_bits_are_cut_and_a_note_says_so(tmp_path: Path) -> None:
+    """Pillow reads such files, but does not write them."""
+    deep = np.random.default_rng(0).integers(0, 65536, (4, 5, 3), dtype=np.uint16)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    read = read_image(tmp_path / "a.png")
+    assert np.array_equal(pixels(read), (deep >> 8).astype(np.uint8))
+    assert read.notes == ("of 16 bits per channel the upper 8 were taken",)
+    assert read_image(saved(colours(), tmp_path / "b.png")).notes == (), "the control"
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])

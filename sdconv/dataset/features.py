@@ -345,7 +345,7 @@ def _of_point(name: str, reduce: Reduction) -> Reduction:
                 "its feature maps cannot be reduced in this way",
                 where=name,
                 got=" ".join(str(error).split()),
-                hint="exclude it, or take another --reduce",
+                hint=f"exclude it (--exclude '{name}'), or take another --reduce",
             ) from error
 
     return reduced

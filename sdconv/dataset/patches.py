@@ -36,13 +36,15 @@ class Patch:
 
 @dataclass(frozen=True)
 class TopPatches:
-    """``channels``: for each hook point (and timestep) and each channel the patches, the largest
-    value first, at most one of each image. ``fields``: for each the rows and columns of its
-    receptive field in pixels. ``count``: how many channels each point has."""
+    """``channels``: for each hook point (and timestep) in the order of a run and each channel the
+    patches, the largest value first, at most one of each image. ``fields``: for each the rows and
+    columns of its receptive field in pixels. ``count``: how many channels each point has.
+    ``images``: how many were looked at."""
 
     channels: Mapping[str, Mapping[int, list[Patch]]]
     fields: Mapping[str, tuple[int, int]]
     count: Mapping[str, int]
+    images: int
 
 
 def top_patches(
@@ -104,11 +106,18 @@ def top_patches(
         for name in cut
         for rows, columns, scale in (geometry[name.partition("@")[0]],)
     }
+    points = [
+        name for point in extractor.names for name in found if name.partition("@")[0] == point
+    ]
     ordered = {
-        name: {channel: [ranks[n] for n in sorted(ranks)] for channel, ranks in sorted(one.items())}
-        for name, one in cut.items()
+        name: {
+            channel: [ranks[n] for n in sorted(ranks)]
+            for channel, ranks in sorted(cut[name].items())
+        }
+        for name in points
+        if name in cut
     }
-    return TopPatches(ordered, fields, {name: found[name][2] for name in cut})
+    return TopPatches(ordered, fields, {name: found[name][2] for name in cut}, len(samples))
 
 
 def _largest(

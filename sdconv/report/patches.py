@@ -29,12 +29,12 @@ nav a { margin-right: 1rem; white-space: nowrap; }
 """
 
 
-def write_patches(found: TopPatches, path: Path, *, title: str, images: int) -> int:
+def write_patches(found: TopPatches, path: Path, *, title: str) -> int:
     """Writes the page, and returns its length in bytes.
 
     Args:
         found: the patches. path: the file.
-        title: of the page. images: how many were looked at.
+        title: of the page.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -47,8 +47,8 @@ def write_patches(found: TopPatches, path: Path, *, title: str, images: int) -> 
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>"
-        f"<p>For each channel the places among {images} images where it is largest, one of each "
-        "image, as much of it as the value depends on through convolutions.</p>"
+        f"<p>For each channel the places among {found.images} images where it is largest, one of "
+        "each image, as much of it as the value depends on through convolutions.</p>"
         f"<nav>{links}</nav>{''.join(sections)}</html>"
     )
     write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))

@@ -85,7 +85,7 @@ def test_a_damaged_shard_is_the_answer_no(here: Path) -> None:
 
 def test_ranks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(*encoded("--rank", "1/2"))
-    assert "note: rank 1 of 2: every 2th shard from 1 on" in result.stderr
+    assert "note: rank 1 of 2: shards 1, 3, 5 and so on" in result.stderr
     assert "2 images in 1 shards, 1 of 3 shards are there" in result.stdout
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

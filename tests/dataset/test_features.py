@@ -127,7 +127,9 @@ def test_top_patches(layout: str, vae: Path, folder: Path, tmp_path: Path) -> No
     options = Options(size="16", shard_size=4, layout=layout)
     dataset.features(folder, extractor, tmp_path / "out", options)
     found = top_patches(tmp_path / "out", folder, extractor, 3)
+    assert list(found.channels) == extractor.names, "in the order of a run"
     assert set(found.channels) == set(POINTS)
+    assert found.images == 9
     # by hand, over whole feature maps
     settings = FeatureSettings(points=POINTS, reduce=None, dtype="float32")
     dataset.features(folder, FeatureExtractor(vae, settings), tmp_path / "whole", SMALL)

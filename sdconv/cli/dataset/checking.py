@@ -95,7 +95,9 @@ def verify(
         for number, words in found.problems:
             typer.echo(words if number is None else f"shard {number}: {words}")
         unfinished = f"; {found.unfinished} shards are not made yet" if found.unfinished else ""
-        verdict = f"{len(found.problems)} problems" if found.problems else "all is well"
+        count = len(found.problems)
+        problems = "1 problem" if count == 1 else f"{count} problems"
+        verdict = problems if count else "all is well"
         typer.echo(
             f"{folder}: {found.samples} samples in {found.shards} shards, "
             f"{in_bytes(found.bytes)}: {verdict}{unfinished}"

@@ -259,7 +259,7 @@ def features(
     Examples:
       sdconv dataset features photos -m vae.safetensors -p 'encoder.down_blocks.*' -o features
       sdconv dataset features photos -m unet.safetensors --vae vae.safetensors --timesteps 1,250 \\
-          -p 'up_blocks.*.resnets.*' --reduce pool:8 --layout zarr -o features
+          -p 'up_blocks.*.resnets.?' --reduce pool:8 --layout zarr -o features
       sdconv dataset features photos -m vae.safetensors -p encoder.mid_block --top-patches 9 -o top
     """
     from sdconv.dataset import FeatureExtractor, FeatureSettings, Options
@@ -316,17 +316,17 @@ def _write_patches(
     found = top_patches(out, source, extractor, patches, progress=progress)
     page = out / PATCHES
     name = extractor.network.config.class_name
-    images = len(
-        {one.key for point in found.channels.values() for p in point.values() for one in p}
-    )
-    write_patches(found, page, title=f"Where channels of {name} are largest", images=images)
+    write_patches(found, page, title=f"Where channels of {name} are largest")
     return page
 
 
 def _print_summary(summary: Summary, as_json: bool, page: Path | None = None) -> None:
     rank, ranks = summary.rank
     if ranks > 1:
-        say(f"rank {rank} of {ranks}: every {ranks}th shard from {rank} on", "note")
+        say(
+            f"rank {rank} of {ranks}: shards {rank}, {rank + ranks}, {rank + 2 * ranks} and so on",
+            "note",
+        )
     if summary.missing:
         say(
             f"{len(summary.missing)} images of the plan are no longer in the source, such as "
