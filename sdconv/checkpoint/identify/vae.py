@@ -64,7 +64,7 @@ def check_kind(found: DetectedNetwork, shapes: Mapping[str, Shape], where: objec
     given, taken = (
         shapes.get(f"{end}.weight", ()) for end in ("encoder.conv_out", "decoder.conv_in")
     )
-    if len(given) == len(taken) == 4 and 0 < given[0] == taken[1]:
+    if given[2:] == taken[2:] == (3, 3) and 0 < given[0] == taken[1]:
         raise UnknownNetworkError(
             "the vae is a VQ model, with a codebook in place of a distribution, which diffusers' "
             "AutoencoderKL cannot represent",
