@@ -221,7 +221,7 @@ def oracle() -> tuple[UNet2DConditionModel, dict[str, Tensor], dict[str, str]]:
             module = re.match(r"mid_block|conv_in|\w+\.\d+\.\w+\.\d+", keys.canonical(name) or "")
             assert module
             last[match[1]] = max(last.get(match[1], (-1, "")), (int(match[2]), module[0]))
-    network = sdconv.load(state, dtype=torch.float32)
+    network = sdconv.load(state, dtype=torch.float32, family="sd1")
     assert isinstance(network, UNet2DConditionModel)
     features = {f"feature.{block}": module for block, (_, module) in last.items()}
     return network, load_file(DATA / "open-unet-sd1-io.safetensors"), features
@@ -250,7 +250,7 @@ def test_equals_the_original_implementation() -> None:
 def test_the_seed_gives_the_weights_of_the_original(shared_dir: Path) -> None:
     network, io, _ = oracle()
     file = shared_dir / "oracle" / "open-unet-sd1-ldm.safetensors"
-    stored = sdconv.load(file, dtype=torch.float32).state_dict()
+    stored = sdconv.load(file, dtype=torch.float32, family="sd1").state_dict()
     state = network.state_dict()
     assert state.keys() == stored.keys()
     assert all(torch.equal(state[name], stored[name]) for name in state)
