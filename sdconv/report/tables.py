@@ -283,22 +283,22 @@ def _block_row(anatomy: Anatomy, block: Block, itemsize: int) -> tuple[str, ...]
 
 
 def _totals(anatomy: Anatomy) -> RenderableType:
-    table = table_of("role", ">operations", ">parameters", ">share", ">multiplies", ">share")
+    table = table_of("role", ">operations", ">parameters", ">share", ">MACs", ">share")
     for total in anatomy.totals:
         table.add_row(
             total.role,
             str(total.operations),
             count(total.parameters),
             _percent(total.parameter_share),
-            count(total.multiplies),
-            _percent(total.multiply_share),
+            count(total.macs),
+            _percent(total.macs / anatomy.macs),
         )
     table.add_row(
         "all",
         str(len(anatomy.operations)),
         count(anatomy.parameters),
         _percent(1.0),
-        count(anatomy.multiplies),
+        count(anatomy.macs),
         _percent(1.0),
         style="bold",
     )

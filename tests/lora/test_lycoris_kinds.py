@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import sdconv
 
-peer = pytest.importorskip(
+package = pytest.importorskip(
     "lycoris", reason="the peer: pip install lycoris-lora (torch 2.6 cannot import it)"
 )
-lycoris, create_lycoris = peer.modules, peer.create_lycoris
+lycoris, create_lycoris = package.modules, package.create_lycoris
 
 INPUTS = {
     "linear": (5, 24),
