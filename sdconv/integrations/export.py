@@ -180,9 +180,10 @@ def _example(network: Autoencoder, half: str, size: tuple[int, int], batch: int)
 
 def _write_onnx(module: _Half, x: Tensor, path: Path, multiple: int | None) -> list[Path]:
     """``multiple``: rows and columns may be any multiple of it; None for those of ``x``."""
-    shapes = None
+    shapes: Any = None
     if multiple is not None:
-        rows, columns = (torch.export.Dim(name, min=2, max=1 << 14) for name in ("rows", "columns"))
+        side: Any = torch.export.Dim
+        rows, columns = (side(name, min=2, max=1 << 14) for name in ("rows", "columns"))
         shapes = ({0: torch.export.Dim("batch"), 2: multiple * rows, 3: multiple * columns},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own future

@@ -238,7 +238,7 @@ def _half(
 ) -> RenderableType:
     geometry = ("kernel", "stride", "padding", ">channels", ">output")
     costs = (">params", ">weights", ">activations", ">MACs", ">share")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for block in blocks:
         if every:
             rows += [_operation_row(anatomy, one, itemsize) for one in block.operations]
