@@ -122,4 +122,4 @@ def test_the_command(tmp_path: Path) -> None:
     refused = run(
         "export", "tiny-vae", "--half", "decoder", "--size", "any", "--batch", 2, "-o", out
     )
-    assert refused.exit_code == 1 and "takes any number of images" in refused.stderr
+    assert refused.exit_code == 2 and "takes any number of images" in refused.stderr
