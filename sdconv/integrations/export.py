@@ -59,7 +59,7 @@ def check_export_path(path: Path) -> str:
     missing = [name for name in _NEEDED[suffix] if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"{' and '.join(missing)} is not installed",
+            f"not installed: {' and '.join(missing)}",
             where=path,
             expected="what writes this format",
             hint="pip install 'sdconv[export]'",
