@@ -25,6 +25,7 @@ from helpers.fake_cuda import (
 from helpers.numbers import error
 from helpers.paths import DATA
 from helpers.slow import first_of, marked_slow
+from helpers.versions import needs_driver
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -317,6 +318,7 @@ def test_a_fault_shows_against_the_original(fault: Callable[[UNet2DConditionMode
     assert error(out, io["out"]) > 5e-5
 
 
+@needs_driver
 @pytest.mark.parametrize("family", first_of(unets.FAMILIES))
 def test_dry_run_on_fake_cuda(family: str) -> None:
     network = unets.on_meta(unets.smallest(family))
