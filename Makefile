@@ -4,18 +4,23 @@ PYTHON ?= python3
 # have in common is set up once; 0 is one process, without pytest-xdist
 WORKERS ?= 2
 
+# of `make lowest`: the extras that are installed; what uv takes torch for (auto, cpu, cu124)
+LOWEST := fast,plot,maps,pipelines,dataset,export,train
+TORCH_BACKEND ?= cpu
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SETUP := .venv/.installed
 
-.PHONY: help setup demo docs test lint check clean
+.PHONY: help setup demo docs test lowest lint check clean
 
 help:
 	@echo "make demo    a photo through the tiny networks: there and back, compared, its feature maps; into out/"
 	@echo "make docs    the documentation's pictures and site, into out/site"
 	@echo "make test    the ordinary tests"
+	@echo "make lowest  the ordinary tests with the oldest versions that pyproject.toml allows"
 	@echo "make check   format, lint, types and tests"
-	@echo "make clean   remove what the other targets left, except .venv"
+	@echo "make clean   remove what the other targets left, except .venv and .venv-lowest"
 
 setup: $(SETUP)
 
@@ -54,6 +59,18 @@ docs: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(if $(filter-out 0,$(WORKERS)),--dist worksteal)
 
+# in an environment of its own, with torch's build for CPUs; the oldest versions warn of each other
+lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal -o filterwarnings=default
+
+.venv-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--torch-backend $(TORCH_BACKEND) --editable '.[$(LOWEST)]' \
+		'pytest>=9.0' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
+	@touch $@
+
 lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,4 +80,4 @@ check: lint test
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -81,7 +81,8 @@ def set_backend(module: nn.Module, name: str) -> None:
 
 def is_fast(module: nn.Module) -> bool:
     """Whether the fast backend is in force for a module: by the context, or by its own backend."""
-    return (_from_context() or vars(module).get(_ATTRIBUTE)) == "fast"
+    own = module.__dict__  # torch.compile traces no vars() before torch 2.7
+    return (_from_context() or own.get(_ATTRIBUTE)) == "fast"
 
 
 def own_backend(module: nn.Module) -> str:

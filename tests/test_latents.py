@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ SD3 = seeded.kl((32, 32), 16, False, scaling_factor=1.5305, shift_factor=0.0609)
 SPREAD = seeded.kl(
     (32, 32), 2, False, scaling_factor=0.5, latents_mean=(1.0, 2.0), latents_std=(4.0, 8.0)
 )
+FLUX1 = seeded.kl((32, 32), 16, False, scaling_factor=0.3611, shift_factor=0.1159)
 FLUX2 = seeded.flux2((32, 32), layers_per_block=1)
 
 
@@ -181,7 +183,9 @@ def test_old_files_of_comfyui_have_a_known_scale(tmp_path: Path) -> None:
     save_file({"latent_tensor": latents(4)}, path)
     assert torch.allclose(read_stored(path).for_decoder(tiny), latents(4), rtol=1e-5)
     save_file({"latent_tensor": latents(4), "latent_format_version_0": EMPTY}, path)
-    with pytest.raises(sdconv.InputError, match="raw, and a tiny autoencoder decodes scaled"):
+    with pytest.raises(
+        sdconv.InputError, match=r"(?s)raw, and their file does.*pass family= .*: sd1"
+    ):
         read_stored(path).for_decoder(tiny)
     assert torch.equal(read_stored(path).for_decoder(seeded.network(KL)), latents(4))
 
@@ -200,8 +204,7 @@ def test_a_vaes_latents_through_a_tiny_autoencoder(
         assert stored.made_by == LatentScale.of(vae)
         assert torch.allclose(stored.for_decoder(tiny), scale(vae, raw), rtol=1e-5, atol=1e-6)
         assert torch.allclose(stored.for_decoder(vae), raw, rtol=1e-5, atol=1e-6)
-        diffused = stored.for_diffusion()
-        assert diffused is not None
+        diffused = stored.for_diffusion(path)
         assert torch.allclose(diffused, scale(vae, raw), rtol=1e-5, atol=1e-6)
     # a tiny autoencoder's through the VAE
     write_latents(raw, path, scaled=True, network=tiny)
@@ -209,6 +212,40 @@ def test_a_vaes_latents_through_a_tiny_autoencoder(
     assert stored.made_by is None
     assert torch.equal(stored.for_decoder(vae), unscale(vae, raw))
     assert torch.equal(stored.for_decoder(tiny), raw)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("sd1", KL),
+        ("taesd", KL),
+        ("sdxl", replace(KL, scaling_factor=0.13025)),
+        ("taesdxl", replace(KL, scaling_factor=0.13025)),
+        ("taef1", FLUX1),
+        ("sd3", SD3),
+    ],
+)
+def test_the_family_says_which_vae_made_raw_latents(
+    family: str, config: sdconv.AutoencoderKLConfig, tmp_path: Path
+) -> None:
+    raw, path = latents(config.latent_channels), tmp_path / "z.latent"
+    tiny = seeded.network(seeded.tiny(latent_channels=config.latent_channels))
+    save_file({"latent_tensor": raw, "latent_format_version_0": EMPTY}, path)
+    right = scale(seeded.network(config), raw)
+    assert torch.allclose(read_stored(path).for_decoder(tiny, family=family), right, rtol=1e-5)
+    assert torch.allclose(read_stored(path).for_diffusion(path, family), right, rtol=1e-5)
+    assert not torch.allclose(raw, right, rtol=0.1), "the control"
+    other = "sd3" if config.latent_channels == 4 else "sdxl"
+    with pytest.raises(sdconv.InputError, match=f"family: the family '{other}' has no known scale"):
+        read_stored(path).for_decoder(tiny, family=other)
+    # what the file says is not overruled
+    write_latents(raw, path, scaled=False, network=seeded.network(config))
+    assert torch.allclose(read_stored(path).for_decoder(tiny, family=family), right, rtol=1e-5)
+    other = (
+        "x4-upscaler" if config.latent_channels == 4 else "sd3" if family == "taef1" else "flux1"
+    )
+    with pytest.raises(sdconv.InputError, match="names the scale of another family"):
+        read_stored(path).for_decoder(tiny, family=other)
 
 
 def test_latents_of_another_vae(tmp_path: Path) -> None:
@@ -226,8 +263,9 @@ def test_latents_of_another_vae(tmp_path: Path) -> None:
 
 def test_raw_latents_without_a_scale() -> None:
     stored = StoredLatents(latents(4), scaled=False)
-    assert stored.for_diffusion() is None
-    with pytest.raises(sdconv.InputError, match="a tiny autoencoder decodes scaled ones"):
+    with pytest.raises(sdconv.InputError, match="does not say of which VAE they are"):
+        stored.for_diffusion("a U-Net")
+    with pytest.raises(sdconv.InputError, match="does not say of which VAE they are"):
         stored.for_decoder(seeded.network(seeded.tiny()))
     unsaid = StoredLatents(latents(4), scaled=None)
     assert torch.equal(unsaid.for_decoder(seeded.network(seeded.tiny())), latents(4))

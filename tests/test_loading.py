@@ -388,14 +388,16 @@ def test_running_averages_on_request(tmp_path: Path) -> None:
     }
     path = tmp_path / "with-ema.safetensors"
     save_file({k: v.contiguous() for k, v in (weights | averages).items()}, path)
-    assert same(sdconv.load(path), dict(unet.state_dict()))
-    assert same(sdconv.load(path, ema=True), {k: v + 1 for k, v in unet.state_dict().items()})
+    assert same(sdconv.load(path, family="sd1"), dict(unet.state_dict()))
+    assert same(
+        sdconv.load(path, ema=True, family="sd1"), {k: v + 1 for k, v in unet.state_dict().items()}
+    )
     save_file({k: v.contiguous() for k, v in weights.items()}, path)
     with pytest.raises(sdconv.UnknownNetworkError, match="no running averages"):
-        sdconv.load(path, ema=True)
+        sdconv.load(path, ema=True, family="sd1")
     del averages[next(iter(averages))]
     with pytest.raises(sdconv.WeightsMismatchError, match="1 missing"):
-        sdconv.load(weights | averages, ema=True)
+        sdconv.load(weights | averages, ema=True, family="sd1")
 
 
 AFTER_DIFFUSERS = """

@@ -21,7 +21,7 @@ from sdconv.checkpoint.components import (
     dequantise_rest,
     text_encoders,
 )
-from sdconv.checkpoint.identify.other_names import is_constant
+from sdconv.checkpoint.identify.other_names import is_constant, is_mark
 from sdconv.checkpoint.io.computed import Computed, ComputedFile
 from sdconv.checkpoint.io.narrow import Caster
 from sdconv.checkpoint.io.stream import OnTensor, OutputTensor
@@ -87,7 +87,8 @@ def average(
         InputError: an argument has a value that is not allowed.
 
     Warns:
-        SdconvWarning: the VAEs' files say that their latents have different scales.
+        SdconvWarning: the VAEs' files say that their latents have different scales, or only some of
+            the checkpoints have a mark such as ``v_pred``.
     """
     count = len(checkpoints)
     if isinstance(checkpoints, str | Path) or count < 2:
@@ -114,6 +115,7 @@ def average(
                 _lay_out(encoder, named[0], other, theirs)
         _check_fit(opens, named)
         _warn_of_scales(opens)
+        _warn_of_marks(opens, named)
         components = components_of(first)
         job = _Job(first, components, usual, own, Changes(), Caster(first.label), {}, [])
         job.plan([[one[name] for one in named if name in one] for name in named[0]])
@@ -304,6 +306,26 @@ def _warn_of_scales(opens: Sequence[Checkpoint]) -> None:
         said = ", ".join(f"{label}: {scale}" for label, scale in scales.items())
         what = f"these VAEs scale their latents differently ({said}); the first one's scale is kept"
         warnings.warn(SdconvWarning(what), stacklevel=3)
+
+
+def _warn_of_marks(
+    opens: Sequence[Checkpoint], named: Sequence[Mapping[str, OutputTensor]]
+) -> None:
+    """Warns of marks, such as that of v-prediction, that only some of the checkpoints have.
+
+    Warns:
+        SdconvWarning: there are some.
+    """
+    marks = {k for tensors in named for k in tensors if is_mark(k)}
+    for mark in sorted(marks):
+        if lacking := [o.label for o, has in zip(opens, named, strict=True) if mark not in has]:
+            warnings.warn(
+                SdconvWarning(
+                    f"only some of these checkpoints are marked {mark}, which says how they are "
+                    f"used; {', '.join(lacking)} is not. What the first says is kept"
+                ),
+                stacklevel=3,
+            )
 
 
 def _differ(several: Sequence[OutputTensor]) -> bool:

@@ -143,6 +143,13 @@ def convert(
         raise InputError(
             "unknown layout", where="layout", expected=" or ".join(LAYOUTS), got=repr(layout)
         )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(
+            "weights are not written in this dtype",
+            where="dtype",
+            expected="a floating-point dtype, such as torch.float16",
+            got=dtype,
+        )
     ema = _checked_ema(ema, prune)
     with ExitStack() as stack:
         checkpoint = opened(path, stack, component)

@@ -16,7 +16,6 @@ from sdconv.cli.common import (
     Ema,
     Family,
     Force,
-    ImageSize,
     Json,
     Key,
     Paths,
@@ -26,6 +25,7 @@ from sdconv.cli.common import (
     working,
 )
 from sdconv.cli.running import RunOptions, open_autoencoder
+from sdconv.errors import InputError
 from sdconv.sizes import parse_size
 
 
@@ -49,8 +49,19 @@ def export(
             show_default=False,
         ),
     ],
-    size: ImageSize = "512x512",
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")] = 1,
+    size: Annotated[
+        str,
+        typer.Option(
+            metavar="N|HxW|any",
+            help="The image's rows and columns: 512x768, or 512 for both; or any, and any number.",
+        ),
+    ] = "512x512",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of images of that size; 1 without.", show_default=False
+        ),
+    ] = None,
     component: Component = None,
     family: Family = None,
     prefix: Prefix = None,
@@ -63,20 +74,27 @@ def export(
 ) -> None:
     """Write half of an autoencoder for ONNX Runtime or OpenVINO.
 
-    The graph takes inputs of one shape: images of --size, or their latents. It is run once after it
-    has been written, on random input, and the largest difference from torch is printed. The encoder
-    gives mean and log-variance, stacked; a tiny autoencoder's gives latents. Needs the extra: pip
-    install 'sdconv[export]'.
+    The graph takes inputs of one shape, images of --size or their latents; with --size any, any
+    number of them of any size that is a multiple of the downscale factor. It is run after it has
+    been written, on random input (for any size, at two), and the largest difference from torch is
+    printed. The encoder gives mean and log-variance, stacked; a tiny autoencoder's gives latents.
+    Needs the extra: pip install 'sdconv[export]'.
 
     \b
     Examples:
       sdconv export tiny-vae --half decoder --out decoder.onnx
       sdconv export vae.safetensors --half encoder --size 512x768 --out encoder.onnx
-      sdconv export vae.safetensors --half decoder --out decoder.xml --json
+      sdconv export vae.safetensors --half decoder --size any --out decoder.xml
     """
     from sdconv.integrations.export import check_export_path, export_half
 
-    shape = parse_size(size)
+    sides = None if size == "any" else parse_size(size)
+    if sides is None and batch is not None:
+        raise InputError(
+            "a graph for any size takes any number of images",
+            where="--batch",
+            hint="leave --batch out, or give a --size like 512x768",
+        )
     suffix = check_export_path(out)
     for file in [out] if suffix == ".onnx" else [out, out.with_suffix(".bin")]:
         check_output(file, force, paths)
@@ -92,13 +110,13 @@ def export(
     )
     network = open_autoencoder(paths, options)
     with working("exporting"):
-        found = export_half(network, half.value, out, size=shape, batch=batch)
+        found = export_half(network, half.value, out, size=sides, batch=batch or 1)
     if as_json:
         print_json(
             {
                 "files": [str(file) for file in found.files],
                 "half": half.value,
-                "size": shape,
+                "size": sides,
                 "input": {"name": found.input[0], "shape": found.input[1]},
                 "output": {"name": found.output[0], "shape": found.output[1]},
                 "difference": found.difference,
@@ -106,7 +124,8 @@ def export(
         )
         return
     takes, gives = (
-        f"{name} {' x '.join(map(str, sides))}" for name, sides in (found.input, found.output)
+        f"{name} {' x '.join('any' if side is None else str(side) for side in shape)}"
+        for name, shape in (found.input, found.output)
     )
     checked = "not run: ONNX Runtime is missing"
     if found.difference is not None:

@@ -268,12 +268,16 @@ def decode(
     With --scaled, latents / scaling factor + shift is decoded. For FLUX.2, which has no such
     factor, patches * sqrt(running_var + eps) + running_mean, put back together from 2x2 patches.
 
+    A tiny autoencoder decodes scaled latents. Of raw ones whose file names no scale, such as
+    ComfyUI's, --family says which VAE made them.
+
     \b
     Examples:
       sdconv decode latents.safetensors --model vae.safetensors
       sdconv decode z.safetensors --key samples --scaled --model vae.safetensors --out picture.png
       sdconv decode z.safetensors -m vae.safetensors --memory 2GiB --spill /var/tmp
       sdconv decode panorama.safetensors -m vae.safetensors --seamless x
+      sdconv decode ComfyUI_00001_.latent -m taesd --family sdxl
       torchrun --nproc-per-node 2 -m sdconv decode z.safetensors -m vae.safetensors --ranks
     """
     from sdconv.images import image_format, to_image, write_image
@@ -310,7 +314,7 @@ def decode(
         ranks=ranks,
     )
     network = open_autoencoder(model, options)
-    z = stored.for_decoder(network, scaled)
+    z = stored.for_decoder(network, scaled, family)
     form = stated if scaled is None else scaled
     if form is None:
         taken = "scaled" if isinstance(network, AutoencoderTiny) else "raw"

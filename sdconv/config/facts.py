@@ -28,6 +28,17 @@ UNCLIP_WIDTHS = frozenset({2 * 768, 2 * 1024})
 # ViT-bigG (SDXL); `cross_attention_dim` in their unet/config.json. The number of heads follows.
 TEXT_WIDTHS: Mapping[int, str] = {768: "sd1", 1024: "sd2", 1280: "sdxl-refiner", 2048: "sdxl"}
 
+
+def family_of_text(width: int, *, added: bool) -> str | None:
+    """The family of a U-Net by the width of the prompt embedding that it reads, and by whether it
+    has an added embedding, as SDXL has; None for one that no known model has.
+
+    The refiner shares its width with latent diffusion's first text-to-image network
+    (``cross_attention_dim`` in CompVis/ldm-text2im-large-256), which has no added embedding.
+    """
+    return TEXT_WIDTHS.get(width) if added or width != 1280 else None
+
+
 # Rows and columns of pixels that one of a U-Net's latents stands for, in every family
 # (`vae_scale_factor` in diffusers' pipelines).
 PIXELS_PER_LATENT = 8

@@ -149,7 +149,7 @@ def prepare_run(request: Request) -> Run:
             hint="leave --noise out, or give a U-Net with --model",
         )
     if loaded is None:
-        return _decoder_run(network, source, request.key)
+        return _decoder_run(network, source, request)
     return _autoencoder_run(network, source, loaded.fitted(network.downscale, request.size))
 
 
@@ -182,8 +182,9 @@ def _prompt(request: Request) -> PromptEmbeds | None:
     return encode_prompt(folder.parent if within else folder, request.prompt, request.negative)
 
 
-def _decoder_run(network: Autoencoder, source: Path, key: str | None) -> Run:
-    z = read_stored(source, key).for_decoder(network)[:1].to(network.device, network.dtype)
+def _decoder_run(network: Autoencoder, source: Path, request: Request) -> Run:
+    stored = read_stored(source, request.key)
+    z = stored.for_decoder(network, family=request.family)[:1].to(network.device, network.dtype)
     return Run(
         network=network,
         size=(z.shape[2] * network.downscale, z.shape[3] * network.downscale),
@@ -328,13 +329,7 @@ def _latents_of(
                 expected=f"(B, {channels}, h, w)",
                 got=tuple(z.shape),
             )
-        scaled = stored.for_diffusion()
-        if scaled is None:
-            raise InputError(
-                "these latents are raw, and a U-Net takes scaled ones",
-                where=request.source,
-                hint="write them with `sdconv encode --scaled`",
-            )
+        scaled = stored.for_diffusion(request.source, request.family)
         return scaled[:1].to(unet.device, unet.dtype), None, ()
     if not request.vae:
         raise InputError(

@@ -65,7 +65,8 @@ class UNet2DConditionModel(unet.UNet2DConditionModel, _Adapters):
 
     def __init__(self, config: UNet2DConditionConfig) -> None:
         fields = {name: config[name] for name in config.field_names()}
-        super().__init__(AdaptableConfig(**fields), transformer)
+        own = AdaptableConfig(**fields).left_open(config.open_to)  # a doubt about it is kept
+        super().__init__(own, transformer)
 
     # applies the LoRA scale in cross_attention_kwargs
     forward = apply_lora_scale("cross_attention_kwargs")(unet.UNet2DConditionModel.forward)

@@ -25,15 +25,20 @@ HALVES = ("encoder", "decoder")
 
 _NEEDED = {".onnx": ("onnx", "onnxscript"), ".xml": ("openvino",)}
 
+# images, rows and columns of latents: a graph for any size is traced for the first (a single image
+# would be taken for a constant), and runs for both
+_RUNS = ((2, 6, 10), (1, 9, 5))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written. ``input``, ``output``: name and shape. ``difference``: the largest from
-    torch's output for random input, over torch's largest value; None without the runtime."""
+    """What was written. ``input``, ``output``: name and shape, with None for what may have any
+    size. ``difference``: the largest from torch's output for random input, over torch's largest
+    value, of all sizes that were run; None without the runtime."""
 
     files: tuple[Path, ...]
-    input: tuple[str, tuple[int, ...]]
-    output: tuple[str, tuple[int, ...]]
+    input: tuple[str, tuple[int | None, ...]]
+    output: tuple[str, tuple[int | None, ...]]
     difference: float | None
 
 
@@ -54,7 +59,7 @@ def check_export_path(path: Path) -> str:
     missing = [name for name in _NEEDED[suffix] if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"{' and '.join(missing)} is not installed",
+            f"not installed: {' and '.join(missing)}",
             where=path,
             expected="what writes this format",
             hint="pip install 'sdconv[export]'",
@@ -63,9 +68,14 @@ def check_export_path(path: Path) -> str:
 
 
 def export_half(
-    network: Autoencoder, half: str, path: str | Path, *, size: tuple[int, int], batch: int = 1
+    network: Autoencoder,
+    half: str,
+    path: str | Path,
+    *,
+    size: tuple[int, int] | None,
+    batch: int = 1,
 ) -> Exported:
-    """Writes a half of an autoencoder as a graph for another runtime, for inputs of one shape.
+    """Writes a half of an autoencoder as a graph for another runtime.
 
     The encoder's output ``moments`` is mean and log-variance, ``(B, 2C, h, w)``; of a tiny
     autoencoder it is ``latents``, ``(B, C, h, w)``. The decoder takes raw ``latents`` and gives a
@@ -75,8 +85,9 @@ def export_half(
         network: the autoencoder; it stays as it is.
         half: ``"encoder"`` or ``"decoder"``.
         path: ends in ``.onnx``, or in ``.xml`` for OpenVINO, which writes a ``.bin`` next to it.
-        size: rows and columns of the image, multiples of the network's downscale factor.
-        batch: images.
+        size: rows and columns of the image, multiples of the network's downscale factor; None for a
+            graph that takes any number of images of any such size.
+        batch: images of that size; without a size, any number.
 
     Raises:
         InputError: an argument has a value that is not allowed, or a package is missing.
@@ -85,26 +96,36 @@ def export_half(
     path = Path(path)
     suffix = check_export_path(path)
     module = _half(network, half)
-    x = _example(network, half, size, batch)
+    scale = network.downscale
+    runs = [(batch, size)] if size else [(n, (h * scale, w * scale)) for n, h, w in _RUNS]
+    inputs = [_example(network, half, sides, count) for count, sides in runs]
+    multiple = None if size else scale if half == "encoder" else 1
     with torch.no_grad(), backend("reference"):
-        expected = module(x)
+        expected = [module(x) for x in inputs]
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / path.name
             write = _write_onnx if suffix == ".onnx" else _write_xml
-            written = write(module, x, part)
-            found = _run(part, suffix, x)
+            written = write(module, inputs[0], part, multiple)
+            found = [_run(part, suffix, x) for x in inputs]
             for file in written:  # the one that was asked for comes last
                 write_whole(path.with_name(file.name), functools.partial(shutil.copy, file))
-    difference = None
-    if found is not None:
-        largest = float(expected.abs().max())
-        difference = float((found - expected).abs().max()) / largest if largest else 0.0
     return Exported(
         files=tuple(path.with_name(file.name) for file in written),
-        input=(module.takes, tuple(x.shape)),
-        output=(module.gives, tuple(expected.shape)),
-        difference=difference,
+        input=(module.takes, _shape(inputs[0], size)),
+        output=(module.gives, _shape(expected[0], size)),
+        difference=None if found[0] is None else max(map(_relative, found, expected)),
     )
+
+
+def _shape(x: Tensor, size: object) -> tuple[int | None, ...]:
+    return tuple(x.shape) if size else (None, x.shape[1], None, None)
+
+
+def _relative(found: Tensor | None, expected: Tensor) -> float:
+    """The largest difference over the largest expected value."""
+    assert found is not None
+    largest = float(expected.abs().max())
+    return float((found - expected).abs().max()) / largest if largest else 0.0
 
 
 class _Half(nn.Module):
@@ -157,7 +178,13 @@ def _example(network: Autoencoder, half: str, size: tuple[int, int], batch: int)
     return x.to(network.device, network.dtype)
 
 
-def _write_onnx(module: _Half, x: Tensor, path: Path) -> list[Path]:
+def _write_onnx(module: _Half, x: Tensor, path: Path, multiple: int | None) -> list[Path]:
+    """``multiple``: rows and columns may be any multiple of it; None for those of ``x``."""
+    shapes: Any = None
+    if multiple is not None:
+        side: Any = torch.export.Dim
+        rows, columns = (side(name, min=2, max=1 << 14) for name in ("rows", "columns"))
+        shapes = ({0: torch.export.Dim("batch"), 2: multiple * rows, 3: multiple * columns},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own future
         program: Any = torch.onnx.export(
@@ -166,18 +193,20 @@ def _write_onnx(module: _Half, x: Tensor, path: Path) -> list[Path]:
             input_names=[module.takes],
             output_names=[module.gives],
             dynamo=True,
+            dynamic_shapes=shapes,
             verbose=False,
         )
         program.save(path, external_data=False)
     return [path]
 
 
-def _write_xml(module: _Half, x: Tensor, path: Path) -> list[Path]:
+def _write_xml(module: _Half, x: Tensor, path: Path, multiple: int | None) -> list[Path]:
     import openvino as ov
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, about sizes that are constant here
-        model = ov.convert_model(module, example_input=x, input=[tuple(x.shape)])
+        shape = tuple(x.shape) if multiple is None else (-1, x.shape[1], -1, -1)
+        model = ov.convert_model(module, example_input=x, input=[shape])
     model.inputs[0].get_tensor().set_names({module.takes})
     model.outputs[0].get_tensor().set_names({module.gives})
     ov.save_model(model, path, compress_to_fp16=False)

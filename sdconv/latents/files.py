@@ -59,13 +59,18 @@ class StoredLatents:
     image_size: tuple[int, int] | None = None
     alpha: Tensor | None = None
 
-    def for_decoder(self, network: Autoencoder, scaled: bool | None = None) -> Tensor:
+    def for_decoder(
+        self, network: Autoencoder, scaled: bool | None = None, family: str | None = None
+    ) -> Tensor:
         """What ``network.decode`` takes.
 
         Args:
             network: any autoencoder.
             scaled: whether they are scaled, where the file does not say; None: raw for a VAE, and
                 scaled for a tiny autoencoder.
+            family: that of the VAE which raw latents come from (``"sd1"``, ``"sdxl"``, ...), or
+                of the tiny autoencoder (``"taesdxl"``), where the file does not say it; only a tiny
+                autoencoder asks.
 
         Raises:
             InputError: they cannot be related to this network: other channels; raw ones of an
@@ -76,7 +81,9 @@ class StoredLatents:
         """
         form = self.scaled if self.scaled is not None else scaled
         if isinstance(network, AutoencoderTiny):
-            return self._for_tiny(network, form)
+            if form is not False:
+                return unscale(network, self.values)
+            return unscale(network, self._scaled(network.config.class_name, family))
         check_scaled(network, self.values, bool(form))
         own = LatentScale.of(network)
         other = self.made_by is not None and own is not None and self.made_by != own
@@ -94,24 +101,73 @@ class StoredLatents:
             warnings.warn(SdconvWarning(f"{what}. hint: {hint}"), stacklevel=2)
         return unscale(network, self.values) if form else self.values
 
-    def for_diffusion(self) -> Tensor | None:
-        """The scaled latents; None where they are raw and the file does not name a scale."""
-        if self.scaled is not False:
-            return self.values
-        return None if self.made_by is None else self.made_by.scale(self.values)
+    def for_diffusion(self, where: object, family: str | None = None) -> Tensor:
+        """The scaled latents, as a diffusion model takes them.
 
-    def _for_tiny(self, network: AutoencoderTiny, form: bool | None) -> Tensor:
-        if form is not False:
-            return unscale(network, self.values)
-        if self.made_by is None:
+        Args:
+            where: what takes them, for messages.
+            family: as for ``for_decoder``.
+
+        Raises:
+            InputError: they are raw, and neither the file nor the family says their scale.
+        """
+        return self.values if self.scaled is not False else self._scaled(where, family)
+
+    def _scaled(self, where: object, family: str | None) -> Tensor:
+        """Raw latents, scaled as the file or else the family says."""
+        by_family = None if family is None else _scale_of(family, self.values.shape[1])
+        scale = self.made_by or by_family
+        if scale is None:
+            fitting = " or ".join(_families_with(self.values.shape[1]))
             raise InputError(
-                "these latents are raw, and a tiny autoencoder decodes scaled ones",
-                where=network.config.class_name,
-                expected="scaled latents, or a file that names the scale",
-                hint="write them with `sdconv encode`, or scale them with the VAE that made them: "
-                "sdconv.latents.scale(vae, latents)",
+                "these latents are raw, and their file does not say of which VAE they are, which "
+                "decides how they are scaled",
+                where=where,
+                expected="scaled latents, or a file that names the scale, as `sdconv encode` does",
+                hint=f"pass family= to say it: {fitting}"
+                if fitting
+                else "write them with `sdconv encode --scaled`",
             )
-        return unscale(network, self.made_by.scale(self.values))
+        if by_family is not None and (by_family.factor, by_family.shift) != (
+            scale.factor,
+            scale.shift,
+        ):
+            raise InputError(
+                "the file of these latents names the scale of another family",
+                where="family",
+                expected=scale,
+                got=f"{family}: {by_family}",
+                hint="leave family= out",
+            )
+        return scale.scale(self.values)
+
+
+# the family whose latents a tiny autoencoder takes
+_OF_TINY: Mapping[str, str] = {
+    "taesd": "sd1",
+    "taesdxl": "sdxl",
+    "taesd3": "sd3",
+    "taef1": "flux1",
+}
+
+
+def _families_with(channels: int) -> list[str]:
+    return [name for name, facts in VAE_FACTS.items() if facts.latent_channels == channels]
+
+
+def _scale_of(family: str, channels: int) -> LatentScale:
+    fitting = _families_with(channels)
+    name = _OF_TINY.get(family, family)
+    if name not in fitting:
+        raise InputError(
+            f"the family {family!r} has no known scale for latents with {channels} channels",
+            where="family",
+            expected=", ".join(fitting) or "none is known",
+            got=repr(family),
+        )
+    facts = VAE_FACTS[name]
+    shift = facts.shift_factor or 0.0
+    return LatentScale(facts.scaling_factor, shift, facts.latents_mean, facts.latents_std)
 
 
 def read_latents(path: str | Path, key: str | None = None) -> tuple[Tensor, bool | None]:

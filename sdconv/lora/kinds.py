@@ -167,6 +167,13 @@ def _check_values(part: LayerPart, role: str, tensor: Tensor) -> None:
             if tensor.is_floating_point()
             else tensor.dtype,
         )
+    if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 1:
+        raise CheckpointError(
+            f"the LoRA's {role} of {part.layer} is quantised, which sdconv does not undo",
+            where=part.where,
+            expected="floating-point numbers",
+            got=tensor.dtype,
+        )
 
 
 def _product(

@@ -185,7 +185,11 @@ def check_keys(source: Source, names: Sequence[str], keys: Mapping[str, LoraKey]
             expected="names that end in .lora_down.weight, .lora_up.weight, .lora_A.weight, "
             ".lora_B.weight, .lora.down.weight, or those of LyCORIS, such as .hada_w1_a and .diff",
             got=_first(unknown)
-            or f"only {len(source.entries)} keys of text encoders, or of embeddings for them",
+            or (
+                f"only {len(source.entries)} keys of text encoders, or of embeddings for them"
+                if source.entries
+                else "no tensors"
+            ),
             hint=f"this looks like {' and '.join(others)}, which sdconv does not merge"
             if others
             else None,

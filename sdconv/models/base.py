@@ -253,7 +253,7 @@ class Autoencoder(Network):
         """Does nothing."""
 
     def _over_batch(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        if self.use_slicing and len(batch) > 1:
+        if self.use_slicing and batch.shape[0] > 1:
             return torch.cat([run(one) for one in torch.split(batch, 1)])
         return run(batch)
 

@@ -124,8 +124,8 @@ class Upsample2D(nn.Module):
     @dispatched
     def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         # diffusers leaves the channels-last layout here, whose kernels failed on large inputs in
-        # older versions of torch.
-        if len(x) >= 64 or x.numel() > 2**30:
+        # older versions of torch. A graph that is traced is one for any size.
+        if not torch.compiler.is_compiling() and (x.shape[0] >= 64 or x.numel() > 2**30):
             x = x.contiguous()
         if output_size is None:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -142,7 +142,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Shape: three times ``(B, 1, H*W, C)`` to the same.
     """
     query, key, value = (x.squeeze(1) for x in (query, key, value))
-    unused = query.new_empty(len(query), query.shape[1], key.shape[1])
+    unused = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
     scores = torch.baddbmm(
         unused, query, key.transpose(-1, -2), beta=0, alpha=query.shape[-1] ** -0.5
     )

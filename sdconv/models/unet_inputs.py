@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -40,7 +41,7 @@ def check_sample(
 def _check_smallest_feature_map(config: UNet2DConditionConfig, sample: Tensor) -> None:
     """Refuses latents that leave GroupNorm a single value in each group at some resolution."""
     channels = config.block_out_channels
-    for level, pair in enumerate(zip((channels[0], *channels), channels, strict=False)):
+    for level, pair in enumerate(pairwise((channels[0], *channels))):
         if min(pair) == config.norm_num_groups:
             height, width = (-(-side // 2**level) for side in sample.shape[2:])
             check_room(len(sample), height * width, min(pair), config.norm_num_groups, NAME)

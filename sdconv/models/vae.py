@@ -314,7 +314,7 @@ class AutoencoderKL(Autoencoder):
     def _check_room(self, x: Tensor, area: int, channels: tuple[int, ...]) -> None:
         """Refuses an input whose smallest feature map, of ``area`` positions, is too small to
         normalise."""
-        batch = 1 if self.use_slicing else len(x)
+        batch = 1 if self.use_slicing else x.shape[0]
         groups = self.config.norm_num_groups
         check_room(batch, area, min(channels), groups, self.config.class_name)
 

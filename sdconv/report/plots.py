@@ -91,7 +91,7 @@ def plot_format(path: Path) -> str:
 
 def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
     """Draw encoder and decoder, or a U-Net, as rows of boxes, with each box's share of the
-    multiplies below it.
+    MACs below it.
 
     A box's left side is as high as its input feature map, its right side as its output, and its
     width stands for the channels; all by their square root, so that small ones remain visible.
@@ -121,8 +121,8 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
         bottom=1.45 / height,
         hspace=0.2,
     )
-    most = max(block.multiplies for blocks in boxes.values() for block in blocks)
-    peak = most / anatomy.multiplies
+    most = max(block.macs for blocks in boxes.values() for block in blocks)
+    peak = most / anatomy.macs
     for number, (name, blocks) in enumerate(boxes.items()):
         cells = rows_of_boxes[number].subgridspec(2, 1, height_ratios=[3.2, 1], hspace=0.04)
         _draw_boxes(figure.add_subplot(cells[0]), anatomy, _LABELS[name], blocks, slots)
@@ -133,7 +133,7 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
         left,
         1 - 0.4 / height,
         f"{anatomy.class_name} on an image of {rows}x{columns}: "
-        f"{count(anatomy.parameters)} parameters, {count(anatomy.multiplies)} multiplies",
+        f"{count(anatomy.parameters)} parameters, {count(anatomy.macs)} MACs",
         fontsize=15,
         fontweight="bold",
     )
@@ -255,14 +255,12 @@ def _write(axes: Axes, slot: int, *words: str) -> None:
 def _draw_shares(
     axes: Axes, anatomy: Anatomy, blocks: Sequence[Block], slots: int, peak: float
 ) -> None:
-    """Draw each box's share of all multiplies as a bar below it."""
+    """Draw each box's share of all MACs as a bar below it."""
     for slot, block in enumerate(blocks, 1):
-        share = block.multiplies / anatomy.multiplies
+        share = block.macs / anatomy.macs
         axes.bar(slot, share, width=0.7, color=_kind(block).colour, edgecolor="black", lw=0.6)
         axes.text(slot, share + 0.03 * peak, _percent(share), fontsize=8, ha="center", va="bottom")
-    axes.text(
-        -0.62, 0.0, "share of\nmultiplies", fontsize=8.5, color="0.35", ha="right", va="bottom"
-    )
+    axes.text(-0.62, 0.0, "share of\nMACs", fontsize=8.5, color="0.35", ha="right", va="bottom")
     _plain_axes(axes, slots)
     axes.set_ylim(0, 1.25 * peak)
     axes.set_yticks([])
@@ -283,8 +281,8 @@ def _percent(share: float) -> str:
 
 def _totals(anatomy: Anatomy) -> str:
     totals = anatomy.totals
-    multiplies = ", ".join(f"{t.role} {_percent(t.multiply_share)}" for t in totals if t.multiplies)
+    macs = ", ".join(f"{t.role} {_percent(t.macs / anatomy.macs)}" for t in totals if t.macs)
     parameters = ", ".join(
         f"{t.role} {_percent(t.parameter_share)}" for t in totals if t.parameters
     )
-    return f"Multiplies: {multiplies}.  Parameters: {parameters}."
+    return f"MACs: {macs}.  Parameters: {parameters}."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from sdconv.report.pieces import SHOWN, facts_of, plain, some, table_of
+from sdconv.report.pieces import SHOWN, FittingTable, facts_of, plain, some, table_of
 from sdconv.sizes import count, format_bytes, format_padding, format_pair, in_bytes
 
 if TYPE_CHECKING:
@@ -226,20 +226,26 @@ def _difference(row: ModuleDifference) -> tuple[RenderableType, ...]:
     return f"{row.max_abs:.3g}", f"{row.relative:.3g}", str(row.ulps), mark
 
 
+# the columns of `anatomy` that a narrow terminal does without, the first one first
+_EXPENDABLE = (
+    *("weights", "share", "padding", "downscale", "activations", "stride"),
+    *("receptive field", "output", "params", "kernel"),
+)
+
+
 def _half(
     anatomy: Anatomy, path: str, blocks: tuple[Block, ...], every: bool, itemsize: int
 ) -> RenderableType:
     geometry = ("kernel", "stride", "padding", ">channels", ">output")
     costs = (">params", ">weights", ">activations", ">MACs", ">share")
-    table = table_of(path, *geometry, *costs, ">receptive field", ">downscale")
-    table.columns[0].no_wrap = True
+    rows: list[tuple[str, ...]] = []
     for block in blocks:
         if every:
-            for operation in block.operations:
-                table.add_row(*_operation_row(anatomy, operation, itemsize))
+            rows += [_operation_row(anatomy, one, itemsize) for one in block.operations]
         elif block.parameters or block.in_size != block.out_size:
-            table.add_row(*_block_row(anatomy, block, itemsize))
-    return Group(Text(), table)
+            rows.append(_block_row(anatomy, block, itemsize))
+    headings = (path, *geometry, *costs, ">receptive field", ">downscale")
+    return Group(Text(), FittingTable(headings, rows, _EXPENDABLE))
 
 
 def _operation_row(anatomy: Anatomy, operation: Operation, itemsize: int) -> tuple[str, ...]:
@@ -283,22 +289,22 @@ def _block_row(anatomy: Anatomy, block: Block, itemsize: int) -> tuple[str, ...]
 
 
 def _totals(anatomy: Anatomy) -> RenderableType:
-    table = table_of("role", ">operations", ">parameters", ">share", ">multiplies", ">share")
+    table = table_of("role", ">operations", ">parameters", ">share", ">MACs", ">share")
     for total in anatomy.totals:
         table.add_row(
             total.role,
             str(total.operations),
             count(total.parameters),
             _percent(total.parameter_share),
-            count(total.multiplies),
-            _percent(total.multiply_share),
+            count(total.macs),
+            _percent(total.macs / anatomy.macs),
         )
     table.add_row(
         "all",
         str(len(anatomy.operations)),
         count(anatomy.parameters),
         _percent(1.0),
-        count(anatomy.multiplies),
+        count(anatomy.macs),
         _percent(1.0),
         style="bold",
     )

@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "1 only in the other: more.weight" in str(error.value)
     assert f"1 of another shape: {TEXT}{TOKENS} (9, 8) and (10, 8)" in str(error.value)
     # integers and the schedule are the first's, and need not be in the others
-    without = {k: v for k, v in B.items() if k not in (TEXT + POSITIONS, "betas", "v_pred")}
+    without = {k: v for k, v in B.items() if k not in (TEXT + POSITIONS, "betas")}
     average(files(tmp_path, A, without), out)
     assert torch.equal(load_file(out)["betas"], A["betas"])
 
@@ -249,6 +249,20 @@ def test_text_encoders_in_other_layouts(width: int, tmp_path: Path) -> None:
     put(folders[1] / "text_encoder" / "model.safetensors", **clip.text_encoder("", 2, 16))
     with pytest.raises(WeightsMismatchError, match="do not fit"):
         average([singles[0], folders[1]], out)
+
+
+@pytest.mark.parametrize("mark", ["v_pred", "ztsnr", "edm_vpred.sigma_max"])
+def test_marks_of_only_one_are_said(mark: str, tmp_path: Path) -> None:
+    marked, plain = tmp_path / "v.safetensors", tmp_path / "eps.safetensors"
+    state = {mark: torch.tensor(120.0), "iteration": torch.tensor(1)}
+    put(marked, **seeded.tensors(KL, 0), **state)
+    put(plain, **seeded.tensors(KL, 1))
+    out = tmp_path / "out.safetensors"
+    for paths, has in (([marked, plain], True), ([plain, marked], False)):
+        with pytest.warns(sdconv.SdconvWarning, match=f"marked {mark}, .*eps.safetensors is not"):
+            average(paths, out)
+        assert (mark in load_file(out)) == has
+    average([marked, marked], out)  # the control: no warning
 
 
 def test_vaes_of_other_scales_are_said(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_one_component(whole: Path, tmp_path: Path) -> None:
     written, before = raw(tmp_path / "vae.safetensors"), raw(whole)
     assert written == {k.removeprefix(VAE): before[k] for k in vae_alone()}
     assert sdconv.load(tmp_path / "vae.safetensors").config["scaling_factor"] == 0.18215
-    convert(whole, tmp_path / "unet", "diffusers", "unet")
+    convert(whole, tmp_path / "unet", "diffusers", "unet", family="sd1")
     network = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     assert torch.equal(network.conv_out.weight, load_file(whole)[UNET + "out.2.weight"].float())
 
@@ -258,6 +258,15 @@ def test_to_folders_for_diffusers(whole: Path, tmp_path: Path) -> None:
         ours = sdconv.load(tmp_path / "model" / component).state_dict()
         assert list(ours) == list(theirs.state_dict())
         assert all(torch.equal(ours[k], v) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "float16"])
+def test_a_dtype_of_another_kind(dtype: Any, tmp_path: Path) -> None:
+    save_file(vae_alone(), tmp_path / "vae.safetensors")
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(InputError, match="dtype: weights are not written in this dtype"):
+        convert(tmp_path / "vae.safetensors", out, "original", family="sd1", dtype=dtype)
+    assert not out.exists()
 
 
 def test_one_network_becomes_a_components_folder(tmp_path: Path) -> None:

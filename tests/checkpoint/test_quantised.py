@@ -159,7 +159,7 @@ def test_a_unet_too(tmp_path: Path) -> None:
         right[named[name]] = file[name].float() * scale
     file |= {"scaled_fp8": torch.empty(0, dtype=E4M3)}
     for prefix in ("", "model.diffusion_model."):
-        loaded = sdconv.load({prefix + k: v for k, v in file.items()})
+        loaded = sdconv.load({prefix + k: v for k, v in file.items()}, family="sd1")
         assert same(loaded, right)
 
 
@@ -345,6 +345,18 @@ def test_scales_of_inputs_and_outputs_do_not_matter() -> None:
 def test_a_scale_is_a_number(value: float) -> None:
     with pytest.raises(sdconv.WeightsMismatchError, match="scaled fp8 weight is not finite"):
         sdconv.load(linear(torch.tensor(value))[0], family="sd1")
+
+
+def test_a_product_beyond_float32_is_refused(tmp_path: Path) -> None:
+    state, _ = linear(torch.tensor(3e38))
+    out = tmp_path / "o.safetensors"
+    for call in (
+        lambda: sdconv.load(state, family="sd1"),
+        lambda: convert(state, out, "original", family="sd1"),
+    ):
+        with pytest.raises(sdconv.WeightsMismatchError, match="times its scale is infinite"):
+            call()
+    assert not out.exists()
 
 
 def test_a_scale_of_columns_without_an_axis_is_not_taken_for_one_of_rows() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import unets
+from helpers import seeded, unets
 from helpers.weight_files import convert
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -106,7 +106,7 @@ def labelled(label: dict[str, Any], attention: bool) -> sdconv.UNet2DConditionMo
     return unets.ours(unets.theirs(config))
 
 
-@pytest.mark.filterwarnings("ignore:the unet could be")
+@pytest.mark.filterwarnings("ignore:the unet ")
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize("label", [IMAGE, SIZES])
 def test_original_labels_are_what_the_config_says(
@@ -232,6 +232,14 @@ def test_no_folder_is_written_that_diffusers_would_misread(name: str, tmp_path: 
     with pytest.raises(sdconv.SdconvError, match="cannot represent this network"):
         sdconv.save(made(name), tmp_path / "vae")
     assert not (tmp_path / "vae").exists()
+
+
+def test_a_folder_of_a_files_name(tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    out.mkdir()
+    with pytest.raises(sdconv.InputError, match="is a folder"):
+        sdconv.save(seeded.network(seeded.SMALL_KL), out)
+    assert not list(out.iterdir())
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,6 +333,27 @@ def test_encode_and_decode(
 
 
 @torch.no_grad()
+def test_comfyuis_latents_through_a_tiny_autoencoder(here: Path, tmp_path: Path) -> None:
+    """They are raw, and the file does not say which VAE made them: --family does."""
+    z, out = tmp_path / "z.latent", tmp_path / "a.png"
+    raw = torch.randn(1, 4, 3, 4, generator=torch.Generator().manual_seed(1))
+    save_file({"latent_tensor": raw, "latent_format_version_0": torch.tensor([])}, z)
+    options = ["-m", here / "tiny.safetensors", "-o", out, "--backend", "reference"]
+    refused = run("decode", z, *options)
+    assert refused.exit_code == 2
+    assert "does not say of which VAE" in refused.stderr
+    assert "pass --family to say it: sd1 or sd2 or sdxl" in refused.stderr.replace("\n", " ")
+    wrong = run("decode", z, *options, "--family", "sd3")
+    assert wrong.exit_code == 2
+    assert "--family: the family 'sd3' has no known scale for latents with 4" in wrong.stderr
+    for family, factor in (("sdxl", 0.13025), ("taesd", 0.18215)):
+        answer("decode", z, *options, "--family", family, "--force")
+        decoded = seeded.network(TINY).decode(raw * factor).sample.clamp(-1, 1)
+        sides = (0, 0, decoded.shape[3], decoded.shape[2])
+        assert float((cropped(out, sides) - decoded).abs().max()) <= 1.01 / 127.5
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("flags", [(), ("--scaled",)])
 def test_latents_of_a_vae_through_a_tiny_autoencoder_and_back(
     flags: tuple[str, ...], here: Path, tmp_path: Path

@@ -98,7 +98,7 @@ def unet(**fields: Any) -> Any:
 
 def _copy(kind: type, fields: dict[str, Any], seed: int) -> Any:
     """A network of its own; a copy takes less time than a new one."""
-    return copy.deepcopy(_made(kind, pickle.dumps(fields), seed, torch.get_default_device()))
+    return copy.deepcopy(_made(kind, pickle.dumps(fields), seed, torch.empty(0).device))
 
 
 @lru_cache(maxsize=8)

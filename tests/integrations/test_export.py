@@ -65,6 +65,33 @@ def test_a_runtime_gives_torchs_numbers(
     assert (done.input[1], done.output[1]) == (tuple(x.shape), ours.shape)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+@pytest.mark.parametrize(("suffix", "runtime"), [(".onnx", onnx), (".xml", openvino)])
+def test_a_dynamic_graph_takes_other_sizes(
+    kind: str, half: str, suffix: str, runtime: Any, tmp_path: Path
+) -> None:
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="needs the export extra: pip install '.[export]'")
+    network: Any = seeded.network({"kl": SMALL, "tiny": seeded.SMALL_TINY}[kind])
+    path, fixed, scale = tmp_path / f"half{suffix}", tmp_path / f"fixed{suffix}", network.downscale
+    done = export_half(network, half, path, size=None)
+    assert done.difference is not None and done.difference < 1e-4
+    assert done.input[1][0] is None and done.output[1][2:] == (None, None)
+    channels = network.config["latent_channels" if half == "decoder" else "in_channels"]
+    unit = scale if half == "encoder" else 1
+    for batch, rows, columns in ((1, 4, 7), (3, 8, 5)):  # none of them was traced or run before
+        x = torch.randn(batch, channels, rows * unit, columns * unit)
+        ours = expected(network, half, x)
+        np.testing.assert_allclose(
+            runtime(path, x), ours, rtol=1e-3, atol=1e-4 * np.abs(ours).max()
+        )
+    export_half(network, half, fixed, size=(6 * scale, 6 * scale))
+    with pytest.raises(Exception, match=r"(?i)shape|dimension"):  # the runtimes' own
+        runtime(fixed, x)
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     network: Any = seeded.network(SMALL)
     with pytest.raises(sdconv.InputError, match=r"ending in \.onnx, or in \.xml"):
@@ -92,3 +119,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "half.xml: exists already" in run(*given).stderr
     out.unlink()
     assert "half.bin: exists already" in run(*given).stderr
+    refused = run(
+        "export", "tiny-vae", "--half", "decoder", "--size", "any", "--batch", 2, "-o", out
+    )
+    assert refused.exit_code == 2 and "takes any number of images" in refused.stderr

@@ -55,6 +55,7 @@ BAD: Mapping[str, tuple[Any, type[SdconvError], str]] = {
     "scalar matrix": (bad(down=ONE), CheckpointError, "no rank"),
     "scalar mid": (bad(mid=ONE), WeightsMismatchError, "do not fit"),
     "NaN": (bad(down=torch.full((2, 24), torch.nan)), CheckpointError, "not finite real"),
+    "int8": (bad(down=torch.ones(2, 24, dtype=torch.int8)), CheckpointError, "is quantised"),
     "infinity": (bad(alpha=ONE * torch.inf), CheckpointError, "alpha of .* not finite real"),
     "two alphas": (bad(alpha=torch.ones(2)), CheckpointError, "not a single number"),
     "only text encoders": (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import seeded
 from helpers.numbers import randn
+from helpers.versions import needs_driver
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -169,6 +170,7 @@ def test_compiled_and_exported_as_one_graph(kind: str, method: str) -> None:
     torch.compiler.reset()
 
 
+@needs_driver
 @pytest.mark.parametrize(("kind", "method"), CALLS)
 def test_fake_tensors(kind: str, method: str) -> None:
     with FakeTensorMode():

@@ -25,6 +25,7 @@ from helpers.fake_cuda import (
 from helpers.numbers import error
 from helpers.paths import DATA
 from helpers.slow import first_of, marked_slow
+from helpers.versions import needs_driver
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -221,7 +222,7 @@ def oracle() -> tuple[UNet2DConditionModel, dict[str, Tensor], dict[str, str]]:
             module = re.match(r"mid_block|conv_in|\w+\.\d+\.\w+\.\d+", keys.canonical(name) or "")
             assert module
             last[match[1]] = max(last.get(match[1], (-1, "")), (int(match[2]), module[0]))
-    network = sdconv.load(state, dtype=torch.float32)
+    network = sdconv.load(state, dtype=torch.float32, family="sd1")
     assert isinstance(network, UNet2DConditionModel)
     features = {f"feature.{block}": module for block, (_, module) in last.items()}
     return network, load_file(DATA / "open-unet-sd1-io.safetensors"), features
@@ -250,7 +251,7 @@ def test_equals_the_original_implementation() -> None:
 def test_the_seed_gives_the_weights_of_the_original(shared_dir: Path) -> None:
     network, io, _ = oracle()
     file = shared_dir / "oracle" / "open-unet-sd1-ldm.safetensors"
-    stored = sdconv.load(file, dtype=torch.float32).state_dict()
+    stored = sdconv.load(file, dtype=torch.float32, family="sd1").state_dict()
     state = network.state_dict()
     assert state.keys() == stored.keys()
     assert all(torch.equal(state[name], stored[name]) for name in state)
@@ -317,6 +318,7 @@ def test_a_fault_shows_against_the_original(fault: Callable[[UNet2DConditionMode
     assert error(out, io["out"]) > 5e-5
 
 
+@needs_driver
 @pytest.mark.parametrize("family", first_of(unets.FAMILIES))
 def test_dry_run_on_fake_cuda(family: str) -> None:
     network = unets.on_meta(unets.smallest(family))

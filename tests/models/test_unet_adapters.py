@@ -110,7 +110,8 @@ def test_lora_weights(tmp_path: Path) -> None:
     for unet in (ours, peer):
         pipe = pipeline(unet)
         seen = [latents(pipe)]
-        pipe.load_lora_weights(tmp_path, adapter_name="style")
+        name = "pytorch_lora_weights.safetensors"  # diffusers 0.37 asks the Hub for it otherwise
+        pipe.load_lora_weights(tmp_path, weight_name=name, adapter_name="style")
         seen.append(latents(pipe))
         with torch.no_grad():
             seen.append(unet(*arguments, cross_attention_kwargs={"scale": 0.5}).sample)

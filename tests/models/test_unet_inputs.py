@@ -412,4 +412,4 @@ def test_weights_that_do_not_match(change: Any, says: str) -> None:
     state = unets.theirs(unets.small("one level")).state_dict()
     change(state)
     with pytest.raises(sdconv.WeightsMismatchError, match=says):
-        sdconv.load(state)
+        sdconv.load(state, family="sd1")

@@ -117,6 +117,8 @@ def test_decode_does_not_clamp() -> None:
 def test_config_has_diffusers_values(config: Config) -> None:
     ours, theirs = pair(config)
     known = {key: value for key, value in theirs.config.items() if not key.startswith("_")}
+    if config is SMALL_FLUX2:
+        known.pop("force_upcast", None)  # which diffusers 0.37 names and never reads
     for key, value in known.items():
         for mine in (getattr(ours.config, key), ours.config[key]):
             assert mine == (tuple(value) if isinstance(value, list) else value)

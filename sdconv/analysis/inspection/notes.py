@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from sdconv.checkpoint.identify.infer import Identified
 from sdconv.checkpoint.identify.shapes import BY_CALLER, BY_CONFIG
 from sdconv.checkpoint.identify.statistics import statistics_in
-from sdconv.checkpoint.identify.unet import UNKNOWN_WIDTH, heads_of
 from sdconv.checkpoint.open import SourceView
 from sdconv.config import UNet2DConditionConfig
 from sdconv.config.facts import EDM_STATISTICS
@@ -43,13 +42,6 @@ def notes_on(view: SourceView, networks: Sequence[Identified]) -> tuple[str, ...
             f"scaled fp8: {len(view.dequantised)} weights, which are multiplied by their scales "
             "when they are read"
         )
-    notes += [
-        f"the number of the U-Net's attention heads is a guess ({heads_of(one.config)}): no known "
-        f"model reads prompt embeddings of width {one.config.cross_attention_dim}; a config.json "
-        "next to the weights decides, or family="
-        for one in networks
-        if isinstance(one.config, UNet2DConditionConfig) and one.evidence.startswith(UNKNOWN_WIDTH)
-    ]
     notes += [
         "the U-Net's 8 attention heads are assumed, as SD1 has them: no shape shows them, and some "
         "networks without a mid block have 64 channels a head; a config.json next to the weights "

@@ -79,6 +79,8 @@ _COPIES = ("conditioner.", "cond_stage_model.", "embedder", "model_ema.", "ema."
 def main_network(several: Sequence[DetectedNetwork]) -> DetectedNetwork | None:
     """Of several networks of one component, the checkpoint's own; None if that is not clear."""
     own = [one for one in several if one.prefix in OWN[one.component]]
+    # one without a prefix next to it is as likely the checkpoint's own
+    own += [one for one in several if own and not one.prefix]
     if own:
         return own[0] if len(own) == 1 else None
     others = [one for one in several if not one.prefix.startswith(_COPIES)]

@@ -34,6 +34,14 @@ _SCHEDULE = re.compile(
 # schedules under names of their own
 _EXTRAS = re.compile(r"edm_vpred\..+|(model_)?sampling\..+|denoiser\..+|sigmas?|timesteps")
 
+# marks that say how a network is used, such as what a U-Net predicts
+_MARKS = re.compile(r"v_pred|ztsnr|edm_vpred\..+|edm_mean|edm_std")
+
+
+def is_mark(name: str) -> bool:
+    """Whether a tensor's presence, or its value, says how a network is to be used."""
+    return _MARKS.fullmatch(name) is not None
+
 
 def is_of_another_part(name: str, shapes: Shapes) -> bool:
     """Whether a name without a prefix belongs to another part of a whole checkpoint, or says

@@ -15,7 +15,7 @@ from sdconv.checkpoint.identify.shapes import (
 )
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import UNet2DConditionConfig
-from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS, TEXT_WIDTHS
+from sdconv.config.facts import ADDED_TIME_DIM, NORM_NUM_GROUPS, family_of_text
 from sdconv.config.unet import (
     CROSS_DOWN,
     CROSS_MID,
@@ -28,9 +28,6 @@ from sdconv.config.unet import (
     UNetFacts,
 )
 from sdconv.errors import InputError
-
-UNKNOWN_WIDTH = "prompt embeddings of the width"
-"""How the evidence begins where the width of the prompt embedding decides nothing."""
 
 
 def read_unet(
@@ -64,6 +61,9 @@ def read_unet(
                 got=repr(family),
             )
         name, evidence = family, BY_CALLER
+    said = family_in(metadata)
+    if family is None and said and said in fitting and context and _is_unknown(context, added):
+        name, evidence = said, f"its metadata; {evidence}"
     facts = UNET_FACTS[name]
     time_channels, first = shapes.axes("time_embedding.linear_1.weight", 2)
     inputs, crosses = (
@@ -108,11 +108,14 @@ def read_unet(
     if family is None:
         if facts.head_channels and any(c % facts.head_channels for c in split):
             open_to = tuple(dict.fromkeys((name, *fitting)))
-        elif (said := family_in(metadata)) and _differ(said, name, context):
+        elif _is_unknown_width(config) and name != said:
+            others = [one for one in fitting if one != "x4-upscaler" or inputs == 7]
+            open_to = tuple(dict.fromkeys((name, *others)))
+        elif said is not None and _differ(said, name, context):
             open_to = (name, said)
             guess = (
                 f"is of {name} ({evidence}), but the metadata says {said}; {name} was taken "
-                f"({heads_of(config)}): pass family= to decide"
+                f"({_heads_of(config)}): pass family= to decide"
             )
     if open_to:
         config = config.left_open(open_to)
@@ -124,14 +127,32 @@ def read_unet(
 
 def open_unet(config: UNet2DConditionConfig) -> str:
     """The doubt about a U-Net's family, in words that follow the component's name."""
+    families = " or ".join(config.open_to)
+    doubt = f"could be of {families}, which differ in the number of attention heads"
+    if _is_unknown_width(config):
+        doubt = (
+            f"reads prompt embeddings of width {config.cross_attention_dim}, unlike any known "
+            f"family, which leaves the number of attention heads open: it {doubt}"
+        )
+    return f"{doubt}; {config.open_to[0]} was taken ({_heads_of(config)}): pass family= to decide"
+
+
+def _is_unknown_width(config: UNet2DConditionConfig) -> bool:
+    """Whether the width of the prompt embedding, which decides the heads, is of no known model. An
+    added embedding decides them too, and without transformers there are none."""
     return (
-        f"could be of {' or '.join(config.open_to)}, which differ in the number of attention "
-        f"heads; {config.open_to[0]} was taken ({heads_of(config)}): pass family= to decide"
+        any(config.attends)
+        and config.num_class_embeds is None
+        and isinstance(config.cross_attention_dim, int)
+        and _is_unknown(config.cross_attention_dim, config.addition_embed_type)
     )
 
 
-def heads_of(config: UNet2DConditionConfig) -> str:
-    """What a config says about the heads."""
+def _is_unknown(context: int, added: object) -> bool:
+    return added is None and family_of_text(context, added=False) is None
+
+
+def _heads_of(config: UNet2DConditionConfig) -> str:
     return f"attention_head_dim {config.attention_head_dim}"
 
 
@@ -313,11 +334,13 @@ def _family(
         return "x4-upscaler", "7 channels in and a list of class embeddings", fitting
     # Whether proj_in is linear or a 1x1 convolution does not decide: converters write either.
     name = family_of_width(context, linear)
-    if context in TEXT_WIDTHS:
+    if family_of_text(context, added=False):
         evidence = f"prompt embeddings of width {context}; {said}"
         return name, evidence, fitting if name in fitting else list(UNET_FACTS)
     how = "linear" if linear else "a convolution"
-    evidence = f"{UNKNOWN_WIDTH} {context} of no known family, and proj_in is {how}; {said}"
+    evidence = (
+        f"prompt embeddings of width {context} of no known family, and proj_in is {how}; {said}"
+    )
     return name, evidence, fitting
 
 
@@ -329,4 +352,4 @@ def family_of_width(context: int | None, linear: bool) -> str:
         linear: whether its ``proj_in`` is linear, which decides only for a width that no published
             model has: SD1's own code writes convolutions, SD2's linear layers.
     """
-    return TEXT_WIDTHS.get(context or 768, "sd2" if linear else "sd1")
+    return family_of_text(context or 768, added=False) or ("sd2" if linear else "sd1")

@@ -19,7 +19,7 @@ from sdconv.checkpoint.identify.statistics import (
 from sdconv.checkpoint.io.files import short
 from sdconv.checkpoint.keys.prefixes import how_many
 from sdconv.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
-from sdconv.config.facts import EDM_STATISTICS, NORM_NUM_GROUPS, TEXT_WIDTHS, VAE_FACTS, VaeFacts
+from sdconv.config.facts import EDM_STATISTICS, NORM_NUM_GROUPS, VAE_FACTS, VaeFacts, family_of_text
 from sdconv.errors import InputError, UnknownNetworkError
 
 _ATTENTION = "mid_block.attentions.0"
@@ -64,7 +64,7 @@ def check_kind(found: DetectedNetwork, shapes: Mapping[str, Shape], where: objec
     given, taken = (
         shapes.get(f"{end}.weight", ()) for end in ("encoder.conv_out", "decoder.conv_in")
     )
-    if len(given) == len(taken) == 4 and given[0] == taken[1]:
+    if given[2:] == taken[2:] == (3, 3) and 0 < given[0] == taken[1]:
         raise UnknownNetworkError(
             "the vae is a VQ model, with a codebook in place of a distribution, which diffusers' "
             "AutoencoderKL cannot represent",
@@ -429,11 +429,10 @@ def family_of_unets(around: Surroundings) -> tuple[str, str] | None:
         if own.get("conv_in.weight", ())[1:2] == (7,):
             families["x4-upscaler"] = f"{one.names['conv_in.weight']} takes 7 channels"
             continue
-        for name, shape in own.items():
-            if name.endswith("attn2.to_k.weight") and shape and shape[-1] in TEXT_WIDTHS:
-                said = f"the U-Net reads prompt embeddings of width {shape[-1]}"
-                families[TEXT_WIDTHS[shape[-1]]] = said
-                break
+        added = "add_embedding.linear_1.weight" in own
+        widths = [v[-1] for k, v in own.items() if k.endswith("attn2.to_k.weight") and v]
+        if widths and (family := family_of_text(widths[0], added=added)):
+            families[family] = f"the U-Net reads prompt embeddings of width {widths[0]}"
     return next(iter(families.items())) if len(families) == 1 else None
 
 

@@ -60,7 +60,15 @@ class DequantisedFile(SourceFile):
         spread = spread_scale(scale, tuple(weight.shape))
         if spread is None:
             raise misfit(name, tuple(weight.shape), scale_name, tuple(scale.shape), self.label)
-        return weight * spread.to(weight.device)
+        product = weight * spread.to(weight.device)
+        if not bool((product.isfinite() == weight.isfinite()).all()):
+            raise WeightsMismatchError(
+                f"a scaled fp8 weight times its scale is infinite in float32: {name}",
+                where=self.label,
+                expected="products up to 3.40282e+38",
+                got=f"{scale_name} up to {float(scale.abs().max()):g}",
+            )
+        return product
 
 
 def misfit(

@@ -23,7 +23,9 @@ _NAME = re.compile(
     r"((\.(?P<mid_variant>[^.]+))??(?P<index>\.index)(\.(?P<late_variant>.+))?\.json)?",
     re.IGNORECASE,
 )
-_SHARD = re.compile(r"-\d{5,}-of-\d{5,}")
+_SHARD = re.compile(r"-\d+-of-\d+", re.IGNORECASE)
+# an index whose name does not say of which kind its shards are; a pipeline's index is another thing
+_BARE_INDEX = re.compile(r"(?!model_index\.json)(?:.+[._-])?index\.json", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,14 @@ class _Candidate:
     kind: str
     is_index: bool
 
+    @property
+    def is_shard(self) -> bool:
+        return not self.is_index and _SHARD.search(self.path.name) is not None
+
+    @property
+    def is_diffusers(self) -> bool:
+        return self.base.lower() == DIFFUSERS_NAME
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -110,6 +120,8 @@ class Folder:
         candidates = _candidates(self.children)
         for kinds in (_SAFETENSORS, _PICKLES):
             if group := [c for c in candidates if c.kind in kinds]:
+                if all(c.is_shard for c in group):  # their index may be named after another kind
+                    group += [c for c in candidates if c.is_index]
                 chosen = _choose(self.path, group)
                 if chosen.is_index:
                     return _indexed(self.path, chosen, _same_but_whole(chosen, candidates))
@@ -181,7 +193,7 @@ def config_next_to(files: Sequence[Path]) -> dict[str, Any] | None:
         CheckpointError: it cannot be read.
     """
     folders = {file.parent for file in files}
-    if len(folders) > 1 or not all(file.name.startswith(DIFFUSERS_NAME) for file in files):
+    if len(folders) > 1 or not all(file.name.lower().startswith(DIFFUSERS_NAME) for file in files):
         return None
     return config_in(folders.pop())
 
@@ -199,8 +211,11 @@ def _candidates(children: Iterable[Path]) -> list[_Candidate]:
     for child in children:
         match = _NAME.fullmatch(child.name)
         with os_errors(child):
-            if match is None or child.is_dir():
+            if child.is_dir():
                 continue
+        if match is None:
+            found += _bare_index(child)
+            continue
         found.append(
             _Candidate(
                 path=child,
@@ -213,20 +228,34 @@ def _candidates(children: Iterable[Path]) -> list[_Candidate]:
     return found
 
 
+def _bare_index(path: Path) -> list[_Candidate]:
+    """A file as an index whose name does not say the kind of its shards, which they say; nothing if
+    it is not an index."""
+    if not _BARE_INDEX.fullmatch(path.name):
+        return []
+    try:
+        listed = read_json(path).get("weight_map")
+    except CheckpointError:
+        return []
+    shards = list(listed.values()) if isinstance(listed, dict) else []
+    kind = PurePosixPath(str(shards[0])).suffix[1:].lower() if shards else ""
+    if kind not in _SAFETENSORS + _PICKLES:
+        return []
+    return [_Candidate(path=path, base=path.name, variant="", kind=kind, is_index=True)]
+
+
 def variant_in(folder: Folder, variant: str) -> Path | None:
     """The file or the index with a folder's weights of a variant, such as ``fp16``; None if it has
     none."""
     found = [
-        one
-        for one in _candidates(folder.children)
-        if one.variant == variant and (one.is_index or not _SHARD.search(one.path.name))
+        one for one in _candidates(folder.children) if one.variant == variant and not one.is_shard
     ]
-    found.sort(key=lambda one: (one.base != DIFFUSERS_NAME, one.kind in _PICKLES, not one.is_index))
+    found.sort(key=lambda one: (not one.is_diffusers, one.kind in _PICKLES, not one.is_index))
     return found[0].path if found else None
 
 
 def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
-    whole = [c for c in group if c.is_index or not _SHARD.search(c.path.name)]
+    whole = [c for c in group if not c.is_shard]
     if not whole:
         raise CheckpointError(
             "holds shards without the index that lists them",
@@ -235,7 +264,7 @@ def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
             got=short([c.path.name for c in group]),
             hint="fetch the index too, or give all shards as a list of files",
         )
-    pool = [c for c in whole if c.base == DIFFUSERS_NAME] or whole
+    pool = [c for c in whole if c.is_diffusers] or whole
     plain = [c for c in pool if not c.variant] or pool
     best = [c for c in plain if c.is_index] or plain
     if len(best) > 1 or len({c.base for c in pool}) > 1:
@@ -252,7 +281,7 @@ def _choose(folder: Path, group: list[_Candidate]) -> _Candidate:
 def _same_but_whole(index: _Candidate, candidates: list[_Candidate]) -> Path | None:
     """The file that holds all of an index's weights, going by the names: the one of its own name,
     or else one of another variant, kind or name."""
-    whole = [one for one in candidates if not one.is_index and not _SHARD.search(one.path.name)]
+    whole = [one for one in candidates if not one.is_index and not one.is_shard]
     whole.sort(
         key=lambda one: (
             one.base != index.base,

@@ -382,6 +382,13 @@ def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
     for found in (*candidates.values(), *usual, *others):
         return found
     keys = sorted(map(str, content)) if isinstance(content, Mapping) else None
+    if _has_objects(content):
+        raise CheckpointError(
+            "is a pickle with other objects in the place of tensors, such as numpy arrays",
+            where=file,
+            expected="tensors by name",
+            hint="save them as tensors: torch.from_numpy(array)",
+        )
     raise CheckpointError(
         "is a pickle without weights",
         where=file,
@@ -409,6 +416,17 @@ def _dicts_of_tensors(content: object) -> dict[str, dict[str, torch.Tensor]]:
             if isinstance(name, str | int) and not _NOT_WEIGHTS.fullmatch(str(name)):
                 queue.append((f"{path}.{name}" if path else str(name), value))
     return found
+
+
+def _has_objects(content: object) -> bool:
+    """Whether a dict, or one in it, has objects that were not read under the names of weights."""
+    outer = [content] if isinstance(content, Mapping) else []
+    inner = [one for each in outer for one in each.values() if isinstance(one, Mapping)]
+    return any(
+        isinstance(value, _Inert) and str(name).endswith((".weight", ".bias"))
+        for each in (*outer, *inner)
+        for name, value in each.items()
+    )
 
 
 def _listed(dicts: Mapping[str, Mapping[str, torch.Tensor]]) -> str:

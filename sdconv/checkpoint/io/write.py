@@ -50,7 +50,15 @@ def output_path(path: str | Path) -> tuple[Path, bool]:
             got=f"a name that ends in {out.suffix}",
             hint=f"name it {out.with_suffix('.safetensors').name}",
         )
-    return out, suffix == ".safetensors"
+    is_file = suffix == ".safetensors"
+    if is_file and out.is_dir():
+        raise InputError(
+            "is a folder",
+            where=out,
+            expected="a file, since its name ends in .safetensors",
+            hint="name a file in it, or remove the folder",
+        )
+    return out, is_file
 
 
 def write_folder(

@@ -22,6 +22,8 @@ from torch import Tensor
 
 # smaller blocks are left to the allocator, which reuses them
 _LARGE = 8 << 20
+# bytes of a page, and how much farther than whole pages the planes of `Scratch.planes` are apart
+_PAGE, _SPREAD = 4096, 256
 
 
 class _Pool:
@@ -47,7 +49,8 @@ class _Pool:
         fitting = [block for block in self._free if len(block) >= size]
         if not fitting:
             self._free.clear()  # before more is allocated
-            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return block
         block = min(fitting, key=len)
         self._free.remove(block)
         if len(block) > size:
@@ -112,6 +115,15 @@ class Scratch(threading.local):
             view = self.block(name, size)[:size].view(dtype).view(shape)
         self._views[name] = (shape, dtype, view)
         return view
+
+    def planes(self, name: str, count: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """`take` of ``(count, *shape)`` with gaps between the planes, so that a core's first cache
+        holds the same few rows of all planes: of addresses that are whole pages apart, it holds
+        only a few."""
+        size = math.prod(shape)
+        step = size + (_SPREAD - size * dtype.itemsize) % _PAGE // dtype.itemsize
+        planes = self.take(name, (count, step), dtype)
+        return planes.as_strided((count, *shape), (step, shape[1], 1))
 
     def block(self, name: str, size: int) -> Tensor:
         """At least ``size`` bytes, which overlap any earlier ones of that name."""

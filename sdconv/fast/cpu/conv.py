@@ -366,14 +366,16 @@ class WinogradPass:
         else:
             part = self.x[:, row - self.x_row : end - self.x_row]
             rows = copied_rows(part, COMPUTE_DTYPE, "input")
-        tiles = scratch.take("tiles", (scheme.positions, strip.tiles, rows.shape[2]), COMPUTE_DTYPE)
+        tiles = scratch.planes(
+            "tiles", scheme.positions, (strip.tiles, rows.shape[2]), COMPUTE_DTYPE
+        )
         kernels.input_transform(strip, rows, row, self.above, self.affine, self.silu, tiles)
         if self.in_place:
             self.above = scratch.take("above", tuple(rows.shape[1:]), COMPUTE_DTYPE)
             self.above.copy_(rows[strip.end - 1 - row])
         channels = self.out.shape[0]
-        shape = (scheme.positions, strip.tiles, kernels.padded(channels))
-        products = scratch.take("products", shape, COMPUTE_DTYPE)
+        shape = (strip.tiles, kernels.padded(channels))
+        products = scratch.planes("products", scheme.positions, shape, COMPUTE_DTYPE)
         kernels.bmm(tiles, self.weight, products)
         first, end = strip.first - self.out_row, strip.end - self.out_row
         residual = self._residual(first, end)

@@ -18,7 +18,7 @@ def strip_bytes(weight: int) -> int:
     A large weight does not fit a cache and is read again for every strip, so strips are large; a
     small weight and a small strip fit a cache together.
     """
-    return min(max(LEAST_BYTES, 2 * weight), MOST_BYTES)
+    return min(max(LEAST_BYTES, weight), MOST_BYTES)
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ Tensors = dict[str, Tensor]
 SIZE = (5, 7)
 # a family for each kind of input, and its name if the small network leaves it open
 KINDS = {
-    "SD1": None,
+    "SD1": "sd1",
     "SDXL": "sdxl",
     "SDXL refiner": "sdxl-refiner",
     "x4 upscaler": "x4-upscaler",
     "SD2 unCLIP": "sd2",
-    "LCM": None,
+    "LCM": "sd1",
 }
 
 
@@ -86,7 +86,8 @@ def test_within_a_whole_checkpoint() -> None:
 
 def test_the_seed_decides_the_input() -> None:
     tensors = made(unets.smallest("SD1"))
-    rows = [check(tensors, size=SIZE, dtype=torch.bfloat16, seed=seed).rows for seed in (0, 0, 1)]
+    given: dict[str, Any] = {"family": "sd1", "size": SIZE, "dtype": torch.bfloat16}
+    rows = [check(tensors, seed=seed, **given).rows for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
 
 
@@ -95,7 +96,7 @@ def test_two_networks_take_the_memory_of_one() -> None:
     from sdconv.analysis.parity.check import reference_network
 
     tensors = {name: t.half() for name, t in made(unets.smallest("SD1"), "original").items()}
-    ours = sdconv.load(tensors, dtype=torch.float32)
+    ours = sdconv.load(tensors, dtype=torch.float32, family="sd1")
     theirs = reference_network(tensors, ours).network.state_dict()
     for name, tensor in ours.state_dict().items():
         assert tensor.dtype == torch.float32
@@ -108,7 +109,7 @@ def test_two_networks_take_the_memory_of_one() -> None:
 def test_command(tmp_path: Path) -> None:
     path = tmp_path / "unet.safetensors"
     save_file(made(unets.smallest("SD1"), "original"), path)
-    command = ["check", str(path), "--component", "unet", "--size", "5x7"]
+    command = ["check", str(path), "--family", "sd1", "--size", "5x7"]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output
     assert "bit for bit" in shown.stdout
@@ -121,7 +122,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_table_fits_a_terminal() -> None:
-    report = check(made(unets.smallest("SD1")), size=SIZE)
+    report = check(made(unets.smallest("SD1")), family="sd1", size=SIZE)
     console = Console(width=100)
     with console.capture() as capture:
         console.print(parity_report(report, every=False))
@@ -139,7 +140,7 @@ def pair(
     """Our network from changed tensors in the original layout, diffusers' from the tensors, and
     what both take."""
     tensors = made(unets.smallest("SD1"), "original")
-    ours = sdconv.load(change(dict(tensors)))
+    ours = sdconv.load(change(dict(tensors)), family="sd1")
     assert isinstance(ours, UNet2DConditionModel)
     theirs = peer(ours.config, None, tensors, "original")[0]
     noise = Noise(2, 0, torch.float32, torch.device("cpu"))
@@ -223,7 +224,7 @@ def test_what_diffusers_cannot_convert() -> None:
     with pytest.raises(
         sdconv.SdconvError, match=r"cannot convert these tensor names(.|\n)*sdconv conv"
     ):
-        check(made(unets.small("uneven layers"), "original"), size=SIZE)
+        check(made(unets.small("uneven layers"), "original"), family="sd1", size=SIZE)
 
 
 def test_a_projection_without_room_for_the_sizes() -> None:

@@ -117,6 +117,17 @@ def test_the_first_stage_is_the_vae(tmp_path: Path) -> None:
     assert inspect(tmp_path / "both.safetensors", prefix=COPY).networks[0].prefix == COPY
 
 
+@pytest.mark.parametrize("prefix", ["vae.", FIRST])
+def test_one_without_a_prefix_next_to_it(prefix: str, tmp_path: Path) -> None:
+    """Either may be the checkpoint's own, so neither is taken in silence."""
+    state = vae() | vae(prefix, 1)
+    with pytest.raises(sdconv.UnknownNetworkError, match="several networks that could be the vae"):
+        sdconv.load(state, family="sd1")
+    chosen = sdconv.load(state, family="sd1", prefix=prefix)
+    assert same(chosen, seeded.tensors(KL, 1))
+    assert same(sdconv.load(vae(), family="sd1"), seeded.tensors(KL)), "the control"
+
+
 def test_two_that_could_be_meant() -> None:
     state = vae(FIRST, 1) | vae("vae.", 2)
     with pytest.raises(sdconv.UnknownNetworkError, match=r"several(?s:.*)prefix='vae\.'"):
@@ -159,11 +170,11 @@ def test_dotted_averages_of_a_unet(tmp_path: Path) -> None:
     averages, named_averages = unet_state(2)
     state = {MAIN + k: v for k, v in named.items()}
     state |= {f"model_ema.diffusion_model.{k}": v for k, v in named_averages.items()}
-    assert same(sdconv.load(state), weights)
-    assert same(sdconv.load(state, ema=True), averages)
-    convert(state, tmp_path / "d.safetensors", "diffusers")
-    assert same(sdconv.load(tmp_path / "d.safetensors"), weights)
-    assert same(sdconv.load(tmp_path / "d.safetensors", ema=True), averages)
+    assert same(sdconv.load(state, family="sd1"), weights)
+    assert same(sdconv.load(state, ema=True, family="sd1"), averages)
+    convert(state, tmp_path / "d.safetensors", "diffusers", family="sd1")
+    assert same(sdconv.load(tmp_path / "d.safetensors", family="sd1"), weights)
+    assert same(sdconv.load(tmp_path / "d.safetensors", ema=True, family="sd1"), averages)
 
 
 @pytest.mark.parametrize("dotted", [False, True])
@@ -176,17 +187,17 @@ def test_averages_after_a_layout_change_and_one_missing(dotted: bool, tmp_path: 
         + (k if dotted else k.replace(".", "")): v
         for k, v in other.items()
     }
-    convert(state | ema, tmp_path / "d.safetensors", "diffusers")
-    assert same(sdconv.load(tmp_path / "d.safetensors", ema=True), averages)
+    convert(state | ema, tmp_path / "d.safetensors", "diffusers", family="sd1")
+    assert same(sdconv.load(tmp_path / "d.safetensors", ema=True, family="sd1"), averages)
     gone = next(name for name in ema if "out" in name and "2" in name and "bias" in name)
     left = {k: v for k, v in ema.items() if k != gone}
     with pytest.raises(
         sdconv.WeightsMismatchError, match=r"1 missing of the .* averages"
     ) as caught:
-        sdconv.load(state | left, ema=True)
+        sdconv.load(state | left, ema=True, family="sd1")
     assert f"expected: {gone}\n" in str(caught.value)
     with pytest.raises(sdconv.UnknownNetworkError, match="no running averages of the unet"):
-        sdconv.load(state, ema=True)
+        sdconv.load(state, ema=True, family="sd1")
 
 
 @pytest.mark.parametrize("dotted", [False, True])
@@ -219,12 +230,12 @@ def test_marks_are_carried_and_explained(layout: str, tmp_path: Path) -> None:
     state = (weights if layout == "diffusers" else named) | EXTRAS
     path = tmp_path / "unet.safetensors"
     save_file({k: v.contiguous() for k, v in state.items()}, path)
-    assert same(sdconv.load(path), weights)
+    assert same(sdconv.load(path, family="sd1"), weights)
     for other in ("diffusers", "original"):
-        convert(path, tmp_path / "out.safetensors", other)
+        convert(path, tmp_path / "out.safetensors", other, family="sd1")
         written = load_file(tmp_path / "out.safetensors")
         assert all(torch.equal(written[name], tensor) for name, tensor in EXTRAS.items())
-        assert same(sdconv.load(tmp_path / "out.safetensors"), weights)
+        assert same(sdconv.load(tmp_path / "out.safetensors", family="sd1"), weights)
     found = inspect(path)
     assert found.complaint is None
     said = "; ".join(found.parts[0].notes)
@@ -234,7 +245,7 @@ def test_marks_are_carried_and_explained(layout: str, tmp_path: Path) -> None:
     assert "training iterations, 7" in said
     # the control: a weight is no mark
     with pytest.raises(sdconv.WeightsMismatchError, match="1 unexpected"):
-        sdconv.load(state | {"stray.weight": torch.ones(3, 3)})
+        sdconv.load(state | {"stray.weight": torch.ones(3, 3)}, family="sd1")
 
 
 def test_marks_next_to_a_vae() -> None:

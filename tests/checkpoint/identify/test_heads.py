@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.unets import FAMILIES, SD1, SD2, on_meta, peer_of
+from helpers.weight_files import convert
 from safetensors.torch import save_file
 
 import sdconv
@@ -89,6 +90,77 @@ def test_assumed_heads_are_said(tmp_path: Path) -> None:
     zeros = {name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in state.items()}
     save_file(zeros, tmp_path / "whole.safetensors")
     assert found(tmp_path / "whole.safetensors") == (8, "")
+
+
+def odd(linear: bool = False, **fields: Any) -> dict[str, torch.Tensor]:
+    """A small U-Net that reads prompt embeddings of a width that no known model has."""
+    config = {**SD1, "block_out_channels": (64,) * 4, "cross_attention_dim": 40, **fields}
+    config |= {"layers_per_block": 1, "attention_head_dim": 8}
+    shapes = shapes_of(config, linear=linear)
+    return {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("linear", "heads"), [(False, 8), (True, (1, 1, 1, 1))])
+def test_a_width_of_no_known_model_leaves_the_heads_open(
+    linear: bool, heads: Any, tmp_path: Path
+) -> None:
+    """Until the caller decides: through convert, save and further loads."""
+    first = ("sd1", "sd2")[linear]
+    words = rf"prompt embeddings of width 40, unlike any known family.*{first} was taken .*family="
+    path, folder = tmp_path / "unet.safetensors", tmp_path / "unet"
+    original, saved = tmp_path / "original.safetensors", tmp_path / "saved.safetensors"
+    save_file(odd(linear), path)
+    with pytest.warns(sdconv.SdconvWarning, match=words):
+        network = sdconv.load(path)
+    assert network.config.attention_head_dim == heads
+    sdconv.save(network, saved)
+    for out, layout in ((folder, "diffusers"), (original, "original")):
+        with pytest.warns(sdconv.SdconvWarning, match=words):
+            convert(path, out, layout)
+    for again in (saved, folder, original):
+        with pytest.warns(sdconv.SdconvWarning, match=words):
+            assert sdconv.load(again).config.attention_head_dim == heads
+        assert inspect(again).network(None).open_to == (first, ("sd2", "sd1")[linear])
+        for family, right in (("sd1", 8), ("sd2", (1, 1, 1, 1))):
+            chosen = sdconv.load(again, family=family)
+            assert chosen.config.attention_head_dim == right
+            sdconv.save(chosen, tmp_path / "chosen.safetensors")
+            assert sdconv.load(tmp_path / "chosen.safetensors").config == chosen.config
+
+
+def test_the_refiners_width_without_its_added_embedding() -> None:
+    """As in CompVis/ldm-text2im-large-256, which has 8 heads and is no refiner."""
+    shapes = shapes_of({**SD1, "cross_attention_dim": 1280}, linear=False)
+    with pytest.warns(sdconv.SdconvWarning, match="prompt embeddings of width 1280"):
+        assert sdconv.infer(shapes)["unet"].attention_head_dim == EIGHT
+    vae = sdconv.read_header("weights/tiny-vae.safetensors").shapes
+    both = shapes | {f"first_stage_model.{name}": shape for name, shape in vae.items()}
+    with pytest.warns(sdconv.SdconvWarning) as caught:
+        sdconv.infer(both)
+    assert any("the vae could be of sd1 or sd2 or sdxl" in str(one.message) for one in caught)
+    # the control: the refiner itself
+    refiner = shapes_of(FAMILIES["SDXL refiner"], linear=True)
+    assert sdconv.infer(refiner)["unet"].attention_head_dim == (6, 12, 24, 24)
+
+
+def test_what_decides_the_heads_of_an_unknown_width(tmp_path: Path) -> None:
+    """A config next to the weights, the metadata, and what has no other candidate."""
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(odd(), path, {"modelspec.architecture": "stable-diffusion-v2-1"})
+    assert sdconv.load(path).config.attention_head_dim == (1, 1, 1, 1)
+    save_file(odd(), path)
+    fields = UNet2DConditionConfig.from_json(sdconv.infer(read(path), family="sd1")["unet"], "")
+    content = json.dumps({**fields.to_json(), "attention_head_dim": 4})
+    (tmp_path / "config.json").write_text(content)
+    assert sdconv.load(path).config.attention_head_dim == 4
+    # the controls: a known width, and no transformer at all
+    sdconv.load(odd(cross_attention_dim=768))
+    plain = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4}
+    sdconv.load(odd(**plain, mid_block_type="UNetMidBlock2D"))
+
+
+def read(path: Path) -> Shapes:
+    return sdconv.read_header(path).shapes
 
 
 @pytest.mark.parametrize("linear", [False, True])

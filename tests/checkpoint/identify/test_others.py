@@ -200,7 +200,7 @@ UNETS = {
 def test_other_unets(name: str) -> None:
     network = unets.on_meta(unets.smallest("SD1"))
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    assert set(sdconv.infer(shapes)) == {"unet"}  # the control
+    assert set(sdconv.infer(shapes, family="sd1")) == {"unet"}  # the control
     with pytest.raises(sdconv.UnknownNetworkError, match=UNETS[name]) as caught:
         sdconv.infer(shapes | {name: (64, 64)})
     assert f"got: '{name}'" in str(caught.value)

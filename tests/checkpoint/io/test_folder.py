@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,58 @@ def test_shards_are_read_through_their_index(tmp_path: Path, kind: str, form: st
             assert torch.equal(source.tensor("a"), A)
             assert torch.equal(source.tensor("b"), B)
             assert len(source.files) == 2
+
+
+@pytest.mark.parametrize(
+    ("index", "first"),
+    [
+        # in upper case, wholly or in part
+        ("{base}.safetensors.INDEX.JSON", "{base}-00001-of-00002.safetensors"),
+        ("{BASE}.SAFETENSORS.INDEX.JSON", "{BASE}-00001-OF-00002.SAFETENSORS"),
+        ("{BASE}.SAFETENSORS.INDEX.JSON", "{base}-00001-of-00002.safetensors"),
+        # transformers' name
+        ("model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+        ("model.safetensors.index.json", "{base}-00001-of-00002.safetensors"),
+        # names that do not say the shards' kind
+        ("index.json", "{base}-00001-of-00002.safetensors"),
+        ("model.index.json", "a-00001-of-00002.bin"),
+        ("{base}.safetensors-index.json", "{base}-00001-of-00002.safetensors"),
+        # other numbers of shards
+        ("model.safetensors.index.json", "model-1-of-2.safetensors"),
+    ],
+)
+def test_indexes_of_other_names(tmp_path: Path, index: str, first: str) -> None:
+    names = {"base": "diffusion_pytorch_model", "BASE": "DIFFUSION_PYTORCH_MODEL"}
+    index, first = index.format(**names), first.format(**names)
+    second = first.replace("1-", "2-", 1)
+    kind = "." + first.rpartition(".")[2].lower()
+    for name, tensors in ((first, {"a": A}), (second, {"b": B})):
+        put(tmp_path / f"x{kind}", **tensors).rename(tmp_path / name)
+    content = {"weight_map": {"a": first, "b": second}}
+    (tmp_path / index).write_text(json.dumps(content))
+    for named in (tmp_path, tmp_path / index):
+        with open_source(named) as source:
+            assert torch.equal(source.tensor("a"), A) and torch.equal(source.tensor("b"), B)
+    # the control: without it there are shards alone
+    (tmp_path / index).unlink()
+    with pytest.raises(CheckpointError, match="shards without the index"):
+        open_source(tmp_path)
+
+
+def test_an_index_under_the_name_of_another_kind_is_named(tmp_path: Path) -> None:
+    index = sharded(tmp_path).rename(tmp_path / "pytorch_model.bin.index.json")
+    for named in (tmp_path, index):
+        with pytest.raises(CheckpointError, match="names a shard that is not a file") as error:
+            open_source(named)
+        assert str(error.value).startswith(str(index))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"weight_map": {"a": "a.onnx"}}'])
+def test_other_json_files_next_to_weights_are_left_alone(tmp_path: Path, text: str) -> None:
+    put(tmp_path / "model.safetensors", whole=A)
+    for name in ("index.json", "x.index.json", "model_index.json.bak"):
+        (tmp_path / name).write_text(text)
+    assert list(open_source(tmp_path).shapes) == ["whole"]
 
 
 def test_a_plain_file_goes_before_a_late_variant(tmp_path: Path) -> None:

@@ -239,6 +239,18 @@ def test_a_pickle_without_named_tensors(tmp_path: Path, content: object, new: bo
     assert "state_dict" in str(error.value)
 
 
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
+def test_numpy_arrays_in_the_place_of_tensors(tmp_path: Path, wrapper: str | None) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in WEIGHTS.items()}
+    file = tmp_path / "a.ckpt"
+    torch.save(arrays if wrapper is None else {wrapper: arrays}, file)
+    with pytest.raises(CheckpointError, match="such as numpy arrays"):
+        read_pickle(file)
+    # the control: next to the weights they are left alone
+    torch.save({"state_dict": WEIGHTS, "loss.mean": arrays}, file)
+    assert set(read_pickle(file)) == set(WEIGHTS)
+
+
 def test_other_files_under_a_pickles_name(tmp_path: Path) -> None:
     file = tmp_path / "a.ckpt"
     save_file(WEIGHTS, file)

@@ -439,6 +439,9 @@ def test_two_steps_are_compared_side_by_side(tab: Tab) -> None:
     # the made-up maps grow by 1 with each step, in the mean over channels too
     tab.page.click('[data-block="mid"]')
     tab.shows("mid")
+    tab.page.click("#compared canvas[aria-label^='Channel'][aria-label*=', A']")
+    tab.wait("document.getElementById('large').open")
+    tab.page.keyboard.press("Escape")
     canvas = tab.page.locator("#compared canvas[aria-label^='Mean over channels, B minus A']")
     low, high = re.findall(r"[\d.]+", canvas.get_attribute("aria-label"))
     assert low == high and float(high) == pytest.approx(2, abs=0.5)

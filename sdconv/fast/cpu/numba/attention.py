@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import (
@@ -29,7 +28,8 @@ from sdconv.fast.cpu.numba.dsl import (
     kernel,
     llvm,
 )
-from sdconv.fast.cpu.numba.gemm import LANES, PANEL, ROWS, VECTORS, VectorCode, block
+from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, VECTORS, block
+from sdconv.fast.cpu.numba.vectors import LANES, ROUND, VectorCode
 
 ATTENTION = job(
     *("heads", "queries", "unit_queries", "keys", "depth", "value_depth"),
@@ -49,14 +49,6 @@ _LEAST = f32(-3.0e38)
 # these begin with zeros
 _scores, _score = block(ROWS, VECTORS, zero=True), block(1, VECTORS, zero=True)
 _mix_6, _mix_5, _mix_4 = (block(rows, VECTORS) for rows in (6, 5, 4))
-
-# 2^r for -1/2 <= r <= 1/2, within 2e-9
-_POWER = (
-    *(0.00015345812, 0.00133999309, 0.00961848907, 0.05550328642),
-    *(0.24022646248, 0.69314718246, 1.0),
-)
-# added to a small number, its last bits are the nearest integer
-_ROUND = 1.5 * 2**23
 
 
 def has_kernel(value_depth: int) -> bool:
@@ -80,22 +72,12 @@ def scratch_size(depth: int, value_depth: int, queries: int) -> int:
 class _Code(VectorCode):
     """Writes the LLVM code of the softmax."""
 
-    def larger(self, a: Any, b: Any) -> Any:
-        """The larger of ``a`` and ``b``; ``b`` where it is NaN, as in the processor's maximum."""
-        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
-
-    def power(self, x: Any) -> Any:
+    def weight(self, x: Any) -> Any:
         """2^x within 1.1e-7 for x <= 0; numbers below -126 count as -126, NaN stays NaN."""
-        builder, bits = self.builder, ir.VectorType(ir.IntType(32), LANES)
+        builder = self.builder
         x = self.larger(self.constant(-126.0), x)
-        shifted = builder.fadd(x, self.constant(_ROUND))
-        r = builder.fsub(x, builder.fsub(shifted, self.constant(_ROUND)))
-        p = self.constant(_POWER[0])
-        for coefficient in _POWER[1:]:
-            p = builder.call(self.fma, [p, r, self.constant(coefficient)])
-        exponent = builder.shl(builder.bitcast(shifted, bits), bits([23] * LANES))
-        exponent = builder.add(exponent, bits([127 << 23] * LANES))
-        return builder.fmul(p, builder.bitcast(exponent, self.vector))
+        shifted = builder.fadd(x, self.constant(ROUND))
+        return self.power(shifted, builder.fsub(x, builder.fsub(shifted, self.constant(ROUND))))
 
     def softmax(self, scores: Any, keys: Any, mixed: Any, depth: Any, most: Any, sums: Any) -> None:
         """Writes the body of ``_softmax``."""
@@ -116,7 +98,7 @@ class _Code(VectorCode):
 
         found = rows(keys, scores, before, larger)
         # a NaN among the scores makes its weight NaN; here it only has to pass
-        factors = [self.power(builder.fsub(a, b)) for a, b in zip(before, found, strict=True)]
+        factors = [self.weight(builder.fsub(a, b)) for a, b in zip(before, found, strict=True)]
         for v in count:
             self.store(found[v], most, v * LANES)
 
@@ -129,7 +111,7 @@ class _Code(VectorCode):
 
         def weigh(at: Any, totals: list[Any]) -> list[Any]:
             for v in count:
-                weight = self.power(builder.fsub(self.load(at, v * LANES), found[v]))
+                weight = self.weight(builder.fsub(self.load(at, v * LANES), found[v]))
                 self.store(weight, at, v * LANES)
                 totals = [*totals[:v], builder.fadd(totals[v], weight), *totals[v + 1 :]]
             return totals

@@ -99,33 +99,6 @@ def atomic_next(typing_context: Any, job: Any, field: Any) -> Any:
     return types.int64(job, types.int64), codegen
 
 
-@llvm
-def as_float(typing_context: Any, bits: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), codegen
-
-
-@inner
-def exp(z: Any) -> Any:
-    """The exponential within 2 units in the last place, by Cody and Waite's reduction and the
-    polynomial of Cephes' ``expf``; NaN counts as -87."""
-    z = z if z > f32(-87.0) else f32(-87.0)
-    z = z if z < f32(87.0) else f32(87.0)
-    k = np.floor(z * f32(1.4426950408889634) + f32(0.5))
-    r = z - k * f32(0.693359375)
-    r = r - k * f32(-2.12194440e-4)
-    p = f32(1.9875691500e-4)
-    p = p * r + f32(1.3981999507e-3)
-    p = p * r + f32(8.3334519073e-3)
-    p = p * r + f32(4.1665795894e-2)
-    p = p * r + f32(1.6666665459e-1)
-    p = p * r + f32(5.0000001201e-1)
-    e = p * r * r + r + f32(1.0)
-    return e * as_float((np.int32(k) + np.int32(127)) << np.int32(23))
-
-
 @inner
 def copy(out: Any, to: int, x: Any, at: int, n: int) -> None:
     for c in range(n):

@@ -10,18 +10,17 @@ The idea is that of Goto and van de Geijn 2008, "Anatomy of High-Performance Mat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import atomic_next, carray, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 
-BMM = job("rows", "depth", "width", "a", "b", "start", "out")
+BMM = job("rows", "depth", "width", "a", "a_step", "b", "start", "out", "out_step")
 
-# floats in a vector register, and vectors in a panel: with ROWS, as many as the registers hold
-LANES, VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
+# vectors in a panel: with ROWS, as many as the registers hold
+VECTORS = 4 if LANES == 16 else 2
 PANEL = LANES * VECTORS
 ROWS = 6
 # rows of the left factor in a unit of work: they stay in a core's own cache
@@ -60,80 +59,6 @@ def block(rows: int, vectors: int, *, zero: bool = False) -> Any:
         return types.void(*given), codegen
 
     return llvm(fill)
-
-
-class VectorCode:
-    """Writes LLVM code with vectors of floats."""
-
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
-        self.vector = ir.VectorType(ir.FloatType(), LANES)
-        name = f"llvm.fma.v{LANES}f32"
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-
-    def at(self, base: Any, *offsets: Any) -> Any:
-        """The address that is the sum of ``offsets`` numbers after ``base``."""
-        for offset in offsets:
-            offset = ir.IntType(64)(offset) if isinstance(offset, int) else offset
-            base = self.builder.gep(base, [offset])
-        return base
-
-    def load(self, base: Any, *offsets: Any) -> Any:
-        """The vector at an address."""
-        return self.builder.load(self.vector_at(self.at(base, *offsets)), align=4)
-
-    def store(self, vector: Any, base: Any, *offsets: Any) -> None:
-        """Writes a vector to an address."""
-        self.builder.store(vector, self.vector_at(self.at(base, *offsets)), align=4)
-
-    def vector_at(self, address: Any) -> Any:
-        """The address of a float as the address of a vector."""
-        return self.builder.bitcast(address, self.vector.as_pointer())
-
-    def constant(self, value: float) -> Any:
-        """A vector with a number in every lane."""
-        return self.vector([value] * LANES)
-
-    def broadcast(self, address: Any) -> Any:
-        """A vector with the number at an address in every lane."""
-        undefined, index = self.vector(ir.Undefined), ir.IntType(32)
-        number = self.builder.load(address, align=4)
-        first = self.builder.insert_element(undefined, number, index(0))
-        lanes = ir.VectorType(index, LANES)([0] * LANES)
-        return self.builder.shuffle_vector(first, undefined, lanes)
-
-    def loop(
-        self,
-        first: Any,
-        end: Any,
-        carried: list[Any],
-        body: Callable[[Any, list[Any]], list[Any]],
-    ) -> list[Any]:
-        """Writes a loop over the integers from ``first`` up to ``end``.
-
-        ``body`` gets the integer and the values that the step before has returned, at first
-        ``carried``. Returns those of the last step.
-        """
-        builder, before = self.builder, self.builder.block
-        head, step, after = (builder.append_basic_block() for _ in range(3))
-        builder.branch(head)
-        builder.position_at_end(head)
-        i = builder.phi(first.type)
-        values = [builder.phi(value.type) for value in carried]
-        builder.cbranch(builder.icmp_signed("<", i, end), step, after)
-        builder.position_at_end(step)
-        results = body(i, values)
-        following = builder.add(i, first.type(1))
-        last = builder.block
-        builder.branch(head)
-        i.add_incoming(first, before)
-        i.add_incoming(following, last)
-        for value, start, result in zip(values, carried, results, strict=True):
-            value.add_incoming(start, before)
-            value.add_incoming(result, last)
-        builder.position_at_end(after)
-        return values
 
 
 class _Code(VectorCode):
@@ -222,7 +147,7 @@ def multiply(
 @kernel(BMM)
 def bmm(pointer: Any) -> None:
     """Batched product of ``(rows, depth)`` and packed ``(depth, width)``. A unit is a panel of a
-    chunk of rows. ``start``: a panel of zeros."""
+    chunk of rows. ``start``: a panel of zeros. ``a_step``, ``out_step``: from item to item."""
     job = carray(pointer, 1)[0]
     atomic_next(pointer, 1)
     depth, width = job.depth, job.width
@@ -235,8 +160,8 @@ def bmm(pointer: Any) -> None:
         column = unit % panels * PANEL
         item = unit // panels // chunks
         row = unit // panels % chunks * CHUNK
-        a = job.a + 4 * (item * job.rows + row) * depth
+        a = job.a + 4 * (item * job.a_step + row * depth)
         b = job.b + 4 * (item * width + column) * depth
-        out = job.out + 4 * ((item * job.rows + row) * width + column)
+        out = job.out + 4 * (item * job.out_step + row * width + column)
         rows = min(CHUNK, job.rows - row)
         multiply(job.start, a, b, out, depth, width, rows, (width - column) // LANES)

@@ -55,6 +55,7 @@ def input_transform(
         units=strip.tile_rows * -(-strip.tile_columns // transforms.TILES),
         **_scratch(transforms.INPUT_SCRATCH),
         **_tiles(strip),
+        plane=tiles.stride(0),
         height=strip.input_height,
         width=rows.shape[1],
         channels=rows.shape[2],
@@ -85,6 +86,7 @@ def output_transform(
         units=len(found),
         **_scratch(transforms.OUTPUT_SCRATCH),
         **_tiles(strip),
+        plane=products.stride(0),
         height=strip.height,
         width=strip.width,
         channels=out.shape[2],
@@ -145,9 +147,11 @@ def bmm(left: Tensor, packed: Tensor, out: Tensor) -> None:
         depth=depth,
         width=out.shape[2],
         a=left.data_ptr(),
+        a_step=left.stride(0),
         b=packed.data_ptr(),
         start=_ZEROS.data_ptr(),
         out=out.data_ptr(),
+        out_step=out.stride(0),
     )
 
 

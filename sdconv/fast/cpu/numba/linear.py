@@ -15,7 +15,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import atomic_next, carray, f32, floats, inner, job, kernel, llvm
-from sdconv.fast.cpu.numba.gemm import LANES, PANEL, ROWS, VectorCode, multiply
+from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, multiply
+from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 
 LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "residual", "out")
 

@@ -1,13 +1,18 @@
 """Winograd's input and output transforms by Numba, on strips of rows in float32, channels last.
 
-:mod:`sdconv.fast.cpu.winograd` computes the same in torch operations. Importing this module
-compiles the kernels, or reads them from Numba's cache.
+:mod:`sdconv.fast.cpu.winograd` computes the same in torch operations. A tile's numbers stay in
+registers or in a core's first cache from the feature map to its tile positions, and back. Importing
+this module compiles the kernels, or reads them from Numba's cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
 
 from sdconv.fast.cpu.numba.dsl import (
     BLOCK,
@@ -17,18 +22,20 @@ from sdconv.fast.cpu.numba.dsl import (
     clear,
     copy,
     doubles,
-    exp,
     f32,
     floats,
     flush_groups,
     inner,
     job,
     kernel,
+    llvm,
     zero,
 )
-from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
+from sdconv.fast.cpu.numba.vectors import LANES, ROUND, VectorCode
+from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
-_STRIP = ("height", "width", "channels", "tile_row", "tile_rows", "tile_columns")
+# plane: from one tile position to the next
+_STRIP = ("height", "width", "channels", "tile_row", "tile_rows", "tile_columns", "plane")
 INPUT = job(*_STRIP, "x", "x_row", "above", "scale", "shift", "silu", "tiles")
 OUTPUT = job(
     *_STRIP,
@@ -44,131 +51,268 @@ OUTPUT = job(
     "sums",
 )
 
+# channels that the input transform works on at a time: each pixel's are read in one stream
+WIDE = 128
 # adjacent tiles in a unit of work
-TILES = 8
+TILES = 16
+_PIXELS = OUTPUT_TILE**2
 # floats of scratch memory for each thread: those of CONV3X3, which needs more than UPSAMPLE_CONV
-INPUT_SCRATCH = 6 * BLOCK + 6 * (4 * TILES + 2) * BLOCK
-OUTPUT_SCRATCH = 28 * BLOCK + 4 * BLOCK
+INPUT_SCRATCH = (3 + 6 + 6 + 6 * 6) * WIDE
+OUTPUT_SCRATCH = (4 + 4 + 1 + _PIXELS) * BLOCK
 
-# the schemes' points, as in `sdconv.fast.cpu.winograd`, and their products that the transforms use
-_P, _Q, _R = (
-    f32(CONV3X3.output[1][1]),
-    f32(CONV3X3.output[1][3]),
-    f32(UPSAMPLE_CONV.output[1][2]),
-)
-_PP, _QQ, _RR = _P * _P, _Q * _Q, _R * _R
-_PPQQ, _PP_QQ = _PP * _QQ, _PP + _QQ
+# the schemes' points, as in `sdconv.fast.cpu.winograd`
+_P, _Q, _R = CONV3X3.output[1][1], CONV3X3.output[1][3], UPSAMPLE_CONV.output[1][2]
+# log2(e), and what its float32 lacks
+_LOG2_E = 1.44269502162933349609375
+_LOG2_E_REST = 1.92596299112661746887e-8
 
-
-@inner
-def _normalise(out: Any, to: int, x: Any, at: int, scale: Any, shift: Any, c0: int, n: int) -> None:
-    for c in range(n):
-        out[to + c] = x[at + c] * scale[c0 + c] + shift[c0 + c]
+Vectors = list[Any]
 
 
-@inner
-def _silu(x: Any, at: int, n: int) -> None:
-    """``x / (1 + exp(-x))`` in place."""
-    for c in range(n):
-        y = x[at + c]
-        x[at + c] = y / (f32(1.0) + exp(-y))
+def _input_1d(code: VectorCode, x: Vectors) -> Vectors:
+    """Multiplies six values by ``B^T`` of CONV3X3, to six."""
+    a, b, d, e, f, g = x
+    pp, qq, sum_ = _P * _P, _Q * _Q, code.linear
+    even_q, odd_q = sum_((1, f), (-qq, d)), sum_((1, e), (-qq, b))
+    even_p, odd_p = sum_((1, f), (-pp, d)), sum_((1, e), (-pp, b))
+    return [
+        sum_((1, f), (-pp - qq, d), (pp * qq, a)),
+        sum_((1, even_q), (_P, odd_q)),
+        sum_((1, even_q), (-_P, odd_q)),
+        sum_((1, even_p), (_Q, odd_p)),
+        sum_((1, even_p), (-_Q, odd_p)),
+        sum_((1, g), (-pp - qq, e), (pp * qq, b)),
+    ]
 
 
-@inner
-def _input_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Multiplies six values by ``B^T`` of CONV3X3, to six, for n channels."""
-    a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
-    for c in range(n):
-        out[to + c] = _PPQQ * x[a + c] - _PP_QQ * x[d + c] + x[f + c]
-    to += out_step
-    for c in range(n):
-        out[to + c] = (x[f + c] - _QQ * x[d + c]) + _P * (x[e + c] - _QQ * x[b + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = (x[f + c] - _QQ * x[d + c]) - _P * (x[e + c] - _QQ * x[b + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = (x[f + c] - _PP * x[d + c]) + _Q * (x[e + c] - _PP * x[b + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = (x[f + c] - _PP * x[d + c]) - _Q * (x[e + c] - _PP * x[b + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = _PPQQ * x[b + c] - _PP_QQ * x[e + c] + x[g + c]
+def _upsample_input_1d(code: VectorCode, x: Vectors) -> Vectors:
+    """Multiplies four values by ``B^T`` of UPSAMPLE_CONV, to five."""
+    a, b, d, e = x
+    rr, sum_ = _R * _R, code.linear
+    step = sum_((1, d), (-1, b))
+    return [
+        sum_((1, d), (-rr - 1, b), (rr, a)),
+        sum_((2, d), (-2 * rr, b)),
+        sum_((_R + 1, step)),
+        sum_((1 - _R, step)),
+        sum_((1, e), (-rr - 1, d), (rr, b)),
+    ]
 
 
-@inner
-def _upsample_input_1d(
-    out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int
-) -> None:
-    """Multiplies four values by ``B^T`` of UPSAMPLE_CONV, to five, for n channels."""
-    a, b, d, e = at, at + step, at + 2 * step, at + 3 * step
-    for c in range(n):
-        out[to + c] = _RR * x[a + c] - (_RR + f32(1)) * x[b + c] + x[d + c]
-    to += out_step
-    for c in range(n):
-        out[to + c] = f32(2) * (x[d + c] - _RR * x[b + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = (_R + f32(1)) * (x[d + c] - x[b + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = (_R - f32(1)) * (x[b + c] - x[d + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = _RR * x[b + c] - (_RR + f32(1)) * x[d + c] + x[e + c]
+def _output_1d(code: VectorCode, x: Vectors) -> Vectors:
+    """Multiplies six values by ``A^T`` of CONV3X3, to four."""
+    a, b, d, e, f, g = x
+    sum_ = code.linear
+    even_p, odd_p = sum_((1, b), (1, d)), sum_((1, b), (-1, d))
+    even_q, odd_q = sum_((1, e), (1, f)), sum_((1, e), (-1, f))
+    return [
+        sum_((1, a), (1, even_p), (1, even_q)),
+        sum_((_P, odd_p), (_Q, odd_q)),
+        sum_((_P**2, even_p), (_Q**2, even_q)),
+        sum_((1, g), (_P**3, odd_p), (_Q**3, odd_q)),
+    ]
 
 
-@inner
-def _output_1d(out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int) -> None:
-    """Multiplies six values by ``A^T`` of CONV3X3, to four, for n channels."""
-    a, b, d, e, f, g = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step, at + 5 * step
-    for c in range(n):
-        out[to + c] = x[a + c] + (x[b + c] + x[d + c]) + (x[e + c] + x[f + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = _P * (x[b + c] - x[d + c]) + _Q * (x[e + c] - x[f + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = _PP * (x[b + c] + x[d + c]) + _QQ * (x[e + c] + x[f + c])
-    to += out_step
-    for c in range(n):
-        odd = _P * _PP * (x[b + c] - x[d + c]) + _Q * _QQ * (x[e + c] - x[f + c])
-        out[to + c] = odd + x[g + c]
+def _upsample_output_1d(code: VectorCode, x: Vectors) -> Vectors:
+    """Multiplies five values by ``A^T`` of UPSAMPLE_CONV, to four."""
+    a, b, d, e, f = x
+    sum_ = code.linear
+    even, odd = sum_((1, d), (1, e)), sum_((1, d), (-1, e))
+    return [
+        sum_((1, a), (1, b), (1, even)),
+        sum_((1, b), (_R, odd)),
+        sum_((1, b), (_R**2, even)),
+        sum_((1, f), (1, b), (_R**3, odd)),
+    ]
 
 
-@inner
-def _upsample_output_1d(
-    out: Any, to: int, out_step: int, x: Any, at: int, step: int, n: int
-) -> None:
-    """Multiplies five values by ``A^T`` of UPSAMPLE_CONV, to four, for n channels."""
-    a, b, d, e, f = at, at + step, at + 2 * step, at + 3 * step, at + 4 * step
-    for c in range(n):
-        out[to + c] = x[a + c] + x[b + c] + (x[d + c] + x[e + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = x[b + c] + _R * (x[d + c] - x[e + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = x[b + c] + _RR * (x[d + c] + x[e + c])
-    to += out_step
-    for c in range(n):
-        out[to + c] = x[b + c] + _R * _RR * (x[d + c] - x[e + c]) + x[f + c]
+class _Code(VectorCode):
+    """Writes the LLVM code of the transforms."""
+
+    def along(self, transform: Any, size: int, args: Any) -> None:
+        """Writes the body of what `_along` makes."""
+        out, to, out_step, x, at, step, vectors = args
+
+        def body(c: Any) -> None:
+            made = transform(self, [self.load(x, at, self.times(step, i), c) for i in range(size)])
+            for i, vector in enumerate(made):
+                self.store(vector, out, to, self.times(out_step, i), c)
+
+        self.each(vectors, body)
+
+    def affine(self, silu: bool, args: Any) -> None:
+        """Writes the body of what `_affine` makes."""
+        out, to, x, at, scale, shift, vectors = args
+
+        def body(c: Any) -> None:
+            factor, term = self.load(scale, c), self.load(shift, c)
+            y = self.builder.call(self.fma, [self.load(x, at, c), factor, term])
+            self.store(self.silu(y) if silu else y, out, to, c)
+
+        self.each(vectors, body)
+
+    def silu(self, y: Any) -> Any:
+        """``y / (1 + exp(-y))`` within a few units in the last place."""
+        builder, bound = self.builder, self.constant(87.0)
+        z = self.larger(self.constant(-87.0), self.smaller(bound, builder.fneg(y)))
+        shifted = self.linear((1, self.constant(ROUND)), (_LOG2_E, z))
+        n = builder.fsub(shifted, self.constant(ROUND))
+        r = self.linear((-1, n), (_LOG2_E, z), (_LOG2_E_REST, z))
+        return builder.fdiv(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))
+
+    def tile(self, transform: Any, side: int, residual: bool, args: Any) -> None:
+        """Writes the body of what `_tile` makes."""
+        products, at, plane, bias, least, out, to, row, step, sums, vectors, *added = args
+        builder, wide = self.builder, ir.VectorType(ir.DoubleType(), LANES)
+        least = self.splat(least)
+
+        def body(c: Any) -> None:
+            columns = []
+            for j in range(side):
+                planes = [self.times(plane, i * side + j) for i in range(side)]
+                columns.append(transform(self, [self.load(products, at, p, c) for p in planes]))
+            total, squares = (self.double(sums, wide, c, k * BLOCK) for k in range(2))
+            offset = self.load(bias, c)
+            for i in range(OUTPUT_TILE):
+                for j, y in enumerate(transform(self, [column[i] for column in columns])):
+                    y = builder.fadd(y, offset)
+                    if residual:
+                        by = self.load(
+                            *added[:2], self.times(added[2], i), self.times(added[3], j), c
+                        )
+                        y = builder.fadd(y, by)
+                    y = self.larger(least, y)
+                    self.store(y, out, to, self.times(row, i), self.times(step, j), c)
+                    y = builder.fpext(y, wide)
+                    total = builder.fadd(total, y)
+                    squares = builder.fadd(squares, builder.fmul(y, y))
+            for k, value in enumerate((total, squares)):
+                address = self.at(sums, c, k * BLOCK)
+                builder.store(value, builder.bitcast(address, wide.as_pointer()), align=8)
+
+        self.each(vectors, body)
+
+    def double(self, base: Any, kind: Any, *offsets: Any) -> Any:
+        """The vector of float64 at an address."""
+        address = self.builder.bitcast(self.at(base, *offsets), kind.as_pointer())
+        return self.builder.load(address, align=8)
+
+    def times(self, step: Any, count: int) -> Any:
+        return self.builder.mul(step, step.type(count))
+
+    def each(self, vectors: Any, body: Callable[[Any], None]) -> None:
+        """Writes a loop over the first channels of ``vectors`` vectors."""
+
+        def step(i: Any, none: Vectors) -> Vectors:
+            body(self.times(i, LANES))
+            return none
+
+        self.loop(vectors.type(0), vectors, [], step)
 
 
-def _input_kernel(scheme: Scheme, transform: Any) -> Any:
+def _along(transform: Any, size: int) -> Any:
+    """Makes a function that transforms ``size`` values, ``step`` numbers apart, of each channel in
+    some vectors."""
+
+    def fill(
+        context: Any, out: Any, to: Any, out_step: Any, x: Any, at: Any, step: Any, vectors: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).along(transform, size, args)
+            return context.get_dummy_value()
+
+        return types.void(out, to, out_step, x, at, step, vectors), codegen
+
+    return llvm(fill)
+
+
+def _affine(silu: bool) -> Any:
+    """Makes a function that normalises some vectors of channels, and applies SiLU if ``silu``."""
+
+    def fill(
+        context: Any, out: Any, to: Any, x: Any, at: Any, scale: Any, shift: Any, vectors: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).affine(silu, args)
+            return context.get_dummy_value()
+
+        return types.void(out, to, x, at, scale, shift, vectors), codegen
+
+    return llvm(fill)
+
+
+def _tile(transform: Any, side: int) -> tuple[Any, Any]:
+    """Makes two functions that compute a whole tile of the output for some vectors of channels, and
+    add its values and their squares to ``sums``; the second one adds a residual."""
+
+    def fill(
+        context: Any,
+        products: Any,
+        at: Any,
+        plane: Any,
+        bias: Any,
+        least: Any,
+        out: Any,
+        to: Any,
+        row: Any,
+        step: Any,
+        sums: Any,
+        vectors: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).tile(transform, side, False, args)
+            return context.get_dummy_value()
+
+        given = (products, at, plane, bias, least, out, to, row, step, sums, vectors)
+        return types.void(*given), codegen
+
+    def fill_with_residual(
+        context: Any,
+        products: Any,
+        at: Any,
+        plane: Any,
+        bias: Any,
+        least: Any,
+        out: Any,
+        to: Any,
+        row: Any,
+        step: Any,
+        sums: Any,
+        vectors: Any,
+        residual: Any,
+        by: Any,
+        by_row: Any,
+        by_step: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).tile(transform, side, True, args)
+            return context.get_dummy_value()
+
+        given = (products, at, plane, bias, least, out, to, row, step, sums, vectors)
+        return types.void(*given, residual, by, by_row, by_step), codegen
+
+    return llvm(fill), llvm(fill_with_residual)
+
+
+_normalise, _normalise_silu = _affine(False), _affine(True)
+
+
+def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     """Makes the input transform of a scheme from its transform along one axis."""
     step, size, side = scheme.step, scheme.input_tile, len(scheme.input)
-    longest = step * TILES + 2
+    transform = _along(transform_1d, size)
+    # where things are in the scratch memory: a column of the tile, a row of tile positions, and the
+    # tile's columns, each transformed
+    column_at, row_at, grid_at = 3 * WIDE, 9 * WIDE, 15 * WIDE
 
     @inner
     def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
         x, above, tiles = floats(job.x), floats(job.above), floats(job.tiles)
         scale, shift = floats(job.scale), floats(job.shift)
-        scratch = floats(job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size)
+        own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+        own_scale, own_shift, scratch = floats(own), floats(own + 4 * WIDE), floats(own)
         channels, width, columns = job.channels, job.width, job.tile_columns
-        plane = job.tile_rows * columns * channels
         chunks = (columns + TILES - 1) // TILES
         first_row = job.tile_row * step - 1
         while True:
@@ -177,39 +321,61 @@ def _input_kernel(scheme: Scheme, transform: Any) -> Any:
                 break
             tile_row = unit // chunks
             first = (unit % chunks) * TILES
-            last = min(first + TILES, columns)
             top = first_row + tile_row * step
-            for c0 in range(0, channels, BLOCK):
-                n = min(BLOCK, channels - c0)
-                for j in range((last - first) * step + 2):
-                    column = first * step - 1 + j
-                    for i in range(size):
-                        row = top + i
-                        if row < 0 or row >= job.height or column < 0 or column >= width:
-                            zero(scratch, i * BLOCK, n)
-                            continue
-                        source, at = x, ((row - job.x_row) * width + column) * channels + c0
-                        if row == first_row and job.above != 0:
-                            source, at = above, column * channels + c0
-                        if job.scale != 0:
-                            _normalise(scratch, i * BLOCK, source, at, scale, shift, c0, n)
-                            if job.silu != 0:
-                                _silu(scratch, i * BLOCK, n)
-                        else:
-                            copy(scratch, i * BLOCK, source, at, n)
-                    transform(scratch, (size + j) * BLOCK, longest * BLOCK, scratch, 0, BLOCK, n)
-                for tile in range(first, last):
+            for c0 in range(0, channels, WIDE):
+                n = min(WIDE, channels - c0)
+                vectors = (n + LANES - 1) // LANES
+                whole = n == vectors * LANES
+                if job.scale != 0:
+                    copy(own_scale, 0, scale, c0, n)
+                    copy(own_shift, 0, shift, c0, n)
+                for tile in range(first, min(first + TILES, columns)):
+                    known = 0
+                    if tile > first:
+                        known = size - step
+                        for i in range(side):
+                            at = grid_at + i * size * WIDE
+                            copy(scratch, at, scratch, at + step * WIDE, known * WIDE)
+                    for j in range(known, size):
+                        column = tile * step - 1 + j
+                        for i in range(size):
+                            row, to = top + i, column_at + i * WIDE
+                            if row < 0 or row >= job.height or column < 0 or column >= width:
+                                zero(scratch, to, vectors * LANES)
+                                continue
+                            source, at = x, ((row - job.x_row) * width + column) * channels + c0
+                            if row == first_row and job.above != 0:
+                                source, at = above, column * channels + c0
+                            if not whole or job.scale == 0:
+                                copy(scratch, to, source, at, n)
+                                source, at = scratch, to
+                            if job.scale != 0:
+                                if job.silu != 0:
+                                    _normalise_silu(
+                                        scratch, to, source, at, own_scale, own_shift, vectors
+                                    )
+                                else:
+                                    _normalise(
+                                        scratch, to, source, at, own_scale, own_shift, vectors
+                                    )
+                        to = grid_at + j * WIDE
+                        transform(scratch, to, size * WIDE, scratch, column_at, WIDE, vectors)
                     for i in range(side):
-                        to = i * side * plane + (tile_row * columns + tile) * channels + c0
-                        at = (size + i * longest + (tile - first) * step) * BLOCK
-                        transform(tiles, to, plane, scratch, at, BLOCK, n)
+                        at = grid_at + i * size * WIDE
+                        to = i * side * job.plane + (tile_row * columns + tile) * channels + c0
+                        if whole:
+                            transform(tiles, to, job.plane, scratch, at, WIDE, vectors)
+                        else:
+                            transform(scratch, row_at, WIDE, scratch, at, WIDE, vectors)
+                            for j in range(side):
+                                copy(tiles, to + j * job.plane, scratch, row_at + j * WIDE, n)
 
     return body
 
 
-def _output_kernel(scheme: Scheme, transform: Any) -> Any:
+def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     """Makes the output transform of a scheme from its transform along one axis."""
-    side = len(scheme.input)
+    tile_of, tile_of_with_residual = _tile(transform_1d, len(scheme.input))
 
     @inner
     def body(pointer: Any) -> None:
@@ -222,16 +388,23 @@ def _output_kernel(scheme: Scheme, transform: Any) -> Any:
         )
         own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
         # float64 first: their addresses must be multiples of 8
-        channel_sums, squares = doubles(own), doubles(own + 8 * BLOCK)
-        scratch, sums = floats(own + 16 * BLOCK), doubles(job.sums)
+        channel_sums, squares, unused = (
+            doubles(own),
+            doubles(own + 8 * BLOCK),
+            doubles(own + 16 * BLOCK),
+        )
+        own_bias, made, sums = (
+            floats(own + 32 * BLOCK),
+            floats(own + 36 * BLOCK),
+            doubles(job.sums),
+        )
         channels, width, columns = job.channels, job.width, job.tile_columns
-        plane = job.tile_rows * columns * job.products_step
         chunks = (columns + TILES - 1) // TILES
         group_size = channels // job.groups
         least = f32(0.0) if job.relu != 0 else f32(-inf)
-        # where a row of the output tile begins: after the columns transformed along the first axis
-        value = 4 * side
+        row, by_row = width * channels, width * job.residual_step
         clear(channel_sums, 0, 2 * BLOCK)
+        clear(unused, 0, 2 * BLOCK)
         while True:
             unit = atomic_next(pointer, 0)
             if unit >= job.units:
@@ -239,34 +412,46 @@ def _output_kernel(scheme: Scheme, transform: Any) -> Any:
             clear(sums, 2 * unit * job.groups, 2 * job.groups)
             tile_row = unit // chunks
             first = (unit % chunks) * TILES
-            top = (job.tile_row + tile_row) * 4
+            top = (job.tile_row + tile_row) * OUTPUT_TILE
+            down = min(OUTPUT_TILE, job.height - top)
             for c0 in range(0, channels, BLOCK):
                 n = min(BLOCK, channels - c0)
+                vectors = (n + LANES - 1) // LANES
+                copy(own_bias, 0, bias, c0, n)
                 for tile in range(first, min(first + TILES, columns)):
                     at = (tile_row * columns + tile) * job.products_step + c0
-                    across = min(4, width - tile * 4)
-                    for j in range(side):
-                        to = j * BLOCK
-                        transform(scratch, to, side * BLOCK, products, at, side * plane, n)
-                        at += plane
-                    for i in range(min(4, job.height - top)):
-                        transform(
-                            scratch, value * BLOCK, BLOCK, scratch, i * side * BLOCK, BLOCK, n
-                        )
-                        pixel = (top + i - job.out_row) * width + tile * 4
+                    across = min(OUTPUT_TILE, width - tile * OUTPUT_TILE)
+                    pixel = (top - job.out_row) * width + tile * OUTPUT_TILE
+                    to, by = pixel * channels + c0, pixel * job.residual_step + c0
+                    plane = job.plane
+                    if down * across == _PIXELS and n == vectors * LANES:
+                        if job.residual != 0:
+                            tile_of_with_residual(
+                                *(products, at, plane, own_bias, least, out, to, row, channels),
+                                *(channel_sums, vectors, residual, by, by_row, job.residual_step),
+                            )
+                        else:
+                            tile_of(
+                                *(products, at, plane, own_bias, least, out, to, row, channels),
+                                *(channel_sums, vectors),
+                            )
+                        continue
+                    tile_of(
+                        *(products, at, plane, own_bias, f32(-inf), made, 0),
+                        *(OUTPUT_TILE * BLOCK, BLOCK, unused, vectors),
+                    )
+                    for i in range(down):
                         for j in range(across):
-                            to, made = (pixel + j) * channels + c0, (value + j) * BLOCK
+                            pixel_to = to + i * row + j * channels
+                            made_at = (i * OUTPUT_TILE + j) * BLOCK
                             if job.residual != 0:
-                                by = (pixel + j) * job.residual_step + c0
+                                pixel_by = by + i * by_row + j * job.residual_step
                                 for c in range(n):
-                                    y = scratch[made + c] + bias[c0 + c] + residual[by + c]
-                                    out[to + c] = least if y < least else y  # NaN stays
-                            else:
-                                for c in range(n):
-                                    y = scratch[made + c] + bias[c0 + c]
-                                    out[to + c] = least if y < least else y
-                        at = pixel * channels + c0
-                        accumulate(channel_sums, squares, out, at, channels, across, n)
+                                    made[made_at + c] += residual[pixel_by + c]
+                            for c in range(n):
+                                y = made[made_at + c]
+                                out[pixel_to + c] = least if y < least else y  # NaN stays
+                        accumulate(channel_sums, squares, out, to + i * row, channels, across, n)
                 flush_groups(sums, unit, job.groups, group_size, c0, n, channel_sums)
 
     return body

@@ -40,7 +40,7 @@ function channelOf(data, channel) {
 function showCompared(one, first, two, second) {
   const channel = Math.max(0, channelNow());
   const rows = [["Mean over channels", planeOf(one, first, 0), planeOf(two, second, 0)],
-    ["Deviation over channels", planeOf(one, first, 1), planeOf(two, second, 1)]];
+    ["Standard deviation over channels", planeOf(one, first, 1), planeOf(two, second, 1)]];
   if (channel < second.count) {
     rows.unshift([`Channel ${channel}`, channelOf(first, channel), channelOf(second, channel)]);
   }
@@ -69,8 +69,14 @@ function showCompared(one, first, two, second) {
       name: "diverging", low: -most, high: most, min: sorted[0], max: sorted[sorted.length - 1],
       below: sorted[0] < -most, above: sorted[sorted.length - 1] > most,
     };
-    cells.push(make("h3", {}, title),
-      figure(`${title}, A`, a.image, scale, one.size),
+    const shownNow = figure(`${title}, A`, a.image, scale, one.size);
+    if (title.startsWith("Channel")) {
+      const canvas = shownNow.firstChild;
+      canvas.classList.add("opens");
+      canvas.title = "Enlarge and download";
+      canvas.onclick = openLarge;
+    }
+    cells.push(make("h3", {}, title), shownNow,
       figure(`${title}, B`, b.image, scale, two.size),
       figure(`${title}, B minus A`, { ...a.image, values }, apart, one.size));
   }

@@ -1,0 +1,128 @@
+"""Vectors of floats in LLVM code, for loops that have to keep their numbers in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir  # type: ignore[import-untyped]
+
+# floats in a vector register
+LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+# added to a small number, its last bits are the nearest integer
+ROUND = 1.5 * 2**23
+# 2^r for -1/2 <= r <= 1/2, within 2e-9
+_POWER = (
+    *(0.00015345812, 0.00133999309, 0.00961848907, 0.05550328642),
+    *(0.24022646248, 0.69314718246, 1.0),
+)
+
+
+class VectorCode:
+    """Writes LLVM code with vectors of floats."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+        self.vector = ir.VectorType(ir.FloatType(), LANES)
+        name = f"llvm.fma.v{LANES}f32"
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
+        self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def at(self, base: Any, *offsets: Any) -> Any:
+        """The address that is the sum of ``offsets`` numbers after ``base``."""
+        for offset in offsets:
+            offset = ir.IntType(64)(offset) if isinstance(offset, int) else offset
+            base = self.builder.gep(base, [offset])
+        return base
+
+    def load(self, base: Any, *offsets: Any) -> Any:
+        """The vector at an address."""
+        return self.builder.load(self.vector_at(self.at(base, *offsets)), align=4)
+
+    def store(self, vector: Any, base: Any, *offsets: Any) -> None:
+        """Writes a vector to an address."""
+        self.builder.store(vector, self.vector_at(self.at(base, *offsets)), align=4)
+
+    def vector_at(self, address: Any) -> Any:
+        """The address of a float as the address of a vector."""
+        return self.builder.bitcast(address, self.vector.as_pointer())
+
+    def constant(self, value: float) -> Any:
+        """A vector with a number in every lane."""
+        return self.vector([value] * LANES)
+
+    def broadcast(self, address: Any) -> Any:
+        """A vector with the number at an address in every lane."""
+        return self.splat(self.builder.load(address, align=4))
+
+    def splat(self, number: Any) -> Any:
+        """A vector with a number in every lane."""
+        undefined, index = self.vector(ir.Undefined), ir.IntType(32)
+        first = self.builder.insert_element(undefined, number, index(0))
+        lanes = ir.VectorType(index, LANES)([0] * LANES)
+        return self.builder.shuffle_vector(first, undefined, lanes)
+
+    def loop(
+        self,
+        first: Any,
+        end: Any,
+        carried: list[Any],
+        body: Callable[[Any, list[Any]], list[Any]],
+    ) -> list[Any]:
+        """Writes a loop over the integers from ``first`` up to ``end``.
+
+        ``body`` gets the integer and the values that the step before has returned, at first
+        ``carried``. Returns those of the last step.
+        """
+        builder, before = self.builder, self.builder.block
+        head, step, after = (builder.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        i = builder.phi(first.type)
+        values = [builder.phi(value.type) for value in carried]
+        builder.cbranch(builder.icmp_signed("<", i, end), step, after)
+        builder.position_at_end(step)
+        results = body(i, values)
+        following = builder.add(i, first.type(1))
+        last = builder.block
+        builder.branch(head)
+        i.add_incoming(first, before)
+        i.add_incoming(following, last)
+        for value, start, result in zip(values, carried, results, strict=True):
+            value.add_incoming(start, before)
+            value.add_incoming(result, last)
+        builder.position_at_end(after)
+        return values
+
+    def linear(self, *terms: tuple[float, Any]) -> Any:
+        """A sum of vectors times numbers, each rounded once with the sum so far, from the first."""
+        total = None
+        for factor, vector in terms:
+            if total is not None and abs(factor) == 1.0:
+                add = self.builder.fadd if factor > 0 else self.builder.fsub
+                total = add(total, vector)
+            elif total is not None:
+                total = self.builder.call(self.fma, [self.constant(factor), vector, total])
+            else:
+                scaled = self.builder.fmul(self.constant(factor), vector)
+                total = vector if factor == 1.0 else scaled
+        return total
+
+    def larger(self, a: Any, b: Any) -> Any:
+        """The larger of ``a`` and ``b``; ``b`` where it is NaN, as in the processor's maximum."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def smaller(self, a: Any, b: Any) -> Any:
+        """The smaller of ``a`` and ``b``; ``b`` where it is NaN."""
+        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
+
+    def power(self, shifted: Any, r: Any) -> Any:
+        """2^(n + r) within 1.1e-7, for -1/2 <= r <= 1/2 and ``shifted``, an integer n plus ROUND;
+        NaN where r is."""
+        builder, bits = self.builder, ir.VectorType(ir.IntType(32), LANES)
+        p = self.constant(_POWER[0])
+        for coefficient in _POWER[1:]:
+            p = builder.call(self.fma, [p, r, self.constant(coefficient)])
+        exponent = builder.shl(builder.bitcast(shifted, bits), bits([23] * LANES))
+        exponent = builder.add(exponent, bits([127 << 23] * LANES))
+        return builder.fmul(p, builder.bitcast(exponent, self.vector))
