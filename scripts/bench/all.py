@@ -125,7 +125,7 @@ def data_sets(cores: int, quick: bool) -> Iterator[Task]:
         size = ("--size", "512x512", "--errors", "--rounds")
         yield Task("ranks", 1, (*size, "2"), 15, ranks)
         yield Task("ranks", 1, ("--work", "encode", *size, "2"), 8, ranks)
-        bf16 = ("--size", "256x256", "--errors", "--dtype", "bfloat16", "--rounds", "1")
+        bf16 = ("--size", "64x64", "--errors", "--dtype", "bfloat16", "--rounds", "1")
         yield Task("ranks", 1, bf16, 8, ranks)
 
 

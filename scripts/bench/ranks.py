@@ -6,7 +6,7 @@ above those before it), the second one the time. Errors are those against float6
 largest value. `distvae` is measured where it is installed.
 
     python -m scripts.bench.ranks --size 512x512 --errors --json out/ranks.json
-    python -m scripts.bench.ranks --size 256x256 --errors --dtype bfloat16 --rounds 1
+    python -m scripts.bench.ranks --size 64x64 --errors --dtype bfloat16 --rounds 1
     python -m scripts.bench.ranks --work encode --ranks 2 3
 """
 
