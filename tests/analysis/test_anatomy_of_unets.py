@@ -6,10 +6,10 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-import pytestfrom helpers.slow import marked_slow
-
+import pytest
 import torch
 from helpers import commands, unets
+from helpers.slow import marked_slow
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import pytestfrom helpers.slow import first_of
-
+import pytest
 import torch
 from helpers import seeded, unets
 from helpers.fake_cuda import map_tensors
+from helpers.slow import first_of
 from helpers.versions import fails_on_torch_2_6
 from torch import Tensor, nn
 

@@ -7,10 +7,10 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
-import pytestfrom helpers.slow import first_of
-
+import pytest
 import torch
 from helpers.numbers import error
+from helpers.slow import first_of
 from helpers.triton_interpreter import Fault, Interpreter, interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
