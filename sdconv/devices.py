@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sdconv.errors import InputError
+
+_INITIALISATIONS = {
+    *(nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.constant_),
+    *(Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_),
+}
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -25,3 +36,20 @@ def usable_device(device: str | torch.device) -> torch.device:
             hint="leave the device out",
         ) from error
     return found
+
+
+class _NotInitialised(TorchFunctionMode):
+    """Leaves out the initialisation of weights, which takes longer than all else."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALISATIONS:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Within it, new modules are on torch's meta device."""
+    with torch.device("meta"), _NotInitialised():
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -48,6 +49,13 @@ NEEDS: dict[str, tuple[Callable[[], object], str]] = {
     "gpu": (_cuda, "needs a CUDA device; on a machine that has one: .venv/bin/pytest -m gpu"),
     "browser": (lambda: shutil.which("chromium"), "needs chromium: apt-get install chromium"),
 }
+
+
+def pytest_collection_finish() -> None:
+    # what the imports have made stays to the end: never look through it again for garbage
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

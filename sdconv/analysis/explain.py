@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from sdconv.analysis.anatomy import LARGEST_SIDE
 from sdconv.backends import backend
 from sdconv.config import Config
+from sdconv.devices import on_meta
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
 from sdconv.fast.cpu.cost_constants import (
@@ -117,7 +118,7 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
     Raises:
         InputError: the network does not take this size.
     """
-    with torch.device("meta"):
+    with on_meta():
         dry = build(config).eval()
     # weights of one repeated value have the shapes, dtype and device of loaded ones
     network = meta_copy(dry)

@@ -17,7 +17,7 @@ from sdconv.checkpoint.io.narrow import STORAGE_ONLY, Caster, check_dtype
 from sdconv.checkpoint.io.tensor_files import TORCH_DTYPES
 from sdconv.checkpoint.open import SourceView, Weights, one_of, open_component
 from sdconv.config import Config
-from sdconv.devices import usable_device
+from sdconv.devices import on_meta, usable_device
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -64,7 +64,7 @@ def assemble(
             identified = averaged(identified, source.label)
         identified = _overruled(identified, fields or {})
         warn_if_open(identified, stacklevel=4)  # the caller of `load` or `from_pretrained`
-        with torch.device("meta"):
+        with on_meta():
             network = build(identified.config)
         fit(identified, view.shapes, view.dtype, shapes_in(network)).check(identified, source.label)
         caster = Caster(source.label, clamp=clamp)
@@ -138,9 +138,9 @@ def _tensors(
     if dtype is None:
         dtype = _common_dtype({view.dtype(name) for name in names.values()})
     state = {}
-    for canonical, on_meta in network.state_dict().items():
+    for canonical, built in network.state_dict().items():
         if canonical not in names:
-            state[canonical] = torch.zeros_like(on_meta, device=device)
+            state[canonical] = torch.zeros_like(built, device=device)
             continue
         tensor = view.tensor(names[canonical])
         if tensor.layout is not torch.strided:

@@ -38,6 +38,7 @@ from sdconv.checkpoint.whole import (
 )
 from sdconv.config import AutoencoderKLConfig, Config
 from sdconv.config.facts import EDM_STATISTICS
+from sdconv.devices import on_meta
 from sdconv.errors import InputError, UnknownNetworkError, WeightsMismatchError
 
 Build = Callable[[Config], nn.Module]
@@ -264,7 +265,7 @@ def _refuse_unexpected(known: Sequence[_Known]) -> None:
 def _check(known: _Known, build: Build) -> None:
     """Refuses a network with tensors that are missing, of the wrong shape or integers; unexpected
     tensors are carried over."""
-    with torch.device("meta"):
+    with on_meta():
         wanted = shapes_in(build(known.one.config))
     view = known.part.view
     found = fit(known.one, view.shapes, view.dtype, wanted)

@@ -29,8 +29,8 @@ def list_points(
     exclude: list[str] | tuple[()],
 ) -> Points:
     """The points of a network that has a config but no weights."""
-    import torch
 
+    from sdconv.devices import on_meta
     from sdconv.features import Points
     from sdconv.features import features as points_of
     from sdconv.features.conditions import latent_sides
@@ -39,7 +39,7 @@ def list_points(
     from sdconv.models.unet import UNet2DConditionModel
 
     pixels = None if size is None else parse_size(size)
-    with torch.device("meta"):
+    with on_meta():
         network = build(config)
     sides = latent_sides(network, pixels) if isinstance(network, UNet2DConditionModel) else pixels
     points = points_of(network, sides)

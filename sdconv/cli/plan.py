@@ -207,9 +207,9 @@ def _without_weights(
     Raises:
         InputError: it is not an autoencoder.
     """
-    import torch
 
     from sdconv.config import AutoencoderKLConfig
+    from sdconv.devices import on_meta
     from sdconv.loading import build
     from sdconv.models.base import Autoencoder
 
@@ -223,7 +223,7 @@ def _without_weights(
     else:
         usual = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
         config = AutoencoderKLConfig(**{**AutoencoderKLConfig.assumed, **usual})
-    with torch.device("meta"):
+    with on_meta():
         network = build(config)
     assert isinstance(network, Autoencoder)  # what "vae" is
     return network

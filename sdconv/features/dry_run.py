@@ -20,6 +20,7 @@ from sdconv.config import (
     UNet2DConditionConfig,
 )
 from sdconv.convolution.geometry import ReceptiveField, pair
+from sdconv.devices import on_meta
 from sdconv.errors import SdconvError
 from sdconv.features.hook_points import HookPoint, hook_points
 from sdconv.features.hooks import attach
@@ -112,7 +113,7 @@ def _skeleton(network: nn.Module) -> Network | None:
             config = kind.from_json(own, "config")
         except SdconvError:  # a variant in diffusers that sdconv does not have
             return None
-    with torch.device("meta"):
+    with on_meta():
         if isinstance(config, UNet2DConditionConfig):
             return UNet2DConditionModel(config, None)
         return build(config)

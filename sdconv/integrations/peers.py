@@ -19,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 
 from sdconv.config import AutoencoderTinyConfig, Config
+from sdconv.devices import on_meta
 from sdconv.errors import SdconvError
 
 Tensors = dict[str, Tensor]
@@ -55,7 +56,7 @@ def peer(
         )
     fields = dict(config_json or config.to_json())
     parameters = inspect.signature(kind.__init__).parameters
-    with torch.device("meta"):
+    with on_meta():
         network = kind.from_config({k: v for k, v in fields.items() if k in parameters})
     convert, conversion = _CONVERSIONS[config.class_name, layout]
     try:

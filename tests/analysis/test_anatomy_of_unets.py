@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import commands, unets
+from helpers.slow import marked_slow
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +26,7 @@ def anatomy(family: str = "SD1", size: int | tuple[int, int] = 128) -> Anatomy:
     return dissect(unets.on_meta(unets.smallest(family)).config, size)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", marked_slow(FAMILIES, but=("SD1", "SDXL")))
 def test_counts_are_those_of_the_network_and_of_torch(family: str) -> None:
     network = unets.on_meta(unets.smallest(family))
     found = dissect(network.config, (128, 64))
@@ -97,6 +98,7 @@ def test_what_depends_on_the_prompt_or_the_timestep_has_no_receptive_field() -> 
     assert layers["conv_out"].downscale == (1, 1)
 
 
+@pytest.mark.slow
 def test_the_command_shows_them(tmp_path: Path) -> None:
     shown = commands.run("anatomy", "tiny-unet", "--size", "128x64", "--depth", 1)
     assert shown.exit_code == 0, shown.stderr

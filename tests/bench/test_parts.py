@@ -29,6 +29,7 @@ def test_parts_of_operations(operation: str, part: str) -> None:
     assert part_of(operation) == part and part in PARTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", sdconv.backends.BACKENDS)
 def test_a_decode(backend: str) -> None:
     vae = sdconv.load(WEIGHTS / "tiny-vae.safetensors", dtype=torch.float32)

@@ -211,6 +211,7 @@ def test_scaled_fp8_is_multiplied(tmp_path: Path) -> None:
     assert torch.equal(written[name], right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [768, 1024])
 def test_text_encoders_in_other_layouts(width: int, tmp_path: Path) -> None:
     """A folder and an original file, which has OpenCLIP's layout for SD2."""

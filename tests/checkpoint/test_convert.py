@@ -397,6 +397,7 @@ print(taken(False), taken(True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: it reads /proc")
 def test_memory_stays_far_below_the_size_of_the_file(tmp_path: Path) -> None:
     # the small VAE with twice the channels, in float32, its values a hole in the file

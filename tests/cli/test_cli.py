@@ -571,6 +571,7 @@ finally:
     assert all(command in result.stdout for command in COMMANDS)
 
 
+@pytest.mark.slow
 def test_drawing_without_matplotlib(here: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['matplotlib'] = None; from sdconv.cli import main; main()"
     model = here / "vae.safetensors"

@@ -157,6 +157,7 @@ def test_a_photo_through_a_unet(here: Path, out: Path) -> None:
     assert run(here / "scaled.safetensors", *given[1:]).exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     first_of(
@@ -259,6 +260,7 @@ def test_a_full_disk_leaves_nothing(here: Path, out: Path) -> None:
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interruption_leaves_nothing(out: Path) -> None:
     given = ("--noise", "-m", UNET, "--steps", 500, "--size", 256, "-o", out)
     command = [sys.executable, "-m", "sdconv", "features", *map(str, given)]

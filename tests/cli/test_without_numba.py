@@ -64,6 +64,7 @@ def test_with_numba_fast_is_the_default(tmp_path: Path) -> None:
     assert default != encoded(tmp_path, "reference", "--backend", "reference")[0]
 
 
+@pytest.mark.slow
 def test_a_process_without_numba(tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     command = ["reconstruct", str(PHOTO), "-m", str(VAE), "--size", "64", "-o", str(out)]

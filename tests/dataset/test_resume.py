@@ -323,6 +323,7 @@ def kill_and_complete(
         assert len(found) == len(set(found)) == 22
 
 
+@pytest.mark.slow
 def test_killed_five_times(
     forker: Forker, source: Path, vae: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -124,6 +124,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
     pages = {path.name: path.read_text() for path in site.glob("*.html")}
     assert {page.with_suffix(".html").name for page in PAGES} <= set(pages)
@@ -144,6 +145,7 @@ def test_equations_are_mathml(site: Path) -> None:
         assert (site / html).read_text().count("<math ") == len(equations), page.name
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_search_works_from_the_disk(site: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")

@@ -42,6 +42,7 @@ def test_load_any_checkpoint() -> None:
     assert len({line.split(maxsplit=1)[1] for line in lines}) == 1, "not the same network"
 
 
+@pytest.mark.slow
 def test_load_any_checkpoint_reports_a_broken_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"not a checkpoint")
@@ -53,6 +54,7 @@ def test_load_any_checkpoint_reports_a_broken_file(tmp_path: Path) -> None:
     assert "broken.safetensors" in ran.stderr
 
 
+@pytest.mark.slow
 def test_reconstruct(tmp_path: Path) -> None:
     printed = run("reconstruct", "--size", 64, "--out", tmp_path / "r.png")
     assert printed.startswith("12288 numbers in the image, 256 in its latents\n")

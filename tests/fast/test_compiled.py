@@ -115,7 +115,7 @@ def test_compiled_by_inductor(name: str) -> None:
 
 
 @fails_on_torch_2_6("it traces neither the VAE's attention nor diffusers' transformers")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", first_of(NETWORKS))
 def test_exported(name: str) -> None:
     kind, given = NETWORKS[name]
     network = kind().requires_grad_(False)

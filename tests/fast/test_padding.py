@@ -119,6 +119,7 @@ def test_torchs_function_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(got, before) > 1e-3, "the control: the change matters"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", first_of(MODES))
 def test_strips_of_any_height(mode: str) -> None:
     from helpers.streamed import call, executed, planned

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
+import typer.main
+import typer.testing
 from typer.testing import CliRunner, Result
 
 from sdconv.cli import app
+
+# the runner would build all commands anew in each run
+vars(typer.testing)["_get_command"] = cache(typer.main.get_command)
 
 
 def run(*arguments: object) -> Result:

@@ -197,6 +197,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(client: Client) -> None:
     assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(content).digest()
 
 
+@pytest.mark.slow
 def test_a_connection_cut_for_good_leaves_nothing(client: Client) -> None:
     client.hub.cuts = [5_000] * 100
     text = client.error(NAME)

@@ -81,6 +81,7 @@ def test_save_pretrained_and_from_pretrained(kind: str, tmp_path: Path) -> None:
         assert run(one, "text", **SIZE) == expected
 
 
+@pytest.mark.slow
 def test_diffusers_is_imported_for_transformers_only_and_accepts_networks_loaded_before(
     tmp_path: Path,
 ) -> None:

@@ -443,6 +443,7 @@ def test_custom_modules_in_the_slots() -> None:
         assert not torch.equal(before, network(*arguments[:2], -arguments[2], *arguments[3:])[0])
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break() -> None:
     ours, peer = pair(SMALL, unets.smallest)
     arguments = unets.inputs(peer.config)

@@ -131,6 +131,7 @@ def test_double_precision_is_the_reference() -> None:
     assert WinogradConv3x3 not in kinds(copy.deepcopy(NETWORK).double())
 
 
+@pytest.mark.slow
 def test_a_very_long_side() -> None:
     x = randn(1, 4, 6, 300)
     for z in (x, x.transpose(2, 3)):

@@ -33,6 +33,7 @@ from sdconv.analysis.anatomy.counts import Anatomy, Block, Operation
 from sdconv.config import Config
 from sdconv.config.facts import PIXELS_PER_LATENT
 from sdconv.convolution.geometry import ReceptiveField, conv_multiplies, pair
+from sdconv.devices import on_meta
 from sdconv.errors import InputError
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
@@ -78,7 +79,7 @@ def dissect(config: Config, size: int | tuple[int, int] = 512) -> Anatomy:
             expected=f"at most {LARGEST_SIDE} rows and columns",
             got=f"{rows}x{columns}",
         )
-    with torch.device("meta"):
+    with on_meta():
         network = build(config)
     least = network.downscale if isinstance(network, Autoencoder) else PIXELS_PER_LATENT
     if min(rows, columns) < least:

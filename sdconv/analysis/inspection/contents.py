@@ -11,8 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdconv.analysis.inspection.notes import notes_on
 from sdconv.checkpoint.identify.fit import fit
 from sdconv.checkpoint.identify.infer import Identified
@@ -21,6 +19,7 @@ from sdconv.checkpoint.io.header import TensorInfo
 from sdconv.checkpoint.io.source import Source, open_files, open_folder
 from sdconv.checkpoint.open import SourceView, network_folders
 from sdconv.config import Config
+from sdconv.devices import on_meta
 from sdconv.errors import UnknownNetworkError, WeightsMismatchError
 from sdconv.loading import build
 
@@ -255,7 +254,7 @@ def _network(
     wanted, learned = None, set(found.names)
     # a U-Net takes its transformers from diffusers, which is slow to import
     if one.component == "vae":
-        with torch.device("meta"):
+        with on_meta():
             network = build(one.config)
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         learned = {name for name, _ in network.named_parameters()}

@@ -382,8 +382,7 @@ class WinogradPass:
         if self._out_rows is not None:
             out = self._out_rows[first:end]
         else:
-            shape = (end - first, strip.width, channels)
-            out = scratch.take("output", shape, COMPUTE_DTYPE)
+            out = scratch.take("output", (end - first, strip.width, channels), COMPUTE_DTYPE)
         sums = kernels.output_transform(
             strip, products, self.offsets, residual, self.relu, out, self.groups
         )

@@ -168,6 +168,7 @@ def test_a_damaged_file_is_said_once_and_not_used(
     assert constants_in_force() == calibration.constants, "calibrating again mends it"
 
 
+@pytest.mark.slow
 def test_the_tests_read_no_users_cache() -> None:
     folder = Path(os.environ[cost_constants.ENVIRONMENT])
     assert not folder.exists() and cost_constants.constants_path().parent == folder

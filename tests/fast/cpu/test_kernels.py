@@ -122,6 +122,7 @@ def test_a_fingerprint_depends_on_the_ends_of_every_size(size: int) -> None:
     assert len(seen) == 1 + len(changes)
 
 
+@pytest.mark.slow
 def test_with_a_broken_numba_it_warns_and_computes_by_torch(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less')")
     code = """

@@ -42,6 +42,7 @@ def forget() -> Iterator[None]:
     processor.direct_rate.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forget")
 @pytest.mark.parametrize("found", [frozenset(), frozenset({"amx_bf16"})], ids=["none", "AMX"])
 def test_a_plan_follows_the_processor(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ def test_written_and_loaded(tmp_path: Path) -> None:
     assert choices.current() == choices.SHIPPED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", first_of([True, False]))
 def test_named_by_the_environment(known: bool, tmp_path: Path) -> None:
     path = tmp_path / "choices.json"

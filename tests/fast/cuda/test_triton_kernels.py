@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.numbers import error
+from helpers.slow import first_of
 from helpers.triton_interpreter import Fault, Interpreter, interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -224,7 +225,7 @@ def test_softmax_rows_of_infinity_and_nan(kernels: Interpreter) -> None:
     assert error(out[2:], expected[2:]) < 1e-2
 
 
-@pytest.mark.parametrize("tiling", SMALL, ids=str)
+@pytest.mark.parametrize("tiling", first_of(SMALL), ids=str)
 def test_values_far_from_zero(kernels: Interpreter, tiling: Tiling) -> None:
     # a float32 near 1000 is exact to 3e-5; the variance as E[x^2] - E[x]^2 would be off by 1e-1
     case = Case(height=16, mean=1000.0, given="")

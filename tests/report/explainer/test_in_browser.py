@@ -438,6 +438,7 @@ def test_task_predict_a_size(shared: Tab) -> None:
     assert page.inner_text("#padding .verdict >> nth=0").startswith(f"No, not {predicted + 1}")
 
 
+@pytest.mark.slow
 def test_task_find_a_padding_bug(shared: Tab) -> None:
     at(shared, "padding")
     shared.page.click("#padding >> text=Run the network both ways")

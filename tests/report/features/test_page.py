@@ -114,6 +114,7 @@ def test_signed_feature_maps_are_marked(tmp_path: Path) -> None:
     assert [one["snapshots"][0]["signed"] for one in listed] == [True, False, False]
 
 
+@pytest.mark.slow
 def test_a_unets_page_opens_on_a_late_step_of_its_up_path(tmp_path: Path) -> None:
     page(tmp_path / "a.html", without_the_largest())
     index = block((tmp_path / "a.html").read_text("utf-8"), "index")

@@ -21,6 +21,7 @@ from sdconv.fast.cpu.numba import attention as attention_kernel
 from sdconv.fast.cpu.numba import gemm, reductions, transforms
 from sdconv.fast.cpu.numba import linear as linear_kernels
 from sdconv.fast.cpu.numba.launch import launch, threads
+from sdconv.fast.cpu.numba.vectors import LANES
 from sdconv.fast.cpu.tiling import Strip
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
 
@@ -122,7 +123,7 @@ def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def padded(channels: int) -> int:
-    return -(-channels // gemm.LANES) * gemm.LANES
+    return -(-channels // LANES) * LANES
 
 
 def pack(right: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def _linear(
     """A kernel's output ``(..., columns)`` for an input ``(..., K)`` and a weight ``(O, K)``."""
     depth = weight.shape[1]
     rows = x.numel() // depth
-    if rows < _LEAST_ROWS or columns % gemm.LANES:
+    if rows < _LEAST_ROWS or columns % LANES:
         return None
     panels = -(-columns // gemm.PANEL)
     # as many rows as leave each thread some units
