@@ -120,6 +120,7 @@ def test_equal_checkpoints_keep_their_bits(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, load_file(c)[k]) for k, tensor in load_file(out).items())
 
 
+@pytest.mark.slow
 def test_any_layout_and_form(tmp_path: Path) -> None:
     a, b = files(tmp_path, A, B)
     other, out = tmp_path / "other.safetensors", tmp_path / "out.safetensors"

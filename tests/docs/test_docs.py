@@ -132,12 +132,14 @@ def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) ->
     assert [name for name, html in pages.items() if re.search(loaded, html)] == []
 
 
+@pytest.mark.slow
 def test_the_explainer_is_the_sites_first_page(site: Path) -> None:
     home = (site / "index.html").read_text().partition("<body")[2]
     assert 0 < home.find('href="explainer/index.html"') < home.find('href="convolutions.html"')
     assert (site / "explainer" / "index.html").read_text() == explainer()
 
 
+@pytest.mark.slow
 def test_equations_are_mathml(site: Path) -> None:
     for page in PAGES:
         equations = re.findall(r"^```math$", page.read_text(), re.MULTILINE)

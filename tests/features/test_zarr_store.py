@@ -261,6 +261,7 @@ def test_a_run_killed_at_any_moment(tmp_path: Path) -> None:
         assert all(torch.equal(x, maps[name]) for x in found.series(name).tensors)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_complete_maps(tmp_path: Path) -> None:
     # files of more than 12 kB, such as the second map's, cannot be written
     code = """

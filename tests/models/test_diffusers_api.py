@@ -161,6 +161,7 @@ assert made.vae is vae
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", first_of(["import sdconv", "import diffusers, sdconv"]))
 def test_classes_behave_in_either_order_of_imports(imports: str) -> None:
     command = [sys.executable, "-c", IN_ORDER.format(imports=imports)]

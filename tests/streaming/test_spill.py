@@ -188,6 +188,7 @@ def test_a_warning_for_a_folder_in_memory() -> None:
         spill_folder("/dev/shm")
 
 
+@pytest.mark.slow
 @LINUX
 @torch.no_grad()
 def test_no_growth_over_many_calls(network: Any) -> None:

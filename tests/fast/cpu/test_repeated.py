@@ -203,6 +203,7 @@ def called(block: nn.Module, x: Tensor) -> None:
         block(x)
 
 
+@pytest.mark.slow
 @COUNTED
 def test_no_growth_over_many_decodes(vae: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.randn(1, 4, 8, 8)

@@ -141,6 +141,7 @@ def test_names_cannot_close_the_script_element(tmp_path: Path) -> None:
     assert block(text, "index")["maps"][0]["name"] == name
 
 
+@pytest.mark.slow
 def test_it_stays_within_the_size_limit(tmp_path: Path) -> None:
     def noise() -> np.ndarray:
         return np.random.default_rng(0).standard_normal((300, 64, 64)).astype(np.float32)
