@@ -213,6 +213,7 @@ def command(code: str, folder: Path) -> list[str]:
     return [sys.executable, "-c", HEAD + textwrap.dedent(code), str(folder)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_complete_maps(tmp_path: Path) -> None:
     code = """
         calls = []

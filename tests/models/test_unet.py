@@ -52,7 +52,7 @@ def rows(ours: nn.Module, peer: nn.Module, *arguments: Any) -> tuple[ModuleDiffe
 
 
 # the others have the same kinds of modules
-DIFFERENT = ["SD1", "SDXL", "SD2 unCLIP", "KOALA 700M", "x4 upscaler", "uneven layers", SMALL]
+DIFFERENT = ["SD1", "SDXL", "KOALA 700M", "uneven layers", SMALL]
 
 
 @pytest.mark.parametrize("family", marked_slow(unets.FAMILIES, but=DIFFERENT))
