@@ -96,7 +96,8 @@ def test_channels_sizes_and_order_match_a_run() -> None:
         network(torch.zeros(1, 3, 32, 48))
     assert list(maps) == [name for name in points.names if name in maps]
     for name, point in by_name(points).items():
-        if "attentions.0." in name:  # tokens, (B, N, C)
+        if "attentions.0." in name:  # tokens, (B, N, C), but (B, C, N) where they are normalised
+            assert point.channels == 64, name
             continue
         value = maps[name]
         assert isinstance(value, torch.Tensor)
