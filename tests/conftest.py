@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("ci" if os.environ.get("CI") else "local")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # a shell's background job: what tests start and interrupt would ignore it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # the constants that ship choose the methods, here and in the commands that tests start, not
     # those that a user has fitted: nothing is ever in this folder
     os.environ["SDCONV_CACHE"] = str(Path(tempfile.gettempdir()) / "no-cache-of-sdconv")
