@@ -285,9 +285,9 @@ def miscompiled() -> Any:
     """The transforms compiled again with two of the schemes' points off by a hundredth. They are
     kept, since a thread finds its jobs by a kernel's id."""
     source = Path(transforms().__file__)
-    right, where = source.read_text("utf-8"), "_PP, _QQ, _RR = "
+    right, where = source.read_text("utf-8"), "\nVectors = "
     assert right.count(where) == 1
-    wrong = right.replace(where, f"_P, _R = f32(1.01) * _P, f32(1.01) * _R\n{where}")
+    wrong = right.replace(where, f"\n_P, _R = 1.01 * _P, 1.01 * _R\n{where}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "miscompiled.py"
         file.write_text(wrong, "utf-8")
