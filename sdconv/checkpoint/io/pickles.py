@@ -26,6 +26,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
@@ -34,7 +35,7 @@ import torch
 
 from sdconv.checkpoint.io.files import AGAIN, LARGEST_TEXT, foreign, os_errors, regular_file, short
 from sdconv.checkpoint.io.header import read_header
-from sdconv.errors import CheckpointError, InputError
+from sdconv.errors import CheckpointError, InputError, SdconvWarning
 
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
 """The suffixes of files that are read as pickles."""
@@ -78,7 +79,17 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
 _NOT_WEIGHTS = re.compile(r"(optim|opt_|scheduler|lr_|rng|loops|scaler|amp).*|opt", re.IGNORECASE)
 _OUTERMOST = "."
 _LONGEST_PATH = 200
-_key: ContextVar[str | None] = ContextVar("sdconv_pickle_key", default=None)
+
+
+@dataclass
+class _Choice:
+    """A key, and whether a pickle has been read by it."""
+
+    key: str
+    used: bool = False
+
+
+_choice: ContextVar[_Choice | None] = ContextVar("sdconv_pickle_key", default=None)
 
 
 @contextmanager
@@ -89,6 +100,9 @@ def weights_key(key: str | None) -> Iterator[None]:
         key: where the weights are, such as ``"params_ema"`` or ``"model.state_dict"``; ``"."`` for
             the outermost dict. None for the only ones, or for those chosen by a context around
             this one.
+
+    Warns:
+        SdconvWarning: no pickle was read within it.
     """
     if key is None:
         yield
@@ -97,11 +111,15 @@ def weights_key(key: str | None) -> Iterator[None]:
         raise InputError(
             "not a name", where="key", expected="'ema', 'model.state_dict' or the like", got=key
         )
-    token = _key.set(key)
+    choice = _Choice(key)
+    token = _choice.set(choice)
     try:
         yield
     finally:
-        _key.reset(token)
+        _choice.reset(token)
+    if not choice.used:
+        what = f"the key {short(key)} chose nothing: it is for pickles, and none was opened"
+        warnings.warn(SdconvWarning(f"{what}. hint: leave the key out"), stacklevel=3)
 
 
 _ONE_AT_A_TIME = Lock()  # torch has one list of safe globals for all threads
@@ -358,12 +376,13 @@ def _weights(file: Path, content: object) -> dict[str, torch.Tensor]:
     dicts = _dicts_of_tensors(content)
     # the weights of a network have names of several parts
     candidates = {k: v for k, v in dicts.items() if any("." in name for name in v)}
-    key = _key.get()
-    if key is not None:
-        if key in dicts:
-            return dicts[key]
+    choice = _choice.get()
+    if choice is not None:
+        choice.used = True
+        if choice.key in dicts:
+            return dicts[choice.key]
         raise CheckpointError(
-            f"holds no weights under {short(key)}",
+            f"holds no weights under {short(choice.key)}",
             where=file,
             expected=_listed(candidates or dicts),
             hint="leave the key out" if len(candidates) == 1 else None,

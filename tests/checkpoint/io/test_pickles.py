@@ -385,6 +385,15 @@ def test_a_key_is_a_name() -> None:
         pass
 
 
+def test_a_key_without_a_pickle_is_a_warning(tmp_path: Path) -> None:
+    from helpers import seeded
+
+    network = seeded.network(seeded.SMALL_KL)
+    sdconv.save(network, tmp_path / "a.safetensors")
+    with pytest.warns(sdconv.SdconvWarning, match="'ema' chose nothing"):
+        sdconv.load(tmp_path / "a.safetensors", family="sd1", key="ema")
+
+
 def test_keys_of_load_and_the_commands(tmp_path: Path) -> None:
     from helpers import commands, seeded
 
