@@ -39,12 +39,15 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 class _NotInitialised(TorchFunctionMode):
-    """Leaves out the initialisation of weights, which takes longer than all else."""
+    """Leaves out the initialisation of weights on the meta device, which takes longer than all
+    else there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _INITIALISATIONS:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            weight = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if weight.is_meta:
+                return weight
         return func(*args, **kwargs)
 
 

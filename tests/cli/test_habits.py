@@ -367,6 +367,7 @@ def test_a_key_chooses_in_a_pickle(command: str, several: Path) -> None:
     assert refused.exit_code == 2 and f"pass {option} params" in refused.stderr
     chosen = run(*words, option, "params")
     assert chosen.exit_code == 0, chosen.stderr
+    assert "chose nothing" not in chosen.stderr
     assert run(*words, option, "absent", "--force").exit_code == 2
 
 

@@ -111,12 +111,14 @@ def weights_key(key: str | None) -> Iterator[None]:
         raise InputError(
             "not a name", where="key", expected="'ema', 'model.state_dict' or the like", got=key
         )
-    choice = _Choice(key)
+    choice, around = _Choice(key), _choice.get()
     token = _choice.set(choice)
     try:
         yield
     finally:
         _choice.reset(token)
+    if choice.used and around is not None:
+        around.used = True
     if not choice.used:
         what = f"the key {short(key)} chose nothing: it is for pickles, and none was opened"
         warnings.warn(SdconvWarning(f"{what}. hint: leave the key out"), stacklevel=3)

@@ -51,7 +51,7 @@ class Kernels(Protocol):
         out: Tensor,
         groups: int,
     ) -> tuple[Tensor, Tensor]:
-        """Transforms ``products`` ``(positions, T, O or more)`` into ``out``, the strip's rows of
+        """Transforms ``products`` ``(positions, T, padded(O))`` into ``out``, the strip's rows of
         the output, adds ``bias`` and ``residual``, and applies ReLU if ``relu``; returns the
         `sums` of ``out``."""
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,9 @@ def test_transforms(
         made = torch.empty(scheme.positions, strip.tiles, channels, dtype=dtype)
         kernels.input_transform(strip, own_rows[row:end], row, own_above, own_affine, True, made)
         out = torch.empty_like(own_residual)
-        parts = kernels.output_transform(strip, made, own_bias, own_residual, relu, out, 4)
+        products = torch.full((*made.shape[:2], kernels.padded(channels)), nan, dtype=dtype)
+        products[:, :, :channels] = made
+        parts = kernels.output_transform(strip, products, own_bias, own_residual, relu, out, 4)
         tiles.append(made)
         outs.append(out)
         sums.append(combine(*parts))

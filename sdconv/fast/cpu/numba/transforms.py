@@ -57,7 +57,7 @@ WIDE = 128
 TILES = 16
 _PIXELS = OUTPUT_TILE**2
 # floats of scratch memory for each thread: those of CONV3X3, which needs more than UPSAMPLE_CONV
-INPUT_SCRATCH = (3 + 6 + 6 + 6 * 6) * WIDE
+INPUT_SCRATCH = (2 + 6 + 6 + 6 * 6) * WIDE
 OUTPUT_SCRATCH = (4 + 4 + 1 + _PIXELS) * BLOCK
 
 # the schemes' points, as in `sdconv.fast.cpu.winograd`
@@ -241,9 +241,9 @@ def _affine(silu: bool) -> Any:
     return llvm(fill)
 
 
-def _tile(transform: Any, side: int) -> tuple[Any, Any]:
-    """Makes two functions that compute a whole tile of the output for some vectors of channels, and
-    add its values and their squares to ``sums``; the second one adds a residual."""
+def _tile(transform: Any, side: int, residual: bool) -> Any:
+    """Makes a function that computes a whole tile of the output for some vectors of channels, and
+    adds its values and their squares to ``sums``; ``residual`` is not read unless it is added."""
 
     def fill(
         context: Any,
@@ -258,40 +258,19 @@ def _tile(transform: Any, side: int) -> tuple[Any, Any]:
         step: Any,
         sums: Any,
         vectors: Any,
-    ) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Code(builder).tile(transform, side, False, args)
-            return context.get_dummy_value()
-
-        given = (products, at, plane, bias, least, out, to, row, step, sums, vectors)
-        return types.void(*given), codegen
-
-    def fill_with_residual(
-        context: Any,
-        products: Any,
-        at: Any,
-        plane: Any,
-        bias: Any,
-        least: Any,
-        out: Any,
-        to: Any,
-        row: Any,
-        step: Any,
-        sums: Any,
-        vectors: Any,
-        residual: Any,
+        added: Any,
         by: Any,
         by_row: Any,
         by_step: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Code(builder).tile(transform, side, True, args)
+            _Code(builder).tile(transform, side, residual, args)
             return context.get_dummy_value()
 
         given = (products, at, plane, bias, least, out, to, row, step, sums, vectors)
-        return types.void(*given, residual, by, by_row, by_step), codegen
+        return types.void(*given, added, by, by_row, by_step), codegen
 
-    return llvm(fill), llvm(fill_with_residual)
+    return llvm(fill)
 
 
 _normalise, _normalise_silu = _affine(False), _affine(True)
@@ -303,7 +282,7 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     transform = _along(transform_1d, size)
     # where things are in the scratch memory: a column of the tile, a row of tile positions, and the
     # tile's columns, each transformed
-    column_at, row_at, grid_at = 3 * WIDE, 9 * WIDE, 15 * WIDE
+    column_at, row_at, grid_at = 2 * WIDE, 8 * WIDE, 14 * WIDE
 
     @inner
     def body(pointer: Any) -> None:
@@ -375,7 +354,8 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
 
 def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     """Makes the output transform of a scheme from its transform along one axis."""
-    tile_of, tile_of_with_residual = _tile(transform_1d, len(scheme.input))
+    side = len(scheme.input)
+    tile_of, tile_of_with_residual = (_tile(transform_1d, side, added) for added in (False, True))
 
     @inner
     def body(pointer: Any) -> None:
@@ -433,12 +413,12 @@ def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                         else:
                             tile_of(
                                 *(products, at, plane, own_bias, least, out, to, row, channels),
-                                *(channel_sums, vectors),
+                                *(channel_sums, vectors, residual, by, by_row, job.residual_step),
                             )
                         continue
                     tile_of(
                         *(products, at, plane, own_bias, f32(-inf), made, 0),
-                        *(OUTPUT_TILE * BLOCK, BLOCK, unused, vectors),
+                        *(OUTPUT_TILE * BLOCK, BLOCK, unused, vectors, residual, 0, 0, 0),
                     )
                     for i in range(down):
                         for j in range(across):
