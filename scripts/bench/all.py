@@ -117,10 +117,12 @@ def data_sets(cores: int, quick: bool) -> Iterator[Task]:
         small = ("--size", "64x64", "--errors", "--rounds", "1", "--ranks", str(min(cores, 2)))
         yield Task("ranks", 1, small, 1, ranks)
         return
-    for sizes, minutes in (("256", 12), ("512", 48)):
+    for sizes, minutes in (("256", 6), ("512", 18)):
         yield Task("dataset", cores, ("--sizes", sizes), minutes, dataset, True)
-    for sizes, minutes in (("256", 24), ("512", 96)):
-        yield Task("dataset", cores, ("--full", "--sizes", sizes), minutes, dataset, True)
+    two = ("--sides", "diffusers + DataLoader", "sdconv fast")
+    for sizes, minutes in (("256", 14), ("512", 57)):
+        full = ("--full", "--sizes", sizes, *two)
+        yield Task("dataset", cores, full, minutes, dataset, True)
     if cores > 1:
         size = ("--size", "512x512", "--errors", "--rounds")
         yield Task("ranks", 1, (*size, "2"), 15, ranks)

@@ -241,7 +241,7 @@ def encoding(args: argparse.Namespace, folder: Path, runs: Runs, keep: Any) -> N
             images = folder / f"images{turn}"
             if not images.exists():
                 write_images(images, numbers)
-            for side in SIDES:
+            for side in args.sides:
                 done = runs.setdefault(json.dumps([work_of(size, args), side]), [])
                 if len(done) > turn or not numbers:
                     continue
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="over which they are divided")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--full", action="store_true", help="a VAE of full size")
     parser.add_argument("--plan", type=int, metavar="FILES", help="measure planning alone")
     parser.add_argument("--json", type=Path, help="a file for the figures")
@@ -270,7 +271,8 @@ def main() -> None:
     if args.side:
         print(json.dumps(one_side(args.side, args)))
         return
-    told = {name: getattr(args, name) for name in ("images", "sizes", "workers", "rounds", "full")}
+    names = ("images", "sizes", "workers", "rounds", "sides", "full")
+    told = {name: getattr(args, name) for name in names}
     runs: Runs = {}
     if args.json is not None and args.json.exists():
         before = json.loads(args.json.read_text("utf-8"))

@@ -141,7 +141,7 @@ def draw(pages: Sequence[Path], folder: Path, plots: Path) -> None:
 
 
 def keep(path: Path, folder: Path) -> Path:
-    """Copies a run's file to a folder, named by processor and day.
+    """Copies a run's file to a folder, named by processor, day and commit.
 
     Raises:
         SystemExit: its sizes are small.
@@ -150,7 +150,8 @@ def keep(path: Path, folder: Path) -> Path:
     if run["quick"]:
         raise SystemExit(f"{path}: a run of small sizes; its figures say nothing")
     on = run["machine"]
-    name = re.sub(r"[^a-z0-9]+", "-", f"{on['processor']} {on['vectors']} {on['date']}".lower())
+    what = " ".join(str(on[name]) for name in ("processor", "vectors", "date", "sdconv"))
+    name = re.sub(r"[^a-z0-9]+", "-", what.lower())
     to = folder / f"{name.strip('-')}.json"
     write_whole(to, json.dumps(run, indent=1) + "\n")
     return to

@@ -81,8 +81,10 @@ def test_quick_runs_are_not_kept(tmp_path: Path) -> None:
     file.write_text(json.dumps(run("2026-01-01", 1.0, quick=True)))
     with pytest.raises(SystemExit, match="small sizes"):
         report.keep(file, tmp_path / "docs")
-    file.write_text(json.dumps(run("2026-01-01", 1.0)))
-    assert report.keep(file, tmp_path / "docs").name == "a-b-avx2-2026-01-01.json"
+    whole = run("2026-01-01", 1.0)
+    whole["machine"]["sdconv"] = "1a2b3c4"
+    file.write_text(json.dumps(whole))
+    assert report.keep(file, tmp_path / "docs").name == "a-b-avx2-2026-01-01-1a2b3c4.json"
 
 
 def test_tables_change_with_their_columns() -> None:
