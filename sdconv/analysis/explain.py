@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class Explained:
     """One convolution, with the upsampling or the padding that belongs to it.
 
     ``work``: "encode", "decode" or "forward". ``kind``: "conv3x3", "upsample_conv" or
-    "downsample_conv". ``size``: rows and columns of the input. ``method``: "winograd", "im2col",
-    "direct", or "torch" for what the fast backend leaves to the layer itself. ``costs``: the
+    "downsample_conv". ``size``: rows and columns of the input. ``method``: one of
+    `ConvPlan`'s, or "torch" for what the fast backend leaves to the layer itself. ``costs``: the
     modelled time of each method, in multiplications of a matrix product; empty for "torch".
     ``reason``: why this method, in words.
     """
@@ -197,6 +198,7 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
     else:
         sizes = packed_bytes(kind, channels, out_channels)
         available = tuple(method for method, size in sizes.items() if size <= room)
+        available += ("winograd_uncached",) if find_spec("numba") else ()
         # the fast backend takes a 3x3 convolution together with the normalisation before it
         normalised = kind == "conv3x3"
         shape = batch, channels, out_channels, height, width

@@ -19,6 +19,7 @@ from sdconv.fast.cpu.conv import (
     Epilogue,
     NotFiniteError,
     WinogradPass,
+    by_packed,
     pack_pointwise,
 )
 from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
@@ -157,7 +158,7 @@ class _WinogradRunner:
             scheme=layer.scheme,
             x=_channels_first(context.source),
             out=_channels_first(context.target),
-            weight=weight_cache.borrow(weight, WINOGRAD_PACK[layer.scheme]),
+            multiply=by_packed(weight_cache.borrow(weight, WINOGRAD_PACK[layer.scheme])),
             affine=affine,
             silu=layer.silu,
             offsets=epilogue.offsets(1, len(weight))[0],

@@ -46,17 +46,17 @@ def test_each_kind_has_its_methods_and_the_cheapest_is_taken() -> None:
     methods: dict[str, set[str]] = {layer.kind: set() for layer in layers}
     for layer in layers:
         methods[layer.kind].add(layer.method)
-    assert methods["conv3x3"] >= {"winograd", "im2col", "direct"}
-    assert methods["upsample_conv"] == {"winograd"}
+    assert methods["conv3x3"] >= {"winograd", "winograd_uncached", "direct"}
+    assert methods["upsample_conv"] == {"winograd", "winograd_uncached"}
     assert methods["downsample_conv"] == {"direct"}
     for layer in layers:
         if layer.costs:
             assert layer.costs[layer.method] == min(layer.costs.values()), layer
 
 
-def test_without_room_everything_is_direct() -> None:
+def test_without_room_no_weight_is_cached() -> None:
     found = explain(USUAL, (512, 512), limit=0)
-    assert set(by_name(found).values()) == {"direct", "torch"}
+    assert set(by_name(found).values()) == {"winograd_uncached", "direct", "torch"}
     assert found.memory == 0
     assert any("no room" in layer.reason for layer in found.layers)
     whole = explain(USUAL, (512, 512))

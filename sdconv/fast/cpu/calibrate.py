@@ -19,7 +19,7 @@ from sdconv.fast.cpu.cost_constants import (
     CostConstants,
     present_conditions,
 )
-from sdconv.fast.cpu.cost_model import TERMS, Shape, plan_conv
+from sdconv.fast.cpu.cost_model import Shape, plan_conv, terms_of
 from sdconv.fast.cpu.group_stats import group_stats
 from sdconv.fast.cpu.kernels import numba_kernels
 
@@ -38,9 +38,6 @@ SHAPES: tuple[Shape, ...] = (
     (1, 4, 320, 48, 48),
     (1, 128, 4, 96, 96),
 )
-METHODS = ("winograd", "im2col", "direct")
-# bytes of im2col's patches beyond which it is not timed, for it is slow there and never chosen
-_LARGEST_PATCHES = 128 << 20
 _PASSES = 2
 
 
@@ -64,8 +61,7 @@ def cases() -> list[Case]:
         Case(method, shape, normalised)
         for shape in SHAPES
         for normalised in (False, True)
-        for method in METHODS
-        if method != "im2col" or 9 * 4 * shape[1] * shape[3] * shape[4] <= _LARGEST_PATCHES
+        for method in terms_of("conv3x3", shape, normalised)
     ]
 
 
@@ -136,8 +132,8 @@ _COLUMNS = (
     "product",
     "reorder",
     "read",
+    "kernel",
     "transform",
-    "patch",
     "call",
     "normalise",
     "prologue",
@@ -147,7 +143,7 @@ _COLUMNS = (
 
 def _terms(case: Case) -> dict[str, float]:
     found = dict.fromkeys(_COLUMNS, 0.0)
-    return found | TERMS[case.method](case.shape, case.normalised)
+    return found | terms_of("conv3x3", case.shape, case.normalised)[case.method]
 
 
 def _impossible(what: str) -> InputError:

@@ -11,6 +11,7 @@ is in float32. Results are in channels-last order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, row
 from sdconv.fast.cpu.cost_constants import constants_for
 from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_by
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats, normalise
-from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.kernels import has_numba_kernels, kernels_for
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strips
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
@@ -123,40 +124,31 @@ def pack_upsample(weight: Tensor) -> Tensor:
     return kernels_for(COMPUTE_DTYPE).pack(UPSAMPLE_CONV.kernel_transform(weight))
 
 
-def pack_im2col(weight: Tensor) -> Tensor:
-    """``(O, C, 3, 3)`` as the right factor of patches ``(3 * 3 * C)``."""
-    right = weight.permute(2, 3, 1, 0).flatten(0, 2).to(COMPUTE_DTYPE)
-    return kernels_for(COMPUTE_DTYPE).pack(right[None])
-
-
 def pack_pointwise(weight: Tensor) -> Tensor:
     """A 1x1 convolution's ``(O, C, 1, 1)`` as a right factor."""
     return kernels_for(COMPUTE_DTYPE).pack(weight.flatten(1).T.to(COMPUTE_DTYPE)[None])
 
 
 WINOGRAD_PACK: dict[Scheme, Pack] = {CONV3X3: pack_winograd, UPSAMPLE_CONV: pack_upsample}
-_PACK: dict[Kind, dict[str, Pack]] = {
-    "conv3x3": {"winograd": pack_winograd, "im2col": pack_im2col},
-    "upsample_conv": {"winograd": pack_upsample},
-}
 
 
 # --- the dispatch
 
 
 def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPlan:
-    """The plan of a convolution of ``x``, among the methods whose packed weights have room."""
+    """The plan of a convolution of ``x``, among the methods that the kernels have and whose packed
+    weights have room."""
     batch, channels, height, width = x.shape
     out_channels = len(weight)
-    size = packed_bytes(kind, channels, out_channels)
-    available = tuple(
-        method
-        for method, pack in _PACK[kind].items()
-        if weight_cache.has_room(weight, pack, size[method])
-    )
+    available = []
+    size = packed_bytes(kind, channels, out_channels)["winograd"]
+    if weight_cache.has_room(weight, WINOGRAD_PACK[SCHEMES[kind]], size):
+        available.append("winograd")
+    if has_numba_kernels():
+        available.append("winograd_uncached")
     shape = batch, channels, out_channels, height, width
     constants = constants_for(torch.get_num_threads())
-    return plan_by(kind, shape, normalised, available, direct_rate(x.dtype), constants)
+    return plan_by(kind, shape, normalised, tuple(available), direct_rate(x.dtype), constants)
 
 
 def conv3x3(
@@ -208,15 +200,10 @@ def run_plan(
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
     """Runs a plan; computes directly if the result of its method is not finite."""
-    if plan.method == "im2col":
-        out, stats = _with_stats(im2col_conv(x, weight, prologue, epilogue), groups)
-        # a weight that is not finite makes NaN of the padding's zeros, which torch never reads
-        if stats.isfinite().all():
-            return out, stats
-    if plan.method == "winograd":
-        scheme = SCHEMES[plan.kind]
+    if plan.method in PRODUCTS:
+        scheme, products = SCHEMES[plan.kind], PRODUCTS[plan.method]
         try:
-            return winograd_conv(x, weight, scheme, prologue, epilogue, groups, in_place)
+            return winograd_conv(x, weight, scheme, prologue, epilogue, groups, in_place, products)
         except NotFiniteError:
             if in_place:
                 raise
@@ -253,27 +240,30 @@ def direct_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return functional.conv2d(x, weight, bias, padding=1)
 
 
-def im2col_conv(x: Tensor, weight: Tensor, prologue: Prologue | None, epilogue: Epilogue) -> Tensor:
-    """A 3x3 convolution as one matrix product of im2col patches with a packed weight.
+# multiplies a strip's tiles ``(positions, T, C)`` by a weight, into ``(positions, T, padded(O))``
+Multiply = Callable[[Tensor, Tensor], None]
 
-    For small feature maps: torch's kernel reorders a weight in each call, which for 1280 channels
-    at 8x8 takes longer than the convolution itself.
-    """
-    batch, channels, height, width = x.shape
-    out_channels, kernels = len(weight), kernels_for(COMPUTE_DTYPE)
-    rows = (x if prologue is None else prologue.apply(x)).permute(0, 2, 3, 1).to(COMPUTE_DTYPE)
-    rows = functional.pad(rows, (0, 0, 1, 1, 1, 1))
-    patches = rows.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
-    patches = patches.reshape(1, batch * height * width, 9 * channels).contiguous()
-    packed = weight_cache.get(weight, pack_im2col)
-    out = torch.empty(1, patches.shape[1], kernels.padded(out_channels), dtype=COMPUTE_DTYPE)
-    kernels.bmm(patches, packed, out)
-    out = out[0, :, :out_channels].view(batch, height, width, out_channels)
-    if epilogue.bias is not None:
-        out = out + epilogue.bias
-    return epilogue.apply(out.permute(0, 3, 1, 2).to(x.dtype)).contiguous(
-        memory_format=torch.channels_last
-    )
+
+def by_packed(packed: Tensor) -> Multiply:
+    """Products with a packed weight."""
+    return lambda tiles, out: kernels_for(COMPUTE_DTYPE).bmm(tiles, packed, out)
+
+
+def cached_products(weight: Tensor, scheme: Scheme) -> Multiply:
+    """Products with a weight that is packed once and kept."""
+    return by_packed(weight_cache.get(weight, WINOGRAD_PACK[scheme]))
+
+
+def uncached_products(weight: Tensor, scheme: Scheme) -> Multiply:
+    """Products with a weight that is transformed for each strip; only Numba's kernels have them."""
+    return lambda tiles, out: kernels_for(COMPUTE_DTYPE).multiply_tiles(scheme, tiles, weight, out)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Scheme], Multiply]] = {
+    "winograd": cached_products,
+    "winograd_uncached": uncached_products,
+}
+"""The methods that are Winograd's, by the products that they use."""
 
 
 def winograd_conv(
@@ -284,6 +274,7 @@ def winograd_conv(
     epilogue: Epilogue,
     groups: int,
     in_place: bool = False,
+    products: Callable[[Tensor, Scheme], Multiply] = cached_products,
 ) -> tuple[Tensor, Tensor]:
     """A 3x3 convolution of ``x``, or of ``x`` upsampled by 2, as ``scheme`` says.
 
@@ -295,7 +286,7 @@ def winograd_conv(
     out = x if in_place else empty_nhwc(batch, out_channels, height, width, x.dtype)
     offsets = epilogue.offsets(batch, out_channels)
     norm = None if prologue is None else prologue.affine()
-    packed = weight_cache.get(weight, WINOGRAD_PACK[scheme])
+    multiply = products(weight, scheme)
     shortcut, stats = None, []
     if epilogue.shortcut is not None:
         shortcut = weight_cache.get(epilogue.shortcut[0], pack_pointwise)
@@ -304,7 +295,7 @@ def winograd_conv(
             scheme=scheme,
             x=x[b],
             out=out[b],
-            weight=packed,
+            multiply=multiply,
             affine=None if norm is None else (norm[0][b], norm[1][b]),
             silu=prologue is not None and prologue.silu,
             offsets=offsets[b],
@@ -330,17 +321,17 @@ class WinogradPass:
     """Computes one image's Winograd convolution strip by strip, from the top.
 
     ``x``: ``(C, H, W)``. ``out``: ``(O, H, W)``, or ``(O, 2H, 2W)`` where ``scheme`` upsamples.
-    ``weight``: packed for ``scheme``. ``affine``: the normalisation's scale and shift, ``(C,)``
-    each. ``offsets``: ``(O,)``. ``residual``: ``(R, H, W)``, multiplied by the packed ``shortcut``
-    if there is one. ``relu``: whether ReLU follows. ``groups``: whose sums are returned.
-    ``in_place``: whether ``out`` is ``x``. ``x_row``, ``out_row``: the numbers of the first rows of
-    ``x``, and of ``out`` and ``residual``, where these are only parts of an image.
+    ``multiply``: the products with the weight. ``affine``: the normalisation's scale and shift,
+    ``(C,)`` each. ``offsets``: ``(O,)``. ``residual``: ``(R, H, W)``, multiplied by the packed
+    ``shortcut`` if there is one. ``relu``: whether ReLU follows. ``groups``: whose sums are
+    returned. ``in_place``: whether ``out`` is ``x``. ``x_row``, ``out_row``: the numbers of the
+    first rows of ``x``, and of ``out`` and ``residual``, where these are only parts of an image.
     """
 
     scheme: Scheme
     x: Tensor
     out: Tensor
-    weight: Tensor
+    multiply: Multiply
     affine: tuple[Tensor, Tensor] | None
     silu: bool
     offsets: Tensor
@@ -376,7 +367,7 @@ class WinogradPass:
         channels = self.out.shape[0]
         shape = (strip.tiles, kernels.padded(channels))
         products = scratch.planes("products", scheme.positions, shape, COMPUTE_DTYPE)
-        kernels.bmm(tiles, self.weight, products)
+        self.multiply(tiles, products)
         first, end = strip.first - self.out_row, strip.end - self.out_row
         residual = self._residual(first, end)
         if self._out_rows is not None:

@@ -34,17 +34,17 @@ class CostConstants:
     """Times in units of one multiply-accumulate of the fast backend's matrix products.
 
     ``reorder``: per value of a weight, which torch's kernel reorders in each call. ``read``: per
-    value of a packed weight, which is only read. ``transform``: per value of a transformed tile,
-    in and out. ``patch``: per value of im2col's patches. ``call``: per call. ``normalise``: per
-    value of a feature map that is normalised in passes of its own; ``prologue``: per value that is
-    normalised as Winograd's transform reads it. ``direct``: per multiply-accumulate of torch's
-    convolution in float32.
+    value of a packed weight, which is only read. ``kernel``: per 3x3 kernel that is transformed in
+    each call. ``transform``: per value of a transformed tile, in and out. ``call``: per call.
+    ``normalise``: per value of a feature map that is normalised in passes of its own; ``prologue``:
+    per value that is normalised as Winograd's transform reads it. ``direct``: per
+    multiply-accumulate of torch's convolution in float32.
     """
 
     reorder: float
     read: float
+    kernel: float
     transform: float
-    patch: float
     call: float
     normalise: float
     prologue: float
@@ -54,8 +54,8 @@ class CostConstants:
 SHIPPED = CostConstants(
     reorder=160.0,
     read=25.0,
+    kernel=350.0,
     transform=70.0,
-    patch=70.0,
     call=1e7,
     normalise=250.0,
     prologue=0.0,
@@ -137,7 +137,7 @@ def keep(calibration: Calibration) -> Path:
     """
     path = constants_path()
     others = [kept for kept in _kept() if kept.conditions != calibration.conditions]
-    content = {"format": 1, "calibrations": [asdict(one) for one in (*others, calibration)]}
+    content = {"format": 2, "calibrations": [asdict(one) for one in (*others, calibration)]}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda part: part.write_text(text, "utf-8"))
     forget()
@@ -187,7 +187,7 @@ def _kept() -> tuple[Calibration, ...]:
 
 def _parsed(content: Any) -> tuple[Calibration, ...]:
     """The entries of a file's content; an error of some kind if it has another form."""
-    if content["format"] != 1:
+    if content["format"] != 2:
         raise ValueError(f"format {content['format']}")
     return tuple(
         Calibration(

@@ -1,18 +1,18 @@
 """The cost model: which method computes a 3x3 convolution on a CPU, and why.
 
 Times are in units of one multiply-accumulate of a matrix product. They are sums of a shape's
-`TERMS`, each times a constant of :mod:`sdconv.fast.cpu.cost_constants`, which ship or are fitted on
-the machine where they are used.
+terms (`terms_of`), each times a constant of :mod:`sdconv.fast.cpu.cost_constants`, which ship or
+are fitted on the machine where they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Literal
 
 from sdconv.fast.cpu.cost_constants import CostConstants, constants_in_force
+from sdconv.fast.cpu.tiling import strips
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
@@ -29,8 +29,9 @@ Shape = tuple[int, int, int, int, int]
 class ConvPlan:
     """How a convolution is computed.
 
-    ``method``: "winograd", "im2col" (one matrix product with a packed weight) or "direct" (torch's
-    kernel). ``packed_bytes``: bytes of the packed weight that the method keeps. ``costs``: the
+    ``method``: "winograd" (with a weight that is transformed once and kept), "winograd_uncached"
+    (with one that is transformed in each call) or "direct" (torch's kernel). ``packed_bytes``:
+    bytes of the weight that the method keeps. ``costs``: the
     modelled time of each method, in multiply-accumulates. ``reason``: why this method, in words.
     """
 
@@ -41,16 +42,11 @@ class ConvPlan:
     reason: str
 
 
-@cache
 def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]:
     """Bytes of the packed weight, for each method that packs one."""
-    matrix = 4 * channels * out_channels
-    matrices = {}
-    if kind in SCHEMES:
-        matrices["winograd"] = SCHEMES[kind].positions
-    if kind == "conv3x3":
-        matrices["im2col"] = 9
-    return {method: count * matrix for method, count in matrices.items()}
+    if kind not in SCHEMES:
+        return {}
+    return {"winograd": 4 * SCHEMES[kind].positions * channels * out_channels}
 
 
 def plan_conv(
@@ -61,7 +57,7 @@ def plan_conv(
     height: int,
     width: int,
     normalised: bool = False,
-    available: tuple[str, ...] = ("winograd", "im2col"),
+    available: tuple[str, ...] = ("winograd", "winograd_uncached"),
     direct_rate: float = 1.0,
 ) -> ConvPlan:
     """The fastest available method for a convolution of this kind and shape.
@@ -70,7 +66,8 @@ def plan_conv(
         height, width: of the input.
         normalised: whether GroupNorm and SiLU come before it, which Winograd's method applies as it
             reads its input.
-        available: the methods for whose packed weights there is room; "direct" needs none.
+        available: the methods to choose from: those for whose packed weights there is room, and
+            that the kernels have; "direct" always is.
         direct_rate: how many times as many products a time torch's kernel computes in the feature
             map's dtype as in float32, see :mod:`sdconv.fast.cpu.processor`.
     """
@@ -94,8 +91,10 @@ def plan_by(
         (method for method in costs if method in available or method == "direct"),
         key=lambda method: costs[method],
     )
-    if method != best:
+    if method != best and best == "winograd":
         reason = f"no room for the packed weight of {best}: see the limit of the weight cache"
+    elif method != best:
+        reason = f"{best} needs Numba"
     elif others:
         reason = f"{others[0]} would take {costs[others[0]] / costs[best]:.2f} times as long"
     else:
@@ -105,7 +104,7 @@ def plan_by(
     return ConvPlan(
         kind,
         method,
-        packed_bytes(kind, shape[1], shape[2]).get(method, 0),
+        packed_bytes(kind, *shape[1:3]).get(method, 0),
         tuple((name, float(cost)) for name, cost in costs.items()),
         reason,
     )
@@ -115,72 +114,50 @@ def _costs(
     kind: Kind, shape: Shape, normalised: bool, direct_rate: float, constants: CostConstants
 ) -> dict[str, float]:
     """The modelled time of each method for a kind of convolution."""
+    prices = {name: getattr(constants, name) for name in _PRICES}
+    prices |= {"product": 1.0, "direct": constants.direct / direct_rate}
+    return {
+        method: sum(prices[name] * count for name, count in terms.items())
+        for method, terms in terms_of(kind, shape, normalised).items()
+    }
+
+
+def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, float]]:
+    """How often each method pays each constant, by its name; "product" is a multiply-accumulate of
+    a matrix product. A method that cannot compute this shape is left out."""
     batch, channels, out_channels, height, width = shape
     pairs, pixels = channels * out_channels, batch * height * width
-    direct = constants.direct / direct_rate
-    if kind == "upsample_conv":
-        return {
-            "winograd": UPSAMPLE_CONV.positions / UPSAMPLE_CONV.step**2 * pixels * pairs,
-            "direct": 36.0 * pixels * pairs * direct,
-        }
     if kind == "downsample_conv":
-        return {"direct": 9 * pairs * batch * (height // 2) * (width // 2) * direct}
-    prices = {
-        "product": 1.0,
-        "direct": direct,
-        "reorder": constants.reorder,
-        "read": constants.read,
-        "transform": constants.transform,
-        "patch": constants.patch,
-        "call": constants.call,
-        "normalise": constants.normalise,
-        "prologue": constants.prologue,
-    }
-    return {
-        method: sum(prices[name] * count for name, count in terms(shape, normalised).items())
-        for method, terms in TERMS.items()
-    }
-
-
-def _winograd_terms(shape: Shape, normalised: bool) -> dict[str, float]:
-    batch, channels, out_channels, height, width = shape
-    tiles = batch * -(-height // OUTPUT_TILE) * -(-width // OUTPUT_TILE)
-    positions, pairs = CONV3X3.positions, channels * out_channels
-    return {
+        return {"direct": {"direct": 9 * pairs * batch * (height // 2) * (width // 2)}}
+    scheme = SCHEMES[kind]
+    scale = OUTPUT_TILE // scheme.step
+    pieces = strips(scheme, height * scale, width * scale, channels, out_channels)
+    positions, tiles = scheme.positions, batch * sum(piece.tiles for piece in pieces)
+    winograd: dict[str, float] = {
         "product": positions * pairs * tiles,
-        "read": positions * pairs,
         "transform": positions * (channels + out_channels) * tiles,
-        "prologue": normalised * channels * batch * height * width,
+        "prologue": normalised * channels * pixels,
         "call": 1,
     }
-
-
-def _im2col_terms(shape: Shape, normalised: bool) -> dict[str, float]:
-    batch, channels, out_channels, height, width = shape
-    pairs, pixels = channels * out_channels, batch * height * width
-    return {
-        "product": 9 * pairs * pixels,
-        "read": 9 * pairs,
-        "patch": 9 * channels * pixels,
-        "normalise": normalised * channels * pixels,
-        "call": 1,
+    found: dict[str, dict[str, float]] = {
+        "winograd": {**winograd, "read": batch * positions * pairs}
     }
-
-
-def _direct_terms(shape: Shape, normalised: bool) -> dict[str, float]:
-    batch, channels, out_channels, height, width = shape
-    pairs, pixels = channels * out_channels, batch * height * width
-    return {
-        "direct": 9 * pairs * pixels,
+    if channels % _MULTIPLE == out_channels % _MULTIPLE == 0:
+        found["winograd_uncached"] = {
+            **winograd,
+            "product": _UNCACHED * winograd["product"],
+            "kernel": batch * len(pieces) * pairs,
+        }
+    found["direct"] = {
+        "direct": 9 * scale**2 * pairs * pixels,
         "reorder": 9 * pairs,
         "normalise": normalised * channels * pixels,
     }
+    return found
 
 
-# of a 3x3 convolution with stride 1: how often each method pays each constant, by its name;
-# "product" is a multiply-accumulate of a matrix product
-TERMS: Mapping[str, Callable[[Shape, bool], dict[str, float]]] = {
-    "winograd": _winograd_terms,
-    "im2col": _im2col_terms,
-    "direct": _direct_terms,
-}
+_PRICES = [field.name for field in fields(CostConstants)]
+# of channels in and out, where a weight is not cached
+_MULTIPLE = 64
+# how many times as long products take whose panels are made anew for each strip
+_UNCACHED = 9 / 8

@@ -14,6 +14,7 @@ from torch import Tensor
 from sdconv.errors import SdconvWarning
 from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu.tiling import Strip
+from sdconv.fast.cpu.winograd import Scheme
 
 Affine = tuple[Tensor, Tensor]
 
@@ -69,6 +70,11 @@ class Kernels(Protocol):
     def bmm(self, left: Tensor, packed: Tensor, out: Tensor) -> None:
         """Multiplies ``left`` ``(P, T, K)`` by packed right factors into ``out``
         ``(P, T, padded(O))``."""
+
+    def multiply_tiles(self, scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Multiplies ``tiles`` ``(positions, T, C)`` by the transformed kernels of ``weight``
+        ``(O, C, 3, 3)``, of any dtype and memory layout, into ``out`` ``(positions, T, O)``, whose
+        rows are contiguous. C and O are multiples of 64."""
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None

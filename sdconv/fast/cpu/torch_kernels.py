@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdconv.fast.cpu.tiling import Strip
+from sdconv.fast.cpu.winograd import Scheme
 
 
 def input_transform(
@@ -69,6 +70,10 @@ def pack(right: Tensor) -> Tensor:
 
 def bmm(left: Tensor, packed: Tensor, out: Tensor) -> None:
     torch.bmm(left, packed, out=out)
+
+
+def multiply_tiles(scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:
+    torch.bmm(tiles, scheme.kernel_transform(weight).to(tiles.dtype), out=out)
 
 
 def linear(

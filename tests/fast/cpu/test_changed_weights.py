@@ -37,7 +37,7 @@ class Parts(nn.Module):
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(1, 128, 33, 28, generator=torch.Generator().manual_seed(1))
+    return torch.randn(1, 128, 48, 40, generator=torch.Generator().manual_seed(1))
 
 
 def convolutions(parts: nn.Module) -> list[nn.Conv2d]:
@@ -154,9 +154,7 @@ def test_fused_and_unfused_in_a_pipeline(kind: str) -> None:
         assert error(fast, expected) < WITHIN
         return expected
 
-    before = weight_cache.memory
     plain = same_as_reference()
-    assert weight_cache.memory > before
     made = matrices(unet, only="conv", alpha=1.0)
     pipe.load_lora_weights(kohya(made))
     wrapped = same_as_reference()
@@ -166,7 +164,7 @@ def test_fused_and_unfused_in_a_pipeline(kind: str) -> None:
     assert error(same_as_reference(), wrapped) < 1e-4
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
-    # merged into the very weights that were packed
+    # merged into the very weights that were used before
     assert error(same_as_reference(), fused) < 1e-5
     assert error(plain, fused) > 1e-2
 
@@ -205,7 +203,7 @@ def test_memory_is_counted_while_weights_change(x: Tensor) -> None:
     assert weight_cache.memory == before
 
 
-def test_without_room_for_packed_weights_it_computes_directly(
+def test_without_room_for_packed_weights_none_is_kept(
     x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = Parts()

@@ -10,8 +10,9 @@ from sdconv.fast.cpu.cost_model import Kind, plan_conv
 @pytest.mark.parametrize(
     "shape, method",
     [
-        ((1, 1280, 1280, 8, 8), "im2col"),
-        ((1, 2560, 1280, 16, 16), "winograd"),
+        ((1, 1280, 1280, 8, 8), "winograd_uncached"),
+        ((1, 2560, 1280, 16, 16), "winograd_uncached"),
+        ((1, 320, 320, 64, 64), "winograd"),
         ((1, 128, 128, 512, 512), "winograd"),
         ((1, 4, 320, 64, 64), "direct"),
         ((1, 128, 3, 512, 512), "direct"),
@@ -25,11 +26,20 @@ def test_each_shape_has_its_method(shape: tuple[int, int, int, int, int], method
 
 
 def test_without_room_the_next_best_is_taken_and_said() -> None:
+    shape = 1, 512, 512, 64, 64
+    for available in (("winograd_uncached",), ()):
+        plan = plan_conv("conv3x3", *shape, False, available)
+        assert plan.method == (available or ("direct",))[0] and plan.packed_bytes == 0
+        assert "no room for the packed weight of winograd" in plan.reason
     small = plan_conv("conv3x3", 1, 1280, 1280, 8, 8, False, ("winograd",))
-    assert small.method == "winograd"
-    plan = plan_conv("conv3x3", 1, 512, 512, 64, 64, False, ())
-    assert plan.method == "direct"
-    assert "no room for the packed weight of winograd" in plan.reason
+    assert small.method == "winograd" and "needs Numba" in small.reason
+
+
+def test_a_weight_that_panels_do_not_divide_is_cached() -> None:
+    for channels, out_channels in ((1280, 1272), (1272, 1280)):
+        plan = plan_conv("conv3x3", 1, channels, out_channels, 8, 8)
+        assert plan.method == "winograd"
+        assert "winograd_uncached" not in dict(plan.costs)
 
 
 def test_upsampling_and_downsampling_have_plans_too() -> None:

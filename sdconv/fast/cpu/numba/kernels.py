@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.numba import attention as attention_kernel
-from sdconv.fast.cpu.numba import gemm, reductions, transforms
+from sdconv.fast.cpu.numba import gemm, reductions, tile_products, transforms
 from sdconv.fast.cpu.numba import linear as linear_kernels
 from sdconv.fast.cpu.numba.launch import launch, threads
 from sdconv.fast.cpu.numba.vectors import LANES
 from sdconv.fast.cpu.tiling import Strip
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
+from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 _HASH_KEYS = np.frombuffer(secrets.token_bytes(4 * reductions.KEYS), dtype=np.uint32)
 _ZEROS = torch.zeros(gemm.PANEL)
@@ -35,6 +35,14 @@ _OUTPUT_TRANSFORM = {
     CONV3X3: transforms.output_transform,
     UPSAMPLE_CONV: transforms.upsample_output_transform,
 }
+_PRODUCTS = {
+    CONV3X3: tile_products.products,
+    UPSAMPLE_CONV: tile_products.upsample_products,
+}
+# output channels that all panels divide
+_MULTIPLE = 64
+# bytes of a part of a weight that is copied because of its dtype or memory layout
+_PART = 4 << 20
 # with fewer rows, packing a panel of the weight in each call takes longer than it saves
 _LEAST_ROWS = 256
 # with more, each panel of columns touches more pages than the processor has addresses of at hand
@@ -150,6 +158,45 @@ def bmm(left: Tensor, packed: Tensor, out: Tensor) -> None:
         a=left.data_ptr(),
         a_step=left.stride(0),
         b=packed.data_ptr(),
+        start=_ZEROS.data_ptr(),
+        out=out.data_ptr(),
+        out_step=out.stride(0),
+    )
+
+
+def multiply_tiles(scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:
+    positions, rows, channels = tiles.shape
+    shape = channels // tile_products.BLOCK, positions, rows, tile_products.BLOCK
+    # a block's tiles next to each other: in their own order each row of each position is on a page
+    # of its own, more pages than the processor has addresses of at hand
+    blocks = scratch.take("blocks", shape, torch.float32)
+    blocks.permute(1, 2, 0, 3).copy_(tiles.unfold(2, shape[3], shape[3]))
+    whole = weight.dtype is torch.float32 and weight.is_contiguous()
+    step = len(weight) if whole else max(1, _PART // (36 * channels) // _MULTIPLE) * _MULTIPLE
+    for first in range(0, len(weight), step):
+        part = weight[first : first + step]
+        if not whole:
+            part = scratch.take("weight", tuple(part.shape), torch.float32).copy_(part)
+        _multiply_part(scheme, blocks, part, out[:, :, first:])
+
+
+def _multiply_part(scheme: Scheme, blocks: Tensor, weight: Tensor, out: Tensor) -> None:
+    rows, panels = out.shape[1], len(weight) // gemm.PANEL
+    # as many rows as leave each thread some units
+    chunks = max(1, min(4 * threads() // panels, rows // gemm.ROWS))
+    chunk = -(-rows // chunks)
+    launch(
+        _PRODUCTS[scheme],
+        tile_products.PRODUCTS,
+        units=panels * -(-rows // chunk),
+        **_scratch(tile_products.scratch_size(chunk)),
+        rows=rows,
+        chunk=chunk,
+        channels=weight.shape[1],
+        columns=len(weight),
+        width=out.stride(1),
+        a=blocks.data_ptr(),
+        b=weight.data_ptr(),
         start=_ZEROS.data_ptr(),
         out=out.data_ptr(),
         out_step=out.stride(0),

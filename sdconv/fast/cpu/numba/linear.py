@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
-
-from sdconv.fast.cpu.numba.dsl import atomic_next, carray, f32, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.dsl import atomic_next, carray, f32, floats, inner, job, kernel
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, multiply
-from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
+from sdconv.fast.cpu.numba.packing import pack
+from sdconv.fast.cpu.numba.vectors import LANES
 
 LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "residual", "out")
 
@@ -34,57 +32,6 @@ _Q6, _Q4, _Q2 = f32(0.014070470171167667), f32(0.11098505178285362), f32(0.49746
 def scratch_size(depth: int) -> int:
     """Floats of scratch memory for each thread."""
     return (2 * depth + _FINISHED) * PANEL
-
-
-@llvm
-def _transpose(typing_context: Any, x: Any, x_step: Any, out: Any, out_step: Any) -> Any:
-    """Writes the transpose of a square of LANES rows and columns; rows are ``x_step`` and
-    ``out_step`` numbers apart."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _Code(builder).transpose(*args)
-        return context.get_dummy_value()
-
-    return types.void(x, x_step, out, out_step), codegen
-
-
-class _Code(VectorCode):
-    """Writes the LLVM code of a transpose."""
-
-    def transpose(self, x: Any, x_step: Any, out: Any, out_step: Any) -> None:
-        """Writes the body of ``_transpose``: squares of half the size change places, then those
-        inside them."""
-        builder, lanes = self.builder, range(LANES)
-        rows = [self.load(x, builder.mul(x_step, x_step.type(i))) for i in lanes]
-        distance = LANES // 2
-        while distance:
-            for i in (i for i in lanes if not i & distance):
-                a, b = rows[i], rows[i + distance]
-                # lanes of b are numbered from LANES on
-                first = [j + LANES - distance if j & distance else j for j in lanes]
-                second = [j + LANES if j & distance else j + distance for j in lanes]
-                rows[i], rows[i + distance] = self.lanes(a, b, first), self.lanes(a, b, second)
-            distance //= 2
-        for i in lanes:
-            self.store(rows[i], out, builder.mul(out_step, out_step.type(i)))
-
-    def lanes(self, a: Any, b: Any, numbers: list[int]) -> Any:
-        """A vector of lanes of ``a`` and ``b``."""
-        return self.builder.shuffle_vector(a, b, ir.VectorType(ir.IntType(32), LANES)(numbers))
-
-
-@inner
-def _pack(weight: int, rows: int, depth: int, packed: int) -> None:
-    """Packs rows of a weight, ``depth`` numbers each, as a panel ``(depth, rows)``."""
-    squares = depth // LANES * LANES
-    x, out = floats(weight), floats(packed)
-    for c in range(0, rows, LANES):
-        for k in range(0, squares, LANES):
-            of, to = floats(weight + 4 * (c * depth + k)), floats(packed + 4 * (k * rows + c))
-            _transpose(of, depth, to, rows)
-        for k in range(squares, depth):
-            for i in range(c, c + LANES):
-                out[k * rows + i] = x[i * depth + k]
 
 
 @inner
@@ -113,7 +60,7 @@ def linear(pointer: Any) -> None:
             break
         column = unit % panels * PANEL
         columns = min(PANEL, width - column)
-        _pack(job.b + 4 * column * depth, columns, depth, own)
+        pack(job.b + 4 * column * depth, depth, columns, depth, own)
         first = unit // panels * job.chunk
         end = min(job.rows, first + job.chunk)
         for row in range(first, end, _FINISHED):
@@ -145,8 +92,8 @@ def geglu(pointer: Any) -> None:
             break
         column = unit % panels * PANEL
         columns = min(PANEL, width - column)
-        _pack(job.b + 4 * column * depth, columns, depth, own)
-        _pack(job.b + 4 * (width + column) * depth, columns, depth, own_gate)
+        pack(job.b + 4 * column * depth, depth, columns, depth, own)
+        pack(job.b + 4 * (width + column) * depth, depth, columns, depth, own_gate)
         first = unit // panels * job.chunk
         end = min(job.rows, first + job.chunk)
         for row in range(first, end, _FINISHED):
