@@ -183,13 +183,6 @@ class _Visits:
         return own if source is None else source[2]
 
 
-def _channels(point: HookPoint, x: Tensor) -> int:
-    # of the VAE's attention, whose output is (B, C, H W)
-    if isinstance(point.module, nn.GroupNorm) and not point.before:
-        return point.module.num_channels
-    return x.shape[channel_axis(x)]
-
-
 def _facts(
     point: HookPoint,
     x: Tensor,
@@ -200,7 +193,7 @@ def _facts(
         geometry = None
     convolution = _convolution(work.get(point.name, []))
     return PointFacts(
-        channels=_channels(point, x),
+        channels=x.shape[channel_axis(x)],
         size=None if geometry is None else geometry.size,
         downscale=None
         if geometry is None

@@ -1,7 +1,9 @@
 """The hook points of a network: where its feature maps can be read and edited.
 
 Every module's output is a hook point, under the module's name, which sdconv's and diffusers'
-networks share. Hook points that are not a module's output have a ``:`` in their name:
+networks share. It is the output as it is, but for the normalisation in a VAE's attention: that
+computes ``(B, C, H*W)``, and is read and edited as tokens ``(B, H*W, C)``. Hook points that are not
+a module's output have a ``:`` in their name:
 
 - ``X:input``: the input of a block;
 - ``X:hidden``, ``X:skip``: the two halves of that input where a skip connection is concatenated, on

@@ -37,10 +37,24 @@ def attach(point: HookPoint, visit: Visit) -> Handle:
 
         return point.module.register_forward_pre_hook(before, with_kwargs=True)
 
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        return _visited(output, point.channels, visit)
+    def after(module: nn.Module, __: Any, output: Any) -> Any:
+        # of the VAE's attention
+        channels_first = isinstance(module, nn.GroupNorm) and output.ndim == 3
+        seen = _as_tokens(visit) if channels_first else visit
+        return _visited(output, point.channels, seen)
 
     return point.module.register_forward_hook(after)
+
+
+def _as_tokens(visit: Visit) -> Visit:
+    """A function of ``(B, C, N)`` that visits the tokens ``(B, N, C)``."""
+
+    def transposed(x: Tensor) -> Tensor | None:
+        tokens = x.transpose(1, 2)
+        new = visit(tokens)
+        return None if new is None or new is tokens else new.transpose(1, 2)
+
+    return transposed
 
 
 def _visited(value: Any, channels: slice | None, visit: Visit) -> Any:

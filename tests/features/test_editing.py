@@ -246,3 +246,30 @@ def test_an_edit_that_is_never_reached() -> None:
         sdconv.edit(vae(), {"encoder.mid*": same}),
     ):
         vae().decode(torch.zeros(1, 4, 4, 4))
+
+
+def test_the_normalisation_of_an_attention_is_tokens() -> None:
+    name = "decoder.mid_block.attentions.0.group_norm"
+    module = vae().get_submodule(name)
+    outputs: list[Tensor] = []
+    by_hand(module, lambda y: outputs.append(y))
+    (whole,) = outputs
+    assert whole.shape[1:] == (32, 16)  # channels first, in the network
+    for reduce, expected in (
+        (None, whole.mT),
+        ("mean", whole.mean(2)),
+        ("channel_max", whole.amax(1)[..., None]),
+    ):
+        with torch.no_grad(), sdconv.capture(vae(), name, reduce=reduce) as maps:
+            vae()(image())
+        assert torch.equal(maps[name], expected)
+    with torch.no_grad(), sdconv.capture(vae(), name, channels=[5, 2]) as maps:
+        vae()(image())
+    assert torch.equal(maps[name], whole.mT[..., [5, 2]])
+
+    def without_a_channel(x: Tensor, context: Context) -> Tensor:
+        return torch.cat([x[..., :-1], torch.zeros_like(x[..., -1:])], -1)
+
+    expected = by_hand(module, lambda y: torch.cat([y[:, :-1], torch.zeros_like(y[:, -1:])], 1))
+    assert torch.equal(edited({name: without_a_channel}), expected)
+    assert not torch.equal(edited({name: same}), expected)

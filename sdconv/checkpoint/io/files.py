@@ -24,7 +24,7 @@ LARGEST_TEXT = 100_000_000
 
 AGAIN = "download or copy the file again, and compare its size with the one on its page"
 
-_IMAGE = "name the file or folder that holds the weights; images are arguments of their own"
+_IMAGE = "an image is an argument of its own; `sdconv encode` makes latents of it"
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs",
@@ -49,12 +49,12 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89hdf", "is an HDF5 file", "convert it to safetensors with the library that wrote it"),
     (b"\x1f\x8b", "is compressed with gzip", "unpack it first"),
     (b"7z\xbc\xaf", "is a 7-zip archive", "unpack it first"),
-    (b"\xff\xd8\xff", "is a JPEG image, not weights", _IMAGE),
-    (b"\x89png", "is a PNG image, not weights", _IMAGE),
-    (b"gif8", "is a GIF image, not weights", _IMAGE),
-    (b"riff", "is a WebP image or another RIFF file, not weights", _IMAGE),
-    (b"ii*\0", "is a TIFF image, not weights", _IMAGE),
-    (b"mm\0*", "is a TIFF image, not weights", _IMAGE),
+    (b"\xff\xd8\xff", "is a JPEG image, not a file of tensors", _IMAGE),
+    (b"\x89png", "is a PNG image, not a file of tensors", _IMAGE),
+    (b"gif8", "is a GIF image, not a file of tensors", _IMAGE),
+    (b"riff", "is a WebP image or another RIFF file, not a file of tensors", _IMAGE),
+    (b"ii*\0", "is a TIFF image, not a file of tensors", _IMAGE),
+    (b"mm\0*", "is a TIFF image, not a file of tensors", _IMAGE),
     (b"%pdf", "is a PDF, not weights", "name the file or folder that holds the weights"),
 )
 
