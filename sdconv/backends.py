@@ -144,6 +144,12 @@ def observing(observer: Callable[[Any], None]) -> Iterator[None]:
         _observer = before
 
 
+def begins(module: Any) -> None:
+    """Says that a module is about to be computed without its dispatched function."""
+    if _observer is not None:
+        _observer(module)
+
+
 def dispatched(plain: Method) -> Method:
     """Marks a function whose first argument is a module, such as a ``forward``, as one that the
     fast backend may implement. The plain function stays available as ``.__wrapped__``."""
@@ -151,8 +157,7 @@ def dispatched(plain: Method) -> Method:
 
     @functools.wraps(plain)
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if _observer is not None:
-            _observer(module)
+        begins(module)
         if is_fast(module):
             if not _fast_is_loaded:  # the module was unpickled with its backend
                 _load_fast()

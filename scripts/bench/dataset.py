@@ -105,7 +105,7 @@ def measured(side: str, size: int, args: argparse.Namespace, folder: Path, model
     peak = 0
     while run.poll() is None:
         peak = max(peak, sum(map(_memory, _tree(run.pid))))
-        time.sleep(0.1)
+        time.sleep(0.5)  # more often, looking takes a part of a core
     assert run.stdout
     if run.returncode:
         raise SystemExit(f"{side} ended with {run.returncode}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from sdconv.fast.cpu.cost_constants import (
     constants_in_force,
 )
 from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
+from sdconv.fast.cpu.kernels import unpacked_methods
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.preconditions import has_plain_methods
@@ -198,7 +198,7 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
     else:
         sizes = packed_bytes(kind, channels, out_channels)
         available = tuple(method for method, size in sizes.items() if size <= room)
-        available += ("winograd_uncached",) if find_spec("numba") else ()
+        available += unpacked_methods()
         # the fast backend takes a 3x3 convolution together with the normalisation before it
         normalised = kind == "conv3x3"
         shape = batch, channels, out_channels, height, width

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sdconv.backends import implements, is_fast
+from sdconv.backends import begins, implements, is_fast
 from sdconv.fast.cpu import blocks as cpu
 from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cuda import blocks as cuda
@@ -47,7 +47,15 @@ class Arithmetic(Protocol):
 
     def resnet(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor: ...
     def upsample(self, block: Any, x: Tensor) -> Tensor: ...
-    def output(self, norm: Any, conv: Any, x: Tensor) -> Tensor: ...
+    def output(self, norm: Any, conv: Any, x: Tensor, stats: Tensor | None = None) -> Tensor: ...
+
+    # with the statistics of the input, if they are known, and the groups of those to return
+    def resnet_with_stats(
+        self, block: Any, x: Tensor, stats: Tensor | None, groups: int
+    ) -> tuple[Tensor, Tensor | None]: ...
+    def upsample_with_stats(
+        self, block: Any, x: Tensor, stats: Tensor | None, groups: int
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 ARITHMETIC: dict[str, Arithmetic] = {"cpu": cpu, "cuda": cuda}
@@ -156,21 +164,25 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
     """Runs an encoder or decoder; its feature maps reuse memory if no gradient needs them."""
     if not _can_run(x):
         return None
-    if _is_cuda(x) and not torch.is_grad_enabled():
-        return _half_on_cuda(network, x, blocks)
-    x = network.conv_in(x.contiguous(memory_format=torch.channels_last))
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    stats = None
+    if torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_cuda(x)):
+        x = network.conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in blocks:
             x = network.checkpoint_call(block, x)
+    elif _is_cuda(x):
+        x, stats = _layer_by_layer(network, x, blocks)
     else:
         with use_pool():
-            for block in flatten_stages(blocks):
-                x = block(x)
-    return _output(network, x)
+            x = x.contiguous(memory_format=torch.channels_last)
+            x, stats = _layer_by_layer(network, x, blocks)
+    return _output(network, x, stats)
 
 
-def _half_on_cuda(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
-    """Half of a VAE in which each layer passes on the statistics that the next one needs."""
+def _layer_by_layer(
+    network: Any, x: Tensor, blocks: Iterable[nn.Module]
+) -> tuple[Tensor, Tensor | None]:
+    """Half of a VAE up to its last GroupNorm, whose statistics are returned too if they are known:
+    each layer passes on the statistics that the next one needs."""
     layers = [network.conv_in]
     for layer in flatten_stages(blocks):
         if is_bare(layer, MidBlock2D):
@@ -178,27 +190,28 @@ def _half_on_cuda(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tenso
             layers += (mid.resnets[0], *mid.attentions, mid.resnets[1])
         else:
             layers.append(layer)
-    norm, activation, conv = network.conv_norm_out, network.conv_act, network.conv_out
     stats = None
-    for layer, following in pairwise([*layers, norm]):
+    for layer, following in pairwise([*layers, network.conv_norm_out]):
         with_stats = _with_stats(layer, x)
         if with_stats is None:
             x, stats = layer(x), None
         else:
+            begins(layer)
             x, stats = with_stats(layer, x, stats, _groups(following))
-    if can_run_output(norm, activation, conv, x):
-        return cuda.output(norm, conv, x, stats)
-    return _output(network, x)
+    return x, stats
 
 
 def _with_stats(layer: Any, x: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """CUDA's function for a layer that is computed without being called, or None."""
+    """The device's function for a layer that is computed without being called, or None."""
     if not is_fast(layer):
         return None
+    arithmetic = ARITHMETIC[x.device.type]
     if is_bare(layer, ResnetBlock2D) and can_run_resnet(layer, x) and layer.time_emb_proj is None:
-        return cuda.resnet_with_stats
+        return arithmetic.resnet_with_stats
     if is_bare(layer, Upsample2D) and can_run_upsample(layer, x, None):
-        return cuda.upsample_with_stats
+        return arithmetic.upsample_with_stats
+    if arithmetic is not cuda:
+        return None
     if is_bare(layer, Attention) and can_run_attention(layer, x):
         return cuda.attention_with_stats
     if is_conv3x3(layer, x):
@@ -245,11 +258,11 @@ def unet_output(network: Any, x: Tensor) -> Tensor:
     return _output(network, x)
 
 
-def _output(network: Any, x: Tensor) -> Tensor:
-    """A network's last GroupNorm, SiLU and convolution."""
+def _output(network: Any, x: Tensor, stats: Tensor | None = None) -> Tensor:
+    """A network's last GroupNorm, SiLU and convolution; ``stats``: of ``x``, if they are known."""
     norm, activation, conv = network.conv_norm_out, network.conv_act, network.conv_out
     if can_run_output(norm, activation, conv, x):
-        return ARITHMETIC[x.device.type].output(norm, conv, x)
+        return ARITHMETIC[x.device.type].output(norm, conv, x, stats)
     if x.device.type == "cpu":  # see _plain
         x = x.contiguous()
     return cast(Tensor, conv(activation(norm(x))))

@@ -17,12 +17,15 @@ from sdconv.fast.cpu.conv import (
     COMPUTE_DTYPE,
     WINOGRAD_PACK,
     Epilogue,
+    Multiply,
     NotFiniteError,
     WinogradPass,
     by_packed,
     pack_pointwise,
+    uncached_products,
 )
 from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
+from sdconv.fast.cpu.kernels import uncached_bytes, unpacked_methods
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
 from sdconv.fast.cpu.weight_cache import weight_cache
@@ -51,9 +54,10 @@ def layer_for(
 ) -> type[StreamLayer]:
     """The class of layer for the plan of a convolution whose input has this size."""
     sizes = conv.in_channels, conv.out_channels, height, width
-    # Packed weights are not kept, so they need no room.
+    # packed weights are not kept, so they need no room
     rate = direct_rate(conv.weight.dtype)
-    plan = plan_conv(kind, 1, *sizes, normalised, ("winograd",), rate)
+    available = ("winograd", *unpacked_methods())
+    plan = plan_conv(kind, 1, *sizes, normalised, available, rate)
     return _LAYERS[plan.kind, plan.method]
 
 
@@ -96,8 +100,34 @@ class _WinogradLayer(StreamLayer):
         """Values in the transformed weight."""
         return self.scheme.positions * self.module.weight[:, :, 0, 0].numel()
 
+    def multiply(self) -> Multiply:
+        """The products with the layer's weight."""
+        weight = self.module.weight
+        return by_packed(weight_cache.borrow(weight, WINOGRAD_PACK[self.scheme]))
+
     def make_runner(self, context: StepContext, units: int) -> StepRunner:
         return _WinogradRunner(self, context)
+
+
+class _UncachedLayer(_WinogradLayer):
+    """The same with a weight that is transformed for each strip, a few channels at a time."""
+
+    def multiply(self) -> Multiply:
+        return uncached_products(self.module.weight, self.scheme)
+
+    def ample_workspace(self, width: int) -> int:
+        packed = self.scheme.positions * self.module.weight[:, :, 0, 0].numel()
+        return self.workspace(0, width) + 2 * strip_bytes(packed * COMPUTE_DTYPE.itemsize)
+
+    def workspace(self, units: int, width: int) -> int:
+        tiles = units * -(-width // self.scheme.step)
+        # a second copy of the tiles, and what the kernels need
+        copy = self.scheme.positions * tiles * self.module.weight.shape[1] * COMPUTE_DTYPE.itemsize
+        return super().workspace(units, width) + copy + uncached_bytes(tiles)
+
+    @property
+    def _transformed(self) -> int:
+        return 0
 
 
 class WinogradConv3x3(_WinogradLayer, Conv3x3):
@@ -111,6 +141,14 @@ class WinogradUpsampleConv(_WinogradLayer, UpsampleConv):
     feature map never exists."""
 
     scheme = SCHEMES["upsample_conv"]
+
+
+class UncachedConv3x3(_UncachedLayer, WinogradConv3x3):
+    """`WinogradConv3x3` of a small feature map."""
+
+
+class UncachedUpsampleConv(_UncachedLayer, WinogradUpsampleConv):
+    """`WinogradUpsampleConv` of a small feature map."""
 
 
 class SidePaddedDownsampleConv(DownsampleConv):
@@ -134,8 +172,11 @@ class SidePaddedDownsampleConv(DownsampleConv):
 
 _LAYERS: dict[tuple[Kind, str], type[StreamLayer]] = {
     ("conv3x3", "winograd"): WinogradConv3x3,
+    ("conv3x3", "winograd_uncached"): UncachedConv3x3,
     ("conv3x3", "direct"): Conv3x3,
     ("upsample_conv", "winograd"): WinogradUpsampleConv,
+    ("upsample_conv", "winograd_uncached"): UncachedUpsampleConv,
+    ("upsample_conv", "direct"): UpsampleConv,
     ("downsample_conv", "direct"): SidePaddedDownsampleConv,
 }
 
@@ -158,7 +199,7 @@ class _WinogradRunner:
             scheme=layer.scheme,
             x=_channels_first(context.source),
             out=_channels_first(context.target),
-            multiply=by_packed(weight_cache.borrow(weight, WINOGRAD_PACK[layer.scheme])),
+            multiply=layer.multiply(),
             affine=affine,
             silu=layer.silu,
             offsets=epilogue.offsets(1, len(weight))[0],

@@ -135,7 +135,7 @@ encode photo.png -m llm.safetensors -o OUT.safetensors              | no network
 encode photo.png -m tiny.safetensors -o OUT.safetensors --sample    | leave --sample out
 encode photo.png -o OUT.safetensors                                 | Missing option '--model'
 decode absent.safetensors -m vae.safetensors -o OUT.png             | does not exist
-decode photo.png -m vae.safetensors -o OUT.png                      | is a PNG image, not a file of tensors
+decode photo.png -m vae.safetensors -o OUT.png                      | is a PNG image, not a file
 decode z.safetensors -m vae.safetensors -o OUT.txt                  | not the name of an image file
 decode z.safetensors -m vae.safetensors -o OUT.png --key y          | which tensor
 decode z7.safetensors -m vae.safetensors -o OUT.png                 | wrong shape

@@ -23,6 +23,15 @@ def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
     projected = None
     if block.time_emb_proj is not None:
         projected = block.time_emb_proj(block.nonlinearity(temb))
+    return resnet_with_stats(block, x, None, 0, projected)[0]
+
+
+def resnet_with_stats(
+    block: Any, x: Tensor, stats: Tensor | None, groups: int, projected: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Runs a ResNet block with a projected time embedding, ``(B, C)``, or without one; takes the
+    statistics of ``x`` where they are known, and returns those of the output in ``groups`` groups,
+    None for 0 groups."""
     shortcut = block.conv_shortcut
     first = Epilogue(block.conv1.bias, projected)
     second = Epilogue(
@@ -31,24 +40,34 @@ def resnet(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
         shortcut=None if shortcut is None else (shortcut.weight, shortcut.bias),
     )
     try:
-        norm1 = _prologue(block.norm1, x)
-        hidden, stats = fused_conv3x3(x, block.conv1, norm1, first, block.norm2.num_groups)
-        norm2 = _prologue(block.norm2, hidden, stats)
+        norm1 = _prologue(block.norm1, x, stats)
+        hidden, inner = fused_conv3x3(x, block.conv1, norm1, first, block.norm2.num_groups)
+        norm2 = _prologue(block.norm2, hidden, inner)
         # In place: nothing else reads the hidden feature map.
-        return fused_conv3x3(hidden, block.conv2, norm2, second, 1, in_place=True)[0]
+        out, own = fused_conv3x3(hidden, block.conv2, norm2, second, groups or 1, in_place=True)
+        return out, own if groups else None
     except NotFiniteError:
         hidden = cpu_conv.direct_conv(x, block.conv1.weight, _prologue(block.norm1, x), first)
         norm2 = _prologue(block.norm2, hidden)
-        return cpu_conv.direct_conv(hidden, block.conv2.weight, norm2, second)
+        return cpu_conv.direct_conv(hidden, block.conv2.weight, norm2, second), None
 
 
 def upsample(block: Any, x: Tensor) -> Tensor:
     """Runs nearest-neighbour upsampling and its convolution."""
+    return upsample_with_stats(block, x, None, 0)[0]
+
+
+def upsample_with_stats(
+    block: Any, x: Tensor, stats: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """`upsample`, and the statistics of its output in ``groups`` groups, None for 0 groups; needs
+    none of ``x``."""
     conv = block.conv
     if is_eager(x, conv):
-        return cpu_conv.upsample_conv(x, conv.weight, conv.bias, groups=1)[0]
-    out: Tensor = custom_ops.upsample_conv(x, conv.weight, conv.bias, 1)[0]
-    return out
+        out, own = cpu_conv.upsample_conv(x, conv.weight, conv.bias, groups=groups or 1)
+    else:
+        out, own = custom_ops.upsample_conv(x, conv.weight, conv.bias, groups or 1)
+    return out, own if groups else None
 
 
 def normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -59,9 +78,10 @@ def normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return rows.to(x.dtype).permute(0, 3, 1, 2)
 
 
-def output(norm: Any, conv: Any, x: Tensor) -> Tensor:
-    """Runs a network's last GroupNorm, SiLU and convolution."""
-    return fused_conv3x3(x, conv, _prologue(norm, x), Epilogue(conv.bias), 1)[0]
+def output(norm: Any, conv: Any, x: Tensor, stats: Tensor | None = None) -> Tensor:
+    """Runs a network's last GroupNorm, SiLU and convolution; ``stats``: of ``x``, if they are
+    known."""
+    return fused_conv3x3(x, conv, _prologue(norm, x, stats), Epilogue(conv.bias), 1)[0]
 
 
 def fused_conv3x3(

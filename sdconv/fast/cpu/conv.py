@@ -22,7 +22,7 @@ from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, row
 from sdconv.fast.cpu.cost_constants import constants_for
 from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_by
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats, normalise
-from sdconv.fast.cpu.kernels import has_numba_kernels, kernels_for
+from sdconv.fast.cpu.kernels import kernels_for, unpacked_methods
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strips
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
@@ -140,15 +140,13 @@ def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPla
     weights have room."""
     batch, channels, height, width = x.shape
     out_channels = len(weight)
-    available = []
     size = packed_bytes(kind, channels, out_channels)["winograd"]
+    available = unpacked_methods()
     if weight_cache.has_room(weight, WINOGRAD_PACK[SCHEMES[kind]], size):
-        available.append("winograd")
-    if has_numba_kernels():
-        available.append("winograd_uncached")
+        available += ("winograd",)
     shape = batch, channels, out_channels, height, width
     constants = constants_for(torch.get_num_threads())
-    return plan_by(kind, shape, normalised, tuple(available), direct_rate(x.dtype), constants)
+    return plan_by(kind, shape, normalised, available, direct_rate(x.dtype), constants)
 
 
 def conv3x3(

@@ -8,7 +8,7 @@ are fitted on the machine where they are used.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 from sdconv.fast.cpu.cost_constants import CostConstants, constants_in_force
@@ -42,6 +42,7 @@ class ConvPlan:
     reason: str
 
 
+@cache
 def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]:
     """Bytes of the packed weight, for each method that packs one."""
     if kind not in SCHEMES:

@@ -103,6 +103,19 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
     return numba_kernels()[0] if dtype is torch.float32 else torch_kernels
 
 
+@cache
+def unpacked_methods() -> tuple[str, ...]:
+    """The methods of the cost model that need no packed weight, but kernels for it: none without
+    Numba. Compiles nothing."""
+    return ("winograd_uncached",) if find_spec("numba") else ()
+
+
+def uncached_bytes(tiles: int) -> int:
+    """Bytes of memory, at most, that `Kernels.multiply_tiles` takes next to a copy of the tiles."""
+    # a part of the weight in float32; each thread's kernels, and its sums
+    return (4 << 20) + torch.get_num_threads() * (384 * 1024 + 36 * 64 * 4 * tiles)
+
+
 def has_numba_kernels() -> bool:
     """Whether the kernels for float32 are Numba's. With torch's, the fast backend takes less memory
     than the reference, not less time."""

@@ -67,6 +67,7 @@ def test_all_memory_is_returned_at_the_end() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     outlives: list[torch.Tensor] = []
+    gc.collect()
     before = resident()
     for error in (False, True):
         with pytest.raises(KeyError) if error else use_pool():

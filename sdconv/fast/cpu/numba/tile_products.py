@@ -8,6 +8,7 @@ the weight itself is read, and nothing is kept from call to call.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -34,6 +35,7 @@ _LINE = 16
 _PLANE = _CHANNELS * PANEL + 64
 
 
+@cache
 def scratch_size(rows: int) -> int:
     """Floats of scratch memory for each thread, with units of ``rows`` tiles."""
     return _TAPS * _CHANNELS * PANEL + CONV3X3.positions * (_PLANE + rows * PANEL)
