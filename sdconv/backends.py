@@ -145,7 +145,7 @@ def observing(observer: Callable[[Any], None]) -> Iterator[None]:
 
 
 def begins(module: Any) -> None:
-    """Says that a module is about to be computed without its dispatched function."""
+    """Reports that a module is about to be computed without its dispatched function."""
     if _observer is not None:
         _observer(module)
 

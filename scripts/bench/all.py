@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.dataset import FAST, LOOP
 from scripts.bench.record import ROOT, machine, table, write_whole
 
 RUNTIMES = ("openvino", "openvino_bf16", "onnxruntime", "mnn", "ncnn")
@@ -119,7 +120,7 @@ def data_sets(cores: int, quick: bool) -> Iterator[Task]:
         return
     for sizes, minutes in (("256", 6), ("512", 18)):
         yield Task("dataset", cores, ("--sizes", sizes), minutes, dataset, True)
-    two = ("--sides", "diffusers + DataLoader", "sdconv fast")
+    two = ("--sides", LOOP, FAST)
     for sizes, minutes in (("256", 14), ("512", 57)):
         full = ("--full", "--sizes", sizes, *two)
         yield Task("dataset", cores, full, minutes, dataset, True)

@@ -17,6 +17,7 @@ from sdconv.config import Config
 from sdconv.devices import on_meta
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
+from sdconv.fast.cpu.conv import PRODUCTS
 from sdconv.fast.cpu.cost_constants import (
     CostConstants,
     calibration_in_force,
@@ -254,7 +255,7 @@ def _shortcut_bytes(network: nn.Module, layer: Explained) -> int:
     """Bytes of a block's packed shortcut, which its second convolution adds."""
     block, _, part = layer.name.rpartition(".")
     parent: Any = network.get_submodule(block)
-    if layer.method != "winograd" or part != "conv2" or parent.conv_shortcut is None:
+    if layer.method not in PRODUCTS or part != "conv2" or parent.conv_shortcut is None:
         return 0
     return 4 * int(parent.conv_shortcut.weight.numel())
 

@@ -173,8 +173,8 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
         x, stats = _layer_by_layer(network, x, blocks)
     else:
         with use_pool():
-            x = x.contiguous(memory_format=torch.channels_last)
-            x, stats = _layer_by_layer(network, x, blocks)
+            last = torch.channels_last
+            x, stats = _layer_by_layer(network, x.contiguous(memory_format=last), blocks)
     return _output(network, x, stats)
 
 
@@ -197,7 +197,7 @@ def _layer_by_layer(
             x, stats = layer(x), None
         else:
             begins(layer)
-            x, stats = with_stats(layer, x, stats, _groups(following))
+            x, stats = with_stats(layer, x, stats, _groups(following, _out_channels(layer, x)))
     return x, stats
 
 
@@ -219,13 +219,22 @@ def _with_stats(layer: Any, x: Tensor) -> Callable[..., tuple[Tensor, Tensor | N
     return None
 
 
-def _groups(layer: nn.Module) -> int:
-    """The number of groups of a layer's first GroupNorm; 0 if it does not begin with one."""
+def _out_channels(layer: Any, x: Tensor) -> int:
+    """The channels that a layer makes of ``x``."""
+    conv = layer.conv2 if isinstance(layer, ResnetBlock2D) else getattr(layer, "conv", layer)
+    return conv.out_channels if isinstance(conv, nn.Conv2d) else x.shape[1]
+
+
+def _groups(layer: nn.Module, channels: int) -> int:
+    """The number of groups of a layer's first GroupNorm; 0 if it does not begin with one of so many
+    channels."""
     if isinstance(layer, ResnetBlock2D):
         layer = layer.norm1
     elif isinstance(layer, Attention):
         layer = layer.group_norm
-    return layer.num_groups if isinstance(layer, nn.GroupNorm) else 0
+    if isinstance(layer, nn.GroupNorm) and layer.num_channels == channels:
+        return layer.num_groups
+    return 0
 
 
 def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:

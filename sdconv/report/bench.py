@@ -104,7 +104,7 @@ _CONSTANTS = {
     "direct": "one of torch's convolution",
     "reorder": "each value of a weight that torch reorders",
     "read": "each value of a packed weight",
-    "kernel": "each 3x3 kernel that is transformed in each call",
+    "kernel": "each 3x3 kernel that is transformed for a strip",
     "transform": "each value of a transformed tile",
     "normalise": "each value normalised in a pass of its own",
     "prologue": "each value normalised as Winograd's transform reads it",

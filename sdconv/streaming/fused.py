@@ -116,18 +116,20 @@ class _UncachedLayer(_WinogradLayer):
         return uncached_products(self.module.weight, self.scheme)
 
     def ample_workspace(self, width: int) -> int:
-        packed = self.scheme.positions * self.module.weight[:, :, 0, 0].numel()
-        return self.workspace(0, width) + 2 * strip_bytes(packed * COMPUTE_DTYPE.itemsize)
+        packed = super()._transformed * COMPUTE_DTYPE.itemsize
+        return self.workspace(0, width) + 2 * strip_bytes(packed)
 
     def workspace(self, units: int, width: int) -> int:
-        tiles = units * -(-width // self.scheme.step)
-        # a second copy of the tiles, and what the kernels need
-        copy = self.scheme.positions * tiles * self.module.weight.shape[1] * COMPUTE_DTYPE.itemsize
-        return super().workspace(units, width) + copy + uncached_bytes(tiles)
+        weight, tiles = self.module.weight, units * -(-width // self.scheme.step)
+        # a second copy of the tiles, and a packed shortcut, which exists twice until it is packed
+        copies = self.scheme.positions * tiles * weight.shape[1]
+        copies += 0 if self.shortcut is None else 2 * self.shortcut.weight.numel()
+        own = copies * COMPUTE_DTYPE.itemsize + uncached_bytes(tiles, weight)
+        return super().workspace(units, width) + own
 
     @property
     def _transformed(self) -> int:
-        return 0
+        return 0  # none is kept
 
 
 class WinogradConv3x3(_WinogradLayer, Conv3x3):

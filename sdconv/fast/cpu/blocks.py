@@ -60,8 +60,8 @@ def upsample(block: Any, x: Tensor) -> Tensor:
 def upsample_with_stats(
     block: Any, x: Tensor, stats: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor | None]:
-    """`upsample`, and the statistics of its output in ``groups`` groups, None for 0 groups; needs
-    none of ``x``."""
+    """`upsample`, and the statistics of its output in ``groups`` groups, None for 0 groups; does
+    not use those of ``x``."""
     conv = block.conv
     if is_eager(x, conv):
         out, own = cpu_conv.upsample_conv(x, conv.weight, conv.bias, groups=groups or 1)

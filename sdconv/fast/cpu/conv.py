@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, rows_of, scratch
 from sdconv.fast.cpu.cost_constants import constants_for
 from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_by
@@ -141,7 +142,7 @@ def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPla
     batch, channels, height, width = x.shape
     out_channels = len(weight)
     size = packed_bytes(kind, channels, out_channels)["winograd"]
-    available = unpacked_methods()
+    available = () if kernels_for(COMPUTE_DTYPE) is torch_kernels else unpacked_methods()
     if weight_cache.has_room(weight, WINOGRAD_PACK[SCHEMES[kind]], size):
         available += ("winograd",)
     shape = batch, channels, out_channels, height, width
@@ -253,7 +254,7 @@ def cached_products(weight: Tensor, scheme: Scheme) -> Multiply:
 
 
 def uncached_products(weight: Tensor, scheme: Scheme) -> Multiply:
-    """Products with a weight that is transformed for each strip; only Numba's kernels have them."""
+    """Products with a weight that is transformed for each strip."""
     return lambda tiles, out: kernels_for(COMPUTE_DTYPE).multiply_tiles(scheme, tiles, weight, out)
 
 

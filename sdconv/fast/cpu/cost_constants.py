@@ -34,8 +34,8 @@ class CostConstants:
     """Times in units of one multiply-accumulate of the fast backend's matrix products.
 
     ``reorder``: per value of a weight, which torch's kernel reorders in each call. ``read``: per
-    value of a packed weight, which is only read. ``kernel``: per 3x3 kernel that is transformed in
-    each call. ``transform``: per value of a transformed tile, in and out. ``call``: per call.
+    value of a packed weight, which is only read. ``kernel``: per 3x3 kernel that is transformed
+    for a strip. ``transform``: per value of a transformed tile, in and out. ``call``: per call.
     ``normalise``: per value of a feature map that is normalised in passes of its own; ``prologue``:
     per value that is normalised as Winograd's transform reads it. ``direct``: per
     multiply-accumulate of torch's convolution in float32.

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from typing import Literal
 
 from sdconv.fast.cpu.cost_constants import CostConstants, constants_in_force
-from sdconv.fast.cpu.tiling import strips
+from sdconv.fast.cpu.tiling import MULTIPLE, strips
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
@@ -30,9 +30,9 @@ class ConvPlan:
     """How a convolution is computed.
 
     ``method``: "winograd" (with a weight that is transformed once and kept), "winograd_uncached"
-    (with one that is transformed in each call) or "direct" (torch's kernel). ``packed_bytes``:
-    bytes of the weight that the method keeps. ``costs``: the
-    modelled time of each method, in multiply-accumulates. ``reason``: why this method, in words.
+    (with one that is transformed for each strip) or "direct" (torch's kernel). ``packed_bytes``:
+    bytes of the weight that the method keeps. ``costs``: the modelled time of each method, in
+    multiply-accumulates. ``reason``: why this method, in words.
     """
 
     kind: Kind
@@ -143,7 +143,7 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
     found: dict[str, dict[str, float]] = {
         "winograd": {**winograd, "read": batch * positions * pairs}
     }
-    if channels % _MULTIPLE == out_channels % _MULTIPLE == 0:
+    if channels % MULTIPLE == out_channels % MULTIPLE == 0:
         found["winograd_uncached"] = {
             **winograd,
             "product": _UNCACHED * winograd["product"],
@@ -158,7 +158,5 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
 
 
 _PRICES = [field.name for field in fields(CostConstants)]
-# of channels in and out, where a weight is not cached
-_MULTIPLE = 64
 # how many times as long products take whose panels are made anew for each strip
 _UNCACHED = 9 / 8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdconv.errors import SdconvWarning
 from sdconv.fast.cpu import torch_kernels
-from sdconv.fast.cpu.tiling import Strip
+from sdconv.fast.cpu.tiling import MULTIPLE, Strip
 from sdconv.fast.cpu.winograd import Scheme
 
 Affine = tuple[Tensor, Tensor]
@@ -74,7 +74,7 @@ class Kernels(Protocol):
     def multiply_tiles(self, scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:
         """Multiplies ``tiles`` ``(positions, T, C)`` by the transformed kernels of ``weight``
         ``(O, C, 3, 3)``, of any dtype and memory layout, into ``out`` ``(positions, T, O)``, whose
-        rows are contiguous. C and O are multiples of 64."""
+        rows are contiguous. C and O are multiples of `MULTIPLE`."""
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
@@ -105,15 +105,17 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
 
 @cache
 def unpacked_methods() -> tuple[str, ...]:
-    """The methods of the cost model that need no packed weight, but kernels for it: none without
-    Numba. Compiles nothing."""
+    """The methods of the cost model that need Numba instead of a packed weight; none if it is not
+    installed. Compiles nothing."""
     return ("winograd_uncached",) if find_spec("numba") else ()
 
 
-def uncached_bytes(tiles: int) -> int:
+def uncached_bytes(tiles: int, weight: Tensor) -> int:
     """Bytes of memory, at most, that `Kernels.multiply_tiles` takes next to a copy of the tiles."""
+    threads, row = torch.get_num_threads(), 36 * weight.shape[1]
+    part = min(row * len(weight), max(4 << 20, row * MULTIPLE * threads))
     # a part of the weight in float32; each thread's kernels, and its sums
-    return (4 << 20) + torch.get_num_threads() * (384 * 1024 + 36 * 64 * 4 * tiles)
+    return part + threads * (384 * 1024 + 36 * MULTIPLE * 4 * tiles)
 
 
 def has_numba_kernels() -> bool:

@@ -7,6 +7,8 @@ from functools import cached_property, lru_cache
 
 from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 
+# of channels in and out, where a weight is not packed beforehand
+MULTIPLE = 64
 # bytes of scratch memory for a strip, at least and at most: few enough for a cache, many enough for
 # an efficient matrix product
 LEAST_BYTES, MOST_BYTES = 4 << 20, 24 << 20

@@ -45,8 +45,8 @@ class WeightCache:
 
     Args:
         limit: bytes of all packed weights. A weight that would exceed it is not kept: its layer
-            computes directly, so that a network larger than the limit does not pack every weight
-            again in every forward pass.
+            computes by another method, so that a network larger than the limit does not pack every
+            weight again in every forward pass.
     """
 
     def __init__(self, limit: int) -> None:

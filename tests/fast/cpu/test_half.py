@@ -57,7 +57,7 @@ def test_networks_are_no_further_from_float64_than_the_reference(dtype: torch.dt
         wide = [map_tensors(one, torch.float64, lambda t, own: t.to(own)) for one in others]
         exact_run = in_float64(network).decode if network is vae else in_float64(network)
         errors = []
-        for _ in range(4):  # by some inputs, for one's errors differ by tenths
+        for _ in range(4):  # averaged, since a single input's errors vary by a tenth
             x = torch.randn(size, generator=random).to(dtype)
             with torch.no_grad():
                 exact = exact_run(x.double(), *wide).sample

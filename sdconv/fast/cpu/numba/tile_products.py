@@ -18,6 +18,7 @@ from sdconv.fast.cpu.numba.dsl import atomic_next, carray, copy, floats, inner, 
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, VECTORS, block
 from sdconv.fast.cpu.numba.packing import pack
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
+from sdconv.fast.cpu.tiling import MULTIPLE
 from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
 PRODUCTS = job(
@@ -25,9 +26,8 @@ PRODUCTS = job(
     *("a", "b", "start", "out", "out_step"),
 )
 
-# input channels of a block of tiles; those whose kernels are transformed at a time
-BLOCK = 64
-_CHANNELS = min(BLOCK, 2048 // PANEL)
+# input channels whose kernels are transformed at a time
+_CHANNELS = min(MULTIPLE, 2048 // PANEL)
 _TAPS = 9
 # floats in a cache line
 _LINE = 16
@@ -150,18 +150,18 @@ def _kernel(scheme: Scheme) -> Any:
                 weight = job.b + 4 * _TAPS * (column * channels + c)
                 pack(weight, _TAPS * channels, PANEL, _TAPS * _CHANNELS, taps)
                 transform(floats(taps), floats(kernels), _CHANNELS)
-                block = c // BLOCK * positions * job.rows * BLOCK + c % BLOCK
+                block = c // MULTIPLE * positions * job.rows * MULTIPLE + c % MULTIPLE
                 for position in range(positions):
-                    a = job.a + 4 * (block + (position * job.rows + first) * BLOCK)
+                    a = job.a + 4 * (block + (position * job.rows + first) * MULTIPLE)
                     for row in range(PANEL):  # a line of each row of the next weights
                         ahead = row * channels + _CHANNELS
                         _prefetch(weight + 4 * (_TAPS * ahead + position * _LINE))
                     b = floats(kernels + 4 * position * _PLANE)
                     to = sums + 4 * position * rows * PANEL
                     if c == 0:
-                        _multiply(job.start, 0, a, BLOCK, b, _CHANNELS, to, PANEL, rows)
+                        _multiply(job.start, 0, a, MULTIPLE, b, _CHANNELS, to, PANEL, rows)
                     else:
-                        _multiply(to, PANEL, a, BLOCK, b, _CHANNELS, to, PANEL, rows)
+                        _multiply(to, PANEL, a, MULTIPLE, b, _CHANNELS, to, PANEL, rows)
             out, made = floats(job.out), floats(sums)
             for position in range(positions):
                 for row in range(rows):
