@@ -113,8 +113,10 @@ def unpacked_methods() -> tuple[str, ...]:
 def uncached_bytes(tiles: int, weight: Tensor) -> int:
     """Bytes of memory, at most, that `Kernels.multiply_tiles` takes next to a copy of the tiles."""
     threads, row = torch.get_num_threads(), 36 * weight.shape[1]
-    part = min(row * len(weight), max(4 << 20, row * MULTIPLE * threads))
-    # a part of the weight in float32; each thread's kernels, and its sums
+    part = 0
+    if weight.dtype is not torch.float32 or not weight.is_contiguous():  # is copied in parts
+        part = min(row * len(weight), max(4 << 20, row * MULTIPLE * threads))
+    # each thread's kernels, and its sums
     return part + threads * (384 * 1024 + 36 * MULTIPLE * 4 * tiles)
 
 
