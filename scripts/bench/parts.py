@@ -26,7 +26,7 @@ _KERNEL = "sdconv kernel: "
 # the beginnings of the names of each part's operations
 _OPERATIONS = {
     "products": (
-        *(f"{_KERNEL}bmm", f"{_KERNEL}linear", f"{_KERNEL}geglu"),
+        *(f"{_KERNEL}bmm", f"{_KERNEL}multiply_tiles", f"{_KERNEL}linear", f"{_KERNEL}geglu"),
         *("aten::mkldnn", "aten::_slow_conv"),
         *("aten::convolution", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"),
         *("aten::linear", "aten::matmul"),
@@ -86,15 +86,17 @@ def part_of(operation: str) -> str:
     return next(fits, PARTS[-1])
 
 
+def kernel_names() -> list[str]:
+    """The fast backend's kernels, by the names of their functions."""
+    functions = inspect.getmembers(Kernels, inspect.isfunction)
+    return [name for name, _ in functions if not name.startswith("_") and name != "padded"]
+
+
 @contextmanager
 def _named_kernels() -> Iterator[None]:
     """The fast backend's kernels are operations to the profiler."""
     kernels: Any = kernels_for(torch.float32)
-    own = {
-        name: getattr(kernels, name)
-        for name, _ in inspect.getmembers(Kernels, inspect.isfunction)
-        if not name.startswith("_") and name != "padded"
-    }
+    own = {name: getattr(kernels, name) for name in kernel_names()}
     for name, function in own.items():
         setattr(kernels, name, _named(name, function))
     try:

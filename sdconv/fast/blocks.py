@@ -166,15 +166,14 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
         return None
     stats = None
     if torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_cuda(x)):
-        x = network.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = network.conv_in(_in_channels_last(x))
         for block in blocks:
             x = network.checkpoint_call(block, x)
     elif _is_cuda(x):
         x, stats = _layer_by_layer(network, x, blocks)
     else:
         with use_pool():
-            last = torch.channels_last
-            x, stats = _layer_by_layer(network, x.contiguous(memory_format=last), blocks)
+            x, stats = _layer_by_layer(network, _in_channels_last(x), blocks)
     return _output(network, x, stats)
 
 
@@ -258,7 +257,7 @@ def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def unet_input(network: Any, sample: Tensor) -> Tensor | None:
     if not _can_run(sample):
         return None
-    out: Tensor = network.conv_in(sample.contiguous(memory_format=torch.channels_last))
+    out: Tensor = network.conv_in(_in_channels_last(sample))
     return out
 
 
@@ -280,6 +279,10 @@ def _output(network: Any, x: Tensor, stats: Tensor | None = None) -> Tensor:
 def can_run_output(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:
     """Whether a network's last layers are plain ones that the fast arithmetic can replace."""
     return _can_run(x) and is_norm(norm, x) and is_bare(activation, nn.SiLU) and is_conv3x3(conv, x)
+
+
+def _in_channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _can_run(x: Tensor) -> bool:

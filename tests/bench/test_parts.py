@@ -7,7 +7,7 @@ import torch
 from helpers.paths import WEIGHTS
 
 import sdconv
-from scripts.bench.parts import PARTS, measured, part_of
+from scripts.bench.parts import PARTS, kernel_names, measured, part_of
 from sdconv.fast.cpu.kernels import kernels_for
 
 
@@ -46,3 +46,9 @@ def test_a_decode(backend: str) -> None:
     assert set(seconds) == set(PARTS) and sum(seconds.values()) == pytest.approx(total, rel=0.2)
     assert seconds["products"] > 0 and seconds["norms and activations"] > 0
     assert (seconds["transforms"] > 0) == (backend == "fast")
+
+
+def test_every_kernel_has_a_part() -> None:
+    names = kernel_names()
+    assert {"bmm", "multiply_tiles"} <= set(names)
+    assert [name for name in names if part_of(f"sdconv kernel: {name}") == "the rest"] == []

@@ -89,6 +89,27 @@ def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[
         assert error(vae.encode(expected).latent_dist.parameters, moments) < WITHIN
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["output", "input"])
+def test_statistics_are_not_those_of_before_a_hook(
+    vae: AutoencoderKL, latents: Tensor, before: bool
+) -> None:
+    """Layers pass on the statistics of what they have made, which a hook then changes."""
+    first, second = vae.decoder.up_blocks[0].resnets[:2]
+    plain = vae.decode(latents).sample
+    if before:
+        hook = second.register_forward_pre_hook(lambda _, given: (3 * given[0] + 1, *given[1:]))
+    else:
+        hook = first.register_forward_hook(lambda _, __, out: out.mul_(3).add_(1))
+    try:
+        expected = vae.decode(latents).sample
+        with sdconv.backend("fast"):
+            found = vae.decode(latents).sample
+    finally:
+        hook.remove()
+    assert error(found, expected) < WITHIN
+    assert error(plain, expected) > 100 * WITHIN
+
+
 def test_the_backend_can_be_switched(vae: AutoencoderKL) -> None:
     state = vae.state_dict()
     assert not is_fast(vae)

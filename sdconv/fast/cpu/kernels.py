@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdconv.errors import SdconvWarning
 from sdconv.fast.cpu import torch_kernels
-from sdconv.fast.cpu.tiling import MULTIPLE, Strip
+from sdconv.fast.cpu.tiling import MULTIPLE, Strip, part_channels
 from sdconv.fast.cpu.winograd import Scheme
 
 Affine = tuple[Tensor, Tensor]
@@ -112,10 +112,10 @@ def unpacked_methods() -> tuple[str, ...]:
 
 def uncached_bytes(tiles: int, weight: Tensor) -> int:
     """Bytes of memory, at most, that `Kernels.multiply_tiles` takes next to a copy of the tiles."""
-    threads, row = torch.get_num_threads(), 36 * weight.shape[1]
+    threads, (out_channels, channels) = torch.get_num_threads(), weight.shape[:2]
     part = 0
     if weight.dtype is not torch.float32 or not weight.is_contiguous():  # is copied in parts
-        part = min(row * len(weight), max(4 << 20, row * MULTIPLE * threads))
+        part = 36 * channels * min(out_channels, part_channels(channels, threads))
     # each thread's kernels, and its sums
     return part + threads * (384 * 1024 + 36 * MULTIPLE * 4 * tiles)
 

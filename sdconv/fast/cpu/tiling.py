@@ -9,6 +9,8 @@ from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 
 # of channels in and out, where a weight is not packed beforehand
 MULTIPLE = 64
+# bytes of a part of a weight that is copied because of its dtype or memory layout
+_PART = 4 << 20
 # bytes of scratch memory for a strip, at least and at most: few enough for a cache, many enough for
 # an efficient matrix product
 LEAST_BYTES, MOST_BYTES = 4 << 20, 24 << 20
@@ -21,6 +23,12 @@ def strip_bytes(weight: int) -> int:
     small weight and a small strip fit a cache together.
     """
     return min(max(LEAST_BYTES, weight), MOST_BYTES)
+
+
+def part_channels(channels: int, threads: int) -> int:
+    """Output channels of a part of a weight ``(O, channels, 3, 3)`` that is copied in parts: enough
+    for a panel for each thread."""
+    return MULTIPLE * max(threads, _PART // (36 * channels * MULTIPLE))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 from dataclasses import replace
@@ -285,16 +286,25 @@ def miscompiled() -> Any:
     """The transforms compiled again with two of the schemes' points off by a hundredth. They are
     kept, since a thread finds its jobs by a kernel's id."""
     source = Path(transforms().__file__)
-    right, where = source.read_text("utf-8"), "\nVectors = "
-    assert right.count(where) == 1
-    wrong = right.replace(where, f"\n_P, _R = 1.01 * _P, 1.01 * _R\n{where}")
+    code, right = source.with_name("transform_code.py").read_text("utf-8"), "\nVectors = "
+    assert code.count(right) == 1
+    code = code.replace(right, f"\n_P, _R = 1.01 * _P, 1.01 * _R\n{right}")
+    kernels, own = source.read_text("utf-8"), "from sdconv.fast.cpu.numba.transform_code import"
+    assert kernels.count(own) == 1
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "miscompiled.py"
-        file.write_text(wrong, "utf-8")
-        spec = spec_from_file_location("miscompiled", file)
-        assert spec is not None and spec.loader is not None
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
+        compiled(Path(folder) / "miscompiled_code.py", code)
+        name = "miscompiled"
+        kernels = kernels.replace(own, f"from {name}_code import")
+        return compiled(Path(folder) / f"{name}.py", kernels)
+
+
+def compiled(file: Path, source: str) -> Any:
+    """A module of this source, which others can import."""
+    file.write_text(source, "utf-8")
+    spec = spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[file.stem] = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for, upsample_conv
-from sdconv.fast.cpu.kernels import Kernels, numba_kernels
+from sdconv.fast.cpu.kernels import Kernels, numba_kernels, uncached_bytes
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
@@ -93,3 +93,19 @@ def test_infinity_stays_where_the_sum_has_it() -> None:
     with torch.inference_mode():
         out = conv3x3(x, weight, None, Epilogue(), groups=1)[0]
     assert torch.equal(out.isfinite(), functional.conv2d(x, weight, padding=1).isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tiles", [1, 64])
+def test_it_takes_no_more_memory_than_is_said(tiles: int, dtype: torch.dtype) -> None:
+    given, weight = random(36, tiles, 128), random(256, 128, 3, 3, seed=1).to(dtype)
+    numba_kernels()
+    scratch.release()
+    try:
+        kernels = numba_kernels()[0]
+        kernels.multiply_tiles(CONV3X3, given, weight, torch.empty(36, tiles, 256))
+        taken = sum(one.nbytes for one in vars(scratch)["_buffers"].values()) - given.nbytes
+    finally:
+        scratch.release()
+    said = uncached_bytes(tiles, weight)
+    assert said / 4 < taken <= said

@@ -22,7 +22,7 @@ from sdconv.fast.cpu.numba import gemm, reductions, tile_products, transforms
 from sdconv.fast.cpu.numba import linear as linear_kernels
 from sdconv.fast.cpu.numba.launch import launch, threads
 from sdconv.fast.cpu.numba.vectors import LANES
-from sdconv.fast.cpu.tiling import MULTIPLE, Strip
+from sdconv.fast.cpu.tiling import MULTIPLE, Strip, part_channels
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 _HASH_KEYS = np.frombuffer(secrets.token_bytes(4 * reductions.KEYS), dtype=np.uint32)
@@ -39,8 +39,6 @@ _PRODUCTS = {
     CONV3X3: tile_products.products,
     UPSAMPLE_CONV: tile_products.upsample_products,
 }
-# bytes of a part of a weight that is copied because of its dtype or memory layout
-_PART = 4 << 20
 # with fewer rows, packing a panel of the weight in each call takes longer than it saves
 _LEAST_ROWS = 256
 # with more, each panel of columns touches more pages than the processor has addresses of at hand
@@ -170,8 +168,7 @@ def multiply_tiles(scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -
     blocks = scratch.take("blocks", shape, torch.float32)
     blocks.permute(1, 2, 0, 3).copy_(tiles.unfold(2, shape[3], shape[3]))
     whole = weight.dtype is torch.float32 and weight.is_contiguous()
-    # a panel for each thread at least
-    step = len(weight) if whole else MULTIPLE * max(threads(), _PART // (36 * channels * MULTIPLE))
+    step = len(weight) if whole else part_channels(channels, threads())
     for first in range(0, len(weight), step):
         part = weight[first : first + step]
         if not whole:
