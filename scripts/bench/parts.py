@@ -2,8 +2,9 @@
 memory.
 
 torch's profiler gives the seconds of each operation without those that it calls; the fast backend's
-kernels are operations of their own to it. What is left of the wall-clock time is Python, and what
-the profiler itself costs.
+kernels are operations of their own to it. Convolutions are computed strip by strip, because the one
+kernel that computes a whole one has no parts. What is left of the wall-clock time is Python, and
+what the profiler itself costs.
 """
 
 from __future__ import annotations
@@ -87,18 +88,20 @@ def part_of(operation: str) -> str:
 
 
 def kernel_names() -> list[str]:
-    """The fast backend's kernels, by the names of their functions."""
+    """The fast backend's kernels that have a part, by the names of their functions."""
     functions = inspect.getmembers(Kernels, inspect.isfunction)
-    return [name for name, _ in functions if not name.startswith("_") and name != "padded"]
+    names = [name for name, _ in functions if not name.startswith("_")]
+    return [name for name in names if name not in ("padded", "conv_in_bands")]
 
 
 @contextmanager
 def _named_kernels() -> Iterator[None]:
     """The fast backend's kernels are operations to the profiler."""
     kernels: Any = kernels_for(torch.float32)
-    own = {name: getattr(kernels, name) for name in kernel_names()}
+    own = {name: getattr(kernels, name) for name in (*kernel_names(), "conv_in_bands")}
     for name, function in own.items():
         setattr(kernels, name, _named(name, function))
+    kernels.conv_in_bands = lambda *_: None
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from sdconv.fast.cpu.conv import (
     uncached_products,
 )
 from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
-from sdconv.fast.cpu.kernels import uncached_bytes, unpacked_methods
+from sdconv.fast.cpu.kernels import packing_bytes, uncached_bytes, unpacked_methods
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
 from sdconv.fast.cpu.weight_cache import weight_cache
@@ -89,11 +89,8 @@ class _WinogradLayer(StreamLayer):
         if self.module.weight.dtype != COMPUTE_DTYPE:  # each feature map's rows are copied
             residual = out_channels if self.shortcut is None else self.shortcut.in_channels
             strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + residual)
-        # the transformed weight, and a second copy until it is packed
-        return (2 * self._transformed + strip) * COMPUTE_DTYPE.itemsize
-
-    def steady_workspace(self, units: int, width: int) -> int:
-        return self.workspace(units, width) - self._transformed * COMPUTE_DTYPE.itemsize
+        own = (self._transformed + strip) * COMPUTE_DTYPE.itemsize
+        return own + packing_bytes(self.module.weight)
 
     @property
     def _transformed(self) -> int:
@@ -117,15 +114,14 @@ class _UncachedLayer(_WinogradLayer):
 
     def ample_workspace(self, width: int) -> int:
         packed = super()._transformed * COMPUTE_DTYPE.itemsize
-        return self.workspace(0, width) + 2 * strip_bytes(packed)
+        return self.workspace(0, width) + strip_bytes(packed)
 
     def workspace(self, units: int, width: int) -> int:
         weight, tiles = self.module.weight, units * -(-width // self.scheme.step)
-        # a second copy of the tiles, and a packed shortcut, which exists twice until it is packed
-        copies = self.scheme.positions * tiles * weight.shape[1]
-        copies += 0 if self.shortcut is None else 2 * self.shortcut.weight.numel()
-        own = copies * COMPUTE_DTYPE.itemsize + uncached_bytes(tiles, weight)
-        return super().workspace(units, width) + own
+        # a packed shortcut exists twice until it is packed
+        shortcut = 0 if self.shortcut is None else 2 * self.shortcut.weight.numel()
+        sums = uncached_bytes(tiles, weight) - packing_bytes(weight)
+        return super().workspace(units, width) + shortcut * COMPUTE_DTYPE.itemsize + sums
 
     @property
     def _transformed(self) -> int:

@@ -270,10 +270,6 @@ class StreamLayer:
         own = (window + scratch + weights) * weight.dtype.itemsize
         return own + wide * norm_dtype(weight.dtype).itemsize
 
-    def steady_workspace(self, units: int, width: int) -> int:
-        """The workspace after the first strip, when the weights are packed."""
-        return self.workspace(units, width)
-
     def prepare(self, rows: Tensor, out: Tensor, stats: RunningGroupStats | None) -> None:
         """Writes the input's ``rows`` into ``out``, normalised and activated for the module."""
         if self.norm is None or stats is None:

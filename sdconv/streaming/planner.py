@@ -36,9 +36,8 @@ class StreamPlan:
         written: list[FeatureBuffer] = []
         most = 0
         for step, units in zip(self.steps, self.units, strict=True):
-            most = max(most, self.layout.memory_in_use(written) + step.workspace(units))
             written.append(step.target)
-            most = max(most, self.layout.memory_in_use(written) + step.steady_workspace(units))
+            most = max(most, self.layout.memory_in_use(written) + step.workspace(units))
         return most + KERNEL_OVERHEAD + self.batch * self.steps[-1].target.bytes
 
     @property

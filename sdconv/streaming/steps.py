@@ -88,10 +88,6 @@ class StreamStep:
         """Bytes that a strip of ``units`` needs in addition to the feature maps."""
         return self.layer.workspace(units, self.source.width)
 
-    def steady_workspace(self, units: int) -> int:
-        """The workspace after the first strip."""
-        return self.layer.steady_workspace(units, self.source.width)
-
     @property
     def multiplies(self) -> int:
         """Multiply-accumulates of the whole step."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdconv.fast.cpu import conv
 from sdconv.fast.cpu.buffer_pool import Scratch
 from sdconv.fast.cpu.kernels import kernels_for
-from sdconv.fast.cpu.tiling import Strip
+from sdconv.fast.cpu.tiling import Bands, Strip
 from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 from sdconv.streaming.layers import SlidingWindow
 
@@ -24,7 +24,8 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 @contextmanager
 def strips_of(tile_rows: int | None) -> Iterator[None]:
-    """Replaces the division into strips by one into this many tile rows each; None keeps it."""
+    """Replaces the division into strips by one into this many tile rows each, which threads share;
+    None keeps it."""
 
     def divided(scheme: Scheme, height: int, width: int, *_: int) -> list[Strip]:
         assert tile_rows is not None
@@ -37,6 +38,20 @@ def strips_of(tile_rows: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if tile_rows is not None:
             patch.setattr(conv, "strips", divided)
+            patch.setattr(conv, "bands", lambda *_: None)
+        yield
+
+
+@contextmanager
+def bands_of(count: int, tile_rows: int) -> Iterator[None]:
+    """Threads work on so many bands (no more than tile rows), in strips of this many tile rows,
+    whatever the weight's size."""
+
+    def divided(whole: Strip, *_: int) -> Bands:
+        return Bands(min(count, whole.tile_rows), tile_rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "bands", divided)
         yield
 
 

@@ -90,7 +90,7 @@ def test_a_limit_is_kept_or_an_error(
     for step, units, spans in zip(plan.steps, plan.units, alive(plan), strict=True):
         held = sum(min(end, memory) - start for start, end in spans if start < memory)
         held = memory if separate_spill else held
-        assert held + step.steady_workspace(units) + plan.steps[-1].target.bytes <= plan.peak
+        assert held + step.workspace(units) + plan.steps[-1].target.bytes <= plan.peak
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
         assert spans[-1][1] <= memory + plan.spilled
         assert not separate_spill or not any(start < memory < end for start, end in spans)

@@ -25,7 +25,7 @@ from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, pl
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for, unpacked_methods
 from sdconv.fast.cpu.processor import direct_rate
-from sdconv.fast.cpu.tiling import Strip, strips
+from sdconv.fast.cpu.tiling import MULTIPLE, Strip, bands, strips, whole_strip
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
@@ -117,12 +117,12 @@ class Epilogue:
 
 def pack_winograd(weight: Tensor) -> Tensor:
     """``(O, C, 3, 3)`` transformed by F(4x4, 3x3)."""
-    return kernels_for(COMPUTE_DTYPE).pack(CONV3X3.kernel_transform(weight))
+    return kernels_for(COMPUTE_DTYPE).pack_kernels(CONV3X3, weight)
 
 
 def pack_upsample(weight: Tensor) -> Tensor:
     """``(O, C, 3, 3)`` transformed for an upsampled input."""
-    return kernels_for(COMPUTE_DTYPE).pack(UPSAMPLE_CONV.kernel_transform(weight))
+    return kernels_for(COMPUTE_DTYPE).pack_kernels(UPSAMPLE_CONV, weight)
 
 
 def pack_pointwise(weight: Tensor) -> Tensor:
@@ -239,13 +239,24 @@ def direct_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return functional.conv2d(x, weight, bias, padding=1)
 
 
-# multiplies a strip's tiles ``(positions, T, C)`` by a weight, into ``(positions, T, padded(O))``
-Multiply = Callable[[Tensor, Tensor], None]
+@dataclass(frozen=True)
+class Multiply:
+    """Multiplies a strip's tiles by a weight.
+
+    ``into``: takes tiles ``(blocks, positions, T, C / blocks)`` and writes the products
+    ``(positions, T, padded(O))``. ``blocks``: of channels, each with its tiles in one place.
+    ``packed``: the packed weight, if there is one.
+    """
+
+    into: Callable[[Tensor, Tensor], None]
+    blocks: int = 1
+    packed: Tensor | None = None
 
 
 def by_packed(packed: Tensor) -> Multiply:
     """Products with a packed weight."""
-    return lambda tiles, out: kernels_for(COMPUTE_DTYPE).bmm(tiles, packed, out)
+    kernels = kernels_for(COMPUTE_DTYPE)
+    return Multiply(lambda tiles, out: kernels.bmm(tiles[0], packed, out), packed=packed)
 
 
 def cached_products(weight: Tensor, scheme: Scheme) -> Multiply:
@@ -255,7 +266,13 @@ def cached_products(weight: Tensor, scheme: Scheme) -> Multiply:
 
 def uncached_products(weight: Tensor, scheme: Scheme) -> Multiply:
     """Products with a weight that is transformed for each strip."""
-    return lambda tiles, out: kernels_for(COMPUTE_DTYPE).multiply_tiles(scheme, tiles, weight, out)
+    kernels = kernels_for(COMPUTE_DTYPE)
+    # in one block, each row of each position would be on a page of its own: more pages than the
+    # processor has addresses of at hand
+    return Multiply(
+        lambda tiles, out: kernels.multiply_tiles(scheme, tiles, weight, out),
+        blocks=weight.shape[1] // MULTIPLE,
+    )
 
 
 PRODUCTS: dict[str, Callable[[Tensor, Scheme], Multiply]] = {
@@ -280,7 +297,7 @@ def winograd_conv(
     Raises:
         NotFiniteError: the output is not finite; ``x`` is overwritten if ``in_place``.
     """
-    batch, (out_channels, channels) = len(x), weight.shape[:2]
+    batch, out_channels = len(x), len(weight)
     height, width = (size * OUTPUT_TILE // scheme.step for size in x.shape[2:])
     out = x if in_place else empty_nhwc(batch, out_channels, height, width, x.dtype)
     offsets = epilogue.offsets(batch, out_channels)
@@ -304,10 +321,7 @@ def winograd_conv(
             groups=groups,
             in_place=in_place,
         )
-        parts = [
-            run.strip(strip) for strip in strips(scheme, height, width, channels, out_channels)
-        ]
-        sums, counts = (torch.cat(several) for several in zip(*parts, strict=True))
+        sums, counts = run.image()
         # finite if and only if the whole output is
         if not sums.isfinite().all():
             raise NotFiniteError
@@ -348,6 +362,44 @@ class WinogradPass:
         self._rows = dense_rows(self.x, COMPUTE_DTYPE)
         self._out_rows = dense_rows(self.out, COMPUTE_DTYPE)
 
+    def image(self) -> tuple[Tensor, Tensor]:
+        """Writes the whole output; returns its sums and counts, see `group_stats.combine`."""
+        (out_channels, height, width), channels = self.out.shape, len(self.x)
+        found = self._in_bands(whole_strip(self.scheme, height, width))
+        if found is not None:
+            return found
+        parts = [
+            self.strip(strip)
+            for strip in strips(self.scheme, height, width, channels, out_channels)
+        ]
+        sums, counts = (torch.cat(several) for several in zip(*parts, strict=True))
+        return sums, counts
+
+    def _in_bands(self, whole: Strip) -> tuple[Tensor, Tensor] | None:
+        """`image` in one call; None where it has to be or is better computed strip by strip."""
+        rows, out, residual, packed = self._rows, self._out_rows, None, self.multiply.packed
+        division = bands(whole, len(self.x), len(self.out), torch.get_num_threads())
+        if rows is None or out is None or packed is None or division is None:
+            return None
+        if self.residual is not None:
+            residual = dense_rows(self.residual, COMPUTE_DTYPE)
+            if residual is None:  # has to be copied
+                return None
+        return kernels_for(COMPUTE_DTYPE).conv_in_bands(
+            whole,
+            division,
+            rows,
+            self.affine,
+            self.silu,
+            packed,
+            self.offsets,
+            residual,
+            self.shortcut,
+            self.relu,
+            out,
+            self.groups,
+        )
+
     def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
         """Writes a strip of the output; returns its sums and counts, see `group_stats.combine`."""
         kernels, scheme, (row, end) = kernels_for(COMPUTE_DTYPE), self.scheme, strip.input_rows
@@ -356,9 +408,10 @@ class WinogradPass:
         else:
             part = self.x[:, row - self.x_row : end - self.x_row]
             rows = copied_rows(part, COMPUTE_DTYPE, "input")
-        tiles = scratch.planes(
-            "tiles", scheme.positions, (strip.tiles, rows.shape[2]), COMPUTE_DTYPE
-        )
+        blocks = self.multiply.blocks
+        shape = strip.tiles, rows.shape[2] // blocks
+        tiles = scratch.planes("tiles", blocks * scheme.positions, shape, COMPUTE_DTYPE)
+        tiles = tiles.view(blocks, scheme.positions, *shape)
         kernels.input_transform(strip, rows, row, self.above, self.affine, self.silu, tiles)
         if self.in_place:
             self.above = scratch.take("above", tuple(rows.shape[1:]), COMPUTE_DTYPE)
@@ -366,7 +419,7 @@ class WinogradPass:
         channels = self.out.shape[0]
         shape = (strip.tiles, kernels.padded(channels))
         products = scratch.planes("products", scheme.positions, shape, COMPUTE_DTYPE)
-        self.multiply(tiles, products)
+        self.multiply.into(tiles, products)
         first, end = strip.first - self.out_row, strip.end - self.out_row
         residual = self._residual(first, end)
         if self._out_rows is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdconv.errors import SdconvWarning
 from sdconv.fast.cpu import torch_kernels
-from sdconv.fast.cpu.tiling import MULTIPLE, Strip, part_channels
+from sdconv.fast.cpu.tiling import MULTIPLE, Bands, Strip, part_channels
 from sdconv.fast.cpu.winograd import Scheme
 
 Affine = tuple[Tensor, Tensor]
@@ -33,7 +33,8 @@ class Kernels(Protocol):
         tiles: Tensor,
     ) -> None:
         """Normalises a strip's input rows and transforms them into ``tiles``
-        ``(positions, T, C)``.
+        ``(blocks, positions, T, C / blocks)``, whose rows are contiguous and next to each other.
+        With several blocks of channels, each has a multiple of `MULTIPLE`.
 
         Args:
             rows: the input's rows, from row number ``row`` on.
@@ -56,6 +57,31 @@ class Kernels(Protocol):
         the output, adds ``bias`` and ``residual``, and applies ReLU if ``relu``; returns the
         `sums` of ``out``."""
 
+    def conv_in_bands(
+        self,
+        whole: Strip,
+        division: Bands,
+        rows: Tensor,
+        affine: Affine | None,
+        silu: bool,
+        packed: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        shortcut: Tensor | None,
+        relu: bool,
+        out: Tensor,
+        groups: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """A whole convolution, with the bits of `input_transform`, `bmm` and `output_transform` of
+        its strips; None where those take as long.
+
+        Args:
+            whole: the strip of all tile rows.
+            rows: the input. out: the output, which may be ``rows``, where it overwrites them.
+            packed: the weight, by `pack_kernels`.
+            residual: is added, or its product with ``shortcut``, a packed right factor.
+        """
+
     def sums(self, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Each group's sum and sum of squares in parts of ``rows``, ``(parts, groups, 2)``, and how
         many values of a group each part has, ``(parts,)``; all float64."""
@@ -67,14 +93,19 @@ class Kernels(Protocol):
     def pack(self, right: Tensor) -> Tensor:
         """Right factors ``(P, K, O)`` in the order in which `bmm` reads them."""
 
+    def pack_kernels(self, scheme: Scheme, weight: Tensor) -> Tensor:
+        """The transformed kernels of ``weight`` ``(O, C, 3, 3)``, of any dtype and memory layout,
+        as right factors ``(positions, C, O)`` in the order in which `bmm` reads them."""
+
     def bmm(self, left: Tensor, packed: Tensor, out: Tensor) -> None:
         """Multiplies ``left`` ``(P, T, K)`` by packed right factors into ``out``
         ``(P, T, padded(O))``."""
 
     def multiply_tiles(self, scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:
-        """Multiplies ``tiles`` ``(positions, T, C)`` by the transformed kernels of ``weight``
-        ``(O, C, 3, 3)``, of any dtype and memory layout, into ``out`` ``(positions, T, O)``, whose
-        rows are contiguous. C and O are multiples of `MULTIPLE`."""
+        """Multiplies ``tiles`` ``(C / 64, positions, T, 64)`` by the transformed kernels of
+        ``weight`` ``(O, C, 3, 3)``, of any dtype and memory layout, into ``out``
+        ``(positions, T, O)``, whose rows are contiguous. C and O are multiples of 64,
+        `MULTIPLE`."""
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
@@ -111,13 +142,18 @@ def unpacked_methods() -> tuple[str, ...]:
 
 
 def uncached_bytes(tiles: int, weight: Tensor) -> int:
-    """Bytes of memory, at most, that `Kernels.multiply_tiles` takes next to a copy of the tiles."""
+    """Bytes of memory, at most, that `Kernels.multiply_tiles` takes."""
+    # each thread's sums
+    return packing_bytes(weight) + torch.get_num_threads() * 36 * MULTIPLE * 4 * tiles
+
+
+def packing_bytes(weight: Tensor) -> int:
+    """Bytes of memory, at most, that `Kernels.pack_kernels` takes next to its result."""
     threads, (out_channels, channels) = torch.get_num_threads(), weight.shape[:2]
     part = 0
     if weight.dtype is not torch.float32 or not weight.is_contiguous():  # is copied in parts
         part = 36 * channels * min(out_channels, part_channels(channels, threads))
-    # each thread's kernels, and its sums
-    return part + threads * (384 * 1024 + 36 * MULTIPLE * 4 * tiles)
+    return part + threads * 384 * 1024  # each thread's kernels
 
 
 def has_numba_kernels() -> bool:

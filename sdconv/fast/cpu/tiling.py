@@ -14,6 +14,9 @@ _PART = 4 << 20
 # bytes of scratch memory for a strip, at least and at most: few enough for a cache, many enough for
 # an efficient matrix product
 LEAST_BYTES, MOST_BYTES = 4 << 20, 24 << 20
+# bytes of a packed weight, at most, and tile rows for each thread, at least, with which threads
+# have strips of their own
+_MOST_IN_BANDS, _LEAST_ROWS = 12 << 20, 8
 
 
 def strip_bytes(weight: int) -> int:
@@ -73,6 +76,12 @@ class Strip:
 
 
 @lru_cache(maxsize=256)
+def whole_strip(scheme: Scheme, height: int, width: int) -> Strip:
+    """The strip of all tile rows of a ``height`` x ``width`` output."""
+    return Strip(scheme, height, width, 0, -(-height // OUTPUT_TILE))
+
+
+@lru_cache(maxsize=256)
 def strips(
     scheme: Scheme, height: int, width: int, channels: int, out_channels: int
 ) -> tuple[Strip, ...]:
@@ -81,7 +90,7 @@ def strips(
     Args:
         height, width: of the output.
     """
-    whole = Strip(scheme, height, width, 0, -(-height // OUTPUT_TILE))
+    whole = whole_strip(scheme, height, width)
     # bytes of a float32 matrix for every tile position, per row and column
     size = 4 * scheme.positions
     tiles = strip_bytes(size * channels * out_channels) // (size * (channels + out_channels))
@@ -91,3 +100,28 @@ def strips(
         Strip(scheme, height, width, row, min(step, whole.tile_rows - row))
         for row in range(0, whole.tile_rows, step)
     )
+
+
+@dataclass(frozen=True)
+class Bands:
+    """``count`` bands of tile rows, of which each thread takes one at a time, in strips of at most
+    ``strip_rows`` tile rows."""
+
+    count: int
+    strip_rows: int
+
+
+@lru_cache(maxsize=256)
+def bands(whole: Strip, channels: int, out_channels: int, threads: int) -> Bands | None:
+    """The bands of a whole output; None where threads should share strips: where the weight is so
+    large that not every thread should read all of it, or where bands would differ much in height.
+    """
+    size = 4 * whole.scheme.positions
+    weight = size * channels * out_channels
+    if weight > _MOST_IN_BANDS or whole.tile_rows < _LEAST_ROWS * threads:
+        return None
+    tiles = strip_bytes(weight) // (size * (channels + out_channels))
+    rows = max(1, tiles // whole.tile_columns)
+    # some for each thread, so that one that is held up takes fewer
+    count = min(max(threads, whole.tile_rows // rows), 4 * threads)
+    return Bands(count, min(rows, -(-whole.tile_rows // count)))

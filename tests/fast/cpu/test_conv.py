@@ -24,7 +24,6 @@ from torch import Tensor
 from sdconv.fast.cpu import conv, group_stats, torch_kernels
 from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, Prologue
-from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.fast.cpu.tiling import Strip
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme, toom_cook
@@ -180,6 +179,78 @@ def test_same_bits_each_time_and_nearly_so_for_other_strips() -> None:
             assert error(case.run()[0], once) < 1e-6
 
 
+@given(
+    case=st.builds(
+        Case,
+        seed=st.integers(0, 2**16),
+        batch=st.integers(1, 2),
+        channels=st.sampled_from([8, 68]),
+        out_channels=st.sampled_from([4, 8, 132]),
+        height=st.integers(1, 90),
+        width=st.sampled_from([2, 5, 17, 70]),
+        normed=st.booleans(),
+        shortcut=st.booleans(),
+    ),
+    count=st.integers(1, 9),
+    tile_rows=st.integers(1, 3),
+    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV]),
+)
+@settings(max_examples=40)
+def test_bands_have_the_bits_of_strips(
+    case: Case, count: int, tile_rows: int, scheme: Scheme
+) -> None:
+    if scheme is UPSAMPLE_CONV:
+        case.prologue, case.epilogue = None, Epilogue(case.epilogue.bias)
+    with halos.strips_of(1):
+        expected, stats = case.run(scheme)
+    with halos.bands_of(count, tile_rows):
+        out, found = case.run(scheme)
+    assert torch.equal(out, expected) and torch.equal(found, stats)
+
+
+def in_place(case: Case) -> tuple[Tensor, Tensor]:
+    x = case.x.clone(memory_format=torch.channels_last)
+    around = CONV3X3, case.prologue, case.epilogue, GROUPS
+    return conv.winograd_conv(x, case.weight, *around, in_place=True)
+
+
+@pytest.mark.parametrize(("count", "tile_rows"), [(1, 1), (2, 3), (8, 2), (40, 1)])
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("height", [1, 4, 30, 32, 33, 131])
+def test_bands_in_place_have_the_bits_of_strips(
+    height: int, shortcut: bool, count: int, tile_rows: int
+) -> None:
+    case = Case(channels=8, height=height, shortcut=shortcut)
+    with halos.strips_of(1):
+        expected, stats = case.run()
+    with halos.bands_of(count, tile_rows):
+        out, found = in_place(case)
+    assert torch.equal(out, expected) and torch.equal(found, stats)
+
+
+@pytest.mark.parametrize(("field", "further"), [("borders", 1), ("x", -1), ("x", 1)])
+def test_a_wrong_row_between_bands_is_noticed(
+    field: str, further: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches the kernel with the address of another row."""
+    pytest.importorskip("numba", reason="without it there are no bands: pip install sdconv[fast]")
+    case, module = Case(channels=8, height=131), import_module("sdconv.fast.cpu.numba.winograd")
+    launch, changed = vars(module)["launch"], 0
+    with halos.bands_of(8, 1):
+        expected = in_place(case)[0]
+
+        def wrong(kernel: Any, kind: Any, **values: int) -> None:
+            nonlocal changed
+            if field in values and "borders" in values:
+                changed += 1
+                values[field] += further * 4 * values["row"]
+            launch(kernel, kind, **values)
+
+        monkeypatch.setattr(module, "launch", wrong)
+        assert error(in_place(case)[0], expected) > 1e-2
+        assert changed == 1
+
+
 def test_several_threads_at_once() -> None:
     case = Case(height=40, width=33, channels=68)
     found: list[Tensor] = []
@@ -245,10 +316,10 @@ def by_torch_kernels(scheme: Scheme, case: Case) -> Tensor:
     rows, weight = case.x[0].permute(1, 2, 0).double(), case.weight.double()
     height, width = (size * OUTPUT_TILE // scheme.step for size in rows.shape[:2])
     strip = Strip(scheme, height, width, 0, -(-height // OUTPUT_TILE))
-    tiles = rows.new_empty(scheme.positions, strip.tiles, rows.shape[2])
+    tiles = rows.new_empty(1, scheme.positions, strip.tiles, rows.shape[2])
     torch_kernels.input_transform(strip, rows, 0, None, None, False, tiles)
     out = rows.new_empty(height, width, len(weight))
-    products, bias = tiles @ scheme.kernel_transform(weight), rows.new_zeros(len(weight))
+    products, bias = tiles[0] @ scheme.kernel_transform(weight), rows.new_zeros(len(weight))
     torch_kernels.output_transform(strip, products, bias, None, False, out, GROUPS)
     return out.permute(2, 0, 1)[None]
 
@@ -261,24 +332,6 @@ def test_a_wrong_constant_is_noticed(matrix: str) -> None:
     wrong[1][2] += 1e-3
     faulty = replace(CONV3X3, **{matrix: wrong})
     assert error(by_torch_kernels(faulty, case), expected) > 1e-5
-
-
-@SCHEMES
-def test_a_wrong_constant_of_the_weights_is_noticed(
-    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, expected = bare(scheme)
-    assert error(case.run(scheme)[0], expected) < WITHIN[torch.float32]
-    right = Scheme.kernel_transform
-
-    def wrong(self: Scheme, weight: Tensor) -> Tensor:
-        kernel = [list(row) for row in self.kernel]
-        kernel[1][2] *= 1.01
-        return right(replace(self, kernel=kernel), weight)
-
-    monkeypatch.setattr(Scheme, "kernel_transform", wrong)
-    weight_cache.clear()
-    assert error(case.run(scheme)[0], expected) > 20 * WITHIN[torch.float32]
 
 
 @cache
@@ -313,6 +366,42 @@ def transforms() -> Any:
     return import_module("sdconv.fast.cpu.numba.transforms")
 
 
+@cache
+def mispacking() -> Any:
+    """The packing of weights compiled again with one of the schemes' factors off by a hundredth."""
+    source = Path(import_module("sdconv.fast.cpu.numba.packing").__file__ or "")
+    code, right = source.read_text("utf-8"), "packing(CONV3X3), packing(UPSAMPLE_CONV)"
+    assert code.count(right) == 1
+    wrong = """
+def _off(scheme: Scheme) -> Scheme:
+    first, second, *others = scheme.kernel
+    return replace(scheme, kernel=(first, (*second[:2], 1.01 * second[2]), *others))
+"""
+    before = "\n_body, _upsample_body"
+    assert code.count(before) == 1
+    code = code.replace(right, "packing(_off(CONV3X3)), packing(_off(UPSAMPLE_CONV))")
+    code = code.replace(before, wrong + before)
+    code = code.replace("from typing", "from dataclasses import replace\nfrom typing", 1)
+    with tempfile.TemporaryDirectory() as folder:
+        return compiled(Path(folder) / "mispacking.py", code)
+
+
+@pytest.mark.slow
+@SCHEMES
+def test_a_wrong_constant_of_the_weights_is_noticed(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transforms()
+    case, expected = bare(scheme)
+    assert error(case.run(scheme)[0], expected) < WITHIN[torch.float32]
+    kernel = "pack_kernels" if scheme is CONV3X3 else "pack_upsample_kernels"
+    in_use = vars(import_module("sdconv.fast.cpu.numba.winograd"))["_PACK"]
+    monkeypatch.setitem(in_use, scheme, getattr(mispacking(), kernel))
+    weight_cache.clear()
+    assert error(case.run(scheme)[0], expected) > 20 * WITHIN[torch.float32]
+    weight_cache.clear()
+
+
 @pytest.mark.slow
 @SCHEMES
 @pytest.mark.parametrize("direction", ["input", "output"])
@@ -324,7 +413,8 @@ def test_a_wrong_constant_of_the_kernels_is_noticed(
     if scheme is UPSAMPLE_CONV:
         kernel = f"upsample_{kernel}"
     wrong = getattr(miscompiled(), kernel)
-    in_use = vars(numba_kernels()[0])[f"_{direction.upper()}_TRANSFORM"]
+    module = import_module("sdconv.fast.cpu.numba.winograd")
+    in_use = vars(module)[f"_{direction.upper()}_TRANSFORM"]
     assert in_use[scheme] is getattr(transforms(), kernel)
     assert error(case.run(scheme)[0], expected) < WITHIN[torch.float32]
     monkeypatch.setitem(in_use, scheme, wrong)

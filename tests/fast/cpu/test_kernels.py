@@ -8,6 +8,7 @@ import sys
 import textwrap
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def random(*shape: int) -> Tensor:
 @given(
     height=st.integers(1, 25),
     width=st.integers(1, 70),
-    channels=st.sampled_from([4, 64, 72]),
+    channels=st.sampled_from([4, 64, 72, 192, 320]),
     scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV]),
     data=st.data(),
 )
@@ -53,6 +54,7 @@ def test_transforms(
         above = random(width, channels)
     bias, residual = random(channels), random(strip.end - strip.first, width, channels)
     relu = data.draw(st.booleans())
+    blocks = channels // 64 if channels % 64 == 0 and data.draw(st.booleans()) else 1
     tiles, outs, sums = [], [], []
     # torch's in float64: in float32 its transforms lose more than Numba's
     for kernels, dtype in ((numba_kernels()[0], torch.float32), (torch_kernels, torch.float64)):
@@ -60,8 +62,9 @@ def test_transforms(
             None if t is None else t.to(dtype) for t in (rows, above, bias, residual)
         )
         own_affine = None if affine is None else tuple(t.to(dtype) for t in affine)
-        made = torch.empty(scheme.positions, strip.tiles, channels, dtype=dtype)
+        made = torch.empty(blocks, scheme.positions, strip.tiles, channels // blocks, dtype=dtype)
         kernels.input_transform(strip, own_rows[row:end], row, own_above, own_affine, True, made)
+        made = made.permute(1, 2, 0, 3).flatten(2)
         out = torch.empty_like(own_residual)
         products = torch.full((*made.shape[:2], kernels.padded(channels)), nan, dtype=dtype)
         products[:, :, :channels] = made
@@ -74,11 +77,34 @@ def test_transforms(
     assert error(*sums) <= 2e-6
 
 
+@given(
+    out_channels=st.sampled_from([1, 3, 16, 40, 64, 72]),
+    channels=st.sampled_from([1, 3, 8, 64, 72, 130]),
+    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_packed_kernels(
+    out_channels: int, channels: int, scheme: Scheme, dtype: torch.dtype, layout: Any
+) -> None:
+    weight = random(out_channels, channels, 3, 3).to(dtype).contiguous(memory_format=layout)
+    tiles = random(scheme.positions, 7, channels)
+    expected = torch.bmm(tiles.double(), scheme.kernel_transform(weight.double()))
+    for kernels in (numba_kernels()[0], torch_kernels):
+        products = torch.full((scheme.positions, 7, kernels.padded(out_channels)), nan)
+        kernels.bmm(tiles, kernels.pack_kernels(scheme, weight), products)
+        assert error(products[:, :, :out_channels], expected) < 1e-6
+        changed = weight.clone()
+        changed[-1, -1, 2, 2] += 1
+        kernels.bmm(tiles, kernels.pack_kernels(scheme, changed), products)
+        assert error(products[:, :, :out_channels], expected) > 1e-4
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-30, -1e-3, 1.0, -20.0, 86.0, -86.0, 90.0, -90.0, 1e4])
 def test_silu(value: float) -> None:
     strip = Strip(CONV3X3, 4, 4, 0, 1)
     rows = torch.full((4, 4, 1), value)
-    tiles = torch.empty(2, 36, 1, 1)
+    tiles = torch.empty(2, 1, 36, 1, 1)
     one = (torch.ones(1), torch.zeros(1))
     numba_kernels()[0].input_transform(strip, rows, 0, None, one, True, tiles[0])
     torch_kernels.input_transform(strip, rows, 0, None, one, True, tiles[1])

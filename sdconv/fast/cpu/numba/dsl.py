@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
@@ -84,6 +85,23 @@ floats = _pointer_to(types.float32)
 doubles = _pointer_to(types.float64)
 uint32s = _pointer_to(types.uint32)
 uint64s = _pointer_to(types.uint64)
+int64s = _pointer_to(types.int64)
+
+
+@llvm
+def call(typing_context: Any, kernel: Any, job: Any) -> Any:
+    """Calls a kernel with a job, both by their addresses."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer]).as_pointer()
+        function, given = (
+            builder.inttoptr(arg, to) for arg, to in zip(args, (kind, pointer), strict=True)
+        )
+        builder.call(function, [given])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @llvm

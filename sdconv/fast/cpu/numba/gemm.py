@@ -10,8 +10,10 @@ The idea is that of Goto and van de Geijn 2008, "Anatomy of High-Performance Mat
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import torch
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import atomic_next, carray, floats, inner, job, kernel, llvm
@@ -25,6 +27,14 @@ PANEL = LANES * VECTORS
 ROWS = 6
 # rows of the left factor in a unit of work: they stay in a core's own cache
 CHUNK = 40 * ROWS
+# what sums begin with where nothing is added
+ZEROS = torch.zeros(PANEL)
+
+
+@cache
+def padded(columns: int) -> int:
+    """The number of columns that are written for so many columns of the output."""
+    return -(-columns // LANES) * LANES
 
 
 def block(rows: int, vectors: int, *, zero: bool = False) -> Any:

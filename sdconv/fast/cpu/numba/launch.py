@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from sdconv.fast.cpu.buffer_pool import scratch
 
 # (kernel, job, count): runs `kernel(job)` on `count` threads and returns when all have
 Team = Callable[[int, int, int], None]
@@ -34,6 +36,25 @@ def launch(kernel: Any, kind: np.dtype[Any], **values: int) -> None:
         fields[index[name]] = value
     fields[index["next_unit"]] = fields[index["next_thread"]] = 0
     team()(job.kernel, job.address, min(threads(), values["units"]))
+
+
+def thread_jobs(
+    kind: np.dtype[Any], count: int, values: Mapping[str, int], steps: Mapping[str, int]
+) -> np.ndarray[Any, Any]:
+    """A job for each of ``count`` threads: fields of these ``values``, each thread's ``steps``
+    further than those of the thread before."""
+    jobs = np.zeros(count, dtype=kind)
+    for name, value in values.items():
+        jobs[name] = value
+    for name, step in steps.items():
+        jobs[name] += step * np.arange(count)
+    return jobs
+
+
+def thread_scratch(floats: int) -> dict[str, int]:
+    """Fields of a job: scratch memory of so many floats for each thread."""
+    memory = scratch.block("threads", 4 * threads() * floats)
+    return {"scratch": memory.data_ptr(), "scratch_size": floats}
 
 
 class _Job:

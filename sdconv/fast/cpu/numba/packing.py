@@ -1,4 +1,5 @@
-"""Packs rows of a weight into a panel of a matrix product, in squares transposed in registers."""
+"""Packs weights for matrix products: rows as a panel, in squares that are transposed in registers,
+and 3x3 kernels after Winograd's transform."""
 
 from __future__ import annotations
 
@@ -7,8 +8,21 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from sdconv.fast.cpu.numba.dsl import floats, inner, llvm
+from sdconv.fast.cpu.numba.dsl import atomic_next, carray, copy, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.gemm import PANEL
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
+from sdconv.fast.cpu.tiling import MULTIPLE
+from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
+
+PACK = job("channels", "width", "first", "b", "out", "out_step")
+
+# input channels whose kernels are transformed at a time
+CHANNELS = min(MULTIPLE, 2048 // PANEL)
+TAPS = 9
+# from one tile position's kernels to the next: not a multiple of a page, see `Scratch.planes`
+PLANE = CHANNELS * PANEL + 64
+# floats of scratch memory for each thread: the taps and the transformed kernels of these channels
+PACK_SCRATCH = TAPS * CHANNELS * PANEL + CONV3X3.positions * PLANE
 
 
 @llvm
@@ -24,7 +38,7 @@ def _transpose(typing_context: Any, x: Any, x_step: Any, out: Any, out_step: Any
 
 
 class _Code(VectorCode):
-    """Writes the LLVM code of a transpose."""
+    """Writes the LLVM code of a transpose, and of the kernels' transform."""
 
     def transpose(self, x: Any, x_step: Any, out: Any, out_step: Any) -> None:
         """Writes the body of ``_transpose``: squares of half the size change places, then those
@@ -42,6 +56,34 @@ class _Code(VectorCode):
             distance //= 2
         for i in lanes:
             self.store(rows[i], out, builder.mul(out_step, out_step.type(i)))
+
+    def transform(
+        self, scheme: Scheme, exact: bool, taps: Any, kernels: Any, channels: Any
+    ) -> None:
+        """Writes the body of what `transform` makes."""
+        side, multiply = len(scheme.kernel), self.builder.mul
+        arithmetic = VectorCode(self.builder, double=exact)
+
+        def by(row: tuple[float, ...], values: list[Any]) -> Any:
+            terms = zip(row, values, strict=True)
+            return arithmetic.linear(*(term for term in terms if term[0]))
+
+        def body(c: Any, none: list[Any]) -> list[Any]:
+            for v in range(0, PANEL, LANES):
+                at = multiply(c, c.type(TAPS * PANEL))
+                g = [self.load(taps, at, tap * PANEL + v) for tap in range(TAPS)]
+                if exact:
+                    g = [self.builder.fpext(one, arithmetic.vector) for one in g]
+                to = multiply(c, c.type(PANEL))
+                for i, row in enumerate(scheme.kernel):
+                    along = [by(row, g[column::3]) for column in range(3)]
+                    for j, other in enumerate(scheme.kernel):
+                        y = by(other, along)
+                        y = self.builder.fptrunc(y, self.vector) if exact else y
+                        self.store(y, kernels, to, (i * side + j) * PLANE + v)
+            return none
+
+        self.loop(channels.type(0), channels, [], body)
 
     def lanes(self, a: Any, b: Any, numbers: list[int]) -> Any:
         """A vector of lanes of ``a`` and ``b``."""
@@ -61,3 +103,68 @@ def pack(weight: int, step: int, rows: int, depth: int, packed: int) -> None:
         for k in range(squares, depth):
             for i in range(c, c + LANES):
                 out[k * rows + i] = x[i * step + k]
+
+
+def transform(scheme: Scheme, *, exact: bool) -> Any:
+    """Makes a function that transforms kernels ``(channels, 9, PANEL)`` into tile positions
+    ``(positions, channels, PANEL)``, which are PLANE numbers apart; in float64 if ``exact``."""
+
+    def fill(context: Any, taps: Any, kernels: Any, channels: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).transform(scheme, exact, *args)
+            return context.get_dummy_value()
+
+        return types.void(taps, kernels, channels), codegen
+
+    return llvm(fill)
+
+
+def packing(scheme: Scheme) -> Any:
+    """Makes the body of a kernel that packs the transformed kernels of a weight ``(columns,
+    channels, 3, 3)``, whose rows are a multiple of PANEL, as columns from number ``first`` on of
+    right factors ``(positions, channels, width)``. A unit is a panel."""
+    positions, exactly = scheme.positions, transform(scheme, exact=True)
+
+    @inner
+    def body(pointer: Any) -> None:
+        job = carray(pointer, 1)[0]
+        taps = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+        kernels = taps + 4 * TAPS * CHANNELS * PANEL
+        out, made, channels = floats(job.out), floats(kernels), job.channels
+        while True:
+            unit = atomic_next(pointer, 0)
+            if unit >= job.units:
+                break
+            row = unit * PANEL
+            column = job.first + row
+            columns = min(PANEL, job.width - column)
+            for c in range(0, channels, CHANNELS):
+                n = min(CHANNELS, channels - c)
+                weight = job.b + 4 * TAPS * (row * channels + c)
+                pack(weight, TAPS * channels, PANEL, TAPS * n, taps)
+                exactly(floats(taps), made, n)
+                for position in range(positions):
+                    to = position * job.out_step + column * channels + c * columns
+                    if columns == PANEL:
+                        copy(out, to, made, position * PLANE, n * PANEL)
+                    else:
+                        for i in range(n):
+                            at = position * PLANE + i * PANEL
+                            copy(out, to + i * columns, made, at, columns)
+
+    return body
+
+
+_body, _upsample_body = packing(CONV3X3), packing(UPSAMPLE_CONV)
+
+
+@kernel(PACK)
+def pack_kernels(pointer: Any) -> None:
+    """The kernels of a weight, transformed by CONV3X3 and packed."""
+    _body(pointer)
+
+
+@kernel(PACK)
+def pack_upsample_kernels(pointer: Any) -> None:
+    """`pack_kernels` by UPSAMPLE_CONV."""
+    _upsample_body(pointer)

@@ -16,71 +16,33 @@ from numba import types
 
 from sdconv.fast.cpu.numba.dsl import atomic_next, carray, copy, floats, inner, job, kernel, llvm
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, VECTORS, block
-from sdconv.fast.cpu.numba.packing import pack
-from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
+from sdconv.fast.cpu.numba.packing import (
+    CHANNELS,
+    PACK_SCRATCH,
+    PLANE,
+    TAPS,
+    pack,
+    transform,
+)
 from sdconv.fast.cpu.tiling import MULTIPLE
 from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
 PRODUCTS = job(
     *("rows", "chunk", "channels", "columns", "width"),
-    *("a", "b", "start", "out", "out_step"),
+    *("a", "a_step", "block", "b", "start", "out", "out_step"),
 )
 
-# input channels whose kernels are transformed at a time
-_CHANNELS = min(MULTIPLE, 2048 // PANEL)
-_TAPS = 9
 # floats in a cache line
 _LINE = 16
-# from one tile position's kernels to the next: not a multiple of a page, see `Scratch.planes`
-_PLANE = _CHANNELS * PANEL + 64
 
 
 @cache
 def scratch_size(rows: int) -> int:
     """Floats of scratch memory for each thread, with units of ``rows`` tiles."""
-    return _TAPS * _CHANNELS * PANEL + CONV3X3.positions * (_PLANE + rows * PANEL)
+    return PACK_SCRATCH + CONV3X3.positions * rows * PANEL
 
 
 _rows_6, _rows_4, _rows_2, _rows_1 = (block(rows, VECTORS) for rows in (ROWS, 4, 2, 1))
-
-
-class _Code(VectorCode):
-    """Writes the LLVM code of the kernels' transform."""
-
-    def transform(self, scheme: Scheme, taps: Any, kernels: Any, channels: Any) -> None:
-        """Writes the body of what `_transform` makes."""
-        side, multiply = len(scheme.kernel), self.builder.mul
-
-        def by(row: tuple[float, ...], values: list[Any]) -> Any:
-            terms = zip(row, values, strict=True)
-            return self.linear(*(term for term in terms if term[0]))
-
-        def body(c: Any, none: list[Any]) -> list[Any]:
-            for v in range(0, PANEL, LANES):
-                at = multiply(c, c.type(_TAPS * PANEL))
-                g = [self.load(taps, at, tap * PANEL + v) for tap in range(_TAPS)]
-                to = multiply(c, c.type(PANEL))
-                for i, row in enumerate(scheme.kernel):
-                    along = [by(row, g[column::3]) for column in range(3)]
-                    for j, other in enumerate(scheme.kernel):
-                        self.store(by(other, along), kernels, to, (i * side + j) * _PLANE + v)
-            return none
-
-        self.loop(channels.type(0), channels, [], body)
-
-
-def _transform(scheme: Scheme) -> Any:
-    """Makes a function that transforms kernels ``(channels, 9, PANEL)`` into tile positions
-    ``(positions, channels, PANEL)``, which are _PLANE numbers apart."""
-
-    def fill(context: Any, taps: Any, kernels: Any, channels: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Code(builder).transform(scheme, *args)
-            return context.get_dummy_value()
-
-        return types.void(taps, kernels, channels), codegen
-
-    return llvm(fill)
 
 
 @llvm
@@ -130,15 +92,17 @@ def _multiply(
 
 
 def _kernel(scheme: Scheme) -> Any:
-    """Makes the kernel of a scheme. A unit is a panel of ``chunk`` tiles, of all positions."""
-    positions, transform = scheme.positions, _transform(scheme)
+    """Makes the kernel of a scheme. A unit is a panel of ``chunk`` tiles, of all positions.
+
+    ``a_step``: from one position's tiles to the next; ``block``: from one block of channels."""
+    positions, transformed = scheme.positions, transform(scheme, exact=False)
 
     @inner
     def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
         taps = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
-        kernels = taps + 4 * _TAPS * _CHANNELS * PANEL
-        sums = kernels + 4 * positions * _PLANE
+        kernels = taps + 4 * TAPS * CHANNELS * PANEL
+        sums = kernels + 4 * positions * PLANE
         channels, width, panels = job.channels, job.width, job.columns // PANEL
         while True:
             unit = atomic_next(pointer, 0)
@@ -146,22 +110,22 @@ def _kernel(scheme: Scheme) -> Any:
                 break
             column, first = unit % panels * PANEL, unit // panels * job.chunk
             rows = min(job.chunk, job.rows - first)
-            for c in range(0, channels, _CHANNELS):
-                weight = job.b + 4 * _TAPS * (column * channels + c)
-                pack(weight, _TAPS * channels, PANEL, _TAPS * _CHANNELS, taps)
-                transform(floats(taps), floats(kernels), _CHANNELS)
-                block = c // MULTIPLE * positions * job.rows * MULTIPLE + c % MULTIPLE
+            for c in range(0, channels, CHANNELS):
+                weight = job.b + 4 * TAPS * (column * channels + c)
+                pack(weight, TAPS * channels, PANEL, TAPS * CHANNELS, taps)
+                transformed(floats(taps), floats(kernels), CHANNELS)
+                at = c // MULTIPLE * job.block + c % MULTIPLE + first * MULTIPLE
                 for position in range(positions):
-                    a = job.a + 4 * (block + (position * job.rows + first) * MULTIPLE)
+                    a = job.a + 4 * (at + position * job.a_step)
                     for row in range(PANEL):  # a line of each row of the next weights
-                        ahead = row * channels + _CHANNELS
-                        _prefetch(weight + 4 * (_TAPS * ahead + position * _LINE))
-                    b = floats(kernels + 4 * position * _PLANE)
+                        ahead = row * channels + CHANNELS
+                        _prefetch(weight + 4 * (TAPS * ahead + position * _LINE))
+                    b = floats(kernels + 4 * position * PLANE)
                     to = sums + 4 * position * rows * PANEL
                     if c == 0:
-                        _multiply(job.start, 0, a, MULTIPLE, b, _CHANNELS, to, PANEL, rows)
+                        _multiply(job.start, 0, a, MULTIPLE, b, CHANNELS, to, PANEL, rows)
                     else:
-                        _multiply(to, PANEL, a, MULTIPLE, b, _CHANNELS, to, PANEL, rows)
+                        _multiply(to, PANEL, a, MULTIPLE, b, CHANNELS, to, PANEL, rows)
             out, made = floats(job.out), floats(sums)
             for position in range(positions):
                 for row in range(rows):
@@ -176,8 +140,8 @@ _body, _upsample_body = _kernel(CONV3X3), _kernel(UPSAMPLE_CONV)
 
 @kernel(PRODUCTS)
 def products(pointer: Any) -> None:
-    """Tiles ``(36, rows, channels)`` times the kernels of a weight ``(columns, channels, 3, 3)``,
-    transformed by CONV3X3, into ``(36, rows, width)``."""
+    """Tiles ``(channels / 64, 36, rows, 64)`` times the kernels of a weight ``(columns, channels,
+    3, 3)``, transformed by CONV3X3, into ``(36, rows, width)``."""
     _body(pointer)
 
 

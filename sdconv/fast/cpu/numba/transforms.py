@@ -40,7 +40,11 @@ from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # plane: from one tile position to the next
 _STRIP = ("height", "width", "channels", "tile_row", "tile_rows", "tile_columns", "plane")
-INPUT = job(*_STRIP, "x", "x_row", "above", "scale", "shift", "silu", "tiles")
+# block: from one block of channels to the next; block_channels: in each
+INPUT = job(
+    *(*_STRIP, "x", "x_row", "above", "below", "scale", "shift", "silu"),
+    *("tiles", "block", "block_channels"),
+)
 OUTPUT = job(
     *_STRIP,
     "products_step",
@@ -78,13 +82,16 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     @inner
     def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
-        x, above, tiles = floats(job.x), floats(job.above), floats(job.tiles)
+        x, tiles = floats(job.x), floats(job.tiles)
+        above, below = floats(job.above), floats(job.below)
         scale, shift = floats(job.scale), floats(job.shift)
         own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
         own_scale, own_shift, scratch = floats(own), floats(own + 4 * WIDE), floats(own)
         channels, width, columns = job.channels, job.width, job.tile_columns
+        block_channels = job.block_channels
         chunks = (columns + TILES - 1) // TILES
         first_row = job.tile_row * step - 1
+        last_row = first_row + 1 + job.tile_rows * step
         while True:
             unit = atomic_next(pointer, 0)
             if unit >= job.units:
@@ -116,6 +123,8 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                             source, at = x, ((row - job.x_row) * width + column) * channels + c0
                             if row == first_row and job.above != 0:
                                 source, at = above, column * channels + c0
+                            elif row == last_row and job.below != 0:
+                                source, at = below, column * channels + c0
                             if not whole or job.scale == 0:
                                 copy(scratch, to, source, at, n)
                                 source, at = scratch, to
@@ -130,15 +139,20 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                                     )
                         to = grid_at + j * WIDE
                         transform(scratch, to, size * WIDE, scratch, column_at, WIDE, vectors)
-                    for i in range(side):
-                        at = grid_at + i * size * WIDE
-                        to = i * side * job.plane + (tile_row * columns + tile) * channels + c0
-                        if whole:
-                            transform(tiles, to, job.plane, scratch, at, WIDE, vectors)
-                        else:
-                            transform(scratch, row_at, WIDE, scratch, at, WIDE, vectors)
+                    for b in range(0, n, block_channels):
+                        some = min(block_channels, n - b)
+                        some_vectors = (some + LANES - 1) // LANES
+                        start = (c0 + b) // block_channels * job.block + (c0 + b) % block_channels
+                        start += (tile_row * columns + tile) * block_channels
+                        for i in range(side):
+                            at = grid_at + i * size * WIDE + b
+                            to = start + i * side * job.plane
+                            if whole:
+                                transform(tiles, to, job.plane, scratch, at, WIDE, some_vectors)
+                                continue
+                            transform(scratch, row_at, WIDE, scratch, at, WIDE, some_vectors)
                             for j in range(side):
-                                copy(tiles, to + j * job.plane, scratch, row_at + j * WIDE, n)
+                                copy(tiles, to + j * job.plane, scratch, row_at + j * WIDE, some)
 
     return body
 

@@ -19,12 +19,12 @@ _POWER = (
 
 
 class VectorCode:
-    """Writes LLVM code with vectors of floats."""
+    """Writes LLVM code with vectors of LANES numbers: of float32, or of float64 if ``double``."""
 
-    def __init__(self, builder: Any) -> None:
+    def __init__(self, builder: Any, *, double: bool = False) -> None:
         self.builder = builder
-        self.vector = ir.VectorType(ir.FloatType(), LANES)
-        name = f"llvm.fma.v{LANES}f32"
+        self.vector = ir.VectorType(ir.DoubleType() if double else ir.FloatType(), LANES)
+        name = f"llvm.fma.v{LANES}f{64 if double else 32}"
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
