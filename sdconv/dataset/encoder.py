@@ -172,13 +172,10 @@ class Encoder:
             images: of one size.
         """
         keys = [image.planned.key for image in images]
-        found = self.encode(np.stack([image.pixels for image in images]), keys)
-        if self.settings.flip:
-            mirrored = self.encode(np.stack([image.mirrored for image in images]), keys)
-            for one, other in zip(found, mirrored, strict=True):
-                if isinstance(one, dict) and isinstance(other, dict):
-                    one |= {f"{name}_flipped": value for name, value in other.items()}
-        return found
+        pixels = np.stack([image.pixels for image in images])
+        if not self.settings.flip:
+            return self.encode(pixels, keys)
+        return self._both(pixels, np.stack([image.mirrored for image in images]), keys)
 
     def encode(self, pixels: np.ndarray, keys: Sequence[str]) -> list[dict[str, Tensor] | Rejected]:
         """The tensors of each image.
@@ -197,6 +194,19 @@ class Encoder:
         dtype = getattr(torch, self.settings.dtype)
         tensors = {name: one.to(dtype).cpu().contiguous() for name, one in tensors.items()}
         return [_finite({name: x[row] for name, x in tensors.items()}) for row in range(len(keys))]
+
+    def _both(
+        self, pixels: np.ndarray, mirrored: np.ndarray, keys: Sequence[str]
+    ) -> list[dict[str, Tensor] | Rejected]:
+        """The tensors of images and their mirror images; without one of them, an image has none."""
+        found: list[dict[str, Tensor] | Rejected] = []
+        pairs = zip(self.encode(pixels, keys), self.encode(mirrored, keys), strict=True)
+        for one, other in pairs:
+            if isinstance(one, Rejected) or isinstance(other, Rejected):
+                found.append(one if isinstance(one, Rejected) else other)
+            else:
+                found.append(one | {f"{name}_flipped": x for name, x in other.items()})
+        return found
 
     def _tensors(self, output: Any, keys: Sequence[str]) -> dict[str, Tensor]:
         if isinstance(self.network, AutoencoderTiny):
@@ -230,7 +240,11 @@ class Encoder:
         columns: dict[str, Any] = {name: batch[name] for name in batch if name != "image"}
         rows: list[dict[str, Tensor] | Rejected] = []
         for key, image in zip(keys, batch["image"], strict=True):
-            rows += self.encode(np.asarray(image, dtype=np.uint8)[None], [key])
+            pixels = np.asarray(image, dtype=np.uint8)[None]
+            if self.settings.flip:
+                rows += self._both(pixels, pixels[:, :, ::-1], [key])
+            else:
+                rows += self.encode(pixels, [key])
         names = {name for row in rows if isinstance(row, dict) for name in row}
         for name in sorted(names):
             column = np.empty(len(rows), dtype=object)
