@@ -27,6 +27,7 @@ from sdconv.models.tiny import AutoencoderTiny
 
 KINDS = ("moments", "mean", "sample")
 STORED = ("float32", "float16", "bfloat16")
+Weights = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,7 @@ class Settings:
     def __post_init__(self) -> None:
         _among("latents", self.latents, KINDS)
         _among("dtype", self.dtype, STORED)
-        if self.batch < 1:
-            raise InputError("not a batch", where="batch", expected="1 or more", got=self.batch)
+        check_batch(self.batch)
 
 
 class Encoder:
@@ -76,7 +76,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: str | Path | Sequence[str | Path],
+        model: Weights,
         settings: Settings | None = None,
         *,
         component: str | None = None,
@@ -154,6 +154,11 @@ class Encoder:
     def is_scaled(self) -> bool:
         """Whether the latents are scaled."""
         return self.settings.scaled or isinstance(self.network, AutoencoderTiny)
+
+    @property
+    def computed_on(self) -> dict[str, Any]:
+        """The device, and on a CPU the threads: numbers differ by rounding on others."""
+        return computed_on(self.device, self.threads)
 
     def facts(self, image: Decoded, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a sample's JSON says about its tensors."""
@@ -261,12 +266,26 @@ class Encoder:
         """The same work for one of several processes, on a GPU of its own if there are several."""
         other = copy(self)
         other.__dict__.pop("network", None)
+        other.model = in_any_folder(self.model)
         if self.device == "cuda" and (count := torch.cuda.device_count()):
             other.device = f"cuda:{number % count}"
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "network"}
+
+
+def computed_on(device: str, threads: int | None) -> dict[str, Any]:
+    """The kind of device, and on a CPU the threads."""
+    kind = device.partition(":")[0]
+    return {"device": kind, "threads": threads if kind == "cpu" else None}
+
+
+def in_any_folder(files: Weights) -> Weights:
+    """Files of a network as a process in another folder finds them; names stay names."""
+    if isinstance(files, str | Path):
+        return Path(files).absolute() if Path(files).exists() else files
+    return [Path(one).absolute() if Path(one).exists() else one for one in files]
 
 
 def to_batch(pixels: np.ndarray) -> Tensor:
@@ -310,6 +329,16 @@ def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor] | Rejected:
     if all(torch.isfinite(one).all() for one in tensors.values()):
         return tensors
     return Rejected("not finite", "its latents hold NaN or infinity; compute in a wider dtype")
+
+
+def check_batch(batch: int) -> None:
+    """Refuses a number of images below 1.
+
+    Raises:
+        InputError: it is.
+    """
+    if batch < 1:
+        raise InputError("not a batch", where="batch", expected="1 or more", got=batch)
 
 
 def _among(name: str, value: str, allowed: Sequence[str]) -> None:
