@@ -52,7 +52,7 @@ def read_header(root: Path, item: Item) -> Header | Rejected:
 
 
 def read_header_in_thread(root: Path, item: Item) -> Header | Rejected:
-    """As ``read_header``, for one of several threads, all of them within one ``pillow_warnings()``."""
+    """As ``read_header``, for one of several threads within one ``pillow_warnings()``."""
     if item.bytes < 0:
         return Rejected("missing", "the file does not exist")
     if item.bytes == 0:
@@ -80,7 +80,7 @@ def read_header_in_thread(root: Path, item: Item) -> Header | Rejected:
 def rejection(error: InputError) -> Rejected:
     """The reason behind an error of reading or encoding an image."""
     cause = error.__cause__
-    # Pillow's errors about a damaged file have no number; EINVAL may be that of a seek that it asks for
+    # Pillow's own errors have no number; EINVAL may be that of a seek that a damaged file asks for
     is_systems = isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     reasons = (

@@ -198,7 +198,8 @@ def make_dataset(
         ways.add(_way(record["made_by"]))
     now = _way(made_by(work))
     if todo and (others := sorted(ways - {now})):
-        words = f"{store.folder}: shards were made with {'; '.join(others)}, and more are made with {now}"
+        before = "; ".join(others)
+        words = f"{store.folder}: shards were made with {before}, and more are made with {now}"
         warnings.warn(SdconvWarning(f"{words}: their numbers differ by rounding"), stacklevel=2)
     total = sum(len(shard) for _, shard in todo)
 
@@ -297,10 +298,9 @@ def contents(store: Store, plan: Plan) -> dict[str, str | None]:
     for number in range(len(plan.shards)):
         if (record := store.record(number)) is None:
             continue
-        for name, field in (("samples", "sha256"), ("quarantined", "reason")):
-            for one in record[name]:
-                if one["digest"] == planned.get(one["key"]):
-                    found[one["key"]] = one[field]
+        for one in record["samples"] + record["quarantined"]:
+            if one["digest"] == planned.get(one["key"]):
+                found[one["key"]] = one.get("sha256") or one["reason"]
     return found
 
 

@@ -250,7 +250,9 @@ class Store:
         for number in range(len(plan.shards)):
             record = self.record(number)
             if record is not None:
-                left += [{name: one[name] for name in _QUARANTINED} for one in record["quarantined"]]
+                left += [
+                    {name: one[name] for name in _QUARANTINED} for one in record["quarantined"]
+                ]
         return sorted(left, key=lambda one: str(one["key"]))
 
     def remove_leftovers(self) -> None:

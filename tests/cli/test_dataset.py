@@ -16,7 +16,7 @@ from helpers.photos import files_of, photos, spoil, write
 from rich.console import Console
 
 import sdconv
-from sdconv.cli import common
+from sdconv.cli import common, verbosity
 from sdconv.cli.dataset import progress
 from sdconv.cli.dataset.options import default_workers, own_device
 
@@ -131,7 +131,10 @@ def test_features_and_their_page(here: Path) -> None:
         ("encode nowhere -m vae.safetensors -o out", "nowhere: does not exist"),
         ("encode photos -m photos/photo00.png -o out", "photo00.png"),
         ("encode photos -m vae.safetensors -o out --store int8", "'int8' is not one of"),
-        ("encode photos -m vae.safetensors -o out --store fp64", "'fp64' is not one of float32, float16"),
+        (
+            "encode photos -m vae.safetensors -o out --store fp64",
+            "'fp64' is not one of float32, float16",
+        ),
         ("status photos", "not a data set of sdconv"),
         ("verify nowhere", "not a data set of sdconv"),
         ("features photos -m vae.safetensors -o f -p mid_block --timesteps a", "not timesteps"),
@@ -182,6 +185,7 @@ def test_progress_off_a_terminal_is_lines(here: Path, monkeypatch: pytest.Monkey
 
 
 def test_progress_on_a_terminal_has_a_percentage(monkeypatch: pytest.MonkeyPatch) -> None:
+    verbosity.reset()
     shown = Console(file=io.StringIO(), force_terminal=True, width=100)
     for module in (common, progress):
         monkeypatch.setattr(module, "errors_console", lambda: shown)

@@ -328,7 +328,8 @@ def test_orientation_in_the_texts_of_a_png(
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale"), MemoryError()]
+    "error",
+    [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale"), MemoryError()],
 )
 def test_what_may_be_over_later_is_not_damage(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -225,13 +225,15 @@ def features(
             min=0,
             max=64,
             metavar="K",
-            help="Write DIR/patches.html: for each channel the K images of the data set in which it "
+            help="Write DIR/patches.html: for each channel the K images of the data set where it "
             "is largest, cut out around that place.",
         ),
     ] = 0,
     top_channels: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="How many channels of each point it shows: the first N."),
+        typer.Option(
+            min=1, metavar="N", help="How many channels of each point it shows: the first N."
+        ),
     ] = 64,
     size: SizeText = "512",
     store: Annotated[
@@ -328,9 +330,7 @@ def _write_patches(
     from sdconv.dataset.store import PATCHES
     from sdconv.report.patches import write_patches
 
-    found = top_patches(
-        out, source, extractor, patches, channels=channels, progress=progress
-    )
+    found = top_patches(out, source, extractor, patches, channels=channels, progress=progress)
     page = out / PATCHES
     name = extractor.network.config.class_name
     write_patches(found, page, title=f"Where channels of {name} are largest")

@@ -49,7 +49,9 @@ class Kohya:
     def read(self, store: Store, record: Record, place: Mapping[str, Any]) -> Sample:
         """The latents of one file; the rest is in the record."""
         about = place["about"]
-        with np.load(store.folder / record["files"][place["file"]]["name"]) as arrays:
+        path = store.folder / record["files"][place["file"]]["name"]
+        # numpy leaves a file open that it cannot read
+        with path.open("rb") as file, np.load(file) as arrays:
             tensors = {
                 name.removesuffix(_suffix(about)): torch.from_numpy(arrays[name])
                 for name in arrays.files
