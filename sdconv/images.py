@@ -185,13 +185,27 @@ def opened(file: BinaryIO) -> Iterator[Image.Image]:
 
     Pillow's exceptions are not translated: see ``image_errors``.
     """
+    with pillow_warnings(), opened_in_thread(file) as image:
+        yield image
+
+
+@contextmanager
+def opened_in_thread(file: BinaryIO) -> Iterator[Image.Image]:
+    """As ``opened``, for one of several threads, all of them within one ``pillow_warnings()``."""
+    Image.init()
+    formats = [name for name in READ_FORMATS if name in Image.OPEN]
+    with Image.open(file, formats=formats) as image:
+        yield image
+
+
+@contextmanager
+def pillow_warnings() -> Iterator[None]:
+    """Hides Pillow's warnings about metadata that is not used, and makes an error of that about too
+    many pixels. It changes what holds for all threads, so that only one of them may enter it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata that is not used
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        Image.init()
-        formats = [name for name in READ_FORMATS if name in Image.OPEN]
-        with Image.open(file, formats=formats) as image:
-            yield image
+        yield
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from sdconv.cli.common import (
     print_json,
     say,
 )
-from sdconv.cli.ranks import Ranks, is_first_rank
+from sdconv.cli.ranks import Ranks, Timeout, is_first_rank
 from sdconv.cli.running import RunOptions, image_backend, open_autoencoder, prepared, running
 from sdconv.errors import InputError
 
@@ -124,6 +124,7 @@ def encode(
     memory: Memory = None,
     spill: Spill = None,
     ranks: Ranks = False,
+    timeout: Timeout = 60.0,
     as_json: Json = False,
 ) -> None:
     """Turn an image into latents.
@@ -167,6 +168,7 @@ def encode(
         memory=memory,
         spill=spill,
         ranks=ranks,
+        timeout=timeout,
     )
     network, loaded, x = prepared(
         image, model, parse_resize(size), options, scaled=scaled, crop=crop, alpha=alpha
@@ -250,6 +252,7 @@ def decode(
     memory: Memory = None,
     spill: Spill = None,
     ranks: Ranks = False,
+    timeout: Timeout = 60.0,
     seamless: Annotated[
         Axes | None,
         typer.Option(
@@ -312,6 +315,7 @@ def decode(
         memory=memory,
         spill=spill,
         ranks=ranks,
+        timeout=timeout,
     )
     network = open_autoencoder(model, options)
     z = stored.for_decoder(network, scaled, family)

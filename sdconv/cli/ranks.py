@@ -19,21 +19,29 @@ Ranks = Annotated[
         "--nproc-per-node N -m sdconv ... --ranks. --memory is each one's.",
     ),
 ]
-# seconds for which a rank waits for another to connect
-_TIMEOUT = 60
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        help="With --ranks, how long a process waits for another before it takes it for dead; a "
+        "large image, whose attention takes minutes, may need more.",
+    ),
+]
 
 
-def join_ranks(device: str) -> str:
+def join_ranks(device: str, timeout: float) -> str:
     """Connects this process to the others that torchrun has started, until the command ends.
 
     Args:
         device: ``cpu``, or ``cuda`` for one GPU per process.
+        timeout: seconds for which a process waits for another to connect.
 
     Returns:
         This process's own device.
 
     Raises:
-        InputError: torchrun has not started this process.
+        InputError: torchrun has not started this process, or ``timeout`` is not positive.
     """
     import torch.distributed as dist
 
@@ -44,8 +52,10 @@ def join_ranks(device: str) -> str:
             hint="start the command with torchrun --nproc-per-node N -m sdconv ... --ranks, or "
             "leave --ranks out",
         )
+    if not timeout > 0:
+        raise InputError("not a positive number of seconds", where="--timeout", got=timeout)
     on_cpu = device == "cpu"
-    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=_TIMEOUT))
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout))
     atexit.register(dist.destroy_process_group)
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
 

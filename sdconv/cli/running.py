@@ -37,7 +37,8 @@ class RunOptions:
 
     ``component`` to ``backend``: as ``sdconv.load`` takes them. ``memory``, ``spill``: as
     ``enable_streaming`` takes them; None for whole feature maps.
-    ``ranks``: whether the other processes that torchrun has started take part.
+    ``ranks``: whether the other processes that torchrun has started take part. ``timeout``: seconds
+    for which one waits for another.
     """
 
     component: str | None
@@ -52,6 +53,7 @@ class RunOptions:
     memory: str | None = None
     spill: Path | None = None
     ranks: bool = False
+    timeout: float = 60.0
 
 
 def image_backend(given: Backend | None, device: str) -> Backend:
@@ -86,7 +88,7 @@ def open_autoencoder(model: Sequence[Path], options: RunOptions) -> Autoencoder:
         one_or_all(model),
         options.component or "vae",
         dtype=options.dtype.in_torch(),
-        device=join_ranks(options.device) if options.ranks else options.device,
+        device=join_ranks(options.device, options.timeout) if options.ranks else options.device,
         family=options.family,
         prefix=options.prefix,
         key=options.key,
@@ -114,7 +116,10 @@ def _enable_streaming(network: Autoencoder, options: RunOptions) -> None:
                 hint="leave --ranks out",
             )
         network.enable_parallel(
-            memory_limit=options.memory, spill=options.spill, progress=not is_quiet()
+            memory_limit=options.memory,
+            spill=options.spill,
+            progress=not is_quiet(),
+            timeout=options.timeout,
         )
         return
     if options.memory is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sdconv.dataset.layouts import layout_of
-from sdconv.dataset.layouts.sample import Layout
+from sdconv.dataset.layouts.sample import READ_ERRORS, Layout
 from sdconv.dataset.plan import Planned, shard_digest
 from sdconv.dataset.store import Record, Store, file_digest
 
@@ -151,7 +151,7 @@ def _problems_of(
     for entry in record["samples"]:
         try:
             sample = layout.read(store, record, entry["place"])
-        except (OSError, ValueError, KeyError) as error:
+        except READ_ERRORS as error:
             yield f"{entry['key']} cannot be read ({error})"
             continue
         if sample.key != entry["key"]:

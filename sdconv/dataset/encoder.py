@@ -27,6 +27,7 @@ from sdconv.models.tiny import AutoencoderTiny
 
 KINDS = ("moments", "mean", "sample")
 STORED = ("float32", "float16", "bfloat16")
+Weights = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,7 @@ class Settings:
     def __post_init__(self) -> None:
         _among("latents", self.latents, KINDS)
         _among("dtype", self.dtype, STORED)
-        if self.batch < 1:
-            raise InputError("not a batch", where="batch", expected="1 or more", got=self.batch)
+        check_batch(self.batch)
 
 
 class Encoder:
@@ -76,7 +76,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: str | Path | Sequence[str | Path],
+        model: Weights,
         settings: Settings | None = None,
         *,
         component: str | None = None,
@@ -155,6 +155,11 @@ class Encoder:
         """Whether the latents are scaled."""
         return self.settings.scaled or isinstance(self.network, AutoencoderTiny)
 
+    @property
+    def computed_on(self) -> dict[str, Any]:
+        """The device, and on a CPU the threads: numbers differ by rounding on others."""
+        return computed_on(self.device, self.threads)
+
     def facts(self, image: Decoded, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a sample's JSON says about its tensors."""
         return {
@@ -172,13 +177,10 @@ class Encoder:
             images: of one size.
         """
         keys = [image.planned.key for image in images]
-        found = self.encode(np.stack([image.pixels for image in images]), keys)
-        if self.settings.flip:
-            mirrored = self.encode(np.stack([image.mirrored for image in images]), keys)
-            for one, other in zip(found, mirrored, strict=True):
-                if isinstance(one, dict) and isinstance(other, dict):
-                    one |= {f"{name}_flipped": value for name, value in other.items()}
-        return found
+        pixels = np.stack([image.pixels for image in images])
+        if not self.settings.flip:
+            return self.encode(pixels, keys)
+        return self._both(pixels, np.stack([image.mirrored for image in images]), keys)
 
     def encode(self, pixels: np.ndarray, keys: Sequence[str]) -> list[dict[str, Tensor] | Rejected]:
         """The tensors of each image.
@@ -197,6 +199,19 @@ class Encoder:
         dtype = getattr(torch, self.settings.dtype)
         tensors = {name: one.to(dtype).cpu().contiguous() for name, one in tensors.items()}
         return [_finite({name: x[row] for name, x in tensors.items()}) for row in range(len(keys))]
+
+    def _both(
+        self, pixels: np.ndarray, mirrored: np.ndarray, keys: Sequence[str]
+    ) -> list[dict[str, Tensor] | Rejected]:
+        """The tensors of images and their mirror images; without one of them, an image has none."""
+        found: list[dict[str, Tensor] | Rejected] = []
+        pairs = zip(self.encode(pixels, keys), self.encode(mirrored, keys), strict=True)
+        for one, other in pairs:
+            if isinstance(one, Rejected) or isinstance(other, Rejected):
+                found.append(one if isinstance(one, Rejected) else other)
+            else:
+                found.append(one | {f"{name}_flipped": x for name, x in other.items()})
+        return found
 
     def _tensors(self, output: Any, keys: Sequence[str]) -> dict[str, Tensor]:
         if isinstance(self.network, AutoencoderTiny):
@@ -230,7 +245,11 @@ class Encoder:
         columns: dict[str, Any] = {name: batch[name] for name in batch if name != "image"}
         rows: list[dict[str, Tensor] | Rejected] = []
         for key, image in zip(keys, batch["image"], strict=True):
-            rows += self.encode(np.asarray(image, dtype=np.uint8)[None], [key])
+            pixels = np.asarray(image, dtype=np.uint8)[None]
+            if self.settings.flip:
+                rows += self._both(pixels, pixels[:, :, ::-1], [key])
+            else:
+                rows += self.encode(pixels, [key])
         names = {name for row in rows if isinstance(row, dict) for name in row}
         for name in sorted(names):
             column = np.empty(len(rows), dtype=object)
@@ -247,12 +266,26 @@ class Encoder:
         """The same work for one of several processes, on a GPU of its own if there are several."""
         other = copy(self)
         other.__dict__.pop("network", None)
+        other.model = in_any_folder(self.model)
         if self.device == "cuda" and (count := torch.cuda.device_count()):
             other.device = f"cuda:{number % count}"
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "network"}
+
+
+def computed_on(device: str, threads: int | None) -> dict[str, Any]:
+    """The kind of device, and on a CPU the threads."""
+    kind = device.partition(":")[0]
+    return {"device": kind, "threads": threads if kind == "cpu" else None}
+
+
+def in_any_folder(files: Weights) -> Weights:
+    """Files of a network as a process in another folder finds them; names stay names."""
+    if isinstance(files, str | Path):
+        return Path(files).absolute() if Path(files).exists() else files
+    return [Path(one).absolute() if Path(one).exists() else one for one in files]
 
 
 def to_batch(pixels: np.ndarray) -> Tensor:
@@ -296,6 +329,16 @@ def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor] | Rejected:
     if all(torch.isfinite(one).all() for one in tensors.values()):
         return tensors
     return Rejected("not finite", "its latents hold NaN or infinity; compute in a wider dtype")
+
+
+def check_batch(batch: int) -> None:
+    """Refuses a number of images below 1.
+
+    Raises:
+        InputError: it is.
+    """
+    if batch < 1:
+        raise InputError("not a batch", where="batch", expected="1 or more", got=batch)
 
 
 def _among(name: str, value: str, allowed: Sequence[str]) -> None:

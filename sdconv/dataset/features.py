@@ -17,7 +17,17 @@ from torch import Tensor
 
 from sdconv.config.facts import TRAIN_TIMESTEPS
 from sdconv.dataset.decoding import Decoded, decode
-from sdconv.dataset.encoder import STORED, fingerprint, generator_for, threads, to_batch
+from sdconv.dataset.encoder import (
+    STORED,
+    Weights,
+    check_batch,
+    computed_on,
+    fingerprint,
+    generator_for,
+    in_any_folder,
+    threads,
+    to_batch,
+)
 from sdconv.dataset.headers import Rejected, rejection
 from sdconv.dataset.plan import Plan
 from sdconv.dataset.principal import PrincipalAxes
@@ -38,7 +48,6 @@ TOP = ":top"
 """Ends the names of tensors ``(C, 3)``: each channel's largest value, and its row and column."""
 
 DECODING = ("decoder.", "post_quant_conv")
-Weights = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,7 @@ class FeatureSettings:
 
     def __post_init__(self) -> None:
         reduction(self.reduce)  # refuses unknown names
+        check_batch(self.batch)
         if self.dtype not in STORED:
             raise InputError(
                 "unknown dtype", where="dtype", expected=", ".join(STORED), got=repr(self.dtype)
@@ -203,9 +213,17 @@ class FeatureExtractor:
         other = copy(self)
         for name in ("network", "vae"):
             other.__dict__.pop(name, None)
+        other.model = in_any_folder(self.model)
+        if self.vae_files is not None:
+            other.vae_files = in_any_folder(self.vae_files)
         if self.device == "cuda" and (count := torch.cuda.device_count()):
             other.device = f"cuda:{number % count}"
         return other
+
+    @property
+    def computed_on(self) -> dict[str, Any]:
+        """The device, and on a CPU the threads: numbers differ by rounding on others."""
+        return computed_on(self.device, self.threads)
 
     def facts(self, image: Decoded, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a sample's JSON says about its tensors."""

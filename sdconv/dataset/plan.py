@@ -14,15 +14,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
-from sdconv.dataset.headers import RETRIED, Header, Rejected, read_header
+from sdconv.dataset.headers import RETRIED, Header, Rejected, read_header, read_header_in_thread
 from sdconv.dataset.placement import Placement, Sizing, parse_sizing
 from sdconv.dataset.pools import process_pool
 from sdconv.dataset.sources import Item, Source, find_images, open_item
 from sdconv.errors import InputError, SdconvError
+from sdconv.images import pillow_warnings
 
 SHARD_SIZE = 1000
 # from how many headers on processes read them; a process takes a second or two to start
@@ -329,10 +330,10 @@ def _keys(items: Sequence[Item], taken: Collection[str]) -> list[str]:
     keys = []
     for item in items:
         key = item.name if item.name not in used else item.full_name
-        if key in used:
-            raise InputError(
-                "an image is listed twice", where=item.full_name, hint="remove one of the entries"
-            )
+        for number in count(2):
+            if key not in used:
+                break
+            key = f"{item.full_name}.{number}"
         used.add(key)
         keys.append(key)
     return keys
@@ -372,16 +373,16 @@ def _headers(
 ) -> list[Header | Rejected]:
     """The headers of many images, read side by side."""
     workers = min(os.cpu_count() or 1, 32)
-    chunk = 64
     with ExitStack() as stack:
         pool: Executor
+        read = read_header
         if len(items) < _MANY or workers == 1:
-            pool = stack.enter_context(ThreadPoolExecutor(8))
+            stack.enter_context(pillow_warnings())
+            read, pool = read_header_in_thread, stack.enter_context(ThreadPoolExecutor(8))
         else:
             pool = stack.enter_context(process_pool(workers))
-            chunk = 512
         headers: list[Header | Rejected] = []
-        for header in pool.map(partial(read_header, root), items, chunksize=chunk):
+        for header in pool.map(partial(read, root), items, chunksize=512):
             headers.append(header)
             progress("", len(headers), len(items))
         return headers

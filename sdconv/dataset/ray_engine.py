@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,14 @@ def run_on_ray(
         raise SdconvError(
             "Ray could not make a shard",
             where=job.folder,
-            got=str(error).strip().splitlines()[-1],
+            got=_reason(str(error)),
             hint="run it again: what is committed stays",
         ) from error
+
+
+def _reason(traceback: str) -> str:
+    """What Ray's account of an error says at its end: an error of sdconv with all its lines, or the
+    last line."""
+    ours = r"^sdconv\.errors\.\w+: (.*(?:\n  (?:expected|got|hint): .*)*)"
+    found = re.findall(ours, traceback, re.MULTILINE) or traceback.strip().splitlines()
+    return " ".join(found[-1].split())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from sdconv.dataset.layouts import layout_of
-from sdconv.dataset.layouts.sample import Layout, Sample
+from sdconv.dataset.layouts.sample import READ_ERRORS, Layout, Sample
 from sdconv.dataset.store import Record, Store
 from sdconv.errors import InputError, SdconvError
 
@@ -71,7 +71,7 @@ class Samples:
         record = self._records[shard]
         try:
             return self._layout.read(self._store, record, record["samples"][row]["place"])
-        except (OSError, ValueError, KeyError) as error:
+        except READ_ERRORS as error:
             raise SdconvError(
                 f"a sample cannot be read ({error})",
                 where=f"{self._store.folder}: {self.keys[index]}",

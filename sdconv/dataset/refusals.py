@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +60,18 @@ def check_empty(store: Store, source: Path) -> None:
             got=", ".join(others[:3]),
             hint="give --out another name",
         )
+
+
+def check_absent(folder: Path, names: Iterable[str | None]) -> None:
+    """Refuses to overwrite files of others next to the images, such as sd-scripts' own cache.
+
+    Raises:
+        InputError: one of the names is there.
+    """
+    for name in names:
+        if name is not None and (folder / name).exists():
+            raise InputError(
+                "there is a file that this run would overwrite",
+                where=folder / name,
+                hint="remove it, or pass --force to overwrite all of them",
+            )

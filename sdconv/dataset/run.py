@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -14,11 +15,11 @@ from sdconv.dataset.layouts import layout_of
 from sdconv.dataset.placement import parse_sizing
 from sdconv.dataset.plan import SHARD_SIZE, Plan, extended, shard_digest
 from sdconv.dataset.processes import run_processes
-from sdconv.dataset.refusals import check_empty, check_same
-from sdconv.dataset.shards import Job, Shard, Tick, Work, make_shards, refusal
+from sdconv.dataset.refusals import check_absent, check_empty, check_same
+from sdconv.dataset.shards import Job, Shard, Tick, Work, made_by, make_shards, refusal
 from sdconv.dataset.sources import find_images
 from sdconv.dataset.store import ABOUT, FORMAT, PLAN, VERSION, Record, Store, settings_digest
-from sdconv.errors import InputError
+from sdconv.errors import InputError, SdconvWarning
 
 ENGINES = ("processes", "ray")
 ON_ERROR = ("quarantine", "fail")
@@ -50,7 +51,8 @@ class Options:
 
     Attributes:
         size: see ``placement.parse_sizing``.
-        layout: ``"webdataset"``, ``"kohya"`` or ``"parquet"``.
+        layout: ``"webdataset"``; ``"kohya"`` or ``"parquet"`` for latents; ``"zarr"`` for images of
+            one size each shard.
         shard_size: the most images of a shard.
         draft: large JPEGs are decoded at a fraction of their size: see ``decoding.DRAFT``.
         workers: processes with a network each; 1 computes in this process.
@@ -168,11 +170,11 @@ def make_dataset(
         )
     store = Store(Path(out), name)
     sizing = parse_sizing(options.size, work.multiple)  # before anything is written
-    root, plan, settings = _planned(
-        store, Path(source), str(source), work, options, sizing, progress
-    )
-    if plan.left_out and options.on_error == "fail":
-        raise refusal(plan.left_out[0], plan.left_out[0])
+    root, plan, settings = _planned(store, str(source), work, options, sizing, progress)
+    strict = options.on_error == "fail"
+    if strict and plan.left_out:
+        one = plan.left_out[0]
+        raise refusal(one.path, one.member, one.reason, one.detail)
     summary = Summary(
         folder=Path(out),
         images=plan.images,
@@ -182,11 +184,23 @@ def make_dataset(
         missing=plan.missing,
         rank=(rank, ranks),
     )
-    todo = [
-        (number, shard)
-        for number, shard in enumerate(plan.shards)
-        if number % ranks == rank and shard and not _is_made(store, number, shard)
-    ]
+    todo: list[Shard] = []
+    ways = set()
+    for number, shard in enumerate(plan.shards):
+        record = _current(store, number, shard)
+        if record is None:
+            if shard and number % ranks == rank:
+                todo.append((number, shard))
+            continue
+        if strict and record["quarantined"]:
+            bad = record["quarantined"][0]
+            raise refusal(bad["path"], bad["member"], bad["reason"], bad["detail"])
+        ways.add(_way(record["made_by"]))
+    now = _way(made_by(work))
+    if todo and (others := sorted(ways - {now})):
+        before = "; ".join(others)
+        words = f"{store.folder}: shards were made with {before}, and more are made with {now}"
+        warnings.warn(SdconvWarning(f"{words}: their numbers differ by rounding"), stacklevel=2)
     total = sum(len(shard) for _, shard in todo)
 
     def tick(images: int, waited: float) -> None:
@@ -200,14 +214,18 @@ def make_dataset(
     summary.seconds = time.perf_counter() - start
     with store.locked():
         store.remove_leftovers()
+        plan = store.plan()  # another run may have extended it meanwhile
         summary.quarantined = dict(sorted(store.write_quarantine(plan).items()))
-    summary.done = sum(_is_made(store, n, shard) for n, shard in enumerate(plan.shards))
+    summary.images, summary.shards = plan.images, len(plan.shards)
+    summary.done = sum(
+        not shard or _current(store, number, shard) is not None
+        for number, shard in enumerate(plan.shards)
+    )
     return summary
 
 
 def _planned(
     store: Store,
-    path: Path,
     source: str,
     work: DatasetWork,
     options: Options,
@@ -236,10 +254,10 @@ def _planned(
         store.remove_leftovers()
         before = store.about()
         if before is not None and options.force:
-            Store(store.folder, before["name"]).remove_all(store.plan())
+            Store(store.folder, before["name"]).remove_all()
             before = None
         elif before is None:
-            check_empty(store, path)
+            check_empty(store, found.root)
         else:
             check_same(before, about, store.folder / ABOUT)
         old = store.plan()
@@ -254,8 +272,11 @@ def _planned(
             prune=options.prune,
             progress=lambda _, done, total: progress("planning", done, total),
         )
-        others = store.folder if before is None and not options.force else None
-        layout.check(about, plan.shards, others)
+        layout.check(about, plan.shards)
+        if not options.force:
+            ours = {one.identity for shard in old.shards for one in shard}
+            new = (one for shard in plan.shards for one in shard if one.identity not in ours)
+            check_absent(store.folder, (layout.file_of(about, one) for one in new))
         if before is None:
             store.write_json(ABOUT, about)
         if plan != old or before is None:
@@ -268,21 +289,30 @@ def _planned(
 
 
 def contents(store: Store, plan: Plan) -> dict[str, str | None]:
-    """By key: the SHA-256 of each encoded image, or the reason for which it was left out."""
+    """By key: the SHA-256 of each encoded image, or the reason for which it was left out.
+
+    Images whose record is older than the plan are not in it: they are made again in any case.
+    """
     found: dict[str, str | None] = {}
+    planned = {one.key: one.digest for shard in plan.shards for one in shard}
     for number in range(len(plan.shards)):
-        record = store.record(number)
-        if record is not None:
-            found |= {one["key"]: one["sha256"] for one in record["samples"]}
-            found |= {one["key"]: one["reason"] for one in record["quarantined"]}
+        if (record := store.record(number)) is None:
+            continue
+        for one in record["samples"] + record["quarantined"]:
+            if one["digest"] == planned.get(one["key"]):
+                found[one["key"]] = one.get("sha256") or one["reason"]
     return found
 
 
-def _is_made(store: Store, number: int, shard: Sequence[Any]) -> bool:
-    if not shard:
-        return True
+def _current(store: Store, number: int, shard: Sequence[Any]) -> Record | None:
+    """The record of a shard, if that is on the disk as it is planned."""
     record = store.record(number)
-    return record is not None and record["digest"] == shard_digest(shard)
+    return record if record is not None and record["digest"] == shard_digest(shard) else None
+
+
+def _way(made_by: Mapping[str, Any]) -> str:
+    """What a shard was made with, in words; sdconv's version does not count."""
+    return ", ".join(f"{name} {value}" for name, value in made_by.items() if name != "sdconv")
 
 
 def _jobs(

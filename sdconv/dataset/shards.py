@@ -24,7 +24,7 @@ from sdconv.dataset.decoding import Decoded, decode
 from sdconv.dataset.headers import Rejected
 from sdconv.dataset.layouts import layout_of
 from sdconv.dataset.layouts.sample import Layout, Sample
-from sdconv.dataset.plan import LeftOut, Planned, shard_digest
+from sdconv.dataset.plan import Planned, shard_digest
 from sdconv.dataset.pools import process_pool
 from sdconv.dataset.store import Record, Store, file_digest
 from sdconv.errors import SdconvError
@@ -41,6 +41,10 @@ class Work(Protocol):
     @property
     def batch(self) -> int:
         """The most images that are computed at once."""
+
+    @property
+    def computed_on(self) -> dict[str, Any]:
+        """The device, and on a CPU the threads: numbers differ by rounding on others."""
 
     def compute(self, images: Sequence[Decoded]) -> list[dict[str, Tensor] | Rejected]:
         """The tensors of each image; the images have one size."""
@@ -186,6 +190,8 @@ def _make(
     shard: Sequence[Planned] = ()
     digests: list[tuple[str, str, str]] = []
     left_out: list[dict[str, Any]] = []
+    leftovers: dict[str, str] = {}
+    about = store.about() or {}
 
     def samples() -> Iterator[Sample]:
         nonlocal shard
@@ -196,10 +202,13 @@ def _make(
                 yield result
                 continue
             if job.strict:
-                raise refusal(planned, result)
+                raise refusal(planned.path, planned.member, result.reason, result.detail)
+            if (name := layout.file_of(about, planned)) is not None:
+                leftovers[planned.key] = name
             left_out.append(
                 {
                     "key": planned.key,
+                    "digest": planned.digest,
                     "path": planned.path,
                     "member": planned.member,
                     "reason": result.reason,
@@ -207,34 +216,39 @@ def _make(
                 }
             )
 
-    files, places = layout.write(store, number, samples())
-    if not digests:  # a shard without samples has no files
-        for file in files:
-            (store.folder / file["name"]).unlink(missing_ok=True)
-        files = []
-    record = {
-        "shard": number,
-        "digest": shard_digest(shard),
-        "settings": job.settings,
-        "made_by": {"sdconv": metadata.version("sdconv"), "torch": torch.__version__},
-        "files": files,
-        "samples": [
-            {"key": key, "digest": digest, "sha256": content, "place": place}
-            for (key, digest, content), place in zip(digests, places, strict=True)
-        ],
-        "quarantined": left_out,
-    }
-    store.remove_replaced(record)
-    store.write_record(record)
+    with store.staged():
+        files, places = layout.write(store, number, samples())
+        record = {
+            "shard": number,
+            "digest": shard_digest(shard),
+            "settings": job.settings,
+            "made_by": made_by(job.work),
+            "files": files if digests else [],
+            "samples": [
+                {"key": key, "digest": digest, "sha256": content, "place": place}
+                for (key, digest, content), place in zip(digests, places, strict=True)
+            ],
+            "quarantined": left_out,
+        }
+        store.commit(record, leftovers)
     return record
 
 
-def refusal(image: Planned | LeftOut, why: Rejected | LeftOut) -> SdconvError:
+def made_by(work: Work) -> dict[str, Any]:
+    """What the bits of a shard depend on, apart from the settings."""
+    return {
+        "sdconv": metadata.version("sdconv"),
+        "torch": torch.__version__,
+        **work.computed_on,
+    }
+
+
+def refusal(path: str, member: str | None, reason: str, detail: str) -> SdconvError:
     """The error about an image that may not be left out."""
     return SdconvError(
-        f"an image cannot be encoded: {why.reason}",
-        where=image.path if image.member is None else f"{image.path}/{image.member}",
-        got=why.detail,
+        f"an image cannot be encoded: {reason}",
+        where=path if member is None else f"{path}/{member}",
+        got=detail,
         hint="leave --on-error fail out to put it into quarantine and go on",
     )
 

@@ -15,11 +15,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +30,9 @@ from sdconv.errors import InputError, SdconvError
 FORMAT, VERSION = "sdconv_dataset", 1
 ABOUT, PLAN, QUARANTINE, LOCK = "dataset.json", "plan.jsonl", "quarantine.jsonl", ".lock"
 _NUMBERS = count()  # threads of one process must not share a temporary file
+SHARDS = (".tar", ".parquet", ".zarr.zip")
+"""The suffixes of a shard, in layouts that write it as one file."""
+_QUARANTINED = ("key", "path", "member", "reason", "detail")
 AXES, PATCHES = "pca.safetensors", "patches.html"
 
 Record = dict[str, Any]
@@ -47,6 +50,7 @@ class Store:
         self.folder = folder
         self.name = name
         self._settings = settings
+        self._staged: dict[Path, str] | None = None  # files under temporary names
 
     def shard_name(self, number: int) -> str:
         """The name of a shard, without a suffix."""
@@ -104,17 +108,23 @@ class Store:
     def record(self, number: int) -> Record | None:
         """The record of a shard that is on the disk; None if it is not, is not whole, or was made
         in another way than ``dataset.json`` says."""
+        record = self._stated(number)
         try:
-            record = json.loads(
-                (self.folder / f"{self.shard_name(number)}.json").read_text("utf-8")
-            )
             whole = record["settings"] == settings_digest(self.about()) and all(
                 (self.folder / file["name"]).stat().st_size == file["bytes"]
                 for file in record["files"]
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return dict(record) if whole else None
+        return record if whole else None
+
+    def _stated(self, number: int) -> Record:
+        """What a shard's record says, whole or not; nothing if it cannot be read."""
+        path = self.folder / f"{self.shard_name(number)}.json"
+        try:
+            return dict(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -132,7 +142,8 @@ class Store:
             lock.release()
 
     def write(self, name: str, write: Callable[[BinaryIO], object]) -> dict[str, Any]:
-        """Writes a file of the folder: under a temporary name, synced, and then renamed.
+        """Writes a file of the folder: under a temporary name, synced, and then renamed; within
+        ``staged`` it is ``commit`` that renames it.
 
         Returns:
             Its name, length and SHA-256.
@@ -155,9 +166,13 @@ class Store:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                     length = file.tell()
                 self._check_settings()
-                part.replace(path)
+                if self._staged is None:
+                    part.replace(path)
+                else:
+                    self._staged[part] = name
             finally:
-                part.unlink(missing_ok=True)
+                if part not in (self._staged or ()):
+                    part.unlink(missing_ok=True)
             sync_folder(path.parent)
         return {"name": name, "bytes": length, "sha256": digest}
 
@@ -177,13 +192,47 @@ class Store:
         """
         self.write_text(name, [json.dumps(content, indent=1) + "\n"])
 
-    def write_record(self, record: Record) -> None:
-        """Commits a shard, whose files are written.
+    @contextmanager
+    def staged(self) -> Iterator[None]:
+        """Files that are written within it get their names in ``commit``, or are removed."""
+        self._staged = {}
+        try:
+            yield
+        finally:
+            parts, self._staged = self._staged or {}, None
+            for part in parts:
+                part.unlink(missing_ok=True)
+
+    def commit(self, record: Record, leftovers: Mapping[str, str]) -> None:
+        """Gives the staged files of a shard their names, and writes its record.
+
+        Other runs wait meanwhile, and a shard that is made again has no record until the new one
+        is there: at no moment do files of one run stand next to the record of another.
+
+        Args:
+            record: of the shard. Staged files that it does not list are removed.
+            leftovers: key -> file that an image without a sample may have all the same, from a run
+                that was killed before the shard's first record.
 
         Raises:
             SdconvError: as ``write``.
         """
-        self.write_json(f"{self.shard_name(record['shard'])}.json", record)
+        number, kept = record["shard"], {file["name"] for file in record["files"]}
+        with self.locked(), self.errors():
+            self._check_settings()
+            before = self._stated(number)
+            (self.folder / f"{self.shard_name(number)}.json").unlink(missing_ok=True)
+            parts, self._staged = self._staged or {}, None
+            for part, name in parts.items():
+                if name in kept:
+                    part.replace(self.folder / name)
+                else:
+                    part.unlink()
+            for folder in {part.parent for part in parts}:
+                sync_folder(folder)
+            stale = _files_by_key(before) if before else leftovers
+            self._remove_replaced(number, stale, kept)
+            self.write_json(f"{self.shard_name(number)}.json", record)
 
     def write_quarantine(self, plan: Plan) -> dict[str, int]:
         """Writes ``quarantine.jsonl`` from the plan and the records.
@@ -197,13 +246,13 @@ class Store:
 
     def quarantined(self, plan: Plan) -> list[dict[str, Any]]:
         """The lines of ``quarantine.jsonl``: images that were left out, sorted by key."""
-        left = [
-            {name: value for name, value in asdict(one).items() if name not in _STAMP}
-            for one in plan.left_out
-        ]
+        left = [{name: getattr(one, name) for name in _QUARANTINED} for one in plan.left_out]
         for number in range(len(plan.shards)):
             record = self.record(number)
-            left += record["quarantined"] if record else []
+            if record is not None:
+                left += [
+                    {name: one[name] for name in _QUARANTINED} for one in record["quarantined"]
+                ]
         return sorted(left, key=lambda one: str(one["key"]))
 
     def remove_leftovers(self) -> None:
@@ -214,11 +263,15 @@ class Store:
                 with suppress(OSError):
                     part.unlink()
 
-    def remove_all(self, plan: Plan) -> None:
+    def remove_all(self) -> None:
         """Removes the data set's files, and no others; ``dataset.json`` is the last."""
-        names = [name for n in range(len(plan.shards)) for name in self._files_of(n)]
+        suffixes = "|".join(map(re.escape, SHARDS))
+        names = re.compile(rf"{re.escape(self.name)}-(\d{{6,}})(\.json|{suffixes})")
+        found = (names.fullmatch(path.name) for path in self.folder.iterdir())
+        numbers = {int(match[1]) for match in found if match}
+        names_of_shards = [name for n in sorted(numbers) for name in self._files_of(n)]
         with self.errors():
-            for name in (*names, AXES, PATCHES, QUARANTINE, PLAN, ABOUT):
+            for name in (*names_of_shards, AXES, PATCHES, QUARANTINE, PLAN, ABOUT):
                 (self.folder / name).unlink(missing_ok=True)
 
     def remove_shard(self, number: int) -> None:
@@ -227,29 +280,27 @@ class Store:
             for name in reversed(self._files_of(number)):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def remove_replaced(self, record: Record) -> None:
-        """Removes the files of a shard that the record which is written next no longer has: those
-        of images that were removed, renamed, or cannot be encoded any more."""
-        number = record["shard"]
-        old, kept = self.record(number), {file["name"] for file in record["files"]}
-        if old is None or {file["name"] for file in old["files"]} <= kept:
-            return
-        shards = enumerate(self.plan().shards)
-        elsewhere = {one.key for n, shard in shards if n != number for one in shard}
-        with self.errors():
-            for sample in old["samples"]:
-                file = old["files"][sample["place"].get("file", 0)]
-                if file["name"] not in kept and sample["key"] not in elsewhere:
-                    (self.folder / file["name"]).unlink(missing_ok=True)
+    def _remove_replaced(self, number: int, stale: Mapping[str, str], kept: set[str]) -> None:
+        """Removes files that a shard no longer has: ``stale`` ones of images that were removed,
+        renamed, or cannot be encoded any more, and those of a run that was killed."""
+        gone = {key: name for key, name in stale.items() if name not in kept}
+        if gone:
+            shards = enumerate(self.plan().shards)
+            elsewhere = {one.key for n, shard in shards if n != number for one in shard}
+            for key in gone.keys() - elsewhere:
+                (self.folder / gone[key]).unlink(missing_ok=True)
+        for name in self._names_of(number) - kept:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _files_of(self, number: int) -> list[str]:
-        """The names of a shard's files, and its record last."""
+        """The names of a shard's files, with a record or without, and its record last."""
         record = f"{self.shard_name(number)}.json"
-        try:
-            files = json.loads((self.folder / record).read_text("utf-8"))["files"]
-            return [*(str(file["name"]) for file in files), record]
-        except (OSError, ValueError, KeyError, TypeError):
-            return [record]
+        stated = set(_files_by_key(self._stated(number)).values())
+        return [*sorted(stated | self._names_of(number)), record]
+
+    def _names_of(self, number: int) -> set[str]:
+        """The names that the file of a shard may have."""
+        return {self.shard_name(number) + suffix for suffix in SHARDS}
 
     def _check_settings(self) -> None:
         if self._settings is not None and self._settings != settings_digest(self.about()):
@@ -276,7 +327,15 @@ class Store:
             ) from error
 
 
-_STAMP = ("bytes", "mtime_ns")
+def _files_by_key(record: Record) -> dict[str, str]:
+    """Key -> the name of the file that its sample is in; of a damaged record, none."""
+    try:
+        return {
+            one["key"]: record["files"][one["place"].get("file", 0)]["name"]
+            for one in record["samples"]
+        }
+    except (KeyError, TypeError, IndexError, AttributeError):
+        return {}
 
 
 def settings_digest(about: Mapping[str, Any] | None) -> str:

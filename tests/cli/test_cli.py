@@ -523,9 +523,11 @@ def test_completion_is_there_for_the_usual_shells() -> None:
 
 
 def test_no_option_shows_a_type_in_place_of_its_meaning() -> None:
-    for name in COMMANDS:
-        options = run(name, "--help").stdout.partition("\nOptions:\n")[2]
-        assert not re.findall(r"--\w+ +<?(TEXT|INTEGER|str|int)\b", options), name
+    group = get_command(app).commands["dataset"]  # type: ignore[attr-defined]
+    for names in (*([name] for name in COMMANDS), *(["dataset", name] for name in group.commands)):
+        options = run(*names, "--help").stdout.partition("\nOptions:\n")[2]
+        assert options
+        assert not re.findall(r"--[\w-]+ +<?(TEXT|INTEGER|FLOAT|str|int)\b", options), names
 
 
 def test_quiet_and_verbose(here: Path, tmp_path: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import seeded
 from helpers.commands import answer, run
 from helpers.photos import files_of, photos, spoil, write
+from rich.console import Console
 
 import sdconv
+from sdconv.cli import common, verbosity
+from sdconv.cli.dataset import progress
+from sdconv.cli.dataset.options import default_workers, own_device
 
 QUICK = ("--workers", "1", "--decoders", "0", "--backend", "reference")
 
@@ -124,7 +131,10 @@ def test_features_and_their_page(here: Path) -> None:
         ("encode nowhere -m vae.safetensors -o out", "nowhere: does not exist"),
         ("encode photos -m photos/photo00.png -o out", "photo00.png"),
         ("encode photos -m vae.safetensors -o out --store int8", "'int8' is not one of"),
-        ("encode photos -m vae.safetensors -o out --store fp64", "dtype: unknown dtype"),
+        (
+            "encode photos -m vae.safetensors -o out --store fp64",
+            "'fp64' is not one of float32, float16",
+        ),
         ("status photos", "not a data set of sdconv"),
         ("verify nowhere", "not a data set of sdconv"),
         ("features photos -m vae.safetensors -o f -p mid_block --timesteps a", "not timesteps"),
@@ -154,3 +164,48 @@ def test_the_source_may_be_tars(here: Path) -> None:
         tar.add(here / "one" / "a.png", "a.png")
     line = "dataset encode shard.tar -m vae.safetensors -o out --size 16"
     assert answer(*line.split(), *QUICK)["encoded"] == 1
+
+
+def test_as_many_channels_are_shown_as_asked_for(here: Path) -> None:
+    line = "dataset features photos -m vae.safetensors -o maps --size 16 -p encoder.mid_block"
+    more = "--workers 1 --decoders 0 --top-patches 2 --top-channels 5"
+    answer(*line.split(), *more.split())
+    page = (here / "maps" / "patches.html").read_text()
+    assert page.count("data:image/webp;base64,") == 5
+    assert "the first 5 of 32 channels" in page
+
+
+def test_progress_off_a_terminal_is_lines(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    said = run(*encoded()).stderr
+    assert re.search(r"^progress: encoding: 5 of 5, [\d.]+ images/s, 0 min left$", said, re.M)
+    assert run(*encoded("--force", "-q")).stderr == ""
+    assert "progress: " in run("dataset", "verify", "out").stderr
+    assert run("dataset", "verify", "out", "-q").stderr == ""
+
+
+def test_progress_on_a_terminal_has_a_percentage(monkeypatch: pytest.MonkeyPatch) -> None:
+    verbosity.reset()
+    shown = Console(file=io.StringIO(), force_terminal=True, width=100)
+    for module in (common, progress):
+        monkeypatch.setattr(module, "errors_console", lambda: shown)
+    with progress.progress_of("images") as show:
+        show("encoding", 3, 4)
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "75%" in text
+    assert "3/4" in text
+
+
+def test_workers_and_devices_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = [(default_workers(one), own_device(one)) for one in ("cpu", "cuda", "cuda:2")]
+    assert found == [(8, "cpu"), (4, "cuda"), (1, "cuda:2")]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    found = [(default_workers(one), own_device(one)) for one in ("cpu", "cuda", "cuda:2")]
+    assert found == [(2, "cpu"), (1, "cuda:3"), (1, "cuda:2")]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert default_workers("cpu") == 1

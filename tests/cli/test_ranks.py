@@ -17,6 +17,9 @@ from helpers.paths import ROOT, TINY_VAE, WEIGHTS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sdconv.cli import running
+from sdconv.models.vae import AutoencoderKL
+
 PHOTO = WEIGHTS / "photo.jpg"
 
 
@@ -69,3 +72,24 @@ def test_two_ranks_make_the_same_files(tmp_path: Path) -> None:
     assert ran.returncode != 0
     assert ran.stderr.count("error: --ranks: more ranks than rows") == 1, "the first rank says it"
     assert not (tmp_path / "more.png").exists()
+
+
+def test_the_timeout_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without other processes: what would connect to them tells what it was called with."""
+    given: list[object] = []
+
+    def join(device: str, timeout: float) -> str:
+        given.append(timeout)
+        return device
+
+    monkeypatch.setattr(running, "join_ranks", join)
+    monkeypatch.setattr(
+        AutoencoderKL, "enable_parallel", lambda self, **how: given.append(how["timeout"])
+    )
+    save_file({"z": torch.zeros(1, 4, 4, 4)}, tmp_path / "z.safetensors")
+    decode = ("decode", tmp_path / "z.safetensors", "-m", TINY_VAE, "--ranks")
+    for number, (more, seconds) in enumerate([((), 60.0), (("--timeout", "600"), 600.0)]):
+        result = run(*decode, "-o", tmp_path / f"{number}.png", *more)
+        assert result.exit_code == 0, result.stderr
+        assert given == [seconds, seconds]
+        given.clear()

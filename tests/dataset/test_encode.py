@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor
 import sdconv
 from sdconv import dataset
 from sdconv.dataset import Encoder, Options, Settings
-from sdconv.errors import InputError, SdconvError
+from sdconv.dataset.headers import Rejected
+from sdconv.dataset.store import Store
+from sdconv.errors import InputError, SdconvError, SdconvWarning
 from sdconv.images import read_image, to_tensor
 from sdconv.latents import scale
 
@@ -443,3 +446,202 @@ def test_several_ranks_do_not_start_anew(vae: Path, folder: Path, tmp_path: Path
             folder, vae, tmp_path / "out", options=Options(size="16", force=True, rank=(1, 2))
         )
     assert files_of(tmp_path / "out") == before
+
+
+# --- runs that meet, or that were killed while images changed
+
+
+def stop(what: str, done: int, total: int) -> None:
+    """Ends a run once it is planned."""
+    if what == "encoding":
+        raise KeyboardInterrupt
+
+
+def test_a_killed_rehash_goes_on_as_one_that_was_not(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    write(folder / "x.bmp", 50)
+    for name in ("whole", "killed"):
+        dataset.encode(folder, vae, tmp_path / name, options=SMALL)
+    write(folder / "x.bmp", 51)  # of the same length and date
+    rehash = replace(SMALL, rehash=True)
+    assert dataset.encode(folder, vae, tmp_path / "whole", options=rehash).changed == 1
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            dataset.encode(folder, vae, tmp_path / "killed", options=rehash, progress=stop)
+    dataset.encode(folder, vae, tmp_path / "killed", options=rehash)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_a_killed_retry_goes_on_as_one_that_was_not(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    late = folder / "photo00.png"
+    content = late.read_bytes()
+
+    def delete(what: str, done: int, total: int) -> None:
+        if (what, done) == ("planning", total):
+            late.unlink()
+
+    for name in ("whole", "killed"):
+        summary = dataset.encode(folder, vae, tmp_path / name, options=SMALL, progress=delete)
+        assert summary.quarantined == {"missing": 1}
+        late.write_bytes(content)
+        os.utime(late, (1e9, 1e9))
+    assert dataset.encode(folder, vae, tmp_path / "whole", options=SMALL).quarantined == {}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            dataset.encode(folder, vae, tmp_path / "killed", options=SMALL, progress=stop)
+    dataset.encode(folder, vae, tmp_path / "killed", options=SMALL)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_ranks_that_plan_a_change_agree(vae: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(folder / "x.bmp", 50)
+    dataset.encode(folder, vae, out, options=SMALL)
+    write(folder / "x.bmp", 51)
+    rehash = replace(SMALL, rehash=True)
+    others: list[int] = []
+
+    def other(what: str, done: int, total: int) -> None:
+        """Another rank plans before the shard is made again."""
+        if what == "encoding" and not others:
+            others.append(1)
+            dataset.encode(folder, vae, out, options=replace(rehash, rank=(1, 2)))
+
+    summary = dataset.encode(folder, vae, out, options=replace(rehash, rank=(0, 2)), progress=other)
+    assert others
+    assert summary.complete
+    assert torch.equal(latents_of(out)["x"]["mean"], one_by_one(vae, folder, "x.bmp").mean[0])
+
+
+def test_an_image_that_is_restored_after_a_kill(vae: Path, folder: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "out", folder / "photo00.png"
+    dataset.encode(folder, vae, out, options=SMALL)
+    before, content = latents_of(out), path.read_bytes()
+    write(path, 60, 40, 50)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.encode(folder, vae, out, options=SMALL, progress=stop)
+    path.write_bytes(content)
+    os.utime(path, (1e9, 1e9))
+    summary = dataset.encode(folder, vae, out, options=SMALL)
+    assert (summary.quarantined, summary.complete) == ({}, True)
+    assert torch.equal(latents_of(out)["photo00"]["mean"], before["photo00"]["mean"])
+
+
+def test_a_long_run_keeps_the_quarantine_of_a_later_one(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def later(what: str, done: int, total: int) -> None:
+        if what == "encoding" and not (folder / "empty.png").exists():
+            (folder / "empty.png").write_bytes(b"")
+            dataset.encode(folder, vae, out, options=SMALL)
+
+    assert dataset.encode(folder, vae, out, options=SMALL, progress=later).quarantined == {
+        "empty": 1
+    }
+    assert "empty.png" in (out / "quarantine.jsonl").read_text()
+
+
+def test_files_of_one_run_do_not_count_with_the_record_of_another(
+    vae: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that has read an image before it was edited is killed while it commits, after one that
+    has read it since: its record is the write that does not happen."""
+    out, edited = tmp_path / "out", folder / "cats" / "photo01.jpg"
+    killed = False
+    write_json = Store.write_json
+
+    def then_killed(store: Store, name: str, content: Any) -> None:
+        if killed:
+            raise KeyboardInterrupt
+        write_json(store, name, content)
+
+    def edit(what: str, done: int, total: int) -> None:
+        nonlocal killed
+        if (what, done) == ("encoding", 4) and not killed:
+            write(edited, 61, 19, 21)
+            os.utime(edited, (2e9, 2e9))
+            dataset.encode(folder, vae, out, options=SMALL)
+            killed = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_json", then_killed)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.encode(folder, vae, out, options=SMALL, progress=edit)
+    assert killed
+    assert dataset.encode(folder, vae, out, options=SMALL).complete
+    mean = one_by_one(vae, folder, "cats/photo01.jpg").mean[0]
+    assert torch.equal(latents_of(out)["cats/photo01"]["mean"], mean)
+
+
+def test_force_removes_what_no_plan_or_record_lists(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    dataset.encode(folder, vae, out, options=SMALL)
+    (out / "plan.jsonl").write_text("{}\n")
+    (out / "latents-000002.json").unlink()  # killed before its record
+    (out / "latents-000002.txt").write_text("mine")
+    with pytest.raises(SdconvError, match="the plan cannot be read"):
+        dataset.encode(folder, vae, out, options=SMALL)
+    forced = Options(size="16", shard_size=9, force=True)
+    assert dataset.encode(folder, vae, out, options=forced).complete
+    assert [path.name for path in out.glob("*.tar")] == ["latents-000000.tar"]
+    assert (out / "latents-000002.txt").read_text() == "mine"
+
+
+def test_stopping_at_errors_takes_those_of_earlier_runs_too(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    path = write(folder / "cut.jpg", 99, 64, 64)
+    path.write_bytes(path.read_bytes()[:-300])
+    assert dataset.encode(folder, vae, tmp_path / "out", options=SMALL).quarantined == {
+        "damaged": 1
+    }
+    with pytest.raises(SdconvError, match=r"cut\.jpg: an image cannot be encoded: damaged"):
+        dataset.encode(folder, vae, tmp_path / "out", options=replace(SMALL, on_error="fail"))
+
+
+def test_shards_of_other_threads_are_a_warning(vae: Path, folder: Path, tmp_path: Path) -> None:
+    first, rest = (replace(SMALL, rank=(rank, 2)) for rank in (0, 1))
+    dataset.encode(folder, Encoder(vae, threads=1), tmp_path / "out", options=first)
+    with pytest.warns(SdconvWarning, match=r"threads 1, and more are made with .*threads 2"):
+        dataset.encode(folder, Encoder(vae, threads=2), tmp_path / "out", options=rest)
+
+
+# --- mirror images
+
+
+class LostMirror(Encoder):
+    """Finds that the mirror image of one image has no finite latents."""
+
+    seen = 0
+
+    def encode(self, pixels: np.ndarray, keys: Any) -> list[dict[str, Tensor] | Rejected]:
+        self.seen += keys[0] == "photo00"
+        if keys[0] == "photo00" and self.seen == 2:
+            return [Rejected("not finite", "put in by hand")]
+        return super().encode(pixels, keys)
+
+
+def test_an_image_without_its_mirror_image_is_left_out(
+    vae: Path, folder: Path, tmp_path: Path
+) -> None:
+    encoder = LostMirror(vae, Settings(flip=True))
+    summary = dataset.encode(folder, encoder, tmp_path / "out", options=SMALL)
+    assert summary.quarantined == {"not finite": 1}
+    found = dataset.open_latents(tmp_path / "out", flip=1.0)
+    assert len([found[n]["latents"] for n in range(len(found))]) == 8
+
+
+def test_the_encoder_as_a_function_has_mirror_images(vae: Path) -> None:
+    image = pixels(2, 16, 24)
+    flipping, plain = (Encoder(vae, Settings(latents="mean", flip=flip)) for flip in (True, False))
+    out = flipping({"key": ["a"], "image": [image]})
+    mirrored = plain({"key": ["a"], "image": [np.ascontiguousarray(image[:, ::-1])]})
+    assert set(out) == {"key", "latents", "latents_flipped", "error"}
+    assert np.array_equal(out["latents_flipped"][0], mirrored["latents"][0])

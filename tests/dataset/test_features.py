@@ -159,6 +159,7 @@ def test_top_patches(layout: str, vae: Path, folder: Path, tmp_path: Path) -> No
         ({"points": POINTS, "timesteps": (1000,)}, "timesteps: not a timestep"),
         ({"points": POINTS, "reduce": "median"}, "reduce: unknown reduction"),
         ({"points": POINTS, "dtype": "int8"}, "dtype: unknown dtype"),
+        ({"points": POINTS, "batch": 0}, "batch: not a batch"),
     ],
 )
 def test_what_is_refused(
@@ -220,3 +221,11 @@ def test_a_point_that_cannot_be_reduced_ends_the_run(
     settings = FeatureSettings(points=("encoder.mid_block.attentions.0.to_q",), **how)
     with pytest.raises(SdconvError, match=r"to_q: its feature maps cannot be reduced in this way"):
         dataset.features(folder, FeatureExtractor(vae, settings), tmp_path / "out", SMALL)
+
+
+def test_features_do_not_fit_parquet(vae: Path, folder: Path, tmp_path: Path) -> None:
+    extractor = FeatureExtractor(vae, FeatureSettings(points=POINTS))
+    options = Options(size="16", layout="parquet")
+    with pytest.raises(InputError, match="layout: parquet files hold latents only"):
+        dataset.features(folder, extractor, tmp_path / "out", options)
+    assert not (tmp_path / "out" / "dataset.json").exists()

@@ -19,7 +19,7 @@ import sdconv
 from sdconv import dataset
 from sdconv.dataset import Encoder, Options, Settings
 from sdconv.dataset.layouts.kohya import crop_ltrb
-from sdconv.errors import InputError
+from sdconv.errors import InputError, SdconvError
 
 MEAN = Settings(latents="mean", flip=True)
 
@@ -105,16 +105,21 @@ def test_16_channels_have_names_with_sizes(family: str, name: str, tmp_path: Pat
     )
     sdconv.save(seeded.network(config), tmp_path / "vae.safetensors")
     write(tmp_path / "in" / "a.png", 1, 20, 24)
-    dataset.encode(
-        tmp_path / "in",
-        tmp_path / "vae.safetensors",
-        tmp_path / "out",
-        MEAN,
-        Options(size="64", layout="kohya"),
-    )
+    vae, is_scaled = tmp_path / "vae.safetensors", family == "flux1"
+    options = Options(size="64", layout="kohya")
+    with pytest.raises(InputError, match=f"expected: scaled: {is_scaled}"):
+        other = replace(MEAN, scaled=not is_scaled)
+        dataset.encode(tmp_path / "in", vae, tmp_path / "refused", other, options)
+    given = replace(MEAN, scaled=is_scaled)
+    dataset.encode(tmp_path / "in", vae, tmp_path / "out", given, options)
+    dataset.encode(tmp_path / "in", vae, tmp_path / "raw", MEAN, Options(size="64"))
+    raw = stored(tmp_path / "raw")["a"]["latents"]
+    # what the trainer of FLUX.1 reads as it is, and that of SD3 scales itself
+    expected = (raw - facts.shift_factor) * facts.scaling_factor if is_scaled else raw
     with np.load(tmp_path / "out" / f"a_0024x0020_{name}.npz") as arrays:
         names = {"latents", "latents_flipped", "original_size", "crop_ltrb"}
         assert set(arrays.files) == {f"{one}_32x32" for one in names}
+        assert torch.equal(torch.from_numpy(arrays["latents_32x32"]), expected)
     assert dataset.open_latents(tmp_path / "out")[0]["latents"].shape == (16, 32, 32)
 
 
@@ -221,3 +226,62 @@ def test_the_cache_of_sd_scripts_is_not_overwritten(vae: Path, tmp_path: Path) -
     assert not (tmp_path / "dataset.json").exists()
     dataset.encode(tmp_path, vae, tmp_path, SAMPLES, replace(NEXT_TO, force=True))
     assert dataset.verify(tmp_path).problems == ()
+
+
+def test_nor_is_what_sd_scripts_writes_for_new_images(vae: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.png", 1)
+    dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO)
+    write(tmp_path / "d.png", 2)
+    (tmp_path / "d.npz").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"d\.npz: there is a file that this run would overwrite"):
+        dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO)
+    assert (tmp_path / "d.npz").read_bytes() == b"mine"
+    (tmp_path / "d.npz").unlink()
+    write(tmp_path / "a.png", 3, 18, 20)
+    assert dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO).encoded == 2
+
+
+@pytest.mark.parametrize("lost", ["c.npz", "latents-000000.json"])
+def test_no_latents_stay_where_files_or_the_record_are_lost(
+    lost: str, vae: Path, tmp_path: Path
+) -> None:
+    """By hand, or in a run that was killed before the shard's record."""
+    for number, name in enumerate("abc"):
+        write(tmp_path / f"{name}.png", number)
+    dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO)
+    (tmp_path / lost).unlink()
+    half = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(half[: len(half) // 2])
+    summary = dataset.encode(tmp_path, vae, tmp_path, SAMPLES, NEXT_TO)
+    assert summary.quarantined == {"damaged": 1}
+    assert {one.name for one in tmp_path.glob("*.npz")} == {"a.npz", "c.npz"}
+
+
+def test_the_images_of_a_list_get_latents_next_to_them(vae: Path, tmp_path: Path) -> None:
+    write(tmp_path / "photos" / "a.png", 1)
+    source = tmp_path / "photos" / "list.jsonl"
+    source.write_text('{"path": "a.png"}\n')
+    for encoded in (1, 0):
+        summary = dataset.encode(source, vae, tmp_path / "photos", SAMPLES, NEXT_TO)
+        assert (summary.encoded, summary.complete) == (encoded, True)
+    assert (tmp_path / "photos" / "a.npz").exists()
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "kohya"])
+def test_a_sample_with_a_damaged_header_is_an_error_that_says_so(
+    layout: str, vae: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "in" / "a.png", 1)
+    out = tmp_path / "out"
+    dataset.encode(tmp_path / "in", vae, out, SAMPLES, Options(size="16", layout=layout))
+    path = out / ("a.npz" if layout == "kohya" else "latents-000000.tar")
+    content = bytearray(path.read_bytes())
+    if layout == "kohya":
+        at = content.index(b"PK\5\6")  # the zip's last record
+    else:
+        record = json.loads((out / "latents-000000.json").read_text())
+        at = record["samples"][0]["place"]["safetensors"][0]
+    content[at : at + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(SdconvError, match="a: a sample cannot be read"):
+        dataset.open_latents(out)[0]

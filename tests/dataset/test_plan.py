@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
+import time
+import warnings
 from pathlib import Path
 
 import pytest
 from helpers.photos import photos, write
+from PIL import Image
 
 from sdconv.dataset import Plan, plan
 from sdconv.dataset.placement import parse_sizing
@@ -160,3 +165,36 @@ def test_digests_differ_where_samples_do(folder: Path) -> None:
 def test_a_shard_needs_room(folder: Path) -> None:
     with pytest.raises(InputError, match="shard_size: not a size"):
         plan(folder, "16", shard_size=0)
+
+
+def test_keys_are_found_for_names_that_are_all_taken(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.bmp.jpg"):
+        write(tmp_path / name, 1)
+    first = plan(tmp_path, "16")
+    assert keys(first) == [["a", "a.bmp"]]
+    write(tmp_path / "a.bmp", 2)
+    assert keys(again(first, tmp_path, {})) == [["a", "a.bmp"], ["a.bmp.2"]]
+
+
+def test_filters_of_warnings_stay_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads are held within Pillow at once; the one that came in last leaves last."""
+    photos(tmp_path, 9)
+    second, openings, lock = threading.Event(), itertools.count(), threading.Lock()
+    opened = Image.open
+
+    def held(*arguments: object, **options: object) -> object:
+        with lock:
+            number = next(openings)
+        if number == 0:
+            second.wait(10)
+        elif number == 1:
+            second.set()
+            time.sleep(0.2)
+        return opened(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image, "open", held)
+    before = list(warnings.filters)
+    assert plan(tmp_path, "16").images == 9
+    assert warnings.filters == before

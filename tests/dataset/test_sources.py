@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -13,9 +14,14 @@ import pyarrow
 import pytest
 from helpers.photos import BAD, photos, pixels, spoil, write
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 
+from sdconv.dataset import headers, plan
+from sdconv.dataset.decoding import Decoded, decode
 from sdconv.dataset.headers import Header, Rejected, read_header
+from sdconv.dataset.placement import parse_sizing
+from sdconv.dataset.plan import extended
 from sdconv.dataset.sources import Item, find_images, open_item
 from sdconv.errors import InputError, SdconvError
 
@@ -272,3 +278,96 @@ def test_lists_with_odd_bytes(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"url": ["x.png"]}), tmp_path / "list.parquet")
     with pytest.raises(InputError, match=r"no column has paths(.|\n)*got: url"):
         find_images(tmp_path / "list.parquet")
+
+
+# --- what a camera, an editor and a network's disk make of images
+
+
+def test_the_preview_of_a_camera_is_not_an_animation(tmp_path: Path) -> None:
+    large, small = (Image.fromarray(pixels(seed, 20, 30)) for seed in (1, 2))
+    large.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[small])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert (image.format, getattr(image, "n_frames", 1)) == ("MPO", 2), "the control"
+    assert header(tmp_path / "a.jpg") == Header((20, 30), 1, "RGB")
+    ((planned,),) = plan(tmp_path, "16").shards
+    decoded = decode(tmp_path, planned, True)
+    assert isinstance(decoded, Decoded)
+    assert decoded.notes == ("the first of several frames was taken",)
+
+
+XMP = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("kind", ["profile", "xmp", "late xmp", "other text"])
+@pytest.mark.parametrize("sides", [(20, 30), (24, 24)])
+def test_orientation_in_the_texts_of_a_png(
+    kind: str, sides: tuple[int, int], tmp_path: Path
+) -> None:
+    texts = PngInfo()
+    if kind == "profile":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        data = exif.tobytes()
+        texts.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+    elif kind == "other text":
+        texts.add_text("date:create", "2026-01-01")
+    else:
+        texts.add_itxt("XML:com.adobe.xmp", XMP)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels(1, *sides)).save(path, pnginfo=texts)
+    if kind == "late xmp":
+        whole = path.read_bytes()
+        start, end = whole.index(b"iTXt") - 4, whole.index(b"IDAT") - 4
+        last = whole.rindex(b"IEND") - 4
+        path.write_bytes(whole[:start] + whole[end:last] + whole[start:end] + whole[last:])
+    turned = kind != "other text"
+    upright = sides[::-1] if turned else sides
+    assert header(path) == Header(upright, 6 if turned else 1, "RGB")
+    ((planned,),) = plan(tmp_path, "native").shards
+    assert isinstance(decode(tmp_path, planned, True), Decoded)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale"), MemoryError()],
+)
+def test_what_may_be_over_later_is_not_damage(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the system on reading, put in by hand: the image is looked at again later."""
+    write(tmp_path / "a.png", 1)
+    write(tmp_path / "b.png", 2)
+
+    def failing(root: Path, path: str, *place: object) -> object:
+        if path == "a.png":
+            raise error
+        return open_item(root, path, *place)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(headers, "open_item", failing)
+        first = plan(tmp_path, "16")
+    assert [one.reason for one in first.left_out] == ["unreadable"]
+    later = extended(first, find_images(tmp_path), parse_sizing("16"), 8, 4)
+    assert (later.images, later.left_out) == (2, ())
+
+
+def test_memory_that_is_short_at_decoding_is_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.png", 1)
+    ((planned,),) = plan(tmp_path, "16").shards
+
+    def failing(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", failing)
+    found = decode(tmp_path, planned, True)
+    assert isinstance(found, Rejected)
+    assert found.reason == "unreadable"
+
+
+def test_an_invalid_seek_is_damage() -> None:
+    error = InputError("damaged")
+    for cause, reason in ((OSError(errno.EINVAL, "x"), "damaged"), (OSError("cut"), "damaged")):
+        error.__cause__ = cause
+        assert headers.rejection(error).reason == reason

@@ -18,7 +18,6 @@ from sdconv.cli.common import (
     Model,
     With,
     one_or_all,
-    parse_dtype,
     print_json,
     say,
 )
@@ -46,6 +45,7 @@ from sdconv.cli.dataset.options import (
     default_workers,
     own_device,
     parse_rank,
+    parse_stored,
     parse_timesteps,
 )
 from sdconv.cli.dataset.progress import Advance, progress_of
@@ -66,7 +66,10 @@ def encode(
         typer.Option(help="Mean and log-variance, the mean alone, or a sample (see --seed)."),
     ] = Kind.moments,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of samples; the key decides the rest.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, metavar="N", help="Of samples; the key decides the rest."
+        ),
     ] = 0,
     scaled: Annotated[
         bool,
@@ -78,7 +81,7 @@ def encode(
     store: Annotated[
         Dtype,
         typer.Option(
-            parser=parse_dtype,
+            parser=parse_stored,
             metavar="DTYPE",
             help="The dtype in which they are stored: float32, float16 or bfloat16.",
         ),
@@ -203,7 +206,10 @@ def features(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise; the key decides the rest.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, metavar="N", help="Of the noise; the key decides the rest."
+        ),
     ] = 0,
     reduce: Annotated[
         str,
@@ -219,15 +225,21 @@ def features(
             min=0,
             max=64,
             metavar="K",
-            help="Write DIR/patches.html: for each channel the K places of the data set where it "
-            "is largest.",
+            help="Write DIR/patches.html: for each channel the K images of the data set where it "
+            "is largest, cut out around that place.",
         ),
     ] = 0,
+    top_channels: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="How many channels of each point it shows: the first N."
+        ),
+    ] = 64,
     size: SizeText = "512",
     store: Annotated[
         Dtype,
         typer.Option(
-            parser=parse_dtype, metavar="DTYPE", help="The dtype in which they are stored."
+            parser=parse_stored, metavar="DTYPE", help="The dtype in which they are stored."
         ),
     ] = Dtype.float16,
     layout: Annotated[
@@ -302,18 +314,23 @@ def features(
         summary = read_all(source, extractor, out, options, progress=progress)
         page = None
         if top_patches and summary.complete:
-            page = _write_patches(out, source, extractor, top_patches, progress)
+            page = _write_patches(out, source, extractor, top_patches, top_channels, progress)
     _print_summary(summary, as_json, page)
 
 
 def _write_patches(
-    out: Path, source: str, extractor: FeatureExtractor, patches: int, progress: Advance
+    out: Path,
+    source: str,
+    extractor: FeatureExtractor,
+    patches: int,
+    channels: int,
+    progress: Advance,
 ) -> Path:
     from sdconv.dataset.patches import top_patches
     from sdconv.dataset.store import PATCHES
     from sdconv.report.patches import write_patches
 
-    found = top_patches(out, source, extractor, patches, progress=progress)
+    found = top_patches(out, source, extractor, patches, channels=channels, progress=progress)
     page = out / PATCHES
     name = extractor.network.config.class_name
     write_patches(found, page, title=f"Where channels of {name} are largest")

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from sdconv.cli.common import Dtype, parse_dtype
 from sdconv.errors import InputError
 
 
@@ -138,16 +139,19 @@ Prune = Annotated[
 
 
 def default_workers(device: str) -> int:
-    """One for each core that this process may use, or for each GPU."""
+    """One for each core that this process may use, shared with the other ranks on this machine; or
+    one for each GPU, unless this rank has one of its own."""
     if device == "cpu":
-        return (
+        cores = (
             len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1
         )
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return max(1, cores // max(1, int(ranks if ranks.isdecimal() else 1)))
     import torch
 
-    return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    return max(1, torch.cuda.device_count()) if own_device(device) == "cuda" else 1
 
 
 def own_device(device: str) -> str:
@@ -170,6 +174,14 @@ def parse_timesteps(text: str | None) -> tuple[int, ...]:
             "not timesteps", where="--timesteps", expected="such as 1,250,500", got=repr(text)
         )
     return tuple(int(part) for part in parts)
+
+
+def parse_stored(text: str) -> Dtype:
+    """A dtype that data sets are stored in, as ``parse_dtype`` takes it."""
+    dtype = parse_dtype(text)
+    if dtype is Dtype.float64:
+        raise typer.BadParameter(f"{text!r} is not one of float32, float16, bfloat16.")
+    return dtype
 
 
 def parse_rank(text: str | None) -> tuple[int, int] | None:

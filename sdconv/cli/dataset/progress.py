@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sdconv.cli.common import errors_console, say
+from sdconv.cli.common import errors_console, say, shows_progress
+from sdconv.cli.verbosity import is_quiet
 
 Advance = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is."""
@@ -19,15 +20,16 @@ EVERY = 60.0
 @contextmanager
 def progress_of(unit: str) -> Iterator[Advance]:
     """Progress on standard error: a bar with the rate and the time left on a terminal, a line a
-    minute elsewhere."""
-    console = errors_console()
-    if not console.is_terminal:
-        yield _lines(unit)
+    minute elsewhere; none if the command is quiet."""
+    if not shows_progress():
+        yield (lambda words, done, total: None) if is_quiet() else _lines(unit)
         return
+    console = errors_console()
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
     )
@@ -35,6 +37,7 @@ def progress_of(unit: str) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
+        TaskProgressColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),

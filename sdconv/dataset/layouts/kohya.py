@@ -5,13 +5,14 @@ sd-scripts, read at commit 040c04f; earlier versions had the same for SD and SDX
 ``(C, h, w)``, raw, float32; ``original_size`` (width, height); ``crop_ltrb``; ``latents_flipped``.
 SD and SDXL have them in ``NAME.npz``, which every version reads; SD3 and FLUX.1 in
 ``NAME_WxH_sd3.npz`` and ``NAME_WxH_flux.npz``, where each name ends in the latents' size, as in
-``latents_32x64``.
+``latents_32x64``. FLUX.1's are scaled, not raw: its ``vae.encode`` scales them, and its trainer, in
+``flux_train_network.py``, takes them as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -48,7 +49,9 @@ class Kohya:
     def read(self, store: Store, record: Record, place: Mapping[str, Any]) -> Sample:
         """The latents of one file; the rest is in the record."""
         about = place["about"]
-        with np.load(store.folder / record["files"][place["file"]]["name"]) as arrays:
+        path = store.folder / record["files"][place["file"]]["name"]
+        # numpy leaves a file open that it cannot read
+        with path.open("rb") as file, np.load(file) as arrays:
             tensors = {
                 name.removesuffix(_suffix(about)): torch.from_numpy(arrays[name])
                 for name in arrays.files
@@ -56,17 +59,24 @@ class Kohya:
             }
         return Sample(about, tensors)
 
-    def check(
-        self,
-        about: Mapping[str, Any],
-        shards: Sequence[Sequence[Planned]],
-        fresh: Path | None = None,
-    ) -> None:
-        """Refuses what sd-scripts does not read, and to overwrite its own cache."""
+    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
+        """Refuses what sd-scripts does not read."""
         if "latents" not in about:
             raise InputError("sd-scripts reads latents only", where="layout", got=about["name"])
         latents, size = about["latents"], about["preprocessing"]["size"]
-        expected = {"latents": ("mean", "sample"), "scaled": (False,), "dtype": ("float32",)}
+        family = _family(latents)
+        expected = {
+            "latents": ("mean", "sample"),
+            "scaled": (family == "flux",),
+            "dtype": ("float32",),
+        }
+        hints = {
+            "latents": "pass --latents sample, which is what sd-scripts itself stores",
+            "scaled": "leave --scaled out; a tiny autoencoder's always are",
+            "dtype": "pass --store float32",
+        }
+        if family == "flux":
+            hints["scaled"] = "pass --scaled, as sd-scripts scales them itself"
         for name, allowed in expected.items():
             if latents[name] not in allowed:
                 raise InputError(
@@ -74,9 +84,7 @@ class Kohya:
                     where="layout",
                     expected=f"{name}: {' or '.join(map(str, allowed))}",
                     got=f"{name}: {latents[name]}",
-                    hint="pass --latents sample, which is what sd-scripts itself stores"
-                    if name == "latents"
-                    else None,
+                    hint=hints[name],
                 )
         if size == "native":
             raise InputError(
@@ -85,19 +93,10 @@ class Kohya:
                 expected="one size, or buckets:N:MIN:MAX as in its own options",
                 got="--size native",
             )
-        _family(latents)
         taken: dict[str, str] = {}
         for shard in shards:
             for one in shard:
-                image = {"path": one.path, "member": one.member, "key": one.key}
-                name = str(_stem(image))
-                file = _file_name({**image, "original_size": one.original}, latents)
-                if fresh is not None and (fresh / file).exists():
-                    raise InputError(
-                        "there is a file that this run would overwrite",
-                        where=fresh / file,
-                        hint="remove it, or pass --force to overwrite all of them",
-                    )
+                name = str(_stem(vars(one)))
                 if (other := taken.setdefault(name, one.path)) != one.path:
                     raise InputError(
                         "two images would share one .npz, for sd-scripts too",
@@ -105,6 +104,10 @@ class Kohya:
                         got=other,
                         hint="rename one of them",
                     )
+
+    def file_of(self, about: Mapping[str, Any], planned: Planned) -> str:
+        """The name of an image's ``.npz``."""
+        return _file_name({**vars(planned), "original_size": planned.original}, about["latents"])
 
 
 def crop_ltrb(bucket: tuple[int, int], original: tuple[int, int]) -> tuple[float, ...]:

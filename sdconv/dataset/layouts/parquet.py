@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, islice
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -66,14 +65,19 @@ class Parquet:
         }
         return Sample(about, tensors)
 
-    def check(
-        self,
-        about: Mapping[str, Any],
-        shards: Sequence[Sequence[Planned]],
-        fresh: Path | None = None,
-    ) -> None:
-        """Refuses bfloat16, which parquet lacks."""
-        if about.get(about["name"], {}).get("dtype") == "bfloat16":
+    def file_of(self, about: Mapping[str, Any], planned: Planned) -> None:
+        """A shard is one file."""
+
+    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
+        """Refuses features, whose shapes differ from point to point, and bfloat16."""
+        if "latents" not in about:
+            raise InputError(
+                "parquet files hold latents only",
+                where="layout",
+                got=about["name"],
+                hint="take layout webdataset or zarr",
+            )
+        if about["latents"]["dtype"] == "bfloat16":
             raise InputError(
                 "parquet has no bfloat16",
                 where="layout",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sdconv.dataset.plan import Planned
 from sdconv.dataset.store import Record, Store
+
+READ_ERRORS = (OSError, EOFError, ValueError, KeyError, SafetensorError, BadZipFile)
+"""What ``Layout.read`` raises if a sample is damaged."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,16 @@ class Layout(Protocol):
     def read(self, store: Store, record: Record, place: Mapping[str, Any]) -> Sample:
         """One sample of a shard, at a place that ``write`` returned."""
 
-    def check(
-        self,
-        about: Mapping[str, Any],
-        shards: Sequence[Sequence[Planned]],
-        fresh: Path | None = None,
-    ) -> None:
+    def file_of(self, about: Mapping[str, Any], planned: Planned) -> str | None:
+        """The name of the file that a sample has to itself; None if a shard is one file."""
+
+    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Refuses settings that it cannot represent.
 
         Args:
             about: the content of ``dataset.json``.
             shards: the plan's.
-            fresh: a folder whose files are not the data set's, and must not be overwritten.
 
         Raises:
-            InputError: it cannot, or a file is in the way.
+            InputError: it cannot.
         """

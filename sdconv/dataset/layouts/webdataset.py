@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors.torch import load, save
@@ -54,12 +53,10 @@ class WebDataset:
                 json.loads(_part(file, place["json"])), load(_part(file, place["safetensors"]))
             )
 
-    def check(
-        self,
-        about: Mapping[str, Any],
-        shards: Sequence[Sequence[Planned]],
-        fresh: Path | None = None,
-    ) -> None:
+    def file_of(self, about: Mapping[str, Any], planned: Planned) -> None:
+        """A shard is one file."""
+
+    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Takes everything."""
 
 

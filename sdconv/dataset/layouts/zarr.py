@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
@@ -67,12 +66,10 @@ class Zarr:
             }
         return Sample(about, tensors)
 
-    def check(
-        self,
-        about: Mapping[str, Any],
-        shards: Sequence[Sequence[Planned]],
-        fresh: Path | None = None,
-    ) -> None:
+    def file_of(self, about: Mapping[str, Any], planned: Planned) -> None:
+        """A shard is one file."""
+
+    def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Refuses bfloat16, and shards of images of several sizes."""
         if about[about["name"]]["dtype"] == "bfloat16":
             raise InputError(
