@@ -299,7 +299,7 @@ def contents(store: Store, plan: Plan) -> dict[str, str | None]:
         if (record := store.record(number)) is None:
             continue
         for one in record["samples"] + record["quarantined"]:
-            if one["digest"] == planned.get(one["key"]):
+            if one.get("digest") == planned.get(one["key"]):  # 0.1.0 wrote none for images left out
                 found[one["key"]] = one.get("sha256") or one["reason"]
     return found
 
