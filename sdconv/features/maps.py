@@ -298,7 +298,7 @@ class Maps(Mapping[str, "Tensor | Series"]):
         shapes = {name: self.series(name)[-1].shape for name in self if not name.endswith(":probs")}
         near = max(
             (name for name, shape in shapes.items() if len(shape) == 4),
-            key=lambda name: len(commonprefix([name, one.name])),
+            key=lambda name: len(commonprefix([name, one.name])),  # noqa: RUF071 (no paths)
             default=None,
         )
         return None if near is None else (shapes[near][2], shapes[near][3])

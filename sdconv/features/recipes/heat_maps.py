@@ -174,7 +174,6 @@ def _rows(counter: CallCounter, name: str, batch: int) -> slice:
     return call.rows("conditional", batch) if call.guided else slice(None)
 
 
-
 def _finder(target: Any, prompt: str) -> Callable[[str], Sequence[int]]:
     """A function that finds the positions of a word's tokens in a prompt's."""
     tokenizer = getattr(target, "tokenizer", None) or getattr(target, "tokenizer_2", None)

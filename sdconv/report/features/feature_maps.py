@@ -85,13 +85,14 @@ def feature_maps(
     """
     by_name = {point.name: point for point in points}
     names = [box.name for box in drawing.boxes]
-    runs: dict[str | None, Maps] = {THIS_RUN if others else None: maps, **(others or {})}
+    runs: list[tuple[str | None, Maps]] = [(THIS_RUN if others else None, maps)]
+    runs += (others or {}).items()
     found = []
     for name in maps:
         size = by_name[name].size if name in by_name else None
         snapshots = [
             shot
-            for label, run in runs.items()
+            for label, run in runs
             if name in run
             for one in run.series(name)
             for shot in _snapshots(one, label, size)
