@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import shutil
 import signal
@@ -51,7 +52,10 @@ NEEDS: dict[str, tuple[Callable[[], object], str]] = {
         "needs the folder of shared fixtures: SDCONV_SHARED=/path/to/shared make test",
     ),
     "gpu": (_cuda, "needs a CUDA device; on a machine that has one: .venv/bin/pytest -m gpu"),
-    "browser": (lambda: shutil.which("chromium"), "needs chromium: apt-get install chromium"),
+    "browser": (
+        lambda: shutil.which("chromium") and importlib.util.find_spec("playwright"),
+        "needs chromium and playwright: apt-get install chromium; pip install playwright",
+    ),
 }
 
 

@@ -14,8 +14,8 @@ from helpers.paths import ROOT
 from packaging.requirements import Requirement
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# extras that people install; `dev` and `docs` are for working on sdconv, and pinned
-EXTRAS = ("fast", "plot", "maps", "pipelines", "export")
+# `dev` and `docs` are for working on sdconv, and pinned
+EXTRAS = sorted(PROJECT["optional-dependencies"].keys() - {"dev", "docs"})
 
 
 def resolve(folder: Path, requirements: list[str], resolution: str) -> dict[str, str]:
@@ -38,7 +38,8 @@ def resolve(folder: Path, requirements: list[str], resolution: str) -> dict[str,
 def requirements() -> list[str]:
     """Everything that the package and its extras ask for, without references to other extras."""
     optional = PROJECT["optional-dependencies"]
-    return [*PROJECT["dependencies"], *(one for extra in EXTRAS for one in optional[extra])]
+    extras = [one for extra in EXTRAS for one in optional[extra]]
+    return [*PROJECT["dependencies"], *(one for one in extras if Requirement(one).name != "sdconv")]
 
 
 @pytest.mark.slow

@@ -100,14 +100,14 @@ def anatomy(
         )
     found = inspection.network(component)
     result = dissect(found.config, shape)
+    if depth is not None:
+        result = result.at_depth(depth)
     if plot is not None:
         from sdconv.report.plots import draw_anatomy
 
         draw_anatomy(result, plot)
         say(f"drawn: {plot}", "note")
     itemsize = dtype.in_torch().itemsize
-    if depth is not None:
-        result = result.at_depth(depth)
     if as_csv:
         rows = list(result.to_rows(every=every, itemsize=itemsize))
         writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
@@ -119,7 +119,7 @@ def anatomy(
             {
                 "component": found.component,
                 "dtype": dtype.value,
-                **result.to_json(),
+                **result.to_json(itemsize),
                 "plot": written,
             }
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +68,12 @@ def capture_run(
     points = points_of(run.network, run.size)
     single = len(run.calls) == 1
     calls = run.calls if single else run.calls[: max(kept) + 1]
+    # an autoencoder is called once, and its bar shows the share of that call
+    bar: AbstractContextManager[Callable[[str, int, int], None]] = (
+        nullcontext(lambda *now: None) if run.methods else counting("computing")
+    )
     with (
-        counting("computing") as progress,
+        bar as progress,
         capture(
             run.network,
             layers or _of_methods(block_outputs(points), run.methods),
@@ -78,7 +84,7 @@ def capture_run(
             store=store,
             max_memory=IN_MEMORY,
         ) as maps,
-        running(""),
+        running("computing" if run.methods else "", run.network, run.size, run.methods),
     ):
         for at, call in enumerate(calls):
             progress("", at, len(calls))

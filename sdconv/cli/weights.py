@@ -196,7 +196,7 @@ def fetch(
     No other command uses the network. Every byte is compared with the hash that the hub states. Of
     a folder, the safetensors weights that diffusers would open and config.json are downloaded. What
     was downloaded before is checked again and kept. The path is printed; commands also find the
-    weights by the name that was fetched.
+    weights by the name that was fetched, unless --dir or --revision was given: then give the path.
 
     \b
     Examples:

@@ -25,11 +25,19 @@ class Call:
     Attributes:
         index: the number of the call, from 0, since the ``with`` block was entered.
         guided: whether classifier-free guidance doubles the batch; None if that is not known.
+        size: rows and columns of a denoiser's input; None for other networks.
     """
 
-    def __init__(self, index: int, timestep: object = None, guided: bool | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        timestep: object = None,
+        guided: bool | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
         self.index = index
         self.guided = guided
+        self.size = size
         self._timestep = timestep.detach().clone() if isinstance(timestep, Tensor) else timestep
 
     @cached_property
@@ -66,7 +74,7 @@ class Call:
 
     def without_halves(self) -> Call:
         """The same call for a feature map whose first axis is not the batch."""
-        return Call(self.index, self._timestep)
+        return Call(self.index, self._timestep, size=self.size)
 
 
 class CallCounter:
@@ -123,7 +131,8 @@ class CallCounter:
             timestep = args[position]
         sample = first_tensor((args, kwargs))
         batch = None if sample is None or sample.ndim == 0 else len(sample)
-        self._latest = Call(next(self._numbers), timestep, self._guided(batch))
+        size = None if sample is None or sample.ndim != 4 else (sample.shape[2], sample.shape[3])
+        self._latest = Call(next(self._numbers), timestep, self._guided(batch), size)
         self._thread.call = self._latest
 
     def _guided(self, batch: int | None) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -29,15 +30,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Size = tuple[int, int] | None
+"""Rows and columns of the network's input, or of a level above; None if they are not known."""
+
 _SIDE = 256  # rows and columns of an image in a figure, at most
 _ROW = 1.9  # inches
 
 
-def figure_of(tensors: Mapping[str, Tensor], channels: int) -> Figure:
+def figure_of(found: Mapping[str, tuple[Tensor, Size]], channels: int) -> Figure:
     """The figure of ``Maps.plot``.
 
     Args:
-        tensors: feature maps by name.
+        found: feature maps by name, each with the size by which tokens are laid out.
         channels: the number of channels to show of each.
 
     Raises:
@@ -54,20 +58,22 @@ def figure_of(tensors: Mapping[str, Tensor], channels: int) -> Figure:
         ) from error
     if channels < 0:
         raise InputError("not a number of channels", where="channels", expected="0 or more")
-    values = {name: as_maps(tensor) for name, tensor in tensors.items()}
+    values = {name: as_maps(tensor, size) for name, (tensor, size) in found.items()}
     columns = 4 + min(channels, max(map(len, values.values())))
     figure = Figure(figsize=(_ROW * columns, (_ROW + 0.6) * len(values)), layout="constrained")
     grid = figure.subplots(len(values), columns, squeeze=False)
     for axes, (name, maps) in zip(grid, values.items(), strict=True):
         _draw_row(list(axes), name, maps)
+    # IPython shows other figures only once pyplot has been imported
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
     return figure
 
 
-def html_table(rows: Sequence[tuple[str, int, Tensor]], more: int) -> str:
+def html_table(rows: Sequence[tuple[str, int, Tensor, Size]], more: int) -> str:
     """The HTML table that a notebook shows of ``Maps``.
 
     Args:
-        rows: name, number of calls and last feature map.
+        rows: name, number of calls, last feature map, and the size by which tokens are laid out.
         more: the number of names that are not shown.
     """
     head = "".join(
@@ -75,12 +81,12 @@ def html_table(rows: Sequence[tuple[str, int, Tensor]], more: int) -> str:
         for words in ("layer", "shape", "principal components", "mean", "standard deviation")
     )
     lines = [f"<tr>{head}</tr>"]
-    for name, count, tensor in rows:
+    for name, count, tensor, size in rows:
         shape = " \u00d7 ".join(map(str, tensor.shape))
         calls = f"{count} calls of " if count > 1 else ""
         cells = [f"<code>{escape(name)}</code>", f"{calls}{shape}"]
         if tensor.ndim in (3, 4) and tensor.numel():
-            small = downscaled(as_maps(tensor), 64)
+            small = downscaled(as_maps(tensor, size), 64)
             planes = to_grey(np.stack([small.mean(0), small.std(0)]))[0]
             cells += map(_inline, (to_rgb(principal_components(small)[0]), *planes))
         lines.append("<tr>{}</tr>".format("".join(f"<td>{cell}</td>" for cell in cells)))
@@ -130,6 +136,12 @@ def _draw_scaled(axes: Axes, image: Values) -> None:
     bar.set_ticks([scale.low, middle, high], labels=[f"{x:.3g}" for x in (scale.low, middle, high)])
     bar.ax.tick_params(labelsize=6, length=2)
     bar.outline.set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _inline(pixels: Pixels) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -258,7 +259,9 @@ class Maps(Mapping[str, "Tensor | Series"]):
 
         Half a percent of an image's values are clipped at either end, as on the page of feature
         maps; pointed ends of the colour bars say so. Signed images have diverging colours whose
-        middle is zero. It shows the first sample of a batch, and needs matplotlib.
+        middle is zero. It shows the first sample of a batch, and needs matplotlib. Tokens are laid
+        out in the proportions of the network's input, or of a captured feature map, if one of these
+        is known; else as a square.
 
         Args:
             patterns: names or globs of the feature maps to draw.
@@ -273,10 +276,10 @@ class Maps(Mapping[str, "Tensor | Series"]):
         from sdconv.features.figures import figure_of
 
         names = {name for some in match_patterns(tuple(self), patterns).values() for name in some}
-        drawn = {name: self._of_call(name, call) for name in self if name in names}
-        return figure_of(drawn, channels)
+        drawn = [self._of_call(name, call) for name in self if name in names]
+        return figure_of({one.name: (one.tensor, self._size(one)) for one in drawn}, channels)
 
-    def _of_call(self, name: str, call: int) -> Tensor:
+    def _of_call(self, name: str, call: int) -> CapturedMap:
         series = self.series(name)
         if not -len(series) <= call < len(series):
             raise InputError(
@@ -285,7 +288,20 @@ class Maps(Mapping[str, "Tensor | Series"]):
                 expected=f"{-len(series)} to {len(series) - 1}",
                 got=call,
             )
-        return series[call].tensor
+        return series[call]
+
+    def _size(self, one: CapturedMap) -> tuple[int, int] | None:
+        """Rows and columns by which tokens are laid out: those of the network's input, or else
+        those of the feature map with the most similar name."""
+        if one.network_call.size is not None or len(one.shape) != 3:
+            return one.network_call.size
+        shapes = {name: self.series(name)[-1].shape for name in self if not name.endswith(":probs")}
+        near = max(
+            (name for name, shape in shapes.items() if len(shape) == 4),
+            key=lambda name: len(commonprefix([name, one.name])),  # noqa: RUF071 (no paths)
+            default=None,
+        )
+        return None if near is None else (shapes[near][2], shapes[near][3])
 
     def _repr_html_(self) -> str:
         """The table that a notebook shows."""
@@ -294,7 +310,7 @@ class Maps(Mapping[str, "Tensor | Series"]):
         rows = []
         for name in list(self)[:SHOWN]:
             series = self.series(name)
-            rows.append((name, len(series), series[-1].tensor))
+            rows.append((name, len(series), series[-1].tensor, self._size(series[-1])))
         return html_table(rows, more=len(self) - len(rows))
 
     def save(self, path: str | Path) -> None:

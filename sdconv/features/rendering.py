@@ -80,14 +80,28 @@ def colour_scale(values: Values) -> ColourScale:
     )
 
 
-def as_maps(values: Any, aspect: float = 1.0) -> Values:
+def grid_of(positions: int, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Rows and columns of the level of a network that has so many positions; None if none has.
+
+    Args:
+        positions: 1 or more.
+        size: rows and columns of the network's input, or of any level above.
+    """
+    rows, columns = size
+    while rows * columns > positions:
+        rows, columns = -(-rows // 2), -(-columns // 2)  # a strided convolution rounds up
+    return (rows, columns) if rows * columns == positions else None
+
+
+def as_maps(values: Any, size: tuple[int, int] | None = None) -> Values:
     """The first sample of a feature map as ``(C, H, W)`` in float32.
 
     Args:
         values: a tensor ``(B, C, H, W)``; or tokens ``(B, N, C)``, which are laid out as the rows
-            and columns that ``N`` and ``aspect`` allow, or else as one row; or a vector ``(B, C)``,
+            and columns of a level of ``N`` positions, or else as one row; or a vector ``(B, C)``,
             which becomes feature maps of a single pixel.
-        aspect: columns divided by rows of the network's input.
+        size: rows and columns of the network's input, or of any level above; None if they are not
+            known, so that tokens are taken for those of a square.
 
     Raises:
         InputError: another number of axes, or an empty tensor.
@@ -104,9 +118,9 @@ def as_maps(values: Any, aspect: float = 1.0) -> Values:
     if one.ndim == 1:
         return one[:, None, None]
     if one.ndim == 2:
-        rows = round(math.sqrt(len(one) / aspect))
-        rows = rows if rows and len(one) % rows == 0 else 1
-        return np.ascontiguousarray(one.T.reshape(one.shape[1], rows, -1))
+        side = math.isqrt(len(one))
+        rows, columns = grid_of(len(one), size or (side, side)) or (1, len(one))
+        return np.ascontiguousarray(one.T.reshape(one.shape[1], rows, columns))
     return one
 
 

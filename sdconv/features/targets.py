@@ -74,7 +74,7 @@ class Target:
 
 def _in_parts(module: nn.Module) -> tuple[str, str] | None:
     """What makes a module compute an image in parts, and the method that ends it."""
-    if getattr(module, "streaming", None) is not None:
+    if getattr(module, "streaming", None) not in (None, False):
         return "streaming", "disable_streaming"
     if getattr(module, "use_tiling", False) is True:
         return "tiling", "disable_tiling"

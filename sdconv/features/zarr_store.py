@@ -279,12 +279,18 @@ def _read(folder: Path, row: int) -> Tensor:
         return x.view(dtype) if as_bits else x.to(dtype)
 
 
-def _call(index: int, timestep: float | list[float] | None, guided: bool | None) -> Call:
-    return Call(index, tuple(timestep) if isinstance(timestep, list) else timestep, guided)
+def _call(
+    index: int,
+    timestep: float | list[float] | None,
+    guided: bool | None,
+    size: list[int] | None = None,  # the first version wrote none
+) -> Call:
+    timesteps = tuple(timestep) if isinstance(timestep, list) else timestep
+    return Call(index, timesteps, guided, None if size is None else (size[0], size[1]))
 
 
 def _written(call: Call) -> list[Any]:
-    return [call.index, call.timestep, call.guided]
+    return [call.index, call.timestep, call.guided, call.size]
 
 
 def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from sdconv.errors import SdconvWarning
 from sdconv.hub.errors import DISK_TOO_SMALL, FetchError, HubFile, hub_errors
 from sdconv.hub.listing import weights_in
 from sdconv.hub.manifest import find_known
-from sdconv.hub.names import HubId
+from sdconv.hub.names import HubId, is_file_name
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT = re.compile(r"[0-9a-f]{40}")
@@ -48,7 +48,8 @@ def fetch(
             of a repository (``"owner/name"``). Of a folder the safetensors weights are downloaded
             that diffusers would open, with their index and shards, and ``config.json``.
         directory: files go below ``directory/name``, for a repository without its owner; by
-            default to the hub's own cache, where ``sdconv.load(name)`` finds them.
+            default to the hub's own cache, where ``sdconv.load(name)`` finds those of the main
+            branch.
         overwrite: replace another file that is already in ``directory/name``.
         progress: show progress bars if standard error is a terminal.
         revision: a branch, tag or commit of the repository; None for the main branch.
@@ -78,7 +79,7 @@ def fetch(
     wanted = HubFile(repository=hub_id.repository, file=hub_id.path, label=name, revision=revision)
     folder = root and root / hub_id.repository.partition("/")[2]
     with _bars(progress):
-        if Path(hub_id.path).suffix:
+        if is_file_name(hub_id.path):
             return _fetch_file(wanted, folder, overwrite)
         with hub_errors(wanted):
             files = weights_in(wanted)

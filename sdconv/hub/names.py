@@ -11,6 +11,7 @@ from sdconv.hub.manifest import REPOSITORY, is_inside, load_manifest
 from sdconv.hub.shipped import SHIPPED, shipped
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_FILE = re.compile(r".*\.(safetensors|sft|ckpt|pth?|bin|json)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def weights_named(name: str) -> Path | None:
     wanted = None
     if _NAME.fullmatch(name) and (known := load_manifest().get(name)) is not None:
         wanted = HubId(known.repository, known.file)
-    elif (hub_id := HubId.parse(name)) is not None and not _is_file_name(name):
-        wanted = hub_id
+    elif (hub_id := HubId.parse(name)) is not None and (hub_id.path or not is_file_name(name)):
+        wanted = hub_id  # without a path, folder/name.safetensors is not a repository
     if wanted is None:
         return None
     if (found := _cached(wanted)) is not None:
@@ -75,9 +76,9 @@ def _cached(wanted: HubId) -> Path | None:
     return found if found.exists() else None
 
 
-def _is_file_name(name: str) -> bool:
-    """Whether ``folder/name.safetensors`` is meant, and not a repository."""
-    return ":" not in name and bool(re.search(r"\.(safetensors|sft|ckpt|pth?|bin|json)$", name))
+def is_file_name(path: str) -> bool:
+    """Whether a path ends as a file of weights does, and not as a folder, such as ``sd-v1.5``."""
+    return _FILE.fullmatch(path) is not None
 
 
 def _folder() -> str:

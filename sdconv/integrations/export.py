@@ -23,6 +23,8 @@ from sdconv.models.vae import AutoencoderKL
 
 HALVES = ("encoder", "decoder")
 
+_DTYPES = (torch.float32, torch.float16)  # in which both runtimes have convolutions
+
 _NEEDED = {".onnx": ("onnx", "onnxscript"), ".xml": ("openvino",)}
 
 # images, rows and columns of latents: a graph for any size is traced for the first (a single image
@@ -82,7 +84,7 @@ def export_half(
     ``sample``, ``(B, 3, H, W)`` in [-1, 1]. The reference is exported.
 
     Args:
-        network: the autoencoder; it stays as it is.
+        network: the autoencoder, in float32 or float16; it stays as it is.
         half: ``"encoder"`` or ``"decoder"``.
         path: ends in ``.onnx``, or in ``.xml`` for OpenVINO, which writes a ``.bin`` next to it.
         size: rows and columns of the image, multiples of the network's downscale factor; None for a
@@ -96,6 +98,14 @@ def export_half(
     path = Path(path)
     suffix = check_export_path(path)
     module = _half(network, half)
+    if network.dtype not in _DTYPES:
+        raise InputError(
+            "the runtimes have no convolutions in this dtype",
+            where=path,
+            expected="a network in float32 or float16",
+            got=str(network.dtype).removeprefix("torch."),
+            hint="network.to(torch.float32), or --dtype float32",
+        )
     scale = network.downscale
     runs = [(batch, size)] if size else [(n, (h * scale, w * scale)) for n, h, w in _RUNS]
     inputs = [_example(network, half, sides, count) for count, sides in runs]

@@ -69,7 +69,7 @@ def latent_tensor(x: Any, where: str) -> Tensor:
         raise InputError(
             "latents must be floating-point", where=where, expected="float32", got=x.dtype
         )
-    return torch.tensor(x)
+    return torch.tensor(_readable(x))
 
 
 def _of_pillow(image: Any, where: str) -> Tensor:
@@ -99,6 +99,7 @@ def _of_array(array: Any, where: str) -> Tensor:
         elif array.ndim in (3, 4) and array.shape[-1] == 4:
             hint = "leave the transparency out: array[..., :3]"
         raise wrong("an array has the wrong shape for images", array.shape, hint)
+    array = _readable(array)
     if array.dtype == "uint8":
         from sdconv.images import pixels_to_tensor
 
@@ -121,12 +122,21 @@ def _of_array(array: Any, where: str) -> Tensor:
     return x.permute(0, 3, 1, 2) * 2 - 1
 
 
+def _readable(array: Any) -> Any:
+    """The array as torch reads it: no axis reversed, and bytes in the machine's order."""
+    import numpy as np
+
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
 def _is_numpys(x: object) -> bool:
-    kind = type(x)
-    return kind.__module__ == "numpy" and kind.__name__ == "ndarray"
+    return _is_a(x, "numpy", "ndarray")
 
 
 def _is_pillows(x: object) -> bool:
-    return any(
-        kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(x).__mro__
-    )
+    return _is_a(x, "PIL.Image", "Image")
+
+
+def _is_a(x: object, module: str, name: str) -> bool:
+    """Whether ``x`` is of this class or a subclass, whose package need not be imported."""
+    return any((kind.__module__, kind.__name__) == (module, name) for kind in type(x).__mro__)

@@ -47,10 +47,10 @@ class _Kind:
 
 
 _CONVOLUTION = _Kind("#9cc3e6", "one convolution")
-_RESIDUAL = _Kind("#3f77b0", "residual block: convolutions and a shortcut around them")
-_DOWNSAMPLING = _Kind("#e08e45", "downsampling: convolution of stride 2, half the rows and columns")
-_UPSAMPLING = _Kind("#6aa84f", "nearest upsampling: twice the rows and columns")
-_ATTENTION = _Kind("#b4558d", "attention: every position reads from every other")
+_RESIDUAL = _Kind("#3f77b0", "residual block: convolutions and a shortcut")
+_DOWNSAMPLING = _Kind("#e08e45", "downsampling: halves rows and columns")
+_UPSAMPLING = _Kind("#6aa84f", "upsampling: doubles rows and columns")
+_ATTENTION = _Kind("#b4558d", "attention: every position reads all others")
 _DATA = _Kind("#d9d9d9", "input and output")
 _KINDS = (_CONVOLUTION, _RESIDUAL, _ATTENTION, _DOWNSAMPLING, _UPSAMPLING, _DATA)
 

@@ -88,6 +88,10 @@ def test_memory_of_weights_and_activations() -> None:
     # norm, SiLU and convolution, twice
     assert block.activations == 6 * 32 * 64 * 64
     assert not any(one.macs for one in found.operations if one.role == "normalisation")
+    blocks = found.to_json(itemsize=2)["blocks"]
+    for memory in ("weight_bytes", "activation_bytes"):
+        assert [block[memory] for block in blocks] == [row[memory] for row in rows]
+    assert blocks[0]["operations"][0]["activation_bytes"] == 2 * 32 * 64 * 64
 
 
 @settings(max_examples=8)

@@ -490,6 +490,15 @@ def test_anatomy(here: Path, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
     every = run("anatomy", here / "vae.safetensors", "--size", "64", "--all")
     assert "conv1 (convolution)" in every.stdout
+    half = answer("anatomy", here / "vae.safetensors", "--size", "64x96", "--dtype", "float16")
+    for memory in ("weight_bytes", "activation_bytes"):
+        assert half["blocks"][0][memory] * 2 == found["blocks"][0][memory] > 0
+    drawings = []
+    for depth in ((), ("--depth", 1)):
+        out = tmp_path / f"{len(drawings)}.svg"
+        run("anatomy", here / "vae.safetensors", "--size", "64", "--plot", out, *depth)
+        drawings.append(out.read_text("utf-8"))
+    assert len(drawings[1]) < 0.8 * len(drawings[0])
 
 
 def test_help_has_examples_that_parse() -> None:

@@ -62,6 +62,18 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def test_bars_show_percent_and_the_time_that_is_left(
+    here: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)  # a terminal to rich
+    result = run(here / "photo.png", "--model", here / "vae.safetensors", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", result.stderr)
+    assert re.search(r"computing \S+ +100% 0:00:00", shown)  # by work: the network is called once
+    assert re.search(r"drawing \S+ +100% \d+/\d+ 0:00:00", shown)
+
+
 def test_a_photo_through_an_autoencoder(here: Path, out: Path) -> None:
     result = run(here / "photo.png", "--model", here / "vae.safetensors", "--out", out)
     assert result.exit_code == 0, result.stderr

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import seeded
+from PIL import Image
 from torch import nn
 
 import sdconv
@@ -49,6 +56,42 @@ def test_a_figure_has_a_row_for_each_feature_map(maps: Maps) -> None:
     assert torch.allclose(torch.as_tensor(first), maps["conv"][0].tensor[0].mean(0), atol=1e-6)
 
 
+class Tokens(nn.Module):
+    """A denoiser of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, sample: torch.Tensor, timestep: float) -> torch.Tensor:
+        return self.norm(sample.flatten(2).mT)
+
+
+def drawn_size(maps: Maps, pattern: str = "*") -> tuple[int, ...]:
+    """Rows and columns of the mean in the first row of a figure."""
+    return tuple(maps.plot(pattern).axes[1].images[0].get_array().shape)
+
+
+def test_tokens_are_laid_out_in_the_proportions_of_the_input(tmp_path: Path) -> None:
+    network = Tokens()
+    with torch.no_grad(), sdconv.capture(network, "norm") as maps:
+        network(torch.randn(1, 4, 4, 16), 1.0)  # 64 tokens, not of 8 x 8
+    assert drawn_size(maps) == (4, 16)
+    maps.save(tmp_path / "maps")
+    assert drawn_size(sdconv.open_maps(tmp_path / "maps")) == (4, 16)
+    (png,) = re.findall(r"src='data:image/png;base64,([^']*)'", maps._repr_html_())[:1]
+    with Image.open(BytesIO(b64decode(png))) as image:
+        assert image.size == (16, 4)
+
+
+def test_tokens_of_an_autoencoder_are_laid_out_as_its_feature_maps() -> None:
+    vae: Any = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
+    layers = [f"decoder.mid_block.attentions.0{part}" for part in ("", ".group_norm")]
+    with torch.no_grad(), sdconv.capture(vae, layers) as maps:
+        vae.decode(torch.randn(1, 4, 4, 16))
+    assert drawn_size(maps, "*.group_norm") == (4, 16)
+
+
 def test_a_figure_clips_outliers_and_centres_signed_values_on_zero() -> None:
     torch.manual_seed(0)
     signed = torch.randn(1, 3, 40, 40)
@@ -81,8 +124,13 @@ def test_a_figure_clips_outliers_and_centres_signed_values_on_zero() -> None:
     assert shown["equal"].colorbar.extend == "neither"
 
 
-def test_a_figure_can_be_written(maps: Maps, tmp_path: Any) -> None:
-    maps.plot("act").savefig(tmp_path / "a.png")
+def test_a_figure_can_be_written(maps: Maps, tmp_path: Path) -> None:
+    figure = maps.plot("act")
+    figure.savefig(tmp_path / "a.png")
+    # what a notebook shows, also of one that another process has drawn
+    for one in (figure, pickle.loads(pickle.dumps(figure))):
+        with Image.open(BytesIO(one._repr_png_())) as shown:
+            assert (shown.format, shown.height) == ("PNG", 250)  # 2.5 inches
     with torch.no_grad(), sdconv.capture(flat := nn.Sequential(nn.ReLU()), "0") as constant:
         flat(torch.zeros(1, 2, 4, 4))
     constant.plot().savefig(tmp_path / "b.png")

@@ -100,8 +100,11 @@ def test_tensors_of_all_shapes_become_feature_maps() -> None:
     x = torch.arange(2 * 6 * 2 * 4.0).reshape(2, 6, 2, 4)
     assert (as_maps(x) == x[0].numpy()).all()
     tokens = x.flatten(2).mT
-    assert (as_maps(tokens, aspect=2) == x[0].numpy()).all()
+    for size in ((2, 4), (4, 8), (7, 15)):  # halved once, and twice with rounding up
+        assert (as_maps(tokens, size) == x[0].numpy()).all()
+    assert as_maps(torch.zeros(1, 9, 3)).shape == (3, 3, 3)
     assert as_maps(torch.zeros(1, 7, 3)).shape == (3, 1, 7)
+    assert as_maps(torch.zeros(1, 9, 3), (2, 4)).shape == (3, 1, 9)
     assert as_maps(torch.zeros(1, 5, dtype=torch.bfloat16)).shape == (5, 1, 1)
     for wrong in (torch.zeros(3), torch.zeros(1, 0, 2, 2), torch.zeros(1, 1, 1, 1, 1)):
         with pytest.raises(InputError, match="not a feature map"):

@@ -58,6 +58,14 @@ def test_tiling_of_diffusers_is_refused_and_named(way: str) -> None:
         vae.decode(torch.zeros(1, 4, 4, 4))
 
 
+def test_another_modules_streaming_that_is_off_is_not_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1))
+    network.streaming = False  # type: ignore[assignment]
+    with torch.no_grad(), sdconv.capture(network, "0") as maps:
+        network(torch.zeros(1, 3, 4, 4))
+    assert list(maps) == ["0"]
+
+
 def test_a_container_is_searched(vae: Any) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -28,15 +28,15 @@ DRAWING = lay_out(
 TIMESTEPS = (901.0, 601.0, 301.0, 1.0)
 CHANNELS = {"conv_in": 4, "down.0": 24, "down.0:silu1": 24, "down.1": 48, "mid": 2560, "up.1": 24}
 HALVES = ("conditional", "unconditional")
+SIZES = {"mid": (8, 8), "up.1": (16, 24)}
+"""Rows and columns of those feature maps that are not 16 x 16."""
 
 
 def values(name: str, step: int, half: str | None) -> Values:
     """Noise whose standard deviation grows with the channel, from 1 to 5."""
-    channels, side = CHANNELS[name], 8 if name == "mid" else 16
+    channels, size = CHANNELS[name], SIZES.get(name, (16, 16))
     random = np.random.default_rng([len(name), step, half == "unconditional"])
-    maps = (
-        random.standard_normal((channels, side, side)) * np.linspace(1, 5, channels)[:, None, None]
-    )
+    maps = random.standard_normal((channels, *size)) * np.linspace(1, 5, channels)[:, None, None]
     return np.asarray(maps + step, np.float32)
 
 
@@ -48,11 +48,10 @@ def maps_of(steps: bool = True) -> list[FeatureMap]:
         calls = [(at, t, half) for at, t in enumerate(TIMESTEPS) for half in HALVES]
     found = []
     for name, channels in CHANNELS.items():
-        side = 8 if name == "mid" else 16
         snapshots = [
             Snapshot(
                 read=lambda name=name, step=step, half=half: values(name, step, half),  # type: ignore[misc]
-                shape=(channels, side, side),
+                shape=(channels, *SIZES.get(name, (16, 16))),
                 step=step,
                 timestep=timestep,
                 half=half,

@@ -323,6 +323,7 @@ def repository_of_networks(client: Client) -> Client:
         "halves/taesd_encoder.safetensors",
         "halves/taesd_decoder.safetensors",
         "alone/any name.safetensors",
+        "sd-v1.5/vae.safetensors",
     ):
         files[OWN, name] = HubFile(name.encode() * 100)
     for name in ("vae/config.json", "unet/config.json", "model_index.json"):
@@ -359,6 +360,11 @@ def test_shards_come_with_their_index(repository_of_networks: Client, tmp_path: 
 
 def test_the_only_weights_of_a_folder_may_have_any_name(repository_of_networks: Client) -> None:
     assert repository_of_networks.path(f"{OWN}:alone").name == "any name.safetensors"
+
+
+def test_a_folders_name_may_have_a_dot(repository_of_networks: Client) -> None:
+    path = repository_of_networks.path(f"{OWN}:sd-v1.5")
+    assert path.parts[-2:] == ("sd-v1.5", "vae.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
         export_half(network, "decode", tmp_path / "half.xml", size=(16, 16))
     with pytest.raises(sdconv.InputError, match="multiples of 2"):
         export_half(network, "decoder", tmp_path / "half.xml", size=(16, 17))
-    network.enable_streaming(progress=False)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(sdconv.InputError, match="expected: a network in float32 or float16"):
+            export_half(network.to(dtype), "decoder", tmp_path / "half.xml", size=(16, 16))
+    network.float().enable_streaming(progress=False)
     with pytest.raises(sdconv.InputError, match="disable_streaming"):
         export_half(network, "decoder", tmp_path / "half.xml", size=(16, 16))
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,24 @@ def test_a_batch_of_images(vae: Any) -> None:
         np.stack([PIXELS, np.asarray(upside_down)]),
     ):
         torch.testing.assert_close(latents(vae, batch), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_arrays_may_lie_in_memory_in_any_way(vae: Any, tmp_path: Path) -> None:
+    expected = latents(vae, PIXELS)
+    reversed_ = np.ascontiguousarray(PIXELS[::-1, :, ::-1])[::-1, :, ::-1]  # as BGR to RGB
+    assert min(reversed_.strides) < 0
+    assert torch.equal(latents(vae, reversed_), expected)
+    PIXELS.tofile(tmp_path / "pixels")
+    mapped = np.memmap(tmp_path / "pixels", mode="r", shape=PIXELS.shape)
+    assert torch.equal(latents(vae, mapped), expected)
+    scaled = PIXELS.astype(np.float32) / 255
+    expected = latents(vae, scaled).contiguous()  # the memory layout changes rounding
+    for images in (np.ascontiguousarray(scaled[::-1])[::-1], scaled.astype(">f4")):
+        assert torch.equal(latents(vae, images), expected)
+    with torch.inference_mode():
+        image = vae.decode(expected).sample
+        for z in (expected.flip(-1).numpy()[..., ::-1], expected.numpy().astype(">f4")):
+            assert torch.equal(vae.decode(z).sample, image)
 
 
 def test_grey_becomes_rgb(vae: Any) -> None:

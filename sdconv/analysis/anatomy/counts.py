@@ -73,10 +73,14 @@ class Operation:
         """Values in its output, for one image."""
         return prod((self.out_channels, *self.out_size))
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON has them; a downscale factor is text such as ``"1/2"``."""
+    def to_json(self, itemsize: int = 4) -> dict[str, Any]:
+        """The fields as JSON has them; a downscale factor is text such as ``"1/2"``.
+
+        Args:
+            itemsize: bytes of a value, for the memory of weights and activations.
+        """
         downscale = self.downscale and [str(factor) for factor in self.downscale]
-        own = {"macs": self.macs, "activations": self.activations}
+        own = {"macs": self.macs, "activations": self.activations, **_memory(self, itemsize)}
         return {**vars(self), **own, "downscale": downscale}
 
 
@@ -232,8 +236,7 @@ class Anatomy:
                     "out_rows": one.out_size[0],
                     "out_columns": one.out_size[1],
                     "parameters": one.parameters,
-                    "weight_bytes": one.parameters * itemsize,
-                    "activation_bytes": one.activations * itemsize,
+                    **_memory(one, itemsize),
                     "macs": one.macs,
                     "downscale": _both(widest.downscale),
                     "receptive_field": _both(widest.receptive_field),
@@ -269,8 +272,12 @@ class Anatomy:
             if (own := [one for one in self.operations if one.role == role])
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """What ``sdconv anatomy --json`` prints."""
+    def to_json(self, itemsize: int = 4) -> dict[str, Any]:
+        """What ``sdconv anatomy --json`` prints.
+
+        Args:
+            itemsize: bytes of a value, for the memory of weights and activations.
+        """
         return {
             "class": self.class_name,
             "latent_channels": self.latent_channels,
@@ -288,15 +295,23 @@ class Anatomy:
                     "multiplies": block.multiplies,
                     "macs": block.macs,
                     "activations": block.activations,
+                    **_memory(block, itemsize),
                     "in_size": block.in_size,
                     "out_size": block.out_size,
                     "in_channels": block.in_channels,
                     "out_channels": block.out_channels,
-                    "operations": [one.to_json() for one in block.operations],
+                    "operations": [one.to_json(itemsize) for one in block.operations],
                 }
                 for block in self.blocks
             ],
         }
+
+
+def _memory(one: Operation | Block, itemsize: int) -> dict[str, int]:
+    return {
+        "weight_bytes": one.parameters * itemsize,
+        "activation_bytes": one.activations * itemsize,
+    }
 
 
 def _geometry(one: Operation | Block) -> dict[str, str]:

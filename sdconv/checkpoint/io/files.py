@@ -81,7 +81,9 @@ def weights_path(path: object) -> Path:
     given = as_path(path)
     with os_errors(given):
         exists = given.exists()
-    return given if exists else weights_named(str(path)) or given
+    # a Path of Windows has turned the slash of owner/name round
+    name = path if isinstance(path, str) else given.as_posix()
+    return given if exists else weights_named(name) or given
 
 
 def regular_file(path: str | Path) -> tuple[Path, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdconv.errors import InputError, SdconvError
 from sdconv.features.calls import CallCounter
 from sdconv.features.hooks import attach, first_tensor, uncompiled, untraced
+from sdconv.features.rendering import grid_of
 from sdconv.features.selection import Steps, select_calls
 from sdconv.features.targets import target_of, unet_of
 
@@ -85,8 +86,15 @@ class HeatMaps:
             size: rows and columns of the latents.
         """
         mean = probabilities.detach().float().mean(1)
-        rows, columns = _grid(mean.shape[1], size)
-        layer = mean.mT.reshape(*mean.mT.shape[:2], rows, columns)
+        grid = grid_of(mean.shape[1], size)
+        if grid is None:
+            raise SdconvError(
+                "these positions are not those of a level of the U-Net",
+                where="heat maps",
+                expected=f"latents of {size[0]} x {size[1]}, halved some times",
+                got=f"{mean.shape[1]} positions",
+            )
+        layer = mean.mT.reshape(*mean.mT.shape[:2], *grid)
         layer = nn.functional.interpolate(layer, size, mode="bicubic").clamp(min=0)
         with self._lock:
             if self._sum is not None and self._sum.shape != layer.shape:
@@ -164,25 +172,6 @@ def _rows(counter: CallCounter, name: str, batch: int) -> slice:
     """The rows of a batch that follow the prompt; all rows if that is not known."""
     call = counter.current(name)
     return call.rows("conditional", batch) if call.guided else slice(None)
-
-
-def _grid(positions: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a level of the U-Net with a number of positions.
-
-    Raises:
-        SdconvError: no level has that many.
-    """
-    rows, columns = size
-    while rows * columns > positions:
-        rows, columns = -(-rows // 2), -(-columns // 2)  # a strided convolution rounds up
-    if rows * columns != positions:
-        raise SdconvError(
-            "these positions are not those of a level of the U-Net",
-            where="heat maps",
-            expected=f"latents of {size[0]} x {size[1]}, halved some times",
-            got=f"{positions} positions",
-        )
-    return rows, columns
 
 
 def _finder(target: Any, prompt: str) -> Callable[[str], Sequence[int]]:

@@ -85,13 +85,18 @@ def feature_maps(
     """
     by_name = {point.name: point for point in points}
     names = [box.name for box in drawing.boxes]
+    runs: list[tuple[str | None, Maps]] = [(THIS_RUN if others else None, maps)]
+    runs += (others or {}).items()
     found = []
     for name in maps:
-        label = THIS_RUN if others else None
-        snapshots = [shot for one in maps.series(name) for shot in _snapshots(one, label)]
-        for label, other in (others or {}).items():
-            if name in other:
-                snapshots += [s for one in other.series(name) for s in _snapshots(one, label)]
+        size = by_name[name].size if name in by_name else None
+        snapshots = [
+            shot
+            for label, run in runs
+            if name in run
+            for one in run.series(name)
+            for shot in _snapshots(one, label, size)
+        ]
         box = box_of(name, names)
         assert box is not None, name
         facts = _facts(by_name[name]) if name in by_name else {}
@@ -100,13 +105,16 @@ def feature_maps(
     return sorted(found, key=lambda one: order[one.box])
 
 
-def _snapshots(captured: CapturedMap, run: str | None) -> Iterator[Snapshot]:
+def _snapshots(
+    captured: CapturedMap, run: str | None, size: tuple[int, int] | None
+) -> Iterator[Snapshot]:
+    """``size``: rows and columns of the feature map, if they are known."""
     halves: Mapping[str | None, str] = {None: "tensor"}
     if captured.network_call.guided:
         halves = {"conditional": "conditional", "unconditional": "unconditional"}
     timestep = captured.timestep
     for half, attribute in halves.items():
-        read = partial(_read, captured, attribute)
+        read = partial(_read, captured, attribute, size)
         channels, rows, columns = read().shape
         yield Snapshot(
             read=read,
@@ -117,9 +125,9 @@ def _snapshots(captured: CapturedMap, run: str | None) -> Iterator[Snapshot]:
         )
 
 
-def _read(captured: CapturedMap, attribute: str) -> Values:
+def _read(captured: CapturedMap, attribute: str, size: tuple[int, int] | None) -> Values:
     values: Tensor = getattr(captured, attribute)
-    return as_maps(values)
+    return as_maps(values, captured.network_call.size or size)
 
 
 def _facts(point: Point) -> dict[str, str]:

@@ -154,13 +154,14 @@ def _listed(kernels: Sequence[Kernels], boxes: Sequence[str]) -> list[dict[str, 
 
 
 def _start(drawing: Drawing, maps: Sequence[FeatureMap]) -> dict[str, Any]:
-    """What the page opens on: of a U-Net the last step of the up path's middle, where an image can
-    be seen; else the first feature map."""
+    """What the page opens on: of a U-Net the last step, on the up path if that was captured, where
+    an image can be seen; else the first feature map."""
     calls = [shot.step for one in maps for shot in one.snapshots]
-    up = [box.name for box in drawing.boxes if box.branch is Branch.up and box.kind in WHOLE]
-    shown = [at for at, one in enumerate(maps) if one.name in up]
-    if not drawing.skips or not shown:
+    if not drawing.skips:
         return {"map": 0, "step": min(calls)}
+    up = {box.name for box in drawing.boxes if box.branch is Branch.up and box.kind in WHOLE}
+    inside = [at for at, one in enumerate(maps) if one.box in up]
+    shown = [at for at in inside if maps[at].name in up] or inside or [0]
     # two thirds of the way up: fine enough to show the image, and not yet the noise that is left
     return {"map": shown[(2 * len(shown)) // 3], "step": max(calls)}
 

@@ -42,6 +42,15 @@ def test_facts_show_kernel_stride_and_padding_of_a_convolution() -> None:
     assert {one.name: tuple(map(one.facts.get, terms)) for one in found} == expected
 
 
+def test_tokens_have_the_rows_and_columns_of_their_layer() -> None:
+    network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
+    points = sdconv.features(network, (8, 32))
+    with torch.no_grad(), sdconv.capture(network, "encoder.*.group_norm") as maps:
+        network.encode(torch.zeros(1, 3, 8, 32))
+    (found,) = feature_maps(maps, points, drawing_of(points, maps))
+    assert [one.shape for one in found.snapshots] == [(32, 4, 16)]  # 64 tokens, not of 8 x 8
+
+
 def test_other_runs_stand_next_to_this_one() -> None:
     network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
     points = sdconv.features(network, 32)

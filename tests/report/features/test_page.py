@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from base64 import b64decode
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,24 @@ def test_a_unets_page_opens_on_a_late_step_of_its_up_path(tmp_path: Path) -> Non
     page(tmp_path / "b.html", without_the_largest(), without)
     index = block((tmp_path / "b.html").read_text("utf-8"), "index")
     assert index["start"] == {"map": 0, "step": 0}
+
+
+@pytest.mark.parametrize(
+    ("names", "start"),
+    [
+        (("down.0", "up.1:silu1", "up.1:silu2", "conv_out"), "up.1:silu2"),
+        (("down.0", "up.0", "up.1:silu1", "up.1:silu2"), "up.0"),  # a whole block comes first
+        (("conv_in", "down.0"), "conv_in"),
+    ],
+)
+def test_a_unets_page_opens_on_a_late_step_of_what_was_captured(
+    names: tuple[str, ...], start: str, tmp_path: Path
+) -> None:
+    (one,) = (one for one in maps_of() if one.name == "conv_in")
+    maps = [replace(one, name=name, box=name.partition(":")[0]) for name in names]
+    page(tmp_path / "a.html", maps)
+    index = block((tmp_path / "a.html").read_text("utf-8"), "index")
+    assert (names[index["start"]["map"]], index["start"]["step"]) == (start, 3)
 
 
 def test_names_cannot_close_the_script_element(tmp_path: Path) -> None:

@@ -177,9 +177,11 @@ function showGrid(snapshot) {
   order = Array.from({ length: count }, (_, at) => at);
   if (state.sort === "variance") order.sort((a, b) => variance[b] - variance[a] || a - b);
   if (state.sort === "mean") order.sort((a, b) => mean[b] - mean[a] || a - b);
-  const long = Math.max(width, height);
-  const wide = Math.max(24, Math.round((SIZES[state.size] * width) / long));
-  const high = Math.max(24, Math.round((SIZES[state.size] * height) / long));
+  // of long ones the shorter side grows as wide as a finger or a mouse needs, at first with the longer
+  const least = matchMedia("(max-width: 720px), (pointer: coarse)").matches ? 44 : 24;
+  const scale = SIZES[state.size] / Math.max(width, height);
+  const larger = Math.min(2, Math.max(1, least / (scale * Math.min(width, height))));
+  const [wide, high] = [width, height].map((side) => Math.max(least, Math.round(scale * larger * side)));
   URL.revokeObjectURL(sheetUrl);
   const shaded = shadedSheet(snapshot);
   sheetUrl = bitmapUrl(shaded.sheet, COLORMAPS[shaded.name]);
