@@ -11,7 +11,9 @@ from sdconv.hub.manifest import REPOSITORY, is_inside, load_manifest
 from sdconv.hub.shipped import SHIPPED, shipped
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-_FILE = re.compile(r".*\.(safetensors|sft|ckpt|pth?|bin|gguf|json|ya?ml)", re.IGNORECASE | re.DOTALL)
+_FILE = re.compile(
+    r".*\.(safetensors|sft|ckpt|pth?|bin|gguf|json|ya?ml)", re.IGNORECASE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)

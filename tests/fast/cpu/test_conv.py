@@ -208,6 +208,19 @@ def test_bands_have_the_bits_of_strips(
     assert torch.equal(out, expected) and torch.equal(found, stats)
 
 
+@pytest.mark.parametrize("height", [9, 130])
+def test_the_default_dtype_makes_no_difference(height: int) -> None:
+    case = Case(height=height, shortcut=True)
+    expected, stats = case.run()
+    weight_cache.clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        out, found = case.run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, expected) and torch.equal(found, stats)
+
+
 def in_place(case: Case) -> tuple[Tensor, Tensor]:
     x = case.x.clone(memory_format=torch.channels_last)
     around = CONV3X3, case.prologue, case.epilogue, GROUPS

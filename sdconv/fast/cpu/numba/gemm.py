@@ -28,7 +28,7 @@ ROWS = 6
 # rows of the left factor in a unit of work: they stay in a core's own cache
 CHUNK = 40 * ROWS
 # what sums begin with where nothing is added
-ZEROS = torch.zeros(PANEL)
+ZEROS = torch.zeros(PANEL, dtype=torch.float32, device="cpu")
 
 
 @cache

@@ -245,7 +245,7 @@ def conv_in_bands(
 def pack_kernels(scheme: Scheme, weight: Tensor) -> Tensor:
     out_channels, channels = weight.shape[:2]
     width = gemm.padded(out_channels)
-    packed = torch.empty(scheme.positions, channels * width)
+    packed = weight.new_empty(scheme.positions, channels * width, dtype=torch.float32)
     for first, part in _parts(weight):
         missing = -len(part) % gemm.PANEL
         part = functional.pad(part, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else part
