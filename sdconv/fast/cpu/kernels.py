@@ -143,17 +143,18 @@ def unpacked_methods() -> tuple[str, ...]:
 
 def uncached_bytes(tiles: int, weight: Tensor) -> int:
     """Bytes of memory, at most, that `Kernels.multiply_tiles` takes."""
-    # each thread's sums
-    return packing_bytes(weight) + torch.get_num_threads() * 36 * MULTIPLE * 4 * tiles
+    # each thread's kernels and sums
+    each = 384 * 1024 + 36 * MULTIPLE * 4 * tiles
+    return packing_bytes(weight) + torch.get_num_threads() * each
 
 
 def packing_bytes(weight: Tensor) -> int:
-    """Bytes of memory, at most, that `Kernels.pack_kernels` takes next to its result."""
-    threads, (out_channels, channels) = torch.get_num_threads(), weight.shape[:2]
-    part = 0
-    if weight.dtype is not torch.float32 or not weight.is_contiguous():  # is copied in parts
-        part = 36 * channels * min(out_channels, part_channels(channels, threads))
-    return part + threads * 384 * 1024  # each thread's kernels
+    """Bytes of memory, at most, that `Kernels.pack_kernels` takes next to its result and to the
+    threads' scratch memory."""
+    if weight.dtype is torch.float32 and weight.is_contiguous():
+        return 0
+    out_channels, channels = weight.shape[:2]  # is copied in parts
+    return 36 * channels * min(out_channels, part_channels(channels, torch.get_num_threads()))
 
 
 def has_numba_kernels() -> bool:
