@@ -30,6 +30,9 @@ Timeout = Annotated[
 ]
 
 
+_LONGEST = 7 * 24 * 3600  # seconds
+
+
 def join_ranks(device: str, timeout: float) -> str:
     """Connects this process to the others that torchrun has started, until the command ends.
 
@@ -41,10 +44,17 @@ def join_ranks(device: str, timeout: float) -> str:
         This process's own device.
 
     Raises:
-        InputError: torchrun has not started this process, or ``timeout`` is not positive.
+        InputError: torchrun has not started this process, or ``timeout`` is out of range.
     """
     import torch.distributed as dist
 
+    if not 0 < timeout <= _LONGEST:
+        raise InputError(
+            "not a number of seconds to wait",
+            where="--timeout",
+            expected="more than 0, and a week at most",
+            got=timeout,
+        )
     if not dist.is_torchelastic_launched():
         raise InputError(
             "there are no other processes",
@@ -52,8 +62,6 @@ def join_ranks(device: str, timeout: float) -> str:
             hint="start the command with torchrun --nproc-per-node N -m sdconv ... --ranks, or "
             "leave --ranks out",
         )
-    if not timeout > 0:
-        raise InputError("not a positive number of seconds", where="--timeout", got=timeout)
     on_cpu = device == "cpu"
     dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout))
     atexit.register(dist.destroy_process_group)

@@ -74,6 +74,15 @@ def test_two_ranks_make_the_same_files(tmp_path: Path) -> None:
     assert not (tmp_path / "more.png").exists()
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
+def test_a_timeout_is_a_number_of_seconds(seconds: str, tmp_path: Path) -> None:
+    save_file({"z": torch.zeros(1, 4, 4, 4)}, tmp_path / "z.safetensors")
+    decode = ("decode", tmp_path / "z.safetensors", "-m", TINY_VAE, "-o", tmp_path / "z.png")
+    result = run(*decode, "--ranks", "--timeout", seconds)
+    assert result.exit_code != 0
+    assert "--timeout: not a number of seconds to wait" in result.stderr
+
+
 def test_the_timeout_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without other processes: what would connect to them tells what it was called with."""
     given: list[object] = []
