@@ -14,11 +14,11 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sdconv.backends import begins, implements, is_fast
 from sdconv.fast.cpu import blocks as cpu
 from sdconv.fast.cpu.buffer_pool import use_pool
+from sdconv.fast.cpu.conv import direct_downsample_conv
 from sdconv.fast.cuda import blocks as cuda
 from sdconv.fast.preconditions import (
     is_bare,
@@ -108,14 +108,11 @@ def can_run_upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None)
 
 @implements(AsymmetricDownsample2D.forward)
 def downsample(block: Any, x: Tensor) -> Tensor | None:
-    """Convolves with padding 2 on every side, which needs no padded copy of the feature map, and
-    drops the first row and column; the other outputs are the same."""
     if not can_run_downsample(block, x):
         return None
-    conv = block.conv
-    height, width = (size // 2 for size in x.shape[2:])
-    out = functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)
-    return out.narrow(2, 1, height).narrow(3, 1, width).to(memory_format=torch.channels_last)
+    if _is_cuda(x):
+        return direct_downsample_conv(x, block.conv.weight, block.conv.bias)
+    return cpu.downsample(block, x)
 
 
 def can_run_downsample(block: Any, x: Tensor) -> bool:
@@ -209,8 +206,9 @@ def _with_stats(layer: Any, x: Tensor) -> Callable[..., tuple[Tensor, Tensor | N
         return arithmetic.resnet_with_stats
     if is_bare(layer, Upsample2D) and can_run_upsample(layer, x, None):
         return arithmetic.upsample_with_stats
-    if arithmetic is not cuda:
-        return None
+    if arithmetic is cpu:
+        strided = is_bare(layer, AsymmetricDownsample2D) and can_run_downsample(layer, x)
+        return cpu.downsample_with_stats if strided else None
     if is_bare(layer, Attention) and can_run_attention(layer, x):
         return cuda.attention_with_stats
     if is_conv3x3(layer, x):

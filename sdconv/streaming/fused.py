@@ -71,7 +71,8 @@ class _WinogradLayer(StreamLayer):
         return -(-height // self.scheme.step)
 
     def input_rows(self, first: int, last: int) -> tuple[int, int]:
-        return self.scheme.step * first - 1, self.scheme.step * last + 1
+        step, before, tile = self.scheme.step, self.scheme.before, self.scheme.input_tile
+        return step * first - before, step * (last - 1) - before + tile
 
     def output_rows(self, first: int, last: int) -> tuple[int, int]:
         return OUTPUT_TILE * first, OUTPUT_TILE * last
@@ -95,12 +96,13 @@ class _WinogradLayer(StreamLayer):
     @property
     def _transformed(self) -> int:
         """Values in the transformed weight."""
-        return self.scheme.positions * self.module.weight[:, :, 0, 0].numel()
+        return self.scheme.kernels * self.module.weight[:, :, 0, 0].numel()
 
     def multiply(self) -> Multiply:
         """The products with the layer's weight."""
         weight = self.module.weight
-        return by_packed(weight_cache.borrow(weight, WINOGRAD_PACK[self.scheme]))
+        packed = weight_cache.borrow(weight, WINOGRAD_PACK[self.scheme])
+        return by_packed(packed, self.scheme)
 
     def make_runner(self, context: StepContext, units: int) -> StepRunner:
         return _WinogradRunner(self, context)
@@ -141,6 +143,12 @@ class WinogradUpsampleConv(_WinogradLayer, UpsampleConv):
     scheme = SCHEMES["upsample_conv"]
 
 
+class WinogradDownsampleConv(_WinogradLayer, DownsampleConv):
+    """A 3x3 convolution with stride 2: 81 products for 16 outputs."""
+
+    scheme = SCHEMES["downsample_conv"]
+
+
 class UncachedConv3x3(_UncachedLayer, WinogradConv3x3):
     """`WinogradConv3x3` of a small feature map."""
 
@@ -175,6 +183,7 @@ _LAYERS: dict[tuple[Kind, str], type[StreamLayer]] = {
     ("upsample_conv", "winograd"): WinogradUpsampleConv,
     ("upsample_conv", "winograd_uncached"): UncachedUpsampleConv,
     ("upsample_conv", "direct"): UpsampleConv,
+    ("downsample_conv", "winograd"): WinogradDownsampleConv,
     ("downsample_conv", "direct"): SidePaddedDownsampleConv,
 }
 

@@ -35,7 +35,7 @@ def test_known_layers_of_the_usual_vae() -> None:
     assert found["decoder.conv_in"] == "torch"
     assert found["decoder.up_blocks.2.resnets.1.conv2"] == "winograd"
     assert found["decoder.up_blocks.2.upsamplers.0"] == "winograd"
-    assert found["encoder.down_blocks.0.downsamplers.0"] == "direct"
+    assert found["encoder.down_blocks.0.downsamplers.0"] == "winograd"
     assert "decoder.up_blocks.2.upsamplers.0.conv" not in found
     assert "encoder.down_blocks.0.downsamplers.0.conv" not in found
     assert "decoder.up_blocks.2.resnets.0.conv_shortcut" not in found
@@ -48,7 +48,7 @@ def test_each_kind_has_its_methods_and_the_cheapest_is_taken() -> None:
         methods[layer.kind].add(layer.method)
     assert methods["conv3x3"] >= {"winograd", "winograd_uncached", "direct"}
     assert methods["upsample_conv"] == {"winograd", "winograd_uncached"}
-    assert methods["downsample_conv"] == {"direct"}
+    assert methods["downsample_conv"] == {"winograd"}
     for layer in layers:
         if layer.costs:
             assert layer.costs[layer.method] == min(layer.costs.values()), layer
@@ -82,8 +82,7 @@ def test_the_plans_explained_are_those_that_run(
     said = [
         (one["kind"], (one["out_channels"], one["channels"]), tuple(one["size"]), one["method"])
         for one in layers
-        # which has one method and needs no plan to run
-        if one["method"] != "torch" and one["kind"] != "downsample_conv"
+        if one["method"] != "torch"
     ]
     assert said
     assert sorted(set(ran)) == sorted(set(said))
@@ -95,7 +94,7 @@ def test_upsampling_to_an_odd_size_is_left_to_torch() -> None:
         layers = answer("bench", UNET, "--size", size, "--explain")["layers"]
         return {one["method"] for one in layers if one["kind"] == "upsample_conv"}
 
-    assert methods("32") == {"winograd"}
+    assert "torch" not in methods("32")
     assert "torch" in methods("33")
 
 

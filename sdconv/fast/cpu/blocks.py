@@ -70,6 +70,23 @@ def upsample_with_stats(
     return out, own if groups else None
 
 
+def downsample(block: Any, x: Tensor) -> Tensor:
+    """Runs a strided convolution that pads on the right and at the bottom."""
+    return downsample_with_stats(block, x, None, 0)[0]
+
+
+def downsample_with_stats(
+    block: Any, x: Tensor, stats: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """`downsample`, and the statistics of its output in ``groups`` groups, None for 0 groups and
+    where they are not known; does not use those of ``x``."""
+    conv = block.conv
+    if not is_eager(x, conv):
+        return cpu_conv.direct_downsample_conv(x, conv.weight, conv.bias), None
+    out, own = cpu_conv.downsample_conv(x, conv.weight, conv.bias, groups=groups or 1)
+    return out, own if groups else None
+
+
 def normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Applies GroupNorm, in channels-last order and from float64 statistics, as streaming does, so
     that both round alike."""

@@ -1,6 +1,7 @@
 """3x3 convolutions on a CPU, fused with the normalisation before them and the sums after them.
 
-`plan_for` returns the plan of a convolution; `conv3x3` and `upsample_conv` follow it.
+`plan_for` returns the plan of a convolution; `conv3x3`, `upsample_conv` and `downsample_conv`
+follow it.
 Winograd's method computes an image in strips of rows that fit a cache: rows are normalised as they
 are read, multiplied, and written with bias and residual, while the sums for the next normalisation
 are computed.
@@ -27,7 +28,13 @@ from sdconv.fast.cpu.kernels import kernels_for, unpacked_methods
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import MULTIPLE, Strip, bands, strips, whole_strip
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
+from sdconv.fast.cpu.winograd import (
+    CONV3X3,
+    DOWNSAMPLE_CONV,
+    OUTPUT_TILE,
+    UPSAMPLE_CONV,
+    Scheme,
+)
 
 # the dtype of the arithmetic, in which strips, scratch memory and packed weights are
 COMPUTE_DTYPE = torch.float32
@@ -125,12 +132,21 @@ def pack_upsample(weight: Tensor) -> Tensor:
     return kernels_for(COMPUTE_DTYPE).pack_kernels(UPSAMPLE_CONV, weight)
 
 
+def pack_downsample(weight: Tensor) -> Tensor:
+    """``(O, C, 3, 3)`` transformed for stride 2."""
+    return kernels_for(COMPUTE_DTYPE).pack_kernels(DOWNSAMPLE_CONV, weight)
+
+
 def pack_pointwise(weight: Tensor) -> Tensor:
     """A 1x1 convolution's ``(O, C, 1, 1)`` as a right factor."""
     return kernels_for(COMPUTE_DTYPE).pack(weight.flatten(1).T.to(COMPUTE_DTYPE)[None])
 
 
-WINOGRAD_PACK: dict[Scheme, Pack] = {CONV3X3: pack_winograd, UPSAMPLE_CONV: pack_upsample}
+WINOGRAD_PACK: dict[Scheme, Pack] = {
+    CONV3X3: pack_winograd,
+    UPSAMPLE_CONV: pack_upsample,
+    DOWNSAMPLE_CONV: pack_downsample,
+}
 
 
 # --- the dispatch
@@ -189,6 +205,18 @@ def upsample_conv(
     return run_plan(plan, x, weight, None, Epilogue(bias), groups, in_place=False)
 
 
+def downsample_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int
+) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution with stride 2 and padding (0, 1, 0, 1), by the method of its plan.
+
+    Returns:
+        ``(B, O, H // 2, W // 2)``, and its statistics ``(B, groups, 2)``.
+    """
+    plan = plan_for("downsample_conv", x, weight, False)
+    return run_plan(plan, x, weight, None, Epilogue(bias), groups, in_place=False)
+
+
 def run_plan(
     plan: ConvPlan,
     x: Tensor,
@@ -208,6 +236,8 @@ def run_plan(
                 raise
     if plan.kind == "upsample_conv":
         return _with_stats(direct_upsample_conv(x, weight, epilogue.bias), groups)
+    if plan.kind == "downsample_conv":
+        return _with_stats(direct_downsample_conv(x, weight, epilogue.bias), groups)
     return _with_stats(direct_conv(x, weight, prologue, epilogue), groups)
 
 
@@ -239,6 +269,19 @@ def direct_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return functional.conv2d(x, weight, bias, padding=1)
 
 
+def direct_downsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3x3 convolution with stride 2 and padding (0, 1, 0, 1) by torch's own operations, in any
+    dtype.
+
+    Convolves with padding 2 on every side, which needs no padded copy of the feature map, and drops
+    the first row and column; the other outputs are the same.
+    """
+    height, width = (size // 2 for size in x.shape[2:])
+    out = functional.conv2d(x, weight, bias, stride=2, padding=2)
+    out = out.narrow(2, 1, height).narrow(3, 1, width)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Multiply:
     """Multiplies a strip's tiles by a weight.
@@ -253,15 +296,15 @@ class Multiply:
     packed: Tensor | None = None
 
 
-def by_packed(packed: Tensor) -> Multiply:
+def by_packed(packed: Tensor, scheme: Scheme) -> Multiply:
     """Products with a packed weight."""
-    kernels = kernels_for(COMPUTE_DTYPE)
-    return Multiply(lambda tiles, out: kernels.bmm(tiles[0], packed, out), packed=packed)
+    kernels, order = kernels_for(COMPUTE_DTYPE), scheme.order
+    return Multiply(lambda tiles, out: kernels.bmm(tiles[0], packed, out, order), packed=packed)
 
 
 def cached_products(weight: Tensor, scheme: Scheme) -> Multiply:
     """Products with a weight that is packed once and kept."""
-    return by_packed(weight_cache.get(weight, WINOGRAD_PACK[scheme]))
+    return by_packed(weight_cache.get(weight, WINOGRAD_PACK[scheme]), scheme)
 
 
 def uncached_products(weight: Tensor, scheme: Scheme) -> Multiply:
@@ -292,7 +335,7 @@ def winograd_conv(
     in_place: bool = False,
     products: Callable[[Tensor, Scheme], Multiply] = cached_products,
 ) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution of ``x``, or of ``x`` upsampled by 2, as ``scheme`` says.
+    """A 3x3 convolution of ``x``, at stride 1, at stride 2 or after upsampling, as ``scheme`` says.
 
     Raises:
         NotFiniteError: the output is not finite; ``x`` is overwritten if ``in_place``.

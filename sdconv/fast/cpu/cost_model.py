@@ -13,13 +13,17 @@ from typing import Literal
 
 from sdconv.fast.cpu.cost_constants import CostConstants, constants_in_force
 from sdconv.fast.cpu.tiling import MULTIPLE, strips
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
+from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
 # with stride 2 and padding (0, 1, 0, 1).
 Kind = Literal["conv3x3", "upsample_conv", "downsample_conv"]
 
-SCHEMES: dict[Kind, Scheme] = {"conv3x3": CONV3X3, "upsample_conv": UPSAMPLE_CONV}
+SCHEMES: dict[Kind, Scheme] = {
+    "conv3x3": CONV3X3,
+    "upsample_conv": UPSAMPLE_CONV,
+    "downsample_conv": DOWNSAMPLE_CONV,
+}
 
 # batch, input channels, output channels, height and width of the input
 Shape = tuple[int, int, int, int, int]
@@ -45,9 +49,7 @@ class ConvPlan:
 @cache
 def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]:
     """Bytes of the packed weight, for each method that packs one."""
-    if kind not in SCHEMES:
-        return {}
-    return {"winograd": 4 * SCHEMES[kind].positions * channels * out_channels}
+    return {"winograd": 4 * SCHEMES[kind].kernels * channels * out_channels}
 
 
 def plan_conv(
@@ -99,7 +101,7 @@ def plan_by(
     elif others:
         reason = f"{others[0]} would take {costs[others[0]] / costs[best]:.2f} times as long"
     else:
-        reason = "the only method for stride 2"
+        reason = "the only method for stride 2 and odd sizes"
     if method == "direct" and direct_rate > 1:
         reason += "; the processor has matrix units for this dtype"
     return ConvPlan(
@@ -128,11 +130,16 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
     a matrix product. A method that cannot compute this shape is left out."""
     batch, channels, out_channels, height, width = shape
     pairs, pixels = channels * out_channels, batch * height * width
-    if kind == "downsample_conv":
-        return {"direct": {"direct": 9 * pairs * batch * (height // 2) * (width // 2)}}
     scheme = SCHEMES[kind]
-    scale = OUTPUT_TILE // scheme.step
-    pieces = strips(scheme, height * scale, width * scale, channels, out_channels)
+    rows, columns = (size * OUTPUT_TILE // scheme.step for size in (height, width))
+    direct: dict[str, float] = {
+        "direct": 9 * pairs * batch * rows * columns,
+        "reorder": 9 * pairs,
+        "normalise": normalised * channels * pixels,
+    }
+    if kind == "downsample_conv" and (height % 2 or width % 2):
+        return {"direct": direct}  # whose last row or column is no padding
+    pieces = strips(scheme, rows, columns, channels, out_channels)
     positions, tiles = scheme.positions, batch * sum(piece.tiles for piece in pieces)
     winograd: dict[str, float] = {
         "product": positions * pairs * tiles,
@@ -141,19 +148,15 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
         "call": 1,
     }
     found: dict[str, dict[str, float]] = {
-        "winograd": {**winograd, "read": batch * positions * pairs}
+        "winograd": {**winograd, "read": batch * scheme.kernels * pairs}
     }
-    if channels % MULTIPLE == out_channels % MULTIPLE == 0:
+    if kind != "downsample_conv" and channels % MULTIPLE == out_channels % MULTIPLE == 0:
         found["winograd_uncached"] = {
             **winograd,
             "product": _UNCACHED * winograd["product"],
             "kernel": batch * len(pieces) * pairs,
         }
-    found["direct"] = {
-        "direct": 9 * scale**2 * pairs * pixels,
-        "reorder": 9 * pairs,
-        "normalise": normalised * channels * pixels,
-    }
+    found["direct"] = direct
     return found
 
 

@@ -95,11 +95,11 @@ class Kernels(Protocol):
 
     def pack_kernels(self, scheme: Scheme, weight: Tensor) -> Tensor:
         """The transformed kernels of ``weight`` ``(O, C, 3, 3)``, of any dtype and memory layout,
-        as right factors ``(positions, C, O)`` in the order in which `bmm` reads them."""
+        as right factors ``(kernels, C, O)`` in the order in which `bmm` reads them."""
 
-    def bmm(self, left: Tensor, packed: Tensor, out: Tensor) -> None:
+    def bmm(self, left: Tensor, packed: Tensor, out: Tensor, order: Tensor | None = None) -> None:
         """Multiplies ``left`` ``(P, T, K)`` by packed right factors into ``out``
-        ``(P, T, padded(O))``."""
+        ``(P, T, padded(O))``; ``order``: each one's number ``(P,)``, where several share one."""
 
     def multiply_tiles(self, scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:
         """Multiplies ``tiles`` ``(C / 64, positions, T, 64)`` by the transformed kernels of

@@ -70,9 +70,10 @@ class Strip:
     @cached_property
     def input_rows(self) -> tuple[int, int]:
         """Rows of the input that the strip depends on: the first, and the one after the last."""
-        first = self.scheme.step * self.tile_row
-        end = first + self.scheme.step * self.tile_rows + 1
-        return max(first - 1, 0), min(end, self.input_height)
+        scheme = self.scheme
+        first = scheme.step * self.tile_row - scheme.before
+        end = first + scheme.step * (self.tile_rows - 1) + scheme.input_tile
+        return max(first, 0), min(end, self.input_height)
 
 
 @lru_cache(maxsize=256)
@@ -91,15 +92,24 @@ def strips(
         height, width: of the output.
     """
     whole = whole_strip(scheme, height, width)
-    # bytes of a float32 matrix for every tile position, per row and column
-    size = 4 * scheme.positions
-    tiles = strip_bytes(size * channels * out_channels) // (size * (channels + out_channels))
+    tiles = _tiles(scheme, channels, out_channels)
     fitting = max(1, tiles // whole.tile_columns)
     step = -(-whole.tile_rows // -(-whole.tile_rows // fitting))
     return tuple(
         Strip(scheme, height, width, row, min(step, whole.tile_rows - row))
         for row in range(0, whole.tile_rows, step)
     )
+
+
+def _weight_bytes(scheme: Scheme, channels: int, out_channels: int) -> int:
+    """Bytes of a packed weight."""
+    return 4 * scheme.kernels * channels * out_channels
+
+
+def _tiles(scheme: Scheme, channels: int, out_channels: int) -> int:
+    """The tiles whose values and products take `strip_bytes`."""
+    weight = _weight_bytes(scheme, channels, out_channels)
+    return strip_bytes(weight) // (4 * scheme.positions * (channels + out_channels))
 
 
 @dataclass(frozen=True)
@@ -116,11 +126,10 @@ def bands(whole: Strip, channels: int, out_channels: int, threads: int) -> Bands
     """The bands of a whole output; None where threads should share strips: where the weight is so
     large that not every thread should read all of it, or where bands would differ much in height.
     """
-    size = 4 * whole.scheme.positions
-    weight = size * channels * out_channels
+    weight = _weight_bytes(whole.scheme, channels, out_channels)
     if weight > _MOST_IN_BANDS or whole.tile_rows < _LEAST_ROWS * threads:
         return None
-    tiles = strip_bytes(weight) // (size * (channels + out_channels))
+    tiles = _tiles(whole.scheme, channels, out_channels)
     rows = max(1, tiles // whole.tile_columns)
     # some for each thread, so that one that is held up takes fewer
     count = min(max(threads, whole.tile_rows // rows), 4 * threads)

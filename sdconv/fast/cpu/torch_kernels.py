@@ -32,10 +32,11 @@ def input_transform(
     if affine is not None:
         rows = rows * affine[0] + affine[1]
         rows = functional.silu(rows) if silu else rows
-    top = int(strip.tile_row == 0)
-    bottom = scheme.step * strip.tile_rows + 2 - top - len(rows)
-    right = scheme.step * strip.tile_columns + 1 - rows.shape[1]
-    made = scheme.input_transform(functional.pad(rows, (0, 0, 1, right, top, bottom)))
+    left, beyond = scheme.before, scheme.input_tile - scheme.step
+    top = left if strip.tile_row == 0 else 0
+    bottom = scheme.step * strip.tile_rows + beyond - top - len(rows)
+    right = scheme.step * strip.tile_columns + beyond - left - rows.shape[1]
+    made = scheme.input_transform(functional.pad(rows, (0, 0, left, right, top, bottom)))
     tiles.copy_(made.view(*made.shape[:2], len(tiles), -1).permute(2, 0, 1, 3))
 
 
@@ -77,8 +78,8 @@ def pack_kernels(scheme: Scheme, weight: Tensor) -> Tensor:
     return scheme.kernel_transform(weight)
 
 
-def bmm(left: Tensor, packed: Tensor, out: Tensor) -> None:
-    torch.bmm(left, packed, out=out)
+def bmm(left: Tensor, packed: Tensor, out: Tensor, order: Tensor | None = None) -> None:
+    torch.bmm(left, packed if order is None else packed[order], out=out)
 
 
 def multiply_tiles(scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -11,6 +11,11 @@ After nearest-neighbour upsampling, a tile's values along each axis are ``a b b 
 ``B^T`` for the point -1 maps these to 0 for any values, so its tile positions are left out: 25
 products for 16 outputs, from the 4x4 pixels of the input that the tile was upsampled from.
 
+At stride 2, the first and the last tap of a kernel meet the even rows of a 9x9 input tile, and the
+middle one meets the odd rows. Along each axis, the even rows are a convolution with two taps,
+F(4, 2), and the odd rows are multiplied as they are: 81 products for 16 outputs, where direct
+summation takes 144. The tile positions of odd rows share their kernels, so that there are 36.
+
 The transforms here are plain torch operations in any floating dtype. They run where Numba is not
 installed, and the Numba kernels (:mod:`sdconv.fast.cpu.numba.transforms`) are tested against them.
 """
@@ -37,15 +42,18 @@ _SLICE = 16
 class Scheme:
     """The three transforms along one axis.
 
-    ``input``: ``B^T``, one row for each tile position, over an input tile. ``kernel``: ``G``, one
-    row for each tile position, over the three taps. ``output``: ``A^T``, one row for each output,
-    over the tile positions. ``step``: input rows from one tile to the next.
+    ``input``: ``B^T``, one row for each tile position, over an input tile. ``kernel``: ``G``, over
+    the three taps, and ``kernel_rows``: its row for each tile position. ``output``: ``A^T``, one
+    row for each output, over the tile positions. ``step``: input rows from one tile to the next.
+    ``before``: rows of padding before the first.
     """
 
     input: Matrix
     kernel: Matrix
+    kernel_rows: tuple[int, ...]
     output: Matrix
     step: int
+    before: int
 
     @cached_property
     def input_tile(self) -> int:
@@ -57,13 +65,24 @@ class Scheme:
         """Tile positions: products for each tile and pair of channels."""
         return len(self.input) ** 2
 
+    @cached_property
+    def kernels(self) -> int:
+        """Transformed kernels for each pair of channels."""
+        return len(self.kernel) ** 2
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The number of each tile position's kernel, ``(positions,)``."""
+        rows = torch.tensor(self.kernel_rows, device="cpu")
+        return (rows[:, None] * len(self.kernel) + rows).flatten()
+
     def kernel_transform(self, weight: Tensor) -> Tensor:
-        """``G g G^T``, computed in float64: ``(O, C, 3, 3)`` to ``(positions, C, O)``, in float32
+        """``G g G^T``, computed in float64: ``(O, C, 3, 3)`` to ``(kernels, C, O)``, in float32
         (float64 for a float64 weight)."""
         matrix = torch.tensor(self.kernel, dtype=torch.float64)
         both = torch.kron(matrix, matrix)  # applied to a kernel's nine taps in a row
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        out = torch.empty(self.positions, weight.shape[1], len(weight), dtype=dtype)
+        out = torch.empty(self.kernels, weight.shape[1], len(weight), dtype=dtype)
         for first in range(0, len(weight), _SLICE):
             part = out[..., first : first + _SLICE]
             taps = weight[first : first + _SLICE].permute(2, 3, 1, 0).to(torch.float64)
@@ -71,7 +90,7 @@ class Scheme:
         return out
 
     def input_transform(self, rows: Tensor) -> Tensor:
-        """``B^T d B`` of every tile: ``(step R + 2, step Q + 2, C)`` to ``(positions, R Q, C)``."""
+        """``B^T d B`` of every tile of ``(rows, columns, C)``, to ``(positions, R Q, C)``."""
         matrix = torch.tensor(self.input, dtype=rows.dtype)
         size, step = self.input_tile, self.step
         tiles = rows.unfold(0, size, step).unfold(1, size, step)
@@ -88,30 +107,34 @@ class Scheme:
 
 
 def toom_cook(*points: Fraction) -> Scheme:
-    """The scheme of these five points and infinity, by Toom-Cook interpolation.
+    """The scheme of these points and infinity, by Toom-Cook interpolation: five for three taps,
+    four for two.
 
     A row of ``B^T`` is the polynomial that is 0 at all points but one; its value at that point
     divides the point's powers in ``G``. ``A^T`` has the points' powers.
     """
+    taps = len(points) + 2 - OUTPUT_TILE
     others = [[q for q in points if q != p] for p in points]
     scales = [prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
     return Scheme(
         input=tuple(
-            tuple(map(float, _polynomial(roots) + [Fraction(0)] * (5 - len(roots))))
+            tuple(map(float, _polynomial(roots) + [Fraction(0)] * (len(points) - len(roots))))
             for roots in (*others, list(points))
         ),
         kernel=(
             *(
-                tuple(float(p**k / by) for k in range(3))
+                tuple(float(p**k / by) for k in range(taps))
                 for p, by in zip(points, scales, strict=True)
             ),
-            (0.0, 0.0, 1.0),
+            (*[0.0] * (taps - 1), 1.0),
         ),
+        kernel_rows=tuple(range(len(points) + 1)),
         output=tuple(
             (*(float(p**i) for p in points), float(i == OUTPUT_TILE - 1))
             for i in range(OUTPUT_TILE)
         ),
         step=OUTPUT_TILE,
+        before=1,
     )
 
 
@@ -132,8 +155,26 @@ def _after_upsampling(scheme: Scheme) -> Scheme:
     return Scheme(
         input=tuple(folded[position] for position in kept),
         kernel=tuple(scheme.kernel[position] for position in kept),
+        kernel_rows=tuple(range(len(kept))),
         output=tuple(tuple(row[position] for position in kept) for row in scheme.output),
         step=scheme.step // 2,
+        before=scheme.before,
+    )
+
+
+def _with_stride(even: Scheme) -> Scheme:
+    """The scheme for stride 2, without padding before the first row, from one of two taps for the
+    even rows."""
+    odd = range(OUTPUT_TILE)
+    size = 2 * even.input_tile - 1
+    spread = [tuple(row[k // 2] if k % 2 == 0 else 0.0 for k in range(size)) for row in even.input]
+    return Scheme(
+        input=(*spread, *(tuple(float(k == 2 * i + 1) for k in range(size)) for i in odd)),
+        kernel=(*((first, 0.0, last) for first, last in even.kernel), (0.0, 1.0, 0.0)),
+        kernel_rows=(*even.kernel_rows, *(len(even.kernel) for _ in odd)),
+        output=tuple((*row, *(float(i == k) for k in odd)) for i, row in enumerate(even.output)),
+        step=2 * even.step,
+        before=0,
     )
 
 
@@ -144,3 +185,6 @@ CONV3X3 = toom_cook(Fraction(0), _P, -_P, _Q, -_Q)
 # A tile position is always 0 after upsampling only if 1 and -1 are among the points.
 _ONE, _Q = Fraction(1), Fraction(13, 8)
 UPSAMPLE_CONV = _after_upsampling(toom_cook(Fraction(0), _ONE, -_ONE, _Q, -_Q))
+# Of the points with few binary digits, those that lose least.
+_P, _Q = Fraction(5, 4), Fraction(1, 2)
+DOWNSAMPLE_CONV = _with_stride(toom_cook(Fraction(0), _P, -_P, _Q))

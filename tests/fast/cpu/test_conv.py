@@ -26,7 +26,14 @@ from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, Prologue
 from sdconv.fast.cpu.tiling import Strip
 from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme, toom_cook
+from sdconv.fast.cpu.winograd import (
+    CONV3X3,
+    DOWNSAMPLE_CONV,
+    OUTPUT_TILE,
+    UPSAMPLE_CONV,
+    Scheme,
+    toom_cook,
+)
 
 # relative to the largest value; the direct kernel's own error in float32 is about a third of it
 WITHIN = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -150,6 +157,45 @@ def test_winograd_after_upsampling_agrees_with_torch_in_float64(
     assert error(found, expected_stats(expected, GROUPS)) < 4 * within
 
 
+@given(
+    case=cases,
+    rows=st.integers(1, 12),
+    columns=st.sampled_from([1, 2, 7, 20]),
+    tile_rows=st.sampled_from([None, 1, 2]),
+)
+@settings(max_examples=40)
+def test_winograd_at_stride_2_agrees_with_torch_in_float64(
+    case: Case, rows: int, columns: int, tile_rows: int | None
+) -> None:
+    size, bias = (2 * rows, 2 * columns), case.epilogue.bias
+    x = torch.randn(*case.x.shape[:2], *size, generator=torch.Generator().manual_seed(0))
+    x = x.to(case.x.dtype)
+    with halos.strips_of(tile_rows):
+        out, found = conv.winograd_conv(
+            x, case.weight, DOWNSAMPLE_CONV, None, Epilogue(bias), GROUPS
+        )
+    padded = torch.nn.functional.pad(x.double(), (0, 1, 0, 1))
+    expected = torch.nn.functional.conv2d(padded, case.weight.double(), bias.double(), stride=2)
+    within = WITHIN[x.dtype]
+    assert out.dtype == x.dtype
+    assert error(out, expected) < within
+    assert error(found, expected_stats(expected, GROUPS)) < 4 * within
+
+
+@pytest.mark.parametrize("size", [(12, 14), (13, 14), (12, 15), (2, 2), (3, 3)])
+def test_a_strided_convolution_is_exact_for_odd_sizes_too(size: tuple[int, int]) -> None:
+    case = Case(height=size[0], width=size[1], channels=128, out_channels=128)
+    out, _ = conv.downsample_conv(case.x, case.weight, case.epilogue.bias, groups=GROUPS)
+    padded = torch.nn.functional.pad(case.x.double(), (0, 1, 0, 1))
+    expected = torch.nn.functional.conv2d(
+        padded, case.weight.double(), case.epilogue.bias.double(), stride=2
+    )
+    assert error(out, expected) < WITHIN[torch.float32]
+    method = conv.plan_for("downsample_conv", case.x, case.weight, False).method
+    if size[0] % 2 or size[1] % 2:
+        assert method == "direct"
+
+
 def test_statistics_of_values_far_from_zero() -> None:
     x = torch.randn(2, 8, 33, 21, generator=torch.Generator().manual_seed(0)) + 1000
     assert error(group_stats.group_stats(x, 4), expected_stats(x, 4)) < 1e-9
@@ -193,14 +239,16 @@ def test_same_bits_each_time_and_nearly_so_for_other_strips() -> None:
     ),
     count=st.integers(1, 9),
     tile_rows=st.integers(1, 3),
-    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV]),
+    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV]),
 )
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_bands_have_the_bits_of_strips(
     case: Case, count: int, tile_rows: int, scheme: Scheme
 ) -> None:
-    if scheme is UPSAMPLE_CONV:
+    if scheme is not CONV3X3:
         case.prologue, case.epilogue = None, Epilogue(case.epilogue.bias)
+    if scheme is DOWNSAMPLE_CONV:
+        case.x = case.x.repeat(1, 1, 2, 2).contiguous(memory_format=torch.channels_last)
     with halos.strips_of(1):
         expected, stats = case.run(scheme)
     with halos.bands_of(count, tile_rows):
@@ -292,6 +340,10 @@ def test_an_output_that_is_not_finite_is_an_error(value: float) -> None:
         case.run()
     with pytest.raises(NotFiniteError):
         conv.winograd_conv(case.x, 4 * case.weight, UPSAMPLE_CONV, None, Epilogue(), GROUPS)
+    with pytest.raises(NotFiniteError):
+        even = case.x[:, :, :10].clone()
+        even[0, 3, 6, 6] = value
+        conv.winograd_conv(even, 4 * case.weight, DOWNSAMPLE_CONV, None, Epilogue(), GROUPS)
 
 
 def test_the_points_lose_half_as_much_to_rounding_as_the_usual_ones() -> None:
@@ -312,16 +364,26 @@ def test_the_points_lose_half_as_much_to_rounding_as_the_usual_ones() -> None:
 # Injected faults, which a check against float64 must show.
 
 
-SCHEMES = pytest.mark.parametrize("scheme", [CONV3X3, UPSAMPLE_CONV], ids=["conv", "upsample"])
+SCHEMES = pytest.mark.parametrize(
+    "scheme",
+    [CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV],
+    ids=["conv", "upsample", "downsample"],
+)
+# the output's rows that begin a strip, of two tile rows each
+# of the names of the schemes' kernels
+PREFIX = {CONV3X3: "", UPSAMPLE_CONV: "upsample_", DOWNSAMPLE_CONV: "downsample_"}
+BORDERS = {CONV3X3: 2, UPSAMPLE_CONV: 5, DOWNSAMPLE_CONV: 1}
 
 
 def bare(scheme: Scheme, **options: Any) -> tuple[Case, Tensor]:
     """A convolution without prologue and epilogue, and its output in float64."""
-    case = Case(**{"normed": False, **options})
+    case = Case(**{"normed": False, "height": 12, **options})
     case.epilogue = Epilogue()
     if scheme is CONV3X3:
         return case, case.expected()
-    return case, conv.direct_upsample_conv(case.x.double(), case.weight.double(), None)
+    if scheme is UPSAMPLE_CONV:
+        return case, conv.direct_upsample_conv(case.x.double(), case.weight.double(), None)
+    return case, conv.direct_downsample_conv(case.x.double(), case.weight.double(), None)
 
 
 def by_torch_kernels(scheme: Scheme, case: Case) -> Tensor:
@@ -332,29 +394,31 @@ def by_torch_kernels(scheme: Scheme, case: Case) -> Tensor:
     tiles = rows.new_empty(1, scheme.positions, strip.tiles, rows.shape[2])
     torch_kernels.input_transform(strip, rows, 0, None, None, False, tiles)
     out = rows.new_empty(height, width, len(weight))
-    products, bias = tiles[0] @ scheme.kernel_transform(weight), rows.new_zeros(len(weight))
+    kernels, bias = scheme.kernel_transform(weight), rows.new_zeros(len(weight))
+    products = tiles[0] @ kernels[scheme.order]
     torch_kernels.output_transform(strip, products, bias, None, False, out, GROUPS)
     return out.permute(2, 0, 1)[None]
 
 
+@SCHEMES
 @pytest.mark.parametrize("matrix", ["input", "kernel", "output"])
-def test_a_wrong_constant_is_noticed(matrix: str) -> None:
-    case, expected = bare(CONV3X3)
-    assert error(by_torch_kernels(CONV3X3, case), expected) < 1e-12
-    wrong = [list(row) for row in getattr(CONV3X3, matrix)]
+def test_a_wrong_constant_is_noticed(scheme: Scheme, matrix: str) -> None:
+    case, expected = bare(scheme)
+    assert error(by_torch_kernels(scheme, case), expected) < 1e-12
+    wrong = [list(row) for row in getattr(scheme, matrix)]
     wrong[1][2] += 1e-3
-    faulty = replace(CONV3X3, **{matrix: wrong})
+    faulty = replace(scheme, **{matrix: wrong})
     assert error(by_torch_kernels(faulty, case), expected) > 1e-5
 
 
 @cache
 def miscompiled() -> Any:
-    """The transforms compiled again with two of the schemes' points off by a hundredth. They are
+    """The transforms compiled again with three of the schemes' points off by a hundredth. They are
     kept, since a thread finds its jobs by a kernel's id."""
     source = Path(transforms().__file__)
     code, right = source.with_name("transform_code.py").read_text("utf-8"), "\nVectors = "
     assert code.count(right) == 1
-    code = code.replace(right, f"\n_P, _R = 1.01 * _P, 1.01 * _R\n{right}")
+    code = code.replace(right, f"\n_P, _R, _S = 1.01 * _P, 1.01 * _R, 1.01 * _S\n{right}")
     kernels, own = source.read_text("utf-8"), "from sdconv.fast.cpu.numba.transform_code import"
     assert kernels.count(own) == 1
     with tempfile.TemporaryDirectory() as folder:
@@ -383,7 +447,7 @@ def transforms() -> Any:
 def mispacking() -> Any:
     """The packing of weights compiled again with one of the schemes' factors off by a hundredth."""
     source = Path(import_module("sdconv.fast.cpu.numba.packing").__file__ or "")
-    code, right = source.read_text("utf-8"), "packing(CONV3X3), packing(UPSAMPLE_CONV)"
+    code, right = source.read_text("utf-8"), "packing(one) for one"
     assert code.count(right) == 1
     wrong = """
 def _off(scheme: Scheme) -> Scheme:
@@ -392,7 +456,7 @@ def _off(scheme: Scheme) -> Scheme:
 """
     before = "\n_body, _upsample_body"
     assert code.count(before) == 1
-    code = code.replace(right, "packing(_off(CONV3X3)), packing(_off(UPSAMPLE_CONV))")
+    code = code.replace(right, "packing(_off(one)) for one")
     code = code.replace(before, wrong + before)
     code = code.replace("from typing", "from dataclasses import replace\nfrom typing", 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -407,7 +471,7 @@ def test_a_wrong_constant_of_the_weights_is_noticed(
     transforms()
     case, expected = bare(scheme)
     assert error(case.run(scheme)[0], expected) < WITHIN[torch.float32]
-    kernel = "pack_kernels" if scheme is CONV3X3 else "pack_upsample_kernels"
+    kernel = f"pack_{PREFIX[scheme]}kernels"
     in_use = vars(import_module("sdconv.fast.cpu.numba.winograd"))["_PACK"]
     monkeypatch.setitem(in_use, scheme, getattr(mispacking(), kernel))
     weight_cache.clear()
@@ -422,9 +486,7 @@ def test_a_wrong_constant_of_the_kernels_is_noticed(
     scheme: Scheme, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, expected = bare(scheme)
-    kernel = f"{direction}_transform"
-    if scheme is UPSAMPLE_CONV:
-        kernel = f"upsample_{kernel}"
+    kernel = f"{PREFIX[scheme]}{direction}_transform"
     wrong = getattr(miscompiled(), kernel)
     module = import_module("sdconv.fast.cpu.numba.winograd")
     in_use = vars(module)[f"_{direction.upper()}_TRANSFORM"]
@@ -441,17 +503,21 @@ def test_upsampling_without_one_of_its_tile_positions_is_noticed() -> None:
         UPSAMPLE_CONV,
         input=UPSAMPLE_CONV.input[:-1],
         kernel=UPSAMPLE_CONV.kernel[:-1],
+        kernel_rows=UPSAMPLE_CONV.kernel_rows[:-1],
         output=tuple(row[:-1] for row in UPSAMPLE_CONV.output),
     )
     assert error(by_torch_kernels(short, case), expected) > 1e-2
 
 
-@SCHEMES
 @pytest.mark.parametrize(
-    ("layout", "fault"),
+    ("scheme", "layout", "fault"),
     [
-        *(("channels last", fault) for fault in halos.IN_PLACE),
-        *(("channels first", fault) for fault in halos.COPIED),
+        (scheme, layout, fault)
+        for scheme in BORDERS
+        for layout, faults in (("channels last", halos.IN_PLACE), ("channels first", halos.COPIED))
+        for fault in faults
+        # at stride 2, no strip reads a row above its own
+        if not (scheme is DOWNSAMPLE_CONV and fault is halos.top_of_the_map)
     ],
 )
 def test_a_missing_row_between_strips_is_noticed(
@@ -459,7 +525,7 @@ def test_a_missing_row_between_strips_is_noticed(
 ) -> None:
     case, expected = bare(scheme, height=22, layout=layout)
     borders = halos.border_rows(fault, 2 * OUTPUT_TILE, expected.shape[2])
-    assert len(borders) == (2 if scheme is CONV3X3 else 5)
+    assert len(borders) == BORDERS[scheme]
 
     def errors() -> Tensor:
         """The error of each row of the output."""

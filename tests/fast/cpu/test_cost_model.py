@@ -47,7 +47,10 @@ def test_upsampling_and_downsampling_have_plans_too() -> None:
     assert (upsample.method, upsample.packed_bytes) == ("winograd", 25 * 4 * 512 * 512)
     assert plan_conv("upsample_conv", 1, 512, 512, 64, 64, False, ()).method == "direct"
     downsample = plan_conv("downsample_conv", 1, 128, 128, 64, 64)
-    assert (downsample.method, downsample.packed_bytes) == ("direct", 0)
+    # the tile positions of odd rows and columns share their kernels
+    assert (downsample.method, downsample.packed_bytes) == ("winograd", 36 * 4 * 128 * 128)
+    odd = plan_conv("downsample_conv", 1, 128, 128, 65, 64)
+    assert odd.method == "direct" and "odd sizes" in odd.reason
 
 
 @pytest.mark.parametrize("kind", ["conv3x3", "upsample_conv"])

@@ -22,7 +22,7 @@ from sdconv.fast.cpu.group_stats import combine
 from sdconv.fast.cpu.kernels import Kernels, numba_kernels
 from sdconv.fast.cpu.numba import launch
 from sdconv.fast.cpu.tiling import Strip
-from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
+from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, UPSAMPLE_CONV, Scheme
 
 pytest.importorskip("numba", reason="the kernels need numba: pip install sdconv[fast]")
 
@@ -35,13 +35,15 @@ def random(*shape: int) -> Tensor:
     height=st.integers(1, 25),
     width=st.integers(1, 70),
     channels=st.sampled_from([4, 64, 72, 192, 320]),
-    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV]),
+    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV]),
     data=st.data(),
 )
 @settings(max_examples=60)
 def test_transforms(
     height: int, width: int, channels: int, scheme: Scheme, data: st.DataObject
 ) -> None:
+    if scheme is DOWNSAMPLE_CONV:
+        height, width = 2 * height, 2 * width
     rows, affine = random(height, width, channels), (random(channels), random(channels))
     height, width = height * 4 // scheme.step, width * 4 // scheme.step
     whole = -(-height // 4)
@@ -80,7 +82,7 @@ def test_transforms(
 @given(
     out_channels=st.sampled_from([1, 3, 16, 40, 64, 72]),
     channels=st.sampled_from([1, 3, 8, 64, 72, 130]),
-    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV]),
+    scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
@@ -89,14 +91,14 @@ def test_packed_kernels(
 ) -> None:
     weight = random(out_channels, channels, 3, 3).to(dtype).contiguous(memory_format=layout)
     tiles = random(scheme.positions, 7, channels)
-    expected = torch.bmm(tiles.double(), scheme.kernel_transform(weight.double()))
+    expected = torch.bmm(tiles.double(), scheme.kernel_transform(weight.double())[scheme.order])
     for kernels in (numba_kernels()[0], torch_kernels):
         products = torch.full((scheme.positions, 7, kernels.padded(out_channels)), nan)
-        kernels.bmm(tiles, kernels.pack_kernels(scheme, weight), products)
+        kernels.bmm(tiles, kernels.pack_kernels(scheme, weight), products, scheme.order)
         assert error(products[:, :, :out_channels], expected) < 1e-6
         changed = weight.clone()
         changed[-1, -1, 2, 2] += 1
-        kernels.bmm(tiles, kernels.pack_kernels(scheme, changed), products)
+        kernels.bmm(tiles, kernels.pack_kernels(scheme, changed), products, scheme.order)
         assert error(products[:, :, :out_channels], expected) > 1e-4
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from numba import types
 
-from sdconv.fast.cpu.numba.dsl import atomic_next, carray, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.dsl import atomic_next, carray, floats, inner, int64s, job, kernel, llvm
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 
-BMM = job("rows", "depth", "width", "a", "a_step", "b", "start", "out", "out_step")
+# order: numbers of the items' right factors; 0 where each has its own
+BMM = job("rows", "depth", "width", "a", "a_step", "b", "order", "start", "out", "out_step")
 
 # vectors in a panel: with ROWS, as many as the registers hold
 VECTORS = 4 if LANES == 16 else 2
@@ -160,7 +161,7 @@ def bmm(pointer: Any) -> None:
     chunk of rows. ``start``: a panel of zeros. ``a_step``, ``out_step``: from item to item."""
     job = carray(pointer, 1)[0]
     atomic_next(pointer, 1)
-    depth, width = job.depth, job.width
+    depth, width, order = job.depth, job.width, int64s(job.order)
     panels = (width + PANEL - 1) // PANEL
     chunks = (job.rows + CHUNK - 1) // CHUNK
     while True:
@@ -171,7 +172,8 @@ def bmm(pointer: Any) -> None:
         item = unit // panels // chunks
         row = unit // panels % chunks * CHUNK
         a = job.a + 4 * (item * job.a_step + row * depth)
-        b = job.b + 4 * (item * width + column) * depth
+        right = order[item] if job.order != 0 else item
+        b = job.b + 4 * (right * width + column) * depth
         out = job.out + 4 * (item * job.out_step + row * width + column)
         rows = min(CHUNK, job.rows - row)
         multiply(job.start, a, b, out, depth, width, rows, (width - column) // LANES)

@@ -12,7 +12,7 @@ from sdconv.fast.cpu.numba.dsl import atomic_next, carray, copy, floats, inner, 
 from sdconv.fast.cpu.numba.gemm import PANEL
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 from sdconv.fast.cpu.tiling import MULTIPLE
-from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
+from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, UPSAMPLE_CONV, Scheme
 
 PACK = job("channels", "width", "first", "b", "out", "out_step")
 
@@ -22,7 +22,7 @@ TAPS = 9
 # from one tile position's kernels to the next: not a multiple of a page, see `Scratch.planes`
 PLANE = CHANNELS * PANEL + 64
 # floats of scratch memory for each thread: the taps and the transformed kernels of these channels
-PACK_SCRATCH = TAPS * CHANNELS * PANEL + CONV3X3.positions * PLANE
+PACK_SCRATCH = TAPS * CHANNELS * PANEL + CONV3X3.kernels * PLANE
 
 
 @llvm
@@ -106,8 +106,8 @@ def pack(weight: int, step: int, rows: int, depth: int, packed: int) -> None:
 
 
 def transform(scheme: Scheme, *, exact: bool) -> Any:
-    """Makes a function that transforms kernels ``(channels, 9, PANEL)`` into tile positions
-    ``(positions, channels, PANEL)``, which are PLANE numbers apart; in float64 if ``exact``."""
+    """Makes a function that transforms kernels ``(channels, 9, PANEL)`` into those of tile
+    positions, ``(kernels, channels, PANEL)``, PLANE numbers apart; in float64 if ``exact``."""
 
     def fill(context: Any, taps: Any, kernels: Any, channels: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -122,8 +122,8 @@ def transform(scheme: Scheme, *, exact: bool) -> Any:
 def packing(scheme: Scheme) -> Any:
     """Makes the body of a kernel that packs the transformed kernels of a weight ``(columns,
     channels, 3, 3)``, whose rows are a multiple of PANEL, as columns from number ``first`` on of
-    right factors ``(positions, channels, width)``. A unit is a panel."""
-    positions, exactly = scheme.positions, transform(scheme, exact=True)
+    right factors ``(kernels, channels, width)``. A unit is a panel."""
+    count, exactly = scheme.kernels, transform(scheme, exact=True)
 
     @inner
     def body(pointer: Any) -> None:
@@ -143,19 +143,21 @@ def packing(scheme: Scheme) -> Any:
                 weight = job.b + 4 * TAPS * (row * channels + c)
                 pack(weight, TAPS * channels, PANEL, TAPS * n, taps)
                 exactly(floats(taps), made, n)
-                for position in range(positions):
-                    to = position * job.out_step + column * channels + c * columns
+                for number in range(count):
+                    to = number * job.out_step + column * channels + c * columns
                     if columns == PANEL:
-                        copy(out, to, made, position * PLANE, n * PANEL)
+                        copy(out, to, made, number * PLANE, n * PANEL)
                     else:
                         for i in range(n):
-                            at = position * PLANE + i * PANEL
+                            at = number * PLANE + i * PANEL
                             copy(out, to + i * columns, made, at, columns)
 
     return body
 
 
-_body, _upsample_body = packing(CONV3X3), packing(UPSAMPLE_CONV)
+_body, _upsample_body, _downsample_body = (
+    packing(one) for one in (CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV)
+)
 
 
 @kernel(PACK)
@@ -168,3 +170,9 @@ def pack_kernels(pointer: Any) -> None:
 def pack_upsample_kernels(pointer: Any) -> None:
     """`pack_kernels` by UPSAMPLE_CONV."""
     _upsample_body(pointer)
+
+
+@kernel(PACK)
+def pack_downsample_kernels(pointer: Any) -> None:
+    """`pack_kernels` by DOWNSAMPLE_CONV."""
+    _downsample_body(pointer)

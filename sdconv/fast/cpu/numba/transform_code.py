@@ -7,6 +7,7 @@ points have in common computed once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -14,10 +15,11 @@ from numba import types
 
 from sdconv.fast.cpu.numba.dsl import BLOCK, llvm
 from sdconv.fast.cpu.numba.vectors import LANES, ROUND, VectorCode
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
+from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV
 
 # the schemes' points, as in `sdconv.fast.cpu.winograd`
 _P, _Q, _R = CONV3X3.output[1][1], CONV3X3.output[1][3], UPSAMPLE_CONV.output[1][2]
+_S, _T = DOWNSAMPLE_CONV.output[1][1], DOWNSAMPLE_CONV.output[1][3]
 # log2(e), and what its float32 lacks
 _LOG2_E = 1.44269502162933349609375
 _LOG2_E_REST = 1.92596299112661746887e-8
@@ -55,6 +57,21 @@ def upsample_input_1d(code: VectorCode, x: Vectors) -> Vectors:
     ]
 
 
+def downsample_input_1d(code: VectorCode, x: Vectors) -> Vectors:
+    """Multiplies nine values by ``B^T`` of DOWNSAMPLE_CONV, to nine."""
+    even, odd, sum_ = x[::2], x[1::2], code.linear
+    ss = _S * _S
+    a, b, d, e = (sum_((1, after), (-_T, one)) for one, after in pairwise(even))
+    return [
+        sum_((1, d), (-ss, a)),
+        sum_((1, d), (_S, b)),
+        sum_((1, d), (-_S, b)),
+        sum_((1, even[3]), (-ss, even[1])),
+        sum_((1, e), (-ss, b)),
+        *odd,
+    ]
+
+
 def output_1d(code: VectorCode, x: Vectors) -> Vectors:
     """Multiplies six values by ``A^T`` of CONV3X3, to four."""
     a, b, d, e, f, g = x
@@ -79,6 +96,19 @@ def upsample_output_1d(code: VectorCode, x: Vectors) -> Vectors:
         sum_((1, b), (_R, odd)),
         sum_((1, b), (_R**2, even)),
         sum_((1, f), (1, b), (_R**3, odd)),
+    ]
+
+
+def downsample_output_1d(code: VectorCode, x: Vectors) -> Vectors:
+    """Multiplies nine values by ``A^T`` of DOWNSAMPLE_CONV, to four."""
+    a, b, d, e, f, *odd = x
+    sum_ = code.linear
+    even_s, odd_s = sum_((1, b), (1, d)), sum_((1, b), (-1, d))
+    return [
+        sum_((1, odd[0]), (1, a), (1, even_s), (1, e)),
+        sum_((1, odd[1]), (_S, odd_s), (_T, e)),
+        sum_((1, odd[2]), (_S**2, even_s), (_T**2, e)),
+        sum_((1, odd[3]), (1, f), (_S**3, odd_s), (_T**3, e)),
     ]
 
 

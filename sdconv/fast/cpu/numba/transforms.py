@@ -7,6 +7,7 @@ this module compiles the kernels, or reads them from Numba's cache.
 
 from __future__ import annotations
 
+from itertools import accumulate as running_sums
 from math import inf
 from typing import Any
 
@@ -29,6 +30,8 @@ from sdconv.fast.cpu.numba.dsl import (
 from sdconv.fast.cpu.numba.transform_code import (
     affine,
     along,
+    downsample_input_1d,
+    downsample_output_1d,
     input_1d,
     output_1d,
     output_tile,
@@ -36,7 +39,7 @@ from sdconv.fast.cpu.numba.transform_code import (
     upsample_output_1d,
 )
 from sdconv.fast.cpu.numba.vectors import LANES
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
+from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # plane: from one tile position to the next
 _STRIP = ("height", "width", "channels", "tile_row", "tile_rows", "tile_columns", "plane")
@@ -64,8 +67,19 @@ WIDE = 128
 # adjacent tiles in a unit of work
 TILES = 16
 _PIXELS = OUTPUT_TILE**2
-# floats of scratch memory for each thread: those of CONV3X3, which needs more than UPSAMPLE_CONV
-INPUT_SCRATCH = (2 + 6 + 6 + 6 * 6) * WIDE
+
+
+def _input_places(scheme: Scheme) -> tuple[int, int, int, int]:
+    """Where things are in the input transform's scratch memory, after scale and shift: a column of
+    the tile, a row of tile positions, the tile's columns, each transformed, and the end."""
+    size, side = scheme.input_tile, len(scheme.input)
+    ends = running_sums((2, size, side, size * side))
+    column, row, grid, end = (count * WIDE for count in ends)
+    return column, row, grid, end
+
+
+# floats of scratch memory for each thread
+INPUT_SCRATCH = max(_input_places(one)[3] for one in (CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV))
 OUTPUT_SCRATCH = (4 + 4 + 1 + _PIXELS) * BLOCK
 
 _normalise, _normalise_silu = affine(False), affine(True)
@@ -73,11 +87,9 @@ _normalise, _normalise_silu = affine(False), affine(True)
 
 def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     """Makes the input transform of a scheme from its transform along one axis."""
-    step, size, side = scheme.step, scheme.input_tile, len(scheme.input)
+    step, size, side, before = scheme.step, scheme.input_tile, len(scheme.input), scheme.before
     transform = along(transform_1d, size)
-    # where things are in the scratch memory: a column of the tile, a row of tile positions, and the
-    # tile's columns, each transformed
-    column_at, row_at, grid_at = 2 * WIDE, 8 * WIDE, 14 * WIDE
+    column_at, row_at, grid_at, _ = _input_places(scheme)
 
     @inner
     def body(pointer: Any) -> None:
@@ -90,7 +102,7 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
         channels, width, columns = job.channels, job.width, job.tile_columns
         block_channels = job.block_channels
         chunks = (columns + TILES - 1) // TILES
-        first_row = job.tile_row * step - 1
+        first_row = job.tile_row * step - before
         last_row = first_row + 1 + job.tile_rows * step
         while True:
             unit = atomic_next(pointer, 0)
@@ -114,7 +126,7 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                             at = grid_at + i * size * WIDE
                             copy(scratch, at, scratch, at + step * WIDE, known * WIDE)
                     for j in range(known, size):
-                        column = tile * step - 1 + j
+                        column = tile * step - before + j
                         for i in range(size):
                             row, to = top + i, column_at + i * WIDE
                             if row < 0 or row >= job.height or column < 0 or column >= width:
@@ -248,6 +260,8 @@ _input_body = _input_kernel(CONV3X3, input_1d)
 _output_body = _output_kernel(CONV3X3, output_1d)
 _upsample_input_body = _input_kernel(UPSAMPLE_CONV, upsample_input_1d)
 _upsample_output_body = _output_kernel(UPSAMPLE_CONV, upsample_output_1d)
+_downsample_input_body = _input_kernel(DOWNSAMPLE_CONV, downsample_input_1d)
+_downsample_output_body = _output_kernel(DOWNSAMPLE_CONV, downsample_output_1d)
 
 
 @kernel(INPUT)
@@ -273,3 +287,15 @@ def upsample_input_transform(pointer: Any) -> None:
 def upsample_output_transform(pointer: Any) -> None:
     """`output_transform` by UPSAMPLE_CONV."""
     _upsample_output_body(pointer)
+
+
+@kernel(INPUT)
+def downsample_input_transform(pointer: Any) -> None:
+    """`input_transform` by DOWNSAMPLE_CONV."""
+    _downsample_input_body(pointer)
+
+
+@kernel(OUTPUT)
+def downsample_output_transform(pointer: Any) -> None:
+    """`output_transform` by DOWNSAMPLE_CONV."""
+    _downsample_output_body(pointer)

@@ -17,21 +17,30 @@ from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.numba import bands, gemm, packing, tile_products, transforms
 from sdconv.fast.cpu.numba.launch import launch, thread_jobs, thread_scratch, threads
 from sdconv.fast.cpu.tiling import Bands, Strip, part_channels
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
+from sdconv.fast.cpu.winograd import (
+    CONV3X3,
+    DOWNSAMPLE_CONV,
+    OUTPUT_TILE,
+    UPSAMPLE_CONV,
+    Scheme,
+)
 
 Affine = tuple[Tensor, Tensor]
 
 _INPUT_TRANSFORM = {
     CONV3X3: transforms.input_transform,
     UPSAMPLE_CONV: transforms.upsample_input_transform,
+    DOWNSAMPLE_CONV: transforms.downsample_input_transform,
 }
 _OUTPUT_TRANSFORM = {
     CONV3X3: transforms.output_transform,
     UPSAMPLE_CONV: transforms.upsample_output_transform,
+    DOWNSAMPLE_CONV: transforms.downsample_output_transform,
 }
 _PACK = {
     CONV3X3: packing.pack_kernels,
     UPSAMPLE_CONV: packing.pack_upsample_kernels,
+    DOWNSAMPLE_CONV: packing.pack_downsample_kernels,
 }
 _PRODUCTS = {
     CONV3X3: tile_products.products,
@@ -127,14 +136,14 @@ def _output(
     }
 
 
-def bmm(left: Tensor, packed: Tensor, out: Tensor) -> None:
+def bmm(left: Tensor, packed: Tensor, out: Tensor, order: Tensor | None = None) -> None:
     count, rows = left.shape[:2]
     panels = -(-out.shape[2] // gemm.PANEL)
     units = count * panels * -(-rows // gemm.CHUNK)
-    launch(gemm.bmm, gemm.BMM, units=units, **_bmm(left, packed, out))
+    launch(gemm.bmm, gemm.BMM, units=units, **_bmm(left, packed, out, order))
 
 
-def _bmm(left: Tensor, packed: Tensor, out: Tensor) -> dict[str, int]:
+def _bmm(left: Tensor, packed: Tensor, out: Tensor, order: Tensor | None = None) -> dict[str, int]:
     """Fields of a product's job."""
     return {
         "rows": left.shape[1],
@@ -143,6 +152,7 @@ def _bmm(left: Tensor, packed: Tensor, out: Tensor) -> dict[str, int]:
         "a": left.data_ptr(),
         "a_step": left.stride(0),
         "b": packed.data_ptr(),
+        "order": 0 if order is None else order.data_ptr(),
         "start": gemm.ZEROS.data_ptr(),
         "out": out.data_ptr(),
         "out_step": out.stride(0),
@@ -182,7 +192,7 @@ def conv_in_bands(
     products = thread_jobs(
         gemm.BMM,
         count,
-        _bmm(given[:positions], packed, made[:positions]),
+        _bmm(given[:positions], packed, made[:positions], whole.scheme.order),
         {"a": given_step, "out": made_step},
     )
     added, shortcuts = residual, products
@@ -245,7 +255,7 @@ def conv_in_bands(
 def pack_kernels(scheme: Scheme, weight: Tensor) -> Tensor:
     out_channels, channels = weight.shape[:2]
     width = gemm.padded(out_channels)
-    packed = weight.new_empty(scheme.positions, channels * width, dtype=torch.float32)
+    packed = weight.new_empty(scheme.kernels, channels * width, dtype=torch.float32)
     for first, part in _parts(weight):
         missing = -len(part) % gemm.PANEL
         part = functional.pad(part, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else part
