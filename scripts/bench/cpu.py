@@ -37,17 +37,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import sdconv
+from scripts.bench.limits import limits
 from scripts.bench.memory import Peak
 from scripts.bench.parts import parts
 from scripts.bench.plot import slope
@@ -55,6 +56,7 @@ from scripts.bench.record import available_memory, table, write_whole
 from scripts.bench.sides import (
     FAST,
     LABELS,
+    LATENTS,
     NETWORKS,
     PEERS,
     PLAIN_KERNELS,
@@ -65,15 +67,15 @@ from scripts.bench.sides import (
     Size,
     call,
     inputs_of,
+    medians,
     ours,
     side_of,
     size_of,
+    turns,
 )
 from sdconv.fast.cpu.buffer_pool import scratch
 from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
-from sdconv.fast.cpu.kernels import kernels_for
 from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.fast.cpu.winograd import CONV3X3, OUTPUT_TILE, UPSAMPLE_CONV
 from sdconv.loading import build
 
 ROOT = Path(__file__).parents[2]
@@ -93,29 +95,6 @@ SDXL = (
     *((960, 640, 64), (1280, 640, 64), (1920, 640, 64), (640, 1280, 32), (1280, 1280, 32)),
     *((1920, 1280, 32), (2560, 1280, 32)),
 )
-
-# the default sizes of U-Nets
-LATENTS: dict[str, Size] = {"unet": (64, 64), "unet-xl": (128, 128)}
-
-
-def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; each has been called before."""
-    names = list(runs)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            runs[name]()
-            taken[name].append(time.perf_counter() - start)
-    return taken
-
-
-def medians(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds of each run, after one warm-up call."""
-    for run in runs.values():
-        run()
-    return {name: statistics.median(times) for name, times in turns(runs, rounds).items()}
-
 
 # of the largest value: how far a side's output may be from diffusers' to be timed
 TOLERANCE, TOLERANCE_BF16 = 1e-3, 5e-2
@@ -340,59 +319,6 @@ def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if column != "size":
             slopes[column] = round(slope([(side**2, row[column]) for side, row in rows]), 2)
     yield slopes
-
-
-def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Compares a decode's time with that of its matrix products alone."""
-    rate = _product_rate()
-    network = ours("decode")
-    counts = {"direct": 0.0, "fast": 0.0}
-    for name, convolution, height, width in _convolutions(network, options.size):
-        channels, out_channels = convolution.in_channels, convolution.out_channels
-        direct = convolution.kernel_size[0] ** 2 * channels * out_channels * height * width
-        counts["direct"] += direct
-        if convolution.kernel_size == (3, 3):
-            scheme = UPSAMPLE_CONV if ".upsamplers." in name else CONV3X3
-            direct *= scheme.positions / (9 * OUTPUT_TILE**2)
-        counts["fast"] += direct
-    seconds = medians({FAST: side_of(FAST, "decode", options.size)}, options.rounds)
-    for method, multiplies in counts.items():
-        least = 2 * multiplies / rate
-        yield {
-            "limit": f"{method} convolutions' products",
-            "at, GFLOP/s": round(rate / 1e9),
-            "seconds": round(least, 2),
-            "whole decode over it": round(seconds[FAST] / least, 2),
-        }
-
-
-def _convolutions(network: Any, size: Size) -> list[tuple[str, nn.Conv2d, int, int]]:
-    found: list[tuple[str, nn.Conv2d, int, int]] = []
-    hooks = [
-        part.register_forward_hook(
-            lambda conv, _, out, name=name: found.append((name, conv, *out.shape[2:]))
-        )
-        for name, part in network.decoder.named_modules()
-        if isinstance(part, nn.Conv2d)
-    ]
-    with torch.device("meta"):
-        network.to("meta").decode(torch.empty(1, 4, size[0] // 8, size[1] // 8))
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def _product_rate() -> float:
-    """Operations a second of the fast backend's matrix products, where they are fastest."""
-    kernels = kernels_for(torch.float32)
-    left, right = torch.randn(36, 240, 512), torch.randn(36, 512, 512)
-    packed, out = kernels.pack(right), torch.empty(36, 240, kernels.padded(512))
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        kernels.bmm(left, packed, out)
-        seconds.append(time.perf_counter() - start)
-    return 2 * 36 * 240 * 512 * 512 / min(seconds)
 
 
 def first(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, ClassVar, Self
@@ -48,6 +50,8 @@ NETWORKS: dict[str, Any] = {
     "taef1-decode": TAEF1,
     "taef1-encode": TAEF1,
 }
+# the default sizes of U-Nets
+LATENTS: dict[str, Size] = {"unet": (64, 64), "unet-xl": (128, 128)}
 # keys of `scripts.bench.runtimes.RUNTIMES`
 CONVERTED = ("openvino", "openvino_bf16", "onnxruntime", "mnn", "ncnn")
 
@@ -134,6 +138,25 @@ def side_of(name: str, work: str, size: Size, network: Any = None) -> Run:
             return call(network, work, inputs)
 
     return run
+
+
+def turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round; each has been called before."""
+    names = list(runs)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            runs[name]()
+            taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def medians(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """Median seconds of each run, after one warm-up call."""
+    for run in runs.values():
+        run()
+    return {name: statistics.median(times) for name, times in turns(runs, rounds).items()}
 
 
 class SideError(RuntimeError):
