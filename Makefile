@@ -4,7 +4,8 @@ PYTHON ?= python3
 # have in common is set up once; 0 is one process, without pytest-xdist
 WORKERS ?= 2
 
-# of `make lowest`: the extras that are installed; what uv takes torch for (auto, cpu, cu124)
+# of `make lowest`: the extras that are installed; what uv takes torch for (auto, cpu, cu124), or
+# nothing, where only PyPI can be reached
 LOWEST := fast,plot,maps,pipelines,dataset,export,train
 TORCH_BACKEND ?= cpu
 
@@ -67,7 +68,7 @@ lowest: .venv-lowest/.installed
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
-		--torch-backend $(TORCH_BACKEND) --editable '.[$(LOWEST)]' \
+		$(addprefix --torch-backend=,$(TORCH_BACKEND)) --editable '.[$(LOWEST)]' \
 		'pytest>=9.0' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
 	@touch $@
 

@@ -163,7 +163,7 @@ def run(task: Task) -> dict[str, Any]:
 
 def unfinished(task: Task) -> Path:
     """The file of a benchmark that goes on when it is started again, with the same software."""
-    same = [task.key, {**machine(), "date": None}]
+    same = [task.key, {**machine(), "date": None, "time": None}]
     name = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
     return ROOT / "out" / "unfinished" / f"{name}.json"
 
@@ -179,7 +179,9 @@ def begun(path: Path, quick: bool) -> dict[str, Any]:
         return {"format": 1, "quick": quick, "machine": here, "results": {}}
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     then = content["machine"]
-    changed = [name for name in here if name != "date" and here[name] != then.get(name)]
+    changed = [
+        name for name in here if name not in ("date", "time") and here[name] != then.get(name)
+    ]
     if changed or content["quick"] != quick:
         what = f"other {', '.join(changed)}" if changed else "other sizes"
         raise SystemExit(f"{path}: figures with {what}; give another file: --out FILE")

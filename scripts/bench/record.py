@@ -21,7 +21,9 @@ _PACKAGES = ("torch", "numba", "numpy", "diffusers", "openvino", "onnxruntime", 
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its memory and the software: what figures depend on, and the day."""
+    """The processor, its memory and the software: what figures depend on; the day and the time, in
+    UTC."""
+    now = datetime.datetime.now(datetime.UTC)
     return {
         "processor": processor_name(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -34,7 +36,8 @@ def machine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "sdconv": _commit(),
         "cost model": "fitted on this machine" if calibration_in_force() else "shipped",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat("seconds"),
     }
 
 

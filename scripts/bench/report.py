@@ -30,10 +30,15 @@ Row = Mapping[str, Any]
 
 
 def runs(folder: Path) -> dict[str, Run]:
-    """The runs that are kept, by file name, the newest first."""
+    """The runs that are kept, by file name, the newest first. Those that say no time of their day
+    are older than those that do."""
     found = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    newest = sorted(found, key=lambda name: (found[name]["machine"]["date"], name), reverse=True)
-    return {name: found[name] for name in newest}
+
+    def age(name: str) -> tuple[str, ...]:
+        on = found[name]["machine"]
+        return on["date"], on.get("time", ""), name
+
+    return {name: found[name] for name in sorted(found, key=age, reverse=True)}
 
 
 def rows_of(run: Run, what: Sequence[str]) -> list[Row]:

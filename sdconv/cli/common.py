@@ -337,7 +337,7 @@ def reading(words: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
+def counting(words: str) -> Iterator[Callable[[str, float, float], None]]:
     """A progress bar in counted items on standard error, if that is a terminal.
 
     Yields:
@@ -351,7 +351,7 @@ def counting(words: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def sharing(words: str) -> Iterator[Callable[[str, int, int], None]]:
+def sharing(words: str) -> Iterator[Callable[[str, float, float], None]]:
     """A progress bar of a share of the work on standard error, if that is a terminal.
 
     Yields:
@@ -367,7 +367,9 @@ def shows_progress() -> bool:
 
 
 @contextmanager
-def _progress_bar(words: str, *done: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+def _progress_bar(
+    words: str, *done: ProgressColumn
+) -> Iterator[Callable[[str, float, float], None]]:
     from rich.progress import (
         BarColumn,
         Progress,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,11 +24,16 @@ from sdconv.cli.common import (
     Prefix,
     check_output,
     print_json,
+    sharing,
+    shows_progress,
     working,
 )
 from sdconv.cli.running import RunOptions, open_autoencoder
 from sdconv.errors import InputError
 from sdconv.sizes import parse_size
+
+if TYPE_CHECKING:
+    from sdconv.models.base import Autoencoder
 
 
 class Half(StrEnum):
@@ -109,8 +116,8 @@ def export(
         device="cpu",
     )
     network = open_autoencoder(paths, options)
-    with working("exporting"):
-        found = export_half(network, half.value, out, size=sides, batch=batch or 1)
+    with _stages(network, half, sides) as begin:
+        found = export_half(network, half.value, out, size=sides, batch=batch or 1, on_stage=begin)
     if as_json:
         print_json(
             {
@@ -131,3 +138,27 @@ def export(
     if found.difference is not None:
         checked = f"differs from torch by at most {found.difference:.1e} of the largest value"
     typer.echo(f"{out}: {takes} to {gives}; {checked}")
+
+
+@contextmanager
+def _stages(
+    network: Autoencoder, half: Half, sides: tuple[int, int] | None
+) -> Iterator[Callable[[str], None]]:
+    """A progress bar; yields a function to call with the name of each stage that begins."""
+    if not shows_progress():
+        with working("exporting"):
+            yield lambda name: None
+        return
+    from sdconv.analysis.progress import Stages, following
+    from sdconv.integrations.export import STAGES
+
+    side = 8 * network.downscale  # which shares of the work hardly depend on
+    path = half.value.removesuffix("r")
+    with sharing("exporting") as advance, Stages(advance, len(STAGES)) as stages:
+
+        def computing(block: str, done: float, total: float) -> None:
+            if stages.name == STAGES[0]:  # a graph is traced block by block, too
+                stages.within(done, total)
+
+        with following(network, sides or (side, side), [path], computing):
+            yield stages.begin

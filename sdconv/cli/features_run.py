@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +59,7 @@ def capture_run(
     """Run the network under capture, up to the last call that is kept."""
     import torch
 
+    from sdconv.config.facts import PIXELS_PER_LATENT
     from sdconv.features import capture
     from sdconv.features import features as points_of
     from sdconv.report.features.drawing import block_outputs
@@ -68,12 +67,9 @@ def capture_run(
     points = points_of(run.network, run.size)
     single = len(run.calls) == 1
     calls = run.calls if single else run.calls[: max(kept) + 1]
-    # an autoencoder is called once, and its bar shows the share of that call
-    bar: AbstractContextManager[Callable[[str, int, int], None]] = (
-        nullcontext(lambda *now: None) if run.methods else counting("computing")
-    )
+    rows, columns = run.size
+    pixels = run.size if run.methods else (PIXELS_PER_LATENT * rows, PIXELS_PER_LATENT * columns)
     with (
-        bar as progress,
         capture(
             run.network,
             layers or _of_methods(block_outputs(points), run.methods),
@@ -84,12 +80,10 @@ def capture_run(
             store=store,
             max_memory=IN_MEMORY,
         ) as maps,
-        running("computing" if run.methods else "", run.network, run.size, run.methods),
+        running("computing", run.network, pixels, run.methods or ["denoise"] * len(calls)),
     ):
-        for at, call in enumerate(calls):
-            progress("", at, len(calls))
+        for call in calls:
             call()
-        progress("", len(calls), len(calls))
     return points, maps
 
 

@@ -20,8 +20,8 @@ from sdconv.cli.common import (
     counting,
     one_or_all,
     print_json,
+    sharing,
     show,
-    working,
 )
 from sdconv.cli.running import image_backend
 from sdconv.errors import InputError
@@ -192,9 +192,9 @@ def _of_rows(
             "seconds": None,
         }
         if timed:
-            with working(f"timing strips: {direction}"):
+            with sharing(f"timing strips: {direction}") as progress:
                 answers[direction]["seconds"] = predict_row_seconds(
-                    network, direction, found, size[1], torch.device("cpu")
+                    network, direction, found, size[1], torch.device("cpu"), progress
                 )
     return answers
 

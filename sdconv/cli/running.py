@@ -144,9 +144,9 @@ def running(
 
     Args:
         words: what is done; "" if the caller shows it.
-        network: a VAE that streams has a bar of its own, and one that does not gets one here.
+        network: what streams has a bar of its own; what does not gets one here.
         size: rows and columns of the image.
-        paths: the VAE's methods that will be called, in this order.
+        paths: as :func:`sdconv.analysis.progress.following` takes them.
 
     An error that all ranks raise alike ends the first one with its message and the others without.
 
@@ -179,11 +179,11 @@ def running(
 def _shown(
     words: str, network: object, size: Sequence[int], paths: Sequence[str]
 ) -> Iterator[None]:
-    from sdconv.models.vae import AutoencoderKL
+    from sdconv.models.base import Network
 
     if getattr(network, "streaming", None) is not None or not words:
         yield
-    elif paths and isinstance(network, AutoencoderKL) and shows_progress():
+    elif paths and isinstance(network, Network) and shows_progress():
         from sdconv.analysis.progress import following
 
         rows, columns = size

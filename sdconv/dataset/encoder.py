@@ -23,6 +23,7 @@ from sdconv.errors import InputError
 from sdconv.latents import LatentScale, image_multiple, scale, scale_log_variance
 from sdconv.loading import load
 from sdconv.models.base import Autoencoder, Network
+from sdconv.models.image_inputs import check_unmasked
 from sdconv.models.tiny import AutoencoderTiny
 
 KINDS = ("moments", "mean", "sample")
@@ -237,6 +238,9 @@ class Encoder:
             batch: ``image``: uint8 arrays ``(H, W, 3)`` of one or several sizes, whose sides are
                 multiples of ``multiple``; ``key``: their names. Other columns are kept.
 
+        Raises:
+            InputError: an image is not one of bytes.
+
         Returns:
             The columns without ``image``, and those of ``compute``, numpy arrays; in an ``error``
             column why an image has none, or an empty string.
@@ -245,7 +249,7 @@ class Encoder:
         columns: dict[str, Any] = {name: batch[name] for name in batch if name != "image"}
         rows: list[dict[str, Tensor] | Rejected] = []
         for key, image in zip(keys, batch["image"], strict=True):
-            pixels = np.asarray(image, dtype=np.uint8)[None]
+            pixels = _pixels(image, key)[None]
             if self.settings.flip:
                 rows += self._both(pixels, pixels[:, :, ::-1], [key])
             else:
@@ -346,3 +350,20 @@ def _among(name: str, value: str, allowed: Sequence[str]) -> None:
         raise InputError(
             f"unknown {name}", where=name, expected=", ".join(allowed), got=repr(value)
         )
+
+
+def _pixels(image: Any, key: str) -> np.ndarray[Any, Any]:
+    """An image as uint8, of which no value changes."""
+    check_unmasked(image, key)
+    given = np.asarray(image)
+    with np.errstate(invalid="ignore"):
+        pixels = given.astype(np.uint8)
+    if not np.array_equal(pixels, given):
+        raise InputError(
+            "an image has values that are not bytes",
+            where=key,
+            expected="uint8 from 0 to 255",
+            got=f"{given.dtype} from {given.min():g} to {given.max():g}",
+            hint="scale the values, and round them: (image * 255).round().astype('uint8')",
+        )
+    return pixels

@@ -249,7 +249,8 @@ def _planned(
         },
         **work.about(),
     }
-    found = find_images(source, skip=store.folder)  # before anything is written
+    layout.check_packages(store)  # before anything is read or written
+    found = find_images(source, skip=store.folder)
     with store.locked():
         store.remove_leftovers()
         before = store.about()

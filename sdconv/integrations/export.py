@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +25,9 @@ from sdconv.models.tiny import AutoencoderTiny
 from sdconv.models.vae import AutoencoderKL
 
 HALVES = ("encoder", "decoder")
+
+STAGES = ("computing in torch", "writing", "computing in the runtime")
+"""What ``export_half`` does, in this order."""
 
 _DTYPES = (torch.float32, torch.float16)  # in which both runtimes have convolutions
 
@@ -76,6 +82,7 @@ def export_half(
     *,
     size: tuple[int, int] | None,
     batch: int = 1,
+    on_stage: Callable[[str], object] = lambda name: None,
 ) -> Exported:
     """Writes a half of an autoencoder as a graph for another runtime.
 
@@ -90,6 +97,7 @@ def export_half(
         size: rows and columns of the image, multiples of the network's downscale factor; None for a
             graph that takes any number of images of any such size.
         batch: images of that size; without a size, any number.
+        on_stage: called with the name of each of ``STAGES`` when it begins.
 
     Raises:
         InputError: an argument has a value that is not allowed, or a package is missing.
@@ -111,11 +119,15 @@ def export_half(
     inputs = [_example(network, half, sides, count) for count, sides in runs]
     multiple = None if size else scale if half == "encoder" else 1
     with torch.no_grad(), backend("reference"):
+        on_stage(STAGES[0])
         expected = [module(x) for x in inputs]
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / path.name
             write = _write_onnx if suffix == ".onnx" else _write_xml
-            written = write(module, inputs[0], part, multiple)
+            on_stage(STAGES[1])
+            with _quiet():
+                written = write(module, inputs[0], part, multiple)
+            on_stage(STAGES[2])
             found = [_run(part, suffix, x) for x in inputs]
             for file in written:  # the one that was asked for comes last
                 write_whole(path.with_name(file.name), functools.partial(shutil.copy, file))
@@ -188,6 +200,21 @@ def _example(network: Autoencoder, half: str, size: tuple[int, int], batch: int)
     return x.to(network.device, network.dtype)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters say about their own future, sizes that are constant here, and packages
+    that these networks do not need."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
 def _write_onnx(module: _Half, x: Tensor, path: Path, multiple: int | None) -> list[Path]:
     """``multiple``: rows and columns may be any multiple of it; None for those of ``x``."""
     shapes: Any = None
@@ -195,28 +222,24 @@ def _write_onnx(module: _Half, x: Tensor, path: Path, multiple: int | None) -> l
         side: Any = torch.export.Dim
         rows, columns = (side(name, min=2, max=1 << 14) for name in ("rows", "columns"))
         shapes = ({0: torch.export.Dim("batch"), 2: multiple * rows, 3: multiple * columns},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own future
-        program: Any = torch.onnx.export(
-            module,
-            (x,),
-            input_names=[module.takes],
-            output_names=[module.gives],
-            dynamo=True,
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-        program.save(path, external_data=False)
+    program: Any = torch.onnx.export(
+        module,
+        (x,),
+        input_names=[module.takes],
+        output_names=[module.gives],
+        dynamo=True,
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
+    program.save(path, external_data=False)
     return [path]
 
 
 def _write_xml(module: _Half, x: Tensor, path: Path, multiple: int | None) -> list[Path]:
     import openvino as ov
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, about sizes that are constant here
-        shape = tuple(x.shape) if multiple is None else (-1, x.shape[1], -1, -1)
-        model = ov.convert_model(module, example_input=x, input=[shape])
+    shape = tuple(x.shape) if multiple is None else (-1, x.shape[1], -1, -1)
+    model = ov.convert_model(module, example_input=x, input=[shape])
     model.inputs[0].get_tensor().set_names({module.takes})
     model.outputs[0].get_tensor().set_names({module.gives})
     ov.save_model(model, path, compress_to_fp16=False)

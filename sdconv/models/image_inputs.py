@@ -42,7 +42,8 @@ def image_tensor(x: Any, where: str) -> Tensor:
         where: the network, for messages.
 
     Raises:
-        InputError: another mode, shape, dtype or range, or images of different sizes.
+        InputError: another mode, shape, dtype or range, a masked array, or images of different
+            sizes.
     """
     if isinstance(x, list | tuple):
         batches = [image_tensor(one, where) for one in x]
@@ -63,13 +64,31 @@ def latent_tensor(x: Any, where: str) -> Tensor:
     """Latents in an array ``(B, C, h, w)`` of numpy's as a tensor.
 
     Raises:
-        InputError: the array is not floating-point.
+        InputError: the array is not floating-point, or masked.
     """
     if x.dtype.kind != "f":
         raise InputError(
             "latents must be floating-point", where=where, expected="float32", got=x.dtype
         )
-    return torch.tensor(_readable(x))
+    return torch.tensor(_readable(x, where))
+
+
+def check_unmasked(array: Any, where: str) -> None:
+    """Refuses numpy's masked arrays, which a tensor cannot be.
+
+    Raises:
+        InputError: the array is masked.
+    """
+    import numpy as np
+
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(
+            "a masked array would lose its mask",
+            where=where,
+            expected="an array whose values all count",
+            got=f"{np.ma.count_masked(array)} masked values",
+            hint="fill them, as by array.filled(0); or leave the mask out: array.data",
+        )
 
 
 def _of_pillow(image: Any, where: str) -> Tensor:
@@ -99,7 +118,7 @@ def _of_array(array: Any, where: str) -> Tensor:
         elif array.ndim in (3, 4) and array.shape[-1] == 4:
             hint = "leave the transparency out: array[..., :3]"
         raise wrong("an array has the wrong shape for images", array.shape, hint)
-    array = _readable(array)
+    array = _readable(array, where)
     if array.dtype == "uint8":
         from sdconv.images import pixels_to_tensor
 
@@ -122,10 +141,15 @@ def _of_array(array: Any, where: str) -> Tensor:
     return x.permute(0, 3, 1, 2) * 2 - 1
 
 
-def _readable(array: Any) -> Any:
-    """The array as torch reads it: no axis reversed, and bytes in the machine's order."""
+def _readable(array: Any, where: str) -> Any:
+    """The array as torch reads it: no axis reversed, and bytes in the machine's order.
+
+    Raises:
+        InputError: it is masked, which no tensor is.
+    """
     import numpy as np
 
+    check_unmasked(array, where)
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 

@@ -59,7 +59,12 @@ def predict_seconds(
 
 @torch.no_grad()
 def predict_row_seconds(
-    network: AutoencoderTiny, direction: Direction, plan: RowPlan, width: int, device: torch.device
+    network: AutoencoderTiny,
+    direction: Direction,
+    plan: RowPlan,
+    width: int,
+    device: torch.device,
+    on_rows: Callable[[str, int, int], object] = lambda name, done, total: None,
 ) -> float:
     """Predicts the seconds that a tiny autoencoder's plan takes, from two strips of it.
 
@@ -69,6 +74,7 @@ def predict_row_seconds(
         plan: of that half.
         width: columns of the input.
         device: to run on.
+        on_rows: called with "", the rows timed so far and all of them, as they are computed.
     """
     timed = _with_weights(network, device)
     few = plan_rows(timed, direction, 1, 2 * plan.rows, width, limit=None)
@@ -77,10 +83,17 @@ def predict_row_seconds(
     shape = 1, channels[direction == "decode"], 2 * plan.rows, width
     x = torch.randn(shape, dtype=timed.dtype, device=device)
     out = x.new_empty(few.shape)
+    done, total = 0, 2 * few.shape[2]
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        on_rows("", done, total)
+
     seconds = 0.0
     for _ in range(2):  # the first run generates the kernels
         start = time.perf_counter()
-        run_rows(few, x, out, lambda rows: None)
+        run_rows(few, x, out, advance)
         seconds = time.perf_counter() - start
     return seconds * plan.multiplies / few.multiplies
 

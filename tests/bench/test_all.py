@@ -87,7 +87,7 @@ def test_figures_of_other_conditions_are_not_mixed(
     only = ["--out", str(out), "--only", "memory"]
     everything.main(only)
     found = content(out)
-    found["machine"]["date"] = "2001-01-01"
+    found["machine"] |= {"date": "2001-01-01", "time": "01:02:03"}
     out.write_text(json.dumps(found))
     assert everything.main(only) == 0, "another day is no other machine"
     change(found)

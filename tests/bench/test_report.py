@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from scripts.bench import report
 from scripts.bench.cpu import TOLERANCE, difference
 from scripts.bench.parts import PARTS
 from scripts.bench.plot import plot_parts, plot_sizes
-from scripts.bench.record import table
+from scripts.bench.record import machine, table
 
 DRAWN = re.compile(r"<!-- bench: .*?<!-- end of bench -->", re.DOTALL)
 TABLE = re.compile(r"^\|-", re.MULTILINE)
@@ -58,6 +59,15 @@ def test_a_page(tmp_path: Path) -> None:
     assert "| decode 8x8 | sdconv fast | 1.0 |" in text and "all seconds" not in text
     assert report.drawn(text, found) == text
     assert "Not measured yet" in report.drawn(PAGE.replace("decode", "first"), found)
+
+
+def test_runs_of_one_day_are_ordered_by_their_time(tmp_path: Path) -> None:
+    early, late, old = (run("2026-01-02", seconds) for seconds in (2.0, 1.0, 3.0))
+    early["machine"]["time"], late["machine"]["time"] = "08:30:00", "19:05:00"
+    assert list(kept(tmp_path, c=early, a=late, d=old)) == ["a", "c", "d"]
+    del late["machine"]["time"], early["machine"]["time"]
+    assert list(kept(tmp_path, c=early, a=late, d=old)) == ["d", "c", "a"], "the control: by name"
+    assert datetime.time.fromisoformat(machine()["time"])
 
 
 def test_threads_and_failures_are_shown(tmp_path: Path) -> None:

@@ -74,6 +74,18 @@ def test_bars_show_percent_and_the_time_that_is_left(
     assert re.search(r"drawing \S+ +100% \d+/\d+ 0:00:00", shown)
 
 
+def test_the_bar_of_a_unet_is_one_of_all_its_calls(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)  # a terminal to rich
+    options = ("--noise", "--size", "64x64", "--steps", "3")
+    result = run(*options, "--model", UNET, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", result.stderr)
+    assert re.search(r"computing \S+ +100% 0:00:00", shown)
+
+
 def test_a_photo_through_an_autoencoder(here: Path, out: Path) -> None:
     result = run(here / "photo.png", "--model", here / "vae.safetensors", "--out", out)
     assert result.exit_code == 0, result.stderr

@@ -468,3 +468,38 @@ def test_an_internal_error_has_no_traceback(here: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(TRACEBACK, "1")
     with pytest.raises(LookupError):
         run("anatomy", "vae.safetensors")
+
+
+# --- progress
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("encoding", ("encode", "photo.png", "-m", "tiny.safetensors")),
+        ("decoding", ("decode", "z.safetensors", "-m", "tiny.safetensors")),
+        ("encoding and decoding", ("reconstruct", "photo.png", "-m", "tiny.safetensors")),
+        ("timing strips: encode", ("plan", "tiny.safetensors", "--size", "64x64")),
+        ("timing strips: decode", ("plan", "tiny.safetensors", "--size", "64x64")),
+        (
+            "exporting",
+            ("export", "vae.safetensors", "--half", "decoder", "--size", "64", "-o", "o.onnx"),
+        ),
+    ],
+)
+def test_a_bar_shows_percent_and_the_time_that_is_left(
+    words: str, command: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "export" in command:
+        pytest.importorskip("onnxscript", reason="needs: pip install 'sdconv[export]'")
+    sdconv.save(seeded.network(seeded.SMALL_TINY), here / "tiny.safetensors")
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)  # a terminal to rich
+    bar = re.compile(rf"{words} \S+ +100% 0:00:00")
+    forced = () if command[0] == "plan" else ("--force",)
+    quiet, shown = run(*command, "--quiet"), run(*command, *forced)
+    for result in (quiet, shown):
+        assert result.exit_code == 0, result.stderr
+    escapes = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+    assert bar.search(escapes.sub("", shown.stderr))
+    assert not bar.search(escapes.sub("", quiet.stderr)), "the control"

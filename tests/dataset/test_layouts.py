@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -285,3 +286,19 @@ def test_a_sample_with_a_damaged_header_is_an_error_that_says_so(
     path.write_bytes(content)
     with pytest.raises(SdconvError, match="a: a sample cannot be read"):
         dataset.open_latents(out)[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "package"), [("webdataset", "webdataset"), ("parquet", "pyarrow"), ("zarr", "zarr")]
+)
+def test_a_missing_package_is_said_before_anything_is_read(
+    layout: str, package: str, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    options = Options(size="16", layout=layout)
+    with pytest.raises(SdconvError, match=r"pip install 'sdconv\[(dataset|maps)\]'"):
+        dataset.encode(tmp_path / "no such folder", vae, tmp_path / "out", MEAN, options)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    with pytest.raises(SdconvError, match="no such folder"):  # the control
+        dataset.encode(tmp_path / "no such folder", vae, tmp_path / "out", MEAN, options)

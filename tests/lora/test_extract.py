@@ -56,7 +56,7 @@ def test_what_was_merged_comes_back(
     assert all(relative(now[name], wanted[name]) < 1e-5 for name in wanted)
     # and in diffusers, with its own reader of the file
     pipe = pipelines.pipeline("text", unet=copy.deepcopy(peer_of(before)))
-    pipe.load_lora_weights(str(out))
+    pipe.load_lora_weights(tmp_path, weight_name=out.name)  # a name, or offline it fails
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
     theirs = loras.layers(pipe.unet)
@@ -152,7 +152,7 @@ def test_all_components_of_a_pipeline(tmp_path: Path) -> None:
     )
     save_file(without, tmp_path / "theirs.safetensors", metadata=metadata)
     again = pipelines.pipeline("xl")
-    again.load_lora_weights(str(tmp_path / "theirs.safetensors"))
+    again.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
     again.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
     again.unload_lora_weights()
     for part in ("unet", "text_encoder", "text_encoder_2"):

@@ -22,6 +22,7 @@ from helpers.loras import (
     original_names,
     state,
 )
+from helpers.versions import needs_diffusers_0_40
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ CASES: Mapping[str, tuple[str, Callable[[nn.Module, Matrices], dict[str, Tensor]
 }
 
 
+@needs_diffusers_0_40
 @pytest.mark.parametrize("case", CASES)
 def test_equals_peft(case: str) -> None:
     kind, spell = CASES[case]
@@ -57,8 +59,7 @@ def test_equals_peft(case: str) -> None:
 
 @pytest.mark.parametrize("mid", [False, True])
 def test_equals_lycoris(mid: bool, peer: Any, network: Any, tmp_path: Path) -> None:
-    import lycoris
-
+    lycoris = pytest.importorskip("lycoris", reason="needs LyCORIS: pip install lycoris-lora")
     # convolutions have another rank, and with `mid` a matrix for the kernel
     locon = lycoris.create_lycoris(
         copy.deepcopy(peer), algo="locon", use_tucker=mid, linear_dim=3, conv_dim=2
@@ -136,7 +137,7 @@ def test_alphas_in_the_metadata_of_diffusers(network: Any, tmp_path: Path) -> No
     )
     fresh = pipelines.pipeline("text")
     network = unets.ours(fresh.unet)
-    fresh.load_lora_weights(tmp_path)
+    fresh.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     fresh.fuse_lora(components=["unet"])
     fresh.unload_lora_weights()
     sdconv.merge_lora(network, tmp_path / "pytorch_lora_weights.safetensors")

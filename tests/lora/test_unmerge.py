@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import pipelines, unets
 from helpers.loras import assert_equal, fused, kohya, largest_error, layers, matrices, state
+from helpers.versions import needs_diffusers_0_40
 from torch import nn
 
 import sdconv
@@ -86,6 +87,7 @@ def test_a_merged_network_can_be_garbage_collected() -> None:
     assert gone() is None
 
 
+@needs_diffusers_0_40
 def test_on_a_patched_network_of_diffusers_that_peft_wrapped() -> None:
     pipe = pipelines.pipeline("text")
     before = state(pipe.unet)

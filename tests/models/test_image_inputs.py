@@ -114,6 +114,8 @@ FLOATS = PIXELS.astype(np.float32)
         (PIXELS.transpose(2, 0, 1), "wrong shape", r"np\.moveaxis"),
         (PIXELS[..., 0], "wrong shape", "np.stack"),
         (np.dstack([PIXELS, PIXELS[..., 0]]), "wrong shape", r"array\[\.\.\., :3\]"),
+        (np.ma.masked_less(PIXELS, 9), "would lose its mask", r"array\.filled"),
+        (np.ma.masked_less(PIXELS, 9) / 255, "would lose its mask", r"array\.filled"),
         (PHOTO.convert("RGBA"), "unclear how this image is to become RGB", "convert"),
         (PHOTO.convert("CMYK"), "unclear how this image is to become RGB", "convert"),
         ([PHOTO, PHOTO.resize((24, 32))], "different sizes", "one by one"),
@@ -132,6 +134,8 @@ def test_what_is_ambiguous_is_refused(vae: Any, images: Any, what: str, hint: st
 def test_latents_are_floating_point(vae: Any) -> None:
     with pytest.raises(sdconv.InputError, match="latents must be floating-point"):
         vae.decode(np.zeros((1, 4, 4, 4), dtype=np.uint8))
+    with pytest.raises(sdconv.InputError, match="would lose its mask"):
+        vae.decode(np.ma.masked_less(np.zeros((1, 4, 4, 4), dtype=np.float32), -1))
     with pytest.raises(sdconv.InputError, match="latents must be a tensor"):
         vae.decode(Image.new("RGB", (8, 8)))
 

@@ -221,7 +221,10 @@ def test_progress_is_shown_on_a_terminal_only(
     network, z = seeded.network(SMALL), randn(1, 4, 6, 7)
     for terminal, progress in ((True, True), (True, False), (False, True)):
         # tells rich whether this is a terminal
-        monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        else:
+            monkeypatch.delenv("FORCE_COLOR")
         network.enable_streaming(None, progress=progress)
         call(network, "decode", z)
         shown = capfd.readouterr()

@@ -13,6 +13,7 @@ import torch
 from helpers import seeded
 from helpers.fake_cuda import WithoutDriver, to_fake_cuda
 from helpers.slow import first_of
+from helpers.versions import needs_driver
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +71,7 @@ def dry_run(direction: Any, dtype: torch.dtype, *, tight: bool, break_it: bool =
     return watch
 
 
+@needs_driver
 @pytest.mark.parametrize("direction", first_of(["decode", "encode"]))
 @pytest.mark.parametrize("dtype", first_of([torch.bfloat16, torch.float32]), ids=str)
 def test_dry_run(direction: str, dtype: torch.dtype) -> None:
@@ -80,6 +82,7 @@ def test_dry_run(direction: str, dtype: torch.dtype) -> None:
     )
 
 
+@needs_driver
 def test_a_tensor_left_behind_fails_the_dry_run() -> None:
     with pytest.raises(RuntimeError, match=r"cpu"):
         dry_run("decode", torch.float16, tight=False, break_it=True)

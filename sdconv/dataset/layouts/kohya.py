@@ -59,6 +59,9 @@ class Kohya:
             }
         return Sample(about, tensors)
 
+    def check_packages(self, store: Store) -> None:
+        """Needs none."""
+
     def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Refuses what sd-scripts does not read."""
         if "latents" not in about:

@@ -68,6 +68,10 @@ class Parquet:
     def file_of(self, about: Mapping[str, Any], planned: Planned) -> None:
         """A shard is one file."""
 
+    def check_packages(self, store: Store) -> None:
+        """See ``Layout``."""
+        _pyarrow(store)
+
     def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Refuses features, whose shapes differ from point to point, and bfloat16."""
         if "latents" not in about:

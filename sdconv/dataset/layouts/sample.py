@@ -51,6 +51,9 @@ class Layout(Protocol):
     def file_of(self, about: Mapping[str, Any], planned: Planned) -> str | None:
         """The name of the file that a sample has to itself; None if a shard is one file."""
 
+    def check_packages(self, store: Store) -> None:
+        """Raises an SdconvError if a package that writes this layout is missing."""
+
     def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Refuses settings that it cannot represent.
 

@@ -56,6 +56,10 @@ class WebDataset:
     def file_of(self, about: Mapping[str, Any], planned: Planned) -> None:
         """A shard is one file."""
 
+    def check_packages(self, store: Store) -> None:
+        """See ``Layout``."""
+        _tar_writer(store)
+
     def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Takes everything."""
 

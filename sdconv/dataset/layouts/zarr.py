@@ -69,6 +69,10 @@ class Zarr:
     def file_of(self, about: Mapping[str, Any], planned: Planned) -> None:
         """A shard is one file."""
 
+    def check_packages(self, store: Store) -> None:
+        """See ``Layout``."""
+        _zarr(store)
+
     def check(self, about: Mapping[str, Any], shards: Sequence[Sequence[Planned]]) -> None:
         """Refuses bfloat16, and shards of images of several sizes."""
         if about[about["name"]]["dtype"] == "bfloat16":

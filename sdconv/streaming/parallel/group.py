@@ -67,7 +67,8 @@ class RankGroup:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise InputError("this process is not in the group", where="enable_parallel")
-        self._members = dist.get_process_group_ranks(group)
+        # torch 2.6 takes None for no group here
+        self._members = dist.get_process_group_ranks(group or dist.group.WORLD)
         backend = _BACKENDS[device.type]
         if group is None:
             with self._communicating():

@@ -418,7 +418,9 @@ def test_large_gpus_are_filled() -> None:
     [*((one, "bf16") for one in kernel_resources.ARCHITECTURES), (90, "fp16"), (90, "fp32")],
 )
 def test_kernels_compile(architecture: int, dtype: str) -> None:
-    pytest.importorskip("triton", reason="Triton's kernels need it: pip install triton, on Linux")
+    pytest.importorskip(
+        "triton", "3.3", reason="compiling without a GPU needs triton 3.3 or newer, on Linux"
+    )
     if platform.machine() != "x86_64":
         pytest.skip("Triton brings NVIDIA's assembler for x86-64 only")
     for used in kernel_resources.resources(architecture, dtype):
