@@ -4,7 +4,8 @@
     python -m scripts.bench.report                         # the pages again, from docs/bench
 
 On a page, what lies between ``<!-- bench: decode encode -->`` and ``<!-- end of bench -->`` is
-drawn: a table of these benchmarks for each run that has them, the newest first.
+drawn: a table of these benchmarks for each run that has them, the newest first. Of the runs of one
+command on one machine, the newest counts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,24 @@ def runs(folder: Path) -> dict[str, Run]:
         on = found[name]["machine"]
         return on["date"], on.get("time", ""), name
 
-    return {name: found[name] for name in sorted(found, key=age, reverse=True)}
+    drawn: set[tuple[Any, ...]] = set()
+    newest = {}
+    for name in sorted(found, key=age, reverse=True):
+        run, machine = found[name], machine_of(found[name])
+        results = {
+            command: result
+            for command, result in run["results"].items()
+            if (*machine, command) not in drawn
+        }
+        drawn |= {(*machine, command) for command in results}
+        if results:
+            newest[name] = run | {"results": results}
+    return newest
+
+
+def machine_of(run: Run) -> tuple[Any, ...]:
+    """What tells one machine from another: its processor, cores and vectors."""
+    return tuple(run["machine"][name] for name in ("processor", "cores", "vectors"))
 
 
 def rows_of(run: Run, what: Sequence[str]) -> list[Row]:
@@ -83,14 +101,20 @@ _PLOTS = {"parts": "![Seconds of each part, diffusers and sdconv fast](plots/par
 
 
 def summary(kept: Mapping[str, Run]) -> str:
-    """README's table: seconds of the sides next to each other, on all cores, of the newest run with
-    a decode."""
+    """README's table: seconds of the sides next to each other, on all cores, of the machine of the
+    newest run with a decode."""
     for name, run in kept.items():
-        cores = run["machine"]["cores"]
+        cores, machine = run["machine"]["cores"], machine_of(run)
+        results = [
+            result
+            for other in kept.values()
+            if machine_of(other) == machine
+            for result in other["results"].values()
+        ]
         lines = [
             _summary_line(one["rows"])
             for what in _SUMMARY
-            for one in run["results"].values()
+            for one in results
             if one["what"] == what and one["threads"] == cores and one["rows"]
         ]
         # of several results of one work, the first

@@ -86,7 +86,7 @@ def check_unmasked(array: Any, where: str) -> None:
             "a masked array would lose its mask",
             where=where,
             expected="an array whose values all count",
-            got=f"{np.ma.count_masked(array)} masked values",
+            got=f"{np.ma.getmaskarray(array).sum()} masked values",
             hint="fill them, as by array.filled(0); or leave the mask out: array.data",
         )
 

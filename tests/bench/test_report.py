@@ -22,16 +22,18 @@ TABLE = re.compile(r"^\|-", re.MULTILINE)
 PAGE = "Before.\n<!-- bench: decode -->\n\nold\n\n<!-- end of bench -->\nAfter.\n"
 
 
-def run(day: str, *seconds: float, threads: int = 2, quick: bool = False) -> dict[str, Any]:
+def run(
+    day: str, *seconds: float, threads: int = 2, quick: bool = False, machine: str = "A|B"
+) -> dict[str, Any]:
     """A run of a decode."""
     sides = ("diffusers", "OpenVINO, f32", "sdconv fast")
     rows: list[dict[str, Any]] = [
         {"work": "decode 8x8", "side": side, "seconds": one, "all seconds": [one, one]}
         for side, one in zip(sides, seconds, strict=False)
     ]
-    machine = {"processor": "A|B", "vectors": "AVX2", "cores": 2, "packages": {"torch": "9"}}
+    on = {"processor": machine, "vectors": "AVX2", "cores": 2, "packages": {"torch": "9"}}
     results = {f"python {threads}": {"what": "decode", "threads": threads, "rows": rows}}
-    return {"quick": quick, "machine": machine | {"date": day}, "results": results}
+    return {"quick": quick, "machine": on | {"date": day}, "results": results}
 
 
 def kept(folder: Path, **runs: dict[str, Any]) -> Any:
@@ -52,7 +54,8 @@ def test_the_pages_are_drawn_from_the_files_that_are_kept() -> None:
 
 
 def test_a_page(tmp_path: Path) -> None:
-    found = kept(tmp_path, old=run("2026-01-01", 3.0, 2.0, 1.0), new=run("2026-02-01", 2.5))
+    old = run("2026-01-01", 3.0, 2.0, 1.0, machine="C")
+    found = kept(tmp_path, old=old, new=run("2026-02-01", 2.5))
     text = report.drawn(PAGE, found)
     assert text.startswith("Before.\n") and text.endswith("After.\n") and "old\n" not in text
     assert text.index("2026-02-01") < text.index("2026-01-01")
@@ -61,8 +64,18 @@ def test_a_page(tmp_path: Path) -> None:
     assert "Not measured yet" in report.drawn(PAGE.replace("decode", "first"), found)
 
 
+def test_of_one_command_on_one_machine_the_newest_run_is_drawn(tmp_path: Path) -> None:
+    new, old = run("2026-02-01", 2.5), run("2026-01-01", 3.0)
+    old["results"] |= run("2026-01-01", 7.0, threads=1)["results"]
+    found = kept(tmp_path, old=old, new=new)
+    text = report.drawn(PAGE, found)
+    assert "| 2.5 |" in text and "| 7.0 |" in text and "| 3.0 |" not in text
+    text = report.drawn(PAGE, kept(tmp_path, old=run("2026-01-01", 3.0, machine="C"), new=new))
+    assert "| 2.5 |" in text and "| 3.0 |" in text, "another machine"
+
+
 def test_runs_of_one_day_are_ordered_by_their_time(tmp_path: Path) -> None:
-    early, late, old = (run("2026-01-02", seconds) for seconds in (2.0, 1.0, 3.0))
+    early, late, old = (run("2026-01-02", one, machine=f"{one}") for one in (2.0, 1.0, 3.0))
     early["machine"]["time"], late["machine"]["time"] = "08:30:00", "19:05:00"
     assert list(kept(tmp_path, c=early, a=late, d=old)) == ["a", "c", "d"]
     del late["machine"]["time"], early["machine"]["time"]
