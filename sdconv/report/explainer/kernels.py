@@ -11,6 +11,7 @@ from sdconv.report.explainer.wasm import (
     I32,
     ROUNDING,
     V128,
+    Constants,
     Function,
     Value,
     constant,
@@ -18,6 +19,7 @@ from sdconv.report.explainer.wasm import (
     module,
     multiply_add,
     splat,
+    zero,
 )
 
 ROWS = (6, 2, 1)
@@ -30,24 +32,26 @@ fast backend does (`sdconv/fast/cpu/winograd.py`)."""
 
 def kernels(fused: bool) -> bytes:
     """The module; ``fused`` uses relaxed SIMD's multiply-add, which not every browser has."""
-    return module(
-        [
-            _gemm(fused),
-            _activate(fused),
-            _sums(),
-            _plus(),
-            _winograd_in(fused),
-            _winograd_out(fused),
-        ]
-    )
+    number = Constants()
+    functions = [
+        _gemm("gemm", fused, adds=True),
+        _gemm("product", fused, adds=False),
+        _activate(number, fused),
+        _sums(),
+        _plus(),
+        _winograd_in(number, fused),
+        _winograd_out(number, fused),
+    ]
+    return module(functions, number.data())
 
 
-def _gemm(fused: bool) -> Function:
-    """``c[m, n] += a[m, k] @ b[k, n]``: k a multiple of 4, n of 8; rows ``lda``, ... bytes apart.
+def _gemm(name: str, fused: bool, adds: bool) -> Function:
+    """``c[m, n] += a[m, k] @ b[k, n]``, or ``=`` unless it ``adds``: k a multiple of 4, n of 8;
+    rows ``lda``, ... bytes apart.
 
     Every convolution is a sum of these: one for each of the kernel's nine positions.
     """
-    f = Function("gemm", ("a", "b", "c", "m", "k", "n", "lda", "ldb", "ldc"))
+    f = Function(name, ("a", "b", "c", "m", "k", "n", "lda", "ldb", "ldc"))
     a, b, c, m, k, n, lda, ldb, ldc = f.arguments()
     row, depth, left = f.local(I32), f.local(I32), f.local(I32)
     from_row, to_row, from_b = f.local(I32), f.local(I32), f.local(I32)
@@ -66,7 +70,7 @@ def _gemm(fused: bool) -> Function:
                     f.set(pointers[r], from_row)
                     f.set(from_row, from_row + lda)
                     for half in range(2):
-                        f.set(sums[r][half], load(target, 16 * half))
+                        f.set(sums[r][half], load(target, 16 * half) if adds else zero())
                     f.set(target, target + ldc)
                 f.set(from_b, b)
                 f.set(depth, k)
@@ -90,7 +94,7 @@ def _gemm(fused: bool) -> Function:
     return f
 
 
-def _activate(fused: bool) -> Function:
+def _activate(number: Constants, fused: bool) -> Function:
     """``y = silu(x * scale + shift)`` for ``count`` pixels of ``channels``; GroupNorm is the scale
     and the shift. Without SiLU where ``plain`` is not 0."""
     f = Function("activate", ("x", "y", "count", "channels", "scale", "shift", "plain"))
@@ -99,27 +103,31 @@ def _activate(fused: bool) -> Function:
     u, rounded, power, rest, result = (f.local(V128) for _ in range(5))
     with f.loop(count, 1):
         f.set(left, channels)
-        f.set(at, constant(0, I32))
+        f.set(at, constant(0))
         with f.loop(left, 4):
             f.set(u, load(x) * load(scale + at) + load(shift + at))
             f.set(result, u)
             with f.when(Value(I32, plain.code + b"\x45")):
                 # exp(-u) = 2^power * exp(rest), with |rest| <= ln(2) / 2
-                f.set(rest, (constant(0, V128) - u).at_least(-87.0).at_most(88.0))
-                f.set(rounded, rest * 1.4426950408889634 + ROUNDING)
-                f.set(power, rounded - ROUNDING)
-                f.set(rest, rest - power * 0.693359375 - power * -2.12194440e-4)
-                exp = constant(1.9875691500e-4, V128)
+                f.set(rest, (zero() - u).at_least(number(-87.0)).at_most(number(88.0)))
+                rounding = number(ROUNDING)
+                f.set(rounded, multiply_add(rest, number(1.4426950408889634), rounding, fused))
+                f.set(power, rounded - rounding)
+                f.set(rest, multiply_add(power, number(-0.693359375), rest, fused))
+                f.set(rest, multiply_add(power, number(2.12194440e-4), rest, fused))
+                exp = number(1.9875691500e-4)
                 for coefficient in (
                     1.3981999507e-3,
                     8.3334519073e-3,
                     4.1665795894e-2,
                     1.6666665459e-1,
                     5.0000001201e-1,
+                    1.0,
+                    1.0,
                 ):
-                    exp = multiply_add(exp, rest, constant(coefficient, V128), fused)
-                f.set(result, exp * rest * rest + rest + 1.0)
-                f.set(result, u / (result * rounded.power_of_two() + 1.0))
+                    exp = multiply_add(exp, rest, number(coefficient), fused)
+                f.set(result, multiply_add(exp, rounded.power_of_two(), number(1.0), fused))
+                f.set(result, u / result)
             f.store(y, result)
             for moved in (x, y, at):
                 f.set(moved, moved + 16)
@@ -167,7 +175,7 @@ def _plus() -> Function:
     return f
 
 
-def _winograd_in(fused: bool) -> Function:
+def _winograd_in(number: Constants, fused: bool) -> Function:
     """The input transform of Winograd's F(4x4, 3x3) for ``count`` tiles of 6x6 pixels in a row.
 
     Tiles are 4 pixels apart. Position p of a tile goes to ``v + p * position``.
@@ -186,9 +194,11 @@ def _winograd_in(fused: bool) -> Function:
                 for _ in range(6):
                     line.append(f.local(V128, load(at)))
                     f.set(at, at + pixel)
-                tile.append([f.local(V128, one) for one in _input_side(f, line, fused)])
+                tile.append([f.local(V128, one) for one in _input_side(f, number, line, fused)])
                 f.set(from_row, from_row + row)
-            columns = [_input_side(f, [tile[r][c] for r in range(6)], fused) for c in range(6)]
+            columns = [
+                _input_side(f, number, [tile[r][c] for r in range(6)], fused) for c in range(6)
+            ]
             f.set(to, v)
             for p in range(36):
                 f.store(to, columns[p % 6][p // 6])
@@ -199,13 +209,13 @@ def _winograd_in(fused: bool) -> Function:
     return f
 
 
-def _input_side(f: Function, d: list[Value], fused: bool) -> list[Value]:
+def _input_side(f: Function, number: Constants, d: list[Value], fused: bool) -> list[Value]:
     """``B^T d``."""
     p, q = POINTS
     pp, qq = p * p, q * q
 
     def plus(sum_: Value, by: float, value: Value) -> Value:
-        return multiply_add(value, constant(by, V128), sum_, fused)
+        return multiply_add(value, number(by), sum_, fused)
 
     even = [f.local(V128, plus(d[4], -square, d[2])) for square in (qq, pp)]
     odd = [f.local(V128, plus(d[3], -square, d[1])) for square in (qq, pp)]
@@ -219,7 +229,7 @@ def _input_side(f: Function, d: list[Value], fused: bool) -> list[Value]:
     ]
 
 
-def _winograd_out(fused: bool) -> Function:
+def _winograd_out(number: Constants, fused: bool) -> Function:
     """The output transform: 36 positions to 4x4 pixels, plus the bias."""
     f = Function(
         "winograd_out", ("m", "position", "y", "row", "pixel", "bias", "count", "channels")
@@ -238,13 +248,13 @@ def _winograd_out(fused: bool) -> Function:
                 for _ in range(6):
                     line.append(f.local(V128, load(at)))
                     f.set(at, at + position)
-                half.append([f.local(V128, one) for one in _output_side(f, line, fused)])
+                half.append([f.local(V128, one) for one in _output_side(f, number, line, fused)])
             f.set(constant_, load(shift))
             for c in range(4):
                 f.set(target, y)
                 for _ in range(c):
                     f.set(target, target + pixel)
-                for value in _output_side(f, [half[p][c] for p in range(6)], fused):
+                for value in _output_side(f, number, [half[p][c] for p in range(6)], fused):
                     f.store(target, value + constant_)
                     f.set(target, target + row)
             for moved in (m, y, shift):
@@ -253,18 +263,18 @@ def _winograd_out(fused: bool) -> Function:
     return f
 
 
-def _output_side(f: Function, m: list[Value], fused: bool) -> list[Value]:
+def _output_side(f: Function, number: Constants, m: list[Value], fused: bool) -> list[Value]:
     """``A^T m``."""
     p, q = POINTS
 
     def plus(sum_: Value, by: float, value: Value) -> Value:
-        return multiply_add(value, constant(by, V128), sum_, fused)
+        return multiply_add(value, number(by), sum_, fused)
 
     sums = [f.local(V128, m[at] + m[at + 1]) for at in (1, 3)]
     differences = [f.local(V128, m[at] - m[at + 1]) for at in (1, 3)]
     return [
         m[0] + sums[0] + sums[1],
-        plus(differences[0] * p, q, differences[1]),
-        plus(sums[0] * p**2, q**2, sums[1]),
+        plus(differences[0] * number(p), q, differences[1]),
+        plus(sums[0] * number(p**2), q**2, sums[1]),
         plus(plus(m[5], p**3, differences[0]), q**3, differences[1]),
     ]

@@ -56,29 +56,29 @@ class Value:
     kind: int
     code: bytes
 
-    def _with(self, other: Value | int | float, name: str) -> Value:
-        right = constant(other, self.kind) if isinstance(other, int | float) else other
+    def _with(self, other: Value | int, name: str) -> Value:
+        right = constant(other) if isinstance(other, int) else other
         vector = _F64X2 if self.kind == F64X2 else _V128
         operation = _I32[name] if self.kind == I32 else _simd(vector[name])
         return Value(self.kind, self.code + right.code + operation)
 
-    def __add__(self, other: Value | int | float) -> Value:
+    def __add__(self, other: Value | int) -> Value:
         return self._with(other, "add")
 
-    def __sub__(self, other: Value | int | float) -> Value:
+    def __sub__(self, other: Value | int) -> Value:
         return self._with(other, "sub")
 
-    def __mul__(self, other: Value | int | float) -> Value:
+    def __mul__(self, other: Value | int) -> Value:
         return self._with(other, "mul")
 
-    def __truediv__(self, other: Value | int | float) -> Value:
+    def __truediv__(self, other: Value | int) -> Value:
         return self._with(other, "div")
 
-    def at_least(self, other: float) -> Value:
+    def at_least(self, other: Value) -> Value:
         """The lane-wise maximum."""
         return self._with(other, "max")
 
-    def at_most(self, other: float) -> Value:
+    def at_most(self, other: Value) -> Value:
         """The lane-wise minimum."""
         return self._with(other, "min")
 
@@ -95,11 +95,35 @@ class Value:
         return Value(V128, self.code + bias + _simd(0xAE) + shift)
 
 
-def constant(number: int | float, kind: int) -> Value:
-    """A constant: an integer, or a float in all four lanes."""
-    if kind == I32:
-        return Value(I32, b"\x41" + signed_leb(int(number)))
-    return Value(V128, _simd(0x0C) + struct.pack("<4f", *[number] * 4))
+def constant(number: int) -> Value:
+    """A constant integer."""
+    return Value(I32, b"\x41" + signed_leb(number))
+
+
+def zero() -> Value:
+    """A vector of zeros: one instruction."""
+    return Value(V128, _simd(0x0C) + bytes(16))
+
+
+class Constants:
+    """Floats in all four lanes, kept in memory from address 0 on.
+
+    A load is one instruction. Where ``v128.const`` stands in a loop, V8 builds the vector anew, in
+    three instructions, each time.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: list[float] = []
+
+    def __call__(self, number: float) -> Value:
+        """The vector of ``number``."""
+        if number not in self._numbers:
+            self._numbers.append(number)
+        return load(constant(16 * self._numbers.index(number)))
+
+    def data(self) -> bytes:
+        """What memory begins with."""
+        return b"".join(struct.pack("<4f", *[number] * 4) for number in self._numbers)
 
 
 def load(address: Value, offset: int = 0, kind: int = V128) -> Value:
@@ -150,7 +174,7 @@ class Function:
     def loop(self, counter: Value, step: int) -> Iterator[None]:
         """Repeats its body while ``counter >= step``, and takes ``step`` from it each time."""
         self._code += bytes([_BLOCK, 0x40, _LOOP, 0x40])
-        self._code += counter.code + constant(step, I32).code + b"\x48" + bytes([_BR_IF]) + leb(1)
+        self._code += counter.code + constant(step).code + b"\x48" + bytes([_BR_IF]) + leb(1)
         yield
         self.set(counter, counter - step)
         self._code += bytes([_BR]) + leb(0) + bytes([_END, _END])
@@ -169,8 +193,9 @@ class Function:
         return leb(len(inner)) + inner
 
 
-def module(functions: Sequence[Function]) -> bytes:
-    """A module that imports ``env.memory`` and exports every function by its name."""
+def module(functions: Sequence[Function], data: bytes) -> bytes:
+    """A module that imports ``env.memory``, writes ``data`` to its beginning, and exports every
+    function by its name."""
 
     def vector(items: Sequence[bytes]) -> bytes:
         return leb(len(items)) + b"".join(items)
@@ -192,5 +217,8 @@ def module(functions: Sequence[Function]) -> bytes:
             section(3, vector([leb(at) for at in numbers])),
             section(7, vector(exports)),
             section(10, vector([f.body() for f in functions])),
+            section(
+                11, vector([b"\x00" + constant(0).code + bytes([_END]) + leb(len(data)) + data])
+            ),
         )
     )

@@ -157,7 +157,9 @@ def setup(vae: Any, photo: torch.Tensor, shared: Tab) -> dict[str, Any]:
 
 
 def python_agrees(tab: Tab, selector: str, setup: dict[str, Any], tolerance: float = 1e-5) -> None:
-    for figure in tab.page.locator(f"{selector} .python").all():
+    figures = tab.page.locator(f"{selector} .python[data-value]").all()
+    assert figures
+    for figure in figures:
         code = figure.locator("code").text_content()
         value = json.loads(figure.get_attribute("data-value"))
         answer = np.atleast_1d(np.asarray(printed_by(code, setup), dtype=float))
@@ -214,9 +216,17 @@ def test_python_prints_the_counts_of_upsampling(
         "field&look.layer=encoder.down_blocks.0.resnets.1&look.channel=3&look.i=60&look.j=70",
         "field&look.layer=encoder.mid_block.resnets.1&look.channel=9&look.i=10&look.j=21",
         "field&look.layer=decoder.up_blocks.0.upsamplers.0&look.channel=2&look.i=30&look.j=31",
+        "neuron&look.layer=encoder.mid_block.attentions.0&look.channel=8&look.i=5&look.j=20",
+        "neuron&look.layer=quant_conv&look.channel=1&look.i=5&look.j=20",
+        "field&look.layer=decoder.mid_block.attentions.0&look.channel=2&look.i=30&look.j=31",
+        "padding&padding.run=7&padding.answer=A",
         "vae&vae.edits=latents:1:0;decoder.conv_in:12:3&vae.i=40&vae.j=90",
+        "vae&vae.edits=quant_conv:5:0;post_quant_conv:2:3;encoder.conv_in:7:0",
         "blocks&switch.norm=false",
         "blocks&switch.shortcut=false",
+        "blocks&switch.silu=false",
+        "blocks&switch.nearest=false",
+        "blocks&switch.silu=false&switch.shortcut=false&switch.nearest=false",
     ],
 )
 def test_python_prints_the_networks_numbers(
@@ -225,9 +235,9 @@ def test_python_prints_the_networks_numbers(
     tab = Tab(browser, explainer, f"#{state}")
     section = state.split("&")[0]
     tab.wait(READY)
-    tab.wait(IDLE)
     done = {
         "neuron": "Boolean(neuron.dataset.sum)",
+        "padding": "Boolean(padding.dataset.bug)",
         "field": "Boolean(field.dataset.painted)",
         "vae": "Boolean(document.querySelector('#vae .python').dataset.value)",
         "blocks": "Boolean(blocks.dataset.switched)"
@@ -327,7 +337,7 @@ def test_nonsense_in_the_address_is_left_alone(browser: Any, explainer: Path) ->
 CONTROLS = """() => [...document.querySelectorAll(
     'main :is(button, input, select, summary, a, [tabindex], pre), .bar :is(button, a)'
 )].filter((one) => one.offsetParent && !one.disabled && one.tagName !== "SECTION"
-    && one.tabIndex >= -1 && !one.matches(".own input, .setup pre"))"""
+    && one.tabIndex >= -1 && !one.matches(".own input, details pre"))"""
 WATCH = f"""() => {{
     window.wanted = ({CONTROLS})();
     window.seen = new Set();

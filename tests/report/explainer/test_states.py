@@ -30,18 +30,20 @@ STATES = {
     "padding.shown": "true",
     "padding.levels": "2",
     "padding.side": "both",
-    "padding.wrong": "A",
+    "padding.run": "7",
     "padding.answer": "B",
     "look.layer": "decoder.conv_in",
     "look.channel": "2",
     "look.i": "5",
     "look.j": "6",
     "field.heat": "false",
-    "field.zoom": "true",
+    "field.zoom": "false",
     "shift.x": "3",
     "shift.y": "-2",
     "switch.norm": "false",
+    "switch.silu": "false",
     "switch.shortcut": "false",
+    "switch.nearest": "false",
     "residual.block": "decoder.up_blocks.0.resnets.1",
     "residual.channel": "7",
     "up.how": "nearest",
@@ -58,6 +60,7 @@ STATES = {
     "cost.inputs": "3",
     "cost.outputs": "5",
     "cost.kernel": "7",
+    "cost.stride": "2",
     "cost.size": "32",
     "winograd.d": "4, 3, 2, 1",
     "winograd.g": "1, 1, 1",
@@ -100,10 +103,10 @@ def test_switches_and_runs_write_the_address(browser: Any, explainer: Path) -> N
     tab.wait("location.hash.includes('padding.side=both')")
     tab.page.locator("#padding .toggle").click()
     tab.page.click("#padding >> text=Run the network both ways")
-    tab.wait("/padding.wrong=[AB]/.test(location.hash)")
+    tab.wait("/padding.run=[0-9]+/.test(location.hash)")
     tab.page.click("#reset")
     tab.wait("!location.hash.includes('=')")
-    assert tab.page.inner_text("#theme") == "Auto"
+    assert tab.page.inner_text("#theme") == "Colours: auto"
     assert tab.messages == []
     tab.context.close()
 
@@ -126,7 +129,7 @@ def test_it_computes_without_a_network(browser: Any, explainer: Path) -> None:
 def test_a_browser_without_simd_is_told_what_is_needed(
     script: str, browser: Any, explainer: Path
 ) -> None:
-    tab = Tab(browser, explainer, "#vae&padding.wrong=A", script=script)
+    tab = Tab(browser, explainer, "#vae&padding.run=7", script=script)
     tab.wait(READY)
     words = tab.page.inner_text("[role=alert]#trouble")
     assert "WebAssembly with SIMD" in words and "Safari 16.4" in words

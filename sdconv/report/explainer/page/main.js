@@ -32,14 +32,31 @@ function whenNear(node, begin) {
 }
 
 // Starts the network when `node` comes near, and calls `render` whenever it has computed something
-// else: at once, or when `node` comes back.
-function follow(node, render) {
+// else: at once, or when `node` comes back. `parts` are pale, and do nothing, until there is something to see.
+function follow(node, render, parts) {
+  const note = el("p", { class: "waiting note" }, vae.possible ? "The network computes its maps for the first time…" : "This needs the network, which cannot run in this browser.");
+  parts[0].before(note);
+  for (const part of parts) {
+    part.classList.add("waits");
+    for (const type of ["click", "pointerdown", "keydown", "input", "change"])
+      part.addEventListener(type, (event) => { if (part.classList.contains("waits")) event.stopPropagation(); }, true);
+  }
   if (!vae.possible) return;
+  const percent = ({ detail }) => { note.textContent = `The network computes its maps for the first time: ${Math.round(detail * 100)} %`; };
+  vae.addEventListener("progress", percent);
+  let first = true;
+  const begin = () => {
+    if (!first) return;
+    first = false;
+    vae.removeEventListener("progress", percent);
+    note.remove();
+    for (const part of parts) part.classList.remove("waits");
+  };
   let near = false, seen = 0;
   const update = () => {
     if (!near || seen === vae.version) return;
     seen = vae.version;
-    render();
+    Promise.resolve(render()).then(begin);
   };
   new IntersectionObserver((entries) => {
     near = entries.at(-1).isIntersecting;
@@ -51,15 +68,25 @@ function follow(node, render) {
 document.getElementById("setup").textContent = SETUP;
 const nav = document.getElementById("nav"), main = document.getElementById("main");
 const links = new Map();
-sections.forEach(({ id, title, lead, build }, at) => {
+sections.forEach(({ id, title, short, lead, build }, at) => {
   const body = el("div", { class: "body" });
   const node = el("section", { id, "aria-labelledby": `${id}-title`, tabindex: -1 },
     el("h2", { id: `${id}-title` }, el("span", { class: "number" }, String(at + 1)), title), html(lead), body);
   main.append(node);
-  links.set(id, el("a", { href: `#${id}`, "aria-label": `${at + 1}. ${title}`, title }, String(at + 1)));
+  links.set(id, el("a", { href: `#${id}`, "aria-label": `${at + 1}. ${title}`, title }, String(at + 1), el("span", {}, short)));
   build({ root: body, section: node, vae, photo, whenNear, follow });
 });
 nav.append(...links.values());
+
+// What changes is spoken in the section in use only.
+const spoken = (section, on) => {
+  for (const node of section.querySelectorAll("[role=status]")) node.setAttribute("aria-live", on ? "polite" : "off");
+};
+for (const section of main.querySelectorAll("section")) {
+  spoken(section, false);
+  section.addEventListener("focusin", () => spoken(section, true));
+  section.addEventListener("focusout", () => spoken(section, false));
+}
 document.getElementById("contents").append(...sections.map(({ id, title }) => el("li", {}, el("a", { href: `#${id}` }, title))));
 
 // The link of the section in view.
@@ -86,21 +113,26 @@ addEventListener("click", (event) => {
 addEventListener("popstate", () => goTo(anchor()));
 
 const work = document.getElementById("work");
+let drawn = 0;
 vae.addEventListener("progress", ({ detail }) => {
+  if (detail < 1 && performance.now() - drawn < 100) return; // each step costs the workers' cores time
+  drawn = performance.now();
   work.hidden = detail >= 1;
-  work.firstChild.style.width = `${detail * 100}%`;
+  work.firstChild.style.transform = `scaleX(${detail})`;
   work.setAttribute("aria-valuenow", Math.round(detail * 100));
 });
 
-document.getElementById("reset").addEventListener("click", () => startOver());
+document.getElementById("reset").addEventListener("click", () => {
+  startOver();
+  if (photo.own) photo.restore();
+});
 const theme = document.getElementById("theme");
-const THEMES = { "": "Auto", light: "Light", dark: "Dark" };
+const THEMES = { "": "Colours: auto", light: "Colours: light", dark: "Colours: dark" };
 const colours = state("page", { theme: "" }, () => {
   const { theme: now } = colours.values;
   if (now) document.documentElement.dataset.theme = now;
   else delete document.documentElement.dataset.theme;
   theme.textContent = THEMES[now];
-  theme.setAttribute("aria-label", `Colours: ${now || "as the system"}`);
 }, (v) => v.theme in THEMES);
 colours.set({});
 theme.addEventListener("click", () => {

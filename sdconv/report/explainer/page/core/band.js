@@ -8,14 +8,14 @@
 import { floats, matrices, up8, winograd } from "./weights.js";
 
 const GROUPS = 32, EPS = 1e-6, CHUNK = 32;
-const SWITCHED = /^decoder\..*resnets/; // where GroupNorm and the shortcut can be switched off
+const SWITCHED = /^decoder\..*(resnets|upsamplers)/; // where parts can be switched off
 
 export class Band {
   constructor({ module, tensors, rank, ranks, exchange }) {
     this.memory = new WebAssembly.Memory({ initial: 64, maximum: 65536 });
     this.kernels = new WebAssembly.Instance(module, { env: { memory: this.memory } }).exports;
     Object.assign(this, { tensors, rank, ranks, exchange });
-    this.end = 1024;
+    this.end = 4096; // the kernels' constants come first
     this.maps = new Map();
     this.packed = new Map();
     this.scratch = new Map();
@@ -23,7 +23,7 @@ export class Band {
     this.valid = new Map(); // name -> the conditions under which its map was computed
     this.stale = true;
     this.shift = 0; // -1 is torch's padding 1 where the network was trained with (0, 1, 0, 1)
-    this.without = {}; // {norm, shortcut}: switched off in the decoder's ResNet blocks
+    this.without = {}; // {norm, silu, shortcut, nearest}: switched off in the decoder's blocks
     this.progress = () => {};
   }
 
@@ -137,14 +137,15 @@ export class Band {
 
   async conv(name, x, { weight = name, norm = null, stride = 1, up = false, add = null } = {}) {
     if (!this.due(name)) return this.maps.get(name);
-    const source = norm ? this.activated(x, norm) : up ? this.upsampled(x) : x;
+    const off = SWITCHED.test(name) ? this.without : {};
+    const source = norm ? this.activated(x, norm, { plain: off.silu }) : up ? this.upsampled(x, off.nearest) : x;
     const packed = this.matrix(weight);
     const bias = this.vector(`${weight}.bias`);
     const real = this.tensors[`${weight}.bias`].shape[0];
     const y = this.create(name, source.rows / stride, source.width / stride, real);
     y.from = { input: x.name, weight, norm, stride, up, add: add?.name ?? null };
     this.convolve(source, packed, bias, y, stride, stride === 2 ? this.shift : 0);
-    if (add && !(this.without.shortcut && SWITCHED.test(name))) this.plus(y, add);
+    if (add && !off.shortcut) this.plus(y, add);
     return this.finish(y);
   }
 
@@ -167,7 +168,7 @@ export class Band {
 
   // Winograd's F(4x4, 3x3): 36 multiplications for 4x4 outputs where the sum has 144.
   winograd(x, packed, bias, y) {
-    const { k, n } = packed, { gemm, winograd_in, winograd_out } = this.kernels;
+    const { k, n } = packed, { product, winograd_in, winograd_out } = this.kernels;
     const weight = (packed.winograd ??= this.pack(packed, () => winograd(packed)));
     // a position's products, and a gap: at multiples of 4 kB they would share one set of the cache
     const inputs = CHUNK * k + 16, outputs = CHUNK * n + 16;
@@ -176,9 +177,8 @@ export class Band {
       for (let tile = 0; tile < y.width / 4; tile += CHUNK) {
         const count = Math.min(CHUNK, y.width / 4 - tile);
         winograd_in(this.pixel(x, i - 1, 4 * tile - 1), x.row, x.pixel, v, inputs * 4, count, k);
-        this.view(m, 36 * outputs).fill(0);
         for (let p = 0; p < 36; p++)
-          gemm(v + p * inputs * 4, weight.at + p * k * n * 4, m + p * outputs * 4,
+          product(v + p * inputs * 4, weight.at + p * k * n * 4, m + p * outputs * 4,
             count, k, n, k * 4, n * 4, n * 4);
         winograd_out(m, outputs * 4, this.pixel(y, i, 4 * tile), y.row, y.pixel, bias.at, count, n);
       }
@@ -214,7 +214,7 @@ export class Band {
   }
 
   // SiLU of GroupNorm, also in the neighbours' rows; beyond the photo's border zeros stay zeros.
-  activated(x, norm, plain = false) {
+  activated(x, norm, { plain = false } = {}) {
     const { scale, shift } = this.affine(x, norm), y = this.frame("activated", x.rows, x.width, x.channels);
     const a = this.buffer("scale", x.channels), b = this.buffer("shift", x.channels);
     this.view(a, x.channels).set(scale);
@@ -229,19 +229,21 @@ export class Band {
     return (i >= 0 || this.rank > 0) && (i < x.rows || this.rank < this.ranks - 1);
   }
 
-  upsampled(x) {
+  // Each value as a square of four; or `apart`, four times as large with three zeros around it,
+  // which makes the next convolution a transposed one.
+  upsampled(x, apart = false) {
     const y = this.frame("upsampled", 2 * x.rows, 2 * x.width, x.channels), n = x.channels;
-    const line = new Float32Array(y.width * n);
+    const line = new Float32Array(y.width * n), zeros = new Float32Array(y.width * n);
     for (let i = -1; i <= x.rows; i++) {
       if (!this.hasRow(x, i)) continue;
       const from = this.values(x, i, 0, x.width);
       for (let j = 0; j < x.width; j++) {
         const one = from.subarray(j * n, (j + 1) * n);
-        line.set(one, 2 * j * n);
-        line.set(one, (2 * j + 1) * n);
+        line.set(apart ? one.map((value) => 4 * value) : one, 2 * j * n);
+        if (!apart) line.set(one, (2 * j + 1) * n);
       }
       for (const row of [2 * i, 2 * i + 1])
-        if (row >= -1 && row <= y.rows) this.values(y, row, 0, y.width).set(line);
+        if (row >= -1 && row <= y.rows) this.values(y, row, 0, y.width).set(apart && row % 2 ? zeros : line);
     }
     return y;
   }
@@ -267,8 +269,8 @@ export class Band {
   // One head, as wide as the map has channels: every position reads every other.
   async attention(name, x) {
     if (!this.due(name)) return this.maps.get(name);
-    const n = x.channels, own = x.rows * x.width, all = own * this.ranks, { gemm } = this.kernels;
-    const tokens = this.tokens("tokens", this.activated(x, `${name}.group_norm`, true));
+    const n = x.channels, own = x.rows * x.width, all = own * this.ranks, { product } = this.kernels;
+    const tokens = this.tokens("tokens", this.activated(x, `${name}.group_norm`, { plain: true }));
     const query = this.linear("query", tokens, own, `${name}.to_q`, 1 / Math.sqrt(n));
     const key = this.linear("key", tokens, own, `${name}.to_k`);
     const value = this.linear("value", tokens, own, `${name}.to_v`);
@@ -283,14 +285,13 @@ export class Band {
         for (let c = 0; c < n; c++) turned[c * all + rank * own + t] = part.key[t * n + c];
     });
     const scores = this.buffer("scores", own * all), mixed = this.buffer("mixed", own * n);
-    this.view(scores, own * all).fill(0);
-    gemm(query, keys, scores, own, n, all, n * 4, all * 4, all * 4);
+    product(query, keys, scores, own, n, all, n * 4, all * 4, all * 4);
     for (let t = 0; t < own; t++) softmax(this.view(scores + t * all * 4, all));
-    this.view(mixed, own * n).fill(0);
-    gemm(scores, values, mixed, own, all, n, all * 4, n * 4, n * 4);
+    product(scores, values, mixed, own, all, n, all * 4, n * 4, n * 4);
     const out = this.linear("out", mixed, own, `${name}.to_out.0`);
     const y = this.create(name, x.rows, x.width, x.real);
-    y.from = { input: x.name, attention: true };
+    // `mixed` is what the last linear layer reads
+    y.from = { input: x.name, attention: true, weight: `${name}.to_out.0`, mixed: this.view(mixed, own * n).slice() };
     for (let i = 0; i < y.rows; i++)
       this.values(y, i, 0, y.width).set(this.view(out + i * y.width * n * 4, y.width * n));
     this.plus(y, x);

@@ -129,7 +129,7 @@ async function throughAttention(band, name, x, dy, key) {
   const matrix = (part) => band.matrix(`${name}.${part}`).values; // (inputs, outputs)
   const read = (at, count) => band.view(at, count).slice();
   // forward once more, for what the shared buffers no longer hold
-  const tokens = band.tokens("tokens", band.activated(x, `${name}.group_norm`, true));
+  const tokens = band.tokens("tokens", band.activated(x, `${name}.group_norm`, { plain: true }));
   const query = read(band.linear("query", tokens, own, `${name}.to_q`), own * n);
   const key_ = read(band.linear("key", tokens, own, `${name}.to_k`), own * n);
   const value = read(band.linear("value", tokens, own, `${name}.to_v`), own * n);

@@ -3,6 +3,20 @@
 
 export const LEVELS = 4;
 
+// The parts of the network in order: side, name, and what its points are called.
+const each = Array.from({ length: LEVELS }, (_, level) => level);
+export const PARTS = [
+  ["encoder", "conv_in", /^encoder\.conv_in/],
+  ...each.map((level) => ["encoder", `down ${level}`, new RegExp(`^encoder\\.down_blocks\\.${level}`)]),
+  ["encoder", "mid block", /^encoder\.mid_block/],
+  ["encoder", "conv_out", /^encoder\.conv_out/],
+  ["encoder", "latents", /^(post_)?quant_conv|^latents/],
+  ["decoder", "conv_in", /^decoder\.conv_in/],
+  ["decoder", "mid block", /^decoder\.mid_block/],
+  ...each.map((level) => ["decoder", `up ${level}`, new RegExp(`^decoder\\.up_blocks\\.${level}`)]),
+  ["decoder", "conv_out", /^decoder\.conv_out/],
+].map(([side, label, has]) => ({ side, label, has }));
+
 async function resnet(ops, name, x) {
   const hidden = await ops.conv(`${name}.conv1`, x, { norm: `${name}.norm1` });
   return ops.conv(name, hidden, { weight: `${name}.conv2`, norm: `${name}.norm2`, add: x });
@@ -61,7 +75,7 @@ export function outline(shapes, size) {
       return listed(name, x, { kind: "conv", weight, norm, stride, up, add: add?.name ?? null,
         channels, inputs, kernel, height, width, multiplies });
     },
-    attention: (name, x) => listed(name, x, { kind: "attention", channels: x.channels,
+    attention: (name, x) => listed(name, x, { kind: "attention", weight: `${name}.to_out.0`, channels: x.channels, inputs: x.channels,
       multiplies: x.height * x.width * x.channels * (4 * x.channels + 2 * x.height * x.width) }),
     mean: (name, x) => listed(name, x, { kind: "mean", channels: x.channels / 2, multiplies: 0 }),
   };

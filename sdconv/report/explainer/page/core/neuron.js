@@ -1,10 +1,12 @@
 // One value of a feature map, taken apart: the numbers under the kernel, the weights, the rest.
+// Of attention, it is the last linear layer, which reads averages over all positions.
 
 import { floats } from "./weights.js";
 
 // Null where the value's row belongs to another worker.
 export function neuron(band, name, channel, i, j) {
-  const y = band.maps.get(name), { input, weight, norm, stride, up, add } = y.from;
+  const y = band.maps.get(name), { input, weight, norm = null, stride = 1, up = false, mixed = null } = y.from;
+  const add = mixed ? input : y.from.add;
   const row = i - band.rank * y.rows;
   if (row < 0 || row >= y.rows) return null;
   const x = band.maps.get(input), tensor = band.tensors[`${weight}.weight`];
@@ -20,7 +22,8 @@ export function neuron(band, name, channel, i, j) {
         || (r >= height && band.rank === band.ranks - 1);
       outside.push(beyond);
       if (beyond) continue;
-      const pixel = up ? band.values(x, Math.floor(r / 2), Math.floor(c / 2)) : band.values(x, r, c);
+      const pixel = mixed ? mixed.subarray((r * x.width + c) * x.channels)
+        : up ? band.values(x, Math.floor(r / 2), Math.floor(c / 2)) : band.values(x, r, c);
       for (let k = 0; k < count; k++) {
         const z = affine ? pixel[k] * affine.scale[k] + affine.shift[k] : pixel[k];
         inputs[k * area + u * size + v] = affine ? z / (1 + Math.exp(-z)) : z;

@@ -78,7 +78,8 @@ const answers = {
   // The group's mean and standard deviation, and GroupNorm's weight and bias for one channel.
   norm({ name, norm, channel }) {
     const { scale, shift, groups, size } = band.affine(band.maps.get(name), norm);
-    return { ...groups[Math.floor(channel / size)], scale: scale[channel], shift: shift[channel] };
+    const { mean, std } = groups[Math.floor(channel / size)];
+    return { mean, std, weight: scale[channel] * std, bias: shift[channel] + mean * scale[channel] };
   },
 };
 

@@ -2,77 +2,95 @@
 
 import { SIZE } from "../core/vae.js";
 import { drawGrey, drawPhoto, percentiles, picker } from "../ui/canvas.js";
-import { choice, el, html, python, select, short, slider, toggle } from "../ui/dom.js";
+import { choice, el, html, python, select, short, slider, tell, toggle } from "../ui/dom.js";
 import { inPython } from "../ui/edits.js";
 import { state } from "../ui/state.js";
 
 export const blocks = {
   id: "blocks",
-  title: "Between the convolutions",
-  lead: `<p>Convolutions alone do not make a network. Three more parts are in every block of the VAE; here you can switch them off.</p>`,
+  title: "Between the convolutions, and checkerboards",
+  short: "Blocks",
+  lead: `<p>Convolutions alone do not make a network. Between them stand a normalisation, an activation function and a shortcut, and between the levels of the decoder an upsampling. Here you can switch each of them off.</p>`,
 
   build({ root, section, vae: network, photo, follow }) {
-    root.append(html(`<div><h3>GroupNorm and the shortcut</h3><p><b>GroupNorm</b> takes the mean of a few maps away and divides by their deviation, so that no layer gets numbers that are much too large or too small. The <b>shortcut</b> adds a block’s input to what its convolutions make of it. Switch either off in the decoder: the weights were trained with both.</p></div>`));
+    root.append(html(`<div><h3>Four parts of the decoder</h3><p><b>GroupNorm</b> takes the mean of a few maps away and divides by their deviation, so that no layer gets numbers that are much too large or too small. <b>SiLU</b> lets large positive numbers pass and holds negative ones back. The <b>shortcut</b> (or residual path) adds a block’s input to what its convolutions make of it. <b>Nearest upsampling</b> repeats each value as a 2 × 2 square; switched off, a transposed convolution with the same weights takes its place. The weights were trained with all four. The switches are for the decoder’s blocks; its last GroupNorm, before <code>conv_out</code>, stays.</p></div>`));
     switches({ root, section, network, follow });
     root.append(html(`<div><h3>What a block adds</h3><p>Because of the shortcut, the convolutions of a block only have to say what should change.</p></div>`));
     residual({ root, section, network, follow });
-    root.append(html(`<div><h3>Upsampling, and where checkerboards come from</h3><p>To make a map larger, the decoder repeats each value as a 2 × 2 square (<b>nearest</b>) and convolves the result. Older networks used a <b>transposed convolution</b>: each value lays down a copy of the kernel, two pixels from the last one. Where the copies overlap unevenly, some pixels get more products than their neighbours: a checkerboard. Point at a pixel and count.</p></div>`));
+    root.append(html(`<div><h3>Upsampling, and where checkerboards come from</h3><p>To make a map larger, the decoder repeats each value as a 2 × 2 square (<b>nearest</b>) and convolves the result. Older networks used a <b>transposed convolution</b>: each value puts down a copy of the kernel, multiplied by the value, two pixels from the last one. Where the copies overlap unevenly, some pixels get more products than their neighbours: a checkerboard. Point at a pixel and count.</p></div>`));
     upsampling({ root, section, photo });
   },
 };
 
+const SWITCHES = { norm: "GroupNorm", silu: "SiLU", shortcut: "shortcut", nearest: "nearest upsampling" };
+const WITHOUT = {
+  norm: "Without GroupNorm the convolutions get numbers of a size that they were not trained on, and the picture breaks down.",
+  silu: "Without SiLU a block can only weigh and add; nothing is held back. Colours and contrast come out harsh.",
+  shortcut: "Without the shortcut every block has to make the whole picture by itself. It was not trained to, and most of the photo is lost.",
+  nearest: "A transposed convolution puts three zeros next to each value instead of three copies. Some pixels then get more products than their neighbours: the picture gets a grid, a checkerboard.",
+};
+
 function switches({ root, section, network, follow }) {
-  const { values: now, set } = state("switch", { norm: true, shortcut: true }, () => render());
-  const norm = toggle({ label: "GroupNorm", value: true, onchange: (on) => set({ norm: on }) });
-  const shortcut = toggle({ label: "shortcut", value: true, onchange: (on) => set({ shortcut: on }) });
+  const names = Object.keys(SWITCHES);
+  const { values: now, set } = state("switch", Object.fromEntries(names.map((name) => [name, true])), () => render());
+  const toggles = names.map((name) => toggle({ label: SWITCHES[name], value: true, onchange: (on) => set({ [name]: on }) }));
   const picture = el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": "The decoded picture" });
   const bars = el("div", { class: "products", role: "img" });
   const words = el("p", { class: "note", role: "status" });
   const code = python();
-  root.append(el("div", { class: "split thirds" }, el("figure", {}, picture, el("figcaption", {}, "decoded")),
-    el("div", { class: "panel" }, el("div", { class: "controls" }, norm, shortcut),
-      el("p", { class: "note" }, "Spread (standard deviation) of the values after each block of the decoder; each step of the scale is ten times more."), bars, words)), code);
+  const node = el("div", { class: "split thirds" }, el("figure", {}, picture, el("figcaption", {}, "decoded")),
+    el("div", { class: "panel" }, el("div", { class: "controls" }, toggles), words,
+      el("p", { class: "note" }, "Spread (standard deviation) of the values after each block of the decoder; each step of the scale, from 0.01 on, is ten times more. Pale: as trained."), bars));
+  root.append(node, code);
 
   let usual = null, usualPhoto = null, turn = 0;
   async function render() {
     if (!network.version) return;
-    norm.set(now.norm);
-    shortcut.set(now.shortcut);
-    const mine = ++turn;
-    const names = network.points.filter(({ name, add }) => add && name.startsWith("decoder.")).map(({ name }) => name);
-    const read = [...names, "decoder.conv_out"], current = network.wanted.photo;
+    names.forEach((name, at) => toggles[at].set(now[name]));
+    const mine = ++turn, off = names.filter((name) => !now[name]);
+    if (off.length) words.textContent = "Computing…";
+    const blocks = network.points.filter(({ name, add }) => add && name.startsWith("decoder.")).map(({ name }) => name);
+    const read = [...blocks, "decoder.conv_out"], current = network.wanted.photo;
     const trained = current === usualPhoto ? usual : await network.decodedWith({}, read);
     [usual, usualPhoto] = [trained, current];
-    const { picture: values, spread } = now.norm && now.shortcut ? usual
-      : await network.decodedWith({ without: { norm: !now.norm, shortcut: !now.shortcut } }, read);
+    const { picture: values, spread } = off.length
+      ? await network.decodedWith({ without: Object.fromEntries(off.map((name) => [name, true])) }, read) : usual;
     if (mine !== turn) return;
     drawPhoto(picture, values, SIZE, SIZE);
-    const log = (x) => (Number.isFinite(x) ? Math.max(0, Math.min(100, (Math.log10(Math.max(x, 1e-3)) + 3) / 10 * 100)) : 100);
-    bars.replaceChildren(...names.map((name, at) => el("div", { class: "bar-row" }, el("span", {}, name.replace("decoder.", "").replace("resnets.", "")),
-      el("span", { class: "log ticks", style: "--step:10%" }, el("i", { class: "usual", style: `width:${log(usual.spread[at])}%` }), el("i", { style: `width:${log(spread[at])}%` })), el("b", {}, magnitude(spread[at])))));
+    const log = (x) => (Number.isFinite(x) ? Math.max(0, Math.min(100, (Math.log10(Math.max(x, 1e-2)) + 2) / 16 * 100)) : 100);
+    bars.replaceChildren(...blocks.map((name, at) => el("div", { class: "bar-row" }, el("span", {}, name.replace("decoder.", "").replace("resnets.", "")),
+      el("span", { class: "log ticks", style: "--step:6.25%" }, el("i", { class: "usual", style: `width:${log(usual.spread[at])}%` }), el("i", { style: `width:${log(spread[at])}%` })), el("b", {}, magnitude(spread[at])))));
     bars.setAttribute("aria-label", `Spread after the first block ${magnitude(spread[0])}, after the last ${magnitude(spread.at(-2))}`);
-    words.textContent = now.norm && now.shortcut ? "As trained. The spread grows by the shortcut: each block adds to what is there."
-      : now.norm ? "Without the shortcut every block has to make the whole picture by itself. It was not trained to, and most of the photo is lost."
-        : "Without GroupNorm the convolutions get numbers of a size that they were not trained on, and the picture breaks down.";
-    code.show(switchLines(now), spread.at(-1));
-    section.dataset.switched = `${now.norm} ${now.shortcut}`;
+    words.textContent = off.length ? off.map((name) => WITHOUT[name]).join(" ")
+      : "As trained. Within a level the spread hardly changes: a block adds little to what is there. It jumps where an upsampler’s convolution stands in between, which has no shortcut.";
+    code.show(switchLines(now), Number(spread.at(-1).toFixed(3))); // rounding grows where GroupNorm is off
+    section.dataset.switched = names.map((name) => now[name]).join(" ");
   }
   // changed channels do not matter here
-  follow(section, () => { if (network.wanted.photo !== usualPhoto) render(); });
+  follow(section, () => { if (network.wanted.photo !== usualPhoto) render(); }, [node]);
 }
 
 const magnitude = (x) => (!Number.isFinite(x) ? "∞" : x >= 1e5 || x < 0.01 ? x.toExponential(0) : short(x, x < 10 ? 2 : 0));
 
-function switchLines({ norm, shortcut }) {
-  const start = norm && shortcut ? "changed = vae\n" : `import copy
-from sdconv.models.blocks import ResnetBlock2D
+function switchLines({ norm, silu, shortcut, nearest }) {
+  const inBlocks = [
+    norm ? "" : "        block.norm1 = block.norm2 = torch.nn.Identity()\n",
+    silu ? "" : "        block.nonlinearity = torch.nn.Identity()\n",
+    shortcut ? "" : "        block.register_forward_hook(lambda block, inputs, output: output - inputs[0])\n",
+  ].join("");
+  const start = inBlocks || !nearest ? `import copy
+from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 changed = copy.deepcopy(vae)
 for block in changed.decoder.modules():
-    if isinstance(block, ResnetBlock2D):
-${norm ? "" : "        block.norm1 = block.norm2 = torch.nn.Identity()\n"}${shortcut ? "" : "        block.register_forward_hook(lambda block, inputs, output: output - inputs[0])\n"}`;
-  return `${start}with torch.no_grad():
+` : "changed = vae\n";
+  return `${start}${inBlocks && `    if isinstance(block, ResnetBlock2D):\n${inBlocks}`}${nearest ? "" : `    if isinstance(block, Upsample2D):
+        block.register_forward_hook(lambda block, inputs, output: torch.nn.functional.conv_transpose2d(
+            4 * inputs[0], block.conv.weight.transpose(0, 1).flip(2, 3), block.conv.bias,
+            stride=2, padding=1, output_padding=1,
+        ))
+`}with torch.no_grad():
     decoded = changed.decode(vae.encode(photo).latent_dist.mode()).sample
-print(decoded.std(correction=0).item())`;
+print(round(decoded.std(correction=0).item(), 3))`;
 }
 
 function residual({ root, section, network, follow }) {
@@ -84,7 +102,8 @@ function residual({ root, section, network, follow }) {
     return { canvas, node: el("figure", {}, canvas, el("figcaption", {}, words)) };
   });
   const code = python();
-  root.append(el("div", { class: "controls" }, block, channel), el("div", { class: "trio" }, pictures.map(({ node }) => node)), code);
+  const maps = el("div", { class: "trio" }, pictures.map(({ node }) => node)), scale = el("p", { class: "note" });
+  root.append(el("div", { class: "controls" }, block, channel), maps, scale, code);
 
   let filled = false;
   async function render() {
@@ -99,6 +118,7 @@ function residual({ root, section, network, follow }) {
     const [before, after] = [await network.planes(point.add, [now.channel]), await network.planes(point.name, [now.channel])];
     const added = after.values.map((x, at) => x - before.values[at]), { width, height } = after;
     const range = percentiles(after.values), middle = (range[0] + range[1]) / 2;
+    scale.textContent = `All three on one scale: ${short(range[1] - range[0])} from black to white. In the middle picture grey is 0; at the left and the right black is ${short(range[0])} or less.`;
     drawGrey(pictures[0].canvas, before.values, width, height, range);
     drawGrey(pictures[1].canvas, added, width, height, [range[0] - middle, range[1] - middle]);
     drawGrey(pictures[2].canvas, after.values, width, height, range);
@@ -110,13 +130,13 @@ with torch.no_grad()${managers}, sdconv.capture(vae, [before, after]) as maps:
 ${scaling}    vae.decode(latents)
 print([maps[name][0, ${now.channel}, ${i}, ${j}].item() for name in (before, after)])`, [before.values[i * width + j], after.values[i * width + j]]);
   }
-  follow(section, render);
+  follow(section, render, [maps]);
 }
 
 const COUNT = 8;
 
 function upsampling({ root, section, photo }) {
-  const { values: now, set } = state("up", { how: "transposed", size: 3, on: "flat", i: 4, j: 5 }, () => render(), (v) =>
+  const { values: now, set } = state("up", { how: "transposed", size: 3, on: "flat", i: 6, j: 6 }, () => render(), (v) =>
     ["nearest", "transposed"].includes(v.how) && v.size >= 2 && v.size <= 5 && ["flat", "photo"].includes(v.on) && v.i >= 0 && v.j >= 0);
   const how = choice({ label: "upsampling", options: [["nearest", "nearest, then 3 × 3"], ["transposed", "transposed convolution"]], value: now.how, onchange: (x) => set({ how: x }) });
   const size = slider({ label: "kernel of the transposed one", min: 2, max: 5, value: now.size, words: (x) => `${x} × ${x}`, oninput: (x) => set({ size: x }) });
@@ -144,9 +164,9 @@ function upsampling({ root, section, photo }) {
     const inner = [];
     for (let i = 2; i < large.n - 4; i++) for (let j = 2; j < large.n - 4; j++) inner.push(large.counts[i * large.n + j]);
     const kinds = [...new Set(inner)].sort((a, b) => a - b);
-    words.replaceChildren(`Row ${now.i}, column ${now.j}: `, el("b", { class: "output" }, `${count} ${count === 1 ? "product" : "products"}`), ". ",
-      kinds.length === 1 ? `Away from the border every pixel gets ${kinds[0]}: the map stays even.`
-        : `Neighbours get ${kinds.slice(0, -1).join(", ")} or ${kinds.at(-1)}: even a flat input comes out as a checkerboard.`);
+    tell(words, `Row ${now.i}, column ${now.j}: `, el("b", { class: "output" }, `${count} ${count === 1 ? "product" : "products"}`), ". ",
+      kinds.length > 1 ? `Neighbours get ${kinds.slice(0, -1).join(", ")} or ${kinds.at(-1)}: even a flat input comes out as a checkerboard. The stride 2 does not divide the kernel’s ${now.size}.`
+        : `Away from the border every pixel gets ${kinds[0]}: the map stays even${now.how === "nearest" ? ", whatever the kernel" : `, for the stride 2 divides the kernel’s ${now.size}. But unequal weights can still draw a checkerboard`}.`);
     const shown = Math.min(9, large.n);
     cells.style.setProperty("--columns", shown);
     cells.replaceChildren(...Array.from({ length: shown * shown }, (_, at) => {

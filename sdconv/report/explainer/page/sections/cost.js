@@ -3,41 +3,47 @@
 import { choice, el, grouped, html, python, short, slider } from "../ui/dom.js";
 import { state } from "../ui/state.js";
 
+const ALL_LAYERS = `points = sdconv.features(vae, size=256)
+print(sum(point.multiplies for point in points if point.kind == "conv"))`;
 const SIZES = [16, 32, 64, 128, 256, 512];
 
 export const cost = {
   id: "cost",
   title: "What it costs",
-  lead: `<p>A convolution learns few numbers and uses each of them at every position. A <b>dense</b> layer learns one for every pair of an input and an output. Choose a layer and compare; each step of the scale is a thousand times more.</p>`,
+  short: "Cost",
+  lead: `<p>A convolution learns few numbers and uses each of them at every position. A <b>dense</b> layer learns one for every pair of an input and an output. Choose a layer and compare; each step of the scale is a thousand times more. The dense layer takes all input numbers and makes all output numbers at once.</p>`,
 
   build({ root, section, vae: network, whenNear }) {
-    const { values: now, set } = state("cost", { inputs: 64, outputs: 64, kernel: 3, size: 256 }, () => render(), (v) =>
-      v.inputs >= 1 && v.inputs <= 512 && v.outputs >= 1 && v.outputs <= 512 && [1, 3, 5, 7].includes(v.kernel) && SIZES.includes(v.size));
+    const { values: now, set } = state("cost", { inputs: 64, outputs: 64, kernel: 3, stride: 1, size: 256 }, () => render(), (v) =>
+      v.inputs >= 1 && v.inputs <= 512 && v.outputs >= 1 && v.outputs <= 512 && [1, 3, 5, 7].includes(v.kernel) && [1, 2].includes(v.stride) && SIZES.includes(v.size));
     const inputs = slider({ label: "channels in", min: 1, max: 512, value: now.inputs, oninput: (x) => set({ inputs: x }) });
     const outputs = slider({ label: "channels out", min: 1, max: 512, value: now.outputs, oninput: (x) => set({ outputs: x }) });
     const kernel = choice({ label: "kernel", options: [1, 3, 5, 7].map((x) => [String(x), `${x} × ${x}`]), value: now.kernel, onchange: (x) => set({ kernel: Number(x) }) });
-    const size = slider({ label: "picture", min: 0, max: SIZES.length - 1, value: SIZES.indexOf(now.size), words: (at) => `${SIZES[at]} × ${SIZES[at]}`, oninput: (at) => set({ size: SIZES[at] }) });
+    const stride = choice({ label: "stride", options: [["1", "1"], ["2", "2"]], value: now.stride, onchange: (x) => set({ stride: Number(x) }) });
+    const size = slider({ label: "photo", min: 0, max: SIZES.length - 1, value: SIZES.indexOf(now.size), words: (at) => `${SIZES[at]} × ${SIZES[at]}`, oninput: (at) => set({ size: SIZES[at] }) });
     const table = el("div", { class: "costs" });
     const words = el("p", { class: "verdict", role: "status" });
-    const code = python();
+    const code = python(), layersCode = python("All convolutions together: in Python");
     const demo = winograd();
     const layers = el("div", { class: "products", role: "img", "aria-label": "Multiplications of each part of the VAE" });
-    root.append(el("div", { class: "controls" }, inputs, outputs, kernel, size), el("div", { class: "panel" }, table, words), code,
-      html(`<div><h3>Fewer multiplications: Winograd</h3><p>Neighbouring outputs share inputs, and that can be used. Two outputs of a row and a kernel of three take 2 × 3 = 6 multiplications. Added and subtracted in the right order beforehand, four are enough. In two directions: a square of 4 × 4 outputs takes 16 × 9 = <b>144</b> products directly and 6 × 6 = <b>36</b> with Winograd’s F(4 × 4, 3 × 3). So this page runs the network.</p></div>`),
+    root.append(el("div", { class: "controls" }, inputs, outputs, size, kernel, stride), el("div", { class: "panel" }, table, words), code,
+      html(`<div><h3>Fewer multiplications: Winograd</h3><p>Neighbouring outputs share inputs, and that can be used. Two outputs of a row and a kernel of three take 2 × 3 = 6 multiplications. Added and subtracted in the right order beforehand, four are enough. In two directions and for a square of 4 × 4 outputs, that makes 6 × 6 = <b>36</b> multiplications where the direct way has 16 × 9 = <b>144</b>. This is Winograd’s F(4 × 4, 3 × 3), and this page computes nearly all of the network with it.</p></div>`),
       demo.node, demo.code,
-      html(`<div><h3>Where the VAE’s time goes</h3><p>The parts near the photo’s full size have no more weights than the others, and nearly all of the work.</p></div>`),
-      el("div", { class: "panel" }, layers));
+      html(`<div><h3>Where the VAE’s time goes</h3><p>Multiplications of each part for one photo, in millions (M) or thousands of millions (G). The parts near the photo’s full size have no more weights than the others, and nearly all of the work.</p></div>`),
+      el("div", { class: "panel" }, layers), layersCode);
 
     function render() {
       inputs.set(now.inputs);
       outputs.set(now.outputs);
       kernel.set(now.kernel);
+      stride.set(now.stride);
       size.set(SIZES.indexOf(now.size));
-      const area = now.size ** 2, weights = now.inputs * now.kernel ** 2 * now.outputs;
+      const side = now.size / now.stride, area = side ** 2, weights = now.inputs * now.kernel ** 2 * now.outputs;
+      const pairs = now.size ** 2 * now.inputs * area * now.outputs;
       const rows = [
-        ["dense layer", area * now.inputs * area * now.outputs + area * now.outputs, area * now.inputs * area * now.outputs, "soft"],
+        ["dense layer", pairs + area * now.outputs, pairs, "soft"],
         ["convolution", weights + now.outputs, weights * area, "kernel"],
-        ...(now.kernel === 3 ? [["with Winograd, 36 for 144", null, weights * area / 4, "output"]] : []),
+        ...(now.kernel === 3 && now.stride === 1 ? [["by Winograd’s method", null, weights * area * 36 / 144, "output"]] : []),
       ];
       const width = (x) => `${Math.max(1, Math.log10(x) / 18 * 100)}%`;
       table.replaceChildren(...["learned numbers", "multiplications"].flatMap((title, column) => [el("h4", {}, title),
@@ -48,11 +54,12 @@ export const cost = {
       code.show(`from sdconv.convolution.geometry import (
     conv_multiplies, conv_parameters, dense_multiplies, dense_parameters,
 )
-inputs, outputs, side = ${now.inputs}, ${now.outputs}, ${now.size}
+inputs, outputs, side, to = ${now.inputs}, ${now.outputs}, ${now.size}, ${side}  # channels, channels, pixels, pixels
 print([
-    dense_parameters(inputs * side**2, outputs * side**2), dense_multiplies(inputs * side**2, outputs * side**2),
-    conv_parameters(inputs, outputs, ${now.kernel}), conv_multiplies(inputs, outputs, ${now.kernel}, side),
-])`, [rows[0][1], rows[0][2], rows[1][1], rows[1][2]]);
+    dense_parameters(inputs * side**2, outputs * to**2), dense_multiplies(inputs * side**2, outputs * to**2),
+    conv_parameters(inputs, outputs, ${now.kernel}), conv_multiplies(inputs, outputs, ${now.kernel}, to),${rows[2] ? `
+    conv_multiplies(inputs, outputs, 3, to) * 36 // 144,` : ""}
+])`, [rows[0][1], rows[0][2], rows[1][1], ...rows.slice(1).map((row) => row[2])]);
       section.dataset.times = String(times);
     }
     render();
@@ -65,6 +72,8 @@ print([
         parts.set(part, (parts.get(part) ?? 0) + multiplies);
       }
       const most = Math.max(...parts.values());
+      layers.setAttribute("aria-label", `Multiplications of each part of the VAE, in millions: ${[...parts].map(([name, x]) => `${name} ${Math.round(x / 1e6)}`).join(", ")}`);
+      layersCode.show(ALL_LAYERS, network.points.reduce((sum, { kind, multiplies }) => sum + (kind === "conv" ? multiplies : 0), 0));
       layers.replaceChildren(...[...parts].map(([name, x]) => el("div", { class: "bar-row" }, el("span", {}, name),
         el("span", { class: "log" }, el("i", { style: `width:${x / most * 100}%` })), el("b", {}, x < 1e7 ? `${short(x / 1e6, 1)} M` : `${short(x / 1e9)} G`))));
     });
@@ -77,13 +86,15 @@ function winograd() {
   const field = (label, name, count, kind) => {
     const input = el("input", { type: "text", spellcheck: "false", autocomplete: "off", oninput: () => {
       input.setAttribute("aria-invalid", String(!list(input.value, count)));
+      problem.textContent = list(input.value, count) ? "" : `${count} numbers with commas between them are needed here.`;
       if (list(input.value, count)) set({ [name]: input.value });
     } });
     return { input, node: el("label", { class: "text" }, el("span", { class: kind }, label), input) };
   };
+  const problem = el("p", { class: "note minus", role: "alert" });
   const inputs = field("four numbers of a row", "d", 4, "input"), weights = field("three weights", "g", 3, "kernel");
   const direct = el("div", { class: "panel" }), fast = el("div", { class: "panel" }), code = python();
-  const node = el("div", { class: "body flat" }, el("div", { class: "controls" }, inputs.node, weights.node), el("div", { class: "split" }, direct, fast));
+  const node = el("div", { class: "body flat" }, el("div", { class: "controls" }, inputs.node, weights.node), problem, el("div", { class: "split" }, direct, fast));
 
   function render() {
     const d = list(now.d, 4), g = list(now.g, 3), n = (x) => short(x, Number.isInteger(x) ? 0 : 2);
@@ -99,13 +110,14 @@ function winograd() {
       line(`m₃ = (${n(d[2])} − ${n(d[1])}) × ${n((g[0] - g[1] + g[2]) / 2)} =`, m[2]),
       line(`m₄ = (${n(d[1])} − ${n(d[3])}) × ${n(g[2])} =`, m[3]),
       line("m₁ + m₂ + m₃ =", m[0] + m[1] + m[2]), line("m₂ − m₃ − m₄ =", m[1] - m[2] - m[3]));
-    code.show(`print(convolve([${d.join(", ")}], [${g.join(", ")}][::-1])[2:4])`, y);
+    code.show(`weights = [${g.join(", ")}]
+print(convolve([${d.join(", ")}], weights[::-1])[2:4])  # turned beforehand: convolve turns them back`, y);
   }
   render();
   return { node, code };
 }
 
 function list(text, count) {
-  const found = text.split(",").map((part) => (part.trim() ? Number(part) : NaN));
+  const found = text.replaceAll("−", "-").split(",").map((part) => (part.trim() ? Number(part) : NaN));
   return found.length === count && found.every(Number.isFinite) ? found : null;
 }

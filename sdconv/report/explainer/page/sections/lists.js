@@ -1,27 +1,31 @@
 // Two lists: one slides, turned around, under the other.
 
 import { convolve, meetings } from "../core/convolution.js";
-import { button, choice, el, python, printed, slider } from "../ui/dom.js";
+import { button, choice, el, python, printed, slider, tell } from "../ui/dom.js";
 import { state } from "../ui/state.js";
 
 const PRESETS = {
-  small: ["1, 2, 3", "0, 1, 10"],
-  "two dice": ["0, 1, 1, 1, 1, 1, 1", "0, 1, 1, 1, 1, 1, 1"],
-  "mean of two": ["0, 0, 0, 6, 6, 6", "0.5, 0.5"],
-  rise: ["0, 0, 0, 6, 6, 6", "1, -1"],
+  small: ["1, 2, 3", "0, 1, 10", 2, "Small enough to do it in your head."],
+  "two dice": ["0, 1, 1, 1, 1, 1, 1", "0, 1, 1, 1, 1, 1, 1", 7, "Each list counts in how many ways one die shows 0, 1, 2, … 6. The answer counts in how many ways two dice add up to 0, 1, 2, … 12: position 7 has the most."],
+  "mean of two": ["0, 0, 0, 6, 6, 6", "0.5, 0.5", 3, "Each answer is the mean of two neighbours, so the step becomes a slope. At the ends a neighbour is missing and counts as 0."],
+  rise: ["0, 0, 0, 6, 6, 6", "1, -1", 3, "Each answer is a number minus the one before it: it finds where the list rises. The last answer is the fall from 6 to nothing."],
 };
-const LONGEST = 9;
+const LONGEST = 9, LARGEST = 9999;
 
 // The numbers of a list as typed, or null.
 export function numbers(text) {
-  const parts = text.split(",").map((part) => part.trim());
+  const parts = text.replaceAll("−", "-").split(",").map((part) => part.trim());
   const found = parts.map(Number);
-  return parts.every(Boolean) && found.every(Number.isFinite) && found.length <= LONGEST ? found : null;
+  return parts.every(Boolean) && found.every((x) => Math.abs(x) <= LARGEST) && found.length <= LONGEST ? found : null;
 }
+
+// A number in a cell.
+const few = (x) => printed(Number(x.toPrecision(5))).replace("-", "−");
 
 export const lists = {
   id: "lists",
   title: "Two lists",
+  short: "Lists",
   lead: `<p>A convolution takes two lists of numbers and makes a third. Turn the second list around, push it under the first, multiply the numbers that <b>meet</b>, and add up the products. That is one number of the answer. Then push on by one. Drag the <b class="kernel">orange</b> list.</p>`,
 
   build({ root }) {
@@ -33,7 +37,7 @@ export const lists = {
       const input = el("input", { type: "text", inputmode: "text", spellcheck: "false", autocomplete: "off", oninput: () => {
         const found = numbers(input.value);
         input.setAttribute("aria-invalid", String(!found));
-        problem.textContent = found ? "" : `A list is up to ${LONGEST} numbers with commas between them, such as 1, 2, 3.`;
+        problem.textContent = found ? "" : `A list is up to ${LONGEST} numbers from −${LARGEST} to ${LARGEST}, with commas between them, such as 1, 2, 3. Until then, the lists below stay.`;
         if (found) set({ [name]: input.value, n: 0 });
       } });
       return { input, node: el("label", { class: "text" }, el("span", { class: kind }, label), input) };
@@ -41,14 +45,15 @@ export const lists = {
     const problem = el("p", { class: "note minus", role: "alert" });
     const first = field("first list", "a", "input"), second = field("second list", "b", "kernel");
     const preset = choice({ label: "Lists to begin with", value: "", options: Object.keys(PRESETS).map((name) => [name, name]),
-      onchange: (name) => set({ a: PRESETS[name][0], b: PRESETS[name][1], n: 0 }) });
+      onchange: (name) => set({ a: PRESETS[name][0], b: PRESETS[name][1], n: PRESETS[name][2] }) });
     const rail = el("div", { class: "rail", role: "img" });
     const at = slider({ label: "position", min: 0, max: 4, value: 2, oninput: (n) => set({ n }) });
     const play = button("Slide it", () => (timer ? stop() : start()));
     const sum = el("p", { class: "verdict", role: "status" });
     const answer = el("div", { class: "answer" });
     const code = python();
-    root.append(el("div", { class: "controls" }, first.node, second.node, preset), problem,
+    const about = el("p", { class: "note", role: "status" });
+    root.append(el("div", { class: "controls" }, first.node, second.node, preset), problem, about,
       el("div", { class: "panel" }, rail, el("div", { class: "controls" }, at, play), sum, answer), code);
 
     let timer = null;
@@ -82,20 +87,22 @@ export const lists = {
       for (const [{ input }, text] of [[first, now.a], [second, now.b]])
         if (document.activeElement !== input) { input.value = text; input.removeAttribute("aria-invalid"); }
       if (document.activeElement !== first.input && document.activeElement !== second.input) problem.textContent = "";
-      preset.set(Object.keys(PRESETS).find((name) => PRESETS[name][0] === now.a && PRESETS[name][1] === now.b) ?? "");
+      const known = Object.keys(PRESETS).find((name) => PRESETS[name][0] === now.a && PRESETS[name][1] === now.b);
+      preset.set(known ?? "");
+      tell(about, PRESETS[known]?.[3] ?? "");
       const pairs = meetings(a, b, n), all = convolve(a, b), room = b.length - 1;
       rail.style.setProperty("--columns", a.length + 2 * room);
-      const cell = (value, row, column, kind) => el("span", { class: kind, style: `grid-row:${row};grid-column:${column + 1}` }, printed(value));
+      const cell = (value, row, column, kind) => el("span", { class: kind, style: `grid-row:${row};grid-column:${column + 1}` }, few(value));
       rail.replaceChildren(
         ...a.map((x, m) => cell(x, 1, room + m, `in ${pairs.some((pair) => pair.m === m) ? "meets" : ""}`)),
         ...b.map((x, k) => cell(x, 2, n + room - k, `turned ${pairs.some((pair) => pair.other === k) ? "meets" : ""}`)),
         ...pairs.map(({ m, product }) => cell(product, 3, room + m, "product")));
-      const terms = pairs.map(({ m, other }) => `${printed(a[m])} × ${printed(b[other])}`).join(" + ");
+      const terms = pairs.map(({ m, other }) => `${few(a[m])} × ${few(b[other])}`).join(" + ");
       rail.setAttribute("aria-label", `At position ${n}: ${terms} = ${printed(all[n])}`);
       at.set(n, all.length - 1);
-      sum.replaceChildren(`${terms} = `, el("b", { class: "output" }, printed(Number(all[n].toPrecision(12)))));
+      tell(sum, `${terms} = `, el("b", { class: "output" }, few(all[n])));
       answer.replaceChildren(el("span", { class: "note" }, "the answer so far"),
-        ...all.map((x, m) => button(m <= n ? printed(Number(x.toPrecision(12))) : "?", () => set({ n: m }), {
+        ...all.map((x, m) => button(m <= n ? few(x) : "?", () => set({ n: m }), {
           class: `cell ${m === n ? "now" : ""}`, "aria-label": `position ${m}${m <= n ? `: ${printed(x)}` : ""}`, "aria-current": m === n ? "true" : "false" })));
       const literal = (list) => `[${list.join(", ")}]`;
       code.show(`print(convolve(${literal(a)}, ${literal(b)})[${n}])`, all[n]);

@@ -1,27 +1,33 @@
 // One value of a feature map, taken apart: why is this pixel bright?
 
 import { silu } from "../core/convolution.js";
-import { el, python, short, svg } from "../ui/dom.js";
+import { SIZE } from "../core/vae.js";
+import { drawGrey, drawPhoto, overlay } from "../ui/canvas.js";
+import { el, python, short, svg, tell } from "../ui/dom.js";
 import { inPython } from "../ui/edits.js";
 import { chooser, look } from "../ui/points.js";
 
-const SHOWN = 18;
+const SHOWN = 27;
 
 export const neuron = {
   id: "neuron",
   title: "The neuron: why is this pixel bright?",
-  lead: `<p>Each number of a feature map is the output of one <b>neuron</b>. It multiplies the numbers under its kernel (<b class="input">blue</b>) by its weights (<b class="kernel">orange</b>), adds up the products, and adds a constant, the <b>bias</b>. In the first layer there are 27 products: three colours, nine positions. In later layers there are nine for every channel below. Point at any value and read what made it.</p>`,
+  short: "Neuron",
+  lead: `<p>A colour photo has three planes: red, green, blue. So a kernel of the network’s first layer is three grids deep, 27 weights, and makes <b>one</b> feature map. The layer has 64 such kernels and makes 64 maps, its <b>channels</b>. A kernel of the next layer reads all of them: it is 64 grids deep.</p>
+<p>Each number of a map is the output of one <b>neuron</b>. It multiplies the numbers under its kernel (<b class="input">blue</b>) by its weights (<b class="kernel">orange</b>), adds up the products, and adds a constant, the <b>bias</b>. Point at any value of any map, and read what made it.</p>`,
 
-  build({ root, section, vae: network, follow }) {
+  build({ root, section, vae: network, photo, follow }) {
     const { values: now, set } = look(() => render());
     const choose = chooser(network, set, "point at a value");
     const why = el("p", { class: "verdict", role: "status" });
     const slices = el("div", { class: "slices" });
+    const reads = el("canvas", { width: 32, height: 32, role: "img", "aria-label": "What the kernel reads" });
+    const { node: over, mark } = overlay(32, 32), readsWords = el("figcaption");
     const list = el("div", { class: "products", role: "img" });
     const steps = el("ol", { class: "steps" });
     const code = python();
     root.append(el("div", { class: "split thirds" }, choose.node,
-      el("div", { class: "panel" }, why, slices, list, steps)), code);
+      el("div", { class: "panel" }, el("div", { class: "reads" }, el("figure", {}, el("div", { class: "plate still" }, reads, over), readsWords), why), slices, list, steps)), code);
 
     let turn = 0;
     async function render() {
@@ -31,10 +37,26 @@ export const neuron = {
       const found = await network.neuron(layer, channel, i, j);
       const next = network.points.find(({ input, norm }) => input === layer && norm);
       const norm = next && await network.norm(layer, next.norm, channel);
+      const strongest = largestChannel(found);
+      const input = point.input === "photo" ? null : await network.planes(point.input, [strongest]);
       if (mine !== turn) return;
+      drawInput(point, found, input, strongest);
       let below = 0;
       for (const x of values) below += x < value;
       show(point, found, norm, next, below / values.length);
+    }
+
+    // The photo, or of the map below the channel that matters most, and the kernel's place in it.
+    function drawInput({ kind, input, stride = 1, up = false }, { size }, map, channel) {
+      const { i, j } = now, edge = size === 3 && stride === 1 ? 1 : 0, scale = up ? 0.5 : stride;
+      const [height, width] = map ? [map.height, map.width] : [SIZE, SIZE];
+      if (map) drawGrey(reads, map.values, width, height);
+      else drawPhoto(reads, photo.planes, SIZE, SIZE);
+      over.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      const reach = up ? size / 2 : size;
+      if (kind === "attention") mark(0, 0, width, height);
+      else mark(j * scale - edge * (up ? 0.5 : 1), i * scale - edge * (up ? 0.5 : 1), reach, reach);
+      readsWords.textContent = map ? `${input}, channel ${channel}, and the kernel in it` : "the photo, and the kernel in it";
     }
 
     function show(point, found, norm, next, rank) {
@@ -45,25 +67,26 @@ export const neuron = {
       const named = (at) => `${channelName(point, Math.floor(at / area))}, ${place(at % area, found.size)}`;
       drawSlices(slices, point, found);
       drawProducts(list, { products, order, found, named });
-      const largest = order[0], up = products.filter((x) => x > 0).length;
-      why.replaceChildren(
-        `${rank > 0.5 ? `Brighter than ${Math.floor(rank * 100)} %` : `Darker than ${Math.floor((1 - rank) * 100)} %`} of this map. ${up} of ${products.length} products pull up, ${products.length - up} pull down or are 0. The strongest: `,
+      const largest = order[0], signs = [1, -1, 0].map((sign) => products.filter((x) => Math.sign(x) === sign).length);
+      tell(why,
+        `${rank > 0.5 ? `Brighter than ${Math.floor(rank * 100)} %` : `Darker than ${Math.floor((1 - rank) * 100)} %`} of this map. Of its ${products.length} products ${signs[0]} raise it and ${signs[1]} lower it${signs[2] ? `; ${signs[2]} are 0` : ""}. The largest: `,
         el("b", {}, named(largest)), `, ${short(found.inputs[largest], 3)} × ${short(found.weights[largest], 3)} = ${short(products[largest], 3)}. `,
+        Math.abs(found.shortcut ?? 0) > Math.abs(z) ? `But most comes through the shortcut: ${short(found.shortcut, 3)}. ` : "",
         found.outside.some(Boolean) ? "Here the kernel reaches beyond the edge: what lies there counts as 0." : "");
       const lines = [["products, added up", sum], ["plus the bias", found.bias, z]];
-      if (found.shortcut !== null) lines.push(["plus the block’s input (the shortcut)", found.shortcut, z + found.shortcut]);
+      if (found.shortcut !== null) lines.push([`plus the ${point.kind === "attention" ? "layer" : "block"}’s input (the shortcut)`, found.shortcut, z + found.shortcut]);
       const factor = network.announced.edits[now.layer]?.[now.channel] ?? 1;
       const value = factor * (z + (found.shortcut ?? 0));
       if (factor !== 1) lines.push([`times ${short(factor)}: you changed this channel in section 8`, null, value]);
       if (norm) {
-        const u = value * norm.scale + norm.shift;
-        lines.push([`GroupNorm: minus its group’s mean ${short(norm.mean)}, over its deviation ${short(norm.std)}, then weight and bias`, null, u],
-          [`SiLU: ${u < 0 ? "a negative number is held back" : "a positive number passes"}`, null, silu(u)]);
+        const u = (value - norm.mean) / norm.std * norm.weight + norm.bias;
+        lines.push([`GroupNorm: minus its group’s mean ${short(norm.mean, 3)}, over its deviation ${short(norm.std, 3)}, times ${short(norm.weight, 3)}, plus ${short(norm.bias, 3)}`, null, u],
+          ["SiLU: x ÷ (1 + e⁻ˣ), which holds negative numbers back", null, silu(u)]);
       }
       steps.replaceChildren(...lines.map(([words, x, total = x]) =>
         el("li", {}, el("span", {}, words, x !== null && total !== x ? el("em", {}, ` ${x < 0 ? "−" : "+"} ${short(Math.abs(x), 4)}`) : ""),
           el("b", { class: total === lines.at(-1).at(-1) ? "output" : "" }, short(total, 4)))));
-      if (norm) steps.append(el("li", { class: "note" }, `That is what ${next.name} reads.`));
+      if (norm) steps.append(el("li", { class: "note" }, `This is what ${next.name} reads.`));
       const { definitions, managers, scaling } = inPython(network.announced.edits);
       code.show(`${definitions}with torch.no_grad()${managers}, sdconv.capture(vae, "${point.name}") as maps:
     latents = vae.encode(photo).latent_dist.mode()
@@ -72,7 +95,7 @@ print(maps["${point.name}"][0, ${now.channel}, ${now.i}, ${now.j}].item())`, fou
       section.dataset.sum = String(value);
     }
 
-    follow(section, render);
+    follow(section, render, [root]);
   },
 };
 
@@ -83,6 +106,19 @@ function place(at, size) {
   if (size === 1) return "this position";
   const row = ["above", "", "below"][Math.floor(at / 3)], column = ["left", "", "right"][at % 3];
   return [row, column].filter(Boolean).join(" ") || "centre";
+}
+
+// The channel of the input whose products add up to most.
+function largestChannel({ inputs, weights, count, size }) {
+  const shares = new Float32Array(count);
+  inputs.forEach((x, at) => { shares[Math.floor(at / size ** 2)] += x * weights[at]; });
+  return shares.reduce((best, x, c) => (Math.abs(x) > Math.abs(shares[best]) ? c : best), 0);
+}
+
+// What the blue and orange numbers are.
+function source({ kind, input, weight, norm }) {
+  const blue = kind === "attention" ? "averages over all positions, weighted by attention" : input === "photo" ? "the photo, from −1 to 1" : norm ? `${input} after GroupNorm and SiLU` : input;
+  return `Blue: ${blue}. Orange: ${weight}.weight.`;
 }
 
 // Inputs and weights as small grids: all three colours, or the four channels that matter most.
@@ -101,18 +137,19 @@ function drawSlices(node, point, { inputs, weights, outside, count, size }) {
   node.replaceChildren(...shown.map((c) => el("figure", {},
     el("div", { class: "meeting" }, grid(inputs, c, "input"), el("span", { "aria-hidden": "true" }, "×"), grid(weights, c, "kernel")),
     el("figcaption", {}, `${channelName(point, c)}: adds ${short(shares[c], 3)}`))),
-    count > 3 ? el("p", { class: "note" }, `These ${shown.length} of ${count} channels add most.`) : "");
+    el("p", { class: "note" }, `${count > 3 ? `The four of ${count} channels that matter most. ` : ""}${source(point)}`));
 }
 
 // The largest products as bars, and the rest as one.
 function drawProducts(node, { products, order, found, named }) {
   const shown = order.slice(0, Math.min(SHOWN, order.length)), rest = order.slice(SHOWN);
   const others = rest.reduce((sum, at) => sum + products[at], 0);
-  const most = Math.max(...shown.map((at) => Math.abs(products[at])), Math.abs(others), Math.abs(found.bias)) || 1;
+  const most = Math.max(...shown.map((at) => Math.abs(products[at])), Math.abs(others), Math.abs(found.bias), Math.abs(found.shortcut ?? 0)) || 1;
   const rows = [
     ...shown.map((at) => [named(at), products[at]]),
     ...(rest.length ? [[`the other ${rest.length}`, others]] : []),
     ["bias", found.bias],
+    ...(found.shortcut === null ? [] : [["the shortcut", found.shortcut]]),
   ];
   node.setAttribute("aria-label", `Products, the largest first: ${rows.slice(0, 4).map(([name, x]) => `${name} ${short(x, 3)}`).join("; ")}`);
   node.replaceChildren(...rows.map(([name, x]) => el("div", { class: `bar-row ${name === "bias" ? "bias" : ""}` },

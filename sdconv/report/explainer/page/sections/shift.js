@@ -11,6 +11,7 @@ const WINDOW = 98, MAP = WINDOW - 2, DENSE = 24, HOME = 79, CHANNEL = 12, EDGE =
 export const shift = {
   id: "shift",
   title: "Move the photo",
+  short: "Shift",
   lead: `<p>All neurons of a feature map share one kernel. So if the photo moves, the map moves with it and changes in nothing else: <b>equivariance</b>. With a stride of 2 that holds for even steps only; an odd one falls between the stops, and the numbers change. A <b>dense</b> layer has weights of its own for every position, and does not follow at all. Drag the photo and see.</p>`,
 
   build({ root, vae: network, photo, whenNear, section }) {
@@ -21,10 +22,10 @@ export const shift = {
     const maps = ["stride 1", "stride 2", "dense layer"].map((name) => ({ name, canvas: el("canvas", { width: 8, height: 8, role: "img", "aria-label": `Feature map, ${name}` }), words: el("figcaption") }));
     const x = slider({ label: "right", min: -32, max: 32, value: 0, oninput: (value) => set({ x: value }) });
     const y = slider({ label: "down", min: -32, max: 32, value: 0, oninput: (value) => set({ y: value }) });
-    const code = python(), denseCode = python();
+    const code = python("How far strides 1 and 2 are off: in Python"), denseCode = python("The dense layer’s first value: in Python");
     root.append(el("div", { class: "four" }, el("figure", {}, stage, el("figcaption", {}, "the photo, seen through a window")),
       maps.map(({ canvas, words }) => el("figure", {}, canvas, words))),
-    el("div", { class: "controls" }, x, y, button("One pixel right", () => move(1, 0), { class: "quiet" }), button("Back", () => set({ x: 0, y: 0 }), { class: "quiet" })),
+    el("div", { class: "controls" }, x, y, button("One pixel right", () => move(1, 0), { class: "quiet" }), button("Back to the middle", () => set({ x: 0, y: 0 }), { class: "quiet" })),
     code, denseCode);
 
     const move = (dx, dy) => set({ x: Math.max(-32, Math.min(32, now.x + dx)), y: Math.max(-32, Math.min(32, now.y + dy)) });
@@ -66,11 +67,11 @@ export const shift = {
       const strides = [1, 2, 1];
       const differences = results.map(([moved, home], at) => {
         drawGrey(maps[at].canvas, moved.values, moved.size, moved.size, range(home.values));
-        const margin = at < 2 ? EDGE / strides[at] : 0;
+        const margin = at < 2 ? EDGE / strides[at] : 0; // where the photo is the same at home and moved
         const d = difference(moved, home, Math.trunc(now.y / strides[at]), Math.trunc(now.x / strides[at]), margin);
         const [low, high] = range(home.values);
         const fits = d < 1e-5 ? "follows exactly" : `off by up to ${short(d / (high - low) * 100, 0)} % of its range`;
-        maps[at].words.textContent = `${maps[at].name}: ${now.x || now.y ? fits : "at home"}`;
+        maps[at].words.textContent = `${maps[at].name}: ${now.x || now.y ? fits : "not moved"}`;
         return d;
       });
       section.dataset.differences = differences.join(",");
@@ -83,9 +84,9 @@ def off(s, x=${now.x}, y=${now.y}):
     difference = moved - home.roll((int(y / s), int(x / s)), (0, 1))
     return difference[${EDGE} // s : -${EDGE} // s, ${EDGE} // s : -${EDGE} // s].abs().max().item()
 print([off(1), off(2)])`, differences.slice(0, 2));
-      denseCode.show(`n = ${DENSE}  # a dense layer with weights that nobody learned
-count = torch.arange(1, n * n + 1, dtype=torch.float64)
-weights = torch.sin(1.7 * torch.outer(count, count)) / n
+      denseCode.show(`n = ${DENSE}  # a dense layer with arbitrary weights, which nobody trained
+count = torch.arange(n * n, dtype=torch.float64)
+weights = (torch.sin(12.9898 * count[:, None] + 78.233 * count) * 43758.5453 % 1 - 0.5) / n
 grey = photo.double().mean(1)[0]
 print((weights @ grey[${top + 37} : ${top + 37} + n, ${left + 37} : ${left + 37} + n].flatten())[0].item())`, results[2][0].values[0]);
     }
@@ -121,7 +122,10 @@ function convolved(photo, { weight, bias }, top, left, stride) {
 let dense_ = null;
 function dense(photo, top, left) {
   const n = DENSE * DENSE, values = new Float32Array(n), inputs = new Float64Array(n);
-  dense_ ??= Float64Array.from({ length: n * n }, (_, at) => Math.sin(1.7 * (Math.floor(at / n) + 1) * (at % n + 1)) / DENSE);
+  dense_ ??= Float64Array.from({ length: n * n }, (_, at) => {
+    const x = Math.sin(12.9898 * Math.floor(at / n) + 78.233 * (at % n)) * 43758.5453;
+    return (x - Math.floor(x) - 0.5) / DENSE;
+  });
   for (let at = 0; at < n; at++) {
     const place = (top + 37 + Math.floor(at / DENSE)) * SIZE + left + 37 + at % DENSE;
     inputs[at] = (photo.planes[place] + photo.planes[SIZE * SIZE + place] + photo.planes[2 * SIZE * SIZE + place]) / 3;
@@ -139,13 +143,12 @@ function range(values) {
 }
 
 // The largest difference between the moved map and the one at home, moved by as much; `margin` is
-// left out at the edges.
+// left out at the edges, and what leaves the map on one side comes in on the other.
 function difference(moved, home, dy, dx, margin) {
   let most = 0;
   for (let r = margin; r < home.size - margin; r++)
     for (let c = margin; c < home.size - margin; c++) {
-      const i = r - dy, j = c - dx;
-      if (i < 0 || i >= home.size || j < 0 || j >= home.size) continue;
+      const i = (r - dy + 2 * home.size) % home.size, j = (c - dx + 2 * home.size) % home.size;
       most = Math.max(most, Math.abs(moved.values[r * home.size + c] - home.values[i * home.size + j]));
     }
   return most;

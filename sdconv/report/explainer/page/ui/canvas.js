@@ -1,6 +1,6 @@
 // Pictures of numbers.
 
-import { el, say, svg } from "./dom.js";
+import { el, say, short, svg } from "./dom.js";
 
 // The values between which a map is shown: its 1st and 99th percentile.
 export function percentiles(values, low = 0.01, high = 0.99) {
@@ -11,6 +11,9 @@ export function percentiles(values, low = 0.01, high = 0.99) {
   const from = some[Math.floor(low * (some.length - 1))], to = some[Math.ceil(high * (some.length - 1))];
   return from === to ? [from - 1, to + 1] : [from, to];
 }
+
+// What black and white stand for.
+export const shades = ([low, high]) => `Shown from ${short(low)} (black) to ${short(high)} (white).`;
 
 function paint(canvas, width, height, color) {
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
@@ -49,13 +52,22 @@ export function drawHeat(canvas, photo, heat, width, height, [r, g, b]) {
   });
 }
 
+// A square that marks a place in a picture: white in black, so that it shows on both.
+export function overlay(width, height) {
+  const squares = ["under", "above"].map((name) => svg("rect", { class: name, width: 1, height: 1 }));
+  const node = svg("svg", { class: "over", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, squares);
+  const mark = (x, y, w, h) => {
+    for (const one of squares) for (const [name, value] of Object.entries({ x, y, width: w, height: h })) one.setAttribute(name, value);
+  };
+  return { node, mark };
+}
+
 // A canvas of which a value can be chosen: by pointer, touch or arrow keys.
 export function picker({ label, width, height, onpick, hover = false }) {
   const canvas = el("canvas", { width, height });
-  const mark = svg("rect", { class: "mark", width: 1, height: 1 });
-  const over = svg("svg", { class: "over", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, mark);
+  const { node: over, mark } = overlay(width, height);
   const node = el("div", { class: "plate picker", tabindex: 0, role: "application", "aria-label": label,
-    "aria-roledescription": "picture to point at, with arrow keys" }, canvas, over);
+    "aria-roledescription": "picture to point at: arrow keys, with Shift eight pixels at a time" }, canvas, over);
   let at = [0, 0], size = [height, width];
   const pick = (i, j) => {
     const now = [Math.max(0, Math.min(size[0] - 1, i)), Math.max(0, Math.min(size[1] - 1, j))];
@@ -66,14 +78,17 @@ export function picker({ label, width, height, onpick, hover = false }) {
     pick(Math.floor((event.clientY - box.top) / box.height * size[0]),
       Math.floor((event.clientX - box.left) / box.width * size[1]));
   };
+  let held = false; // a click holds what the mouse hovers over, the next one lets go
   node.addEventListener("pointerdown", (event) => {
     node.setPointerCapture(event.pointerId);
+    held = !held;
     point(event);
   });
-  node.addEventListener("pointermove", (event) => { if (node.hasPointerCapture(event.pointerId) || (hover && event.pointerType === "mouse")) point(event); });
+  node.addEventListener("pointermove", (event) => { if (node.hasPointerCapture(event.pointerId) || (hover && !held && event.pointerType === "mouse")) point(event); });
   node.addEventListener("keydown", (event) => {
     const step = event.shiftKey ? 8 : 1;
-    const by = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step] }[event.key];
+    const by = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step],
+      PageUp: [-16, 0], PageDown: [16, 0], Home: [0, -at[1]], End: [0, size[1]] }[event.key];
     if (!by) return;
     event.preventDefault();
     pick(at[0] + by[0], at[1] + by[1]);
@@ -84,10 +99,7 @@ export function picker({ label, width, height, onpick, hover = false }) {
     at = [i, j];
     size = [rows, columns];
     over.setAttribute("viewBox", `0 0 ${columns} ${rows}`);
-    mark.setAttribute("x", j - reach);
-    mark.setAttribute("y", i - reach);
-    mark.setAttribute("width", 1 + 2 * reach);
-    mark.setAttribute("height", 1 + 2 * reach);
+    mark(j - reach, i - reach, 1 + 2 * reach, 1 + 2 * reach);
     if (words) {
       node.setAttribute("aria-description", words);
       if (document.activeElement === node) say(words);
@@ -107,7 +119,8 @@ export function thumbnails({ label, onpick }) {
   };
   node.addEventListener("keydown", (event) => {
     const columns = tiles.filter((tile) => tile.offsetTop === tiles[0].offsetTop).length;
-    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
+    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns,
+      Home: -chosen, End: tiles.length - 1 - chosen }[event.key];
     if (by === undefined) return;
     event.preventDefault();
     choose(chosen + by, true);

@@ -30,7 +30,7 @@ export function button(text, onclick, properties = {}) {
 
 // A range with its label and its value in words.
 export function slider({ label, min, max, step = 1, value, words = (x) => x, oninput }) {
-  const output = el("output", {}, String(words(value)));
+  const output = el("output", { "aria-live": "off" }, String(words(value)));
   const input = el("input", { type: "range", min, max, step, value, oninput: () => oninput(Number(input.value)) });
   const node = el("label", { class: "slider" }, el("span", {}, label), input, output);
   node.set = (now, limit = max) => {
@@ -82,9 +82,9 @@ from sdconv.images import example_image, to_tensor
 vae = sdconv.load("tiny-vae", dtype=torch.float32)
 photo = to_tensor(example_image())  # (1, 3, 256, 256), -1 to 1`;
 
-// The Python that prints a number of the page, and that number.
-export function python() {
-  const code = el("code"), prints = el("output");
+// The Python that prints a number of the page, and that number; hidden until there is one.
+export function python(title = "The same in Python") {
+  const code = el("code"), about = el("span"), prints = el("output", { "aria-live": "off" });
   const copy = button("Copy", async () => {
     const text = `${SETUP}\n\n${code.textContent}\n`;
     try {
@@ -100,12 +100,19 @@ export function python() {
     setTimeout(() => { copy.textContent = "Copy"; }, 1500);
   }, { class: "quiet", title: "Copy it with the lines that it needs" });
   const node = el("figure", { class: "python" },
-    el("figcaption", {}, "The same in Python", copy),
-    el("pre", { tabindex: 0, "aria-label": "Python code" }, code), el("p", {}, el("span", {}, "prints "), prints));
+    el("figcaption", {}, title, copy),
+    el("details", {}, el("summary", {}, "after these first lines"), el("pre", {}, SETUP)),
+    el("pre", { tabindex: 0, "aria-label": "Python code" }, code), el("p", {}, about, prints));
+  node.hidden = true;
   node.show = (text, value) => {
     code.textContent = text;
-    prints.textContent = Array.isArray(value) ? `[${value.map(printed).join(", ")}]` : printed(value);
+    // Python writes 2.0 where a tensor's number is whole
+    const tensor = /\.(item|tolist)\(\)/.test(text);
+    about.textContent = [value].flat().every(Number.isInteger) ? "prints " : "prints, to seven digits, ";
+    const one = (x) => (tensor && Number.isInteger(x) ? `${x}.0` : printed(x));
+    prints.textContent = Array.isArray(value) ? `[${value.map(one).join(", ")}]` : one(value);
     node.dataset.value = JSON.stringify(value);
+    node.hidden = false;
   };
   return node;
 }
@@ -122,6 +129,11 @@ export function short(value, digits = 2) {
 }
 
 export const grouped = (count) => Math.round(count).toLocaleString("en").replaceAll(",", " ");
+
+// Sets a status's text, unless it says that already: what is set is spoken.
+export function tell(node, ...parts) {
+  if (parts.map((part) => part.textContent ?? part).join("") !== node.textContent) node.replaceChildren(...parts);
+}
 
 // Says something to screen readers.
 export function say(text) {

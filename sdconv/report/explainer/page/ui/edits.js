@@ -25,9 +25,9 @@ export function inPython(edits) {
         return x * by[:, None, None]
     return edit
 
-edits = {${hooked.map(([name, factors]) => `\n    "${name}": scaled(${literal(factors)}),`).join("")}
+${hooked.length ? `edits = {${hooked.map(([name, factors]) => `\n    "${name}": scaled(${literal(factors)}),`).join("")}
 }
-`,
+` : ""}`,
     managers: hooked.length ? ", sdconv.edit(vae, edits)" : "",
     scaling: edits.latents ? `    latents = scaled(${literal(edits.latents)})(latents, None)\n` : "",
   };

@@ -16,6 +16,8 @@ export class Photo extends EventTarget {
     const canvas = el("canvas", { width: SIZE, height: SIZE });
     const context = canvas.getContext("2d", { willReadFrequently: true });
     const side = Math.min(image.width, image.height);
+    context.fillStyle = "#fff"; // below what is transparent
+    context.fillRect(0, 0, SIZE, SIZE);
     context.drawImage(image, (image.width - side) / 2, (image.height - side) / 2, side, side, 0, 0, SIZE, SIZE);
     const { data } = context.getImageData(0, 0, SIZE, SIZE), area = SIZE * SIZE;
     this.pixels = new Float32Array(area * 3); // (rows, columns, channels), as workers take it
@@ -57,12 +59,16 @@ export class Photo extends EventTarget {
     const back = button("Back to the first photo", () => this.restore(), { class: "quiet", hidden: true });
     const save = button("Save as 256 × 256", () => this.save(), { class: "quiet", hidden: true,
       title: "The pixels that this page computes with, for Python" });
-    const node = el("span", { class: "own" }, button("Use your own photo", () => file.click(), { class: "quiet" }), file, save, back, note);
+    const node = el("span", { class: "own" }, button("Use your own photo, or drop one anywhere", () => file.click(), { class: "quiet" }), file, save, back, note);
     this.addEventListener("change", () => {
       back.hidden = save.hidden = !this.own;
-      note.textContent = this.own ? "In Python, read the saved file: to_tensor(read_image(\"photo.png\").image)." : "";
+      note.textContent = this.own ? "Its middle square, scaled to 256 × 256. In Python, read the saved file: to_tensor(read_image(\"photo.png\").image)." : "";
+      note.classList.remove("minus");
     });
-    this.addEventListener("refused", ({ detail }) => { note.textContent = detail; });
+    this.addEventListener("refused", ({ detail }) => {
+      note.textContent = `${detail[0].toUpperCase()}${detail.slice(1)}.`;
+      note.classList.add("minus");
+    });
     return node;
   }
 

@@ -1,7 +1,8 @@
 // Where one looks: a layer of the VAE, a channel of its map, and a value in it. The sections on the
 // neuron and on the receptive field share it.
 
-import { picker, drawGrey, thumbnails } from "./canvas.js";
+import { drawGrey, percentiles, picker, shades, thumbnails } from "./canvas.js";
+import { PARTS } from "../core/network.js";
 import { el, select, short } from "./dom.js";
 import { state } from "./state.js";
 
@@ -20,7 +21,7 @@ export function look(listen) {
 // The chosen layer, with channel and position moved inside of it.
 export function within(network, now) {
   const known = network.point[now.layer];
-  if (!known || known.kind !== "conv") now.layer = "encoder.conv_in";
+  if (!known || known.kind === "mean") now.layer = "encoder.conv_in";
   const point = network.point[now.layer];
   now.channel = Math.min(now.channel, point.channels - 1);
   now.i = Math.min(now.i, point.height - 1);
@@ -43,8 +44,9 @@ export function chooser(network, set, what) {
   const draw = async (now) => {
     if (!options) {
       options = true;
-      layer.querySelector("select").replaceChildren(...network.points.filter(({ kind }) => kind === "conv")
-        .map(({ name, channels, height }) => el("option", { value: name }, `${name} (${channels} × ${height}²)`)));
+      layer.querySelector("select").replaceChildren(...PARTS.map(({ side, label, has }) => el("optgroup", { label: `${side}, ${label}` },
+        network.points.filter(({ name, kind }) => kind !== "mean" && has.test(name))
+          .map(({ name, channels, height }) => el("option", { value: name }, `${name} (${channels} × ${height}²)`)))));
     }
     const point = within(network, now), version = network.version;
     layer.set(now.layer);
@@ -53,10 +55,11 @@ export function chooser(network, set, what) {
     drawn = `${now.layer} ${version}`;
     grid.choose(now.channel);
     const { values, width, height } = await network.planes(now.layer, [now.channel]);
-    drawGrey(map.canvas, values, width, height);
+    const range = percentiles(values);
+    drawGrey(map.canvas, values, width, height, range);
     const value = values[now.i * width + now.j];
     map.set(now.i, now.j, height, width, `row ${now.i}, column ${now.j}: ${short(value)}`, height > 100 ? 2 : 0);
-    caption.textContent = `channel ${now.channel}: row ${now.i}, column ${now.j} is ${short(value)}`;
+    caption.textContent = `channel ${now.channel}: row ${now.i}, column ${now.j} is ${short(value)}. ${shades(range)}`;
     return { point, value, values };
   };
   const node = el("div", { class: "panel" }, layer, el("div", { class: "tall" }, grid), el("figure", {}, map, caption));

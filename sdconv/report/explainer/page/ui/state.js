@@ -32,9 +32,9 @@ function write() {
   history.replaceState(null, "", hash);
 }
 
-// A value of the default's type, or the default where the address has nonsense.
+// A value of the default's type (numbers are whole), or the default where the address has nonsense.
 function typed(text, standard) {
-  if (typeof standard === "number") return text !== "" && Number.isFinite(Number(text)) ? Number(text) : standard;
+  if (typeof standard === "number") return text !== "" && Number.isInteger(Number(text)) ? Number(text) : standard;
   if (typeof standard === "boolean") return text === "true";
   return text;
 }
@@ -62,6 +62,7 @@ export function state(id, defaults, render, check = () => true) {
 }
 
 export function startOver() {
+  history.pushState(null, "", location.href); // so that one can go back
   for (const { defaults, values, render } of sections.values()) {
     Object.assign(values, defaults);
     render({});
