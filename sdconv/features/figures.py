@@ -116,6 +116,7 @@ def _draw_row(axes: list[Axes], name: str, maps: Values) -> None:
     axes[-1].set_title("\nhistogram, log counts", fontsize=7, loc="left")
     axes[-1].set_yticks([])
     axes[-1].tick_params(labelsize=6)
+    axes[-1].locator_params(axis="x", nbins=4)  # numbers of thousands fit next to each other
 
 
 def _draw_scaled(axes: Axes, image: Values) -> None:

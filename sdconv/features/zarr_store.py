@@ -38,6 +38,8 @@ Load = Callable[[], Tensor]
 
 FORMAT = "sdconv_maps"
 VERSION = 1
+# for those who open the root as a data set, and see no variables
+_OPENS = "xarray.open_datatree(path, engine='zarr', consolidated=False)"
 # bytes of a chunk before compression: the most that one read takes from the disk
 _CHUNK = 4 << 20
 
@@ -95,7 +97,7 @@ class ZarrStore:
         if not self._begun:
             zarr = zarr_package(self.path)
             self.path.mkdir(parents=True)
-            about = {FORMAT: VERSION, "pipeline": self._pipeline}
+            about = {FORMAT: VERSION, "pipeline": self._pipeline, "opens with": _OPENS}
             zarr.create_group(self.path, zarr_format=3, attributes=about)
             self._begun = True
 

@@ -150,7 +150,7 @@ def check_residuals(
 ) -> None:
     """Checks the residuals of a ControlNet, ``down`` and ``mid``, and those of a T2I-Adapter."""
     for given in (down, adapter):
-        several = isinstance(given, (list, tuple))  # torch 2.6 exports no union of types
+        several = isinstance(given, list | tuple)
         if given is not None and not (several and all(isinstance(one, Tensor) for one in given)):
             raise _wrong("residuals must be a list of tensors", "a list or a tuple", _kind(given))
     if mid is not None:

@@ -38,6 +38,9 @@ def test_it_runs_outside_the_checkout(path: Path, tmp_path: Path) -> None:
     text = "".join("".join(output.get("text", "")) for output in outputs)
     assert "(256, 256) -> (1, 4, 32, 32)" in text
     assert "switched 15 of those to the fast backend" in text
+    # nothing is said but what tqdm says of a kernel without widgets
+    said = ["".join(output["text"]) for output in outputs if output.get("name") == "stderr"]
+    assert [one for one in said if "IProgress not found" not in one] == []
     # four images of Pillow's and a plot
     assert len([one for one in outputs if "image/png" in one.get("data", {})]) == 5
 

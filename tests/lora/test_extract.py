@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import loras, pipelines, seeded, unets
+from helpers.versions import needs_diffusers_0_40
 from helpers.weight_files import convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, built: Any) -> tuple[Path, Pa
     return folder / "base.safetensors", folder / "tuned.safetensors", built, tuned
 
 
-@pytest.mark.parametrize("names", ["kohya", "peft"])
+@pytest.mark.parametrize("names", [pytest.param("kohya", marks=needs_diffusers_0_40), "peft"])
 def test_what_was_merged_comes_back(
     names: str, pair: tuple[Path, Path, Any, Any], network: nn.Module, tmp_path: Path
 ) -> None:

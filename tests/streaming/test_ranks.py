@@ -17,6 +17,7 @@ from helpers.numbers import error
 from helpers.ranked import Pool, compute, streamed_in_bands
 from helpers.slow import first_of
 from helpers.streamed import call, randn
+from helpers.versions import fails_on_torch_2_6
 from torch import Tensor
 
 import sdconv
@@ -250,6 +251,7 @@ def test_weights_must_be_the_same(pool: Pool) -> None:
     assert "hint: load the same weights on every rank" in message
 
 
+@fails_on_torch_2_6("the first rank does not come back after all ranks of the default group refuse")
 def test_more_ranks_than_rows(pool: Pool) -> None:
     given = {"config": SMALL, "direction": "decode", "x": randn(1, 4, 3, 9).numpy()}
     message = refused(pool.run(compute, 4, **given))
