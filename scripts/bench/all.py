@@ -84,6 +84,9 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
     yield Task("without-numba", cores, ("without-numba", *sized(256, 64), *rounds(3)), 1)
     yield Task("memory", cores, ("memory", *vae), 2)
     yield Task("limits", cores, ("limits", *vae, *rounds(3)), 2)
+    if not quick:
+        xl = ("limits", "--of", "unet-xl", "--size", "1024x1024", *rounds(2))
+        yield Task("limits", cores, xl, 4)
     yield Task("first", cores, ("first", *vae), 1.5)
     yield Task("parts", cores, ("parts", "--of", "decode", *vae, *rounds(2)), 2)
     yield Task("parts", cores, ("parts", "--of", "unet", *unet, *rounds(2)), 1.5)

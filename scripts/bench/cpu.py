@@ -371,12 +371,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=size_of, help="of the image; of a U-Net's latents")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512, 768, 1024])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["plain", "channels_last"])
-    parser.add_argument("--of", choices=("decode", "unet"), default="decode", help="of `parts`")
+    parser.add_argument("--of", nargs="*", choices=NETWORKS, help="of `parts` and `limits`")
     parser.add_argument("--side", default=FAST, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the rows, written as they come")
     options = parser.parse_args(arguments)
-    work = options.of if options.what == "parts" else options.what
+    work = (options.of or ["decode"])[0] if options.what == "parts" else options.what
     options.size = options.size or LATENTS.get(work, (512, 512))
     return options
 

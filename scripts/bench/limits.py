@@ -17,11 +17,12 @@ from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSA
 
 
 def limits(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Compares a decode, an encode and a step of SD1.5's U-Net with their products."""
+    """Compares a decode, an encode and a step of SD1.5's U-Net with their products, or the works
+    that are asked for."""
     rate = _product_rate()
-    for work in ("decode", "encode", "unet"):
+    for work in options.of or ("decode", "encode", "unet"):
         height, width = options.size
-        size = (height // 8, width // 8) if work == "unet" else (height, width)
+        size = (height // 8, width // 8) if work.startswith("unet") else (height, width)
         direct, fast, whole = _multiplies(work, size)
         seconds = medians({FAST: side_of(FAST, work, size)}, options.rounds)[FAST]
         for of, multiplies in (

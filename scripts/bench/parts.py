@@ -51,14 +51,15 @@ _OPERATIONS = {
 
 def parts(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds of each part, for diffusers and for the fast backend, in one process."""
-    network = ours(options.of)
+    (work,) = options.of or ("decode",)
+    network = ours(work)
     for name in ("plain", FAST):
-        run = side_of(name, options.of, options.size, network)
+        run = side_of(name, work, options.size, network)
         run()
         total, seconds = measured(run, options.rounds)
         for part in PARTS:
             yield {
-                "work": f"{options.of} {options.size[0]}x{options.size[1]}",
+                "work": f"{work} {options.size[0]}x{options.size[1]}",
                 "side": LABELS[name],
                 "part": part,
                 "seconds": round(seconds[part], 3),

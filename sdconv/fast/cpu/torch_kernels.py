@@ -79,7 +79,11 @@ def pack_kernels(scheme: Scheme, weight: Tensor) -> Tensor:
 
 
 def bmm(left: Tensor, packed: Tensor, out: Tensor, order: Tensor | None = None) -> None:
-    torch.bmm(left, packed if order is None else packed[order], out=out)
+    if order is None:
+        torch.bmm(left, packed, out=out)
+        return
+    for item, number in enumerate(order.tolist()):  # without a copy of the factors that are shared
+        torch.mm(left[item], packed[number], out=out[item])
 
 
 def multiply_tiles(scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:

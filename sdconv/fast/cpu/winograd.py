@@ -71,8 +71,11 @@ class Scheme:
         return len(self.kernel) ** 2
 
     @cached_property
-    def order(self) -> Tensor:
-        """The number of each tile position's kernel, ``(positions,)``."""
+    def order(self) -> Tensor | None:
+        """The number of each tile position's kernel, ``(positions,)``; None where each has one of
+        its own."""
+        if self.kernels == self.positions:
+            return None
         rows = torch.tensor(self.kernel_rows, device="cpu")
         return (rows[:, None] * len(self.kernel) + rows).flatten()
 

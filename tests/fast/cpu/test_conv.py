@@ -395,7 +395,7 @@ def by_torch_kernels(scheme: Scheme, case: Case) -> Tensor:
     torch_kernels.input_transform(strip, rows, 0, None, None, False, tiles)
     out = rows.new_empty(height, width, len(weight))
     kernels, bias = scheme.kernel_transform(weight), rows.new_zeros(len(weight))
-    products = tiles[0] @ kernels[scheme.order]
+    products = tiles[0] @ (kernels if scheme.order is None else kernels[scheme.order])
     torch_kernels.output_transform(strip, products, bias, None, False, out, GROUPS)
     return out.permute(2, 0, 1)[None]
 

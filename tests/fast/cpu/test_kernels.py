@@ -91,7 +91,8 @@ def test_packed_kernels(
 ) -> None:
     weight = random(out_channels, channels, 3, 3).to(dtype).contiguous(memory_format=layout)
     tiles = random(scheme.positions, 7, channels)
-    expected = torch.bmm(tiles.double(), scheme.kernel_transform(weight.double())[scheme.order])
+    right = scheme.kernel_transform(weight.double())
+    expected = torch.bmm(tiles.double(), right if scheme.order is None else right[scheme.order])
     for kernels in (numba_kernels()[0], torch_kernels):
         products = torch.full((scheme.positions, 7, kernels.padded(out_channels)), nan)
         kernels.bmm(tiles, kernels.pack_kernels(scheme, weight), products, scheme.order)
