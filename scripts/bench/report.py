@@ -106,15 +106,15 @@ def summary(kept: Mapping[str, Run]) -> str:
     for name, run in kept.items():
         cores, machine = run["machine"]["cores"], machine_of(run)
         results = [
-            result
+            (other["machine"].get("sdconv", ""), result)
             for other in kept.values()
             if machine_of(other) == machine
             for result in other["results"].values()
         ]
         lines = [
-            _summary_line(one["rows"])
+            _summary_line(one["rows"]) | {"sdconv": commit}
             for what in _SUMMARY
-            for one in results
+            for commit, one in results
             if one["what"] == what and one["threads"] == cores and one["rows"]
         ]
         # of several results of one work, the first
