@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 from helpers.browser import Tab
+from helpers.explainer import IDLE, READY
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-
-READY = "document.documentElement.dataset.ready === 'true'"
-IDLE = "explainer.vae.version > 0 && !explainer.vae.running"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +85,7 @@ def test_a_click_holds_what_the_mouse_hovers_over(tab: Tab) -> None:
     at(tab, "kernel")
     picture = tab.page.locator("#kernel .picker").first
     picture.scroll_into_view_if_needed()
-    code = tab.page.locator("#kernel .python code")
+    code = tab.page.locator("#kernel .python code").last
     picture.hover(position={"x": 50, "y": 50})
     first = code.text_content()
     picture.click(position={"x": 90, "y": 60})
@@ -107,6 +105,24 @@ def test_a_finger_can_scroll_over_a_picture(tab: Tab) -> None:
         assert action == ("none" if section == "shift" else "pan-y"), section
 
 
+def test_fingers_have_buttons_that_move_by_one_pixel(browser: Any, explainer: Path) -> None:
+    phone = {"has_touch": True, "is_mobile": True, "viewport": {"width": 400, "height": 800}}
+    tab = Tab(browser, explainer, "#kernel", **phone)
+    tab.wait(READY)
+    row, column = 35, 119
+    for name, di, dj in [("up", -1, 0), ("right", 0, 1), ("down", 1, 0), ("left", 0, -1)]:
+        tab.page.locator("#kernel .nudges").get_by_label(f"one pixel {name}").tap()
+        row, column = row + di, column + dj
+        assert f"[0, 0, {row}, {column}]" in tab.page.inner_text("#kernel .python pre:visible")
+    assert tab.messages == []
+    tab.context.close()
+
+
+def test_a_mouse_has_no_such_buttons(tab: Tab) -> None:
+    assert tab.page.locator(".nudges").count() == 3
+    assert tab.page.locator(".nudges:visible").count() == 0
+
+
 def test_every_map_can_be_taken_apart(tab: Tab) -> None:
     at(tab, "neuron")
     tab.wait(IDLE)
@@ -117,12 +133,105 @@ def test_every_map_can_be_taken_apart(tab: Tab) -> None:
     assert tab.page.evaluate(options) == [name for name in points if name != "latents"]
 
 
+def test_a_part_of_the_strip_is_chosen_for_both_sections(tab: Tab) -> None:
+    at(tab, "neuron")
+    tab.wait(IDLE)
+    tab.wait("document.querySelector('#neuron .part:last-of-type small').textContent !== ''")
+    tab.page.locator("#neuron .part", has_text="up 2").click()
+    chosen = "document.querySelector('#neuron select').value"
+    tab.wait(f"{chosen} === 'decoder.up_blocks.2.upsamplers.0'")
+    tab.page.evaluate("field.scrollIntoView()")
+    tab.wait("document.querySelector('#field .part[aria-pressed=true] b')?.textContent === 'up 2'")
+    # the map is the one that the strip shows
+    shown = """async () => {
+        const { vae } = explainer, name = "decoder.up_blocks.2.upsamplers.0";
+        const { values, channels } = await vae.allPlanes(name, 32), area = values.length / channels;
+        const variance = (x) => {
+            const mean = x.reduce((a, b) => a + b) / area;
+            return x.reduce((sum, one) => sum + (one - mean) ** 2, 0) / area;
+        };
+        const all = [...Array(channels).keys()].map(
+            (c) => variance([...values.subarray(c * area, (c + 1) * area)]));
+        return all.indexOf(Math.max(...all));
+    }"""
+    tab.wait("location.hash.includes('look.channel')")
+    address = tab.page.evaluate("location.hash")
+    assert f"look.channel={tab.page.evaluate(shown)}&" in f"{address}&"
+
+
+def test_a_term_is_explained_and_back_returns(tab: Tab) -> None:
+    at(tab, "neuron&look.layer=encoder.conv_in&look.channel=12")
+    tab.wait("document.querySelectorAll('#neuron .steps .term').length === 2")
+    term = tab.page.locator("#neuron .steps .term").first
+    term.hover()
+    assert "standard deviation 1" in (term.get_attribute("title") or "")
+    assert not tab.page.is_visible("#word-groupnorm")
+    term.click()
+    assert tab.page.is_visible("#word-groupnorm")
+    assert tab.page.evaluate("document.activeElement.id") == "word-groupnorm"
+    tab.page.go_back()
+    tab.wait("document.activeElement.id === 'neuron'")
+
+
+def test_every_term_that_is_linked_is_explained(tab: Tab) -> None:
+    missing = """[...document.querySelectorAll("a.term")].map((one) => one.getAttribute("href"))
+        .filter((one) => !document.querySelector(`${one} + dd`))"""
+    assert tab.page.locator("a.term").count() >= 2
+    assert tab.page.evaluate(missing) == []
+
+
+def test_of_python_the_last_statement_is_in_sight(tab: Tab) -> None:
+    figures = tab.page.locator("#kernel .python, #lists .python, #cost .python").all()
+    assert len(figures) == 5
+    for figure in figures:
+        (line,) = figure.locator("pre:visible").all_inner_texts()
+        assert line.startswith("print(")
+        figure.locator("summary").click()
+        assert figure.locator("pre:visible").first.inner_text().startswith("import torch")
+        figure.locator("summary").click()
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "words"),
+    [
+        ("#lists .fields input >> nth=0", "1, x", "at most 9 numbers"),
+        ("#lists .fields input >> nth=1", "1, 99999", "at most 9 numbers"),
+        ("#cost .fields input >> nth=0", "1, 2", "4 numbers are needed"),
+        ("#cost .fields input >> nth=1", "", "3 numbers are needed"),
+    ],
+)
+def test_what_is_no_list_is_said_and_taken_back(
+    field: str, wrong: str, words: str, tab: Tab
+) -> None:
+    at(tab, field[1:].split()[0])
+    note = tab.page.locator(f"{field.split()[0]} [role=alert]")
+    before = tab.page.input_value(field)
+    tab.page.fill(field, wrong)
+    assert words in note.inner_text()
+    assert tab.page.get_attribute(field, "aria-invalid") == "true"
+    tab.page.locator(field).blur()
+    assert tab.page.input_value(field) == before
+    assert note.inner_text() == ""
+    tab.page.fill(field, before.replace(",", " ,").replace("1", "\u22121", 1))  # a true minus
+    assert note.inner_text() == ""
+
+
+def test_a_field_that_is_no_longer_asked_for_does_not_stay_pale(tab: Tab) -> None:
+    at(tab, "field&look.layer=decoder.conv_out&look.channel=1&look.i=99&look.j=98")
+    tab.wait("field.classList.contains('busy')")
+    tab.page.locator("#field .toggle").first.click()
+    tab.wait("!field.classList.contains('busy')", seconds=1)
+    tab.page.locator("#field .toggle").first.click()
+    tab.wait("field.dataset.painted === 'decoder.conv_out 1 99 98'")
+    assert not tab.page.evaluate("field.classList.contains('busy')")
+
+
 @pytest.mark.parametrize("layer", ["encoder.conv_in", "encoder.down_blocks.0.downsamplers.0"])
 def test_the_effective_field_lies_in_the_square(layer: str, tab: Tab) -> None:
     at(tab, f"field&look.layer={layer}&look.channel=3&look.i=60&look.j=61")
     tab.wait(f"field.dataset.painted === '{layer} 3 60 61'")
     said = tab.page.inner_text("#field .verdict").replace("\u00a0", " ")
-    found = re.search(r"sees (\d+) \S \d+ pixels.* (\d+) of its (\d+) pixels make 90 % of", said)
+    found = re.search(r"sees (\d+) \S \d+ pixels.* (\d+) of its (\d+) pixels make up 90 % of", said)
     assert found, said
     side, counted, of = map(int, found.groups())
     assert of == side**2
@@ -162,12 +271,12 @@ def test_a_section_that_waits_for_the_network_says_so(browser: Any, explainer: P
     note = tab.page.inner_text("#vae .waiting")
     assert note.startswith("The network computes its maps for the first time")
     assert "waits" in (tab.page.get_attribute("#vae .body", "class") or "")
-    tab.page.locator("#vae .station").first.focus()
+    tab.page.locator("#vae .part").first.focus()
     tab.page.keyboard.press("Enter")  # too early: it does nothing
     tab.wait(IDLE)
     tab.wait("document.querySelector('#vae .waiting') === null")
-    assert tab.page.get_attribute("#vae .station >> nth=0", "aria-pressed") == "false"
-    tab.page.locator("#vae .station").first.press("Enter")
-    assert tab.page.get_attribute("#vae .station >> nth=0", "aria-pressed") == "true"
+    assert tab.page.get_attribute("#vae .part >> nth=0", "aria-pressed") == "false"
+    tab.page.locator("#vae .part").first.press("Enter")
+    assert tab.page.get_attribute("#vae .part >> nth=0", "aria-pressed") == "true"
     assert tab.messages == []
     tab.context.close()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.browser import Tab
+from helpers.explainer import READY, python_of
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -41,14 +42,14 @@ def test_python_prints_the_changed_numbers(
     state: str, edits: str, done: str, browser: Any, explainer: Path
 ) -> None:
     tab = Tab(browser, explainer, f"#{state}&vae.edits={edits}")
-    tab.wait("document.documentElement.dataset.ready === 'true'")
+    tab.wait(READY)
     tab.wait(done)
     assert tab.page.evaluate("Object.keys(explainer.vae.announced.edits).length") > 0
     figure = tab.page.locator(f"#{state.split('&')[0]} .python").nth(
         int(state.startswith("blocks"))
     )
     shown = np.atleast_1d(json.loads(figure.get_attribute("data-value") or ""))
-    code = f"{tab.page.text_content('#setup')}\n{figure.locator('code').text_content()}"
+    code = f"{tab.page.text_content('#setup')}\n{python_of(figure)}"
     answer = printed(code)
     scale = max(1.0, np.abs(answer).max())
     assert np.abs(shown - answer).max() <= 1e-5 * scale, code

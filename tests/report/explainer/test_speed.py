@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from helpers.browser import Tab
+from helpers.explainer import IDLE, READY
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-READY = "document.documentElement.dataset.ready === 'true'"
-IDLE = "explainer.vae.version > 0 && !explainer.vae.running"
 
 POINTS = [
     "encoder.conv_in",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.browser import Tab
+from helpers.explainer import IDLE, READY
 from helpers.paths import ROOT
 
 import sdconv
@@ -21,9 +22,6 @@ from sdconv.convolution.geometry import ReceptiveField
 from sdconv.images import read_image, to_tensor
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-
-READY = "document.documentElement.dataset.ready === 'true'"
-IDLE = "explainer.vae.version > 0 && !explainer.vae.running"
 
 
 class Learner:

@@ -3,6 +3,7 @@
 import { Vae } from "./core/vae.js";
 import { sections } from "./sections/all.js";
 import { SETUP, el, html } from "./ui/dom.js";
+import { follower, whenNear } from "./ui/near.js";
 import { Photo } from "./ui/photo.js";
 import { anchor, startOver, state } from "./ui/state.js";
 
@@ -21,56 +22,14 @@ if (!vae.possible)
   tell("This browser cannot run the network: it lacks WebAssembly with SIMD, or it is switched off. Chrome or Edge 91, Firefox 89, Safari 16.4 and newer have it. Sections 1, 2, 3, 6 and 9 work all the same.");
 vae.addEventListener("failed", ({ detail }) => tell(`The network has stopped: ${detail}. Load the page again; if that does not help, close other pages, for it needs about 1 GB of memory.`));
 
-// Calls `begin` once, when `node` is about to come into view.
-function whenNear(node, begin) {
-  const observer = new IntersectionObserver((entries) => {
-    if (!entries.some((entry) => entry.isIntersecting)) return;
-    observer.disconnect();
-    begin();
-  }, { rootMargin: "600px" });
-  observer.observe(node);
-}
-
-// Starts the network when `node` comes near, and calls `render` whenever it has computed something
-// else: at once, or when `node` comes back. `parts` are pale, and do nothing, until there is something to see.
-function follow(node, render, parts) {
-  const note = el("p", { class: "waiting note" }, vae.possible ? "The network computes its maps for the first time…" : "This needs the network, which cannot run in this browser.");
-  parts[0].before(note);
-  for (const part of parts) {
-    part.classList.add("waits");
-    for (const type of ["click", "pointerdown", "keydown", "input", "change"])
-      part.addEventListener(type, (event) => { if (part.classList.contains("waits")) event.stopPropagation(); }, true);
-  }
-  if (!vae.possible) return;
-  const percent = ({ detail }) => { note.textContent = `The network computes its maps for the first time: ${Math.round(detail * 100)} %`; };
-  vae.addEventListener("progress", percent);
-  let first = true;
-  const begin = () => {
-    if (!first) return;
-    first = false;
-    vae.removeEventListener("progress", percent);
-    note.remove();
-    for (const part of parts) part.classList.remove("waits");
-  };
-  let near = false, seen = 0;
-  const update = () => {
-    if (!near || seen === vae.version) return;
-    seen = vae.version;
-    Promise.resolve(render()).then(begin);
-  };
-  new IntersectionObserver((entries) => {
-    near = entries.at(-1).isIntersecting;
-    if (near) vae.compute().then(update);
-  }, { rootMargin: "600px" }).observe(node);
-  vae.addEventListener("computed", update);
-}
+const follow = follower(vae);
 
 document.getElementById("setup").textContent = SETUP;
 const nav = document.getElementById("nav"), main = document.getElementById("main");
 const links = new Map();
 sections.forEach(({ id, title, short, lead, build }, at) => {
   const body = el("div", { class: "body" });
-  const node = el("section", { id, "aria-labelledby": `${id}-title`, tabindex: -1 },
+  const node = el("section", { id, "aria-labelledby": `${id}-title` },
     el("h2", { id: `${id}-title` }, el("span", { class: "number" }, String(at + 1)), title), html(lead), body);
   main.append(node);
   links.set(id, el("a", { href: `#${id}`, "aria-label": `${at + 1}. ${title}`, title }, String(at + 1), el("span", {}, short)));
@@ -95,9 +54,13 @@ const seen = new IntersectionObserver((entries) => {
 }, { rootMargin: "-45% 0px -50%" });
 for (const { id } of sections) seen.observe(document.getElementById(id));
 
+// Shows a section, or a term, which is folded away.
 function goTo(id) {
   const node = document.getElementById(id ?? "");
   if (!node) return;
+  const folded = node.closest("details");
+  if (folded) folded.open = true;
+  node.tabIndex = -1; // it can have the focus, and is not in the order of the Tab key
   node.scrollIntoView();
   node.focus({ preventScroll: true });
 }
@@ -105,10 +68,16 @@ addEventListener("click", (event) => {
   const link = event.target.closest?.('a[href^="#"]');
   if (!link) return;
   event.preventDefault();
-  const id = link.getAttribute("href").slice(1);
+  const id = link.getAttribute("href").slice(1), from = link.closest("section")?.id;
   const kept = location.hash.slice(1).split("&").filter((part) => part.includes("="));
-  history.pushState(null, "", `#${[id, ...kept].join("&")}`);
+  const address = (place) => `#${[place, ...kept].join("&")}`;
+  if (from) history.replaceState(null, "", address(from)); // where Back returns to
+  history.pushState(null, "", address(id));
   goTo(id);
+});
+addEventListener("pointerover", ({ target }) => {
+  const term = target.closest?.("a.term");
+  if (term) term.title = document.querySelector(`${term.getAttribute("href")} + dd`).textContent;
 });
 addEventListener("popstate", () => goTo(anchor()));
 

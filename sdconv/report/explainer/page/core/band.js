@@ -5,6 +5,8 @@
 // the sums that GroupNorm needs. A map is channels-last with a frame of one pixel around it: zeros
 // at the photo's border, the neighbour's row between two bands.
 
+import { softmax } from "./matrix.js";
+import { zerosBefore } from "./network.js";
 import { floats, matrices, up8, winograd } from "./weights.js";
 
 const GROUPS = 32, EPS = 1e-6, CHUNK = 32;
@@ -153,7 +155,7 @@ export class Band {
   convolve(x, packed, bias, y, stride = 1, shift = 0) {
     if (stride === 1 && packed.size === 3 && packed.k >= 16 && packed.n >= 16)
       return this.winograd(x, packed, bias, y);
-    const { gemm } = this.kernels, edge = packed.size === 3 && stride === 1 ? 1 : 0;
+    const { gemm } = this.kernels, edge = zerosBefore(packed.size, stride);
     const line = new Float32Array(y.width * y.channels);
     for (let j = 0; j < y.width; j++) line.set(bias.values, j * y.channels);
     for (let i = 0; i < y.rows; i++) {
@@ -280,9 +282,9 @@ export class Band {
     const keys = this.buffer("keys", n * all), values = this.buffer("values", all * n);
     parts.forEach((part, rank) => {
       this.view(values + rank * own * n * 4, own * n).set(part.value);
-      const turned = this.view(keys, n * all);
+      const transposed = this.view(keys, n * all);
       for (let t = 0; t < own; t++)
-        for (let c = 0; c < n; c++) turned[c * all + rank * own + t] = part.key[t * n + c];
+        for (let c = 0; c < n; c++) transposed[c * all + rank * own + t] = part.key[t * n + c];
     });
     const scores = this.buffer("scores", own * all), mixed = this.buffer("mixed", own * n);
     product(query, keys, scores, own, n, all, n * 4, all * 4, all * 4);
@@ -334,11 +336,4 @@ export class Band {
     map.sums = sums.map((_, at) => parts.reduce((total, part) => total + part.sums[at], 0));
     map.total = map.rows * map.width * this.ranks;
   }
-}
-
-function softmax(line) {
-  const most = line.reduce((a, b) => (a > b ? a : b), -Infinity);
-  let sum = 0;
-  for (let at = 0; at < line.length; at++) sum += line[at] = Math.exp(line[at] - most);
-  for (let at = 0; at < line.length; at++) line[at] /= sum;
 }

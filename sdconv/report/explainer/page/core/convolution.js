@@ -43,7 +43,28 @@ export function conv2d({ values, height, width }, kernel, { stride = 1, padding 
   return { values: out, height: rows, width: columns };
 }
 
-// Each value of a list in turn: the input pixels from `first` to `last` that it depends on.
+// Each value as a square of 2 × 2.
+export function upsampleNearest({ values, height, width }) {
+  const out = new Float32Array(4 * values.length);
+  for (let at = 0; at < out.length; at++)
+    out[at] = values[Math.floor(at / (4 * width)) * width + Math.floor(at % (2 * width) / 2)];
+  return { values: out, height: 2 * height, width: 2 * width };
+}
+
+// Each value puts down a copy of the kernel, multiplied by the value, `stride` pixels from the last one.
+export function convTranspose2d({ values, height, width }, kernel, stride) {
+  const size = Math.sqrt(kernel.length);
+  const rows = (height - 1) * stride + size, columns = (width - 1) * stride + size;
+  const out = new Float32Array(rows * columns);
+  for (let i = 0; i < height; i++)
+    for (let j = 0; j < width; j++)
+      for (let u = 0; u < size; u++)
+        for (let v = 0; v < size; v++)
+          out[(i * stride + u) * columns + j * stride + v] += values[i * width + j] * kernel[u * size + v];
+  return { values: out, height: rows, width: columns };
+}
+
+// The input pixels from `first` to `last` that the value at `index` depends on.
 // `chain` is a list of layers from input to output: {kernel, stride, before} or {up: 2}.
 export function receptiveSpan(chain, index) {
   let first = index, last = index;

@@ -2,6 +2,7 @@
 // value back through every layer. The exact derivative, through GroupNorm's statistics and
 // attention too; equal to torch.autograd's.
 
+import { joined, product, softmax, transpose } from "./matrix.js";
 import { transposed } from "./weights.js";
 
 export async function gradient(band, name, channel, i, j) {
@@ -95,7 +96,7 @@ async function throughConv(band, { weight, norm, stride, up }, x, dy, key) {
 async function throughNorm(band, norm, x, dx, silu) {
   const { scale, shift, groups, size } = band.affine(x, norm), n = x.channels;
   const sums = new Float64Array(2 * groups.length);
-  const of = (c) => groups[Math.floor(c / size)];
+  const groupOf = (c) => groups[Math.floor(c / size)];
   for (let i = 0; i < x.rows; i++) {
     const from = band.values(x, i, 0, x.width), to = band.values(dx, i, 0, x.width);
     for (let at = 0; at < from.length; at++) {
@@ -108,7 +109,7 @@ async function throughNorm(band, norm, x, dx, silu) {
       // times GroupNorm's weight over the deviation
       d *= scale[c];
       to[at] = d;
-      const { mean, std } = of(c), group = Math.floor(c / size);
+      const { mean, std } = groupOf(c), group = Math.floor(c / size);
       sums[2 * group] += d;
       sums[2 * group + 1] += d * (from[at] - mean) / std;
     }
@@ -118,29 +119,29 @@ async function throughNorm(band, norm, x, dx, silu) {
   for (let i = 0; i < x.rows; i++) {
     const from = band.values(x, i, 0, x.width), to = band.values(dx, i, 0, x.width);
     for (let at = 0; at < from.length; at++) {
-      const c = at % n, group = Math.floor(c / size), { mean, std } = of(c);
+      const c = at % n, group = Math.floor(c / size), { mean, std } = groupOf(c);
       to[at] -= total[2 * group] + (from[at] - mean) / std * total[2 * group + 1];
     }
   }
 }
 
-async function throughAttention(band, name, x, dy, key) {
+async function throughAttention(band, name, x, dy, slot) {
   const n = x.channels, own = x.rows * x.width, all = own * band.ranks, scale = 1 / Math.sqrt(n);
   const matrix = (part) => band.matrix(`${name}.${part}`).values; // (inputs, outputs)
   const read = (at, count) => band.view(at, count).slice();
   // forward once more, for what the shared buffers no longer hold
   const tokens = band.tokens("tokens", band.activated(x, `${name}.group_norm`, { plain: true }));
   const query = read(band.linear("query", tokens, own, `${name}.to_q`), own * n);
-  const key_ = read(band.linear("key", tokens, own, `${name}.to_k`), own * n);
+  const key = read(band.linear("key", tokens, own, `${name}.to_k`), own * n);
   const value = read(band.linear("value", tokens, own, `${name}.to_v`), own * n);
-  const parts = await band.exchange({ key: key_, value });
+  const parts = await band.exchange({ key, value });
   const keys = joined(parts.map((part) => part.key)), values = joined(parts.map((part) => part.value));
-  const shares = product(query, turned(keys, all, n), own, n, all);
+  const shares = product(query, transpose(keys, all, n), own, n, all);
   for (let t = 0; t < own; t++) softmax(shares.subarray(t * all, (t + 1) * all), scale);
 
   const dOut = read(band.tokens("tokens", dy), own * n);
-  const dMixed = product(dOut, turned(matrix("to_out.0"), n, n), own, n, n);
-  const dShares = product(dMixed, turned(values, all, n), own, n, all);
+  const dMixed = product(dOut, transpose(matrix("to_out.0"), n, n), own, n, n);
+  const dShares = product(dMixed, transpose(values, all, n), own, n, all);
   for (let t = 0; t < own; t++) {
     let sum = 0;
     for (let s = t * all; s < (t + 1) * all; s++) sum += dShares[s] * shares[s];
@@ -149,8 +150,8 @@ async function throughAttention(band, name, x, dy, key) {
   const dQuery = product(dShares, keys, own, all, n);
   // every worker's rows read every key and value: their gradients are summed over workers
   const sums = await band.exchange({
-    key: product(turned(dShares, own, all), query, all, own, n),
-    value: product(turned(shares, own, all), dMixed, all, own, n),
+    key: product(transpose(dShares, own, all), query, all, own, n),
+    value: product(transpose(shares, own, all), dMixed, all, own, n),
   });
   const mine = (part) => {
     const total = new Float32Array(own * n), from = band.rank * own * n;
@@ -159,46 +160,13 @@ async function throughAttention(band, name, x, dy, key) {
   };
   const dTokens = new Float32Array(own * n);
   for (const [d, part] of [[dQuery, "to_q"], [mine("key"), "to_k"], [mine("value"), "to_v"]]) {
-    const more = product(d, turned(matrix(part), n, n), own, n, n);
+    const more = product(d, transpose(matrix(part), n, n), own, n, n);
     for (let at = 0; at < more.length; at++) dTokens[at] += more[at];
   }
-  const dx = fresh(band, key, x);
+  const dx = fresh(band, slot, x);
   for (let i = 0; i < x.rows; i++)
     band.values(dx, i, 0, x.width).set(dTokens.subarray(i * x.width * n, (i + 1) * x.width * n));
   await throughNorm(band, `${name}.group_norm`, x, dx, false);
   band.plus(dx, dy);
   return dx;
-}
-
-function joined(parts) {
-  const out = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
-  let at = 0;
-  for (const part of parts) { out.set(part, at); at += part.length; }
-  return out;
-}
-
-function turned(a, rows, columns) {
-  const out = new Float32Array(a.length);
-  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) out[c * rows + r] = a[r * columns + c];
-  return out;
-}
-
-// a (m, k) @ b (k, n)
-function product(a, b, m, k, n) {
-  const out = new Float32Array(m * n);
-  for (let r = 0; r < m; r++) {
-    const to = out.subarray(r * n, (r + 1) * n);
-    for (let p = 0; p < k; p++) {
-      const x = a[r * k + p], from = p * n;
-      if (x !== 0) for (let c = 0; c < n; c++) to[c] += x * b[from + c];
-    }
-  }
-  return out;
-}
-
-function softmax(line, scale) {
-  let most = -Infinity, sum = 0;
-  for (let at = 0; at < line.length; at++) most = Math.max(most, line[at] * scale);
-  for (let at = 0; at < line.length; at++) sum += line[at] = Math.exp(line[at] * scale - most);
-  for (let at = 0; at < line.length; at++) line[at] /= sum;
 }

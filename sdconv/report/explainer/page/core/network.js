@@ -1,7 +1,11 @@
 // The VAE, as the names of its points and the order in which they are computed.
 // `ops` computes: a Band in each worker, with the same program over another band of rows.
 
-export const LEVELS = 4;
+const LEVELS = 4;
+
+// Zeros above and on the left of a convolution's input. With stride 1 they are on all sides; with
+// stride 2 only below and on the right.
+export const zerosBefore = (kernel, stride) => (kernel === 3 && stride === 1 ? 1 : 0);
 
 // The parts of the network in order: side, name, and what its points are called.
 const each = Array.from({ length: LEVELS }, (_, level) => level);
@@ -33,7 +37,6 @@ export async function encode(ops, photo) {
   for (let level = 0; level < LEVELS; level++) {
     const block = `encoder.down_blocks.${level}`;
     for (let i = 0; i < 2; i++) x = await resnet(ops, `${block}.resnets.${i}`, x);
-    // zeros on the right and at the bottom only
     if (level < LEVELS - 1)
       x = await ops.conv(`${block}.downsamplers.0`, x, { weight: `${block}.downsamplers.0.conv`, stride: 2 });
   }
@@ -59,7 +62,7 @@ export async function decode(ops, latents) {
 
 // Every point in order, with the geometry of the convolution behind it: the program, run by an
 // `ops` that computes nothing and writes down what it is asked for.
-export function outline(shapes, size) {
+export async function outline(shapes, size) {
   const points = [];
   const listed = (name, x, more) => {
     const point = { name, input: x.name, height: x.height, width: x.width, ...more };
@@ -73,13 +76,13 @@ export function outline(shapes, size) {
       const height = side(x.height), width = side(x.width);
       const multiplies = height * width * channels * inputs * kernel * kernel;
       return listed(name, x, { kind: "conv", weight, norm, stride, up, add: add?.name ?? null,
-        channels, inputs, kernel, height, width, multiplies });
+        channels, inputs, kernel, height, width, multiplies, before: zerosBefore(kernel, stride) });
     },
     attention: (name, x) => listed(name, x, { kind: "attention", weight: `${name}.to_out.0`, channels: x.channels, inputs: x.channels,
       multiplies: x.height * x.width * x.channels * (4 * x.channels + 2 * x.height * x.width) }),
     mean: (name, x) => listed(name, x, { kind: "mean", channels: x.channels / 2, multiplies: 0 }),
   };
   const photo = { name: "photo", channels: 3, height: size, width: size };
-  // nothing waits, so the list is complete when the promise is made... but `await` needs its turn
-  return encode(ops, photo).then((latents) => decode(ops, latents)).then(() => points);
+  await decode(ops, await encode(ops, photo));
+  return points;
 }

@@ -1,6 +1,7 @@
 // One value of a feature map, taken apart: the numbers under the kernel, the weights, the rest.
 // Of attention, it is the last linear layer, which reads averages over all positions.
 
+import { zerosBefore } from "./network.js";
 import { floats } from "./weights.js";
 
 // Null where the value's row belongs to another worker.
@@ -11,7 +12,7 @@ export function neuron(band, name, channel, i, j) {
   if (row < 0 || row >= y.rows) return null;
   const x = band.maps.get(input), tensor = band.tensors[`${weight}.weight`];
   const [, count, size = 1] = tensor.shape, area = size * size;
-  const edge = size === 3 && stride === 1 ? 1 : 0;
+  const edge = zerosBefore(size, stride);
   const affine = norm ? band.affine(x, norm) : null;
   const inputs = new Float32Array(count * area), outside = [];
   const height = x.rows * (up ? 2 : 1), width = x.width * (up ? 2 : 1);

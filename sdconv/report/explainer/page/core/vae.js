@@ -193,9 +193,14 @@ export class Vae extends EventTarget {
     return new Promise((resolve) => { this.#questions.push({ message, resolve, ...more }); this.#drive(); });
   }
 
-  // Channels of a map as planes: Float32Array (channels, height, width).
+  // Channels of a map as planes: Float32Array (channels, height, width); averaged over squares to
+  // `side` values a row, unless it is 0.
   async planes(name, channels, side = 0) {
     return stacked(await this.#ask({ kind: "planes", name, channels, side }), channels.length);
+  }
+
+  allPlanes(name, side = 0) {
+    return this.planes(name, [...Array(this.point[name].channels).keys()], side);
   }
 
   // One value taken apart; see neuron.js.

@@ -1,9 +1,11 @@
-// What stands between the convolutions: GroupNorm, the shortcut, upsampling.
+// What stands between the convolutions: GroupNorm, SiLU, the shortcut, upsampling.
 
+import { conv2d, convTranspose2d, upsampleNearest } from "../core/convolution.js";
 import { SIZE } from "../core/vae.js";
 import { drawGrey, drawPhoto, percentiles, picker } from "../ui/canvas.js";
-import { choice, el, html, python, select, short, slider, tell, toggle } from "../ui/dom.js";
+import { choice, el, html, python, select, slider, tell, toggle } from "../ui/dom.js";
 import { inPython } from "../ui/edits.js";
+import { short } from "../ui/numbers.js";
 import { state } from "../ui/state.js";
 
 export const blocks = {
@@ -13,7 +15,7 @@ export const blocks = {
   lead: `<p>Convolutions alone do not make a network. Between them stand a normalisation, an activation function and a shortcut, and between the levels of the decoder an upsampling. Here you can switch each of them off.</p>`,
 
   build({ root, section, vae: network, photo, follow }) {
-    root.append(html(`<div><h3>Four parts of the decoder</h3><p><b>GroupNorm</b> takes the mean of a few maps away and divides by their deviation, so that no layer gets numbers that are much too large or too small. <b>SiLU</b> lets large positive numbers pass and holds negative ones back. The <b>shortcut</b> (or residual path) adds a block’s input to what its convolutions make of it. <b>Nearest upsampling</b> repeats each value as a 2 × 2 square; switched off, a transposed convolution with the same weights takes its place. The weights were trained with all four. The switches are for the decoder’s blocks; its last GroupNorm, before <code>conv_out</code>, stays.</p></div>`));
+    root.append(html(`<div><h3>Four parts of the decoder</h3><p><b>GroupNorm</b> subtracts the mean of a few maps and divides by their standard deviation, so that no layer gets numbers that are much too large or too small. <b>SiLU</b> lets large positive numbers pass and holds negative ones back. The <b>shortcut</b> (or residual path) adds a block’s input to what its convolutions make of it. <b>Nearest upsampling</b> repeats each value as a 2 × 2 square; switched off, a transposed convolution with the same weights takes its place. The weights were trained with all four. The switches act on the decoder’s blocks; its last GroupNorm, before <code>conv_out</code>, stays on.</p></div>`));
     switches({ root, section, network, follow });
     root.append(html(`<div><h3>What a block adds</h3><p>Because of the shortcut, the convolutions of a block only have to say what should change.</p></div>`));
     residual({ root, section, network, follow });
@@ -24,7 +26,7 @@ export const blocks = {
 
 const SWITCHES = { norm: "GroupNorm", silu: "SiLU", shortcut: "shortcut", nearest: "nearest upsampling" };
 const WITHOUT = {
-  norm: "Without GroupNorm the convolutions get numbers of a size that they were not trained on, and the picture breaks down.",
+  norm: "Without GroupNorm the convolutions get numbers far larger than those that they were trained on, and the picture breaks down.",
   silu: "Without SiLU a block can only weigh and add; nothing is held back. Colours and contrast come out harsh.",
   shortcut: "Without the shortcut every block has to make the whole picture by itself. It was not trained to, and most of the photo is lost.",
   nearest: "A transposed convolution puts three zeros next to each value instead of three copies. Some pixels then get more products than their neighbours: the picture gets a grid, a checkerboard.",
@@ -40,7 +42,7 @@ function switches({ root, section, network, follow }) {
   const code = python();
   const node = el("div", { class: "split thirds" }, el("figure", {}, picture, el("figcaption", {}, "decoded")),
     el("div", { class: "panel" }, el("div", { class: "controls" }, toggles), words,
-      el("p", { class: "note" }, "Spread (standard deviation) of the values after each block of the decoder; each step of the scale, from 0.01 on, is ten times more. Pale: as trained."), bars));
+      el("p", { class: "note" }, "Spread (standard deviation) of the values after each block of the decoder; each mark of the scale, which begins at 0.01, is ten times the one before. Pale: as trained."), bars));
   root.append(node, code);
 
   let usual = null, usualPhoto = null, turn = 0;
@@ -62,7 +64,7 @@ function switches({ root, section, network, follow }) {
       el("span", { class: "log ticks", style: "--step:6.25%" }, el("i", { class: "usual", style: `width:${log(usual.spread[at])}%` }), el("i", { style: `width:${log(spread[at])}%` })), el("b", {}, magnitude(spread[at])))));
     bars.setAttribute("aria-label", `Spread after the first block ${magnitude(spread[0])}, after the last ${magnitude(spread.at(-2))}`);
     words.textContent = off.length ? off.map((name) => WITHOUT[name]).join(" ")
-      : "As trained. Within a level the spread hardly changes: a block adds little to what is there. It jumps where an upsampler’s convolution stands in between, which has no shortcut.";
+      : "As trained. Within a level the spread hardly changes: a block adds little to what is there. It jumps at the upsamplers, whose convolutions have no shortcut.";
     code.show(switchLines(now), Number(spread.at(-1).toFixed(3))); // rounding grows where GroupNorm is off
     section.dataset.switched = names.map((name) => now[name]).join(" ");
   }
@@ -153,25 +155,29 @@ function upsampling({ root, section, photo }) {
     on.set(now.on);
     size.set(now.size);
     size.hidden = now.how === "nearest";
-    const input = now.on === "flat" ? { values: new Float32Array(COUNT * COUNT).fill(1), n: COUNT } : pooled(photo.grey);
-    const large = now.how === "nearest" ? nearest(input) : transposed(input, now.size);
-    now.i = Math.min(now.i, large.n - 1);
-    now.j = Math.min(now.j, large.n - 1);
+    const ones = { values: new Float32Array(COUNT * COUNT).fill(1), height: COUNT, width: COUNT };
+    const input = now.on === "flat" ? ones : pooled(photo.grey);
+    const enlarge = now.how === "nearest"
+      ? (map) => conv2d(upsampleNearest(map), Array(9).fill(1), { padding: [1, 1, 1, 1] })
+      : (map) => convTranspose2d(map, Array(now.size ** 2).fill(1), 2);
+    // a product of ones is 1, so ones come out as the number of products
+    const { values, width: n } = enlarge(input), { values: counts } = enlarge({ ...input, values: input.values.map(() => 1) });
+    now.i = Math.min(now.i, n - 1);
+    now.j = Math.min(now.j, n - 1);
     const even = now.how === "nearest" ? 9 : now.size ** 2 / 4;
-    drawGrey(map.canvas, large.values, large.n, large.n, now.on === "flat" ? [0, 1.6 * even] : [0, even]);
-    const count = large.counts[now.i * large.n + now.j];
-    map.set(now.i, now.j, large.n, large.n, `row ${now.i}, column ${now.j}: ${count} products`);
-    const inner = [];
-    for (let i = 2; i < large.n - 4; i++) for (let j = 2; j < large.n - 4; j++) inner.push(large.counts[i * large.n + j]);
-    const kinds = [...new Set(inner)].sort((a, b) => a - b);
+    drawGrey(map.canvas, values, n, n, now.on === "flat" ? [0, 1.6 * even] : [0, even]);
+    const count = counts[now.i * n + now.j];
+    map.set(now.i, now.j, n, n, `row ${now.i}, column ${now.j}: ${count} products`);
+    const kinds = countsInside(counts, n);
     tell(words, `Row ${now.i}, column ${now.j}: `, el("b", { class: "output" }, `${count} ${count === 1 ? "product" : "products"}`), ". ",
-      kinds.length > 1 ? `Neighbours get ${kinds.slice(0, -1).join(", ")} or ${kinds.at(-1)}: even a flat input comes out as a checkerboard. The stride 2 does not divide the kernel’s ${now.size}.`
-        : `Away from the border every pixel gets ${kinds[0]}: the map stays even${now.how === "nearest" ? ", whatever the kernel" : `, for the stride 2 divides the kernel’s ${now.size}. But unequal weights can still draw a checkerboard`}.`);
-    const shown = Math.min(9, large.n);
+      kinds.length > 1 ? `Neighbours get ${kinds.slice(0, -1).join(", ")} or ${kinds.at(-1)}: even a flat input comes out as a checkerboard. The kernel’s size, ${now.size}, is not divisible by the stride, 2.`
+        : `Away from the border every pixel gets ${kinds[0]}: the map stays even. ${now.how === "nearest" ? "The kernel moves by one pixel at a time, so it treats all pixels alike, whatever its weights. At the border it reaches into the padding."
+          : `The kernel’s size, ${now.size}, is divisible by the stride, 2. But with unequal weights neighbours get different ones, and a checkerboard can still appear.`}`);
+    const shown = Math.min(9, n);
     cells.style.setProperty("--columns", shown);
     cells.replaceChildren(...Array.from({ length: shown * shown }, (_, at) => {
-      const i = Math.floor(at / shown), j = at % shown, n = large.counts[i * large.n + j];
-      return el("span", { style: `--share:${Math.round(n / Math.max(...kinds) * 100)}%`, class: i === now.i && j === now.j ? "now" : "" }, String(n));
+      const i = Math.floor(at / shown), j = at % shown, one = counts[i * n + j];
+      return el("span", { style: `--share:${Math.round(one / Math.max(...kinds) * 100)}%`, class: i === now.i && j === now.j ? "now" : "" }, String(one));
     }));
     section.dataset.counts = kinds.join(",");
     const x = now.on === "flat" ? `x = torch.ones(1, 1, ${COUNT}, ${COUNT})` : "x = torch.nn.functional.avg_pool2d((photo.mean(1, keepdim=True) + 1) / 2, 8)";
@@ -180,41 +186,21 @@ larger = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 larger = conv2d_reference(larger, torch.ones(1, 1, 3, 3), padding=(1, 1, 1, 1))
 print(larger[0, 0, ${now.i}, ${now.j}].item())` : `${x}
 larger = torch.nn.functional.conv_transpose2d(x, torch.ones(1, 1, ${now.size}, ${now.size}), stride=2)
-print(larger[0, 0, ${now.i}, ${now.j}].item())`, large.values[now.i * large.n + now.j]);
+print(larger[0, 0, ${now.i}, ${now.j}].item())`, values[now.i * n + now.j]);
   }
   photo.addEventListener("change", render);
   render();
 }
 
+// The different numbers of products, away from the border.
+function countsInside(counts, n) {
+  const inside = (at) => Math.floor(at / n) >= 2 && Math.floor(at / n) < n - 4 && at % n >= 2 && at % n < n - 4;
+  return [...new Set(counts.filter((_, at) => inside(at)))].sort((a, b) => a - b);
+}
+
+// The photo in grey, averaged to 32 × 32.
 function pooled(grey) {
   const n = 32, side = SIZE / n, values = new Float32Array(n * n);
   for (let i = 0; i < SIZE; i++) for (let j = 0; j < SIZE; j++) values[Math.floor(i / side) * n + Math.floor(j / side)] += grey[i * SIZE + j] / side ** 2;
-  return { values, n };
-}
-
-// Each value lays down a copy of a kernel of ones, two pixels from the last one.
-function transposed({ values, n: from }, size) {
-  const n = (from - 1) * 2 + size, out = new Float32Array(n * n), counts = new Uint16Array(n * n);
-  for (let i = 0; i < from; i++)
-    for (let j = 0; j < from; j++)
-      for (let u = 0; u < size; u++)
-        for (let v = 0; v < size; v++) {
-          const at = (2 * i + u) * n + 2 * j + v;
-          out[at] += values[i * from + j];
-          counts[at] += 1;
-        }
-  return { values: out, counts, n };
-}
-
-// Each value four times, then a 3x3 kernel of ones.
-function nearest({ values, n: from }) {
-  const n = from * 2, out = new Float32Array(n * n), counts = new Uint16Array(n * n);
-  for (let i = 0; i < n; i++)
-    for (let j = 0; j < n; j++)
-      for (let r = Math.max(0, i - 1); r <= Math.min(n - 1, i + 1); r++)
-        for (let c = Math.max(0, j - 1); c <= Math.min(n - 1, j + 1); c++) {
-          out[i * n + j] += values[(r >> 1) * from + (c >> 1)];
-          counts[i * n + j] += 1;
-        }
-  return { values: out, counts, n };
+  return { values, height: n, width: n };
 }

@@ -1,6 +1,7 @@
 // What it costs: parameters and multiplications, and how Winograd saves some.
 
-import { choice, el, grouped, html, python, short, slider } from "../ui/dom.js";
+import { choice, el, html, listFields, python, slider } from "../ui/dom.js";
+import { grouped, literals, numbers, short } from "../ui/numbers.js";
 import { state } from "../ui/state.js";
 
 const ALL_LAYERS = `points = sdconv.features(vae, size=256)
@@ -11,7 +12,7 @@ export const cost = {
   id: "cost",
   title: "What it costs",
   short: "Cost",
-  lead: `<p>A convolution learns few numbers and uses each of them at every position. A <b>dense</b> layer learns one for every pair of an input and an output. Choose a layer and compare; each step of the scale is a thousand times more. The dense layer takes all input numbers and makes all output numbers at once.</p>`,
+  lead: `<p>A convolution learns few numbers and uses each of them at every position. A <b>dense</b> layer learns one for every pair of an input and an output. Choose a layer and compare; each mark of the scale is a thousand times the one before. The dense layer takes all input numbers and makes all output numbers at once.</p>`,
 
   build({ root, section, vae: network, whenNear }) {
     const { values: now, set } = state("cost", { inputs: 64, outputs: 64, kernel: 3, stride: 1, size: 256 }, () => render(), (v) =>
@@ -27,9 +28,9 @@ export const cost = {
     const demo = winograd();
     const layers = el("div", { class: "products", role: "img", "aria-label": "Multiplications of each part of the VAE" });
     root.append(el("div", { class: "controls" }, inputs, outputs, size, kernel, stride), el("div", { class: "panel" }, table, words), code,
-      html(`<div><h3>Fewer multiplications: Winograd</h3><p>Neighbouring outputs share inputs, and that can be used. Two outputs of a row and a kernel of three take 2 × 3 = 6 multiplications. Added and subtracted in the right order beforehand, four are enough. In two directions and for a square of 4 × 4 outputs, that makes 6 × 6 = <b>36</b> multiplications where the direct way has 16 × 9 = <b>144</b>. This is Winograd’s F(4 × 4, 3 × 3), and this page computes nearly all of the network with it.</p></div>`),
+      html(`<div><h3>Fewer multiplications: Winograd</h3><p>Neighbouring outputs share inputs, and that can be used. Two outputs of a row and a kernel of three take 2 × 3 = 6 multiplications. With the right sums and differences computed first, four are enough. In two directions and for a square of 4 × 4 outputs, that makes 6 × 6 = <b>36</b> multiplications where the direct way has 16 × 9 = <b>144</b>. This is Winograd’s F(4 × 4, 3 × 3), and this page computes nearly all of the network with it.</p></div>`),
       demo.node, demo.code,
-      html(`<div><h3>Where the VAE’s time goes</h3><p>Multiplications of each part for one photo, in millions (M) or thousands of millions (G). The parts near the photo’s full size have no more weights than the others, and nearly all of the work.</p></div>`),
+      html(`<div><h3>Where the VAE’s time goes</h3><p>Multiplications of each part for one photo, in millions (M) or billions (G). The parts near the photo’s full size have no more weights than the others, and nearly all of the work.</p></div>`),
       el("div", { class: "panel" }, layers), layersCode);
 
     function render() {
@@ -59,7 +60,7 @@ print([
     dense_parameters(inputs * side**2, outputs * to**2), dense_multiplies(inputs * side**2, outputs * to**2),
     conv_parameters(inputs, outputs, ${now.kernel}), conv_multiplies(inputs, outputs, ${now.kernel}, to),${rows[2] ? `
     conv_multiplies(inputs, outputs, 3, to) * 36 // 144,` : ""}
-])`, [rows[0][1], rows[0][2], rows[1][1], ...rows.slice(1).map((row) => row[2])]);
+])`, [rows[0][1], rows[0][2], rows[1][1], ...rows.slice(1).map((row) => row[2])], "int");
       section.dataset.times = String(times);
     }
     render();
@@ -73,32 +74,29 @@ print([
       }
       const most = Math.max(...parts.values());
       layers.setAttribute("aria-label", `Multiplications of each part of the VAE, in millions: ${[...parts].map(([name, x]) => `${name} ${Math.round(x / 1e6)}`).join(", ")}`);
-      layersCode.show(ALL_LAYERS, network.points.reduce((sum, { kind, multiplies }) => sum + (kind === "conv" ? multiplies : 0), 0));
+      layersCode.show(ALL_LAYERS, network.points.reduce((sum, { kind, multiplies }) => sum + (kind === "conv" ? multiplies : 0), 0), "int");
       layers.replaceChildren(...[...parts].map(([name, x]) => el("div", { class: "bar-row" }, el("span", {}, name),
         el("span", { class: "log" }, el("i", { style: `width:${x / most * 100}%` })), el("b", {}, x < 1e7 ? `${short(x / 1e6, 1)} M` : `${short(x / 1e9)} G`))));
     });
   },
 };
 
+const LENGTHS = { d: 4, g: 3 };
+
 // Winograd's F(2, 3) with numbers that one can change.
 function winograd() {
-  const { values: now, set } = state("winograd", { d: "1, 2, 3, 4", g: "1, 0, -1" }, () => render(), (v) => list(v.d, 4) && list(v.g, 3));
-  const field = (label, name, count, kind) => {
-    const input = el("input", { type: "text", spellcheck: "false", autocomplete: "off", oninput: () => {
-      input.setAttribute("aria-invalid", String(!list(input.value, count)));
-      problem.textContent = list(input.value, count) ? "" : `${count} numbers with commas between them are needed here.`;
-      if (list(input.value, count)) set({ [name]: input.value });
-    } });
-    return { input, node: el("label", { class: "text" }, el("span", { class: kind }, label), input) };
-  };
-  const problem = el("p", { class: "note minus", role: "alert" });
-  const inputs = field("four numbers of a row", "d", 4, "input"), weights = field("three weights", "g", 3, "kernel");
+  const { values: now, set } = state("winograd", { d: "1, 2, 3, 4", g: "1, 0, -1" }, () => render(), (v) => list(v.d, LENGTHS.d) && list(v.g, LENGTHS.g));
+  const fields = listFields({ d: { label: "four numbers of a row", kind: "input" }, g: { label: "three weights", kind: "kernel" } }, {
+    read: (text, name) => list(text, LENGTHS[name]),
+    rule: (name) => `${LENGTHS[name]} numbers are needed here, with commas between them. Until then, the sums below stay as they are.`,
+    onlist: (name, text) => set({ [name]: text }),
+  });
   const direct = el("div", { class: "panel" }), fast = el("div", { class: "panel" }), code = python();
-  const node = el("div", { class: "body flat" }, el("div", { class: "controls" }, inputs.node, weights.node), problem, el("div", { class: "split" }, direct, fast));
+  const node = el("div", { class: "body flat" }, fields, el("div", { class: "split" }, direct, fast));
 
   function render() {
-    const d = list(now.d, 4), g = list(now.g, 3), n = (x) => short(x, Number.isInteger(x) ? 0 : 2);
-    for (const [{ input }, text] of [[inputs, now.d], [weights, now.g]]) if (document.activeElement !== input) input.value = text;
+    const d = list(now.d, LENGTHS.d), g = list(now.g, LENGTHS.g), n = (x) => short(x, Number.isInteger(x) ? 0 : 2);
+    fields.set({ d: now.d, g: now.g });
     const m = [(d[0] - d[2]) * g[0], (d[1] + d[2]) * (g[0] + g[1] + g[2]) / 2, (d[2] - d[1]) * (g[0] - g[1] + g[2]) / 2, (d[1] - d[3]) * g[2]];
     const y = [0, 1].map((at) => g.reduce((sum, w, u) => sum + w * d[at + u], 0));
     const line = (text, value) => el("p", { class: "sumline" }, el("span", {}, text), el("b", { class: "output" }, n(value)));
@@ -110,14 +108,14 @@ function winograd() {
       line(`m₃ = (${n(d[2])} − ${n(d[1])}) × ${n((g[0] - g[1] + g[2]) / 2)} =`, m[2]),
       line(`m₄ = (${n(d[1])} − ${n(d[3])}) × ${n(g[2])} =`, m[3]),
       line("m₁ + m₂ + m₃ =", m[0] + m[1] + m[2]), line("m₂ − m₃ − m₄ =", m[1] - m[2] - m[3]));
-    code.show(`weights = [${g.join(", ")}]
-print(convolve([${d.join(", ")}], weights[::-1])[2:4])  # turned beforehand: convolve turns them back`, y);
+    const [row, kernel] = literals(d, g), whole = [...d, ...g].every(Number.isInteger);
+    code.show(`print(convolve(${row}, ${kernel}[::-1])[2:4])  # turned beforehand: convolve turns it back`, y, whole ? "int" : "float");
   }
   render();
   return { node, code };
 }
 
 function list(text, count) {
-  const found = text.replaceAll("−", "-").split(",").map((part) => (part.trim() ? Number(part) : NaN));
-  return found.length === count && found.every(Number.isFinite) ? found : null;
+  const found = numbers(text);
+  return found?.length === count ? found : null;
 }

@@ -3,30 +3,31 @@
 import { receptiveSpan } from "../core/convolution.js";
 import { SIZE } from "../core/vae.js";
 import { drawHeat, drawPhoto, overlay } from "../ui/canvas.js";
-import { choice, el, grouped, python, short, toggle } from "../ui/dom.js";
+import { choice, el, python, term, toggle } from "../ui/dom.js";
 import { inPython } from "../ui/edits.js";
-import { chooser, look } from "../ui/points.js";
+import { grouped, short } from "../ui/numbers.js";
+import { chooser, goToLayer, look } from "../ui/points.js";
 import { state } from "../ui/state.js";
 
 const SPREAD = 0.9;
-const STOPS = [
+const DEPTHS = [
   ["encoder.conv_in", "first layer"],
   ["encoder.down_blocks.0.resnets.1", "five layers"],
   ["encoder.down_blocks.0.downsamplers.0", "a stride of 2"],
-  ["encoder.down_blocks.1.downsamplers.0", "two"],
-  ["encoder.down_blocks.3.resnets.1", "three, before attention"],
+  ["encoder.down_blocks.1.downsamplers.0", "two of them"],
+  ["encoder.down_blocks.3.resnets.1", "three, and just before attention"],
   ["decoder.conv_out", "the decoded picture"],
 ];
 
-// The layers from the photo to a point, along the longest path; null where attention lies between.
-export function chainTo(network, name) {
+// The layers from the photo to a point, along the longest path; `global` where attention is among them.
+function chainTo(network, name) {
   const chain = [];
   let global = false;
   for (let at = name; at !== "photo"; at = network.point[at].input) {
     const point = network.point[at];
     if (point.kind === "attention") global = true;
     if (point.kind !== "conv") continue;
-    chain.unshift({ kernel: point.kernel, stride: point.stride, before: point.kernel === 3 && point.stride === 1 ? 1 : 0 });
+    chain.unshift({ kernel: point.kernel, stride: point.stride, before: point.before });
     if (point.up) chain.unshift({ up: 2 });
   }
   return { chain, global };
@@ -42,11 +43,7 @@ export const field = {
     const { values: now, set } = look(() => render());
     const own = state("field", { heat: true, zoom: true }, () => render());
     const choose = chooser(network, set, "point at a value and see what it depends on");
-    const stops = choice({ label: "How deep?", options: STOPS, value: "", onchange: (layer) => {
-      // the same place in the picture
-      const scale = network.point[layer].height / network.point[now.layer].height;
-      set({ layer, i: Math.floor((now.i + 0.5) * scale), j: Math.floor((now.j + 0.5) * scale) });
-    } });
+    const depth = choice({ label: "How deep?", options: DEPTHS, value: "", onchange: (layer) => goToLayer(network, layer) });
     const canvas = el("canvas", { width: SIZE, height: SIZE, role: "img", "aria-label": "The photo with the receptive field" });
     const { node: over, mark } = overlay(SIZE, SIZE);
     const heat = toggle({ label: "how much each pixel counts", value: own.values.heat, onchange: (x) => own.set({ heat: x }) });
@@ -54,7 +51,7 @@ export const field = {
     const words = el("p", { class: "verdict", role: "status" });
     const steps = el("div", { class: "growth", role: "img" }), reach = el("p", { class: "note" });
     const code = python();
-    root.append(stops, el("div", { class: "split" }, choose.node, el("div", { class: "panel" },
+    root.append(depth, choose.parts, el("div", { class: "split" }, choose.node, el("div", { class: "panel" },
       el("figure", {}, el("div", { class: "plate still" }, canvas, over)), el("div", { class: "controls" }, heat, zoom), words,
       el("p", { class: "note" }, "How wide the square is after each layer, from the photo to the decoded picture (", el("b", { class: "kernel" }, "strides of 2"), ", ", el("b", { class: "output" }, "upsampling"), "); pale: not yet reached"), reach, steps)), code);
 
@@ -62,9 +59,11 @@ export const field = {
     async function render() {
       if (!network.version) return;
       const mine = ++turn;
+      clearTimeout(wait);
+      section.classList.remove("busy");
       await choose.draw(now);
       if (mine !== turn) return;
-      stops.set(now.layer);
+      depth.set(now.layer);
       heat.set(own.values.heat);
       zoom.set(own.values.zoom);
       const { chain, global } = chainTo(network, now.layer);
@@ -74,14 +73,14 @@ export const field = {
       frame(top, bottom, left, right);
       growth(chain.length, global);
       const size = `${rows[1] - rows[0] + 1} × ${columns[1] - columns[0] + 1} pixels`;
-      words.textContent = global
-        ? "Attention lies on the way: through it this value depends on every pixel of the photo."
-        : `Through its convolutions this value sees ${size}, rows ${short(rows[0], 0)} to ${rows[1]} and columns ${short(columns[0], 0)} to ${columns[1]}${top < 0 || left < 0 || bottom >= SIZE || right >= SIZE ? "; what lies outside the photo is padding" : ""}.`;
+      words.replaceChildren(...(global
+        ? [term("attention", "Attention"), " lies on the way: through it this value depends on every pixel of the photo."]
+        : [`Through its convolutions this value sees ${size}, rows ${short(rows[0], 0)} to ${rows[1]} and columns ${short(columns[0], 0)} to ${columns[1]}${top < 0 || left < 0 || bottom >= SIZE || right >= SIZE ? "; what lies outside the photo is padding" : ""}.`]));
       section.dataset.span = [...rows, ...columns].join(",");
       code.hidden = true;
       drawPhoto(canvas, photo.planes, SIZE, SIZE);
+      choose.parts.draw();
       if (!own.values.heat) return;
-      clearTimeout(wait);
       wait = setTimeout(async () => {
         section.classList.add("busy");
         const note = el("i", {}, " Computing how much each pixel counts…");
@@ -107,8 +106,9 @@ export const field = {
       sorted.sort().reverse();
       let sum = 0, count = 0;
       while (sum < SPREAD * inside) sum += sorted[count++];
-      words.append(` ${grouped(count)} of ${global ? "all" : "its"} ${grouped(sorted.length)} pixels make ${SPREAD * 100} % of the effect${global ? "" : " in the square"}.`,
-        global || inside > 0.9999 * total ? "" : ` Besides, ${short((1 - inside / total) * 100, 1)} % of the whole effect comes from outside the square, spread thinly: GroupNorm uses means over the whole map (section 7).`);
+      words.append(` ${grouped(count)} of ${global ? "all" : "its"} ${grouped(sorted.length)} pixels make up ${SPREAD * 100} % of the effect${global ? "" : " in the square"}.`,
+        chainTo(network, now.layer).chain.length === 1 ? " With one layer there is little to see: choose a deeper one, and the middle will count far more than the rim." : "",
+        ...(global || inside > 0.9999 * total ? [] : [` Besides, ${short((1 - inside / total) * 100, 1)} % of the whole effect comes from outside the square, spread thinly: `, term("groupnorm", "GroupNorm"), " uses means over the whole map (section 7)."]));
       code.show(gradientLines(now, network.announced.edits), total);
       section.dataset.painted = `${now.layer} ${now.channel} ${now.i} ${now.j}`;
     }

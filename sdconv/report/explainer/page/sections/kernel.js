@@ -3,7 +3,8 @@
 import { conv2d } from "../core/convolution.js";
 import { SIZE } from "../core/vae.js";
 import { drawGrey, picker } from "../ui/canvas.js";
-import { choice, el, python, short, tell } from "../ui/dom.js";
+import { choice, el, python, tell } from "../ui/dom.js";
+import { short } from "../ui/numbers.js";
 import { state } from "../ui/state.js";
 
 const PRESETS = {
@@ -16,7 +17,7 @@ const PRESETS = {
 };
 const READ = {
   identity: "Only the centre counts: the photo stays as it is.",
-  blur: "An average in which the neighbours count too.",
+  blur: "A weighted average of a pixel and its neighbours.",
   sharpen: "The centre five times, minus the four neighbours: differences grow.",
   "edges |": "The right column minus the left one: large where the photo gets brighter to the right.",
   "edges —": "The lower row minus the upper one: large where the photo gets brighter downwards.",
@@ -30,7 +31,7 @@ export const kernel = {
   title: "A kernel on a photo",
   short: "Kernel",
   lead: `<p>Now the long list is a photo, in grey, and the short one a grid of nine <b class="kernel">weights</b>. The grid stops at every pixel: nine <b class="input">brightnesses</b> meet nine weights, the products are added up, and their <b class="output">sum</b> is the new pixel. What the convolution looks for is in the weights and only there. Change them, and point at the photo to see the sum.</p>
-<p>Unlike the second list of section 1, the grid is <b>not</b> turned around. Strictly, that is a cross-correlation; neural networks call it a convolution all the same, for with learned weights it makes no difference.</p>`,
+<p>Unlike the second list of section 1, the grid is <b>not</b> turned around. Strictly, that is a cross-correlation; neural networks call it a convolution all the same, for with learned weights it makes no difference. And where the grid reaches beyond the photo, it meets zeros, so that the new picture is as large as the old one.</p>`,
 
   build({ root, photo }) {
     const { values: now, set } = state("kernel", { w: PRESETS["edges |"].join(), i: 35, j: 119 }, () => render(), (v) => {
@@ -55,8 +56,11 @@ export const kernel = {
     const scale = el("figcaption");
     const grid = (kind, words) => {
       const cells = el("div", { class: `cells ${kind}`, style: "--columns:3" });
-      const node = el("figure", {}, cells, el("figcaption", {}, words));
-      node.fill = (values) => cells.replaceChildren(...values.map((x) => el("span", { class: x === null ? "zero" : "" }, short(x ?? 0))));
+      const caption = el("figcaption"), node = el("figure", {}, cells, caption);
+      node.fill = (values) => {
+        caption.textContent = values.includes(null) ? `${words}; grey: beyond the photo` : words;
+        cells.replaceChildren(...values.map((x) => el("span", { class: x === null ? "zero" : "" }, short(x ?? 0))));
+      };
       return node;
     };
     const under = grid("input", "brightnesses under the kernel"), multiplied = grid("", "products");
@@ -64,7 +68,7 @@ export const kernel = {
     const code = python(), about = el("p", { class: "note", role: "status" });
     root.append(
       el("div", { class: "controls" }, preset, photo.controls()), about,
-      el("div", { class: "pair" }, el("figure", {}, before, el("figcaption", {}, "the photo, from 0 (black) to 1 (white). A click holds the pixel, the next one lets go")), el("figure", {}, after, scale)),
+      el("div", { class: "pair" }, el("figure", {}, before, before.nudges, el("figcaption", {}, "the photo, from 0 (black) to 1 (white). Click to hold a pixel, and again to release it")), el("figure", {}, after, scale)),
       el("div", { class: "panel sum" }, under, el("span", { "aria-hidden": "true" }, "×"),
         el("figure", {}, el("div", { class: "nine" }, inputs), el("figcaption", {}, "weights: change them")),
         el("span", { "aria-hidden": "true" }, "="), multiplied, el("p", { class: "total", role: "status" }, "sum ", total)), code);
@@ -74,12 +78,12 @@ export const kernel = {
       inputs.forEach((input, at) => { if (document.activeElement !== input) { input.value = Number(w[at].toFixed(4)); input.removeAttribute("aria-invalid"); } });
       const known = Object.keys(PRESETS).find((name) => PRESETS[name].join() === now.w);
       preset.set(known ?? "");
-      tell(about, READ[known] ?? "A kernel of your own. Positive weights look for bright pixels in their place, negative ones for dark.");
+      tell(about, READ[known] ?? "A kernel of your own. Positive weights look for bright pixels in their place, negative ones for dark ones.");
       drawGrey(before.canvas, photo.grey, SIZE, SIZE, [0, 1]);
       const weight = w.reduce((a, b) => a + b, 0), balanced = Math.abs(weight) < 1e-6;
       const most = result.values.reduce((a, x) => Math.max(a, Math.abs(x)), 0) || 1;
       drawGrey(after.canvas, result.values, SIZE, SIZE, balanced ? [-most / 2, most / 2] : [Math.min(0, weight), Math.max(0, weight)]);
-      scale.textContent = balanced ? "the result. These weights add up to 0: grey is 0, white that the pattern is there, black its opposite" : `the result, from ${short(Math.min(0, weight), 1)} (black) to ${short(Math.max(0, weight), 1)} (white)`;
+      scale.textContent = balanced ? `the result. The weights add up to 0, so grey is 0. White, ${short(most / 2, 1)} or more: the pattern is there; black, ${short(-most / 2, 1)} or less: its opposite` : `the result, from ${short(Math.min(0, weight), 1)} (black) to ${short(Math.max(0, weight), 1)} (white)`;
       const near = PLACES.map((_, at) => {
         const r = now.i + Math.floor(at / 3) - 1, c = now.j + at % 3 - 1;
         return r < 0 || r >= SIZE || c < 0 || c >= SIZE ? null : photo.grey[r * SIZE + c];

@@ -1,7 +1,8 @@
 // Two lists: one slides, turned around, under the other.
 
 import { convolve, meetings } from "../core/convolution.js";
-import { button, choice, el, python, printed, slider, tell } from "../ui/dom.js";
+import { button, choice, el, listFields, python, slider, tell } from "../ui/dom.js";
+import { literals, numbers, printed } from "../ui/numbers.js";
 import { state } from "../ui/state.js";
 
 const PRESETS = {
@@ -11,13 +12,7 @@ const PRESETS = {
   rise: ["0, 0, 0, 6, 6, 6", "1, -1", 3, "Each answer is a number minus the one before it: it finds where the list rises. The last answer is the fall from 6 to nothing."],
 };
 const LONGEST = 9, LARGEST = 9999;
-
-// The numbers of a list as typed, or null.
-export function numbers(text) {
-  const parts = text.replaceAll("−", "-").split(",").map((part) => part.trim());
-  const found = parts.map(Number);
-  return parts.every(Boolean) && found.every((x) => Math.abs(x) <= LARGEST) && found.length <= LONGEST ? found : null;
-}
+const list = (text) => numbers(text, { longest: LONGEST, largest: LARGEST });
 
 // A number in a cell.
 const few = (x) => printed(Number(x.toPrecision(5))).replace("-", "−");
@@ -26,24 +21,18 @@ export const lists = {
   id: "lists",
   title: "Two lists",
   short: "Lists",
-  lead: `<p>A convolution takes two lists of numbers and makes a third. Turn the second list around, push it under the first, multiply the numbers that <b>meet</b>, and add up the products. That is one number of the answer. Then push on by one. Drag the <b class="kernel">orange</b> list.</p>`,
+  lead: `<p>A convolution takes two lists of numbers and makes a third. Turn the second list around, push it under the first, multiply the numbers that <b>meet</b>, and add up the products. That is one number of the answer. Then push the list on by one. Drag the <b class="kernel">orange</b> list.</p>`,
 
   build({ root }) {
     const { values: now, set } = state("lists", { a: "1, 2, 3", b: "0, 1, 10", n: 2 }, () => render(), (v) => {
-      const a = numbers(v.a), b = numbers(v.b);
+      const a = list(v.a), b = list(v.b);
       return a && b && Number.isInteger(v.n) && v.n >= 0 && v.n < a.length + b.length - 1;
     });
-    const field = (label, name, kind) => {
-      const input = el("input", { type: "text", inputmode: "text", spellcheck: "false", autocomplete: "off", oninput: () => {
-        const found = numbers(input.value);
-        input.setAttribute("aria-invalid", String(!found));
-        problem.textContent = found ? "" : `A list is up to ${LONGEST} numbers from −${LARGEST} to ${LARGEST}, with commas between them, such as 1, 2, 3. Until then, the lists below stay.`;
-        if (found) set({ [name]: input.value, n: 0 });
-      } });
-      return { input, node: el("label", { class: "text" }, el("span", { class: kind }, label), input) };
-    };
-    const problem = el("p", { class: "note minus", role: "alert" });
-    const first = field("first list", "a", "input"), second = field("second list", "b", "kernel");
+    const fields = listFields({ a: { label: "first list", kind: "input" }, b: { label: "second list", kind: "kernel" } }, {
+      read: list,
+      rule: () => `A list has at most ${LONGEST} numbers from −${LARGEST} to ${LARGEST}, with commas between them, such as 1, 2, 3. Until it does, the lists below stay as they are.`,
+      onlist: (name, text) => set({ [name]: text, n: 0 }),
+    });
     const preset = choice({ label: "Lists to begin with", value: "", options: Object.keys(PRESETS).map((name) => [name, name]),
       onchange: (name) => set({ a: PRESETS[name][0], b: PRESETS[name][1], n: PRESETS[name][2] }) });
     const rail = el("div", { class: "rail", role: "img" });
@@ -53,11 +42,11 @@ export const lists = {
     const answer = el("div", { class: "answer" });
     const code = python();
     const about = el("p", { class: "note", role: "status" });
-    root.append(el("div", { class: "controls" }, first.node, second.node, preset), problem, about,
+    root.append(fields, preset, about,
       el("div", { class: "panel" }, rail, el("div", { class: "controls" }, at, play), sum, answer), code);
 
     let timer = null;
-    const end = () => numbers(now.a).length + numbers(now.b).length - 2;
+    const end = () => list(now.a).length + list(now.b).length - 2;
     const stop = () => { clearInterval(timer); timer = null; play.textContent = "Slide it"; };
     function start() {
       set({ n: now.n >= end() ? 0 : now.n });
@@ -83,10 +72,8 @@ export const lists = {
     rail.addEventListener("pointercancel", () => { grabbed = null; });
 
     function render() {
-      const a = numbers(now.a), b = numbers(now.b), { n } = now;
-      for (const [{ input }, text] of [[first, now.a], [second, now.b]])
-        if (document.activeElement !== input) { input.value = text; input.removeAttribute("aria-invalid"); }
-      if (document.activeElement !== first.input && document.activeElement !== second.input) problem.textContent = "";
+      const a = list(now.a), b = list(now.b), { n } = now;
+      fields.set({ a: now.a, b: now.b });
       const known = Object.keys(PRESETS).find((name) => PRESETS[name][0] === now.a && PRESETS[name][1] === now.b);
       preset.set(known ?? "");
       tell(about, PRESETS[known]?.[3] ?? "");
@@ -104,8 +91,8 @@ export const lists = {
       answer.replaceChildren(el("span", { class: "note" }, "the answer so far"),
         ...all.map((x, m) => button(m <= n ? few(x) : "?", () => set({ n: m }), {
           class: `cell ${m === n ? "now" : ""}`, "aria-label": `position ${m}${m <= n ? `: ${printed(x)}` : ""}`, "aria-current": m === n ? "true" : "false" })));
-      const literal = (list) => `[${list.join(", ")}]`;
-      code.show(`print(convolve(${literal(a)}, ${literal(b)})[${n}])`, all[n]);
+      const whole = [...a, ...b].every(Number.isInteger);
+      code.show(`print(convolve(${literals(a, b).join(", ")})[${n}])`, all[n], whole ? "int" : "float");
     }
     render();
   },

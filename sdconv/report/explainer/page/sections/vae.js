@@ -1,29 +1,25 @@
 // The whole network: level by level, and with single channels changed.
 
-import { PARTS } from "../core/network.js";
 import { drawGrey, drawPhoto, percentiles, picker, shades, thumbnails } from "../ui/canvas.js";
-import { button, choice, el, python, select, short, slider, toggle } from "../ui/dom.js";
+import { button, choice, el, python, select, slider, toggle } from "../ui/dom.js";
 import { inPython, parsed, written } from "../ui/edits.js";
+import { options, partOf, pointsOf, strip } from "../ui/layers.js";
+import { short } from "../ui/numbers.js";
 import { state } from "../ui/state.js";
 
 export const vae = {
   id: "vae",
   title: "The whole network",
   short: "VAE",
-  lead: `<p>Here are all of its layers. The <b>encoder</b> turns the photo into <b>latents</b>: four maps of 32 × 32 numbers, a 48th of the photo’s. The <b>decoder</b> makes a picture of them. Choose a level, a layer and one of its channels, and turn the channel up, down or off: everything after it is computed again.</p>`,
+  lead: `<p>Here are all of the VAE’s layers. The <b>encoder</b> turns the photo into <b>latents</b>: four maps of 32 × 32 numbers, one number for every 48 of the photo. The <b>decoder</b> makes a picture from them. Choose a level, a layer and one of its channels, and turn the channel up, down or off: everything after it is computed again.</p>`,
 
   build({ root, section, vae: network, photo, follow }) {
-    let baseline = null, decoded = null, live = {}, partsOf = 0;
+    let baseline = null, decoded = null;
     const { values: now, set } = state("vae", {
       point: "latents", channel: 0, edits: "", i: 128, j: 128, compare: false,
     }, (change) => render(change), (v) => v.channel >= 0 && v.channel < 64 && v.i >= 0 && v.i < 256 && v.j >= 0 && v.j < 256);
 
-    const pointsOf = (part) => network.points.filter(({ name }) => part.has.test(name));
-    const standsFor = (part) => network.point[part.label] ?? pointsOf(part).at(-1); // of the latents, the latents
-    const tiles = PARTS.map((part) => el("button", { type: "button", class: "station",
-      onclick: () => set({ point: standsFor(part).name, channel: 0 }) }, el("canvas", { "aria-hidden": "true" }), el("b", {}, part.label), el("small")));
-    const row = (side) => el("div", { class: "stations", role: "group", "aria-label": side },
-      el("span", { class: "side" }, side), tiles.filter((_, at) => PARTS[at].side === side));
+    const parts = strip(network, (point, channel) => set({ point, channel }));
     const before = el("canvas", { width: 256, height: 256, role: "img", "aria-label": "The photo" });
     const after = picker({ label: "The decoded picture", width: 256, height: 256, onpick: (i, j) => set({ i, j }) });
     const changed = el("p", { class: "note", role: "status" });
@@ -39,8 +35,7 @@ export const vae = {
     const about = el("p", { class: "note" });
     const code = python();
     root.append(
-      row("encoder"), row("decoder"),
-      el("p", { class: "note" }, "Of each level one channel is shown: the one that varies most."),
+      parts, el("p", { class: "note" }, "Of each part you see the last layer’s channel that varies most. The encoder’s first three levels end with a downsampler, the decoder’s with an upsampler; the last level of each keeps its size."),
       el("div", { class: "split" },
         el("div", { class: "panel" }, el("div", { class: "controls" }, where), grid),
         el("div", { class: "panel" }, el("div", { class: "one" }, el("figure", {}, big, scale), el("div", {}, about, quick, factor)), list, clear,
@@ -67,6 +62,7 @@ export const vae = {
       if (!network.point[now.point]) now.point = "latents";
       now.channel = Math.min(now.channel, network.point[now.point].channels - 1);
       const edits = valid();
+      now.edits = written(edits);
       controls(edits);
       if (JSON.stringify(edits) !== JSON.stringify(network.wanted.edits)) {
         changed.textContent = "Computing…";
@@ -81,17 +77,13 @@ export const vae = {
       if (!Object.keys(edits).length) baseline = decoded;
       result(edits);
       if (mine === turn) await pointMaps();
-      if (mine === turn && partsOf !== network.version) await partMaps();
+      if (mine === turn) await parts.draw();
     }
 
     function controls(edits) {
       const point = network.point[now.point];
-      tiles.forEach((tile, at) => {
-        tile.setAttribute("aria-pressed", String(PARTS[at].has.test(now.point)));
-        tile.classList.toggle("edited", Object.keys(edits).some((name) => PARTS[at].has.test(name)));
-      });
-      const points = pointsOf(PARTS.find(({ has }) => has.test(now.point)));
-      where.querySelector("select").replaceChildren(...points.map(({ name }) => el("option", { value: name }, name)));
+      parts.set(now.point, edits);
+      where.querySelector("select").replaceChildren(...options(pointsOf(network, partOf(now.point))));
       where.set(now.point);
       const x = edits[now.point]?.[now.channel] ?? 1;
       factor.set(x);
@@ -106,27 +98,11 @@ export const vae = {
       after.set(now.i, now.j, 256, 256, `row ${now.i}, column ${now.j}`, 3);
     }
 
-    async function partMaps() {
-      partsOf = network.version;
-      await Promise.all(PARTS.map(async (part, at) => {
-        const point = standsFor(part), rgb = point.name === "decoder.conv_out", known = live[point.name];
-        const some = rgb ? [0, 1, 2] : known === undefined ? Array.from({ length: point.channels }, (_, c) => c) : [known];
-        const { values, width, height } = await network.planes(point.name, some, 32), area = width * height;
-        const canvas = tiles[at].querySelector("canvas");
-        tiles[at].querySelector("small").textContent = `${point.channels} × ${point.height}²`;
-        if (rgb) return drawPhoto(canvas, values, width, height);
-        const map = (n) => values.subarray(n * area, (n + 1) * area);
-        const most = some.reduce((best, _, n) => (variation(map(n)) > variation(map(best)) ? n : best), 0);
-        live[point.name] = some[most];
-        drawGrey(canvas, map(most), width, height);
-      }));
-    }
-
     async function pointMaps() {
-      const point = network.point[now.point], all = Array.from({ length: point.channels }, (_, c) => c);
-      grid.fill(await network.planes(point.name, all, 32));
+      const point = network.point[now.point];
+      grid.fill(await network.allPlanes(point.name, 32));
       grid.choose(now.channel);
-      grid.mark(Object.keys(valid()[point.name] ?? {}).map(Number));
+      grid.mark(Object.keys(parsed(now.edits)[point.name] ?? {}).map(Number));
       const { values, width, height } = await network.planes(point.name, [now.channel]);
       const range = percentiles(values);
       drawGrey(big, values, width, height, range);
@@ -151,10 +127,7 @@ export const vae = {
       drawPhoto(before, photo.planes, 256, 256);
     }
 
-    photo.addEventListener("change", () => {
-      baseline = null;
-      live = {};
-    });
+    photo.addEventListener("change", () => { baseline = null; });
     // what the address has holds for all sections, before this one comes into view
     if (now.edits) network.read().then(() => { network.wanted = { ...network.wanted, edits: valid() }; });
     let begun = false;
@@ -166,12 +139,6 @@ export const vae = {
     }, [root]);
   },
 };
-
-function variation(values) {
-  let sum = 0, squares = 0;
-  for (const x of values) { sum += x; squares += x * x; }
-  return squares / values.length - (sum / values.length) ** 2;
-}
 
 function lines(edits, { i, j }) {
   const { definitions, managers, scaling } = inPython(edits);

@@ -1,6 +1,7 @@
 // Pictures of numbers.
 
-import { el, say, short, svg } from "./dom.js";
+import { button, el, say, svg } from "./dom.js";
+import { short } from "./numbers.js";
 
 // The values between which a map is shown: its 1st and 99th percentile.
 export function percentiles(values, low = 0.01, high = 0.99) {
@@ -62,7 +63,7 @@ export function overlay(width, height) {
   return { node, mark };
 }
 
-// A canvas of which a value can be chosen: by pointer, touch or arrow keys.
+// A canvas of which a value can be chosen: by pointer, touch or arrow keys, or with its `nudges`.
 export function picker({ label, width, height, onpick, hover = false }) {
   const canvas = el("canvas", { width, height });
   const { node: over, mark } = overlay(width, height);
@@ -93,7 +94,10 @@ export function picker({ label, width, height, onpick, hover = false }) {
     event.preventDefault();
     pick(at[0] + by[0], at[1] + by[1]);
   });
-  Object.assign(node, { canvas, over });
+  // for fingers, which are wider than a pixel
+  const nudge = (arrow, name, di, dj) => button(arrow, () => pick(at[0] + di, at[1] + dj), { class: "quiet", "aria-label": `one pixel ${name}` });
+  const nudges = el("div", { class: "nudges" }, nudge("←", "left", 0, -1), nudge("→", "right", 0, 1), nudge("↑", "up", -1, 0), nudge("↓", "down", 1, 0));
+  Object.assign(node, { canvas, over, nudges });
   // the chosen value, and the size of the picture that it is a value of
   node.set = (i, j, rows = height, columns = width, words = "", reach = 0) => {
     at = [i, j];

@@ -1,5 +1,7 @@
 // Elements, and the controls that sections share.
 
+import { printed } from "./numbers.js";
+
 const NAMESPACE = "http://www.w3.org/2000/svg";
 
 function filled(node, properties, children) {
@@ -17,12 +19,15 @@ export const el = (tag, properties = {}, ...children) => filled(document.createE
 export const svg = (tag, properties = {}, ...children) =>
   filled(document.createElementNS(NAMESPACE, tag), properties, children);
 
-// Trusted text of this page as elements.
+// Trusted text of this page as elements; lines do not break at a ×.
 export function html(text) {
   const template = document.createElement("template");
-  template.innerHTML = text.trim();
+  template.innerHTML = text.trim().replaceAll(" × ", "\u00a0×\u00a0");
   return template.content;
 }
+
+// A link to the explanation of a term.
+export const term = (id, text) => el("a", { class: "term", href: `#word-${id}` }, text);
 
 export function button(text, onclick, properties = {}) {
   return el("button", { type: "button", onclick, ...properties }, text);
@@ -40,6 +45,36 @@ export function slider({ label, min, max, step = 1, value, words = (x) => x, oni
     input.setAttribute("aria-valuetext", String(words(now)));
   };
   node.set(value);
+  return node;
+}
+
+// Text fields for lists of numbers, {name: {label, kind}}, and a note on what is wrong with what was
+// typed. `read` makes a list of a text, or null; `onlist` is given the text of each list that is typed.
+export function listFields(fields, { read, rule, onlist }) {
+  const problem = el("p", { class: "note minus", role: "alert" });
+  const inputs = Object.fromEntries(Object.entries(fields).map(([name, { kind }]) => [name, el("input", {
+    type: "text", class: kind, spellcheck: "false", autocomplete: "off",
+    oninput: ({ target }) => { if (judge(name)) onlist(name, target.value); },
+    onblur: () => node.set(shown),
+  })]));
+  const judge = (name) => {
+    inputs[name].setAttribute("aria-invalid", String(!read(inputs[name].value, name)));
+    const wrong = Object.keys(inputs).find((one) => inputs[one].getAttribute("aria-invalid") === "true");
+    tell(problem, wrong ? rule(wrong) : "");
+    return inputs[name].getAttribute("aria-invalid") === "false";
+  };
+  const node = el("div", { class: "fields" }, el("div", { class: "controls" }, Object.entries(fields).map(([name, { label, kind }]) =>
+    el("label", { class: "text" }, el("span", { class: kind }, label), inputs[name]))), problem);
+  let shown = {};
+  // shows the lists in force; what is being typed stays
+  node.set = (values) => {
+    shown = values;
+    for (const [name, input] of Object.entries(inputs))
+      if (document.activeElement !== input) {
+        input.value = values[name];
+        judge(name);
+      }
+  };
   return node;
 }
 
@@ -82,53 +117,40 @@ from sdconv.images import example_image, to_tensor
 vae = sdconv.load("tiny-vae", dtype=torch.float32)
 photo = to_tensor(example_image())  # (1, 3, 256, 256), -1 to 1`;
 
-// The Python that prints a number of the page, and that number; hidden until there is one.
+// The Python that prints a number of the page: its last statement, what that prints, and, folded,
+// the lines before it. Hidden until there is a number. The number is a float unless it is said to be an int.
 export function python(title = "The same in Python") {
-  const code = el("code"), about = el("span"), prints = el("output", { "aria-live": "off" });
+  const before = el("code"), last = el("code"), about = el("span"), prints = el("output", { "aria-live": "off" });
   const copy = button("Copy", async () => {
-    const text = `${SETUP}\n\n${code.textContent}\n`;
+    const text = `${SETUP}\n\n${before.textContent}${last.textContent}\n`;
     try {
       await navigator.clipboard.writeText(text);
       copy.textContent = "Copied";
     } catch {
-      const range = document.createRange();
-      range.selectNodeContents(code);
-      getSelection().removeAllRanges();
-      getSelection().addRange(range);
+      before.closest("details").open = true;
+      getSelection().selectAllChildren(lines);
       copy.textContent = "Selected";
     }
     setTimeout(() => { copy.textContent = "Copy"; }, 1500);
-  }, { class: "quiet", title: "Copy it with the lines that it needs" });
-  const node = el("figure", { class: "python" },
-    el("figcaption", {}, title, copy),
-    el("details", {}, el("summary", {}, "after these first lines"), el("pre", {}, SETUP)),
-    el("pre", { tabindex: 0, "aria-label": "Python code" }, code), el("p", {}, about, prints));
+  }, { class: "quiet", title: "Copy all lines" });
+  const lines = el("div", {},
+    el("details", {}, el("summary", {}, "the lines before it"), el("pre", {}, `${SETUP}\n`), el("pre", { tabindex: 0, "aria-label": "The Python lines before it" }, before)),
+    el("pre", { tabindex: 0, "aria-label": "Python code" }, last));
+  const node = el("figure", { class: "python" }, el("figcaption", {}, title, copy), lines, el("p", {}, about, prints));
   node.hidden = true;
-  node.show = (text, value) => {
-    code.textContent = text;
-    // Python writes 2.0 where a tensor's number is whole
-    const tensor = /\.(item|tolist)\(\)/.test(text);
+  node.show = (text, value, type = "float") => {
+    const at = text.lastIndexOf("\nprint(") + 1;
+    before.textContent = text.slice(0, at);
+    before.parentNode.hidden = !at;
+    last.textContent = text.slice(at);
     about.textContent = [value].flat().every(Number.isInteger) ? "prints " : "prints, to seven digits, ";
-    const one = (x) => (tensor && Number.isInteger(x) ? `${x}.0` : printed(x));
+    const one = (x) => (type === "float" && Number.isInteger(x) ? `${x}.0` : printed(x));
     prints.textContent = Array.isArray(value) ? `[${value.map(one).join(", ")}]` : one(value);
     node.dataset.value = JSON.stringify(value);
     node.hidden = false;
   };
   return node;
 }
-
-// A number as Python prints it, to seven digits.
-export const printed = (value) =>
-  typeof value !== "number" ? String(value)
-    : Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(7)));
-
-// A number for people: a true minus, few digits.
-export function short(value, digits = 2) {
-  const text = Math.abs(value) >= 1000 ? Math.round(value).toString() : value.toFixed(digits);
-  return text.replace("-", "−").replace(/^−(0(\.0*)?)$/, "$1");
-}
-
-export const grouped = (count) => Math.round(count).toLocaleString("en").replaceAll(",", " ");
 
 // Sets a status's text, unless it says that already: what is set is spoken.
 export function tell(node, ...parts) {

@@ -1,9 +1,11 @@
 // Where one looks: a layer of the VAE, a channel of its map, and a value in it. The sections on the
 // neuron and on the receptive field share it.
 
-import { drawGrey, percentiles, picker, shades, thumbnails } from "./canvas.js";
 import { PARTS } from "../core/network.js";
-import { el, select, short } from "./dom.js";
+import { drawGrey, percentiles, picker, shades, thumbnails } from "./canvas.js";
+import { el, select } from "./dom.js";
+import { options, pointsOf, strip } from "./layers.js";
+import { short } from "./numbers.js";
 import { state } from "./state.js";
 
 const listeners = new Set();
@@ -29,29 +31,31 @@ export function within(network, now) {
   return point;
 }
 
-// Choosers: the layer, the channel, and the map to click.
+// Goes to a layer: to the same place in the picture, in a map of another size.
+export function goToLayer(network, layer, channel = shared.values.channel) {
+  const { values: now, set } = shared, scale = network.point[layer].height / network.point[now.layer].height;
+  const moved = (x) => Math.floor((x + 0.5) * scale);
+  set({ layer, channel, i: moved(now.i), j: moved(now.j) });
+}
+
+// What a value is chosen with: the network's parts in a strip, and in `node` the layer, the channel
+// and the map.
 export function chooser(network, set, what) {
-  const layer = select({ label: "Layer", options: [["", ""]], value: "", onchange: (name) => {
-    // the same place in the picture, in a map of another size
-    const now = shared.values, before = network.point[now.layer], after = network.point[name];
-    const moved = (x) => Math.floor((x + 0.5) * after.height / before.height);
-    set({ layer: name, i: moved(now.i), j: moved(now.j) });
-  } });
+  // the latents are some of quant_conv's channels, and only those come out of a sum
+  const parts = strip(network, (name, channel) => goToLayer(network, name === "latents" ? "quant_conv" : name, channel));
+  const layer = select({ label: "Layer", options: [["", ""]], value: "", onchange: (name) => goToLayer(network, name) });
   const grid = thumbnails({ label: "Channels", onpick: (channel) => set({ channel }) });
   const map = picker({ label: `The feature map: ${what}`, width: 256, height: 256, onpick: (i, j) => set({ i, j }) });
   const caption = el("figcaption");
-  let drawn = "", options = false;
+  let drawn = "", filled = false;
   const draw = async (now) => {
-    if (!options) {
-      options = true;
-      layer.querySelector("select").replaceChildren(...PARTS.map(({ side, label, has }) => el("optgroup", { label: `${side}, ${label}` },
-        network.points.filter(({ name, kind }) => kind !== "mean" && has.test(name))
-          .map(({ name, channels, height }) => el("option", { value: name }, `${name} (${channels} × ${height}²)`)))));
-    }
+    if (!filled) layer.querySelector("select").replaceChildren(...PARTS.map((part) =>
+      el("optgroup", { label: `${part.side}, ${part.label}` }, options(pointsOf(network, part).filter(({ kind }) => kind !== "mean")))));
+    filled = true;
     const point = within(network, now), version = network.version;
     layer.set(now.layer);
-    const all = Array.from({ length: point.channels }, (_, c) => c);
-    if (drawn !== `${now.layer} ${version}`) grid.fill(await network.planes(now.layer, all, 32));
+    parts.set(now.layer, network.announced.edits);
+    if (drawn !== `${now.layer} ${version}`) grid.fill(await network.allPlanes(now.layer, 32));
     drawn = `${now.layer} ${version}`;
     grid.choose(now.channel);
     const { values, width, height } = await network.planes(now.layer, [now.channel]);
@@ -62,6 +66,6 @@ export function chooser(network, set, what) {
     caption.textContent = `channel ${now.channel}: row ${now.i}, column ${now.j} is ${short(value)}. ${shades(range)}`;
     return { point, value, values };
   };
-  const node = el("div", { class: "panel" }, layer, el("div", { class: "tall" }, grid), el("figure", {}, map, caption));
-  return { node, draw };
+  const node = el("div", { class: "panel" }, layer, el("div", { class: "tall" }, grid), el("figure", {}, map, map.nudges, caption));
+  return { node, parts, draw };
 }
