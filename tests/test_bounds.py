@@ -65,6 +65,11 @@ def test_bounds_that_contradict_each_other_are_noticed(tmp_path: Path) -> None:
         resolve(tmp_path, ["diffusers==0.37.0", "huggingface_hub>=2.4"], "lowest-direct")
 
 
+def test_what_builds_the_package_is_there_for_the_test_that_builds_it() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert set(build) <= set(PROJECT["optional-dependencies"]["dev"])
+
+
 def test_every_dependency_has_a_lower_bound_and_no_upper_one() -> None:
     own = [Requirement(one) for one in PROJECT["dependencies"]]
     extras = [

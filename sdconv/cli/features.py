@@ -183,8 +183,8 @@ def features(
 
     DIR/report.html is one file that opens in a browser without a network connection: a drawing of
     the network, and for each block its channels, principal components, mean and standard
-    deviation, histogram and timesteps. DIR/maps.zarr holds the feature maps in float16, for
-    sdconv.open_maps.
+    deviation, histogram and timesteps. DIR/maps.zarr holds the feature maps for sdconv.open_maps,
+    in float16, or as they were computed where values are too large for that.
 
     An autoencoder takes an image or latents. A U-Net takes noise, which it denoises with DDIM, or
     an image (with --vae) or its latents, to which the noise of each timestep is added. Of a

@@ -57,8 +57,6 @@ def capture_run(
     store: Path,
 ) -> tuple[Points, Maps]:
     """Run the network under capture, up to the last call that is kept."""
-    import torch
-
     from sdconv.config.facts import PIXELS_PER_LATENT
     from sdconv.features import capture
     from sdconv.features import features as points_of
@@ -76,7 +74,6 @@ def capture_run(
             exclude=exclude,
             steps=None if single else kept,
             reduce=run.reduce,
-            dtype=torch.float16,
             store=store,
             max_memory=IN_MEMORY,
         ) as maps,

@@ -63,7 +63,8 @@ def capture(
         reduce: ``"mean"``, ``"std"``, ``"max"`` over space, ``"pool:8"`` for means over an 8x8
             grid, ``"channel_mean"`` and so on over channels, ``"pca:3"``, or a function of the
             feature map.
-        dtype, device: of the copies; None for the feature map's own.
+        dtype, device: of the copies; None for the feature map's own. A value that is too large for
+            float16 becomes infinite there, with a warning.
         grad: keep the feature maps in autograd's graph, so that a loss on them has gradients with
             respect to the network's inputs and weights, and its outputs have gradients with respect
             to them. A feature map that depends on nothing that requires a gradient becomes a leaf
@@ -211,7 +212,7 @@ class _Recorder:
                     own = _tracked(x, name) if self._keep.grad else x
                     # the network goes on with a copy, because it may write into it
                     new = None if own is x else own.clone()
-                    kept = own if self._keep.grad and self._keep.whole else self._keep(own)
+                    kept = own if self._keep.grad and self._keep.whole else self._keep(own, name)
                     if kept.shape[:1] != x.shape[:1]:  # a function has reduced the batch
                         call = call.without_halves()
                     load = self._sink.put(name, call, kept, _wait_for(x, kept))

@@ -20,10 +20,12 @@ from sdconv.features.rendering import (
     as_maps,
     colour_scale,
     downscaled,
+    drawable,
     principal_components,
     statistics,
     to_grey,
     to_rgb,
+    unit_of,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def figure_of(found: Mapping[str, tuple[Tensor, Size]], channels: int) -> Figure
         ) from error
     if channels < 0:
         raise InputError("not a number of channels", where="channels", expected="0 or more")
-    values = {name: as_maps(tensor, size) for name, (tensor, size) in found.items()}
+    values = {name: as_maps(drawable(name, tensor), size) for name, (tensor, size) in found.items()}
     columns = 4 + min(channels, max(map(len, values.values())))
     figure = Figure(figsize=(_ROW * columns, (_ROW + 0.6) * len(values)), layout="constrained")
     grid = figure.subplots(len(values), columns, squeeze=False)
@@ -86,7 +88,7 @@ def html_table(rows: Sequence[tuple[str, int, Tensor, Size]], more: int) -> str:
         calls = f"{count} calls of " if count > 1 else ""
         cells = [f"<code>{escape(name)}</code>", f"{calls}{shape}"]
         if tensor.ndim in (3, 4) and tensor.numel():
-            small = downscaled(as_maps(tensor, size), 64)
+            small = downscaled(as_maps(drawable(name, tensor), size), 64)
             planes = to_grey(np.stack([small.mean(0), small.std(0)]))[0]
             cells += map(_inline, (to_rgb(principal_components(small)[0]), *planes))
         lines.append("<tr>{}</tr>".format("".join(f"<td>{cell}</td>" for cell in cells)))
@@ -104,7 +106,7 @@ def _draw_row(axes: list[Axes], name: str, maps: Values) -> None:
     axes[0].set_title(title, fontsize=7, loc="left")
     images = [(maps.mean(0), "\nmean"), (maps.std(0), "\nstandard deviation")]
     largest = np.argsort(-found.variance, kind="stable")[: len(axes) - 4]
-    images += [(maps[channel], f"\nchannel {channel}") for channel in largest]
+    images += [(maps[channel], f"\n{unit_of(name)} {channel}") for channel in largest]
     for one, (image, words) in zip(axes[1:], images, strict=False):
         _draw_scaled(one, image)
         one.set_title(words, fontsize=7, loc="left")

@@ -256,6 +256,8 @@ class Maps(Mapping[str, "Tensor | Series"]):
     def plot(self, patterns: Patterns = "*", *, call: int = -1, channels: int = 4) -> Figure:
         """A figure with one row for each feature map: three principal components as RGB, mean and
         standard deviation over channels, the channels with the largest variance, and a histogram.
+        Of attention probabilities, the mean over the heads is drawn, with a map for each token that
+        is attended to in place of a channel.
 
         Half a percent of an image's values are clipped at either end, as on the page of feature
         maps; pointed ends of the colour bars say so. Signed images have diverging colours whose

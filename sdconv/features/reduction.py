@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.errors import InputError, SdconvError
+from sdconv.errors import InputError, SdconvError, SdconvWarning
 from sdconv.features.selection import integers
 
 Reduction = Callable[[Tensor], Tensor]
@@ -164,20 +165,22 @@ class Keep:
         _check("channels", self.channels, _is_choice, "a slice or indices of channels")
         _check("dtype", self.dtype, lambda one: isinstance(one, torch.dtype), "a torch.dtype")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, name: str = "a feature map") -> Tensor:
         """A copy, which shares no memory with ``x``.
+
+        Warns if values of ``x``, which is called ``name``, become infinite.
 
         Raises:
             InputError: the feature map has no such channels, or no rows and columns.
             SdconvError: the caller's reduction returned something else than a tensor.
         """
         if self.grad:
-            return self._copy(x)
+            return self._copy(x, name)
         # outside inference mode, so that the copy can be used anywhere
         with torch.inference_mode(False), torch.no_grad():
-            return self._copy(x.detach())
+            return self._copy(x.detach(), name)
 
-    def _copy(self, kept: Tensor) -> Tensor:
+    def _copy(self, kept: Tensor, name: str) -> Tensor:
         if self.region is not None:
             kept = _crop(kept, self.region)
         if self.channels is not None:
@@ -185,8 +188,27 @@ class Keep:
         if self.reduce is not None:
             with _without_autocast(kept.device.type):
                 kept = _tensor(self.reduce(kept))
+        if self.dtype is torch.float16 and overflows(kept):
+            warnings.warn(
+                f"{name}: values beyond {torch.finfo(torch.float16).max:g} are infinite in the "
+                "captured copy; leave dtype= out, or pass torch.bfloat16",
+                SdconvWarning,
+                stacklevel=2,
+            )
         device = self.device or kept.device
         return kept.to(device, self.dtype, non_blocking=copies_later(kept, device), copy=True)
+
+
+def overflows(x: Tensor) -> bool:
+    """Whether finite values become infinite in float16."""
+    if x.is_meta or x.is_complex() or x.dtype in (torch.float16, torch.bool):
+        return False
+    return bool((x.half().isinf() & ~x.isinf()).any())
+
+
+def float16_where_it_fits(x: Tensor) -> Tensor:
+    """In float16; unchanged if finite values would become infinite."""
+    return x if overflows(x) else x.half()
 
 
 def copies_later(x: Tensor, device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sdconv.errors import InputError
+from sdconv.features.attention import PROBABILITIES
 
 Values = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -91,6 +92,22 @@ def grid_of(positions: int, size: tuple[int, int]) -> tuple[int, int] | None:
     while rows * columns > positions:
         rows, columns = -(-rows // 2), -(-columns // 2)  # a strided convolution rounds up
     return (rows, columns) if rows * columns == positions else None
+
+
+def unit_of(name: str) -> str:
+    """What the images of a hook point are of: channels, or of attention probabilities the tokens or
+    the positions that are attended to."""
+    return {"attn1:probs": "position", "attn2:probs": "token"}.get(
+        name.rpartition(".")[2], "channel"
+    )
+
+
+def drawable(name: str, values: Any) -> Any:
+    """What is drawn of the values at a hook point: attention probabilities ``(B, heads, queries,
+    keys)`` as their mean over the heads, so that each key gets a map of the positions that attend
+    to it; other values as they are."""
+    of_heads = name.endswith(PROBABILITIES) and values.ndim == 4
+    return values.mean(1, dtype=torch.float32) if of_heads else values
 
 
 def as_maps(values: Any, size: tuple[int, int] | None = None) -> Values:

@@ -531,6 +531,25 @@ def test_completion_is_there_for_the_usual_shells() -> None:
         assert "sdconv" in script.stdout, shell
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("sdconv re", ["reconstruct"]),
+        ("sdconv features --mod", ["--model", "--model-key"]),
+        ("sdconv dataset enc", ["encode"]),
+        ("sdconv export --half d", ["decoder"]),
+    ],
+)
+def test_commands_options_and_values_are_completed(typed: str, offered: list[str]) -> None:
+    said = in_its_own_process(
+        code="from sdconv.cli import main; main()",
+        _SDCONV_COMPLETE="complete_bash",
+        COMP_WORDS=typed,
+        COMP_CWORD=str(len(typed.split()) - 1),
+    )
+    assert said.stdout.split() == offered
+
+
 def test_no_option_shows_a_type_in_place_of_its_meaning() -> None:
     group = get_command(app).commands["dataset"]  # type: ignore[attr-defined]
     for names in (*([name] for name in COMMANDS), *(["dataset", name] for name in group.commands)):

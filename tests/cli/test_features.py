@@ -119,6 +119,30 @@ def test_the_feature_maps_are_the_networks(here: Path, out: Path) -> None:
     assert answer["bytes"] == Path(answer["page"]).stat().st_size
 
 
+def test_values_that_are_too_large_for_float16_are_kept(here: Path, tmp_path: Path) -> None:
+    """SDXL's VAE has such feature maps; in float16 they would be infinite."""
+    network = sdconv.load(here / "vae.safetensors", dtype=torch.float32)
+    with torch.no_grad():
+        network.decoder.conv_in.weight.mul_(1e6)
+    sdconv.save(network, tmp_path / "loud.safetensors")
+    names = ("post_quant_conv", "decoder.conv_in")
+    layers = [part for name in names for part in ("--layers", name)]
+    result = run(
+        *(here / "raw.safetensors", "-m", tmp_path / "loud.safetensors", *layers),
+        *("-o", tmp_path / "out", "--json"),
+    )
+    assert result.exit_code == 0 and "infinite" not in result.stderr
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), sdconv.capture(network, list(names)) as expected:
+        network.decode(z)
+    kept = sdconv.open_maps(tmp_path / "out" / "maps.zarr")
+    assert kept[names[0]].dtype is torch.float16
+    assert torch.equal(kept[names[1]], expected[names[1]])
+    assert not kept[names[1]].half().isfinite().all(), "the control"
+    listed = index_of(tmp_path / "out" / "report.html")["maps"]
+    assert [one["snapshots"][0]["notFinite"] for one in listed] == [0, 0]
+
+
 def test_scaled_latents_are_unscaled(here: Path, tmp_path: Path) -> None:
     found = {}
     for kind in ("raw", "scaled"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,22 @@ def test_offloaded_weights() -> None:
         sdconv.capture(network, "*.conv2", max_memory=needed - 1),
     ):
         network(*inputs)
+
+
+def test_values_that_become_infinite_are_said() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))
+    nn.init.ones_(network[0].weight)
+    for largest, infinite in ((65504.0, False), (70000.0, True), (float("inf"), False)):
+        x = torch.tensor([[[[0.0, largest]]]])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            sdconv.run_until(network, "0", x)
+            assert said == []
+            with torch.no_grad(), sdconv.capture(network, "0", dtype=torch.float16) as maps:
+                network(x)
+        words = [str(one.message) for one in said]
+        assert [one.startswith("0: values beyond 65504") for one in words] == [True] * infinite
+        assert len(maps) == 1
 
 
 @pytest.mark.gpu

@@ -56,6 +56,20 @@ def test_a_figure_has_a_row_for_each_feature_map(maps: Maps) -> None:
     assert torch.allclose(torch.as_tensor(first), maps["conv"][0].tensor[0].mean(0), atol=1e-6)
 
 
+def test_attention_is_drawn_by_what_is_attended_to() -> None:
+    network = sdconv.load("tiny-unet", dtype=torch.float32)
+    name = "up_blocks.1.attentions.0.transformer_blocks.0.attn2:probs"
+    with torch.no_grad(), sdconv.capture(network, name) as found:
+        network(torch.randn(1, 4, 8, 16), 500, torch.eye(4)[None])
+    figure = found.plot(channels=4)
+    shown = {axes.get_title(loc="left").strip(): axes for axes in figure.axes if axes.images}
+    assert {f"token {token}" for token in range(4)} <= set(shown)
+    drawn = torch.as_tensor(shown["token 2"].images[0].get_array())
+    probabilities = found.series(name)[0].tensor
+    assert torch.allclose(drawn, probabilities[0, :, :, 2].mean(0).reshape(4, 8), atol=1e-6)
+    assert found._repr_html_().count("<img") == 3
+
+
 class Tokens(nn.Module):
     """A denoiser of tokens."""
 

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -351,6 +352,38 @@ def limited(rank: int, group: Any, *, config: Config, folder: str) -> tuple[str,
         spilled = network.streaming.plan(network, "decode", z).spilled
         equal = torch.equal(network.decode(z).sample, whole)
     return message, equal, spilled
+
+
+def leaving(rank: int, group: Any, *, config: Config, times: int) -> tuple[list[str], list[bool]]:
+    """Connects, is refused and leaves; returns the errors, and whether each time the process group
+    was gone after that, while the error was still handled."""
+    network: Any = seeded.network(config)
+    errors, gone = [], []
+    for _ in range(times):
+        network.enable_parallel(group)
+        connected = weakref.ref(network.streaming.group._group)
+        try:
+            network.decode(randn(1, 4, 3, 9))  # fewer rows than ranks
+        except sdconv.SdconvError as error:
+            errors.append(type(error).__name__)
+            network.disable_parallel()
+            gone.append(connected() is None)
+    return errors, gone
+
+
+def left_alone(rank: int, group: Any, *, config: Config) -> tuple[list[str], list[bool]]:
+    """As `leaving`, for ranks that the last one leaves while they wait for it."""
+    network: Any = seeded.network(config)
+    network.enable_parallel(group)
+    connected = weakref.ref(network.streaming.group._group)
+    if rank == 3:
+        network.disable_parallel()
+        return ["closed"], [connected() is None]
+    try:
+        network.decode(randn(1, 4, 5, 9))
+    except sdconv.SdconvError as error:
+        return [type(error).__name__], [connected() is None]
+    return [], []
 
 
 def ending(rank: int, group: Any, *, config: Config, end: str) -> tuple[str, float, str]:

@@ -17,7 +17,6 @@ from helpers.numbers import error
 from helpers.ranked import Pool, compute, streamed_in_bands
 from helpers.slow import first_of
 from helpers.streamed import call, randn
-from helpers.versions import fails_on_torch_2_6
 from torch import Tensor
 
 import sdconv
@@ -251,7 +250,6 @@ def test_weights_must_be_the_same(pool: Pool) -> None:
     assert "hint: load the same weights on every rank" in message
 
 
-@fails_on_torch_2_6("the first rank does not come back after all ranks of the default group refuse")
 def test_more_ranks_than_rows(pool: Pool) -> None:
     given = {"config": SMALL, "direction": "decode", "x": randn(1, 4, 3, 9).numpy()}
     message = refused(pool.run(compute, 4, **given))
@@ -265,6 +263,17 @@ def test_a_convolution_that_needs_the_whole_map(pool: Pool) -> None:
     given = {"config": SMALL, "direction": "decode", "x": randn(1, 4, 8, 9).numpy()}
     message = refused(pool.run(compute, 2, change=ranked.dilated, **given))
     assert "decoder.conv_in: a convolution of another size" in message
+
+
+def test_ranks_leave_at_once_after_an_error(pool: Pool) -> None:
+    """Before torch 2.8, a rank could wait for its own threads for ever. Nobody refers to the group
+    any more while the error is handled, so that its connections have ended."""
+    for refused_by_all, gone in pool.run(ranked.leaving, 4, config=SMALL, times=5):
+        assert refused_by_all == ["AgreedError"] * 5
+        assert gone == [True] * 5
+    for refused_by_all, gone in pool.run(ranked.left_alone, 4, config=SMALL):
+        assert refused_by_all in (["SdconvError"], ["closed"])
+        assert gone == [True]
 
 
 @pytest.mark.slow

@@ -39,6 +39,9 @@ SMALL = 40
 DETAILED = 16
 """Channels of a feature map whose exact values are on the page, unless others are asked for."""
 
+FLOAT32 = "float32:"
+"""The beginning of exact values that are in float32."""
+
 _LARGE_SHARE, _SMALL_SHARE, _EXACT_SHARE = 0.1, 0.05, 0.3  # of the bytes
 _PER_SNAPSHOT, _PER_CHANNEL, _FIXED = 1400, 33, 160_000  # bytes in addition to images, at most
 _LEAST = 300  # bytes for the images of one feature map
@@ -51,7 +54,7 @@ class Content:
     """The page's data blocks, made one by one, so that only one feature map is in memory at a time.
 
     Each feature map gets a share of the remaining bytes in proportion to its pixels. The channels
-    with the largest variance are also there in float16, at their own resolution.
+    with the largest variance are also there at their own resolution, in float16 if that holds them.
 
     Args:
         maps: in the page's order.
@@ -137,7 +140,8 @@ class Content:
 
     def _exact(self, snapshot: Snapshot, maps: Values) -> dict[str, str]:
         """Values of the channels with the largest variance, as many as there is room for: float16,
-        the low bytes before the high ones, compressed; by number of the channel."""
+        the low bytes before the high ones, compressed; by number of the channel. What is too large
+        for float16 is float32, and marked."""
         share = self._values(snapshot) / max(self._exact_weight, 1)
         allowed = self._for_exact * share
         order = np.argsort(-np.nan_to_num(maps.var((1, 2))), kind="stable")[: self._detailed]
@@ -145,12 +149,16 @@ class Content:
         used = 0
         for channel in order.tolist():
             with np.errstate(over="ignore"):
-                halves = np.ascontiguousarray(maps[channel].astype("<f2"))
-            data = zlib.compress(halves.view(np.uint8).reshape(-1, 2).T.tobytes(), 5)
+                values = np.ascontiguousarray(maps[channel].astype("<f2"))
+            mark = ""
+            if (np.isinf(values) != np.isinf(maps[channel])).any():
+                values, mark = np.ascontiguousarray(maps[channel].astype("<f4")), FLOAT32
+            planes = values.view(np.uint8).reshape(-1, values.itemsize).T
+            data = zlib.compress(planes.tobytes(), 5)
             if used + len(data) > allowed:
                 break
             used += len(data)
-            found[str(channel)] = _base64(data)
+            found[str(channel)] = mark + _base64(data)
         self._exact_weight -= self._values(snapshot)
         self._for_exact -= used
         return found

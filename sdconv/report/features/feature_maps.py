@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdconv.features.maps import CapturedMap, Maps
 from sdconv.features.points import Point
-from sdconv.features.rendering import Values, as_maps
+from sdconv.features.rendering import Values, as_maps, drawable, unit_of
 from sdconv.report.features.drawing import WHOLE, Drawing, box_of
 from sdconv.report.features.kernels import padding_words, true_stride
 from sdconv.sizes import count, format_pair
@@ -63,6 +63,11 @@ class FeatureMap:
         inside = self.name.removeprefix(self.box).lstrip(".:")
         return inside or "output"
 
+    @property
+    def unit(self) -> str:
+        """What it has an image for each of: a channel, or a token."""
+        return unit_of(self.name)
+
 
 def feature_maps(
     maps: Maps,
@@ -100,6 +105,8 @@ def feature_maps(
         box = box_of(name, names)
         assert box is not None, name
         facts = _facts(by_name[name]) if name in by_name else {}
+        if (unit := unit_of(name)) != "channel":
+            facts["shown"] = f"for each {unit} the mean over heads of the attention to it"
         found.append(FeatureMap(name=name, box=box, snapshots=snapshots, facts=facts))
     order = {name: at for at, name in enumerate(names)}
     return sorted(found, key=lambda one: order[one.box])
@@ -127,7 +134,7 @@ def _snapshots(
 
 def _read(captured: CapturedMap, attribute: str, size: tuple[int, int] | None) -> Values:
     values: Tensor = getattr(captured, attribute)
-    return as_maps(values, captured.network_call.size or size)
+    return as_maps(drawable(captured.name, values), captured.network_call.size or size)
 
 
 def _facts(point: Point) -> dict[str, str]:

@@ -215,6 +215,7 @@ def _drawn(
                 "name": one.name,
                 "block": numbers[one.box],
                 "label": one.label,
+                "unit": one.unit,
                 "facts": list(one.facts.items()),
             }
             for one in maps

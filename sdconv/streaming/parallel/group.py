@@ -6,6 +6,7 @@ every rank has the same bits.
 
 from __future__ import annotations
 
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -91,10 +92,14 @@ class RankGroup:
 
     def close(self) -> None:
         """Leaves the other ranks, which get an error if they wait for this one."""
-        if self._is_own and not self._closed and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-        # the last reference to a group of their own, with which its connections end
-        self._group, self._closed = None, True
+        group, self._group, self._closed = self._group, None, True
+        if self._is_own and group is not None and dist.is_initialized():
+            # before torch 2.8, a group ends while it holds Python's lock, for which its threads may
+            # wait to release tensors; its backend, which ends without the lock, must go last
+            backend = group._get_backend(self.device)
+            dist.destroy_process_group(group)
+            del group
+            del backend  # and with it the connections
 
     @contextmanager
     def closing_on_failure(self) -> Iterator[None]:
@@ -284,6 +289,7 @@ class RankGroup:
             with torch.cuda.device(self.device) if on_cuda else nullcontext():
                 yield
         except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # torch's, which refer to the group
             raise SdconvError(
                 "another rank ended, or did not answer in time",
                 where=where,

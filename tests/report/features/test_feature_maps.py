@@ -51,6 +51,27 @@ def test_tokens_have_the_rows_and_columns_of_their_layer() -> None:
     assert [one.shape for one in found.snapshots] == [(32, 4, 16)]  # 64 tokens, not of 8 x 8
 
 
+def test_attention_is_shown_by_what_is_attended_to() -> None:
+    """Of each token of a prompt, where the image attends to it."""
+    unet = sdconv.load("tiny-unet", dtype=torch.float32)
+    points = sdconv.features(unet, (8, 16))
+    names = ["up_blocks.1*attn2:probs", "mid_block*attn1:probs", "mid_block.resnets.0"]
+    with torch.no_grad(), sdconv.capture(unet, names) as maps:
+        unet(torch.randn(1, 4, 8, 16), 500, torch.eye(4)[None])
+    found = {one.unit: one for one in feature_maps(maps, points, drawing_of(points, maps))}
+    assert set(found) == {"position", "channel", "token"}
+    of_tokens = found["token"]
+    (snapshot,) = of_tokens.snapshots
+    assert snapshot.shape == (4, 4, 8)
+    probabilities = maps[of_tokens.name]
+    assert isinstance(probabilities, torch.Tensor) and probabilities.shape == (1, 4, 32, 4)
+    expected = probabilities[0, :, :, 1].mean(0).reshape(4, 8)
+    assert torch.allclose(torch.from_numpy(snapshot.read()[1]), expected)
+    assert "over heads" in of_tokens.facts["shown"]
+    assert "shown" not in found["channel"].facts
+    assert found["position"].snapshots[0].shape == (8, 2, 4)
+
+
 def test_other_runs_stand_next_to_this_one() -> None:
     network = seeded.network(seeded.kl((32, 32), 4, True, layers_per_block=1))
     points = sdconv.features(network, 32)

@@ -96,6 +96,18 @@ def test_exact_values_of_the_channels_with_the_largest_variance(written: Path) -
         assert (halves == maps[channel].astype(np.float16)).all()
 
 
+def test_exact_values_that_are_too_large_for_float16_are_in_float32(tmp_path: Path) -> None:
+    x = np.stack([np.linspace(0, most, 16).reshape(4, 4) for most in (65504, 7e4)])
+    x = x.astype(np.float32)
+    shot = Snapshot(read=lambda: x, shape=(2, 4, 4))
+    page(tmp_path / "a.html", [FeatureMap(name="mid", box="mid", snapshots=[shot])])
+    data = block((tmp_path / "a.html").read_text("utf-8"), "exact-0")
+    assert [data[str(channel)].startswith("float32:") for channel in (0, 1)] == [False, True]
+    text = data["1"].removeprefix("float32:")
+    shuffled = np.frombuffer(zlib.decompress(b64decode(text)), np.uint8)
+    assert (shuffled.reshape(4, -1).T.copy().view("<f4").ravel() == x[1].ravel()).all()
+
+
 def test_fewer_exact_values_and_none(tmp_path: Path) -> None:
     for detailed in (0, 3):
         page(tmp_path / "a.html", maps_of(steps=False), detailed=detailed)

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from helpers.slow import first_of
 from PIL import Image
 from torch import nn
 
+from sdconv.report.features.feature_maps import FeatureMap, Snapshot
 from sdconv.report.features.kernels import Kernels
 
 pytestmark = pytest.mark.browser
@@ -360,6 +362,17 @@ def test_every_control_has_an_accessible_name(tab: Tab) -> None:
     assert nameless == []
 
 
+def test_two_runs_of_a_single_call_have_no_slider_either(browser: Any, tmp_path: Path) -> None:
+    maps = [replace(one, snapshots=one.snapshots[:2]) for one in maps_of()]  # the two halves
+    page(tmp_path / "two.html", maps)
+    opened = Tab(browser, tmp_path / "two.html", FIRST)
+    assert opened.page.locator("#halves").is_visible()
+    assert not opened.page.locator("#play").is_visible()
+    assert not opened.page.locator("#step").is_visible()
+    assert opened.messages == []
+    opened.context.close()
+
+
 def test_a_single_call_has_no_slider(browser: Any, tmp_path: Path) -> None:
     page(tmp_path / "one.html", maps_of(steps=False))
     opened = Tab(browser, tmp_path / "one.html", FIRST)
@@ -413,6 +426,21 @@ def test_a_channel_at_its_own_resolution_and_its_download(tab: Tab, tmp_path: Pa
     tab.wait("document.getElementById('large-value').innerText.startsWith('row')")
     tab.page.keyboard.press("Escape")
     assert not tab.page.locator("#large").is_visible()
+
+
+def test_a_channel_that_is_too_large_for_float16(browser: Any, tmp_path: Path) -> None:
+    x = np.linspace(-1e5, 7e4, 48, dtype=np.float32).reshape(1, 6, 8)
+    shot = Snapshot(read=lambda: x, shape=(1, 6, 8))
+    page(tmp_path / "a.html", [FeatureMap(name="mid", box="mid", snapshots=[shot])])
+    opened = Tab(browser, tmp_path / "a.html", "#map=mid")
+    opened.page.keyboard.press("l")
+    opened.wait("document.getElementById('large').dataset.shown")
+    assert "exact values in float32" in opened.text("#large-note")
+    with opened.page.expect_download() as saved:
+        opened.page.click("#npy")
+    saved.value.save_as(tmp_path / "a.npy")
+    assert (np.load(tmp_path / "a.npy") == x[0]).all()
+    opened.context.close()
 
 
 def test_a_channel_without_exact_values_says_so(browser: Any, tmp_path: Path) -> None:

@@ -39,10 +39,10 @@ function channelOf(data, channel) {
 
 function showCompared(one, first, two, second) {
   const channel = Math.max(0, channelNow());
-  const rows = [["Mean over channels", planeOf(one, first, 0), planeOf(two, second, 0)],
-    ["Standard deviation over channels", planeOf(one, first, 1), planeOf(two, second, 1)]];
+  const rows = [[`Mean over ${unitNow()}s`, planeOf(one, first, 0), planeOf(two, second, 0)],
+    [`Standard deviation over ${unitNow()}s`, planeOf(one, first, 1), planeOf(two, second, 1)]];
   if (channel < second.count) {
-    rows.unshift([`Channel ${channel}`, channelOf(first, channel), channelOf(second, channel)]);
+    rows.unshift([titleOf(channel), channelOf(first, channel), channelOf(second, channel)]);
   }
   const cells = [nameOf(one), nameOf(two), "difference"].map((words, at) =>
     make("p", { class: "versus", title: words }, make("b", {}, ["A", "B", "B − A"][at]), at < 2 ? ` ${words}` : ""));
@@ -58,7 +58,7 @@ function showCompared(one, first, two, second) {
     const scale = scaleOf({
       low: both("low", Math.min), high: both("high", Math.max),
       min: both("min", Math.min), max: both("max", Math.max),
-      signed: title.startsWith("Channel") ? one.signed || two.signed : undefined,
+      signed: title === titleOf(channel) ? one.signed || two.signed : undefined,
     });
     const second = resized(b.image, a.image);
     const values = second.values.map((value, i) => value - a.image.values[i]);
@@ -70,7 +70,7 @@ function showCompared(one, first, two, second) {
       below: sorted[0] < -most, above: sorted[sorted.length - 1] > most,
     };
     const shownNow = figure(`${title}, A`, a.image, scale, one.size);
-    if (title.startsWith("Channel")) {
+    if (title === titleOf(channel)) {
       const canvas = shownNow.firstChild;
       canvas.classList.add("opens");
       canvas.title = "Enlarge and download";

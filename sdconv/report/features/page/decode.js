@@ -90,26 +90,33 @@ const snapshotData = cached(16, async (id) => {
   };
 });
 
-/** Half-precision numbers whose low bytes come before their high ones. */
-function halvesOf(bytes) {
-  const count = bytes.length / 2;
-  const values = new Float32Array(count);
-  for (let i = 0; i < count; i++) {
-    const half = bytes[i] | (bytes[count + i] << 8);
-    const exponent = (half >> 10) & 31;
-    const fraction = half & 1023;
-    const size = exponent === 31 ? (fraction ? NaN : Infinity)
-      : exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction;
-    values[i] = half & 32768 ? -size : size;
-  }
-  return values;
+/** The value of a half-precision number. */
+function halfOf(bits) {
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  const size = exponent === 31 ? (fraction ? NaN : Infinity)
+    : exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction;
+  return bits & 32768 ? -size : size;
 }
 
-/** The exact values of a channel, or null if the page does not have them. */
+/** Numbers of `size` bytes, of which all first bytes come first, then all second ones, and so on. */
+function numbersOf(bytes, size) {
+  const count = bytes.length / size;
+  const together = new Uint8Array(bytes.length);
+  bytes.forEach((byte, i) => { together[(i % count) * size + Math.floor(i / count)] = byte; });
+  if (size === 4) return new Float32Array(together.buffer);
+  return Float32Array.from(new Uint16Array(together.buffer), halfOf);
+}
+
+const FLOAT32 = "float32:"; // the beginning of values that are too large for float16
+
+/** The exact values of a channel and their dtype, or null if the page does not have them. */
 const exactValues = cached(24, async (key) => {
   const [id, channel] = key.split("/");
   const text = JSON.parse(stored(id.replace("snapshot", "exact")))[channel];
   if (text === undefined) return null;
-  const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return halvesOf(new Uint8Array(await new Response(stream).arrayBuffer()));
+  const wide = text.startsWith(FLOAT32);
+  const stream = new Blob([bytesOf(text.slice(wide ? FLOAT32.length : 0))]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+  return { values: numbersOf(bytes, wide ? 4 : 2), dtype: wide ? "float32" : "float16" };
 });

@@ -13,21 +13,21 @@ async function showLarge() {
   const exact = await exactValues(key);
   if (key !== `${snapshotNow().id}/${Math.max(0, channelNow())}`) return;
   const stats = channelOf(shown, channel);
-  const image = exact === null ? stats.image : { values: exact, width, height };
+  const image = exact === null ? stats.image : { values: exact.values, width, height };
   const scale = scaleOf({ ...stats, signed: snapshot.signed });
-  large = { ...image, exact: exact !== null, name: `${maps[state.map].name}.call${snapshot.step}.channel${channel}` };
-  $("large-title").textContent = `${maps[state.map].name}, channel ${channel}`;
+  large = { ...image, exact: exact !== null, name: `${maps[state.map].name}.call${snapshot.step}.${unitNow()}${channel}` };
+  $("large-title").textContent = `${maps[state.map].name}, ${unitNow()} ${channel}`;
   const where = index.store ? `sdconv.open_maps("${index.store}").series("${maps[state.map].name}")` : "the captured maps";
   $("large-note").textContent = exact === null
     ? `A thumbnail of ${image.height} × ${image.width} for a map of ${height} × ${width}, with values in 256 shades. ` +
-      `The page has the exact values of ${snapshot.exact.length} channels, those with the largest variance; those of all: ${where}, or --detail.`
-    : `${nameOf(snapshot)}. ${height} × ${width}, exact values in float16.`;
-  showImage($("large-canvas"), image, scale, `Channel ${channel}`, snapshot.size, (words) => {
+      `The page has the exact values of ${snapshot.exact.length} ${unitNow()}s, those with the largest variance; those of all: ${where}, or --detail.`
+    : `${nameOf(snapshot)}. ${height} × ${width}, exact values in ${exact.dtype}.`;
+  showImage($("large-canvas"), image, scale, titleOf(channel), snapshot.size, (words) => {
     $("large-value").textContent = words;
   }, exact !== null);
   showScale($("large-scale"), scale);
   $("npy").disabled = exact === null;
-  $("npy").title = exact === null ? "the page does not have this channel's exact values" : "float32, rows × columns";
+  $("npy").title = exact === null ? "the page does not have these exact values" : "float32, rows × columns";
   segments($("zoom"), ZOOMS, zoom, (name) => { zoom = name; showLarge(); });
   resizeLarge();
   $("large").dataset.shown = key;

@@ -17,6 +17,7 @@ function showFacts(snapshot) {
   ]);
   $("not-finite").hidden = !snapshot.notFinite;
   $("not-finite").textContent = snapshot.notFinite ? `${snapshot.notFinite} values are NaN or infinite, and are left out here.` : "";
+  document.querySelectorAll("[data-units]").forEach((element) => { element.textContent = `${map.unit}s`; });
   $("previous").disabled = state.map === 0;
   $("next").disabled = state.map === maps.length - 1;
 }
@@ -25,6 +26,7 @@ function showTime(snapshot) {
   const { halves, half, snapshots } = snapshotsNow();
   $("time").hidden = snapshots.length < 2 && halves.length < 2;
   const slider = $("step");
+  ["play", "step", "step-words"].forEach((id) => { $(id).hidden = snapshots.length < 2; });
   slider.max = snapshots.length - 1;
   slider.value = snapshots.indexOf(snapshot);
   const timestep = snapshot.timestep === null ? "" : `, t = ${number(snapshot.timestep)}`;
@@ -56,7 +58,7 @@ function showImages(snapshot) {
   ["mean", "std"].forEach((name, at) => {
     const plane = planeOf(snapshot, shown, at);
     const scale = scaleOf(plane);
-    const words = name === "mean" ? "Mean over channels" : "Standard deviation over channels";
+    const words = `${name === "mean" ? "Mean" : "Standard deviation"} over ${unitNow()}s`;
     showImage($(name), plane.image, scale, words, snapshot.size);
     showScale($(`${name}-scale`), scale);
   });
@@ -78,6 +80,8 @@ function showImage(canvas, image, scale, words, size, say = (value) => { canvas.
   };
 }
 
+const unitNow = () => maps[state.map].unit; // channel; token or position of attention probabilities
+const titleOf = (channel) => `${unitNow()[0].toUpperCase()}${unitNow().slice(1)} ${channel}`;
 const channelNow = () => (state.channel !== null && state.channel < shown.count
   ? state.channel : shown.variance.indexOf(shown.variance.reduce((a, b) => Math.max(a, b))));
 
@@ -87,9 +91,9 @@ function showChannel() {
   const stats = channelOf(shown, channel);
   const { size, signed } = snapshotNow();
   const scale = scaleOf({ ...stats, signed });
-  showImage($("one"), stats.image, scale, `Channel ${channel}`, size);
+  showImage($("one"), stats.image, scale, titleOf(channel), size);
   showScale($("one-scale"), scale);
-  $("one-title").textContent = `Channel ${channel}`;
+  $("one-title").textContent = titleOf(channel);
   $("one-note").textContent = `${number(mean[channel])} ± ${number(Math.sqrt(variance[channel]))}`;
   drawStrip(channel);
 }
@@ -139,11 +143,11 @@ function drawStrip(channel) {
     pen.fillRect(left, y(shown.mean[c]) - 0.75, wide, 1.5);
     if (c === channel) pen.fillRect(left + wide / 2 - 1.5, height - 5, 3, 3);
   });
-  canvas.setAttribute("aria-label", `Mean and standard deviation of ${order.length} channels, ${number(low)} to ${number(high)}`);
+  canvas.setAttribute("aria-label", `Mean and standard deviation of ${order.length} ${unitNow()}s, ${number(low)} to ${number(high)}`);
   const under = (event) => order[Math.floor((event.offsetX - 8) / each)];
   canvas.onpointermove = (event) => {
     const c = under(event);
-    canvas.title = c === undefined ? "" : `channel ${c}: ${number(shown.mean[c])} ± ${number(spread[c])}`;
+    canvas.title = c === undefined ? "" : `${unitNow()} ${c}: ${number(shown.mean[c])} ± ${number(spread[c])}`;
   };
   canvas.onclick = (event) => under(event) !== undefined && change({ channel: under(event) });
 }
@@ -195,15 +199,15 @@ function showGrid(snapshot) {
   order.forEach((channel, at) => {
     const tile = tiles[at];
     tile.dataset.channel = channel;
-    tile.title = `channel ${channel}`;
-    tile.setAttribute("aria-label", `Channel ${channel}, variance ${number(variance[channel])}`);
+    tile.title = `${unitNow()} ${channel}`;
+    tile.setAttribute("aria-label", `${titleOf(channel)}, variance ${number(variance[channel])}`);
     tile.setAttribute("aria-pressed", channel === now);
     tile.tabIndex = channel === now ? 0 : -1;
     tile.style.cssText = `height:${high}px;background-size:${whole};image-rendering:${smooth};` +
       `background-position:${-(channel % columns) * wide}px ${-Math.floor(channel / columns) * high}px`;
   });
   if (grid.childElementCount !== count) grid.replaceChildren(...tiles.slice(0, count));
-  $("count").textContent = `${count} channel${count === 1 ? "" : "s"}`;
+  $("count").textContent = `${count} ${unitNow()}${count === 1 ? "" : "s"}`;
 }
 
 function choose(channel) {
