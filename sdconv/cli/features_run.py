@@ -11,6 +11,8 @@ from sdconv.cli.running import running
 from sdconv.sizes import parse_size
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sdconv.config import Config
     from sdconv.features import Maps, Points
     from sdconv.features.drivers import Run
@@ -56,10 +58,12 @@ def capture_run(
     kept: list[int],
     store: Path,
 ) -> tuple[Points, Maps]:
-    """Run the network under capture, up to the last call that is kept."""
+    """Run the network under capture, up to the last call that is kept. Feature maps are kept in
+    float16, unless values are too large for it, as in SDXL's VAE."""
     from sdconv.config.facts import PIXELS_PER_LATENT
     from sdconv.features import capture
     from sdconv.features import features as points_of
+    from sdconv.features.reduction import float16_where_it_fits
     from sdconv.report.features.drawing import block_outputs
 
     points = points_of(run.network, run.size)
@@ -67,13 +71,17 @@ def capture_run(
     calls = run.calls if single else run.calls[: max(kept) + 1]
     rows, columns = run.size
     pixels = run.size if run.methods else (PIXELS_PER_LATENT * rows, PIXELS_PER_LATENT * columns)
+
+    def small(x: Tensor) -> Tensor:
+        return float16_where_it_fits(x if run.reduce is None else run.reduce(x))
+
     with (
         capture(
             run.network,
             layers or _of_methods(block_outputs(points), run.methods),
             exclude=exclude,
             steps=None if single else kept,
-            reduce=run.reduce,
+            reduce=small,
             store=store,
             max_memory=IN_MEMORY,
         ) as maps,

@@ -23,7 +23,6 @@ from sdconv.features.conditions import (
     scheduler_file,
 )
 from sdconv.features.prompts import PromptEmbeds, encode_prompt, read_embeds
-from sdconv.features.reduction import float16_where_it_fits
 from sdconv.images import LoadedImage, read_image, to_tensor
 from sdconv.latents import encode, read_stored, scale
 from sdconv.loading import load
@@ -103,12 +102,9 @@ class Run:
     guided: bool = False
 
     @property
-    def reduce(self) -> Callable[[Tensor], Tensor]:
-        """What is kept of a feature map: under guidance the half that follows the prompt; in
-        float16, unless values are too large for it, as in SDXL's VAE."""
-        if self.guided:
-            return lambda x: float16_where_it_fits(conditional_half(x))
-        return float16_where_it_fits
+    def reduce(self) -> Callable[[Tensor], Tensor] | None:
+        """What is kept of a feature map: under guidance the half that follows the prompt."""
+        return conditional_half if self.guided else None
 
 
 def prepare_run(request: Request) -> Run:
