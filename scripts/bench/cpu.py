@@ -376,6 +376,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the rows, written as they come")
     options = parser.parse_args(arguments)
+    if options.what == "parts" and len(options.of or ()) > 1:
+        parser.error("parts are measured of one work: name one after --of")
     work = (options.of or ["decode"])[0] if options.what == "parts" else options.what
     options.size = options.size or LATENTS.get(work, (512, 512))
     return options

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-READY = "document.documentElement.dataset.ready === 'true'"
-IDLE = "explainer.vae.version > 0 && !explainer.vae.running"
+from scripts.bench.explainer import IDLE, READY
+
+__all__ = ["IDLE", "READY", "python_of"]
 
 
 def python_of(figure: Any) -> str:
