@@ -30,7 +30,8 @@ from typing import Any
 from scripts.bench.dataset import FAST, LOOP
 from scripts.bench.record import ROOT, machine, table, write_whole
 
-RUNTIMES = ("openvino", "openvino_bf16", "onnxruntime", "mnn", "ncnn")
+RUNTIMES = ("openvino", "onnxruntime", "mnn", "ncnn")
+BF16 = ("--dtype", "bfloat16")
 TORCHS = ("channels_last", "compiled")
 
 
@@ -76,13 +77,18 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
     vae, unet = sized(512, 64), sized(64, 16)
     tiny = ("tiny-decode", "tiny-encode", "taef1-decode", "taef1-encode")
     yield Task("decode", cores, compared("decode", vae, 3, *TORCHS, *RUNTIMES), 11)
+    bf16 = (*BF16, *rounds(3), "--peers", "channels_last", "openvino_bf16")
+    yield Task("decode", cores, ("decode", *vae, *bf16), 4)
     yield Task("encode", cores, compared("encode", vae, 3, *TORCHS, "openvino", "mnn"), 4)
+    yield Task("encode", cores, ("encode", *vae, *bf16), 3)
     yield Task("unet", cores, compared("unet", unet, 3, *TORCHS, "openvino"), 4)
+    yield Task("unet", cores, ("unet", *unet, *bf16), 3)
     for work in tiny:
         peers = (*TORCHS, *RUNTIMES) if work.startswith("tiny") else TORCHS
         yield Task(work, cores, compared(work, vae, 3, *peers), 1.5)
     yield Task("without-numba", cores, ("without-numba", *sized(256, 64), *rounds(3)), 1)
     yield Task("memory", cores, ("memory", *vae), 2)
+    yield Task("memory", cores, ("memory", *vae, *BF16), 2)
     yield Task("limits", cores, ("limits", *vae, *rounds(3)), 2)
     if not quick:
         xl = ("limits", "--of", "unet-xl", "--size", "1024x1024", *rounds(2))
@@ -131,7 +137,7 @@ def data_sets(cores: int, quick: bool) -> Iterator[Task]:
         size = ("--size", "512x512", "--errors", "--rounds")
         yield Task("ranks", 1, (*size, "2"), 15, ranks)
         yield Task("ranks", 1, ("--work", "encode", *size, "2"), 8, ranks)
-        bf16 = ("--size", "64x64", "--errors", "--dtype", "bfloat16", "--rounds", "1")
+        bf16 = ("--size", "64x64", "--errors", *BF16, "--rounds", "1")
         yield Task("ranks", 1, bf16, 8, ranks)
 
 

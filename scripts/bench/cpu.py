@@ -6,6 +6,7 @@ turns in one process. Memory is the peak of a process's anonymous resident memor
 its weights loaded; the fast backend's packed weights are listed separately.
 
     python -m scripts.bench.cpu decode --size 512x512 --peers channels_last compiled openvino mnn
+    python -m scripts.bench.cpu decode --size 512x512 --dtype bfloat16 --peers openvino_bf16
     python -m scripts.bench.cpu encode --size 512x512
     python -m scripts.bench.cpu unet --size 64x64
     python -m scripts.bench.cpu unet-xl --size 128x128 --peers
@@ -103,7 +104,9 @@ TOLERANCE, TOLERANCE_BF16 = 1e-3, 5e-2
 def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each side's output is compared with diffusers' before it is timed."""
     others = [name for name in options.peers if name != "plain"]
+    narrow = options.dtype is not torch.float32
     work = f"{options.what} {options.size[0]}x{options.size[1]}"
+    work += f", {str(options.dtype).removeprefix('torch.')}" if narrow else ""
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
@@ -115,7 +118,7 @@ def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             side = shared or stack.enter_context(Separate())
             try:
                 check_room(options.what, name, side is shared and expected is not None)
-                out = side.begin(name, options.what, options.size)
+                out = side.begin(name, options.what, options.size, options.dtype)
             except SideError as error:
                 rows[name]["failed"] = str(error)
                 continue
@@ -123,7 +126,7 @@ def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 expected = out
             off = math.inf if expected is None else difference(out, expected)
             rows[name]["difference"] = f"{off:.0e}"
-            if off <= (TOLERANCE_BF16 if name.endswith("bf16") else TOLERANCE):
+            if off <= (TOLERANCE_BF16 if narrow or name.endswith("bf16") else TOLERANCE):
                 runs[name] = partial(side.run, name)
             else:
                 rows[name]["failed"] = "not timed: its output is not diffusers'"
@@ -222,7 +225,7 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Run]:
 
 def once(options: argparse.Namespace) -> None:
     """One side's peak, in a process of its own; JSON on standard output."""
-    run = side_of(options.side, "decode", options.size)
+    run = side_of(options.side, "decode", options.size, dtype=options.dtype)
     if options.side == FAST:
         # compiles kernels and packs weights before what is measured
         start = time.perf_counter()
@@ -241,8 +244,9 @@ def once(options: argparse.Namespace) -> None:
     print(json.dumps({"peak": peak.bytes, "kept": kept, "seconds": seconds, "first": first}))
 
 
-def _child(side: str, size: Size) -> dict[str, Any]:
-    options = ["once", "--side", side, "--size", f"{size[0]}x{size[1]}"]
+def _child(side: str, size: Size, dtype: torch.dtype) -> dict[str, Any]:
+    named = str(dtype).removeprefix("torch.")
+    options = ["once", "--side", side, "--size", f"{size[0]}x{size[1]}", "--dtype", named]
     return _answer(["-m", "scripts.bench.cpu", *options])
 
 
@@ -263,7 +267,7 @@ def _answer(command: list[str], **environment: str) -> dict[str, Any]:
 def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     peaks: dict[str, int] = {}
     for name in ("plain", "channels_last", FAST):
-        found = _child(name, options.size)
+        found = _child(name, options.size, options.dtype)
         peaks[name] = found["peak"]
         yield {
             "side": LABELS[name],
@@ -373,6 +377,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["plain", "channels_last"])
     parser.add_argument("--of", nargs="*", choices=NETWORKS, help="of `parts` and `limits`")
     parser.add_argument("--side", default=FAST, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--dtype",
+        type=partial(getattr, torch),
+        default=torch.float32,
+        help="of networks and `memory`: float32 or bfloat16",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the rows, written as they come")
     options = parser.parse_args(arguments)

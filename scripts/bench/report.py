@@ -133,7 +133,9 @@ def _summary_line(rows: Sequence[Row]) -> dict[str, Any]:
     torchs = [seconds[LABELS[one]] for one in ("plain", "channels_last") if LABELS[one] in seconds]
     runtimes = {
         side: seconds[side]
-        for side in (LABELS[one] for one in ("openvino", "onnxruntime", "mnn", "ncnn"))
+        for side in (
+            LABELS[one] for one in ("openvino", "openvino_bf16", "onnxruntime", "mnn", "ncnn")
+        )
         if side in seconds
     }
     best = min(runtimes, key=lambda side: runtimes[side], default="")

@@ -120,13 +120,24 @@ def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
     return out
 
 
-def side_of(name: str, work: str, size: Size, network: Any = None) -> Run:
+def side_of(
+    name: str,
+    work: str,
+    size: Size,
+    network: Any = None,
+    dtype: torch.dtype = torch.float32,
+) -> Run:
     """The call to time for the side of that name; it returns the output.
 
     Args:
         network: sdconv's, whose weights the side shares; None for one of its own.
+        dtype: of weights and inputs, but for runtimes, which are converted from float32. A given
+            network is converted in place.
     """
     network, inputs = ours(work) if network is None else network, inputs_of(work, size)
+    if name not in CONVERTED:
+        network = network.to(dtype)
+        inputs = tuple(one.to(dtype) if one.is_floating_point() else one for one in inputs)
     if name in PEERS:
         return PEERS[name](theirs(network), work, inputs)
     if name == PLAIN_KERNELS:
@@ -174,14 +185,16 @@ class Separate:
     def __init__(self) -> None:
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
-    def begin(self, name: str, work: str, size: Size) -> np.ndarray[Any, Any]:
+    def begin(
+        self, name: str, work: str, size: Size, dtype: torch.dtype = torch.float32
+    ) -> np.ndarray[Any, Any]:
         """Makes a side and calls it once; returns the output.
 
         Raises:
             SideError: it cannot be made, or fails.
         """
         try:
-            out = self._process.submit(self._begin, name, work, size).result()
+            out = self._process.submit(self._begin, name, work, size, dtype).result()
         except BrokenProcessPool:
             raise SideError("its process ends by a crash") from None
         if isinstance(out, str):
@@ -193,14 +206,16 @@ class Separate:
         self._process.submit(self._again, name).result()
 
     @classmethod
-    def _begin(cls, name: str, work: str, size: Size) -> np.ndarray[Any, Any] | str:
+    def _begin(
+        cls, name: str, work: str, size: Size, dtype: torch.dtype
+    ) -> np.ndarray[Any, Any] | str:
         try:
             with torch.inference_mode():
                 if cls._network is None:
                     cls._network = ours(work)
-                cls._runs[name] = side_of(name, work, size, cls._network)
+                cls._runs[name] = side_of(name, work, size, cls._network, dtype)
                 out: Any = cls._runs[name]()
-                return np.array(out, dtype=np.float32)
+                return np.array(out.float() if isinstance(out, Tensor) else out, np.float32)
         except Exception as error:  # many cannot be sent to another process
             return sentence(error)
 

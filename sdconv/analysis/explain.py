@@ -24,7 +24,7 @@ from sdconv.fast.cpu.cost_constants import (
     constants_in_force,
 )
 from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
-from sdconv.fast.cpu.kernels import unpacked_methods
+from sdconv.fast.cpu.kernels import methods_for
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.preconditions import has_plain_methods
@@ -198,8 +198,8 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
         method, costs, reason = "torch", {}, declined
     else:
         sizes = packed_bytes(kind, channels, out_channels)
-        available = tuple(method for method, size in sizes.items() if size <= room)
-        available += unpacked_methods()
+        methods = methods_for(conv.weight.dtype)
+        available = tuple(method for method in methods if sizes.get(method, 0) <= room)
         # the fast backend takes a 3x3 convolution together with the normalisation before it
         normalised = kind == "conv3x3"
         shape = batch, channels, out_channels, height, width

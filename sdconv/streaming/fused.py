@@ -1,18 +1,20 @@
 """Layers that run on strips of rows with the fast backend's convolutions for CPUs.
 
-The arithmetic is that of :mod:`sdconv.fast.cpu.conv`. It reads the source's rows in place,
-normalises them as it reads, and adds bias and residual as it writes, so these layers need neither a
-window nor a copy of the strip.
+The arithmetic is that of :mod:`sdconv.fast.cpu.conv`. Winograd's reads the source's rows in place,
+normalises them as it reads, and adds bias and residual as it writes, so that these layers need
+neither a window nor a copy of the strip.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sdconv.fast.cpu import amx
 from sdconv.fast.cpu.conv import (
     COMPUTE_DTYPE,
     WINOGRAD_PACK,
@@ -25,7 +27,7 @@ from sdconv.fast.cpu.conv import (
     uncached_products,
 )
 from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
-from sdconv.fast.cpu.kernels import packing_bytes, uncached_bytes, unpacked_methods
+from sdconv.fast.cpu.kernels import methods_for, packing_bytes, uncached_bytes
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
 from sdconv.fast.cpu.weight_cache import weight_cache
@@ -56,7 +58,7 @@ def layer_for(
     sizes = conv.in_channels, conv.out_channels, height, width
     # packed weights are not kept, so they need no room
     rate = direct_rate(conv.weight.dtype)
-    available = ("winograd", *unpacked_methods())
+    available = methods_for(conv.weight.dtype)
     plan = plan_conv(kind, 1, *sizes, normalised, available, rate)
     return _LAYERS[plan.kind, plan.method]
 
@@ -176,12 +178,59 @@ class SidePaddedDownsampleConv(DownsampleConv):
         return 2 * super().scratch_numel(rows + 2, width + 2) + self.conv_input_numel(5, width)
 
 
+@dataclass(frozen=True)
+class _AmxLayer(StreamLayer):
+    """A convolution of bfloat16 by matrix units.
+
+    ``packed``: the weight, while a runner uses it.
+    """
+
+    packed: Tensor | None = None
+
+    kind: ClassVar[Kind]
+    channels_first = False
+
+    def make_runner(self, context: StepContext, units: int) -> StepRunner:
+        packed = weight_cache.borrow(self.module.weight, amx.PACK[self.kind])
+        return StreamLayer.make_runner(replace(self, packed=packed), context, units)
+
+    def apply(self, window: Tensor) -> Tensor:
+        assert self.packed is not None, "a runner packs it"
+        epilogue = Epilogue(self.module.bias)
+        conv = amx.AmxConv(
+            self.kind, self.packed, self.out_channels, epilogue.offsets(1, self.out_channels)[0]
+        )
+        end = window.shape[0] - 1
+        height, width = self.output_size(end - 1, window.shape[1])
+        out = window.new_empty(height, width, self.out_channels)
+        conv.run(window, 1, end, None, out)
+        return out
+
+    def workspace(self, units: int, width: int) -> int:
+        own = amx.scratch_bytes(units, width, self.module.weight.shape[1])
+        return super().workspace(units, width) + own
+
+
+class AmxConv3x3(_AmxLayer, Conv3x3):
+    """A 3x3 convolution at stride 1 by matrix units."""
+
+    kind = "conv3x3"
+
+
+class AmxUpsampleConv(_AmxLayer, UpsampleConv):
+    """Nearest x2 upsampling and a 3x3 convolution in one, by matrix units."""
+
+    kind = "upsample_conv"
+
+
 _LAYERS: dict[tuple[Kind, str], type[StreamLayer]] = {
     ("conv3x3", "winograd"): WinogradConv3x3,
     ("conv3x3", "winograd_uncached"): UncachedConv3x3,
+    ("conv3x3", "amx"): AmxConv3x3,
     ("conv3x3", "direct"): Conv3x3,
     ("upsample_conv", "winograd"): WinogradUpsampleConv,
     ("upsample_conv", "winograd_uncached"): UncachedUpsampleConv,
+    ("upsample_conv", "amx"): AmxUpsampleConv,
     ("upsample_conv", "direct"): UpsampleConv,
     ("downsample_conv", "winograd"): WinogradDownsampleConv,
     ("downsample_conv", "direct"): SidePaddedDownsampleConv,

@@ -25,11 +25,11 @@ HIDDEN = "import sys; sys.modules['numba'] = None; from sdconv.cli import main; 
 @pytest.fixture
 def no_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Numba is not installed."""
-    for function in (kernels.numba_kernels, kernels.kernels_for, kernels.unpacked_methods):
+    for function in (kernels.numba_kernels, kernels.kernels_for, kernels.methods_for):
         function.cache_clear()
     monkeypatch.setitem(sys.modules, "numba", None)
     yield
-    for function in (kernels.numba_kernels, kernels.kernels_for, kernels.unpacked_methods):
+    for function in (kernels.numba_kernels, kernels.kernels_for, kernels.methods_for):
         function.cache_clear()
 
 

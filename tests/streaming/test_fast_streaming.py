@@ -23,6 +23,7 @@ from sdconv.sizes import format_bytes
 from sdconv.streaming import least_memory, planner, steps_of
 from sdconv.streaming.buffers import AllocatedBuffers, FeatureBuffer
 from sdconv.streaming.fused import (
+    AmxConv3x3,
     SidePaddedDownsampleConv,
     UncachedConv3x3,
     WinogradConv3x3,
@@ -90,7 +91,8 @@ def test_the_strip_height_hardly_changes_the_rounding(
     one, *others = (
         executed(planned(NETWORK, direction, x, rows=rows, spill=False), x) for rows in (1, 3, 60)
     )
-    assert max(error(other, one) for other in others) < 1e-6
+    # torch's matrix products of the attention layer round by the strip's height on some processors
+    assert max(error(other, one) for other in others) < 5e-6
     assert error(one, call(NETWORK, direction, x)) < 1e-6, "as for the unstreamed network"
 
 
@@ -121,7 +123,7 @@ def test_narrow_dtypes(direction: str, dtype: torch.dtype, tmp_path: Path) -> No
     x = (randn(1, 4, 25, 30) if direction == "decode" else randn(1, 3, 50, 60)).to(dtype)
     truth = call(copy.deepcopy(network).double(), direction, x.double())
     plan = planned(network, direction, x, rows=3, spill=True)
-    assert any(isinstance(step.layer, WinogradConv3x3) for step in plan.steps)
+    assert any(isinstance(step.layer, (WinogradConv3x3, AmxConv3x3)) for step in plan.steps)
     streamed = executed(plan, x, tmp_path)
     assert streamed.dtype == dtype
     assert error(streamed, truth) <= 2 * error(call(network, direction, x), truth)

@@ -22,7 +22,7 @@ from sdconv.fast.cpu.cost_constants import (
 )
 from sdconv.fast.cpu.cost_model import Shape, plan_conv, terms_of
 from sdconv.fast.cpu.group_stats import group_stats
-from sdconv.fast.cpu.kernels import numba_kernels, unpacked_methods
+from sdconv.fast.cpu.kernels import methods_for, numba_kernels
 
 # (batch, input channels, output channels, height, width): of the VAE and the U-Nets, smaller where
 # that does not change what is timed
@@ -63,7 +63,7 @@ def cases() -> list[Case]:
         for shape in SHAPES
         for normalised in (False, True)
         for method in terms_of("conv3x3", shape, normalised)
-        if method in ("winograd", "direct", *unpacked_methods())
+        if method in ("direct", *methods_for(torch.float32))
     ]
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.fast.cpu import torch_kernels
+from sdconv.fast.cpu import amx, torch_kernels
 from sdconv.fast.cpu.buffer_pool import copied_rows, dense_rows, empty_nhwc, rows_of, scratch
 from sdconv.fast.cpu.cost_constants import constants_for
 from sdconv.fast.cpu.cost_model import SCHEMES, ConvPlan, Kind, packed_bytes, plan_by
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats, normalise
-from sdconv.fast.cpu.kernels import kernels_for, unpacked_methods
+from sdconv.fast.cpu.kernels import kernels_for, methods_for
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import MULTIPLE, Strip, bands, strips, whole_strip
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
@@ -157,10 +157,16 @@ def plan_for(kind: Kind, x: Tensor, weight: Tensor, normalised: bool) -> ConvPla
     weights have room."""
     batch, channels, height, width = x.shape
     out_channels = len(weight)
-    size = packed_bytes(kind, channels, out_channels)["winograd"]
-    available = () if kernels_for(COMPUTE_DTYPE) is torch_kernels else unpacked_methods()
-    if weight_cache.has_room(weight, WINOGRAD_PACK[SCHEMES[kind]], size):
-        available += ("winograd",)
+    packs = {"winograd": WINOGRAD_PACK[SCHEMES[kind]]}
+    if kind in amx.PACK:
+        packs["amx"] = amx.PACK[kind]
+    sizes = packed_bytes(kind, channels, out_channels)
+    numba = kernels_for(COMPUTE_DTYPE) is not torch_kernels
+    available = tuple(
+        method
+        for method in (methods_for(x.dtype) if numba else ("winograd",))
+        if method not in sizes or weight_cache.has_room(weight, packs[method], sizes[method])
+    )
     shape = batch, channels, out_channels, height, width
     constants = constants_for(torch.get_num_threads())
     return plan_by(kind, shape, normalised, available, direct_rate(x.dtype), constants)
@@ -226,7 +232,9 @@ def run_plan(
     groups: int,
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Runs a plan; computes directly if the result of its method is not finite."""
+    """Runs a plan; computes directly if the result of Winograd's method is not finite."""
+    if plan.method == "amx":
+        return amx_conv(plan.kind, x, weight, prologue, epilogue, groups)
     if plan.method in PRODUCTS:
         scheme, products = SCHEMES[plan.kind], PRODUCTS[plan.method]
         try:
@@ -315,6 +323,32 @@ def uncached_products(weight: Tensor, scheme: Scheme) -> Multiply:
     return Multiply(
         lambda tiles, out: kernels.multiply_tiles(scheme, tiles, weight, out),
         blocks=weight.shape[1] // MULTIPLE,
+    )
+
+
+def amx_conv(
+    kind: Kind,
+    x: Tensor,
+    weight: Tensor,
+    prologue: Prologue | None,
+    epilogue: Epilogue,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution of bfloat16 by matrix units, at stride 1 or after upsampling."""
+    shortcut = None
+    if epilogue.shortcut is not None:
+        shortcut = weight_cache.get(epilogue.shortcut[0], amx.pack_conv)
+    return amx.amx_conv(
+        kind,
+        x,
+        weight_cache.get(weight, amx.PACK[kind]),
+        None if prologue is None else prologue.affine(),
+        prologue is not None and prologue.silu,
+        epilogue.offsets(len(x), len(weight)),
+        epilogue.residual,
+        shortcut,
+        epilogue.relu,
+        groups,
     )
 
 

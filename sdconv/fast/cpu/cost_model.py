@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from typing import Literal
 
 from sdconv.fast.cpu.cost_constants import CostConstants, constants_in_force
-from sdconv.fast.cpu.tiling import MULTIPLE, strips
+from sdconv.fast.cpu.tiling import AMX_BLOCK, MULTIPLE, strips
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
 
 # A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
@@ -34,9 +34,10 @@ class ConvPlan:
     """How a convolution is computed.
 
     ``method``: "winograd" (with a weight that is transformed once and kept), "winograd_uncached"
-    (with one that is transformed for each strip) or "direct" (torch's kernel). ``packed_bytes``:
-    bytes of the weight that the method keeps. ``costs``: the modelled time of each method, in
-    multiply-accumulates. ``reason``: why this method, in words.
+    (with one that is transformed for each strip), "amx" (direct summation by matrix units) or
+    "direct" (torch's kernel). ``packed_bytes``: bytes of the weight that the method keeps.
+    ``costs``: the modelled time of each method, in multiply-accumulates. ``reason``: why this
+    method, in words.
     """
 
     kind: Kind
@@ -49,7 +50,16 @@ class ConvPlan:
 @cache
 def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]:
     """Bytes of the packed weight, for each method that packs one."""
-    return {"winograd": 4 * SCHEMES[kind].kernels * channels * out_channels}
+    found = {"winograd": 4 * SCHEMES[kind].kernels * channels * out_channels}
+    if kind in _AMX_TAPS:
+        taps = _AMX_TAPS[kind] * (4 if kind == "upsample_conv" else 1)
+        found["amx"] = 2 * taps * _whole(channels) * _whole(out_channels)
+    return found
+
+
+def _whole(channels: int) -> int:
+    """Channels up to whole blocks of AMX's."""
+    return -(-channels // AMX_BLOCK) * AMX_BLOCK
 
 
 def plan_conv(
@@ -89,12 +99,14 @@ def plan_by(
 ) -> ConvPlan:
     """`plan_conv` by given constants; ``shape``: batch, channels in and out, height and width."""
     costs = _costs(kind, shape, normalised, direct_rate, constants)
+    if "amx" not in available:
+        costs.pop("amx", None)
     best, *others = sorted(costs, key=lambda method: costs[method])
     method = min(
         (method for method in costs if method in available or method == "direct"),
         key=lambda method: costs[method],
     )
-    if method != best and best == "winograd":
+    if method != best and best in packed_bytes(kind, *shape[1:3]):
         reason = f"no room for the packed weight of {best}: see the limit of the weight cache"
     elif method != best:
         reason = f"{best} needs Numba"
@@ -102,7 +114,7 @@ def plan_by(
         reason = f"{others[0]} would take {costs[others[0]] / costs[best]:.2f} times as long"
     else:
         reason = "the only method for stride 2 and odd sizes"
-    if method == "direct" and direct_rate > 1:
+    if method == "amx" or (method == "direct" and direct_rate > 1):
         reason += "; the processor has matrix units for this dtype"
     return ConvPlan(
         kind,
@@ -137,6 +149,14 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
         "reorder": 9 * pairs,
         "normalise": normalised * channels * pixels,
     }
+    found: dict[str, dict[str, float]] = {}
+    if kind in _AMX_TAPS and not (normalised and channels % _AMX_MULTIPLE):
+        whole = _whole(channels) * _whole(out_channels)
+        found["amx"] = {
+            "product": _AMX * _AMX_TAPS[kind] * whole * batch * rows * columns,
+            "prologue": normalised * channels * pixels,
+            "call": 1,
+        }
     if kind == "downsample_conv" and (height % 2 or width % 2):
         return {"direct": direct}  # whose last row or column is no padding
     pieces = strips(scheme, rows, columns, channels, out_channels)
@@ -147,19 +167,22 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
         "prologue": normalised * channels * pixels,
         "call": 1,
     }
-    found: dict[str, dict[str, float]] = {
-        "winograd": {**winograd, "read": batch * scheme.kernels * pairs}
-    }
+    found["winograd"] = {**winograd, "read": batch * scheme.kernels * pairs}
     if kind != "downsample_conv" and channels % MULTIPLE == out_channels % MULTIPLE == 0:
         found["winograd_uncached"] = {
             **winograd,
             "product": _UNCACHED * winograd["product"],
             "kernel": batch * len(pieces) * pairs,
         }
-    found["direct"] = direct
-    return found
+    return {**found, "direct": direct}
 
 
 _PRICES = [field.name for field in fields(CostConstants)]
 # how many times as long products take whose panels are made anew for each strip
 _UNCACHED = 9 / 8
+# a multiply-accumulate of AMX's, measured on a Xeon of the fifth generation, and how many there are
+# for each output and pair of channels
+_AMX = 1 / 6
+_AMX_TAPS: dict[Kind, int] = {"conv3x3": 9, "upsample_conv": 7}
+# of channels of an input that is normalised
+_AMX_MULTIPLE = 16

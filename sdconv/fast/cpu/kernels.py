@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdconv.errors import SdconvWarning
 from sdconv.fast.cpu import torch_kernels
+from sdconv.fast.cpu.processor import has_amx_kernels
 from sdconv.fast.cpu.tiling import MULTIPLE, Bands, Strip, part_channels
 from sdconv.fast.cpu.winograd import Scheme
 
@@ -135,10 +136,13 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
 
 
 @cache
-def unpacked_methods() -> tuple[str, ...]:
-    """The methods of the cost model that need Numba instead of a packed weight; none if it is not
-    installed. Compiles nothing."""
-    return ("winograd_uncached",) if find_spec("numba") else ()
+def methods_for(dtype: torch.dtype) -> tuple[str, ...]:
+    """The methods of the cost model, besides torch's own, that there are kernels for. Compiles
+    nothing."""
+    if find_spec("numba") is None:
+        return ("winograd",)
+    amx = ("amx",) if dtype is torch.bfloat16 and has_amx_kernels() else ()
+    return ("winograd", "winograd_uncached", *amx)
 
 
 def uncached_bytes(tiles: int, weight: Tensor) -> int:

@@ -9,6 +9,8 @@ from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 
 # of channels in and out, where a weight is not packed beforehand
 MULTIPLE = 64
+# channels in and out that AMX's kernel takes at a time
+AMX_BLOCK = 32
 # bytes of a part of a weight that is copied because of its dtype or memory layout
 _PART = 4 << 20
 # bytes of scratch memory for a strip, at least and at most: few enough for a cache, many enough for

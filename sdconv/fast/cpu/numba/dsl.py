@@ -83,6 +83,7 @@ def _pointer_to(kind: Any) -> Any:
 
 floats = _pointer_to(types.float32)
 doubles = _pointer_to(types.float64)
+uint16s = _pointer_to(types.uint16)
 uint32s = _pointer_to(types.uint32)
 uint64s = _pointer_to(types.uint64)
 int64s = _pointer_to(types.int64)

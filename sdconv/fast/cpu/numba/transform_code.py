@@ -14,15 +14,12 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import BLOCK, llvm
-from sdconv.fast.cpu.numba.vectors import LANES, ROUND, VectorCode
+from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV
 
 # the schemes' points, as in `sdconv.fast.cpu.winograd`
 _P, _Q, _R = CONV3X3.output[1][1], CONV3X3.output[1][3], UPSAMPLE_CONV.output[1][2]
 _S, _T = DOWNSAMPLE_CONV.output[1][1], DOWNSAMPLE_CONV.output[1][3]
-# log2(e), and what its float32 lacks
-_LOG2_E = 1.44269502162933349609375
-_LOG2_E_REST = 1.92596299112661746887e-8
 
 Vectors = list[Any]
 
@@ -136,15 +133,6 @@ class _Code(VectorCode):
             self.store(self.silu(y) if silu else y, out, to, c)
 
         self.each(vectors, body)
-
-    def silu(self, y: Any) -> Any:
-        """``y / (1 + exp(-y))`` within a few units in the last place."""
-        builder, bound = self.builder, self.constant(87.0)
-        z = self.larger(self.constant(-87.0), self.smaller(bound, builder.fneg(y)))
-        shifted = self.linear((1, self.constant(ROUND)), (_LOG2_E, z))
-        n = builder.fsub(shifted, self.constant(ROUND))
-        r = self.linear((-1, n), (_LOG2_E, z), (_LOG2_E_REST, z))
-        return builder.fdiv(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))
 
     def tile(self, transform: Any, side: int, residual: bool, args: Any) -> None:
         """Writes the body of what `output_tile` makes."""

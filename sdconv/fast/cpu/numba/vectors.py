@@ -11,6 +11,9 @@ from llvmlite import binding, ir  # type: ignore[import-untyped]
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 # added to a small number, its last bits are the nearest integer
 ROUND = 1.5 * 2**23
+# log2(e), and what its float32 lacks
+_LOG2_E = 1.44269502162933349609375
+_LOG2_E_REST = 1.92596299112661746887e-8
 # 2^r for -1/2 <= r <= 1/2, within 2e-9
 _POWER = (
     *(0.00015345812, 0.00133999309, 0.00961848907, 0.05550328642),
@@ -126,3 +129,12 @@ class VectorCode:
         exponent = builder.shl(builder.bitcast(shifted, bits), bits([23] * LANES))
         exponent = builder.add(exponent, bits([127 << 23] * LANES))
         return builder.fmul(p, builder.bitcast(exponent, self.vector))
+
+    def silu(self, y: Any) -> Any:
+        """``y / (1 + exp(-y))`` within a few units in the last place."""
+        builder, bound = self.builder, self.constant(87.0)
+        z = self.larger(self.constant(-87.0), self.smaller(bound, builder.fneg(y)))
+        shifted = self.linear((1, self.constant(ROUND)), (_LOG2_E, z))
+        n = builder.fsub(shifted, self.constant(ROUND))
+        r = self.linear((-1, n), (_LOG2_E, z), (_LOG2_E_REST, z))
+        return builder.fdiv(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))

@@ -1,0 +1,238 @@
+"""3x3 convolutions of bfloat16 by a processor's matrix units (Intel AMX): direct summation, which
+is faster there than Winograd's method in float32.
+
+As in the reference, what is multiplied is rounded to bfloat16, normalised inputs included, and
+products are summed in float32; but the sum is rounded once, with bias and residual added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdconv.fast.cpu.buffer_pool import empty_nhwc
+from sdconv.fast.cpu.cost_model import Kind
+from sdconv.fast.cpu.group_stats import combine
+from sdconv.fast.cpu.tiling import AMX_BLOCK as BLOCK
+from sdconv.fast.cpu.weight_cache import Pack
+
+# bytes of scratch memory for a band, half of a core's second cache; rows of a band, at least: those
+# at its border are normalised for the next band, too
+_BAND, _LEAST_ROWS = 1 << 20, 4
+
+
+def _packed(taps: Tensor) -> Tensor:
+    """``(O, C, taps)`` in the order in which the kernel reads it, with zeros up to whole blocks:
+    for each block of output channels, block of input channels and tap, two tiles of 16 pairs of
+    input channels by 16 output channels."""
+    missing = [-size % BLOCK for size in taps.shape[:2]]
+    whole = functional.pad(taps, (0, 0, 0, missing[1], 0, missing[0])).to(torch.bfloat16)
+    out_channels, channels, count = whole.shape
+    parts = whole.view(out_channels // BLOCK, 2, 16, channels // BLOCK, 16, 2, count)
+    return parts.permute(0, 3, 6, 1, 4, 2, 5).contiguous().flatten()
+
+
+def pack_conv(weight: Tensor) -> Tensor:
+    """``(O, C, K, K)`` for stride 1: 3x3 and 1x1 kernels."""
+    return _packed(weight.flatten(2))
+
+
+# the rows and columns of pixels that a tap after upsampling meets, counted from the upper left one
+_CORNERS = tuple(product(range(2), repeat=2))
+
+
+def pack_upsample(weight: Tensor) -> Tensor:
+    """``(O, C, 3, 3)`` for an upsampled input: a kernel for each of the four outputs at a pixel.
+
+    Of the three taps along an axis, two meet the same pixel and are added: four taps are left. Sums
+    do not fit bfloat16; what they lack follows as three taps more, so that nothing is lost.
+    """
+
+    def pairs(taps: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        first, middle, last = taps.unbind(dim)
+        return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+    kernels = []
+    for down, row in enumerate(pairs(weight.float(), 2)):
+        for across, taps in enumerate(pairs(row, 3)):
+            rounded = taps.to(torch.bfloat16)
+            rest = (taps - rounded.float()).to(torch.bfloat16).flatten(2)
+            summed = [n for n, one in enumerate(_CORNERS) if one != (down, across)]
+            kernels.append(_packed(torch.cat([rounded.flatten(2), rest[..., summed]], 2)))
+    return torch.cat(kernels)
+
+
+PACK: dict[Kind, Pack] = {"conv3x3": pack_conv, "upsample_conv": pack_upsample}
+
+
+@lru_cache(maxsize=256)
+def _taps(kind: Kind, pitch: int) -> Tensor:
+    """How many pixels after the upper left neighbour of a pixel each tap is, ``(kernels, taps)``,
+    in rows of ``pitch`` pixels."""
+    if kind == "conv3x3":
+        offsets = [[row * pitch + column for row, column in product(range(3), repeat=2)]]
+    else:
+        offsets = [
+            [
+                (down + row) * pitch + across + column
+                for row, column in (*_CORNERS, *(one for one in _CORNERS if one != (down, across)))
+            ]
+            for down, across in _CORNERS
+        ]
+    with torch.inference_mode(False):
+        return torch.tensor(offsets, device="cpu")
+
+
+def _plane(rows: int, width: int) -> int:
+    """Numbers of a block of channels of a band in scratch memory: with a border, and with as many
+    pixels as the last ones that are multiplied at a time may lack."""
+    return BLOCK * ((rows + 2) * (width + 2) + 2 * BLOCK)
+
+
+def band_rows(height: int, width: int, planes: int) -> int:
+    """Rows of a band, which a thread computes at a time: bands of the same height, some for each
+    thread."""
+    fitting = max(_LEAST_ROWS, _BAND // (2 * BLOCK * (width + 2) * planes) - 2)
+    count = max(-(-height // fitting), min(height, 2 * torch.get_num_threads()))
+    return -(-height // count)
+
+
+def scratch_bytes(height: int, width: int, channels: int) -> int:
+    """Bytes of scratch memory, at most, of a convolution without a shortcut."""
+    planes = -(-channels // BLOCK)
+    band = 2 * planes * _plane(band_rows(height, width, planes), width)
+    return torch.get_num_threads() * (band + (8 << 10))
+
+
+@dataclass(frozen=True)
+class AmxConv:
+    """A convolution by AMX of one image's rows, all ``(rows, W, C)`` in bfloat16 and contiguous.
+
+    ``packed``: the weight, by `PACK`, for ``out_channels``. ``offsets``: ``(O,)`` in float32.
+    ``affine``: the normalisation's scale and shift, ``(C,)`` each in float32; ``C`` is a multiple
+    of 16 then. ``silu``: whether SiLU follows. ``shortcut``: the packed weight by which the
+    residual is multiplied. ``relu``: whether ReLU follows.
+    """
+
+    kind: Kind
+    packed: Tensor
+    out_channels: int
+    offsets: Tensor
+    affine: tuple[Tensor, Tensor] | None = None
+    silu: bool = False
+    shortcut: Tensor | None = None
+    relu: bool = False
+
+    @property
+    def factor(self) -> int:
+        """Rows of the output for each row of the input."""
+        return 2 if self.kind == "upsample_conv" else 1
+
+    def run(
+        self, x: Tensor, first: int, end: int, residual: Tensor | None, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Computes rows ``first`` up to ``end`` of the input's size into ``out``, which has these
+        only, as ``residual`` has; what is beyond ``x`` counts as 0.
+
+        Returns:
+            Each channel's sums in each row, ``(rows, O, 2)``, and their counts, see
+            `group_stats.combine`.
+        """
+        # compiles the kernel, which only such a processor can run
+        from sdconv.fast.cpu.numba import amx as kernels
+        from sdconv.fast.cpu.numba.launch import launch, thread_scratch
+
+        height, width, channels = x.shape
+        steps, added_steps = -(-channels // BLOCK), 0
+        if residual is not None and self.shortcut is not None:
+            added_steps = -(-residual.shape[2] // BLOCK)
+        rows = band_rows(end - first, width, steps + added_steps)
+        plane = _plane(rows, width)
+        offsets = functional.pad(self.offsets, (0, -self.out_channels % BLOCK))
+        taps = _taps(self.kind, width + 2) * (2 * BLOCK)
+        sums = torch.zeros(end - first, 2, self.out_channels, dtype=torch.float64)
+        skipped = self.factor**2 * first * width * 2  # bytes of the rows that out does not have
+        launch(
+            kernels.conv,
+            kernels.CONV,
+            units=-(-(end - first) // rows),
+            **thread_scratch((kernels.BEFORE + 64 + 2 * plane * (steps + added_steps)) // 4),
+            rows=rows,
+            plane=plane,
+            first=first,
+            end=end,
+            height=height,
+            width=width,
+            channels=channels,
+            steps=steps,
+            out_channels=self.out_channels,
+            x=x.data_ptr(),
+            scale=0 if self.affine is None else self.affine[0].data_ptr(),
+            shift=0 if self.affine is None else self.affine[1].data_ptr(),
+            silu=int(self.silu),
+            taps=taps.data_ptr(),
+            tap_count=taps.shape[1],
+            phases=len(taps),
+            weight=self.packed.data_ptr(),
+            offsets=offsets.data_ptr(),
+            residual=0 if residual is None else residual.data_ptr() - skipped * residual.shape[2],
+            residual_channels=0 if residual is None else residual.shape[2],
+            residual_steps=added_steps,
+            shortcut=0 if self.shortcut is None else self.shortcut.data_ptr(),
+            relu=int(self.relu),
+            out=out.data_ptr() - skipped * self.out_channels,
+            sums=sums.data_ptr() - first * 16 * self.out_channels,
+        )
+        counts = torch.full((end - first,), self.factor**2 * width, dtype=torch.float64)
+        return sums.transpose(1, 2), counts
+
+
+def amx_conv(
+    kind: Kind,
+    x: Tensor,
+    packed: Tensor,
+    affine: tuple[Tensor, Tensor] | None,
+    silu: bool,
+    offsets: Tensor,
+    residual: Tensor | None,
+    shortcut: Tensor | None,
+    relu: bool,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """A convolution of ``(B, C, H, W)`` in any memory layout; for the rest see `AmxConv`, with a
+    scale, a shift and offsets for each image.
+
+    Returns:
+        ``(B, O, H, W)``, or twice as large after upsampling, in channels-last order, and its
+        statistics ``(B, groups, 2)``.
+    """
+    batch, _, height, width = x.shape
+    out_channels, stats = offsets.shape[1], []
+    factor = 2 if kind == "upsample_conv" else 1
+    out = empty_nhwc(batch, out_channels, factor * height, factor * width, x.dtype)
+    for b in range(batch):
+        conv = AmxConv(
+            kind,
+            packed,
+            out_channels,
+            offsets[b],
+            None if affine is None else (affine[0][b], affine[1][b]),
+            silu,
+            shortcut,
+            relu,
+        )
+        added = None if residual is None else _rows(residual[b])
+        sums, counts = conv.run(_rows(x[b]), 0, height, added, out[b].permute(1, 2, 0))
+        size = out_channels // groups
+        stats.append(combine(sums.reshape(height, groups, size, 2).sum(2), counts * size))
+    return out, torch.stack(stats)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(C, H, W)`` as rows, without a copy if it is in channels-last order."""
+    return x.permute(1, 2, 0).contiguous()
