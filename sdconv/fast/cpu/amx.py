@@ -67,6 +67,8 @@ def pack_upsample(weight: Tensor) -> Tensor:
     return torch.cat(kernels)
 
 
+# rows of the output for each row of the input
+FACTOR: dict[Kind, int] = {"conv3x3": 1, "upsample_conv": 2}
 PACK: dict[Kind, Pack] = {"conv3x3": pack_conv, "upsample_conv": pack_upsample}
 
 
@@ -128,11 +130,6 @@ class AmxConv:
     shortcut: Tensor | None = None
     relu: bool = False
 
-    @property
-    def factor(self) -> int:
-        """Rows of the output for each row of the input."""
-        return 2 if self.kind == "upsample_conv" else 1
-
     def run(
         self, x: Tensor, first: int, end: int, residual: Tensor | None, out: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -156,7 +153,8 @@ class AmxConv:
         offsets = functional.pad(self.offsets, (0, -self.out_channels % BLOCK))
         taps = _taps(self.kind, width + 2) * (2 * BLOCK)
         sums = torch.zeros(end - first, 2, self.out_channels, dtype=torch.float64)
-        skipped = self.factor**2 * first * width * 2  # bytes of the rows that out does not have
+        pixels = FACTOR[self.kind] ** 2  # for each of the input
+        skipped = pixels * first * width * 2  # bytes of the rows that out does not have
         launch(
             kernels.conv,
             kernels.CONV,
@@ -188,7 +186,7 @@ class AmxConv:
             out=out.data_ptr() - skipped * self.out_channels,
             sums=sums.data_ptr() - first * 16 * self.out_channels,
         )
-        counts = torch.full((end - first,), self.factor**2 * width, dtype=torch.float64)
+        counts = torch.full((end - first,), pixels * width, dtype=torch.float64)
         return sums.transpose(1, 2), counts
 
 
@@ -213,7 +211,7 @@ def amx_conv(
     """
     batch, _, height, width = x.shape
     out_channels, stats = offsets.shape[1], []
-    factor = 2 if kind == "upsample_conv" else 1
+    factor = FACTOR[kind]
     out = empty_nhwc(batch, out_channels, factor * height, factor * width, x.dtype)
     for b in range(batch):
         conv = AmxConv(

@@ -55,5 +55,6 @@ def has_amx_kernels() -> bool:
         return False
     from llvmlite import binding  # type: ignore[import-untyped]
 
-    known = binding.get_host_cpu_features().get("amx-bf16", False)
-    return bool(known and getattr(torch.cpu, "_init_amx", lambda: False)())
+    known = binding.get_host_cpu_features()
+    has = all(known.get(name) for name in ("amx-bf16", "avx512f", "avx512bf16"))
+    return bool(has and getattr(torch.cpu, "_init_amx", lambda: False)())

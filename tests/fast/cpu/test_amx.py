@@ -228,14 +228,14 @@ def test_rows_by_themselves_have_the_same_bits(kind: Kind) -> None:
     x, weight = bf16(1, 96, 41, 37), bf16(64, 96, 3, 3, seed=1) / 29
     whole = amx_conv(kind, x, weight, None, Epilogue(), 1)[0][0].permute(1, 2, 0)
     conv = amx.AmxConv(kind, amx.PACK[kind](weight), 64, torch.zeros(64))
-    rows = x[0].permute(1, 2, 0).contiguous()
+    rows, factor = x[0].permute(1, 2, 0).contiguous(), amx.FACTOR[kind]
     for first, end in ((0, 41), (0, 1), (7, 8), (5, 30), (40, 41)):
         window = torch.zeros(end - first + 2, 37, 96, dtype=torch.bfloat16)
         top, bottom = max(first - 1, 0), min(end + 1, 41)
         window[top - first + 1 : bottom - first + 1] = rows[top:bottom]
-        out = window.new_empty(conv.factor * (end - first), conv.factor * 37, 64)
+        out = window.new_empty(factor * (end - first), factor * 37, 64)
         conv.run(window, 1, end - first + 1, None, out)
-        assert torch.equal(out, whole[conv.factor * first : conv.factor * end])
+        assert torch.equal(out, whole[factor * first : factor * end])
     assert not torch.equal(out, whole[: len(out)])
 
 

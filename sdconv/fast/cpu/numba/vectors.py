@@ -137,4 +137,8 @@ class VectorCode:
         shifted = self.linear((1, self.constant(ROUND)), (_LOG2_E, z))
         n = builder.fsub(shifted, self.constant(ROUND))
         r = self.linear((-1, n), (_LOG2_E, z), (_LOG2_E_REST, z))
-        return builder.fdiv(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))
+        return self.divide(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))
+
+    def divide(self, y: Any, by: Any) -> Any:
+        """``y / by``."""
+        return self.builder.fdiv(y, by)
