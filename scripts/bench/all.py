@@ -77,18 +77,18 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
     vae, unet = sized(512, 64), sized(64, 16)
     tiny = ("tiny-decode", "tiny-encode", "taef1-decode", "taef1-encode")
     yield Task("decode", cores, compared("decode", vae, 3, *TORCHS, *RUNTIMES), 11)
-    bf16 = (*BF16, *rounds(3), "--peers", "channels_last", "openvino_bf16")
-    yield Task("decode", cores, ("decode", *vae, *bf16), 4)
+    bf16 = (*BF16, *rounds(5), "--peers", "channels_last", "openvino_bf16")
+    yield Task("decode-bf16", cores, ("decode", *vae, *bf16), 4)
     yield Task("encode", cores, compared("encode", vae, 3, *TORCHS, "openvino", "mnn"), 4)
-    yield Task("encode", cores, ("encode", *vae, *bf16), 3)
+    yield Task("encode-bf16", cores, ("encode", *vae, *bf16), 3)
     yield Task("unet", cores, compared("unet", unet, 3, *TORCHS, "openvino"), 4)
-    yield Task("unet", cores, ("unet", *unet, *bf16), 3)
+    yield Task("unet-bf16", cores, ("unet", *unet, *bf16), 3)
     for work in tiny:
         peers = (*TORCHS, *RUNTIMES) if work.startswith("tiny") else TORCHS
         yield Task(work, cores, compared(work, vae, 3, *peers), 1.5)
     yield Task("without-numba", cores, ("without-numba", *sized(256, 64), *rounds(3)), 1)
     yield Task("memory", cores, ("memory", *vae), 2)
-    yield Task("memory", cores, ("memory", *vae, *BF16), 2)
+    yield Task("memory-bf16", cores, ("memory", *vae, *BF16), 2)
     yield Task("limits", cores, ("limits", *vae, *rounds(3)), 2)
     if not quick:
         xl = ("limits", "--of", "unet-xl", "--size", "1024x1024", *rounds(2))

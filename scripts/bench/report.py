@@ -125,7 +125,10 @@ def summary(kept: Mapping[str, Run]) -> str:
     return _NONE
 
 
-_SUMMARY = ("decode", "encode", "unet", "unet-xl", "tiny-decode", "taef1-decode")
+_SUMMARY = (
+    *("decode", "decode-bf16", "encode", "encode-bf16", "unet", "unet-xl"),
+    *("tiny-decode", "taef1-decode"),
+)
 
 
 def _summary_line(rows: Sequence[Row]) -> dict[str, Any]:
