@@ -195,7 +195,7 @@ def _finish_rows(
 
 
 @inner
-def _place(job: Any, first: int, phase: int, block: int, position: int) -> int:
+def _place(job: Any, first: int, phase: int, block: int, position: int) -> Any:
     """The bytes of the output, and of the residual, before those of a position."""
     width, channels, scale = job.width, job.out_channels, 2 if job.phases == 4 else 1
     row = position // (width + 2)
