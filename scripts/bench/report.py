@@ -79,7 +79,8 @@ def heading(name: str, run: Run) -> str:
     """The machine, the software and the day, in a line."""
     on = run["machine"]
     packages = [f"{one} {number}" for one, number in on["packages"].items() if number]
-    parts = [on["processor"], f"{on['cores']} cores", on["vectors"], *packages]
+    units = ["AMX"] if "amx_bf16" in on.get("features", ()) else []
+    parts = [on["processor"], f"{on['cores']} cores", on["vectors"], *units, *packages]
     if on.get("sdconv"):
         parts.append(f"sdconv {on['sdconv']}")
     return f"{', '.join(map(str, parts))}; {on['date']} (`docs/bench/{name}.json`):"
