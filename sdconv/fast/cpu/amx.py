@@ -2,7 +2,8 @@
 is faster there than Winograd's method in float32.
 
 As in the reference, what is multiplied is rounded to bfloat16, normalised inputs included, and
-products are summed in float32; but the sum is rounded once, with bias and residual added.
+products are summed in float32; but a block's inputs and sums are rounded less often. A kernel after
+upsampling is rounded too, which the reference's is not.
 """
 
 from __future__ import annotations
@@ -42,29 +43,17 @@ def pack_conv(weight: Tensor) -> Tensor:
     return _packed(weight.flatten(2))
 
 
-# the rows and columns of pixels that a tap after upsampling meets, counted from the upper left one
-_CORNERS = tuple(product(range(2), repeat=2))
-
-
 def pack_upsample(weight: Tensor) -> Tensor:
-    """``(O, C, 3, 3)`` for an upsampled input: a kernel for each of the four outputs at a pixel.
-
-    Of the three taps along an axis, two meet the same pixel and are added: four taps are left. Sums
-    do not fit bfloat16; what they lack follows as three taps more, so that nothing is lost.
-    """
+    """``(O, C, 3, 3)`` for an upsampled input: for each of the four outputs at a pixel, a kernel of
+    2x2. Of the three taps along an axis, two meet the same pixel and are added; the sums are
+    rounded to bfloat16."""
 
     def pairs(taps: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         first, middle, last = taps.unbind(dim)
         return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
-    kernels = []
-    for down, row in enumerate(pairs(weight.float(), 2)):
-        for across, taps in enumerate(pairs(row, 3)):
-            rounded = taps.to(torch.bfloat16)
-            rest = (taps - rounded.float()).to(torch.bfloat16).flatten(2)
-            summed = [n for n, one in enumerate(_CORNERS) if one != (down, across)]
-            kernels.append(_packed(torch.cat([rounded.flatten(2), rest[..., summed]], 2)))
-    return torch.cat(kernels)
+    rows = pairs(weight.float(), 2)
+    return torch.cat([_packed(part.flatten(2)) for row in rows for part in pairs(row, 3)])
 
 
 # rows of the output for each row of the input
@@ -76,16 +65,11 @@ PACK: dict[Kind, Pack] = {"conv3x3": pack_conv, "upsample_conv": pack_upsample}
 def _taps(kind: Kind, pitch: int) -> Tensor:
     """How many pixels after the upper left neighbour of a pixel each tap is, ``(kernels, taps)``,
     in rows of ``pitch`` pixels."""
-    if kind == "conv3x3":
-        offsets = [[row * pitch + column for row, column in product(range(3), repeat=2)]]
-    else:
-        offsets = [
-            [
-                (down + row) * pitch + across + column
-                for row, column in (*_CORNERS, *(one for one in _CORNERS if one != (down, across)))
-            ]
-            for down, across in _CORNERS
-        ]
+    size, corners = (3, [(0, 0)]) if kind == "conv3x3" else (2, [*product(range(2), repeat=2)])
+    offsets = [
+        [(down + row) * pitch + across + column for row, column in product(range(size), repeat=2)]
+        for down, across in corners
+    ]
     with torch.inference_mode(False):
         return torch.tensor(offsets, device="cpu")
 

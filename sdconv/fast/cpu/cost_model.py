@@ -183,6 +183,6 @@ _UNCACHED = 9 / 8
 # a multiply-accumulate of AMX's, measured on a Xeon of the fifth generation, and how many there are
 # for each output and pair of channels
 _AMX = 1 / 6
-_AMX_TAPS: dict[Kind, int] = {"conv3x3": 9, "upsample_conv": 7}
+_AMX_TAPS: dict[Kind, int] = {"conv3x3": 9, "upsample_conv": 4}
 # of channels of an input that is normalised
 _AMX_MULTIPLE = 16

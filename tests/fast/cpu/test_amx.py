@@ -82,25 +82,18 @@ def as_the_kernel_does(kind: Kind, x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("channels", "out_channels"), [(32, 32), (40, 70), (3, 5)])
-def test_packed_weights_have_every_bit(kind: Kind, channels: int, out_channels: int) -> None:
+def test_packed_weights(kind: Kind, channels: int, out_channels: int) -> None:
     x, weight = bf16(1, channels, 5, 7), bf16(out_channels, channels, 3, 3, seed=1)
     found, exact = as_the_kernel_does(kind, x, weight), convolved(kind, x, weight)
-    # sums of taps have up to 16 bits, in two numbers
-    assert error(found, exact) < (1e-12 if kind == "conv3x3" else 3e-6)
+    # the sums of taps after upsampling are rounded
+    within = 1e-12 if kind == "conv3x3" else 3e-3
+    assert error(found, exact) < within
     changed = weight.clone()
-    changed[0, 0, 2, 1] *= 1.01
-    assert error(as_the_kernel_does(kind, x, changed), exact) > 1e-5
-
-
-def test_sums_of_taps_alone_would_lose_bits() -> None:
-    """The control of the test above: a kernel of 2x2 whose sums are rounded."""
-    x, weight = bf16(1, 32, 5, 7), bf16(32, 32, 3, 3, seed=1)
-    first, middle, last = weight.float().unbind(2)
-    rounded = torch.stack([first, (middle + last).bfloat16().float()], 2)
-    exact = torch.stack([first, middle + last], 2)
-    inputs = functional.pad(x.float(), (1, 1, 1, 0))
-    outputs = [functional.conv2d(inputs, one) for one in (rounded, exact)]
-    assert error(outputs[0], outputs[1]) > 1e-4
+    changed[0, 0, 2, 1] += 1
+    assert error(as_the_kernel_does(kind, x, changed), exact) > 2 * within
+    # where no sum needs more than 8 bits, nothing is lost
+    few = (weight * 8).round().clamp(-31, 31)
+    assert error(as_the_kernel_does(kind, x, few), convolved(kind, x, few)) < 1e-12
 
 
 def test_plans() -> None:
@@ -109,7 +102,7 @@ def test_plans() -> None:
     for kind in KINDS:
         plan = plan_conv(kind, *shape, True, ("winograd", "amx"), 3.0)
         assert plan.method == "amx" and "matrix units" in plan.reason
-        assert plan.packed_bytes == 2 * 128 * 128 * (9 if kind == "conv3x3" else 28)
+        assert plan.packed_bytes == 2 * 128 * 128 * (9 if kind == "conv3x3" else 16)
         without = plan_conv(kind, *shape, True, ("winograd",), 1.0)
         assert without.method == "winograd" and "amx" not in dict(without.costs)
     strided = plan_conv("downsample_conv", *shape, False, ("winograd", "amx"), 3.0)
