@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,28 +102,38 @@ _PLOTS = {"parts": "![Seconds of each part, diffusers and sdconv fast](plots/par
 
 
 def summary(kept: Mapping[str, Run]) -> str:
-    """README's table: seconds of the sides next to each other, on all cores, of the machine of the
-    newest run with a decode."""
+    """README's tables: seconds of the sides next to each other, on all cores, of the two machines
+    that were measured last and have a decode."""
+    parts: list[str] = []
+    seen: set[tuple[Any, ...]] = set()
     for name, run in kept.items():
-        cores, machine = run["machine"]["cores"], machine_of(run)
-        results = [
-            (other["machine"].get("sdconv", ""), result)
-            for other in kept.values()
-            if machine_of(other) == machine
-            for result in other["results"].values()
-        ]
-        lines = [
-            _summary_line(one["rows"]) | {"sdconv": commit}
-            for what in _SUMMARY
-            for commit, one in results
-            if one["what"] == what and one["threads"] == cores and one["rows"]
-        ]
-        # of several results of one work, the first
-        works = {line["work"]: line for line in reversed(lines)}
-        if any(work.startswith("decode") for work in works):
-            first = [line for line in lines if works[line["work"]] is line]
-            return f"{heading(name, run)}\n\n{table(first).rstrip()}"
-    return _NONE
+        machine = machine_of(run)
+        if machine in seen or len(parts) == 2:
+            continue
+        seen.add(machine)
+        lines = _summary_lines(machine, kept.values())
+        if any(line["work"].startswith("decode") for line in lines):
+            parts.append(f"{heading(name, run)}\n\n{table(lines).rstrip()}")
+    return "\n\n".join(parts) or _NONE
+
+
+def _summary_lines(machine: tuple[Any, ...], kept: Iterable[Run]) -> list[Row]:
+    results = [
+        (run["machine"].get("sdconv", ""), result)
+        for run in kept
+        if machine_of(run) == machine
+        for result in run["results"].values()
+        if result["threads"] == run["machine"]["cores"] and result["rows"]
+    ]
+    lines = [
+        _summary_line(one["rows"]) | {"sdconv": commit}
+        for what in _SUMMARY
+        for commit, one in results
+        if one["what"] == what
+    ]
+    # of several results of one work, the first
+    works = {line["work"]: line for line in reversed(lines)}
+    return [line for line in lines if works[line["work"]] is line]
 
 
 _SUMMARY = (

@@ -97,6 +97,9 @@ def test_the_summary_compares_the_best(tmp_path: Path) -> None:
     text = report.drawn(page, kept(tmp_path, a=run("2026-01-01", 3.0, 2.0, 1.0)))
     assert "| decode 8x8 | 3.0 |  | 2.0 (OpenVINO, f32) | 1.0 |" in text
     assert "Not measured yet" in report.drawn(page, {})
+    machines = {one: run(f"2026-01-0{day}", 3.0, machine=one) for day, one in enumerate("CDE", 1)}
+    text = report.drawn(page, kept(tmp_path, **machines))
+    assert text.index("E, 2 cores") < text.index("D, 2 cores") and "C, 2 cores" not in text
 
 
 def test_quick_runs_are_not_kept(tmp_path: Path) -> None:
