@@ -60,9 +60,9 @@ def machine_of(run: Run) -> tuple[Any, ...]:
 
 
 def rows_of(run: Run, what: Sequence[str]) -> list[Row]:
-    """The rows of a run's benchmarks, with the number of threads where there are several."""
+    """The rows of a run's benchmarks, with the number of threads unless it is that of the cores."""
     results = [one for name in what for one in run["results"].values() if one["what"] == name]
-    several = len({one["threads"] for one in results}) > 1
+    several = {one["threads"] for one in results} != {run["machine"]["cores"]}
     rows = []
     for one in results:
         for row in one["rows"]:

@@ -64,6 +64,12 @@ def test_a_page(tmp_path: Path) -> None:
     assert "Not measured yet" in report.drawn(PAGE.replace("decode", "first"), found)
 
 
+def test_fewer_threads_than_cores_are_said(tmp_path: Path) -> None:
+    for threads, said in ((2, False), (1, True)):
+        text = report.drawn(PAGE, kept(tmp_path, a=run("2026-01-01", 3.0, threads=threads)))
+        assert ("| threads |" in text) is said
+
+
 def test_of_one_command_on_one_machine_the_newest_run_is_drawn(tmp_path: Path) -> None:
     new, old = run("2026-02-01", 2.5), run("2026-01-01", 3.0)
     old["results"] |= run("2026-01-01", 7.0, threads=1)["results"]
