@@ -28,7 +28,8 @@ SMALL = seeded.kl((32, 64, 64), 4, True, layers_per_block=1)
 # enough channels for Winograd's method
 WIDE = seeded.kl((96, 128), 4, True, layers_per_block=1)
 KINDS = {name: c for name, c in seeded.WITH_PEER.items() if "taesd" not in name}
-TOLERANCE = 1e-6
+# torch's matrix products of the attention layer round by the strip's height on some processors
+TOLERANCE = 5e-6
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,8 @@ def test_networks_are_no_further_from_float64_than_the_reference(dtype: torch.dt
                 with sdconv.backend("fast"):
                     out = run(x, *others).sample
             assert out.dtype is network.dtype
-            assert not torch.equal(out, reference)
+            # with AMX, layers as small as the U-Net's are left to torch's kernels
+            assert not torch.equal(out, reference) or "amx" in methods_for(dtype)
             errors.append((rms_error(out, exact), rms_error(reference, exact)))
         fast, reference = torch.tensor(errors).square().mean(0).sqrt().tolist()
         assert fast < 1.1 * reference
