@@ -104,9 +104,9 @@ TOLERANCE, TOLERANCE_BF16 = 1e-3, 5e-2
 def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each side's output is compared with diffusers' before it is timed."""
     others = [name for name in options.peers if name != "plain"]
-    narrow = options.dtype is not torch.float32
+    narrow, dtype = options.dtype != "float32", getattr(torch, options.dtype)
     work = f"{options.what} {options.size[0]}x{options.size[1]}"
-    work += f", {str(options.dtype).removeprefix('torch.')}" if narrow else ""
+    work += f", {options.dtype}" if narrow else ""
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
@@ -118,7 +118,7 @@ def network(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             side = shared or stack.enter_context(Separate())
             try:
                 check_room(options.what, name, side is shared and expected is not None)
-                out = side.begin(name, options.what, options.size, options.dtype)
+                out = side.begin(name, options.what, options.size, dtype)
             except SideError as error:
                 rows[name]["failed"] = str(error)
                 continue
@@ -225,7 +225,8 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Run]:
 
 def once(options: argparse.Namespace) -> None:
     """One side's peak, in a process of its own; JSON on standard output."""
-    run = side_of(options.side, "decode", options.size, dtype=options.dtype)
+    dtype = getattr(torch, options.dtype)
+    run = side_of(options.side, "decode", options.size, dtype=dtype)
     if options.side == FAST:
         # compiles kernels and packs weights before what is measured
         start = time.perf_counter()
@@ -244,9 +245,8 @@ def once(options: argparse.Namespace) -> None:
     print(json.dumps({"peak": peak.bytes, "kept": kept, "seconds": seconds, "first": first}))
 
 
-def _child(side: str, size: Size, dtype: torch.dtype) -> dict[str, Any]:
-    named = str(dtype).removeprefix("torch.")
-    options = ["once", "--side", side, "--size", f"{size[0]}x{size[1]}", "--dtype", named]
+def _child(side: str, size: Size, dtype: str) -> dict[str, Any]:
+    options = ["once", "--side", side, "--size", f"{size[0]}x{size[1]}", "--dtype", dtype]
     return _answer(["-m", "scripts.bench.cpu", *options])
 
 
@@ -379,9 +379,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", default=FAST, help=argparse.SUPPRESS)
     parser.add_argument(
         "--dtype",
-        type=partial(getattr, torch),
-        default=torch.float32,
-        help="of networks and `memory`: float32 or bfloat16",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of networks and `memory`",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the rows, written as they come")

@@ -20,7 +20,7 @@ from typing import Any
 
 from scripts.bench.plot import plot_parts, plot_sizes
 from scripts.bench.record import ROOT, table, write_whole
-from scripts.bench.sides import FAST, LABELS
+from scripts.bench.sides import CONVERTED, FAST, LABELS
 
 DOCS = ROOT / "docs"
 _DRAWN = re.compile(r"(<!-- bench: (?P<what>[^>]*) -->\n).*?(<!-- end of bench -->\n)", re.DOTALL)
@@ -137,7 +137,7 @@ def _summary_lines(machine: tuple[Any, ...], kept: Iterable[Run]) -> list[Row]:
 
 
 _SUMMARY = (
-    *("decode", "decode-bf16", "encode", "encode-bf16", "unet", "unet-xl"),
+    *("decode", "decode-bf16", "encode", "encode-bf16", "unet", "unet-bf16", "unet-xl"),
     *("tiny-decode", "taef1-decode"),
 )
 
@@ -146,11 +146,7 @@ def _summary_line(rows: Sequence[Row]) -> dict[str, Any]:
     seconds = {row["side"]: row["seconds"] for row in rows if row.get("seconds")}
     torchs = [seconds[LABELS[one]] for one in ("plain", "channels_last") if LABELS[one] in seconds]
     runtimes = {
-        side: seconds[side]
-        for side in (
-            LABELS[one] for one in ("openvino", "openvino_bf16", "onnxruntime", "mnn", "ncnn")
-        )
-        if side in seconds
+        side: seconds[side] for side in (LABELS[one] for one in CONVERTED) if side in seconds
     }
     best = min(runtimes, key=lambda side: runtimes[side], default="")
     return {

@@ -52,6 +52,8 @@ def test_each_benchmark_has_a_command_that_parses(cores: int, quick: bool) -> No
 def test_an_unknown_option_is_noticed() -> None:
     with pytest.raises(SystemExit):
         cpu.parsed(["decode", "--peers", "nobody"])
+    with pytest.raises(SystemExit):
+        cpu.parsed(["decode", "--dtype", "nothing"])
 
 
 def test_a_run_goes_on_with_what_is_missing_or_has_failed(tmp_path: Path, ran: Ran) -> None:

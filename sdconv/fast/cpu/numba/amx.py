@@ -107,28 +107,13 @@ def _fill_band(job: Any, first: int, rows: int, plane: int, to: int) -> None:
         if not inside:
             continue
         at, source = r * row_size + STEP, y * width * channels
+        out, given = uint16s(to + 2 * at), uint16s(job.x + 2 * source)
         if job.scale == 0:
             _copy(band, at, plane, x, source, channels, width)
         elif job.silu != 0:
-            normalise_silu(
-                uint16s(to + 2 * at),
-                plane,
-                uint16s(job.x + 2 * source),
-                scale,
-                shift,
-                width,
-                channels,
-            )
+            normalise_silu(out, plane, given, scale, shift, width, channels)
         else:
-            normalise(
-                uint16s(to + 2 * at),
-                plane,
-                uint16s(job.x + 2 * source),
-                scale,
-                shift,
-                width,
-                channels,
-            )
+            normalise(out, plane, given, scale, shift, width, channels)
 
 
 @inner

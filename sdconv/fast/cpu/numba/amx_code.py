@@ -28,22 +28,14 @@ class _Code(VectorCode):
 
     def instruction(self, name: str, *args: Any) -> None:
         """Calls one of LLVM's functions for AMX."""
-        kinds = [arg.type for arg in args]
-        full = f"llvm.x86.{name}"
-        function = self.builder.module.globals.get(full) or ir.Function(
-            self.builder.module, ir.FunctionType(ir.VoidType(), kinds), full
-        )
-        self.builder.call(function, args)
+        takes = [arg.type for arg in args]
+        self.builder.call(self.function(f"llvm.x86.{name}", ir.VoidType(), takes), args)
 
     def prefetch(self, address: Any, *, write: bool) -> None:
         """Brings the cache line at an address to the cache."""
         pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
-        name = "llvm.prefetch.p0i8"
-        function = self.builder.module.globals.get(name) or ir.Function(
-            self.builder.module,
-            ir.FunctionType(ir.VoidType(), [pointer, *[integer] * 3]),
-            name,
-        )
+        takes = [pointer, *[integer] * 3]
+        function = self.function("llvm.prefetch.p0i8", ir.VoidType(), takes)
         hints = (integer(int(write)), integer(3), integer(1))
         self.builder.call(function, [_bytes_at(self.builder, address), *hints])
 
@@ -70,11 +62,8 @@ class _Code(VectorCode):
         """``y / by`` within a few units in the last place, by a product with the reciprocal, whose
         estimate is improved once: a division takes as long as all else."""
         mask = ir.IntType(16)
-        name = "llvm.x86.avx512.rcp14.ps.512"
-        kind = ir.FunctionType(self.vector, [self.vector, self.vector, mask])
-        function = self.builder.module.globals.get(name) or ir.Function(
-            self.builder.module, kind, name
-        )
+        takes = [self.vector, self.vector, mask]
+        function = self.function("llvm.x86.avx512.rcp14.ps.512", self.vector, takes)
         estimate = self.builder.call(function, [by, self.constant(0.0), mask(-1)])
         lacking = self.builder.fsub(self.constant(2.0), self.builder.fmul(by, estimate))
         return self.builder.fmul(y, self.builder.fmul(estimate, lacking))

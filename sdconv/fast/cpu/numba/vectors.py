@@ -28,8 +28,13 @@ class VectorCode:
         self.builder = builder
         self.vector = ir.VectorType(ir.DoubleType() if double else ir.FloatType(), LANES)
         name = f"llvm.fma.v{LANES}f{64 if double else 32}"
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        self.fma = self.function(name, self.vector, [self.vector] * 3)
+
+    def function(self, name: str, returns: Any, takes: list[Any]) -> Any:
+        """One of LLVM's own functions, declared once in a module."""
+        module = self.builder.module
+        kind = ir.FunctionType(returns, takes)
+        return module.globals.get(name) or ir.Function(module, kind, name)
 
     def at(self, base: Any, *offsets: Any) -> Any:
         """The address that is the sum of ``offsets`` numbers after ``base``."""
