@@ -75,7 +75,8 @@ from scripts.bench.sides import (
     turns,
 )
 from sdconv.fast.cpu.buffer_pool import scratch
-from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
+from sdconv.fast.cpu.conv import conv3x3, plan_for
+from sdconv.fast.cpu.fusion import Epilogue
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.loading import build
 

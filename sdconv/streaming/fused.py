@@ -1,8 +1,8 @@
 """Layers that run on strips of rows with the fast backend's convolutions for CPUs.
 
-The arithmetic is that of :mod:`sdconv.fast.cpu.conv`. Winograd's reads the source's rows in place,
-normalises them as it reads, and adds bias and residual as it writes, so that these layers need
-neither a window nor a copy of the strip.
+The arithmetic is that of :mod:`sdconv.fast.cpu.winograd_conv` and :mod:`sdconv.fast.cpu.amx`.
+Winograd's reads the source's rows in place, normalises them as it reads, and adds bias and residual
+as it writes, so that these layers need neither a window nor a copy of the strip.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.fast.cpu import amx
-from sdconv.fast.cpu.conv import (
-    COMPUTE_DTYPE,
+from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
+from sdconv.fast.cpu.fusion import COMPUTE_DTYPE, Epilogue
+from sdconv.fast.cpu.kernels import methods_for, packing_bytes, uncached_bytes
+from sdconv.fast.cpu.processor import direct_rate
+from sdconv.fast.cpu.tiling import Strip, strip_bytes
+from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
+from sdconv.fast.cpu.winograd_conv import (
     WINOGRAD_PACK,
-    Epilogue,
     Multiply,
     NotFiniteError,
     WinogradPass,
@@ -26,12 +31,6 @@ from sdconv.fast.cpu.conv import (
     pack_pointwise,
     uncached_products,
 )
-from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
-from sdconv.fast.cpu.kernels import methods_for, packing_bytes, uncached_bytes
-from sdconv.fast.cpu.processor import direct_rate
-from sdconv.fast.cpu.tiling import Strip, strip_bytes
-from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.layers import (
     Conv3x3,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
-from sdconv.fast.cpu.conv import NotFiniteError
+from sdconv.fast.cpu.winograd_conv import NotFiniteError
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.parallel.bands import Message
 

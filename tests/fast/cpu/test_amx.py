@@ -15,8 +15,6 @@ from torch.nn import functional
 
 from sdconv.fast.cpu import amx, processor
 from sdconv.fast.cpu.conv import (
-    Epilogue,
-    Prologue,
     amx_conv,
     conv3x3,
     direct_conv,
@@ -25,6 +23,7 @@ from sdconv.fast.cpu.conv import (
     upsample_conv,
 )
 from sdconv.fast.cpu.cost_model import Kind, plan_conv
+from sdconv.fast.cpu.fusion import Epilogue, Prologue
 from sdconv.fast.cpu.group_stats import group_stats
 from sdconv.fast.cpu.kernels import methods_for
 

@@ -10,7 +10,9 @@ import torch
 from helpers.numbers import error, randn
 
 from sdconv.fast.cpu import conv, processor
-from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
+from sdconv.fast.cpu.conv import conv3x3, plan_for
+from sdconv.fast.cpu.fusion import Epilogue
+from sdconv.fast.cpu.winograd_conv import winograd_conv
 
 
 def test_rates() -> None:
@@ -61,4 +63,4 @@ def test_a_plan_follows_the_processor(found: Any, monkeypatch: pytest.MonkeyPatc
     assert error(out, exact) < 2e-2
 
 
-_plain = conv.winograd_conv
+_plain = winograd_conv

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import sdconv
 from sdconv.fast.cpu import conv
 from sdconv.fast.cpu.buffer_pool import scratch
-from sdconv.fast.cpu.conv import Epilogue, winograd_conv
+from sdconv.fast.cpu.fusion import Epilogue
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, UPSAMPLE_CONV
+from sdconv.fast.cpu.winograd_conv import uncached_products, winograd_conv
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 
@@ -137,7 +138,7 @@ def methods(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> set[s
 
     def by_winograd(x: Any, weight: Any, scheme: Any, *others: Any) -> Any:
         *_, in_place, products = others
-        if products is conv.uncached_products:
+        if products is uncached_products:
             found.add(UNCACHED)
         else:
             found.add(UPSAMPLE if scheme is UPSAMPLE_CONV else IN_PLACE if in_place else WINOGRAD)
