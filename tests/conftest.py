@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and not is_met():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=how))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begins no slow test after the time, in seconds since 1970, that SDCONV_TESTS_UNTIL says."""
+    until = float(os.environ.get("SDCONV_TESTS_UNTIL", "inf"))
+    if time.time() > until and item.get_closest_marker("slow"):
+        pytest.skip("no time was left: .venv/bin/pytest -m slow")
 
 
 @pytest.fixture(scope="session")

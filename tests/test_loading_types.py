@@ -25,6 +25,12 @@ sdconv.load(3)  # the mistake
 """
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where mypy keeps what it knows of sdconv from one test to the next."""
+    return tmp_path_factory.mktemp("types")
+
+
 def checked(code: str, folder: Path) -> str:
     """What ``mypy --strict`` prints for ``code``, with sdconv as an installed package."""
     (folder / "snippet.py").write_text(code)
@@ -37,15 +43,15 @@ def checked(code: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_readmes_first_snippet(tmp_path: Path) -> None:
+def test_the_readmes_first_snippet(folder: Path) -> None:
     snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert snippet is not None and "sdconv.load(" in snippet[1]
-    assert checked(snippet[1], tmp_path).startswith("Success")
+    assert checked(snippet[1], folder).startswith("Success")
 
 
 @pytest.mark.slow
-def test_load_says_what_it_returns(tmp_path: Path) -> None:
-    printed = checked(USES, tmp_path)
+def test_load_says_what_it_returns(folder: Path) -> None:
+    printed = checked(USES, folder)
     revealed = re.findall(r'Revealed type is "sdconv\.models\.(.+?)"', printed)
     assert revealed == ["base.Autoencoder", "unet.UNet2DConditionModel", "base.Network"], printed
     assert re.findall(r"snippet\.py:(\d+): error", printed) == ["11"], printed

@@ -211,14 +211,14 @@ def test_unets(made: tuple[dict[str, Any], State, State]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(files("vae"))
 def test_many_vaes(made: tuple[dict[str, Any], State, State]) -> None:
     check("vae", made)
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(files("unet"))
 def test_many_unets(made: tuple[dict[str, Any], State, State]) -> None:
     check("unet", made)

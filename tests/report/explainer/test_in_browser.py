@@ -229,9 +229,6 @@ def test_python_prints_the_counts_of_upsampling(
         "vae&vae.edits=latents:1:0;decoder.conv_in:12:3&vae.i=40&vae.j=90",
         "vae&vae.edits=quant_conv:5:0;post_quant_conv:2:3;encoder.conv_in:7:0",
         "blocks&switch.norm=false",
-        "blocks&switch.shortcut=false",
-        "blocks&switch.silu=false",
-        "blocks&switch.nearest=false",
         "blocks&switch.silu=false&switch.shortcut=false&switch.nearest=false",
     ],
 )
