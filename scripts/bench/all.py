@@ -103,8 +103,9 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
     sides = ("64", "96") if quick else ("256", "384", "512", "768", "1024")
     yield Task("sizes", cores, ("sizes", "--sizes", *sides), 8)
     yield Task("error", cores, ("error", *sized(256, 64)), 5)
-    streamed = (*sized(1024, 128), "--memory", "1GiB", "--whole", sized(512, 64)[1])
-    yield Task("streaming", cores, (*streamed, *rounds(3)), 3, "scripts.bench.streaming")
+    streamed: Options = (*sized(1024, 128), "--memory", "1GiB", "--spill", "/var/tmp")
+    streamed += ("--whole", sized(512, 64)[1], *rounds(3))
+    yield Task("streaming", cores, streamed, 3, "scripts.bench.streaming")
     yield from data_sets(cores, quick)
     if cores == 1:
         return

@@ -75,8 +75,7 @@ from scripts.bench.sides import (
     turns,
 )
 from sdconv.fast.cpu.buffer_pool import scratch
-from sdconv.fast.cpu.conv import conv3x3, plan_for
-from sdconv.fast.cpu.fusion import Epilogue
+from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.loading import build
 
@@ -314,7 +313,7 @@ def sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for side in options.sizes:
         row: dict[str, Any] = {"size": f"{side}x{side}"}
         for name in ("channels_last", FAST):
-            found = _child(name, (side, side))
+            found = _child(name, (side, side), options.dtype)
             row[f"{name}, s"] = round(found["seconds"], 2)
             row[f"{name}, MB"] = round(found["peak"] / 1e6)
         rows.append((side, row))

@@ -283,7 +283,8 @@ def main() -> None:
 
     def keep() -> None:
         if runs:
-            rows[:] = [row_of(*json.loads(name), found) for name, found in runs.items() if found]
+            named = ((json.loads(name), found) for name, found in runs.items() if found)
+            rows[:] = [row_of(work, side, found) for (work, side), found in named]
         if args.json is not None:
             content = {"options": told, "runs": runs, "rows": rows}
             write_whole(args.json, json.dumps(content, indent=1) + "\n")

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdconv
 from scripts.train.denoise import denoised
-from scripts.train.measure_tiny_unet import MODEL, VAE
+from scripts.train.measure_tiny_unet import MODEL
+from scripts.train.measure_tiny_vae import MODEL as VAE
 from scripts.train.measure_tiny_vae import psnr, to_pixels
 from sdconv.features import recipes
 from sdconv.models.unet import UNet2DConditionModel
@@ -38,7 +39,7 @@ def cached(unet: UNet2DConditionModel, noise: Tensor, given: argparse.Namespace,
 def operations(unet: UNet2DConditionModel, noise: Tensor, given: argparse.Namespace, n: int) -> int:
     with FlopCounterMode(display=False) as counter:
         cached(unet, noise, given, n)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def main() -> None:
@@ -50,8 +51,8 @@ def main() -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 5, 10])
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    unet = sdconv.load(MODEL, dtype=torch.float32)
-    vae = sdconv.load(VAE, dtype=torch.float32)
+    unet = sdconv.load(MODEL, "unet", dtype=torch.float32)
+    vae = sdconv.load(VAE, "vae", dtype=torch.float32)
     shape = (given.count, 4, given.side // 8, given.side // 8)
     noise, other_noise = (
         torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
@@ -60,7 +61,8 @@ def main() -> None:
     @torch.no_grad()
     def images(latents: Tensor) -> list[np.ndarray]:
         return [
-            to_pixels(vae.decode(x / vae.config.scaling_factor).sample) for x in latents.split(1)
+            to_pixels(vae.decode(x / vae.config.scaling_factor).sample)
+            for x in latents.unsqueeze(1)
         ]
 
     def alike(latents: Tensor) -> float:

@@ -124,7 +124,7 @@ def made_unet(folder: Path) -> dict[str, Path]:
     """SDXL's U-Net, alone in a folder and in a file of 6.9 GB like the published checkpoint."""
     import torch
 
-    from scripts.bench.parity_table import SDXL
+    from scripts.bench.configs import SDXL
     from sdconv.checkpoint.save import original_tensors
     from sdconv.loading import build
 

@@ -68,7 +68,7 @@ def rows_of(run: Run, what: Sequence[str]) -> list[Row]:
         for row in one["rows"]:
             first, *_ = row
             own = {first: row[first]} | ({"threads": one["threads"]} if several else {})
-            rows.append(own | dict(row))
+            rows.append(own | {k: v for k, v in row.items() if not isinstance(v, list)})
         if "failed" in one:
             rows.append({"work": one["what"], "failed": one["failed"]})
     columns = dict.fromkeys(name for row in rows for name in row)

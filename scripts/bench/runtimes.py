@@ -122,7 +122,8 @@ def ncnn(module: Called, inputs: Inputs) -> Callable[[], object]:
         traced = Path(folder) / "network.pt"
         with torch.inference_mode(False), torch.no_grad():
             given = tuple(one.clone() for one in inputs)
-            torch.jit.trace(module, given, check_trace=False).save(str(traced))
+            trace: Any = torch.jit.trace
+            trace(module, given, check_trace=False).save(str(traced))
         shapes = ",".join(f"[{','.join(map(str, one.shape))}]" for one in inputs)
         param = traced.with_suffix(".ncnn.param")
         command = [str(Path(sys.executable).parent / "pnnx"), str(traced), f"inputshape={shapes}"]

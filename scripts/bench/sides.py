@@ -109,15 +109,16 @@ def inputs_of(work: str, size: Size) -> tuple[Tensor, ...]:
 
 
 def call(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Tensor:
+    out: Any
     if work.startswith("unet"):
         added = dict(zip(("text_embeds", "time_ids"), inputs[3:], strict=False)) or None
-        out: Tensor = network(*inputs[:3], added_cond_kwargs=added, return_dict=False)[0]
+        (out,) = network(*inputs[:3], added_cond_kwargs=added, return_dict=False)
     elif work.endswith("decode"):
-        out = network.decode(*inputs, return_dict=False)[0]
+        (out,) = network.decode(*inputs, return_dict=False)
     else:
-        out = network.encode(*inputs, return_dict=False)[0]
-        out = out.mode() if work == "encode" else out
-    return out
+        (out,) = network.encode(*inputs, return_dict=False)
+    found: Tensor = out.mode() if work == "encode" else out
+    return found
 
 
 def side_of(
@@ -245,7 +246,7 @@ def channels_last(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
 
 def compiled(network: Any, work: str, inputs: tuple[Tensor, ...]) -> Run:
     run = channels_last(network, work, inputs)
-    return torch.compile(run)  # type: ignore[no-any-return]
+    return torch.compile(run)
 
 
 def _converted(name: str) -> Callable[[Any, str, tuple[Tensor, ...]], Run]:

@@ -1,6 +1,6 @@
 """Memory and time of the streamed VAE, compared with its ordinary run and with its plan.
 
-A full-size VAE with random weights in float32, one case per process. Memory is the peak of the
+A full-size VAE with random weights, one case per process. Memory is the peak of the
 process's anonymous resident memory above that with its weights loaded; that of the Numba kernels
 (``kernel_memory``) and of the network are listed separately. Time per pixel excludes the mid
 block's attention, which grows with the square of the pixels; it is compared with ordinary runs on a
@@ -48,7 +48,7 @@ def ordinary(network: Any, work: str, size: Size) -> float:
         return out
 
     block.forward = timed
-    (x,) = inputs_of(work, size)
+    x = inputs_of(work, size)[0].to(next(network.parameters()).dtype)
     start = time.perf_counter()
     getattr(network, work)(x)
     seconds = time.perf_counter() - start
@@ -58,12 +58,13 @@ def ordinary(network: Any, work: str, size: Size) -> float:
 
 def streamed(options: argparse.Namespace) -> dict[str, Any]:
     """Figures of one streamed run, of its plan, and of ordinary runs after it."""
-    network = ours("decode").requires_grad_(False)
+    dtype = getattr(torch, options.dtype)
+    network = ours("decode").to(dtype).requires_grad_(False)
     before = anonymous()
     if options.backend == "fast":
         numba_kernels()
     kernel_bytes = anonymous() - before
-    (x,) = inputs_of(options.work, options.size)
+    x = inputs_of(options.work, options.size)[0].to(dtype)
     streaming = Streaming.of(options.memory, options.spill, False)
     plan = streaming.plan(network, options.work, x)
     if plan.spilled:
@@ -79,7 +80,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
         last = now
 
     with Peak() as peak:
-        out = torch.empty(plan.shape)
+        out = x.new_empty(plan.shape)
         last = time.perf_counter()
         # in a process that has computed nothing before: what kernels keep is counted
         run(plan, x, out, folder=options.spill, on_strip=on_strip)
@@ -87,6 +88,7 @@ def streamed(options: argparse.Namespace) -> dict[str, Any]:
     result = {
         "work": options.work,
         "backend": options.backend,
+        "dtype": options.dtype,
         "size": "x".join(map(str, options.size)),
         "memory_limit": streaming.limit,
         "peak": peak.bytes,
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--whole", type=size_of, default=(512, 512), help="of the ordinary runs")
     parser.add_argument("--rounds", type=int, default=3, help="number of ordinary runs, 0 for none")
     parser.add_argument("--backend", choices=BACKENDS, default="fast")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     with torch.inference_mode(), backend(options.backend):
@@ -132,7 +135,8 @@ def main() -> None:
 def shown(found: dict[str, Any]) -> dict[str, Any]:
     """The figures as a row of a table."""
     return {
-        "work": f"{found['work']} {found['size']}",
+        "work": f"{found['work']} {found['size']}"
+        + ("" if found["dtype"] == "float32" else f", {found['dtype']}"),
         "limit, MB": round(found["memory_limit"] / 1e6) if found["memory_limit"] else "",
         "peak, MB": round(found["peak"] / 1e6),
         "of the plan": round(found["peak_over_planned"], 2),

@@ -96,6 +96,9 @@ def test_threads_and_failures_are_shown(tmp_path: Path) -> None:
     text = report.drawn(PAGE, kept(tmp_path, a=two))
     assert "| work | threads | side | seconds | failed |" in text
     assert "| decode 8x8 | 1 | diffusers | 6.0 |  |" in text and "it fell over" in text
+    two["results"]["python 2"]["rows"].append({"work": "decode 8x8", "failed": "not timed"})
+    text = report.drawn(PAGE, kept(tmp_path, a=two))
+    assert "not timed" in text and text.count("| work |") == 1, "in the table of the others"
 
 
 def test_the_summary_compares_the_best(tmp_path: Path) -> None:
