@@ -17,16 +17,17 @@ from sdconv.config import Config
 from sdconv.devices import on_meta
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
+from sdconv.fast.cpu.conv import PRODUCTS
 from sdconv.fast.cpu.cost_constants import (
     CostConstants,
     calibration_in_force,
     constants_in_force,
 )
-from sdconv.fast.cpu.cost_model import Kind, packed_bytes, plan_conv
+from sdconv.fast.cpu.cost_model import packed_bytes, plan_conv
 from sdconv.fast.cpu.kernels import methods_for
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.fast.cpu.winograd_conv import PRODUCTS
+from sdconv.fast.cpu.winograd import Kind
 from sdconv.fast.preconditions import has_plain_methods
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # torch 2.6 has no function that asks for all of them
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -46,7 +46,7 @@ def is_supported(x: Tensor) -> bool:
     neither autocast nor a transformation of torch.func is active."""
     return (
         x.ndim == 4
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.numel() > 0
         and not torch.is_autocast_enabled(x.device.type)
         and not _is_transformed()

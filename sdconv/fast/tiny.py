@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from sdconv.backends import implements, is_fast
 from sdconv.fast.cpu.buffer_pool import use_pool
-from sdconv.fast.cpu.conv import conv3x3, plan_for, upsample_conv
-from sdconv.fast.cpu.fusion import Epilogue
-from sdconv.fast.cpu.winograd_conv import NotFiniteError
+from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, conv3x3, plan_for, upsample_conv
 from sdconv.fast.preconditions import is_bare, is_conv3x3, is_eager, is_supported
 from sdconv.models.tiny import DecoderTiny, EncoderTiny, TinyBlock
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdconv.backends import backend
 from sdconv.errors import InputError, SdconvError
-from sdconv.fast.cpu.winograd_conv import NotFiniteError
+from sdconv.fast.cpu.conv import NotFiniteError
 from sdconv.models.tiny import AutoencoderTiny
 from sdconv.sizes import parse_bytes
 from sdconv.streaming.arena import has_separate_spill

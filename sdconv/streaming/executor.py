@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdconv.fast.cpu.buffer_pool import scratch
-from sdconv.fast.cpu.winograd_conv import NotFiniteError
+from sdconv.fast.cpu.conv import NotFiniteError
 from sdconv.streaming.arena import trim_heap
 from sdconv.streaming.buffers import AllocatedBuffers, FeatureBuffer
 from sdconv.streaming.group_stats import RunningGroupStats

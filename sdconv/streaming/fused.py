@@ -1,8 +1,9 @@
 """Layers that run on strips of rows with the fast backend's convolutions for CPUs.
 
-The arithmetic is that of :mod:`sdconv.fast.cpu.winograd_conv` and :mod:`sdconv.fast.cpu.amx`.
-Winograd's reads the source's rows in place, normalises them as it reads, and adds bias and residual
-as it writes, so that these layers need neither a window nor a copy of the strip.
+Those of :mod:`sdconv.fast.cpu.conv` read the source's rows in place, normalise them as
+they read, and add bias and residual as they write, so that they need neither a window nor a copy of
+the strip. Those of :mod:`sdconv.fast.cpu.amx` take a window of normalised rows, and round their
+sums before the residual is added.
 """
 
 from __future__ import annotations
@@ -10,20 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.fast.cpu import amx
-from sdconv.fast.cpu.cost_model import SCHEMES, Kind, plan_conv
-from sdconv.fast.cpu.fusion import COMPUTE_DTYPE, Epilogue
-from sdconv.fast.cpu.kernels import methods_for, packing_bytes, uncached_bytes
-from sdconv.fast.cpu.processor import direct_rate
-from sdconv.fast.cpu.tiling import Strip, strip_bytes
-from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.fast.cpu.winograd import OUTPUT_TILE, Scheme
-from sdconv.fast.cpu.winograd_conv import (
+from sdconv.fast.cpu.conv import (
+    COMPUTE_DTYPE,
     WINOGRAD_PACK,
+    Epilogue,
     Multiply,
     NotFiniteError,
     WinogradPass,
@@ -31,6 +26,13 @@ from sdconv.fast.cpu.winograd_conv import (
     pack_pointwise,
     uncached_products,
 )
+from sdconv.fast.cpu.cost_model import plan_conv
+from sdconv.fast.cpu.kernels import methods_for, packing_bytes, uncached_bytes
+from sdconv.fast.cpu.processor import direct_rate
+from sdconv.fast.cpu.tiling import Strip, strip_bytes
+from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.winograd import OUTPUT_TILE, SCHEMES, Kind, Scheme
+from sdconv.fast.preconditions import DTYPES
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.layers import (
     Conv3x3,
@@ -41,13 +43,11 @@ from sdconv.streaming.layers import (
     UpsampleConv,
 )
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def can_run(weight: Tensor) -> bool:
     """Whether a layer with this weight can use the fast backend: on a CPU (or on the meta device,
     to plan for one), in a dtype that the backend supports."""
-    return weight.dtype in _DTYPES and weight.device.type in ("cpu", "meta")
+    return weight.dtype in DTYPES and weight.device.type in ("cpu", "meta")
 
 
 def layer_for(
@@ -205,9 +205,14 @@ class _AmxLayer(StreamLayer):
         conv.run(window, 1, end, None, out)
         return out
 
+    def scratch_numel(self, rows: int, width: int) -> int:
+        # the output only: the kernel reads the window, upsampled or not
+        return StreamLayer.scratch_numel(self, rows, width)
+
     def workspace(self, units: int, width: int) -> int:
-        own = amx.scratch_bytes(units, width, self.module.weight.shape[1])
-        return super().workspace(units, width) + own
+        weight = self.module.weight
+        own = amx.scratch_bytes(units, width, weight.shape[1])
+        return super().workspace(units, width) + own + amx.packing_bytes(self.kind, weight)
 
 
 class AmxConv3x3(_AmxLayer, Conv3x3):

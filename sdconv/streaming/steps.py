@@ -17,7 +17,7 @@ from torch import nn
 
 from sdconv.backends import is_fast
 from sdconv.errors import InputError
-from sdconv.fast.cpu.cost_model import Kind
+from sdconv.fast.cpu.winograd import Kind
 from sdconv.fast.preconditions import (
     has_plain_forward,
     has_plain_methods,

@@ -89,6 +89,20 @@ def test_decode_and_encode(vae: AutoencoderKL, latents: Tensor, convolved: list[
         assert error(vae.encode(expected).latent_dist.parameters, moments) < WITHIN
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_default_device_makes_no_difference(
+    vae: AutoencoderKL, latents: Tensor, dtype: torch.dtype
+) -> None:
+    """Kernels are called with addresses, which memory of another device does not have."""
+    network, x = copy.deepcopy(vae).to(dtype), latents.to(dtype)
+    with sdconv.backend("fast"):
+        expected = network.decode(x).sample
+        weight_cache.clear()
+        with torch.device("meta"):
+            found = network.decode(x).sample
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["output", "input"])
 def test_statistics_are_not_those_of_before_a_hook(
     vae: AutoencoderKL, latents: Tensor, before: bool

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from sdconv.fast.cpu import group_stats
-from sdconv.fast.cpu.conv import direct_conv
-from sdconv.fast.cpu.fusion import Epilogue, Prologue
+from sdconv.fast.cpu.conv import Epilogue, Prologue, direct_conv, winograd_conv
 from sdconv.fast.cpu.winograd import CONV3X3, Scheme
-from sdconv.fast.cpu.winograd_conv import winograd_conv
 
 # relative to the largest value; the direct kernel's own error in float32 is about a third of it
 WITHIN = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

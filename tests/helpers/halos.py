@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdconv.fast.cpu import winograd_conv
+from sdconv.fast.cpu import conv
 from sdconv.fast.cpu.buffer_pool import Scratch
 from sdconv.fast.cpu.kernels import kernels_for
 from sdconv.fast.cpu.tiling import Bands, Strip
@@ -37,8 +37,8 @@ def strips_of(tile_rows: int | None) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if tile_rows is not None:
-            patch.setattr(winograd_conv, "strips", divided)
-            patch.setattr(winograd_conv, "bands", lambda *_: None)
+            patch.setattr(conv, "strips", divided)
+            patch.setattr(conv, "bands", lambda *_: None)
         yield
 
 
@@ -51,7 +51,7 @@ def bands_of(count: int, tile_rows: int) -> Iterator[None]:
         return Bands(min(count, whole.tile_rows), tile_rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd_conv, "bands", divided)
+        patch.setattr(conv, "bands", divided)
         yield
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sdconv
+from sdconv.fast.cpu.conv import WinogradPass
 from sdconv.fast.cpu.weight_cache import weight_cache
-from sdconv.fast.cpu.winograd_conv import WinogradPass
 from sdconv.sizes import format_bytes
 from sdconv.streaming import least_memory, planner, steps_of
 from sdconv.streaming.buffers import AllocatedBuffers, FeatureBuffer

@@ -8,6 +8,7 @@ upsampling is rounded too, which the reference's is not.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -16,11 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.fast.cpu.buffer_pool import empty_nhwc
-from sdconv.fast.cpu.cost_model import Kind
-from sdconv.fast.cpu.group_stats import combine
 from sdconv.fast.cpu.tiling import AMX_BLOCK as BLOCK
 from sdconv.fast.cpu.weight_cache import Pack
+from sdconv.fast.cpu.winograd import Kind
 
 # bytes of scratch memory for a band, half of a core's second cache; rows of a band, at least: those
 # at its border are normalised for the next band, too
@@ -59,6 +58,18 @@ def pack_upsample(weight: Tensor) -> Tensor:
 # rows of the output for each row of the input
 FACTOR: dict[Kind, int] = {"conv3x3": 1, "upsample_conv": 2}
 PACK: dict[Kind, Pack] = {"conv3x3": pack_conv, "upsample_conv": pack_upsample}
+
+
+def packed_bytes(kind: Kind, channels: int, out_channels: int) -> int:
+    """Bytes of the packed weight, of which each number is multiplied once per pixel of the
+    input."""
+    taps = {"conv3x3": 9, "upsample_conv": 4 * 4}[kind]
+    return 2 * taps * math.prod(-(-count // BLOCK) * BLOCK for count in (channels, out_channels))
+
+
+def packing_bytes(kind: Kind, weight: Tensor) -> int:
+    """Bytes of memory, at most, that packing a weight takes next to its result."""
+    return {"conv3x3": 4, "upsample_conv": 16}[kind] * weight.numel()
 
 
 @lru_cache(maxsize=256)
@@ -136,7 +147,7 @@ class AmxConv:
         plane = _plane(rows, width)
         offsets = functional.pad(self.offsets, (0, -self.out_channels % BLOCK))
         taps = _taps(self.kind, width + 2) * (2 * BLOCK)
-        sums = torch.zeros(end - first, 2, self.out_channels, dtype=torch.float64)
+        sums = torch.zeros(end - first, 2, self.out_channels, dtype=torch.float64, device="cpu")
         pixels = FACTOR[self.kind] ** 2  # for each of the input
         skipped = pixels * first * width * 2  # bytes of the rows that out does not have
         launch(
@@ -170,51 +181,10 @@ class AmxConv:
             out=out.data_ptr() - skipped * self.out_channels,
             sums=sums.data_ptr() - first * 16 * self.out_channels,
         )
-        counts = torch.full((end - first,), pixels * width, dtype=torch.float64)
+        counts = sums.new_full((end - first,), pixels * width)
         return sums.transpose(1, 2), counts
 
 
-def amx_conv(
-    kind: Kind,
-    x: Tensor,
-    packed: Tensor,
-    affine: tuple[Tensor, Tensor] | None,
-    silu: bool,
-    offsets: Tensor,
-    residual: Tensor | None,
-    shortcut: Tensor | None,
-    relu: bool,
-    groups: int,
-) -> tuple[Tensor, Tensor]:
-    """A convolution of ``(B, C, H, W)`` in any memory layout; for the rest see `AmxConv`, with a
-    scale, a shift and offsets for each image.
-
-    Returns:
-        ``(B, O, H, W)``, or twice as large after upsampling, in channels-last order, and its
-        statistics ``(B, groups, 2)``.
-    """
-    batch, _, height, width = x.shape
-    out_channels, stats = offsets.shape[1], []
-    factor = FACTOR[kind]
-    out = empty_nhwc(batch, out_channels, factor * height, factor * width, x.dtype)
-    for b in range(batch):
-        conv = AmxConv(
-            kind,
-            packed,
-            out_channels,
-            offsets[b],
-            None if affine is None else (affine[0][b], affine[1][b]),
-            silu,
-            shortcut,
-            relu,
-        )
-        added = None if residual is None else _rows(residual[b])
-        sums, counts = conv.run(_rows(x[b]), 0, height, added, out[b].permute(1, 2, 0))
-        size = out_channels // groups
-        stats.append(combine(sums.reshape(height, groups, size, 2).sum(2), counts * size))
-    return out, torch.stack(stats)
-
-
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """``(C, H, W)`` as rows, without a copy if it is in channels-last order."""
     return x.permute(1, 2, 0).contiguous()

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from sdconv.fast.cpu import conv as cpu_conv
 from sdconv.fast.cpu import custom_ops
-from sdconv.fast.cpu.fusion import Epilogue, Prologue
+from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, Prologue
 from sdconv.fast.cpu.group_stats import group_stats
-from sdconv.fast.cpu.winograd_conv import NotFiniteError
 from sdconv.fast.preconditions import is_eager
 
 

@@ -91,7 +91,7 @@ def empty_nhwc(batch: int, channels: int, height: int, width: int, dtype: torch.
     shape = (batch, height, width, channels)
     size = math.prod(shape) * dtype.itemsize
     if _thread.pool is None or size <= _LARGE:
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype, device="cpu")
     else:
         out = _thread.pool.allocate(size).view(dtype).view(shape)
     return out.permute(0, 3, 1, 2)
@@ -130,7 +130,7 @@ class Scratch(threading.local):
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < size:
             with torch.inference_mode(False):
-                buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8)
+                buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
         return buffer
 
     def release(self) -> None:

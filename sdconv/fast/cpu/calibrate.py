@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdconv.errors import InputError
-from sdconv.fast.cpu.conv import run_plan
+from sdconv.fast.cpu.conv import Epilogue, Prologue, run_plan
 from sdconv.fast.cpu.cost_constants import (
     SHIPPED,
     Calibration,
@@ -21,7 +21,6 @@ from sdconv.fast.cpu.cost_constants import (
     present_conditions,
 )
 from sdconv.fast.cpu.cost_model import Shape, plan_conv, terms_of
-from sdconv.fast.cpu.fusion import Epilogue, Prologue
 from sdconv.fast.cpu.group_stats import group_stats
 from sdconv.fast.cpu.kernels import methods_for, numba_kernels
 

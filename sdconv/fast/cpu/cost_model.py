@@ -9,21 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
-from typing import Literal
 
+from sdconv.fast.cpu import amx
 from sdconv.fast.cpu.cost_constants import CostConstants, constants_in_force
-from sdconv.fast.cpu.tiling import AMX_BLOCK, MULTIPLE, strips
-from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV, Scheme
-
-# A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
-# with stride 2 and padding (0, 1, 0, 1).
-Kind = Literal["conv3x3", "upsample_conv", "downsample_conv"]
-
-SCHEMES: dict[Kind, Scheme] = {
-    "conv3x3": CONV3X3,
-    "upsample_conv": UPSAMPLE_CONV,
-    "downsample_conv": DOWNSAMPLE_CONV,
-}
+from sdconv.fast.cpu.tiling import MULTIPLE, strips
+from sdconv.fast.cpu.winograd import OUTPUT_TILE, SCHEMES, Kind
 
 # batch, input channels, output channels, height and width of the input
 Shape = tuple[int, int, int, int, int]
@@ -51,15 +41,9 @@ class ConvPlan:
 def packed_bytes(kind: Kind, channels: int, out_channels: int) -> dict[str, int]:
     """Bytes of the packed weight, for each method that packs one."""
     found = {"winograd": 4 * SCHEMES[kind].kernels * channels * out_channels}
-    if kind in _AMX_TAPS:
-        taps = _AMX_TAPS[kind] * (4 if kind == "upsample_conv" else 1)
-        found["amx"] = 2 * taps * _whole(channels) * _whole(out_channels)
+    if kind in amx.PACK:
+        found["amx"] = amx.packed_bytes(kind, channels, out_channels)
     return found
-
-
-def _whole(channels: int) -> int:
-    """Channels up to whole blocks of AMX's."""
-    return -(-channels // AMX_BLOCK) * AMX_BLOCK
 
 
 def plan_conv(
@@ -115,7 +99,7 @@ def plan_by(
     else:
         reason = "the only method for stride 2 and odd sizes"
     if method == "amx" or (method == "direct" and direct_rate > 1):
-        reason += "; the processor has matrix units for this dtype"
+        reason += "; the processor computes this dtype natively"
     return ConvPlan(
         kind,
         method,
@@ -150,10 +134,11 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
         "normalise": normalised * channels * pixels,
     }
     found: dict[str, dict[str, float]] = {}
-    if kind in _AMX_TAPS and not (normalised and channels % _AMX_MULTIPLE):
-        whole = _whole(channels) * _whole(out_channels)
+    if kind in amx.PACK and not (normalised and channels % _AMX_MULTIPLE):
+        # the products of a pixel of the input are as many as the numbers in the packed weight
+        products = amx.packed_bytes(kind, channels, out_channels) // 2
         found["amx"] = {
-            "product": _AMX * _AMX_TAPS[kind] * whole * batch * rows * columns,
+            "product": _AMX * products * pixels,
             "prologue": normalised * channels * pixels,
             "call": 1,
         }
@@ -180,9 +165,7 @@ def terms_of(kind: Kind, shape: Shape, normalised: bool) -> dict[str, dict[str, 
 _PRICES = [field.name for field in fields(CostConstants)]
 # how many times as long products take whose panels are made anew for each strip
 _UNCACHED = 9 / 8
-# a multiply-accumulate of AMX's, measured on a Xeon of the fifth generation, and how many there are
-# for each output and pair of channels
+# a multiply-accumulate of AMX's, measured on a Xeon of the fifth generation
 _AMX = 1 / 6
-_AMX_TAPS: dict[Kind, int] = {"conv3x3": 9, "upsample_conv": 4}
 # of channels of an input that is normalised
 _AMX_MULTIPLE = 16

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdconv.fast import gradients
 from sdconv.fast.cpu import conv
 from sdconv.fast.cpu import group_stats as cpu_group_stats
-from sdconv.fast.cpu.fusion import Epilogue, Prologue
+from sdconv.fast.cpu.conv import Epilogue, Prologue
 
 
 @torch.library.custom_op("sdconv::group_stats", mutates_args=(), device_types="cpu")

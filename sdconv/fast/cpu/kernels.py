@@ -138,11 +138,13 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
 @cache
 def methods_for(dtype: torch.dtype) -> tuple[str, ...]:
     """The methods of the cost model, besides torch's own, that there are kernels for. Compiles
-    nothing."""
+    them only for bfloat16 on a processor with AMX, whose kernels have no twins in torch."""
     if find_spec("numba") is None:
         return ("winograd",)
-    amx = ("amx",) if dtype is torch.bfloat16 and has_amx_kernels() else ()
-    return ("winograd", "winograd_uncached", *amx)
+    found = ("winograd", "winograd_uncached")
+    if dtype is torch.bfloat16 and has_amx_kernels() and has_numba_kernels():
+        return (*found, "amx")
+    return found
 
 
 def uncached_bytes(tiles: int, weight: Tensor) -> int:

@@ -7,6 +7,7 @@ estimates.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -53,8 +54,12 @@ def has_amx_kernels() -> bool:
     bfloat16, the system lets this process use it, and Numba is there to compile them."""
     if "amx_bf16" not in features() or find_spec("numba") is None:
         return False
-    from llvmlite import binding  # type: ignore[import-untyped]
-
+    if any(os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")):
+        return False  # Numba compiles for another processor
+    try:
+        from llvmlite import binding  # type: ignore[import-untyped]
+    except (ImportError, OSError):
+        return False
     known = binding.get_host_cpu_features()
     has = all(known.get(name) for name in ("amx-bf16", "avx512f", "avx512bf16"))
     return bool(has and getattr(torch.cpu, "_init_amx", lambda: False)())

@@ -63,7 +63,7 @@ def conv_in_bands(*args: object) -> None:
 def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     parts = [row.double().view(-1, groups, row.shape[1] // groups) for row in rows]
     found = torch.stack([torch.stack([p.sum((0, 2)), p.square().sum((0, 2))], -1) for p in parts])
-    return found, torch.full((len(rows),), rows[0].numel() // groups, dtype=torch.float64)
+    return found, found.new_full((len(rows),), rows[0].numel() // groups)
 
 
 def padded(channels: int) -> int:

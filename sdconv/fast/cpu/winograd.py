@@ -26,10 +26,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+# A convolution with stride 1 and padding 1; the same after nearest upsampling by 2; a convolution
+# with stride 2 and padding (0, 1, 0, 1).
+Kind = Literal["conv3x3", "upsample_conv", "downsample_conv"]
 Matrix = tuple[tuple[float, ...], ...]
 
 # rows and columns of an output tile, the paper's m
@@ -82,10 +86,10 @@ class Scheme:
     def kernel_transform(self, weight: Tensor) -> Tensor:
         """``G g G^T``, computed in float64: ``(O, C, 3, 3)`` to ``(kernels, C, O)``, in float32
         (float64 for a float64 weight)."""
-        matrix = torch.tensor(self.kernel, dtype=torch.float64)
+        matrix = torch.tensor(self.kernel, dtype=torch.float64, device=weight.device)
         both = torch.kron(matrix, matrix)  # applied to a kernel's nine taps in a row
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        out = torch.empty(self.kernels, weight.shape[1], len(weight), dtype=dtype)
+        out = weight.new_empty(self.kernels, weight.shape[1], len(weight), dtype=dtype)
         for first in range(0, len(weight), _SLICE):
             part = out[..., first : first + _SLICE]
             taps = weight[first : first + _SLICE].permute(2, 3, 1, 0).to(torch.float64)
@@ -94,7 +98,7 @@ class Scheme:
 
     def input_transform(self, rows: Tensor) -> Tensor:
         """``B^T d B`` of every tile of ``(rows, columns, C)``, to ``(positions, R Q, C)``."""
-        matrix = torch.tensor(self.input, dtype=rows.dtype)
+        matrix = rows.new_tensor(self.input)
         size, step = self.input_tile, self.step
         tiles = rows.unfold(0, size, step).unfold(1, size, step)
         transformed = torch.einsum("ia,rqcab,jb->ijrqc", matrix, tiles, matrix)
@@ -102,7 +106,7 @@ class Scheme:
 
     def output_transform(self, products: Tensor, tile_rows: int) -> Tensor:
         """``A^T p A`` of every tile: ``(positions, R Q, O)`` to ``(4R, 4Q, O)``."""
-        matrix = torch.tensor(self.output, dtype=products.dtype)
+        matrix = products.new_tensor(self.output)
         side = len(self.input)
         tiles = products.view(side, side, tile_rows, -1, products.shape[2])
         transformed = torch.einsum("ia,abrqo,jb->riqjo", matrix, tiles, matrix)
@@ -191,3 +195,9 @@ UPSAMPLE_CONV = _after_upsampling(toom_cook(Fraction(0), _ONE, -_ONE, _Q, -_Q))
 # Of the points with few binary digits, those that lose least.
 _P, _Q = Fraction(5, 4), Fraction(1, 2)
 DOWNSAMPLE_CONV = _with_stride(toom_cook(Fraction(0), _P, -_P, _Q))
+
+SCHEMES: dict[Kind, Scheme] = {
+    "conv3x3": CONV3X3,
+    "upsample_conv": UPSAMPLE_CONV,
+    "downsample_conv": DOWNSAMPLE_CONV,
+}

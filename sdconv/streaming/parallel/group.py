@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdconv.errors import InputError, SdconvError
-from sdconv.fast.cpu.winograd_conv import NotFiniteError
+from sdconv.fast.cpu.conv import NotFiniteError
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.parallel.bands import Message
 
@@ -217,7 +217,8 @@ class RankGroup:
         Raises:
             NotFiniteError: a rank's output is not finite; on every rank.
         """
-        sent = torch.zeros(1 + max(strips), 1 + 2 * channels, dtype=torch.float64)
+        size = 1 + max(strips), 1 + 2 * channels
+        sent = torch.zeros(size, dtype=torch.float64, device="cpu")
         sent[0, 0] = failed
         if not failed:
             for row, (count, mean, squares) in zip(sent[1:], own, strict=False):

@@ -3,18 +3,22 @@ same sums in torch, which needs no such processor."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from helpers.conv_cases import lying
 from helpers.numbers import error, randn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.fast.cpu import amx, processor
+from sdconv.fast.cpu import amx, kernels, processor
 from sdconv.fast.cpu.conv import (
+    Epilogue,
+    Prologue,
     amx_conv,
     conv3x3,
     direct_conv,
@@ -22,10 +26,10 @@ from sdconv.fast.cpu.conv import (
     plan_for,
     upsample_conv,
 )
-from sdconv.fast.cpu.cost_model import Kind, plan_conv
-from sdconv.fast.cpu.fusion import Epilogue, Prologue
+from sdconv.fast.cpu.cost_model import plan_conv
 from sdconv.fast.cpu.group_stats import group_stats
 from sdconv.fast.cpu.kernels import methods_for
+from sdconv.fast.cpu.winograd import Kind
 
 needs_amx = pytest.mark.skipif(
     not processor.has_amx_kernels(),
@@ -100,7 +104,7 @@ def test_plans() -> None:
     shape = (1, 128, 128, 64, 64)
     for kind in KINDS:
         plan = plan_conv(kind, *shape, True, ("winograd", "amx"), 3.0)
-        assert plan.method == "amx" and "matrix units" in plan.reason
+        assert plan.method == "amx" and "natively" in plan.reason
         assert plan.packed_bytes == 2 * 128 * 128 * (9 if kind == "conv3x3" else 16)
         without = plan_conv(kind, *shape, True, ("winograd",), 1.0)
         assert without.method == "winograd" and "amx" not in dict(without.costs)
@@ -115,7 +119,9 @@ def test_plans() -> None:
     assert ("amx" in methods_for(torch.bfloat16)) is processor.has_amx_kernels()
 
 
-@pytest.mark.parametrize("missing", ["the processor's units", "Numba", "the system's consent"])
+@pytest.mark.parametrize(
+    "missing", ["the processor's units", "Numba", "code for this processor", "the system's consent"]
+)
 def test_kernels_need_processor_numba_and_system(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,8 +129,21 @@ def test_kernels_need_processor_numba_and_system(
     monkeypatch.setattr(processor, "features", lambda: found)
     if missing == "Numba":
         monkeypatch.setattr(processor, "find_spec", lambda name: None)
+    if missing == "code for this processor":
+        monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: missing != "the system's consent")
     assert not processor.has_amx_kernels.__wrapped__()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_without_kernels_that_work_nothing_is_planned_for_them(
+    works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numba is installed, but its kernels cannot be imported: a fault that is injected."""
+    monkeypatch.setattr(kernels, "has_amx_kernels", lambda: True)
+    monkeypatch.setattr(kernels, "has_numba_kernels", lambda: works)
+    assert ("amx" in methods_for.__wrapped__(torch.bfloat16)) is works
+    assert "amx" not in methods_for.__wrapped__(torch.float32)
 
 
 # --- the kernel
@@ -143,10 +162,12 @@ def test_kernels_need_processor_numba_and_system(
     silu=st.booleans(),
     residual=st.sampled_from(["none", "added", "multiplied"]),
     relu=st.booleans(),
+    layout=st.sampled_from(["channels first", "channels last", "every other"]),
+    threads=st.integers(1, 3),
 )
-@example("conv3x3", 1, 96, 96, 33, 64, True, True, "multiplied", False)
-@example("conv3x3", 2, 48, 40, 1, 1, True, False, "added", True)
-@example("upsample_conv", 2, 96, 96, 17, 31, False, False, "none", False)
+@example("conv3x3", 1, 96, 96, 33, 64, True, True, "multiplied", False, "channels last", 2)
+@example("conv3x3", 2, 48, 40, 1, 1, True, False, "added", True, "channels first", 1)
+@example("upsample_conv", 2, 96, 96, 17, 31, False, False, "none", False, "channels last", 2)
 def test_any_shape(
     kind: Kind,
     batch: int,
@@ -158,8 +179,10 @@ def test_any_shape(
     silu: bool,
     residual: str,
     relu: bool,
+    layout: str,
+    threads: int,
 ) -> None:
-    x = bf16(batch, channels, height, width)
+    x = lying(bf16(batch, channels, height, width), layout)
     weight = (randn(out_channels, channels, 3, 3, seed=1) / (9 * channels) ** 0.5).bfloat16()
     bias, groups = bf16(out_channels, seed=2), 1 if out_channels % 8 else 8
     prologue, epilogue = None, Epilogue(bias)
@@ -170,12 +193,17 @@ def test_any_shape(
         added, shortcut = None, None
         if residual != "none":
             many = out_channels if residual == "added" else 24
-            added = bf16(batch, many, height, width, seed=5)
+            added = lying(bf16(batch, many, height, width, seed=5), layout)
         if residual == "multiplied":
             shortcut = bf16(out_channels, 24, 1, 1, seed=6) / 5, bf16(out_channels, seed=7)
         temb = bf16(batch, out_channels, seed=8)
         epilogue = Epilogue(bias, temb, added, shortcut, relu)
-    out, stats = amx_conv(kind, x, weight, prologue, epilogue, groups)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, stats = amx_conv(kind, x, weight, prologue, epilogue, groups)
+    finally:
+        torch.set_num_threads(before)
     assert out.is_contiguous(memory_format=torch.channels_last)
     wide: Any = [None if one is None else _double(one) for one in (prologue, epilogue)]
     if kind == "conv3x3":
@@ -232,7 +260,7 @@ def test_rows_by_themselves_have_the_same_bits(kind: Kind) -> None:
 
 
 @needs_amx
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_come_out_where_the_reference_has_them(value: float) -> None:
     x, weight = bf16(1, 32, 20, 40), bf16(32, 32, 3, 3, seed=1)
     x[0, 3, 7, 9] = value
@@ -240,6 +268,30 @@ def test_nan_and_infinity_come_out_where_the_reference_has_them(value: float) ->
     exact = direct_conv(x, weight, None, Epilogue())
     assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
     assert not out.isfinite().all() and out[..., 20:].isfinite().all()
+
+
+@needs_amx
+def test_silu_of_minus_infinity_is_nan() -> None:
+    x, weight = bf16(1, 32, 20, 40), bf16(32, 32, 3, 3, seed=1)
+    scale, shift = bf16(32, seed=2), bf16(32, seed=3)
+    for value, is_nan in ((-torch.inf, True), (1.0, False)):
+        shift[5] = value
+        prologue = Prologue(group_stats(x, 8), scale, shift, 1e-5, True)
+        out = amx_conv("conv3x3", x, weight, prologue, Epilogue(), 1)[0]
+        exact = direct_conv(x, weight, prologue, Epilogue())
+        assert torch.equal(out.isnan(), exact.isnan()) and bool(out.isnan().all()) is is_nan
+
+
+@needs_amx
+def test_several_threads_at_once() -> None:
+    x, weight = bf16(1, 64, 40, 33), bf16(64, 64, 3, 3, seed=1)
+
+    def run(_: int = 0) -> Tensor:
+        return amx_conv("conv3x3", x, weight, None, Epilogue(), 1)[0]
+
+    expected = run()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(one, expected) for one in pool.map(run, range(40)))
 
 
 @needs_amx

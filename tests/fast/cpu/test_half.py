@@ -1,4 +1,5 @@
-"""float16 and bfloat16 on a CPU: the fast backend stores them and computes in float32."""
+"""float16 and bfloat16 on a CPU: the fast backend stores them and, but for AMX, computes in
+float32."""
 
 from __future__ import annotations
 

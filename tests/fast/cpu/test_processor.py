@@ -10,9 +10,7 @@ import torch
 from helpers.numbers import error, randn
 
 from sdconv.fast.cpu import conv, processor
-from sdconv.fast.cpu.conv import conv3x3, plan_for
-from sdconv.fast.cpu.fusion import Epilogue
-from sdconv.fast.cpu.winograd_conv import winograd_conv
+from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for, winograd_conv
 
 
 def test_rates() -> None:

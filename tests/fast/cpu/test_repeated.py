@@ -20,10 +20,9 @@ from torch import Tensor, nn
 import sdconv
 from sdconv.fast.cpu import conv
 from sdconv.fast.cpu.buffer_pool import scratch
-from sdconv.fast.cpu.fusion import Epilogue
+from sdconv.fast.cpu.conv import Epilogue, uncached_products, winograd_conv
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, UPSAMPLE_CONV
-from sdconv.fast.cpu.winograd_conv import uncached_products, winograd_conv
 from sdconv.models.base import Autoencoder
 from sdconv.models.blocks import ResnetBlock2D, Upsample2D
 

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu.buffer_pool import scratch
-from sdconv.fast.cpu.conv import conv3x3, plan_for, upsample_conv
-from sdconv.fast.cpu.fusion import Epilogue
+from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for, upsample_conv
 from sdconv.fast.cpu.kernels import Kernels, numba_kernels, uncached_bytes
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme

@@ -16,11 +16,16 @@ from torch import Tensor
 
 from sdconv.fast.cpu import group_stats
 from sdconv.fast.cpu.buffer_pool import scratch
-from sdconv.fast.cpu.conv import direct_upsample_conv, downsample_conv, plan_for
-from sdconv.fast.cpu.fusion import Epilogue
+from sdconv.fast.cpu.conv import (
+    Epilogue,
+    NotFiniteError,
+    direct_upsample_conv,
+    downsample_conv,
+    plan_for,
+    winograd_conv,
+)
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, UPSAMPLE_CONV, Scheme, toom_cook
-from sdconv.fast.cpu.winograd_conv import NotFiniteError, winograd_conv
 
 cases = st.builds(
     Case,
@@ -163,13 +168,14 @@ def test_bands_have_the_bits_of_strips(
 
 
 @pytest.mark.parametrize("height", [9, 130])
-def test_the_default_dtype_makes_no_difference(height: int) -> None:
+def test_the_default_dtype_and_device_make_no_difference(height: int) -> None:
     case = Case(height=height, shortcut=True)
     expected, stats = case.run()
     weight_cache.clear()
     torch.set_default_dtype(torch.float64)
     try:
-        out, found = case.run()
+        with torch.device("meta"):
+            out, found = case.run()
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(out, expected) and torch.equal(found, stats)
@@ -221,6 +227,20 @@ def test_an_output_that_is_not_finite_is_an_error(value: float) -> None:
         even = case.x[:, :, :10].clone()
         even[0, 3, 6, 6] = value
         winograd_conv(even, 4 * case.weight, DOWNSAMPLE_CONV, None, Epilogue(), GROUPS)
+
+
+def test_an_output_beyond_float16_is_an_error() -> None:
+    """Whose sums are finite in float32."""
+    for dtype in (torch.float16, torch.bfloat16):
+        case = Case(normed=False, dtype=dtype)
+        assert case.epilogue.bias is not None and case.epilogue.residual is not None
+        case.run()
+        case.epilogue.bias[3] = case.epilogue.residual[0, 3, 5, 6] = 65_000
+        if dtype is torch.float16:
+            with pytest.raises(NotFiniteError):
+                case.run()
+        else:
+            assert case.run()[0].isfinite().all()
 
 
 def test_the_points_lose_half_as_much_to_rounding_as_the_usual_ones() -> None:

@@ -18,9 +18,8 @@ from helpers.conv_cases import GROUPS, WITHIN, Case, expected_stats, in_place
 from helpers.numbers import error
 from torch import Tensor
 
-from sdconv.fast.cpu import group_stats, torch_kernels, winograd_conv
-from sdconv.fast.cpu.conv import direct_downsample_conv, direct_upsample_conv
-from sdconv.fast.cpu.fusion import Epilogue
+from sdconv.fast.cpu import conv, group_stats, torch_kernels
+from sdconv.fast.cpu.conv import Epilogue, direct_downsample_conv, direct_upsample_conv
 from sdconv.fast.cpu.tiling import Strip
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import (
@@ -248,7 +247,7 @@ def test_statistics_of_one_strip_alone_are_noticed(monkeypatch: pytest.MonkeyPat
 
     assert max(errors()) < WITHIN[torch.float32]
     right = group_stats.combine
-    for module in (group_stats, winograd_conv):
+    for module in (group_stats, conv):
         # the parts of the first rows, as if there were no others
         monkeypatch.setattr(module, "combine", lambda sums, counts: right(sums[:2], counts[:2]))
     assert min(errors()) > 1e-3

@@ -40,8 +40,9 @@ def job(*names: str) -> np.dtype[Any]:
 @cache
 def _source_hash() -> str:
     here = Path(__file__)
-    # the matrices of the Winograd transforms are compiled into the kernels
-    files = (here.parents[1] / "winograd.py", *sorted(here.parent.glob("*.py")))
+    # the matrices of the Winograd transforms and the sizes of blocks are compiled into the kernels
+    outside = (here.parents[1] / name for name in ("tiling.py", "winograd.py"))
+    files = (*outside, *sorted(here.parent.glob("*.py")))
     contents = b"".join(file.read_bytes() for file in files)
     return f"source_{hashlib.blake2b(contents, digest_size=8).hexdigest()}"
 

@@ -55,7 +55,7 @@ _MOST_ROWS = 1024
 
 def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     height, width, channels = rows.shape
-    found = torch.empty(height, groups, 2, dtype=torch.float64)
+    found = torch.empty(height, groups, 2, dtype=torch.float64, device="cpu")
     launch(
         reductions.group_sums,
         reductions.SUMS,
@@ -67,7 +67,8 @@ def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         groups=groups,
         sums=found.data_ptr(),
     )
-    return found, torch.full((height,), width * channels // groups, dtype=torch.float64)
+    counts = found.new_full((height,), width * channels // groups)
+    return found, counts
 
 
 def pack(right: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
         return None
     # in the memory layout of torch's own kernel: a query's heads next to each other
     out = query.new_empty(batch, queries, heads, value_depth).transpose(1, 2)
-    scale_in_memory = torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
+    scale_in_memory = torch.tensor(scale * math.log2(math.e), dtype=torch.float32, device="cpu")
     size = attention_kernel.unit_queries(queries, batch * heads, threads())
     launch(
         attention_kernel.attention,
@@ -164,7 +165,7 @@ def fingerprint(weight: Tensor) -> bytes:
     goes unnoticed in all of them."""
     size = weight.numel() * weight.element_size() // 4
     parts = -(-size // reductions.WORDS)
-    found = torch.empty(parts, dtype=torch.int64)
+    found = torch.empty(parts, dtype=torch.int64, device="cpu")
     launch(
         reductions.fingerprint,
         reductions.HASH,

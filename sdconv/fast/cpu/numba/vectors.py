@@ -136,13 +136,16 @@ class VectorCode:
         return builder.fmul(p, builder.bitcast(exponent, self.vector))
 
     def silu(self, y: Any) -> Any:
-        """``y / (1 + exp(-y))`` within a few units in the last place."""
+        """``y / (1 + exp(-y))`` within a few units in the last place; NaN of minus infinity."""
         builder, bound = self.builder, self.constant(87.0)
         z = self.larger(self.constant(-87.0), self.smaller(bound, builder.fneg(y)))
         shifted = self.linear((1, self.constant(ROUND)), (_LOG2_E, z))
         n = builder.fsub(shifted, self.constant(ROUND))
         r = self.linear((-1, n), (_LOG2_E, z), (_LOG2_E_REST, z))
-        return self.divide(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))
+        value = self.divide(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))
+        # whose exponential the bound makes finite
+        is_lowest = builder.fcmp_ordered("==", y, self.constant(float("-inf")))
+        return builder.select(is_lowest, self.constant(float("nan")), value)
 
     def divide(self, y: Any, by: Any) -> Any:
         """``y / by``."""

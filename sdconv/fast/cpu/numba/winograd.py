@@ -97,7 +97,7 @@ def output_transform(
     out: Tensor,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    found = torch.empty(_units(strip), groups, 2, dtype=torch.float64)
+    found = torch.empty(_units(strip), groups, 2, dtype=torch.float64, device="cpu")
     launch(
         _OUTPUT_TRANSFORM[strip.scheme],
         transforms.OUTPUT,
@@ -217,7 +217,7 @@ def conv_in_bands(
         for band in range(1, units):
             border = OUTPUT_TILE * (whole.tile_rows * band // units)
             borders[2 * band - 2 : 2 * band].copy_(rows[border - 1 : border + 1])
-    found = torch.empty(_units(whole), groups, 2, dtype=torch.float64)
+    found = torch.empty(_units(whole), groups, 2, dtype=torch.float64, device="cpu")
     panels = -(-columns // gemm.PANEL)
     launch(
         bands.conv,
@@ -327,7 +327,7 @@ def _counts(height: int, width: int, channels: int) -> Tensor:
 
 def _lengths(size: int, step: int) -> Tensor:
     """Lengths of the pieces that ``size`` divides into: ``step`` each, the last one shorter."""
-    starts = torch.arange(0, size, step, dtype=torch.float64)
+    starts = torch.arange(0, size, step, dtype=torch.float64, device="cpu")
     return (size - starts).clamp(max=step)
 
 
