@@ -50,9 +50,11 @@ class Interpreter:
 @contextmanager
 def interpreter() -> Iterator[Interpreter]:
     pytest.importorskip("triton", reason="Triton's kernels need it: pip install triton, on Linux")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawned = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, spawned) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
+            patch.setenv("TMPDIR", folder)  # where it leaves faulty kernels
             pool.submit(importlib.import_module, "triton").exception()  # starts the process
         yield Interpreter(pool)
 
