@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -144,7 +145,9 @@ def opened(
 ) -> tuple[int, int, int, int]:
     """Bytes: peak anonymous memory, the file's that were touched, weights, largest tensor."""
     command = [sys.executable, "-c", CHILD, str(path), dtype, component, family]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # glibc returns large blocks to the system as they are freed, and keeps none for later
+    frees = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MB)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=frees)
     peak, touched, weights, largest = map(int, done.stdout.split())
     return peak, touched, weights, largest
 
