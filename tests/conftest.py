@@ -18,6 +18,11 @@ from hypothesis import settings
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    # torch reads it when it is imported: by the next conftest.py, and by commands that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -27,11 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # the constants that ship choose the methods, here and in the commands that tests start, not
     # those that a user has fitted: nothing is ever in this folder
     os.environ["SDCONV_CACHE"] = str(Path(tempfile.gettempdir()) / "no-cache-of-sdconv")
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        # torch reads it when it is imported, here and in the commands that tests start
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def _shared() -> Path | None:

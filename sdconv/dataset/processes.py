@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -127,23 +128,36 @@ def _start(job: Job) -> _Worker:
 def _work(connection: Connection, job: Job) -> None:
     """The life of a worker process; it ends with the process that started it."""
 
+    # where a connection ends, and not around it: within a write, its end is an OSError of the file
+    def send(what: str, content: object) -> None:
+        with _ends_with_connection():
+            connection.send((what, content))
+
     def shards() -> Iterator[Shard]:
         while True:
-            connection.send(("next", None))
-            shard = connection.recv()
+            send("next", None)
+            with _ends_with_connection():
+                shard = connection.recv()
             if shard is None:
                 return
             yield shard
 
     try:
-        for record in make_shards(job, shards(), lambda *done: connection.send(("tick", done))):
-            connection.send(("done", record))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(1)  # nobody waits for the rest
+        for record in make_shards(job, shards(), lambda *done: send("tick", done)):
+            send("done", record)
     except KeyboardInterrupt:
         sys.exit(1)
     except Exception as error:
         known = error if isinstance(error, SdconvError) else None
-        connection.send(("error", known or RuntimeError(f"{type(error).__name__}: {error}")))
+        send("error", known or RuntimeError(f"{type(error).__name__}: {error}"))
     finally:
         connection.close()
+
+
+@contextmanager
+def _ends_with_connection() -> Iterator[None]:
+    """Ends this process where the one that started it is gone: nobody waits for the rest."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        os._exit(1)

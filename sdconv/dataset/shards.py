@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby, islice
@@ -99,8 +100,9 @@ def make_shards(
     """
     store, layout = job.store, layout_of(job.layout)
     ahead = _ahead(job, _tasks(store, layout, shards), tick)
-    for number, results in groupby(ahead, key=lambda pair: pair[0].number):
-        yield _make(job, store, layout, number, results, tick)
+    with closing(ahead):  # with its processes, also where a shard cannot be made
+        for number, results in groupby(ahead, key=lambda pair: pair[0].number):
+            yield _make(job, store, layout, number, results, tick)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def _intact(store: Store, record: Record) -> bool:
         return False
 
 
-def _ahead(job: Job, tasks: Iterable[_Task], tick: Tick) -> Iterator[tuple[_Task, Result]]:
+def _ahead(
+    job: Job, tasks: Iterable[_Task], tick: Tick
+) -> Generator[tuple[_Task, Result], None, None]:
     """Each task with its image, decoded while the network computes, in order."""
 
     def ready(task: _Task, found: Future[Decoded | Rejected] | None) -> tuple[_Task, Result]:

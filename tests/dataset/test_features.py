@@ -16,7 +16,7 @@ from PIL import Image
 import sdconv
 from sdconv import dataset
 from sdconv.dataset import FeatureExtractor, FeatureSettings, Options
-from sdconv.dataset.encoder import generator_for
+from sdconv.dataset.encoder import generator_for, threads
 from sdconv.dataset.patches import top_patches
 from sdconv.dataset.principal import PrincipalAxes
 from sdconv.errors import InputError, SdconvError
@@ -44,7 +44,8 @@ def test_features_equal_those_that_capture_reads(vae: Path, tmp_path: Path) -> N
         dataset.features(tmp_path / "in", FeatureExtractor(vae, settings), out, SMALL)
         network = sdconv.load(vae)
         x = to_tensor(Image.fromarray(pixels(1, 16, 16)))
-        with torch.inference_mode(), sdconv.capture(network, points, reduce=reduce) as maps:
+        captured = sdconv.capture(network, points, reduce=reduce)
+        with torch.inference_mode(), threads(1), captured as maps:
             network.decode(network.encode(x).latent_dist.mode())
         found = stored(out)["a"]
         assert set(found) == set(points) == set(maps)
@@ -71,7 +72,7 @@ def test_features_of_a_unet(tmp_path: Path) -> None:
 
     image = decode(tmp_path / "in", planned, True)
     assert isinstance(image, Decoded)
-    with torch.inference_mode():
+    with torch.inference_mode(), threads(1):
         z = scale(network, encode(network, to_tensor(Image.fromarray(image.pixels))))
         noise = torch.randn(z.shape, generator=generator_for(3, planned.key))
         arguments, _ = conditions(unet, (8, 8), 3)
