@@ -31,14 +31,6 @@ class _Code(VectorCode):
         takes = [arg.type for arg in args]
         self.builder.call(self.function(f"llvm.x86.{name}", ir.VoidType(), takes), args)
 
-    def prefetch(self, address: Any, *, write: bool) -> None:
-        """Brings the cache line at an address to the cache."""
-        pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(32)
-        takes = [pointer, *[integer] * 3]
-        function = self.function("llvm.prefetch.p0i8", ir.VoidType(), takes)
-        hints = (integer(int(write)), integer(3), integer(1))
-        self.builder.call(function, [_bytes_at(self.builder, address), *hints])
-
     def halves(self, address: Any) -> Any:
         """The vector of bfloat16 at an address, as float32."""
         builder = self.builder
@@ -140,18 +132,21 @@ def multiply(
         code, integer = _Code(builder), ir.IntType(64)
         row, tile = integer(2 * STEP), 2 * STEP * _TILE
 
+        def prefetch(address: Any, *, write: bool = False) -> None:
+            code.prefetch(_bytes_at(builder, address), write=write)
+
         def step(i: Any, carried: list[Any]) -> list[Any]:
             channels = builder.add(pixels, builder.mul(i, plane))
 
             def tap(j: Any, carried: list[Any]) -> list[Any]:
                 at, number = carried
                 line = builder.and_(number, integer(SIDE - 1))
-                code.prefetch(builder.add(out, builder.mul(line, out_step)), write=True)
-                code.prefetch(builder.add(added, builder.mul(line, added_step)), write=False)
+                prefetch(builder.add(out, builder.mul(line, out_step)), write=True)
+                prefetch(builder.add(added, builder.mul(line, added_step)))
                 a = builder.add(channels, builder.load(builder.gep(taps, [j])))
                 after = builder.add(at, integer(2 * tile))
                 for place in range(0, 2 * tile, 64):  # of the tap after the next
-                    code.prefetch(builder.add(after, integer(2 * tile + place)), write=False)
+                    prefetch(builder.add(after, integer(2 * tile + place)))
                 for half in range(2):
                     b = _bytes_at(builder, builder.add(at, integer(half * tile)))
                     code.instruction("tileloadd64", _byte(6 + half), b, row)

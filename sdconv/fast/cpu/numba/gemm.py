@@ -38,7 +38,7 @@ def padded(columns: int) -> int:
     return -(-columns // LANES) * LANES
 
 
-def block(rows: int, vectors: int, *, zero: bool = False) -> Any:
+def block(rows: int, vectors: int, *, zero: bool = False, ahead: bool = False) -> Any:
     """Makes a function that computes a block of the output, ``rows`` high and ``vectors`` vectors
     wide.
 
@@ -46,7 +46,8 @@ def block(rows: int, vectors: int, *, zero: bool = False) -> Any:
     its rounding does not grow with ``start``, which may be ``out``. Rows of ``start`` and
     ``out`` are ``start_step`` and ``step`` numbers apart, rows and columns of ``a`` are ``a_row``
     and ``a_column`` apart; ``b`` is a packed panel. With ``zero``, ``start`` is not read and counts
-    as 0.
+    as 0. With ``ahead``, as many rows of ``a``, contiguous, come into the cache meanwhile as the
+    next block reads.
     """
 
     def fill(
@@ -63,7 +64,7 @@ def block(rows: int, vectors: int, *, zero: bool = False) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             start = (None, None) if zero else args[:2]
-            _Code(builder).block(rows, vectors, *start, *args[2:])
+            _Code(builder).block(rows, vectors, ahead, *start, *args[2:])
             return context.get_dummy_value()
 
         given = (start, start_step, a, a_row, a_column, b, depth, out, step)
@@ -79,6 +80,7 @@ class _Code(VectorCode):
         self,
         rows: int,
         vectors: int,
+        ahead: bool,
         start: Any,
         start_step: Any,
         a: Any,
@@ -94,6 +96,9 @@ class _Code(VectorCode):
         cells = [(r, v) for r in range(rows) for v in range(vectors)]
 
         def step(k: Any, sums: list[Any]) -> list[Any]:
+            if ahead:
+                below = builder.mul(builder.add(a_row, k), integer(rows))
+                self.prefetch(self.at(a, below))
             from_b = builder.mul(k, integer(vectors * LANES))
             right = [self.load(b, from_b, v * LANES) for v in range(vectors)]
             column = builder.mul(k, a_column)
@@ -116,7 +121,7 @@ class _Code(VectorCode):
 
 def _panel(vectors: int) -> Any:
     """Makes a function that computes some rows of the output, in one panel's columns."""
-    several, one = block(ROWS, vectors), block(1, vectors)
+    several, one = block(ROWS, vectors, ahead=True), block(1, vectors)
 
     @inner
     def panel(start: int, a: int, b: int, out: int, depth: int, width: int, rows: int) -> None:

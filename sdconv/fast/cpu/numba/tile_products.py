@@ -24,6 +24,7 @@ from sdconv.fast.cpu.numba.packing import (
     pack,
     transform,
 )
+from sdconv.fast.cpu.numba.vectors import VectorCode
 from sdconv.fast.cpu.tiling import MULTIPLE
 from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
@@ -50,11 +51,8 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
     """Asks for the cache line of an address, to be in a core's second cache when it is read."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
-        name = "llvm.prefetch.p0i8"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(function, [builder.inttoptr(args[0], pointer), word(0), word(2), word(1)])
+        address = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        VectorCode(builder).prefetch(address, cache=2)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

@@ -114,29 +114,35 @@ class _Code(VectorCode):
 
     def along(self, transform: Any, size: int, args: Any) -> None:
         """Writes the body of what `along` makes."""
-        out, to, out_step, x, at, step, vectors = args
+        out, to, out_step, x, at, step, vectors, *ahead = args
 
         def body(c: Any) -> None:
             made = transform(self, [self.load(x, at, self.times(step, i), c) for i in range(size)])
             for i, vector in enumerate(made):
-                self.store(vector, out, to, self.times(out_step, i), c)
+                place = self.at(out, to, self.times(out_step, i), c)
+                if ahead:
+                    self.prefetch(self.at(place, *ahead), write=True)
+                self.store(vector, place)
 
         self.each(vectors, body)
 
     def affine(self, silu: bool, args: Any) -> None:
         """Writes the body of what `affine` makes."""
-        out, to, x, at, scale, shift, vectors = args
+        out, to, x, at, scale, shift, vectors, ahead = args
 
         def body(c: Any) -> None:
             factor, term = self.load(scale, c), self.load(shift, c)
-            y = self.builder.call(self.fma, [self.load(x, at, c), factor, term])
+            place = self.at(x, at, c)
+            self.prefetch(self.at(place, ahead))
+            y = self.builder.call(self.fma, [self.load(place), factor, term])
             self.store(self.silu(y) if silu else y, out, to, c)
 
         self.each(vectors, body)
 
     def tile(self, transform: Any, side: int, residual: bool, args: Any) -> None:
         """Writes the body of what `output_tile` makes."""
-        products, at, plane, bias, least, out, to, row, step, sums, vectors, *added = args
+        products, at, plane, ahead, bias, least, out, to, *further = args
+        row, step, sums, vectors, *added = further
         builder, wide = self.builder, ir.VectorType(ir.DoubleType(), LANES)
         least = self.splat(least)
 
@@ -144,7 +150,10 @@ class _Code(VectorCode):
             columns = []
             for j in range(side):
                 planes = [self.times(plane, i * side + j) for i in range(side)]
-                columns.append(transform(self, [self.load(products, at, p, c) for p in planes]))
+                places = [self.at(products, at, p, c) for p in planes]
+                for place in places:
+                    self.prefetch(self.at(place, ahead))
+                columns.append(transform(self, [self.load(place) for place in places]))
             total, squares = (self.double(sums, wide, c, k * BLOCK) for k in range(2))
             offset = self.load(bias, c)
             for i in range(OUTPUT_TILE):
@@ -200,30 +209,67 @@ def along(transform: Any, size: int) -> Any:
     return llvm(fill)
 
 
-def affine(silu: bool) -> Any:
-    """Makes a function that normalises some vectors of channels, and applies SiLU if ``silu``."""
+def along_planes(transform: Any, size: int) -> Any:
+    """`along`, where each of the results has a plane of its own: the places ``ahead`` numbers
+    farther, which are written next, come into the cache meanwhile. They are in more pages than a
+    processor foresees by itself."""
 
     def fill(
-        context: Any, out: Any, to: Any, x: Any, at: Any, scale: Any, shift: Any, vectors: Any
+        context: Any,
+        out: Any,
+        to: Any,
+        plane: Any,
+        ahead: Any,
+        x: Any,
+        at: Any,
+        step: Any,
+        vectors: Any,
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).along(transform, size, (*args[:3], *args[4:], args[3]))
+            return context.get_dummy_value()
+
+        return types.void(out, to, plane, ahead, x, at, step, vectors), codegen
+
+    return llvm(fill)
+
+
+def affine(silu: bool) -> Any:
+    """Makes a function that normalises some vectors of channels, and applies SiLU if ``silu``;
+    those ``ahead`` numbers farther come into the cache meanwhile."""
+
+    def fill(
+        context: Any,
+        out: Any,
+        to: Any,
+        x: Any,
+        at: Any,
+        scale: Any,
+        shift: Any,
+        vectors: Any,
+        ahead: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _Code(builder).affine(silu, args)
             return context.get_dummy_value()
 
-        return types.void(out, to, x, at, scale, shift, vectors), codegen
+        return types.void(out, to, x, at, scale, shift, vectors, ahead), codegen
 
     return llvm(fill)
 
 
 def output_tile(transform: Any, side: int, residual: bool) -> Any:
     """Makes a function that computes a whole tile of the output for some vectors of channels, and
-    adds its values and their squares to ``sums``; ``residual`` is not read unless it is added."""
+    adds its values and their squares to ``sums``; ``residual`` is not read unless it is added. The
+    products ``ahead`` numbers farther, in planes as in `along_planes`, come into the cache
+    meanwhile."""
 
     def fill(
         context: Any,
         products: Any,
         at: Any,
         plane: Any,
+        ahead: Any,
         bias: Any,
         least: Any,
         out: Any,
@@ -241,7 +287,7 @@ def output_tile(transform: Any, side: int, residual: bool) -> Any:
             _Code(builder).tile(transform, side, residual, args)
             return context.get_dummy_value()
 
-        given = (products, at, plane, bias, least, out, to, row, step, sums, vectors)
+        given = (products, at, plane, ahead, bias, least, out, to, row, step, sums, vectors)
         return types.void(*given, added, by, by_row, by_step), codegen
 
     return llvm(fill)

@@ -30,6 +30,7 @@ from sdconv.fast.cpu.numba.dsl import (
 from sdconv.fast.cpu.numba.transform_code import (
     affine,
     along,
+    along_planes,
     downsample_input_1d,
     downsample_output_1d,
     input_1d,
@@ -88,7 +89,7 @@ _normalise, _normalise_silu = affine(False), affine(True)
 def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     """Makes the input transform of a scheme from its transform along one axis."""
     step, size, side, before = scheme.step, scheme.input_tile, len(scheme.input), scheme.before
-    transform = along(transform_1d, size)
+    transform, to_planes = along(transform_1d, size), along_planes(transform_1d, size)
     column_at, row_at, grid_at, _ = _input_places(scheme)
 
     @inner
@@ -143,11 +144,13 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                             if job.scale != 0:
                                 if job.silu != 0:
                                     _normalise_silu(
-                                        scratch, to, source, at, own_scale, own_shift, vectors
+                                        *(scratch, to, source, at),
+                                        *(own_scale, own_shift, vectors, step * channels),
                                     )
                                 else:
                                     _normalise(
-                                        scratch, to, source, at, own_scale, own_shift, vectors
+                                        *(scratch, to, source, at),
+                                        *(own_scale, own_shift, vectors, step * channels),
                                     )
                         to = grid_at + j * WIDE
                         transform(scratch, to, size * WIDE, scratch, column_at, WIDE, vectors)
@@ -160,7 +163,10 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                             at = grid_at + i * size * WIDE + b
                             to = start + i * side * job.plane
                             if whole:
-                                transform(tiles, to, job.plane, scratch, at, WIDE, some_vectors)
+                                to_planes(
+                                    *(tiles, to, job.plane, block_channels),
+                                    *(scratch, at, WIDE, some_vectors),
+                                )
                                 continue
                             transform(scratch, row_at, WIDE, scratch, at, WIDE, some_vectors)
                             for j in range(side):
@@ -222,21 +228,23 @@ def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                     across = min(OUTPUT_TILE, width - tile * OUTPUT_TILE)
                     pixel = (top - job.out_row) * width + tile * OUTPUT_TILE
                     to, by = pixel * channels + c0, pixel * job.residual_step + c0
-                    plane = job.plane
+                    plane, ahead = job.plane, job.products_step
                     if down * across == _PIXELS and n == vectors * LANES:
                         if job.residual != 0:
                             tile_of_with_residual(
-                                *(products, at, plane, own_bias, least, out, to, row, channels),
-                                *(channel_sums, vectors, residual, by, by_row, job.residual_step),
+                                *(products, at, plane, ahead, own_bias, least, out, to),
+                                *(row, channels, channel_sums, vectors),
+                                *(residual, by, by_row, job.residual_step),
                             )
                         else:
                             tile_of(
-                                *(products, at, plane, own_bias, least, out, to, row, channels),
-                                *(channel_sums, vectors, residual, by, by_row, job.residual_step),
+                                *(products, at, plane, ahead, own_bias, least, out, to),
+                                *(row, channels, channel_sums, vectors),
+                                *(residual, by, by_row, job.residual_step),
                             )
                         continue
                     tile_of(
-                        *(products, at, plane, own_bias, f32(-inf), made, 0),
+                        *(products, at, plane, ahead, own_bias, f32(-inf), made, 0),
                         *(OUTPUT_TILE * BLOCK, BLOCK, unused, vectors, residual, 0, 0, 0),
                     )
                     for i in range(down):
