@@ -46,8 +46,8 @@ def block(rows: int, vectors: int, *, zero: bool = False, ahead: bool = False) -
     its rounding does not grow with ``start``, which may be ``out``. Rows of ``start`` and
     ``out`` are ``start_step`` and ``step`` numbers apart, rows and columns of ``a`` are ``a_row``
     and ``a_column`` apart; ``b`` is a packed panel. With ``zero``, ``start`` is not read and counts
-    as 0. With ``ahead``, as many rows of ``a``, contiguous, come into the cache meanwhile as the
-    next block reads.
+    as 0. With ``ahead``, the rows of ``a`` that the next block reads are brought into the cache
+    meanwhile; rows must be contiguous, or nothing is gained.
     """
 
     def fill(
