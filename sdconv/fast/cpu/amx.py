@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdconv.fast.cpu.buffer_pool import copied_borders
 from sdconv.fast.cpu.tiling import AMX_BLOCK as BLOCK
 from sdconv.fast.cpu.weight_cache import Pack
 from sdconv.fast.cpu.winograd import Kind
 
-# bytes of scratch memory for a band, half of a core's second cache; rows of a band, at least: those
-# at its border are normalised for the next band, too
-_BAND, _LEAST_ROWS = 1 << 20, 4
+# bytes of scratch memory for a band, half of a core's second cache; rows of a band, at least; units
+# of work for each thread, at most: rows at the border of two are normalised twice
+_BAND, _LEAST_ROWS, _UNITS = 1 << 20, 4, 8
 
 
 def _packed(taps: Tensor) -> Tensor:
@@ -91,18 +92,20 @@ def _plane(rows: int, width: int) -> int:
     return BLOCK * ((rows + 2) * (width + 2) + 2 * BLOCK)
 
 
-def band_rows(height: int, width: int, planes: int) -> int:
-    """Rows of a band, which a thread computes at a time: bands of the same height, some for each
-    thread."""
+def band_rows(height: int, width: int, planes: int) -> tuple[int, int]:
+    """Rows of a band, which fits a cache, and of a unit of work: bands that a thread computes one
+    after another. All are of the same height, and there are some for each thread."""
+    threads = torch.get_num_threads()
     fitting = max(_LEAST_ROWS, _BAND // (2 * BLOCK * (width + 2) * planes) - 2)
-    count = max(-(-height // fitting), min(height, 2 * torch.get_num_threads()))
-    return -(-height // count)
+    count = max(-(-height // fitting), min(height, 2 * threads))
+    rows = -(-height // count)
+    return rows, rows * max(1, count // (_UNITS * threads))
 
 
 def scratch_bytes(height: int, width: int, channels: int) -> int:
     """Bytes of scratch memory, at most, of a convolution without a shortcut."""
     planes = -(-channels // BLOCK)
-    band = 2 * planes * _plane(band_rows(height, width, planes), width)
+    band = 2 * planes * _plane(band_rows(height, width, planes)[0], width)
     return torch.get_num_threads() * (band + (8 << 10))
 
 
@@ -129,7 +132,8 @@ class AmxConv:
         self, x: Tensor, first: int, end: int, residual: Tensor | None, out: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Computes rows ``first`` up to ``end`` of the input's size into ``out``, which has these
-        only, as ``residual`` has; what is beyond ``x`` counts as 0.
+        only, as ``residual`` has; what is beyond ``x`` counts as 0. If all rows of ``x`` are
+        computed, ``out`` may be ``x``.
 
         Returns:
             Each channel's sums in each row, ``(rows, O, 2)``, and their counts, see
@@ -143,7 +147,10 @@ class AmxConv:
         steps, added_steps = -(-channels // BLOCK), 0
         if residual is not None and self.shortcut is not None:
             added_steps = -(-residual.shape[2] // BLOCK)
-        rows = band_rows(end - first, width, steps + added_steps)
+        rows, unit_rows = band_rows(end - first, width, steps + added_steps)
+        units, borders = -(-(end - first) // unit_rows), None
+        if out.data_ptr() == x.data_ptr():
+            borders = copied_borders(x, range(unit_rows, height, unit_rows))
         plane = _plane(rows, width)
         offsets = functional.pad(self.offsets, (0, -self.out_channels % BLOCK))
         taps = _taps(self.kind, width + 2) * (2 * BLOCK)
@@ -153,9 +160,10 @@ class AmxConv:
         launch(
             kernels.conv,
             kernels.CONV,
-            units=-(-(end - first) // rows),
+            units=units,
             **thread_scratch((kernels.BEFORE + 64 + 2 * plane * (steps + added_steps)) // 4),
             rows=rows,
+            unit_rows=unit_rows,
             plane=plane,
             first=first,
             end=end,
@@ -165,6 +173,7 @@ class AmxConv:
             steps=steps,
             out_channels=self.out_channels,
             x=x.data_ptr(),
+            borders=0 if borders is None else borders.data_ptr(),
             scale=0 if self.affine is None else self.affine[0].data_ptr(),
             shift=0 if self.affine is None else self.affine[1].data_ptr(),
             silu=int(self.silu),

@@ -14,7 +14,7 @@ import mmap
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -161,3 +161,12 @@ def copied_rows(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """``(C, H, W)`` as rows ``(H, W, C)`` in the scratch buffer ``name``."""
     rows = x.permute(1, 2, 0)
     return scratch.take(name, tuple(rows.shape), dtype).copy_(rows)
+
+
+def copied_borders(rows: Tensor, starts: Sequence[int]) -> Tensor:
+    """Two rows for each part of ``(rows, W, C)`` but the first: the row before it and its first
+    row, ``(2 parts, W, C)``, in scratch memory."""
+    out = scratch.take("borders", (2 * len(starts), *rows.shape[1:]), rows.dtype)
+    for i, start in enumerate(starts):
+        out[2 * i : 2 * i + 2].copy_(rows[start - 1 : start + 1])
+    return out

@@ -206,7 +206,7 @@ def run_plan(
 ) -> tuple[Tensor, Tensor]:
     """Runs a plan; computes directly if the result of Winograd's method is not finite."""
     if plan.method == "amx":
-        return amx_conv(plan.kind, x, weight, prologue, epilogue, groups)
+        return amx_conv(plan.kind, x, weight, prologue, epilogue, groups, in_place)
     if plan.method in PRODUCTS:
         scheme, products = SCHEMES[plan.kind], PRODUCTS[plan.method]
         try:
@@ -272,9 +272,11 @@ def amx_conv(
     prologue: Prologue | None,
     epilogue: Epilogue,
     groups: int,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A 3x3 convolution of ``(B, C, H, W)`` in bfloat16 and any memory layout, at stride 1 or after
-    upsampling; ``C`` is a multiple of 16 where there is a prologue.
+    upsampling; ``C`` is a multiple of 16 where there is a prologue. The output overwrites ``x`` if
+    ``in_place``.
 
     Returns:
         ``(B, O, H, W)``, or twice as large after upsampling, in channels-last order, and its
@@ -283,7 +285,8 @@ def amx_conv(
     batch, _, height, width = x.shape
     out_channels, stats = len(weight), []
     factor, packed = amx.FACTOR[kind], weight_cache.get(weight, amx.PACK[kind])
-    out = empty_nhwc(batch, out_channels, factor * height, factor * width, x.dtype)
+    shape = batch, out_channels, factor * height, factor * width
+    out = x if in_place else empty_nhwc(*shape, x.dtype)
     offsets = epilogue.offsets(batch, out_channels)
     norm = None if prologue is None else prologue.affine()
     residual, shortcut = epilogue.residual, None

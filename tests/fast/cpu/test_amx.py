@@ -260,6 +260,40 @@ def test_rows_by_themselves_have_the_same_bits(kind: Kind) -> None:
 
 
 @needs_amx
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 41, 37), (1, 81, 920)])
+def test_the_output_may_overwrite_the_input(
+    threads: int, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, height, width = shape
+    x = bf16(batch, 96, height, width).contiguous(memory_format=torch.channels_last)
+    weight, residual = bf16(96, 96, 3, 3, seed=1) / 29, bf16(batch, 40, height, width, seed=2)
+    prologue = Prologue(group_stats(x, 8), bf16(96, seed=3), bf16(96, seed=4), 1e-5, True)
+    epilogue = Epilogue(bf16(96, seed=5), None, residual, (bf16(96, 40, 1, 1, seed=6), None))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    def overwritten() -> tuple[Tensor, Tensor]:
+        given = x.clone(memory_format=torch.preserve_format)
+        out, stats = amx_conv("conv3x3", given, weight, prologue, epilogue, 8, in_place=True)
+        assert out is given
+        return out, stats
+
+    expected, stats = amx_conv("conv3x3", x, weight, prologue, epilogue, 8)
+    exact = direct_conv(
+        *(
+            _double(one) if isinstance(one, (Prologue, Epilogue)) else one.double()
+            for one in (x, weight, prologue, epilogue)
+        )
+    )
+    assert error(expected.double(), exact) < WITHIN
+    found, found_stats = overwritten()
+    assert torch.equal(found, expected) and torch.equal(found_stats, stats)
+    # fault injection: without the rows that are overwritten before another thread reads them
+    monkeypatch.setattr(amx, "copied_borders", lambda rows, starts: torch.zeros_like(rows))
+    assert not torch.equal(overwritten()[0], expected)
+
+
+@needs_amx
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_come_out_where_the_reference_has_them(value: float) -> None:
     x, weight = bf16(1, 32, 20, 40), bf16(32, 32, 3, 3, seed=1)

@@ -1,10 +1,11 @@
 """3x3 convolutions of bfloat16 by Intel's matrix units (AMX), by Numba: direct summation.
 
-A thread takes a band of rows at a time. It normalises the band's input into scratch memory, with a
-border of zeros, so that the 9 taps of a kernel are 9 offsets there; multiplies 32 pixels by 32
-output channels at a time, summed in float32; and adds bias and residual while the sums are in the
-cache. Scratch memory has planes of 32 channels, in which pixels follow each other row after row:
-those of the border are computed too, and dropped.
+A thread takes some rows at a time, band by band from the top. It normalises a band's input into
+scratch memory, with a border of zeros, so that the 9 taps of a kernel are 9 offsets there;
+multiplies 32 pixels by 32 output channels at a time, summed in float32; and adds bias and residual
+while the sums are in the cache. Scratch memory has planes of 32 channels, in which pixels follow
+each other row after row: those of the border are computed too, and dropped. The two rows that a
+band shares with the next one stay there, so that the output may overwrite the input.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ from sdconv.fast.cpu.numba.dsl import (
     uint64s,
 )
 
-# rows: of the input in a band; plane: numbers in a plane of scratch memory; first, end: the rows
-# that are computed; steps: planes of the input's channels; taps: the bytes from a pixel's upper
-# left neighbour to each tap, for each phase; phases: 4 after upsampling, each of which has weights
-# of its own and writes every other row and column; residual_steps: planes of the residual where it
-# is multiplied; sums: of each channel, and of their squares, in each row of the input
+# rows: of the input in a band; unit_rows: in a unit; plane: numbers in a plane of scratch memory;
+# first, end: the rows that are computed; steps: planes of the input's channels; taps: the bytes
+# from a pixel's upper left neighbour to each tap, for each phase; phases: 4 after upsampling, each
+# of which has weights of its own and writes every other row and column; residual_steps: planes of
+# the residual where it is multiplied; sums: of each channel, and of their squares, in each row of
+# the input; borders: the rows of the input above and below the border between two units, 0 unless
+# the output overwrites it
 CONV = job(
-    *("rows", "plane", "first", "end", "height", "width", "channels", "steps", "out_channels", "x"),
+    *("rows", "unit_rows", "plane", "first", "end", "height", "width", "channels", "steps"),
+    *("out_channels", "x", "borders"),
     *("scale", "shift", "silu", "taps", "tap_count", "phases", "weight", "offsets"),
     *("residual", "residual_channels", "residual_steps", "shortcut", "relu", "out", "sums"),
 )
@@ -91,12 +95,24 @@ def _copy(out: Any, to: int, plane: int, x: Any, at: int, channels: int, pixels:
 
 
 @inner
-def _fill_band(job: Any, first: int, rows: int, plane: int, to: int) -> None:
-    """Writes the input of a band, normalised and with its border."""
-    band, x, width, channels = uint16s(to), uint16s(job.x), job.width, job.channels
+def _row(job: Any, unit: int, y: int) -> Any:
+    """The address of a row of the input that a unit reads."""
+    size, begin = 2 * job.width * job.channels, job.first + unit * job.unit_rows
+    if job.borders != 0 and y < begin:
+        return job.borders + (2 * unit - 2) * size
+    if job.borders != 0 and y == begin + job.unit_rows:
+        return job.borders + (2 * unit + 1) * size
+    return job.x + y * size
+
+
+@inner
+def _fill_band(job: Any, unit: int, first: int, known: int, rows: int, plane: int, to: int) -> None:
+    """Writes the input of a band, normalised and with its border, but for the first ``known``
+    rows."""
+    band, width, channels = uint16s(to), job.width, job.channels
     scale, shift = floats(job.scale), floats(job.shift)
     row_size, last = (width + 2) * STEP, channels // STEP
-    for r in range(rows + 2):
+    for r in range(known, rows + 2):
         y = first - 1 + r
         inside = 0 <= y and y < job.height
         for step in range(job.steps):
@@ -106,14 +122,21 @@ def _fill_band(job: Any, first: int, rows: int, plane: int, to: int) -> None:
             _fill(band, at + row_size - STEP, STEP)
         if not inside:
             continue
-        at, source = r * row_size + STEP, y * width * channels
-        out, given = uint16s(to + 2 * at), uint16s(job.x + 2 * source)
+        at = r * row_size + STEP
+        out, given = uint16s(to + 2 * at), uint16s(_row(job, unit, y))
         if job.scale == 0:
-            _copy(band, at, plane, x, source, channels, width)
+            _copy(band, at, plane, given, 0, channels, width)
         elif job.silu != 0:
             normalise_silu(out, plane, given, scale, shift, width, channels)
         else:
             normalise(out, plane, given, scale, shift, width, channels)
+
+
+@inner
+def _move(out: Any, to: int, at: int, n: int) -> None:
+    """Copies numbers to a place before them."""
+    for i in range(n):
+        out[to + i] = out[at + i]
 
 
 @inner
@@ -189,53 +212,68 @@ def _place(job: Any, first: int, phase: int, block: int, position: int) -> Any:
     return 2 * (pixel * channels + block * SIDE)
 
 
-@kernel(CONV)
-def conv(pointer: Any) -> None:
-    """A 3x3 convolution. A unit is a band of ``rows`` rows of the input."""
-    job = carray(pointer, 1)[0]
-    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
-    shapes = (own + 63) // 64 * 64
-    products, band = shapes + _SHAPES, shapes + BEFORE
-    _write_shapes(uint64s(shapes))
-    width, steps, plane, pitch = job.width, job.steps, job.plane, job.width + 2
-    added_band = band + 2 * steps * plane
-    blocks, count = (job.out_channels + SIDE - 1) // SIDE, job.tap_count
+@inner
+def _multiply_band(
+    job: Any, first: int, rows: int, band: int, added_band: int, products: int
+) -> None:
+    """Multiplies a band by the kernels, and writes its rows of the output."""
+    plane, steps, pitch, count = job.plane, job.steps, job.width + 2, job.tap_count
+    blocks = (job.out_channels + SIDE - 1) // SIDE
     # from pixel to pixel
     by_step = 2 * job.out_channels
     step = 2 * by_step if job.phases == 4 else by_step
     added = job.residual if job.residual != 0 and job.shortcut == 0 else job.out
     size = 2 * STEP * SIDE * count * steps
     added_size = 2 * STEP * SIDE * job.residual_steps
+    end = (rows - 1) * pitch + job.width
+    for phase in range(job.phases):
+        taps = int64s(job.taps + 8 * phase * job.tap_count)
+        for block in range(blocks):
+            weight = job.weight + (phase * blocks + block) * size
+            shortcut = job.shortcut + block * added_size
+            for position in range(0, end, SIDE):
+                clear_tiles()
+                pixels = band + 2 * STEP * position
+                to = _place(job, first, phase, block, position)
+                out, by = job.out + to, added + to
+                multiply(pixels, 2 * plane, taps, count, steps, weight, out, step, by, by_step)
+                if job.shortcut != 0:  # by the first tap, which is the pixel itself
+                    pixels = added_band + 2 * STEP * position
+                    many, own_taps = job.residual_steps, int64s(job.taps)
+                    multiply(pixels, 2 * plane, own_taps, 1, many, shortcut, out, 0, out, 0)
+                store_tiles(products)
+                after = min(position + SIDE, end)
+                _finish_rows(job, first, phase, block, position, after, products)
+
+
+@kernel(CONV)
+def conv(pointer: Any) -> None:
+    """A 3x3 convolution. A unit is ``unit_rows`` rows of the input."""
+    job = carray(pointer, 1)[0]
+    own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
+    shapes = (own + 63) // 64 * 64
+    products, band = shapes + _SHAPES, shapes + BEFORE
+    _write_shapes(uint64s(shapes))
+    width, plane, row_size = job.width, job.plane, (job.width + 2) * STEP
+    planes, added_band = uint16s(band), band + 2 * job.steps * plane
+    residual, channels = uint16s(job.residual), job.residual_channels
     configure(shapes + 64, shapes)
     while True:
         unit = atomic_next(pointer, 0)
         if unit >= job.units:
             break
-        first = job.first + unit * job.rows
-        rows = min(job.rows, job.end - first)
-        _fill_band(job, first, rows, plane, band)
-        if job.shortcut != 0:
-            residual, channels = uint16s(job.residual), job.residual_channels
-            for r in range(rows):
-                source, to = (first + r) * width * channels, r * pitch * STEP
-                _copy(uint16s(added_band), to, plane, residual, source, channels, width)
-        end = (rows - 1) * pitch + width
-        for phase in range(job.phases):
-            taps = int64s(job.taps + 8 * phase * job.tap_count)
-            for block in range(blocks):
-                weight = job.weight + (phase * blocks + block) * size
-                shortcut = job.shortcut + block * added_size
-                for position in range(0, end, SIDE):
-                    clear_tiles()
-                    pixels = band + 2 * STEP * position
-                    to = _place(job, first, phase, block, position)
-                    out, by = job.out + to, added + to
-                    multiply(pixels, 2 * plane, taps, count, steps, weight, out, step, by, by_step)
-                    if job.shortcut != 0:  # by the first tap, which is the pixel itself
-                        pixels = added_band + 2 * STEP * position
-                        many, own_taps = job.residual_steps, int64s(job.taps)
-                        multiply(pixels, 2 * plane, own_taps, 1, many, shortcut, out, 0, out, 0)
-                    store_tiles(products)
-                    after = min(position + SIDE, end)
-                    _finish_rows(job, first, phase, block, position, after, products)
+        begin = job.first + unit * job.unit_rows
+        end = min(begin + job.unit_rows, job.end)
+        for first in range(begin, end, job.rows):
+            rows = min(job.rows, end - first)
+            if first > begin:  # the last two rows of the band before, which was whole
+                for step in range(job.steps):
+                    at = step * plane
+                    _move(planes, at, at + job.rows * row_size, 2 * row_size)
+            _fill_band(job, unit, first, 2 if first > begin else 0, rows, plane, band)
+            if job.shortcut != 0:
+                for r in range(rows):
+                    source, to = (first + r) * width * channels, r * row_size
+                    _copy(uint16s(added_band), to, plane, residual, source, channels, width)
+            _multiply_band(job, first, rows, band, added_band, products)
     restore(shapes + 64)

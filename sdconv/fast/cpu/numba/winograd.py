@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdconv.fast.cpu.buffer_pool import scratch
+from sdconv.fast.cpu.buffer_pool import copied_borders, scratch
 from sdconv.fast.cpu.numba import bands, gemm, packing, tile_products, transforms
 from sdconv.fast.cpu.numba.launch import launch, thread_jobs, thread_scratch, threads
 from sdconv.fast.cpu.tiling import Bands, Strip, part_channels
@@ -213,10 +213,8 @@ def conv_in_bands(
     above = borders = None
     if rows.data_ptr() == out.data_ptr():
         above = scratch.take("above", (count, width, channels), torch.float32)
-        borders = scratch.take("borders", (2 * units, width, channels), torch.float32)
-        for band in range(1, units):
-            border = OUTPUT_TILE * (whole.tile_rows * band // units)
-            borders[2 * band - 2 : 2 * band].copy_(rows[border - 1 : border + 1])
+        starts = [OUTPUT_TILE * (whole.tile_rows * band // units) for band in range(1, units)]
+        borders = copied_borders(rows, starts)
     found = torch.empty(_units(whole), groups, 2, dtype=torch.float64, device="cpu")
     panels = -(-columns // gemm.PANEL)
     launch(
