@@ -2,8 +2,8 @@
 
 An operating system clears every page before a process first touches it, and C libraries return
 large blocks at once, so that a network pays for fresh pages at every feature map. Within `use_pool`
-the memory of a freed feature map is reused for the next one. If no free
-block is large enough, all of them are returned to the system, as they are at the end.
+the memory of a freed feature map is reused for the next one. If no free block is large enough, the
+largest one grows, and the others are returned to the system, as all of them are at the end.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class _Pool:
         self._free.clear()
 
     def _fitting(self, size: int) -> mmap.mmap:
+        if not self._free:
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         fitting = [block for block in self._free if len(block) >= size]
+        block = min(fitting, key=len) if fitting else max(self._free, key=len)
+        self._free.remove(block)
         if not fitting:
             self._free.clear()  # before more is allocated
-            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            return block
-        block = min(fitting, key=len)
-        self._free.remove(block)
-        if len(block) > size:
+        if len(block) != size:
             block.resize(size)
         return block
 
@@ -73,7 +73,7 @@ _thread = _Thread()
 def use_pool() -> Iterator[None]:
     """Makes this thread's `empty_nhwc` tensors come from a pool.
 
-    Only Linux can shrink a block that is too large; elsewhere this does nothing.
+    Only Linux can resize a block; elsewhere this does nothing.
     """
     if _thread.pool is not None or sys.platform != "linux":
         yield
