@@ -29,7 +29,7 @@ from sdconv.fast.cpu.numba.dsl import (
     llvm,
 )
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, VECTORS, block
-from sdconv.fast.cpu.numba.vectors import LANES, ROUND, VectorCode
+from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 
 ATTENTION = job(
     *("heads", "queries", "unit_queries", "keys", "depth", "value_depth"),
@@ -74,10 +74,7 @@ class _Code(VectorCode):
 
     def weight(self, x: Any) -> Any:
         """2^x within 1.1e-7 for x <= 0; numbers below -126 count as -126, NaN stays NaN."""
-        builder = self.builder
-        x = self.larger(self.constant(-126.0), x)
-        shifted = builder.fadd(x, self.constant(ROUND))
-        return self.power(shifted, builder.fsub(x, builder.fsub(shifted, self.constant(ROUND))))
+        return self.power(self.larger(self.constant(-126.0), x))
 
     def softmax(self, scores: Any, keys: Any, mixed: Any, depth: Any, most: Any, sums: Any) -> None:
         """Writes the body of ``_softmax``."""

@@ -10,10 +10,8 @@ from llvmlite import binding, ir  # type: ignore[import-untyped]
 # floats in a vector register
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 # added to a small number, its last bits are the nearest integer
-ROUND = 1.5 * 2**23
-# log2(e), and what its float32 lacks
+_ROUND = 1.5 * 2**23
 _LOG2_E = 1.44269502162933349609375
-_LOG2_E_REST = 1.92596299112661746887e-8
 # 2^r for -1/2 <= r <= 1/2, within 2e-9
 _POWER = (
     *(0.00015345812, 0.00133999309, 0.00961848907, 0.05550328642),
@@ -133,29 +131,31 @@ class VectorCode:
         """The smaller of ``a`` and ``b``; ``b`` where it is NaN."""
         return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
 
-    def power(self, shifted: Any, r: Any) -> Any:
-        """2^(n + r) within 1.1e-7, for -1/2 <= r <= 1/2 and ``shifted``, an integer n plus ROUND;
-        NaN where r is."""
-        builder, bits = self.builder, ir.VectorType(ir.IntType(32), LANES)
+    def power(self, x: Any, factor: float = 1.0) -> Any:
+        """2^(factor x) within 1.2e-7, for exponents up to 126; those below -126 may count as -126.
+        NaN where the exponent is NaN, and where it is minus infinity."""
+        builder, scale = self.builder, self.constant(factor)
+        if LANES != 16:
+            least = self.constant(-126.0 / factor)
+            x = self.larger(least, x) if factor > 0 else self.smaller(least, x)
+        shifted = builder.call(self.fma, [scale, x, self.constant(_ROUND)])
+        n = builder.fsub(shifted, self.constant(_ROUND))
+        r = builder.call(self.fma, [scale, x, builder.fneg(n)])
         p = self.constant(_POWER[0])
         for coefficient in _POWER[1:]:
             p = builder.call(self.fma, [p, r, self.constant(coefficient)])
+        if LANES == 16:
+            takes = [*[self.vector] * 3, ir.IntType(16), ir.IntType(32)]
+            function = self.function("llvm.x86.avx512.mask.scalef.ps.512", self.vector, takes)
+            everywhere, as_set = takes[3](-1), takes[4](4)
+            return builder.call(function, [p, n, p, everywhere, as_set])
+        bits = ir.VectorType(ir.IntType(32), LANES)
         exponent = builder.shl(builder.bitcast(shifted, bits), bits([23] * LANES))
         exponent = builder.add(exponent, bits([127 << 23] * LANES))
         return builder.fmul(p, builder.bitcast(exponent, self.vector))
 
     def silu(self, y: Any) -> Any:
-        """``y / (1 + exp(-y))`` within a few units in the last place; NaN of minus infinity."""
-        builder, bound = self.builder, self.constant(87.0)
-        z = self.larger(self.constant(-87.0), self.smaller(bound, builder.fneg(y)))
-        shifted = self.linear((1, self.constant(ROUND)), (_LOG2_E, z))
-        n = builder.fsub(shifted, self.constant(ROUND))
-        r = self.linear((-1, n), (_LOG2_E, z), (_LOG2_E_REST, z))
-        value = self.divide(y, builder.fadd(self.constant(1.0), self.power(shifted, r)))
-        # whose exponential the bound makes finite
-        is_lowest = builder.fcmp_ordered("==", y, self.constant(float("-inf")))
-        return builder.select(is_lowest, self.constant(float("nan")), value)
-
-    def divide(self, y: Any, by: Any) -> Any:
-        """``y / by``."""
-        return self.builder.fdiv(y, by)
+        """``y / (1 + exp(-y))`` within a few units in the last place; not finite where ``y`` is
+        infinite."""
+        power = self.power(self.larger(self.constant(-87.0), y), -_LOG2_E)
+        return self.builder.fdiv(y, self.builder.fadd(self.constant(1.0), power))
