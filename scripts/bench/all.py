@@ -93,7 +93,7 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
     if not quick:
         xl = ("limits", "--of", "unet-xl", "--size", "1024x1024", *rounds(2))
         yield Task("limits", cores, xl, 4)
-    yield Task("first", cores, ("first", *vae, *rounds(5)), 2.5)
+    yield Task("first", cores, ("first", *vae, *rounds(9)), 4.5)
     yield Task("parts", cores, ("parts", "--of", "decode", *vae, *rounds(2)), 2)
     yield Task("parts", cores, ("parts", "--of", "unet", *unet, *rounds(2)), 1.5)
     yield Task("decode", cores, compared("decode", sized(320, 96), 3, *TORCHS), 3)
