@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -184,7 +186,8 @@ class Separate:
     _runs: ClassVar[dict[str, Run]] = {}
 
     def __init__(self) -> None:
-        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, context, initializer=self._end_with_parent)
 
     def begin(
         self, name: str, work: str, size: Size, dtype: torch.dtype = torch.float32
@@ -205,6 +208,18 @@ class Separate:
     def run(self, name: str) -> None:
         """Calls a side."""
         self._process.submit(self._again, name).result()
+
+    @staticmethod
+    def _end_with_parent() -> None:
+        """A benchmark that is killed leaves no network behind in memory."""
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     @classmethod
     def _begin(

@@ -1,4 +1,4 @@
-"""A network that encodes small images in milliseconds, and images for it."""
+"""A network that encodes small images in milliseconds, images for it, and a data set of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from helpers import seeded
-from helpers.photos import photos
+from helpers.datasets import SMALL
+from helpers.photos import files_of, photos, spoil
 
 import sdconv
+from sdconv import dataset
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +26,19 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     """A folder of nine images."""
     return photos(tmp_path / "photos", 9)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 22 images, and some that cannot be read."""
+    folder = photos(tmp_path_factory.mktemp("source") / "photos", 22)
+    spoil(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(source: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an uninterrupted run over ``source``."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    dataset.encode(source, vae, out, options=SMALL)
+    return files_of(out)

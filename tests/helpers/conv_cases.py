@@ -37,11 +37,19 @@ def epilogue_in_float64(epilogue: Epilogue) -> Epilogue:
 
 
 def lying(x: Tensor, layout: str) -> Tensor:
-    if layout == "channels last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "every other":
-        return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
-    return x
+    """The same values in another memory layout; those of the first image for "one image
+    repeated"."""
+    match layout:
+        case "channels last":
+            return x.contiguous(memory_format=torch.channels_last)
+        case "every other":
+            return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+        case "transposed":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        case "one image repeated":
+            return x[:1].expand_as(x)
+        case _:
+            return x
 
 
 class Case:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.photos import files_of
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +16,13 @@ from sdconv.dataset import Options
 from sdconv.images import read_image, to_tensor
 
 SMALL = Options(size="16", shard_size=4)
+
+
+def assert_same(out: Path, whole: dict[str, bytes]) -> None:
+    """A folder has these files, and no others."""
+    found = files_of(out)
+    assert sorted(found) == sorted(whole)
+    assert [name for name in whole if found[name] != whole[name]] == []
 
 
 def latents_of(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -158,4 +158,8 @@ class VectorCode:
         """``y / (1 + exp(-y))`` within a few units in the last place; not finite where ``y`` is
         infinite."""
         power = self.power(self.larger(self.constant(-87.0), y), -_LOG2_E)
-        return self.builder.fdiv(y, self.builder.fadd(self.constant(1.0), power))
+        return self.divide(y, self.builder.fadd(self.constant(1.0), power))
+
+    def divide(self, y: Any, by: Any) -> Any:
+        """``y / by``."""
+        return self.builder.fdiv(y, by)
