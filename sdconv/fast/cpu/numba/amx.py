@@ -33,6 +33,7 @@ from sdconv.fast.cpu.numba.amx_code import (
 from sdconv.fast.cpu.numba.dsl import (
     atomic_next,
     carray,
+    copy,
     doubles,
     f32,
     floats,
@@ -130,13 +131,6 @@ def _fill_band(job: Any, unit: int, first: int, known: int, rows: int, plane: in
             normalise_silu(out, plane, given, scale, shift, width, channels)
         else:
             normalise(out, plane, given, scale, shift, width, channels)
-
-
-@inner
-def _move(out: Any, to: int, at: int, n: int) -> None:
-    """Copies numbers to a place before them."""
-    for i in range(n):
-        out[to + i] = out[at + i]
 
 
 @inner
@@ -269,7 +263,7 @@ def conv(pointer: Any) -> None:
             if first > begin:  # the last two rows of the band before, which was whole
                 for step in range(job.steps):
                     at = step * plane
-                    _move(planes, at, at + job.rows * row_size, 2 * row_size)
+                    copy(planes, at, planes, at + job.rows * row_size, 2 * row_size)
             _fill_band(job, unit, first, 2 if first > begin else 0, rows, plane, band)
             if job.shortcut != 0:
                 for r in range(rows):

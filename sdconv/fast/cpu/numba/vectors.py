@@ -132,8 +132,8 @@ class VectorCode:
         return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
 
     def power(self, x: Any, factor: float = 1.0) -> Any:
-        """2^(factor x) within 1.2e-7, for exponents up to 126; those below -126 may count as -126.
-        NaN where the exponent is NaN, and where it is minus infinity."""
+        """2^(factor x) within 1.2e-7, for exponents up to 126; those below -126 may count as -126,
+        or as NaN where they are infinite. NaN stays NaN."""
         builder, scale = self.builder, self.constant(factor)
         if LANES != 16:
             least = self.constant(-126.0 / factor)
