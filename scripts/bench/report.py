@@ -182,10 +182,11 @@ def draw(pages: Sequence[Path], folder: Path, plots: Path) -> None:
 
 
 def keep(path: Path, folder: Path) -> Path:
-    """Copies a run's file to a folder, named by processor, day and commit.
+    """Copies a run's file to a folder, named by processor, day and commit. Results that a file of
+    this name has and the run has not are kept.
 
     Raises:
-        SystemExit: its sizes are small.
+        SystemExit: its sizes are small, or the file of this name is of other software.
     """
     run = json.loads(path.read_text("utf-8"))
     if run["quick"]:
@@ -194,6 +195,11 @@ def keep(path: Path, folder: Path) -> Path:
     what = " ".join(str(on[name]) for name in ("processor", "vectors", "date", "sdconv"))
     name = re.sub(r"[^a-z0-9]+", "-", what.lower())
     to = folder / f"{name.strip('-')}.json"
+    if to.exists():
+        before = json.loads(to.read_text("utf-8"))
+        if before["machine"] | {"time": ""} != on | {"time": ""}:
+            raise SystemExit(f"{to} is of another machine or of other software; move it away first")
+        run["results"] = before["results"] | run["results"]
     write_whole(to, json.dumps(run, indent=1) + "\n")
     return to
 

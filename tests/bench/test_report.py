@@ -122,6 +122,23 @@ def test_quick_runs_are_not_kept(tmp_path: Path) -> None:
     assert report.keep(file, tmp_path / "docs").name == "a-b-avx2-2026-01-01-1a2b3c4.json"
 
 
+def test_runs_of_one_day_and_commit_are_kept_together(tmp_path: Path) -> None:
+    file, folder = tmp_path / "run.json", tmp_path / "docs"
+    first, second = (run("2026-01-01", seconds) for seconds in (1.0, 2.0))
+    command, result = next(iter(first["results"].items()))
+    second["results"] = {"another": result}
+    second["machine"]["time"] = "12:00:00"
+    for one in (first, second):
+        one["machine"]["sdconv"] = "1a2b3c4"
+        file.write_text(json.dumps(one))
+        to = report.keep(file, folder)
+    assert list(json.loads(to.read_text())["results"]) == [command, "another"]
+    second["machine"]["packages"] = {"torch": "0"}
+    file.write_text(json.dumps(second))
+    with pytest.raises(SystemExit, match="other software"):
+        report.keep(file, folder)
+
+
 def test_tables_change_with_their_columns() -> None:
     rows = [{"a": 1, "b": "x|y"}, {"a": 2}, {"c": 3}]
     assert table(rows) == "| a | b |\n|---|---|\n| 1 | x\\|y |\n| 2 |  |\n\n| c |\n|---|\n| 3 |\n"
