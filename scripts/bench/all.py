@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.dataset import FAST, LOOP
-from scripts.bench.record import ROOT, machine, table, write_whole
+from scripts.bench.record import ROOT, differences, machine, table, write_whole
 
 RUNTIMES = ("openvino", "onnxruntime", "mnn", "ncnn")
 BF16 = ("--dtype", "bfloat16")
@@ -189,12 +189,9 @@ def begun(path: Path, quick: bool) -> dict[str, Any]:
     if not path.exists():
         return {"format": 1, "quick": quick, "machine": here, "results": {}}
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    then = content["machine"]
-    changed = [
-        name for name in here if name not in ("date", "time") and here[name] != then.get(name)
-    ]
-    if changed or content["quick"] != quick:
-        what = f"other {', '.join(changed)}" if changed else "other sizes"
+    others = differences(content["machine"], here)
+    if others or content["quick"] != quick:
+        what = f"other {', '.join(others)}" if others else "other sizes"
         raise SystemExit(f"{path}: figures with {what}; give another file: --out FILE")
     return content
 

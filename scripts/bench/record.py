@@ -41,6 +41,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two of `machine`'s, the day and the time aside."""
+    names = dict.fromkeys((*now, *then))
+    return [one for one in names if one not in ("date", "time") and now.get(one) != then.get(one)]
+
+
 def _flags() -> set[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8", "replace").splitlines() if info.exists() else []

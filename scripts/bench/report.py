@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.plot import plot_parts, plot_sizes
-from scripts.bench.record import ROOT, table, write_whole
+from scripts.bench.record import ROOT, differences, table, write_whole
 from scripts.bench.sides import CONVERTED, FAST, LABELS
 
 DOCS = ROOT / "docs"
@@ -186,7 +186,7 @@ def keep(path: Path, folder: Path) -> Path:
     this name has and the run has not are kept.
 
     Raises:
-        SystemExit: its sizes are small, or the file of this name is of other software.
+        SystemExit: its sizes are small, or those of the file of this name are of other software.
     """
     run = json.loads(path.read_text("utf-8"))
     if run["quick"]:
@@ -197,8 +197,8 @@ def keep(path: Path, folder: Path) -> Path:
     to = folder / f"{name.strip('-')}.json"
     if to.exists():
         before = json.loads(to.read_text("utf-8"))
-        if before["machine"] | {"time": ""} != on | {"time": ""}:
-            raise SystemExit(f"{to} is of another machine or of other software; move it away first")
+        if others := differences(before["machine"], on):
+            raise SystemExit(f"{to}: figures with other {', '.join(others)}; move it away first")
         run["results"] = before["results"] | run["results"]
     write_whole(to, json.dumps(run, indent=1) + "\n")
     return to

@@ -135,7 +135,7 @@ def test_runs_of_one_day_and_commit_are_kept_together(tmp_path: Path) -> None:
     assert list(json.loads(to.read_text())["results"]) == [command, "another"]
     second["machine"]["packages"] = {"torch": "0"}
     file.write_text(json.dumps(second))
-    with pytest.raises(SystemExit, match="other software"):
+    with pytest.raises(SystemExit, match="other packages"):
         report.keep(file, folder)
 
 
