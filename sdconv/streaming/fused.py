@@ -88,9 +88,8 @@ class _WinogradLayer(StreamLayer):
         pixels = OUTPUT_TILE**2 * tiles
         if self.shortcut is not None:
             strip += pixels * out_channels
-        if self.module.weight.dtype != COMPUTE_DTYPE:  # each feature map's rows are copied
-            residual = out_channels if self.shortcut is None else self.shortcut.in_channels
-            strip += self.scheme.step**2 * tiles * channels + pixels * (out_channels + residual)
+            if self.shortcut.weight.dtype != COMPUTE_DTYPE:  # what is multiplied is copied
+                strip += pixels * self.shortcut.in_channels
         own = (self._transformed + strip) * COMPUTE_DTYPE.itemsize
         return own + packing_bytes(self.module.weight)
 

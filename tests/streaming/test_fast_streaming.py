@@ -289,27 +289,34 @@ def in_strips(layer: StreamLayer, source: Tensor, units: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "fault"),
+    ("kind", "dtype", "channels_first", "fault"),
     [
         *(
-            (kind, dtype, fault)
+            (kind, dtype, channels_first, fault)
             for kind in (WinogradConv3x3, WinogradUpsampleConv)
-            for dtype, faults in (
-                (torch.float32, halos.IN_PLACE),
-                (torch.float16, halos.COPIED),
+            for dtype, channels_first, faults in (
+                (torch.float32, False, halos.IN_PLACE),
+                (torch.float16, False, halos.IN_PLACE),
+                (torch.float16, True, halos.COPIED),
             )
             for fault in faults
         ),
-        (SidePaddedDownsampleConv, torch.float32, halos.window_without_its_last_row),
+        (SidePaddedDownsampleConv, torch.float32, False, halos.window_without_its_last_row),
     ],
 )
 @torch.no_grad()
 def test_a_missing_row_between_strips_fails(
-    kind: Any, dtype: torch.dtype, fault: halos.Fault, monkeypatch: pytest.MonkeyPatch
+    kind: Any,
+    dtype: torch.dtype,
+    channels_first: bool,
+    fault: halos.Fault,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
     layer = kind(nn.Conv2d(16, 16, 3, dtype=dtype))
     source = randn(22, 20, 16).to(dtype)
+    if channels_first:
+        source = source.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     whole = in_strips(layer, source, layer.units(22)).double()
     borders = halos.border_rows(fault, layer.output_rows(0, 2)[1], len(whole))
     assert len(borders) >= 2

@@ -142,19 +142,20 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
-def dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+def dense_rows(x: Tensor) -> Tensor | None:
     """One feature map ``(C, H, W)`` as rows ``(H, W, C)`` without a copy; None if its memory layout
-    or dtype requires a copy."""
+    requires one."""
     rows = x.permute(1, 2, 0)
-    return rows if x.dtype is dtype and rows.is_contiguous() else None
+    return rows if rows.is_contiguous() else None
 
 
-def rows_of(x: Tensor, first: int, end: int, dtype: torch.dtype, name: str) -> Tensor:
-    """Rows ``first`` up to ``end`` of ``(C, H, W)`` as ``(rows, W, C)``: a view where possible,
-    else a copy in the scratch buffer ``name``."""
+def rows_of(x: Tensor, first: int, end: int, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows ``first`` up to ``end`` of ``(C, H, W)`` as ``(rows, W, C)``, in ``dtype`` if it is
+    given: a view where possible, else a copy in the scratch buffer ``name``."""
     part = x[:, first:end]
-    rows = dense_rows(part, dtype)
-    return copied_rows(part, dtype, name) if rows is None else rows
+    rows = dense_rows(part)
+    dtype = x.dtype if dtype is None else dtype
+    return copied_rows(part, dtype, name) if rows is None or x.dtype is not dtype else rows
 
 
 def copied_rows(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -462,8 +462,8 @@ class WinogradPass:
     above: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._rows = dense_rows(self.x, COMPUTE_DTYPE)
-        self._out_rows = dense_rows(self.out, COMPUTE_DTYPE)
+        self._rows = dense_rows(self.x)
+        self._out_rows = dense_rows(self.out)
 
     def image(self) -> tuple[Tensor, Tensor]:
         """Writes the whole output; returns its sums and counts, see `group_stats.combine`."""
@@ -485,7 +485,7 @@ class WinogradPass:
         if rows is None or out is None or packed is None or division is None:
             return None
         if self.residual is not None:
-            residual = dense_rows(self.residual, COMPUTE_DTYPE)
+            residual = dense_rows(self.residual)
             if residual is None:  # has to be copied
                 return None
         return kernels_for(COMPUTE_DTYPE).conv_in_bands(
@@ -504,27 +504,22 @@ class WinogradPass:
         )
 
     def strip(self, strip: Strip) -> tuple[Tensor, Tensor]:
-        """Writes a strip of the output; returns its sums and counts, see `group_stats.combine`.
-
-        Raises:
-            NotFiniteError: the output is beyond the range of float16.
-        """
+        """Writes a strip of the output; returns its sums and counts, see `group_stats.combine`."""
         kernels, scheme, (row, end) = kernels_for(COMPUTE_DTYPE), self.scheme, strip.input_rows
         if self._rows is not None:
             rows, row = self._rows, self.x_row
         else:
             part = self.x[:, row - self.x_row : end - self.x_row]
-            rows = copied_rows(part, COMPUTE_DTYPE, "input")
+            rows = copied_rows(part, self.x.dtype, "input")
         blocks = self.multiply.blocks
         shape = strip.tiles, rows.shape[2] // blocks
         tiles = scratch.planes("tiles", blocks * scheme.positions, shape, COMPUTE_DTYPE)
         tiles = tiles.view(blocks, scheme.positions, *shape)
         kernels.input_transform(strip, rows, row, self.above, self.affine, self.silu, tiles)
         if self.in_place:
-            self.above = scratch.take("above", tuple(rows.shape[1:]), COMPUTE_DTYPE)
+            self.above = scratch.take("above", tuple(rows.shape[1:]), rows.dtype)
             self.above.copy_(rows[strip.end - 1 - row])
-        channels = self.out.shape[0]
-        shape = (strip.tiles, kernels.padded(channels))
+        shape = (strip.tiles, kernels.padded(len(self.out)))
         products = scratch.planes("products", scheme.positions, shape, COMPUTE_DTYPE)
         self.multiply.into(tiles, products)
         first, end = strip.first - self.out_row, strip.end - self.out_row
@@ -532,23 +527,21 @@ class WinogradPass:
         if self._out_rows is not None:
             out = self._out_rows[first:end]
         else:
-            out = scratch.take("output", (end - first, strip.width, channels), COMPUTE_DTYPE)
+            size = end - first, strip.width, len(self.out)
+            out = scratch.take("output", size, self.out.dtype)
         sums = kernels.output_transform(
             strip, products, self.offsets, residual, self.relu, out, self.groups
         )
         if self._out_rows is None:
-            narrowed = self.out[:, first:end].copy_(out.permute(2, 0, 1))
-            # the sums are those of the values before they were narrowed
-            if narrowed.dtype is torch.float16 and not narrowed.isfinite().all():
-                raise NotFiniteError
+            self.out[:, first:end] = out.permute(2, 0, 1)
         return sums
 
     def _residual(self, first: int, end: int) -> Tensor | None:
         if self.residual is None:
             return None
-        rows = rows_of(self.residual, first, end, COMPUTE_DTYPE, "residual")
         if self.shortcut is None:
-            return rows
+            return rows_of(self.residual, first, end, "residual")
+        rows = rows_of(self.residual, first, end, "residual", COMPUTE_DTYPE)
         channels, kernels = self.out.shape[0], kernels_for(COMPUTE_DTYPE)
         shape = (1, rows.shape[0] * rows.shape[1], kernels.padded(channels))
         out = scratch.take("shortcut", shape, COMPUTE_DTYPE)

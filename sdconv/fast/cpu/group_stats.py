@@ -17,14 +17,14 @@ from sdconv.fast.cpu.tiling import LEAST_BYTES
 
 def group_stats(x: Tensor, groups: int) -> Tensor:
     """Statistics ``(B, groups, 2)`` of ``(B, C, H, W)``."""
-    dtype, found = torch.float32, []
+    kernels, found = kernels_for(torch.float32), []
     for image in x:
         channels, height, width = image.shape
         # all rows at once, unless they must be copied to scratch memory
-        dense = dense_rows(image, dtype) is not None
+        dense = dense_rows(image) is not None
         step = height if dense else max(1, LEAST_BYTES // (4 * channels * width))
         parts = [
-            kernels_for(dtype).sums(rows_of(image, first, first + step, dtype, "input"), groups)
+            kernels.sums(rows_of(image, first, first + step, "input"), groups)
             for first in range(0, height, step)
         ]
         found.append(combine(*(torch.cat(several) for several in zip(*parts, strict=True))))

@@ -21,7 +21,8 @@ Affine = tuple[Tensor, Tensor]
 
 
 class Kernels(Protocol):
-    """What a module of kernels provides. Rows are ``(rows, W, C)``, all in one dtype."""
+    """What a module of kernels provides. Rows are ``(rows, W, C)``, in float32, bfloat16 or
+    float16; all else is float32, but for weights."""
 
     def input_transform(
         self,
@@ -39,7 +40,7 @@ class Kernels(Protocol):
 
         Args:
             rows: the input's rows, from row number ``row`` on.
-            above: if given, replaces the row before the strip.
+            above: if given, replaces the row before the strip; in the dtype of ``rows``.
             affine: the normalisation's scale and shift, ``(C,)`` each.
             silu: whether SiLU follows.
         """
@@ -55,8 +56,8 @@ class Kernels(Protocol):
         groups: int,
     ) -> tuple[Tensor, Tensor]:
         """Transforms ``products`` ``(positions, T, padded(O))`` into ``out``, the strip's rows of
-        the output, adds ``bias`` and ``residual``, and applies ReLU if ``relu``; returns the
-        `sums` of ``out``."""
+        the output, adds ``bias`` and ``residual``, in float32 or in the dtype of ``out``, and
+        applies ReLU if ``relu``; returns the `sums` of ``out``."""
 
     def conv_in_bands(
         self,

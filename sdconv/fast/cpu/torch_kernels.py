@@ -29,6 +29,7 @@ def input_transform(
     rows = rows[first - row : end - row]
     if above is not None:
         rows = torch.cat([above.unsqueeze(0), rows[1:]])
+    rows = rows.to(tiles.dtype)
     if affine is not None:
         rows = rows * affine[0] + affine[1]
         rows = functional.silu(rows) if silu else rows

@@ -27,6 +27,9 @@ from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, UPSAMPLE_CONV, Sc
 pytest.importorskip("numba", reason="the kernels need numba: pip install sdconv[fast]")
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -36,47 +39,87 @@ def random(*shape: int) -> Tensor:
     width=st.integers(1, 70),
     channels=st.sampled_from([4, 64, 72, 192, 320]),
     scheme=st.sampled_from([CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV]),
+    dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
-@settings(max_examples=60)
+@settings(max_examples=100)
 def test_transforms(
-    height: int, width: int, channels: int, scheme: Scheme, data: st.DataObject
+    height: int, width: int, channels: int, scheme: Scheme, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     if scheme is DOWNSAMPLE_CONV:
         height, width = 2 * height, 2 * width
-    rows, affine = random(height, width, channels), (random(channels), random(channels))
+    rows = random(height, width, channels).to(dtype)
+    affine = data.draw(st.sampled_from([(random(channels), random(channels)), None]))
+    silu = data.draw(st.booleans())
     height, width = height * 4 // scheme.step, width * 4 // scheme.step
     whole = -(-height // 4)
     first = data.draw(st.integers(0, whole - 1))
     strip = Strip(scheme, height, width, first, data.draw(st.integers(1, whole - first)))
-    affine = data.draw(st.sampled_from([affine, None]))
     row, end = strip.input_rows
-    above = None
+    above = residual = None
     if strip.first and scheme is CONV3X3 and data.draw(st.booleans()):
-        above = random(width, channels)
-    bias, residual = random(channels), random(strip.end - strip.first, width, channels)
-    relu = data.draw(st.booleans())
+        above = random(width, channels).to(dtype)
+    if data.draw(st.booleans()):
+        residual = random(strip.end - strip.first, width, channels)
+        residual = residual.to(data.draw(st.sampled_from([dtype, torch.float32])))
+    bias, relu = random(channels), data.draw(st.booleans())
     blocks = channels // 64 if channels % 64 == 0 and data.draw(st.booleans()) else 1
     tiles, outs, sums = [], [], []
     # torch's in float64: in float32 its transforms lose more than Numba's
-    for kernels, dtype in ((numba_kernels()[0], torch.float32), (torch_kernels, torch.float64)):
+    for kernels, wide in ((numba_kernels()[0], None), (torch_kernels, torch.float64)):
         own_rows, own_above, own_bias, own_residual = (
-            None if t is None else t.to(dtype) for t in (rows, above, bias, residual)
+            None if t is None else t.to(wide or t.dtype) for t in (rows, above, bias, residual)
         )
-        own_affine = None if affine is None else tuple(t.to(dtype) for t in affine)
-        made = torch.empty(blocks, scheme.positions, strip.tiles, channels // blocks, dtype=dtype)
-        kernels.input_transform(strip, own_rows[row:end], row, own_above, own_affine, True, made)
+        own_affine = None if affine is None else tuple(t.to(wide or t.dtype) for t in affine)
+        shape = blocks, scheme.positions, strip.tiles, channels // blocks
+        made = torch.empty(shape, dtype=wide)
+        kernels.input_transform(strip, own_rows[row:end], row, own_above, own_affine, silu, made)
         made = made.permute(1, 2, 0, 3).flatten(2)
-        out = torch.empty_like(own_residual)
-        products = torch.full((*made.shape[:2], kernels.padded(channels)), nan, dtype=dtype)
+        out = torch.empty(strip.end - strip.first, width, channels, dtype=wide or dtype)
+        products = torch.full((*made.shape[:2], kernels.padded(channels)), nan, dtype=wide)
         products[:, :, :channels] = made
         parts = kernels.output_transform(strip, products, own_bias, own_residual, relu, out, 4)
         tiles.append(made)
         outs.append(out)
         sums.append(combine(*parts))
+    assert outs[0].dtype is dtype
     assert error(*tiles) <= 2e-6
-    assert error(*outs) <= 2e-6
-    assert error(*sums) <= 2e-6
+    # that of the rounding alone
+    assert error(*outs) <= 2e-6 + (0.0 if dtype is torch.float32 else torch.finfo(dtype).eps / 2)
+    assert error(sums[0], combine(*torch_kernels.sums(outs[0], 4))) <= 2e-6
+
+
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 40),
+    channels=st.sampled_from([4, 64, 72, 192]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_sums(height: int, width: int, channels: int, dtype: torch.dtype) -> None:
+    rows = random(height, width, channels).to(dtype)
+    found, expected = (one.sums(rows, 4) for one in (numba_kernels()[0], torch_kernels))
+    assert error(combine(*found), combine(*expected)) <= 1e-12
+    rows[-1, -1, -1] += 1
+    assert error(combine(*numba_kernels()[0].sums(rows, 4)), combine(*expected)) > 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("height", [1, 4], ids=["parts of tiles", "whole tiles"])
+def test_rounding_is_torchs(dtype: torch.dtype, height: int) -> None:
+    exact = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    steps = exact[exact.isfinite() & (exact > 0)].sort().values
+    ties = (steps[1:] + steps[:-1]) / 2
+    numbers = torch.cat([exact, ties, -ties, torch.nextafter(ties, torch.tensor(9.0))])
+    # what is subnormal in float32 counts as 0 in some processors' instructions
+    numbers = numbers[~(numbers.abs() < torch.finfo(torch.float32).tiny)]
+    rows = numbers[: len(numbers) // 1024 * 1024].view(height, -1, 64)
+    width, channels = rows.shape[1:]
+    strip, zeros = Strip(CONV3X3, height, width, 0, 1), torch.zeros(channels)
+    products = torch.zeros(CONV3X3.positions, strip.tiles, channels)
+    out = torch.empty(height, width, channels, dtype=dtype)
+    numba_kernels()[0].output_transform(strip, products, zeros, rows, False, out, 1)
+    assert out.isnan().any()
+    assert torch.equal(out.nan_to_num(7.0), rows.to(dtype).nan_to_num(7.0))
 
 
 @given(

@@ -26,9 +26,7 @@ from sdconv.fast.cpu.numba.amx_code import (
     normalise,
     normalise_silu,
     restore,
-    rounded,
     store_tiles,
-    widened,
 )
 from sdconv.fast.cpu.numba.dsl import (
     atomic_next,
@@ -44,6 +42,7 @@ from sdconv.fast.cpu.numba.dsl import (
     uint16s,
     uint64s,
 )
+from sdconv.fast.cpu.numba.halves import narrow_bfloat16, widen_bfloat16
 
 # rows: of the input in a band; unit_rows: in a unit; plane: numbers in a plane of scratch memory;
 # first, end: the rows that are computed; steps: planes of the input's channels; taps: the bytes
@@ -152,10 +151,10 @@ def _finish_few(
         for c in range(n):
             y = products[i * SIDE + c] + offsets[c]
             if added_step != 0:
-                y += widened(added[i * added_step + c])
-            half = rounded(least if y < least else y)
+                y += widen_bfloat16(added[i * added_step + c])
+            half = narrow_bfloat16(least if y < least else y)
             out[i * step + c] = half
-            y = widened(half)
+            y = widen_bfloat16(half)
             sums[c] += np.float64(y)
             squares[c] += np.float64(y) * np.float64(y)
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir  # type: ignore[import-untyped]
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import llvm
+from sdconv.fast.cpu.numba.halves import BFLOAT16
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 from sdconv.fast.cpu.tiling import AMX_BLOCK
-
-binding.initialize_native_asmparser()
 
 # pixels, and output channels, that are multiplied at a time; channels of the input in a plane
 SIDE = STEP = AMX_BLOCK
@@ -30,25 +29,6 @@ class _Code(VectorCode):
         """Calls one of LLVM's functions for AMX."""
         takes = [arg.type for arg in args]
         self.builder.call(self.function(f"llvm.x86.{name}", ir.VoidType(), takes), args)
-
-    def halves(self, address: Any) -> Any:
-        """The vector of bfloat16 at an address, as float32."""
-        builder = self.builder
-        narrow, wide = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 32))
-        bits = builder.load(builder.bitcast(address, narrow.as_pointer()), align=2)
-        shifted = builder.shl(builder.zext(bits, wide), wide([16] * LANES))
-        return builder.bitcast(shifted, self.vector)
-
-    def store_halves(self, vector: Any, address: Any) -> Any:
-        """Writes a vector as bfloat16, rounded to nearest even; returns it as rounded."""
-        builder = self.builder
-        narrow, wide = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 32))
-        # llvmlite has no bfloat16, which LLVM's function returns
-        kind = ir.FunctionType(narrow, [self.vector])
-        halves = builder.asm(kind, "vcvtneps2bf16 $1, $0", "=v,v", [vector], side_effect=False)
-        builder.store(halves, builder.bitcast(address, narrow.as_pointer()), align=2)
-        rounded = builder.shl(builder.zext(halves, wide), wide([16] * LANES))
-        return builder.bitcast(rounded, self.vector)
 
     def divide(self, y: Any, by: Any) -> Any:
         """``y / by`` within a few units in the last place, by a product with the reciprocal, whose
@@ -206,12 +186,13 @@ def _normaliser(silu: bool) -> Any:
 
                 def channel(v: Any, carried: list[Any]) -> list[Any]:
                     c = builder.mul(v, integer(LANES))
-                    y = code.halves(code.at(x, at, c))
+                    y = code.load(x, at, c, dtype=BFLOAT16)
                     terms = [y, code.load(scale, c), code.load(shift, c)]
                     y = builder.call(code.fma, terms)
                     first = builder.mul(builder.sdiv(v, integer(in_plane)), plane)
                     rest = builder.mul(builder.srem(v, integer(in_plane)), integer(LANES))
-                    code.store_halves(code.silu(y) if silu else y, code.at(out, to, first, rest))
+                    y = code.silu(y) if silu else y
+                    code.store(y, out, to, first, rest, dtype=BFLOAT16)
                     return []
 
                 code.loop(integer(0), builder.sdiv(n, integer(LANES)), [], channel)
@@ -265,9 +246,9 @@ def _finisher(residual: bool) -> Any:
                 for c, term, total, square in totals:
                     y = builder.fadd(code.load(products, at, c), term)
                     if residual:
-                        y = builder.fadd(y, code.halves(code.at(added, by, c)))
+                        y = builder.fadd(y, code.load(added, by, c, dtype=BFLOAT16))
                     y = builder.select(builder.fcmp_ordered("<", y, least), least, y)
-                    y = builder.fpext(code.store_halves(y, code.at(out, to, c)), wide)
+                    y = builder.fpext(code.store(y, out, to, c, dtype=BFLOAT16), wide)
                     following.append(builder.fadd(total, y))
                     following.append(builder.fadd(square, builder.fmul(y, y)))
                 return following
@@ -286,30 +267,3 @@ def _finisher(residual: bool) -> Any:
 
 
 finish, finish_with_residual = (_finisher(residual) for residual in (False, True))
-
-
-@llvm
-def rounded(typing_context: Any, value: Any) -> Any:
-    """A float32 as bfloat16, rounded to nearest even."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = ir.IntType(32)
-        bits = builder.bitcast(args[0], wide)
-        odd = builder.and_(builder.lshr(bits, wide(16)), wide(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, wide(0x7FFF))), wide(16))
-        nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(nan, wide(0x7FC0), rounded), ir.IntType(16))
-
-    return types.uint16(types.float32), codegen
-
-
-@llvm
-def widened(typing_context: Any, half: Any) -> Any:
-    """A bfloat16 as float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = ir.IntType(32)
-        bits = builder.shl(builder.zext(args[0], wide), wide(16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(types.uint16), codegen

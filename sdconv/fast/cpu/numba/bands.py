@@ -21,14 +21,17 @@ from sdconv.fast.cpu.numba.dsl import (
     int64s,
     job,
     kernel,
+    uint16s,
 )
 from sdconv.fast.cpu.numba.gemm import BMM, CHUNK
+from sdconv.fast.cpu.numba.halves import read
 from sdconv.fast.cpu.numba.transforms import INPUT, OUTPUT, TILES
 from sdconv.fast.cpu.winograd import OUTPUT_TILE
 
 # The kernels, and an array of each one's jobs, with one for each thread; all are addresses.
 # product_panels, shortcut_panels: units of a chunk of rows; the latter is 0 without a shortcut.
-# row: floats in a row of ``x``; residual_row: of the residual; shortcut_row: of its product.
+# row: bytes in a row of ``x``; residual_row: numbers in a row of the residual; shortcut_row: floats
+# in a row of its product. widened: the residual in float32 for each thread, 0 if it is float32.
 # above: a row for each thread, 0 unless the output overwrites ``x``; borders: the rows of ``x``
 # above and below the border between two bands.
 CONV = job(
@@ -36,7 +39,8 @@ CONV = job(
     *("input_kernel", "bmm_kernel", "output_kernel"),
     *("input_jobs", "product_jobs", "shortcut_jobs", "output_jobs"),
     *("product_panels", "shortcut_panels", "x", "row", "above", "borders"),
-    *("residual", "residual_row", "shortcut_row", "sums", "groups"),
+    *("residual", "residual_dtype", "residual_row", "widened", "widened_step", "shortcut_row"),
+    *("sums", "groups"),
 )
 
 
@@ -76,7 +80,8 @@ def conv(pointer: Any) -> None:
     )
     given, written = int64s(input_job), int64s(output_job)
     product, added = int64s(product_job), int64s(shortcut_job)
-    x, above = floats(job.x), floats(job.above)
+    x, above, widened = uint16s(job.x), uint16s(job.above), job.widened
+    half_row = row_size // 2
     chunks = (job.tile_columns + TILES - 1) // TILES
     while True:
         band = atomic_next(pointer, 0)
@@ -91,16 +96,16 @@ def conv(pointer: Any) -> None:
             after = row + rows
             given[_IN_ROW], given[_IN_ROWS] = row, rows
             if job.above != 0:
-                given[_ABOVE] = job.above + 4 * thread * row_size
+                given[_ABOVE] = job.above + thread * row_size
                 given[_BELOW] = 0
                 if row == begin:
-                    given[_ABOVE] = job.borders + 4 * (2 * band - 2) * row_size if band else 0
+                    given[_ABOVE] = job.borders + (2 * band - 2) * row_size if band else 0
                 if after == end and band < bands - 1:
-                    given[_BELOW] = job.borders + 4 * (2 * band + 1) * row_size
+                    given[_BELOW] = job.borders + (2 * band + 1) * row_size
             _run(job.input_kernel, input_job, rows * chunks)
             if job.above != 0 and after < end:
                 # the output of this strip overwrites the row that the next one begins with
-                copy(above, thread * row_size, x, (OUTPUT_TILE * after - 1) * row_size, row_size)
+                copy(above, thread * half_row, x, (OUTPUT_TILE * after - 1) * half_row, half_row)
             tiles = rows * job.tile_columns
             product[_BMM_ROWS] = tiles
             units = job.product_panels * ((tiles + CHUNK - 1) // CHUNK)
@@ -110,6 +115,13 @@ def conv(pointer: Any) -> None:
                 pixels = (min(OUTPUT_TILE * after, job.height) - first) * job.width
                 added[_BMM_ROWS] = pixels
                 added[_BMM_A] = job.residual + 4 * first * job.residual_row
+                if widened != 0:
+                    numbers, at = pixels // job.width * job.residual_row, first * job.residual_row
+                    added[_BMM_A] = widened + 4 * thread * job.widened_step
+                    read(
+                        *(floats(added[_BMM_A]), 0, job.residual + 2 * at),
+                        *(numbers, job.residual_dtype),
+                    )
                 units = job.shortcut_panels * ((pixels + CHUNK - 1) // CHUNK)
                 _run(job.bmm_kernel, shortcut_job, units)
                 # such that the output's row number leads to the strip's first row

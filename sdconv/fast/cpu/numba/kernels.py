@@ -1,4 +1,4 @@
-"""The protocol :class:`sdconv.fast.cpu.kernels.Kernels` in Numba, for float32 only.
+"""The protocol :class:`sdconv.fast.cpu.kernels.Kernels` in Numba, which computes in float32.
 
 Importing this module compiles the kernels, which takes seconds, once for each machine and version
 of Numba.
@@ -19,6 +19,7 @@ from sdconv.fast.cpu.numba import attention as attention_kernel
 from sdconv.fast.cpu.numba import gemm, reductions
 from sdconv.fast.cpu.numba import linear as linear_kernels
 from sdconv.fast.cpu.numba.gemm import padded
+from sdconv.fast.cpu.numba.halves import DTYPES
 from sdconv.fast.cpu.numba.launch import launch, thread_scratch, threads
 from sdconv.fast.cpu.numba.vectors import LANES
 from sdconv.fast.cpu.numba.winograd import (
@@ -63,6 +64,7 @@ def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         **thread_scratch(reductions.SUMS_SCRATCH),
         width=width,
         channels=channels,
+        dtype=DTYPES[rows.dtype],
         x=rows.data_ptr(),
         groups=groups,
         sums=found.data_ptr(),

@@ -1,4 +1,4 @@
-"""Numba kernels that reduce: sums of a float32 feature map, and a hash of a weight."""
+"""Numba kernels that reduce: sums of a feature map, and a hash of a weight."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from sdconv.fast.cpu.numba.dsl import (
     uint32s,
     uint64s,
 )
+from sdconv.fast.cpu.numba.halves import FLOAT32, read
 
-SUMS = job("width", "channels", "x", "groups", "sums")
+SUMS = job("width", "channels", "dtype", "x", "groups", "sums")
 HASH = job("words", "size", "keys", "hashes")
-SUMS_SCRATCH = 4 * BLOCK
+# pixels that are read at a time
+_PIXELS = 16
+SUMS_SCRATCH = (4 + _PIXELS) * BLOCK
 # the number of 32-bit words that one hash covers, and that the key has
 WORDS, KEYS = 1 << 16, 1 << 10
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -38,6 +41,7 @@ def group_sums(pointer: Any) -> None:
     x, sums = floats(job.x), doubles(job.sums)
     own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
     channel_sums, squares = doubles(own), doubles(own + 8 * BLOCK)
+    widened = floats(own + 16 * BLOCK)
     size = job.channels // job.groups
     clear(channel_sums, 0, 2 * BLOCK)
     while True:
@@ -48,7 +52,15 @@ def group_sums(pointer: Any) -> None:
         for c0 in range(0, job.channels, BLOCK):
             n = min(BLOCK, job.channels - c0)
             at = unit * job.width * job.channels + c0
-            accumulate(channel_sums, squares, x, at, job.channels, job.width, n)
+            if job.dtype == FLOAT32:
+                accumulate(channel_sums, squares, x, at, job.channels, job.width, n)
+            else:
+                for first in range(0, job.width, _PIXELS):
+                    pixels = min(_PIXELS, job.width - first)
+                    for i in range(pixels):
+                        address = job.x + 2 * (at + (first + i) * job.channels)
+                        read(widened, i * BLOCK, address, n, job.dtype)
+                    accumulate(channel_sums, squares, widened, 0, BLOCK, pixels, n)
             flush_groups(sums, unit, job.groups, size, c0, n, channel_sums)
 
 

@@ -14,6 +14,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import BLOCK, llvm
+from sdconv.fast.cpu.numba.halves import FLOAT32
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV
 
@@ -126,7 +127,7 @@ class _Code(VectorCode):
 
         self.each(vectors, body)
 
-    def affine(self, silu: bool, args: Any) -> None:
+    def affine(self, silu: bool, dtype: int, args: Any) -> None:
         """Writes the body of what `affine` makes."""
         out, to, x, at, scale, shift, vectors, ahead = args
 
@@ -134,12 +135,12 @@ class _Code(VectorCode):
             factor, term = self.load(scale, c), self.load(shift, c)
             place = self.at(x, at, c)
             self.prefetch(self.at(place, ahead))
-            y = self.builder.call(self.fma, [self.load(place), factor, term])
+            y = self.builder.call(self.fma, [self.load(place, dtype=dtype), factor, term])
             self.store(self.silu(y) if silu else y, out, to, c)
 
         self.each(vectors, body)
 
-    def tile(self, transform: Any, side: int, residual: bool, args: Any) -> None:
+    def tile(self, transform: Any, side: int, dtype: int, residual: int | None, args: Any) -> None:
         """Writes the body of what `output_tile` makes."""
         products, at, plane, ahead, bias, least, out, to, *further = args
         row, step, sums, vectors, *added = further
@@ -159,13 +160,11 @@ class _Code(VectorCode):
             for i in range(OUTPUT_TILE):
                 for j, y in enumerate(transform(self, [column[i] for column in columns])):
                     y = builder.fadd(y, offset)
-                    if residual:
-                        by = self.load(
-                            *added[:2], self.times(added[2], i), self.times(added[3], j), c
-                        )
-                        y = builder.fadd(y, by)
-                    y = self.larger(least, y)
-                    self.store(y, out, to, self.times(row, i), self.times(step, j), c)
+                    if residual is not None:
+                        place = self.times(added[2], i), self.times(added[3], j), c
+                        y = builder.fadd(y, self.load(*added[:2], *place, dtype=residual))
+                    place = self.times(row, i), self.times(step, j), c
+                    y = self.store(self.larger(least, y), out, to, *place, dtype=dtype)
                     y = builder.fpext(y, wide)
                     total = builder.fadd(total, y)
                     squares = builder.fadd(squares, builder.fmul(y, y))
@@ -234,9 +233,10 @@ def along_planes(transform: Any, size: int) -> Any:
     return llvm(fill)
 
 
-def affine(silu: bool) -> Any:
+def affine(silu: bool, dtype: int = FLOAT32) -> Any:
     """Makes a function that normalises some vectors of channels, and applies SiLU if ``silu``;
-    those ``ahead`` numbers farther come into the cache meanwhile."""
+    those ``ahead`` numbers farther come into the cache meanwhile. ``x`` is of a
+    ``dtype``."""
 
     def fill(
         context: Any,
@@ -250,7 +250,7 @@ def affine(silu: bool) -> Any:
         ahead: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Code(builder).affine(silu, args)
+            _Code(builder).affine(silu, dtype, args)
             return context.get_dummy_value()
 
         return types.void(out, to, x, at, scale, shift, vectors, ahead), codegen
@@ -258,11 +258,13 @@ def affine(silu: bool) -> Any:
     return llvm(fill)
 
 
-def output_tile(transform: Any, side: int, residual: bool) -> Any:
-    """Makes a function that computes a whole tile of the output for some vectors of channels, and
-    adds its values and their squares to ``sums``; ``residual`` is not read unless it is added. The
-    products ``ahead`` numbers farther, in planes as in `along_planes`, come into the cache
-    meanwhile."""
+def output_tile(
+    transform: Any, side: int, dtype: int = FLOAT32, residual: int | None = None
+) -> Any:
+    """Makes a function that computes a whole tile of the output, of a ``dtype``, for some
+    vectors of channels, and adds its values and their squares to ``sums``. What is ``added`` is of
+    the dtype ``residual``, and not read where this is None. The products ``ahead`` numbers farther,
+    in planes as in `along_planes`, come into the cache meanwhile."""
 
     def fill(
         context: Any,
@@ -284,7 +286,7 @@ def output_tile(transform: Any, side: int, residual: bool) -> Any:
         by_step: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Code(builder).tile(transform, side, residual, args)
+            _Code(builder).tile(transform, side, dtype, residual, args)
             return context.get_dummy_value()
 
         given = (products, at, plane, ahead, bias, least, out, to, row, step, sums, vectors)

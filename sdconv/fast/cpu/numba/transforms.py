@@ -1,8 +1,9 @@
-"""Winograd's input and output transforms by Numba, on strips of rows in float32, channels last.
+"""Winograd's input and output transforms by Numba, on strips of rows, channels last.
 
 :mod:`sdconv.fast.cpu.winograd` computes the same in torch operations. A tile's numbers stay in
-registers or in a core's first cache from the feature map to its tile positions, and back. Importing
-this module compiles the kernels, or reads them from Numba's cache.
+registers or in a core's first cache from the feature map to its tile positions, and back. They are
+float32 there; a feature map may be of 16 bits. Importing this module compiles the kernels, or reads
+them from Numba's cache.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from sdconv.fast.cpu.numba.dsl import (
     inner,
     job,
     kernel,
+    uint16s,
     zero,
 )
+from sdconv.fast.cpu.numba.halves import BFLOAT16, FLOAT16, FLOAT32, read, write
 from sdconv.fast.cpu.numba.transform_code import (
     affine,
     along,
@@ -44,23 +47,17 @@ from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSA
 
 # plane: from one tile position to the next
 _STRIP = ("height", "width", "channels", "tile_row", "tile_rows", "tile_columns", "plane")
-# block: from one block of channels to the next; block_channels: in each
+# dtype: of the input's numbers. block: from one block of channels to the next; block_channels: in
+# each
 INPUT = job(
-    *(*_STRIP, "x", "x_row", "above", "below", "scale", "shift", "silu"),
+    *(*_STRIP, "dtype", "x", "x_row", "above", "below", "scale", "shift", "silu"),
     *("tiles", "block", "block_channels"),
 )
+# dtype, residual_dtype: of the numbers of the output and the residual
 OUTPUT = job(
-    *_STRIP,
-    "products_step",
-    "products",
-    "bias",
-    "residual",
-    "residual_step",
-    "out",
-    "out_row",
-    "relu",
-    "groups",
-    "sums",
+    *(*_STRIP, "products_step", "products", "bias"),
+    *("residual_dtype", "residual", "residual_step"),
+    *("dtype", "out", "out_row", "relu", "groups", "sums"),
 )
 
 # channels that the input transform works on at a time: each pixel's are read in one stream
@@ -81,9 +78,29 @@ def _input_places(scheme: Scheme) -> tuple[int, int, int, int]:
 
 # floats of scratch memory for each thread
 INPUT_SCRATCH = max(_input_places(one)[3] for one in (CONV3X3, UPSAMPLE_CONV, DOWNSAMPLE_CONV))
-OUTPUT_SCRATCH = (4 + 4 + 1 + _PIXELS) * BLOCK
+OUTPUT_SCRATCH = (4 + 4 + 1 + _PIXELS + 1) * BLOCK
 
 _normalise, _normalise_silu = affine(False), affine(True)
+_silu_of_bfloat16, _silu_of_float16 = affine(True, BFLOAT16), affine(True, FLOAT16)
+
+
+@inner
+def _size(dtype: int) -> int:
+    """Bytes of a number."""
+    return 4 if dtype == FLOAT32 else 2
+
+
+@inner
+def _read_normalised(
+    out: Any, to: int, address: int, dtype: int, scale: Any, shift: Any, vectors: int, ahead: int
+) -> None:
+    """Reads whole vectors of a feature map, normalised, with SiLU."""
+    if dtype == FLOAT32:
+        _normalise_silu(out, to, floats(address), 0, scale, shift, vectors, ahead)
+    elif dtype == BFLOAT16:
+        _silu_of_bfloat16(out, to, uint16s(address), 0, scale, shift, vectors, ahead)
+    else:
+        _silu_of_float16(out, to, uint16s(address), 0, scale, shift, vectors, ahead)
 
 
 def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
@@ -95,9 +112,8 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     @inner
     def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
-        x, tiles = floats(job.x), floats(job.tiles)
-        above, below = floats(job.above), floats(job.below)
-        scale, shift = floats(job.scale), floats(job.shift)
+        tiles, scale, shift = floats(job.tiles), floats(job.scale), floats(job.shift)
+        number = _size(job.dtype)
         own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
         own_scale, own_shift, scratch = floats(own), floats(own + 4 * WIDE), floats(own)
         channels, width, columns = job.channels, job.width, job.tile_columns
@@ -133,25 +149,25 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                             if row < 0 or row >= job.height or column < 0 or column >= width:
                                 zero(scratch, to, vectors * LANES)
                                 continue
-                            source, at = x, ((row - job.x_row) * width + column) * channels + c0
+                            pixel = (row - job.x_row) * width + column
+                            address = job.x + number * (pixel * channels + c0)
                             if row == first_row and job.above != 0:
-                                source, at = above, column * channels + c0
+                                address = job.above + number * (column * channels + c0)
                             elif row == last_row and job.below != 0:
-                                source, at = below, column * channels + c0
-                            if not whole or job.scale == 0:
-                                copy(scratch, to, source, at, n)
-                                source, at = scratch, to
+                                address = job.below + number * (column * channels + c0)
+                            if whole and job.scale != 0 and job.silu != 0:
+                                _read_normalised(
+                                    *(scratch, to, address, job.dtype),
+                                    *(own_scale, own_shift, vectors, step * channels),
+                                )
+                                continue
+                            read(scratch, to, address, n, job.dtype)
                             if job.scale != 0:
+                                given = scratch, to, scratch, to, own_scale, own_shift, vectors, 0
                                 if job.silu != 0:
-                                    _normalise_silu(
-                                        *(scratch, to, source, at),
-                                        *(own_scale, own_shift, vectors, step * channels),
-                                    )
+                                    _normalise_silu(*given)
                                 else:
-                                    _normalise(
-                                        *(scratch, to, source, at),
-                                        *(own_scale, own_shift, vectors, step * channels),
-                                    )
+                                    _normalise(*given)
                         to = grid_at + j * WIDE
                         transform(scratch, to, size * WIDE, scratch, column_at, WIDE, vectors)
                     for b in range(0, n, block_channels):
@@ -175,22 +191,73 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     return body
 
 
-def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
-    """Makes the output transform of a scheme from its transform along one axis."""
+def _tile(transform_1d: Any, side: int, dtype: int, residuals: bool) -> Any:
+    """Makes a function that writes a whole tile of the output, of numbers of a ``dtype``, and adds
+    residuals of that dtype or of float32 if ``residuals``."""
+    pointer = floats if dtype == FLOAT32 else uint16s
+    bare = output_tile(transform_1d, side, dtype)
+    with_own, with_float32 = (output_tile(transform_1d, side, dtype, by) for by in (dtype, FLOAT32))
+
+    @inner
+    def tile(
+        job: Any,
+        products: Any,
+        at: int,
+        bias: Any,
+        least: Any,
+        to: int,
+        sums: Any,
+        vectors: int,
+        by: int,
+    ) -> None:
+        row, ahead = job.width * job.channels, job.products_step
+        given = products, at, job.plane, ahead, bias, least, pointer(job.out), to, row, job.channels
+        bare(*given, sums, vectors, floats(job.residual), 0, 0, 0)
+
+    @inner
+    def tile_with_residual(
+        job: Any,
+        products: Any,
+        at: int,
+        bias: Any,
+        least: Any,
+        to: int,
+        sums: Any,
+        vectors: int,
+        by: int,
+    ) -> None:
+        row, ahead, by_row = (
+            job.width * job.channels,
+            job.products_step,
+            job.width * job.residual_step,
+        )
+        given = products, at, job.plane, ahead, bias, least, pointer(job.out), to, row, job.channels
+        if job.residual == 0:
+            bare(*given, sums, vectors, floats(job.residual), 0, 0, 0)
+        elif dtype == FLOAT32 or job.residual_dtype == dtype:
+            added = pointer(job.residual), by, by_row, job.residual_step
+            with_own(*given, sums, vectors, *added)
+        else:
+            products_of_shortcut = floats(job.residual), by, by_row, job.residual_step
+            with_float32(*given, sums, vectors, *products_of_shortcut)
+
+    return tile_with_residual if residuals else tile
+
+
+def _output_kernel(scheme: Scheme, transform_1d: Any, *, residuals: bool = False) -> Any:
+    """Makes the output transform of a scheme from its transform along one axis; without
+    ``residuals``, tiles to which some are added take several times as long."""
     side = len(scheme.input)
-    tile_of, tile_of_with_residual = (
-        output_tile(transform_1d, side, added) for added in (False, True)
+    tile, tile_of_bfloat16, tile_of_float16 = (
+        _tile(transform_1d, side, dtype, residuals) for dtype in (FLOAT32, BFLOAT16, FLOAT16)
     )
+    tile_of_products = output_tile(transform_1d, side)
 
     @inner
     def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
-        products, bias, residual, out = (
-            floats(job.products),
-            floats(job.bias),
-            floats(job.residual),
-            floats(job.out),
-        )
+        products, bias = floats(job.products), floats(job.bias)
+        number, residual_number = _size(job.dtype), _size(job.residual_dtype)
         own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
         # float64 first: their addresses must be multiples of 8
         channel_sums, squares, unused = (
@@ -198,9 +265,10 @@ def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
             doubles(own + 8 * BLOCK),
             doubles(own + 16 * BLOCK),
         )
-        own_bias, made, sums = (
+        own_bias, made, added, sums = (
             floats(own + 32 * BLOCK),
             floats(own + 36 * BLOCK),
+            floats(own + (36 + 4 * _PIXELS) * BLOCK),
             doubles(job.sums),
         )
         channels, width, columns = job.channels, job.width, job.tile_columns
@@ -223,29 +291,27 @@ def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                 n = min(BLOCK, channels - c0)
                 vectors = (n + LANES - 1) // LANES
                 copy(own_bias, 0, bias, c0, n)
-                for tile in range(first, min(first + TILES, columns)):
-                    at = (tile_row * columns + tile) * job.products_step + c0
-                    across = min(OUTPUT_TILE, width - tile * OUTPUT_TILE)
-                    pixel = (top - job.out_row) * width + tile * OUTPUT_TILE
+                for column in range(first, min(first + TILES, columns)):
+                    at = (tile_row * columns + column) * job.products_step + c0
+                    across = min(OUTPUT_TILE, width - column * OUTPUT_TILE)
+                    pixel = (top - job.out_row) * width + column * OUTPUT_TILE
                     to, by = pixel * channels + c0, pixel * job.residual_step + c0
-                    plane, ahead = job.plane, job.products_step
-                    if down * across == _PIXELS and n == vectors * LANES:
-                        if job.residual != 0:
-                            tile_of_with_residual(
-                                *(products, at, plane, ahead, own_bias, least, out, to),
-                                *(row, channels, channel_sums, vectors),
-                                *(residual, by, by_row, job.residual_step),
-                            )
+                    if (
+                        down * across == _PIXELS
+                        and n == vectors * LANES
+                        and (residuals or job.residual == 0)
+                    ):
+                        given = job, products, at, own_bias, least, to, channel_sums, vectors, by
+                        if job.dtype == FLOAT32:
+                            tile(*given)
+                        elif job.dtype == BFLOAT16:
+                            tile_of_bfloat16(*given)
                         else:
-                            tile_of(
-                                *(products, at, plane, ahead, own_bias, least, out, to),
-                                *(row, channels, channel_sums, vectors),
-                                *(residual, by, by_row, job.residual_step),
-                            )
+                            tile_of_float16(*given)
                         continue
-                    tile_of(
-                        *(products, at, plane, ahead, own_bias, f32(-inf), made, 0),
-                        *(OUTPUT_TILE * BLOCK, BLOCK, unused, vectors, residual, 0, 0, 0),
+                    tile_of_products(
+                        *(products, at, job.plane, job.products_step, own_bias, f32(-inf), made, 0),
+                        *(OUTPUT_TILE * BLOCK, BLOCK, unused, vectors, made, 0, 0, 0),
                     )
                     for i in range(down):
                         for j in range(across):
@@ -253,19 +319,23 @@ def _output_kernel(scheme: Scheme, transform_1d: Any) -> Any:
                             made_at = (i * OUTPUT_TILE + j) * BLOCK
                             if job.residual != 0:
                                 pixel_by = by + i * by_row + j * job.residual_step
+                                address = job.residual + residual_number * pixel_by
+                                read(added, 0, address, n, job.residual_dtype)
                                 for c in range(n):
-                                    made[made_at + c] += residual[pixel_by + c]
+                                    made[made_at + c] += added[c]
                             for c in range(n):
                                 y = made[made_at + c]
-                                out[pixel_to + c] = least if y < least else y  # NaN stays
-                        accumulate(channel_sums, squares, out, to + i * row, channels, across, n)
+                                made[made_at + c] = least if y < least else y  # NaN stays
+                            write(job.out + number * pixel_to, made, made_at, n, job.dtype)
+                        made_at = i * OUTPUT_TILE * BLOCK
+                        accumulate(channel_sums, squares, made, made_at, BLOCK, across, n)
                 flush_groups(sums, unit, job.groups, group_size, c0, n, channel_sums)
 
     return body
 
 
 _input_body = _input_kernel(CONV3X3, input_1d)
-_output_body = _output_kernel(CONV3X3, output_1d)
+_output_body = _output_kernel(CONV3X3, output_1d, residuals=True)
 _upsample_input_body = _input_kernel(UPSAMPLE_CONV, upsample_input_1d)
 _upsample_output_body = _output_kernel(UPSAMPLE_CONV, upsample_output_1d)
 _downsample_input_body = _input_kernel(DOWNSAMPLE_CONV, downsample_input_1d)

@@ -7,6 +7,8 @@ from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 
+from sdconv.fast.cpu.numba.halves import FLOAT32, narrowed, widened
+
 # floats in a vector register
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 # added to a small number, its last bits are the nearest integer
@@ -50,13 +52,25 @@ class VectorCode:
         hints = (integer(int(write)), integer(4 - cache), integer(1))
         self.builder.call(function, [self.builder.bitcast(address, byte), *hints])
 
-    def load(self, base: Any, *offsets: Any) -> Any:
-        """The vector at an address."""
-        return self.builder.load(self.vector_at(self.at(base, *offsets)), align=4)
+    def load(self, base: Any, *offsets: Any, dtype: int = FLOAT32) -> Any:
+        """The vector at an address, in float32 if it is of another ``dtype``."""
+        address = self.at(base, *offsets)
+        if dtype == FLOAT32:
+            return self.builder.load(self.vector_at(address), align=4)
+        return widened(self.builder, self.builder.load(self._halves_at(address), align=2), dtype)
 
-    def store(self, vector: Any, base: Any, *offsets: Any) -> None:
-        """Writes a vector to an address."""
-        self.builder.store(vector, self.vector_at(self.at(base, *offsets)), align=4)
+    def store(self, vector: Any, base: Any, *offsets: Any, dtype: int = FLOAT32) -> Any:
+        """Writes a vector to an address, as numbers of a ``dtype``; returns it as rounded."""
+        address = self.at(base, *offsets)
+        if dtype == FLOAT32:
+            self.builder.store(vector, self.vector_at(address), align=4)
+            return vector
+        halves = narrowed(self.builder, vector, dtype)
+        self.builder.store(halves, self._halves_at(address), align=2)
+        return widened(self.builder, halves, dtype)
+
+    def _halves_at(self, address: Any) -> Any:
+        return self.builder.bitcast(address, ir.VectorType(ir.IntType(16), LANES).as_pointer())
 
     def vector_at(self, address: Any) -> Any:
         """The address of a float as the address of a vector."""

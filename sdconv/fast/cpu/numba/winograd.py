@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from sdconv.fast.cpu.buffer_pool import copied_borders, scratch
 from sdconv.fast.cpu.numba import bands, gemm, packing, tile_products, transforms
+from sdconv.fast.cpu.numba.halves import DTYPES
 from sdconv.fast.cpu.numba.launch import launch, thread_jobs, thread_scratch, threads
 from sdconv.fast.cpu.tiling import Bands, Strip, part_channels
 from sdconv.fast.cpu.winograd import (
@@ -77,6 +78,7 @@ def _input(
         "height": strip.input_height,
         "width": rows.shape[1],
         "channels": rows.shape[2],
+        "dtype": DTYPES[rows.dtype],
         "x": rows.data_ptr(),
         "x_row": row,
         "scale": 0 if affine is None else affine[0].data_ptr(),
@@ -128,8 +130,10 @@ def _output(
         "products_step": products.shape[2],
         "products": products.data_ptr(),
         "bias": bias.data_ptr(),
+        "residual_dtype": DTYPES[torch.float32 if residual is None else residual.dtype],
         "residual": 0 if residual is None else residual.data_ptr(),
         "residual_step": 0 if residual is None else residual.stride(1),
+        "dtype": DTYPES[out.dtype],
         "out": out.data_ptr(),
         "relu": relu,
         "groups": groups,
@@ -195,13 +199,17 @@ def conv_in_bands(
         _bmm(given[:positions], packed, made[:positions], whole.scheme.order),
         {"a": given_step, "out": made_step},
     )
-    added, shortcuts = residual, products
+    added, shortcuts, widened, pixels = residual, products, None, OUTPUT_TILE**2 * tiles
     if shortcut is not None and residual is not None:
-        added = scratch.take("shortcut", (count, OUTPUT_TILE**2 * tiles, columns), torch.float32)
+        added = scratch.take("shortcut", (count, pixels, columns), torch.float32)
+        left = residual.flatten(0, 1)[None]
+        if residual.dtype is not torch.float32:
+            widened = scratch.take("residual", (count, pixels, left.shape[2]), torch.float32)
+            left = widened[:1]
         shortcuts = thread_jobs(
             gemm.BMM,
             count,
-            _bmm(residual.flatten(0, 1)[None], shortcut, added[:1]),
+            _bmm(left, shortcut, added[:1]),
             {"out": 4 * added.stride(0)},
         )
     outputs = thread_jobs(
@@ -212,7 +220,7 @@ def conv_in_bands(
     )
     above = borders = None
     if rows.data_ptr() == out.data_ptr():
-        above = scratch.take("above", (count, width, channels), torch.float32)
+        above = scratch.take("above", (count, width, channels), rows.dtype)
         starts = [OUTPUT_TILE * (whole.tile_rows * band // units) for band in range(1, units)]
         borders = copied_borders(rows, starts)
     found = torch.empty(_units(whole), groups, 2, dtype=torch.float64, device="cpu")
@@ -238,11 +246,14 @@ def conv_in_bands(
         product_panels=positions * panels,
         shortcut_panels=0 if shortcut is None else panels,
         x=rows.data_ptr(),
-        row=width * channels,
+        row=width * channels * rows.element_size(),
         above=0 if above is None else above.data_ptr(),
         borders=0 if borders is None else borders.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
+        residual_dtype=DTYPES[torch.float32 if residual is None else residual.dtype],
         residual_row=0 if residual is None else residual.stride(0),
+        widened=0 if widened is None else widened.data_ptr(),
+        widened_step=0 if widened is None else widened.stride(0),
         shortcut_row=whole.width * columns,
         sums=found.data_ptr(),
         groups=groups,
