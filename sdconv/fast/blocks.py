@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdconv.backends import begins, implements, is_fast
 from sdconv.fast.cpu import blocks as cpu
 from sdconv.fast.cpu.buffer_pool import use_pool
-from sdconv.fast.cpu.conv import direct_downsample_conv
+from sdconv.fast.cpu.conv import direct_downsample_conv, patches_conv
 from sdconv.fast.cuda import blocks as cuda
 from sdconv.fast.preconditions import (
     is_bare,
@@ -33,6 +33,7 @@ from sdconv.models.blocks import (
     AsymmetricDownsample2D,
     Attention,
     DownEncoderBlock2D,
+    Downsample2D,
     MidBlock2D,
     ResnetBlock2D,
     UpDecoderBlock2D,
@@ -120,6 +121,25 @@ def can_run_downsample(block: Any, x: Tensor) -> bool:
     process."""
     plain = not block.seamless_axes and is_conv3x3(block.conv, x, stride=2, padding=0)
     return plain and _can_run(x) and min(x.shape[2:]) > 1
+
+
+@implements(Downsample2D.forward)
+def padded_downsample(block: Any, x: Tensor) -> Tensor | None:
+    if not can_run_padded_downsample(block, x):
+        return None
+    return patches_conv(x, block.conv.weight, block.conv.bias)
+
+
+def can_run_padded_downsample(block: Any, x: Tensor) -> bool:
+    """Whether a U-Net's downsampling block has a plain convolution, and so few outputs that torch's
+    kernel mostly copies its weight."""
+    return (
+        x.device.type == "cpu"
+        and is_supported(x)
+        and is_conv3x3(block.conv, x, stride=2, padding=1)
+        and is_eager(x, block.conv)
+        and x.shape[2] * x.shape[3] < 4 * x.shape[1]
+    )
 
 
 @implements(Attention.forward)

@@ -84,6 +84,7 @@ class Downsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
+    @dispatched
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.conv(x))
 

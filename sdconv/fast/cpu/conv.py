@@ -262,6 +262,19 @@ def direct_downsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return out.contiguous(memory_format=torch.channels_last)
 
 
+def patches_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3x3 convolution with stride 2 and padding 1 by one matrix product, in any dtype: of each
+    output's patch with the weight, which is read as it lies. For channels-last order, torch's
+    convolution copies the weight in each call, which takes longer than a few pixels' products.
+
+    Returns:
+        ``(B, O, ceil(H/2), ceil(W/2))`` in channels-last order.
+    """
+    rows = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    patches = rows.unfold(1, 3, 2).unfold(2, 3, 2)  # (B, H/2, W/2, C, 3, 3)
+    return functional.linear(patches.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
 # --- matrix units
 
 

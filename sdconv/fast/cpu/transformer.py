@@ -1,7 +1,8 @@
 """diffusers' ``Transformer2DModel`` on a CPU in float32, with fewer passes over its tokens.
 
-Each residual is added by the linear layer before it, GEGLU is computed by its own, and the tokens
-``(B, H W, C)`` are a view of a channels-last feature map. A part that is not plain (a hook, an
+Each residual is added by the linear layer before it, GEGLU is computed by its own, the tokens
+``(B, H W, C)`` are a view of a channels-last feature map, and an unchanged prompt's keys and values
+are those of the step before. A part that is not plain (a hook, an
 adapter, another attention processor) is called, and only what is around it is fused.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.preconditions import (
     is_bare,
     is_conv1x1,
@@ -89,11 +91,27 @@ def _attend(attention: Any, x: Tensor, context: Any, residual: Tensor) -> Tensor
     if not plain or not _is_plain_attention(attention):
         out: Tensor = attention(x, encoder_hidden_states=context, attention_mask=None)
         return out + residual
-    source = x if context is None else context
-    layers = ((attention.to_q, x), (attention.to_k, source), (attention.to_v, source))
-    heads = [layer(given).unflatten(-1, (attention.heads, -1)) for layer, given in layers]
+    if context is None:
+        key, value = attention.to_k(x), attention.to_v(x)
+    else:
+        key, value = (_of_prompt(layer, context) for layer in (attention.to_k, attention.to_v))
+    projected = attention.to_q(x), key, value
+    heads = [one.unflatten(-1, (attention.heads, -1)) for one in projected]
     mixed = functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in heads))
     return _add(attention.to_out[0], mixed.transpose(1, 2).flatten(2), residual)
+
+
+def _of_prompt(layer: Any, context: Tensor) -> Tensor:
+    """A linear layer's output for a prompt, which is kept for the next step."""
+    if is_linear(layer, context) and layer.bias is None and is_eager(context, layer.weight):
+        return weight_cache.get(layer.weight, project, context)
+    out: Tensor = layer(context)
+    return out
+
+
+def project(weight: Tensor, context: Tensor) -> Tensor:
+    """``(..., K)`` times the transpose of ``(O, K)``."""
+    return functional.linear(context, weight)
 
 
 def _is_plain_attention(attention: Any) -> bool:

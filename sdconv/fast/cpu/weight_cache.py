@@ -1,8 +1,9 @@
-"""A cache of packed weights, the form that the fast kernels read; its entries are never stale.
+"""A cache of what is made of weights: packed ones, the form that the fast kernels read, and a
+prompt's keys and values. Its entries are never stale.
 
-An entry belongs to one tensor object and is dropped with it. Before each use all bits of the weight
-are hashed and compared, because edits through ``.data`` (as PEFT merges) and any edits of inference
-tensors leave no other trace.
+An entry belongs to one tensor object and is dropped with it. Before each use all bits of what it
+was made of are hashed and compared, because edits through ``.data`` (as PEFT merges) and any edits
+of inference tensors leave no other trace.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from sdconv.fast.cpu.kernels import kernels_for
 
 # A module-level function: with the weight, it is the key of an entry.
-Pack = Callable[[Tensor], Tensor]
+Pack = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class WeightCache:
     """Keeps packed weights by the weight and the function that packed it.
 
     Args:
-        limit: bytes of all packed weights. A weight that would exceed it is not kept: its layer
+        limit: bytes of all that is kept. A weight that would exceed it is not kept: its layer
             computes by another method, so that a network larger than the limit does not pack every
             weight again in every forward pass.
     """
@@ -56,7 +57,7 @@ class WeightCache:
 
     @property
     def memory(self) -> int:
-        """Bytes of the packed weights."""
+        """Bytes of all that is kept."""
         with self._lock:
             return sum(entry.memory for entry in self._entries.values())
 
@@ -72,13 +73,14 @@ class WeightCache:
             kept = entry is not None and entry.owner() is weight
             return kept or self.memory + size <= self.limit
 
-    def get(self, weight: Tensor, pack: Pack) -> Tensor:
-        """``pack(weight)``, which is kept from then on if there is room for it."""
-        key, state = (id(weight), pack), _state(weight)
+    def get(self, weight: Tensor, pack: Pack, *inputs: Tensor) -> Tensor:
+        """``pack(weight, *inputs)``, which is kept from then on if there is room for it, until the
+        inputs are others."""
+        key, state = (id(weight), pack), tuple(map(_state, (weight, *inputs)))
         kept = self._kept(weight, pack, state)
         if kept is not None:
             return kept
-        packed = _packed(weight, pack)
+        packed = _packed(weight, pack, *inputs)
         # a weight that changes while it is packed is packed again by the next call
         entry = _Entry(weakref.ref(weight, lambda _: self._drop(key)), state, packed)
         with self._lock:
@@ -89,7 +91,7 @@ class WeightCache:
 
     def borrow(self, weight: Tensor, pack: Pack) -> Tensor:
         """``pack(weight)``, which is not kept if it is new: for callers with little memory."""
-        kept = self._kept(weight, pack, _state(weight))
+        kept = self._kept(weight, pack, (_state(weight),))
         return _packed(weight, pack) if kept is None else kept
 
     def _kept(self, weight: Tensor, pack: Pack, state: tuple[object, ...]) -> Tensor | None:
@@ -107,13 +109,13 @@ class WeightCache:
                 del self._entries[key]
 
 
-def _packed(weight: Tensor, pack: Pack) -> Tensor:
+def _packed(weight: Tensor, pack: Pack, *inputs: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return pack(weight.detach())
+        return pack(weight.detach(), *(one.detach() for one in inputs))
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:
-    """A value that is equal as long as a weight's bits and memory layout stay the same."""
+    """A value that is equal as long as a tensor's bits and memory layout stay the same."""
     bits = weight.detach()
     if not bits.is_contiguous() and not bits.is_contiguous(memory_format=torch.channels_last):
         bits = bits.contiguous()

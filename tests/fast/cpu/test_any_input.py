@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from helpers.conv_cases import lying
 from helpers.numbers import error
@@ -14,8 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sdconv
+from sdconv.fast import blocks
 from sdconv.fast.preconditions import is_conv3x3
-from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
+from sdconv.models.blocks import (
+    AsymmetricDownsample2D,
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+)
 from sdconv.models.unet import UNet2DConditionModel
 
 # relative to the largest value, against float64; in float32 twice the usual error of upsampling,
@@ -77,18 +84,19 @@ def test_blocks(
 
 
 @given(
+    kind=st.sampled_from([AsymmetricDownsample2D, Downsample2D]),
     batch=st.integers(1, 3),
     channels=st.sampled_from([8, 64]),
     size=st.tuples(st.integers(2, 34), st.integers(2, 34)),
     layout=layouts,
     dtype=st.sampled_from(list(WITHIN)),
 )
-@settings(max_examples=25)
+@settings(max_examples=40)
 def test_downsampling(
-    batch: int, channels: int, size: tuple[int, int], layout: str, dtype: torch.dtype
+    kind: Any, batch: int, channels: int, size: tuple[int, int], layout: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    module = AsymmetricDownsample2D(channels).to(dtype)
+    module = kind(channels).to(dtype)
     x = lying(torch.randn(batch, channels, *size, dtype=dtype), layout)
     out, _ = fast_and_reference(module, x)
     with torch.no_grad():
@@ -105,6 +113,23 @@ def test_downsampling_with_padding_on_all_sides_is_another_function() -> None:
     with torch.no_grad():
         around = F.conv2d(x, module.conv.weight, module.conv.bias, stride=2, padding=1)
     assert around.shape == out.shape and error(around, out) > 0.1
+
+
+@pytest.mark.parametrize(("size", "calls"), [((15, 16), 1), ((16, 16), 0)])
+def test_few_outputs_of_a_strided_convolution_are_one_product(
+    size: tuple[int, int], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaces the function that computes the product by one that counts."""
+    module, x, right, seen = Downsample2D(64), torch.randn(1, 64, *size), blocks.patches_conv, 0
+
+    def counted(*given: Any) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return right(*given)
+
+    monkeypatch.setattr(blocks, "patches_conv", counted)
+    fast_and_reference(module, x)
+    assert seen == calls
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
@@ -22,6 +23,7 @@ from sdconv.fast import transformers as fast_transformers
 from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu import transformer as fast_transformer
 from sdconv.fast.cpu.kernels import numba_kernels
+from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.integrations.diffusers import transformer
 from sdconv.models.unet_blocks import TransformerSlot, run_transformer
 
@@ -95,6 +97,47 @@ def test_plain_transformers(
     assert error(out - X, expected) > 0.1
     other = run(module, "fast", X, encoder_hidden_states=CONTEXT.roll(1, 2))
     assert error(other, expected) > 100 * WITHIN
+
+
+@pytest.mark.parametrize("change", ["prompt", "weight", "other prompt"])
+def test_keys_and_values_of_a_prompt_are_computed_once(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, prompt, computed = made(), CONTEXT.clone(), 0
+    right = functional.linear
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        nonlocal computed
+        computed += x.shape == prompt.shape
+        return right(x, *others)
+
+    monkeypatch.setattr(functional, "linear", counted)
+    weight_cache.clear()
+    out = run(module, "fast", encoder_hidden_states=prompt)
+    assert computed == 4
+    # keys and values of two blocks
+    assert weight_cache.memory == 4 * CONTEXT[..., 0].numel() * 64 * 4
+    assert torch.equal(run(module, "fast", encoder_hidden_states=prompt), out)
+    assert computed == 4
+    if change == "prompt":
+        prompt.data[0, 0, 0] += 9
+    elif change == "weight":
+        module.transformer_blocks[1].attn2.to_v.weight.data[0] += 9
+    else:
+        prompt = CONTEXT.roll(1, 2)
+    changed = run(module, "fast", encoder_hidden_states=prompt)
+    assert computed == (5 if change == "weight" else 8)
+    wide = run(
+        copy.deepcopy(module).double(),
+        "reference",
+        X.double(),
+        encoder_hidden_states=prompt.double(),
+    )
+    assert error(changed, wide) < WITHIN
+    assert error(changed, out) > 1e-4
+    del module
+    gc.collect()
+    assert weight_cache.memory == 0
 
 
 def names_of(module: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from sdconv.fast.cpu.numba.dsl import atomic_next, carray, f32, floats, inner, job, kernel
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, multiply
 from sdconv.fast.cpu.numba.packing import pack
-from sdconv.fast.cpu.numba.vectors import LANES
+from sdconv.fast.cpu.numba.vectors import LANES, LINE, prefetch
 
 LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "residual", "out")
 
@@ -67,6 +67,10 @@ def linear(pointer: Any) -> None:
             rows = min(_FINISHED, end - row)
             at = 4 * (row * width + column)
             a, to = job.a + 4 * row * depth, job.out + at
+            if job.residual != 0:  # while it is multiplied
+                for r in range(rows):
+                    for c in range(0, columns, LINE):
+                        prefetch(job.residual + at + 4 * (r * width + c))
             multiply(job.start + 4 * column, a, own, to, depth, width, rows, columns // LANES)
             if job.residual != 0:
                 out, residual = floats(to), floats(job.residual + at)

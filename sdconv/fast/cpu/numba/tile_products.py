@@ -11,10 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
-
-from sdconv.fast.cpu.numba.dsl import atomic_next, carray, copy, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.dsl import atomic_next, carray, copy, floats, inner, job, kernel
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, VECTORS, block
 from sdconv.fast.cpu.numba.packing import (
     CHANNELS,
@@ -24,7 +21,7 @@ from sdconv.fast.cpu.numba.packing import (
     pack,
     transform,
 )
-from sdconv.fast.cpu.numba.vectors import VectorCode
+from sdconv.fast.cpu.numba.vectors import LINE, prefetch
 from sdconv.fast.cpu.tiling import MULTIPLE
 from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
@@ -32,9 +29,6 @@ PRODUCTS = job(
     *("rows", "chunk", "channels", "columns", "width"),
     *("a", "a_step", "block", "b", "start", "out", "out_step"),
 )
-
-# floats in a cache line
-_LINE = 16
 
 
 @cache
@@ -44,18 +38,6 @@ def scratch_size(rows: int) -> int:
 
 
 _rows_6, _rows_4, _rows_2, _rows_1 = (block(rows, VECTORS) for rows in (ROWS, 4, 2, 1))
-
-
-@llvm
-def _prefetch(typing_context: Any, address: Any) -> Any:
-    """Asks for the cache line of an address, to be in a core's second cache when it is read."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        VectorCode(builder).prefetch(address, cache=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 @inner
@@ -117,7 +99,7 @@ def _kernel(scheme: Scheme) -> Any:
                     a = job.a + 4 * (at + position * job.a_step)
                     for row in range(PANEL):  # a line of each row of the next weights
                         ahead = row * channels + CHANNELS
-                        _prefetch(weight + 4 * (TAPS * ahead + position * _LINE))
+                        prefetch(weight + 4 * (TAPS * ahead + position * LINE))
                     b = floats(kernels + 4 * position * PLANE)
                     to = sums + 4 * position * rows * PANEL
                     if c == 0:

@@ -161,8 +161,10 @@ class _Code(VectorCode):
                 for j, y in enumerate(transform(self, [column[i] for column in columns])):
                     y = builder.fadd(y, offset)
                     if residual is not None:
-                        place = self.times(added[2], i), self.times(added[3], j), c
-                        y = builder.fadd(y, self.load(*added[:2], *place, dtype=residual))
+                        by_row, by_step = added[2:]
+                        by = self.at(*added[:2], self.times(by_row, i), self.times(by_step, j), c)
+                        self.prefetch(self.at(by, self.times(by_step, OUTPUT_TILE)))
+                        y = builder.fadd(y, self.load(by, dtype=residual))
                     place = self.times(row, i), self.times(step, j), c
                     y = self.store(self.larger(least, y), out, to, *place, dtype=dtype)
                     y = builder.fpext(y, wide)
@@ -264,7 +266,8 @@ def output_tile(
     """Makes a function that computes a whole tile of the output, of a ``dtype``, for some
     vectors of channels, and adds its values and their squares to ``sums``. What is ``added`` is of
     the dtype ``residual``, and not read where this is None. The products ``ahead`` numbers farther,
-    in planes as in `along_planes`, come into the cache meanwhile."""
+    in planes as in `along_planes`, and what is added to the next tile, come into the cache
+    meanwhile."""
 
     def fill(
         context: Any,

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba import types
 
+from sdconv.fast.cpu.numba.dsl import llvm
 from sdconv.fast.cpu.numba.halves import FLOAT32, narrowed, widened
 
 # floats in a vector register
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+# floats in a cache line
+LINE = 16
 # added to a small number, its last bits are the nearest integer
 _ROUND = 1.5 * 2**23
 _LOG2_E = 1.44269502162933349609375
@@ -177,3 +181,15 @@ class VectorCode:
     def divide(self, y: Any, by: Any) -> Any:
         """``y / by``."""
         return self.builder.fdiv(y, by)
+
+
+@llvm
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the cache line of an address, to be in a core's second cache when it is read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        VectorCode(builder).prefetch(address, cache=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
