@@ -14,7 +14,7 @@ from torch import Tensor
 from sdconv.analysis.explain import method_inputs
 from sdconv.backends import BACKENDS, backend
 from sdconv.fast.cpu.kernels import numba_kernels
-from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.weight_cache import prompt_cache, weight_cache
 from sdconv.models.base import Network
 from sdconv.models.dummy_inputs import Noise
 
@@ -45,8 +45,8 @@ class Timings:
     """The times of all methods of a network.
 
     ``compiling``: seconds to compile the Numba kernels, or to read them from Numba's cache.
-    ``memory``: bytes of packed weights; ``limit``: the most that they may take. ``threads``:
-    torch's.
+    ``memory``: bytes of packed weights; ``limit``: the most that they may take.
+    ``prompt_memory``: bytes of a prompt's keys and values. ``threads``: torch's.
     """
 
     class_name: str
@@ -55,6 +55,7 @@ class Timings:
     compiling: float
     memory: int
     limit: int
+    prompt_memory: int
     threads: int
 
 
@@ -94,6 +95,7 @@ def time_backends(
         compiling=compiling,
         memory=weight_cache.memory,
         limit=weight_cache.limit,
+        prompt_memory=prompt_cache.memory,
         threads=torch.get_num_threads(),
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdconv.backends import begins, implements, is_fast
 from sdconv.fast.cpu import blocks as cpu
 from sdconv.fast.cpu.buffer_pool import use_pool
-from sdconv.fast.cpu.conv import direct_downsample_conv, patches_conv
+from sdconv.fast.cpu.conv import direct_downsample_conv, im2col_conv
 from sdconv.fast.cuda import blocks as cuda
 from sdconv.fast.preconditions import (
     is_bare,
@@ -127,7 +127,7 @@ def can_run_downsample(block: Any, x: Tensor) -> bool:
 def padded_downsample(block: Any, x: Tensor) -> Tensor | None:
     if not can_run_padded_downsample(block, x):
         return None
-    return patches_conv(x, block.conv.weight, block.conv.bias)
+    return im2col_conv(x, block.conv.weight, block.conv.bias)
 
 
 def can_run_padded_downsample(block: Any, x: Tensor) -> bool:
@@ -138,7 +138,8 @@ def can_run_padded_downsample(block: Any, x: Tensor) -> bool:
         and is_supported(x)
         and is_conv3x3(block.conv, x, stride=2, padding=1)
         and is_eager(x, block.conv)
-        and x.shape[2] * x.shape[3] < 4 * x.shape[1]
+        and block.conv.weight.is_contiguous()
+        and len(x) * x.shape[2] * x.shape[3] < 4 * x.shape[1]
     )
 
 

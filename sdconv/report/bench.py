@@ -38,6 +38,8 @@ def timings_report(found: Timings) -> RenderableType:
         "compiling": f"{found.compiling:.3g} s",
         "packed weights": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
     }
+    if found.prompt_memory:
+        facts["prompt's keys, values"] = in_bytes(found.prompt_memory)
     return Group(facts_of(facts), table)
 
 

@@ -88,7 +88,7 @@ class _WinogradLayer(StreamLayer):
         pixels = OUTPUT_TILE**2 * tiles
         if self.shortcut is not None:
             strip += pixels * out_channels
-            if self.shortcut.weight.dtype != COMPUTE_DTYPE:  # what is multiplied is copied
+            if self.shortcut.weight.dtype != COMPUTE_DTYPE:  # is copied in float32
                 strip += pixels * self.shortcut.in_channels
         own = (self._transformed + strip) * COMPUTE_DTYPE.itemsize
         return own + packing_bytes(self.module.weight)

@@ -38,7 +38,7 @@ from sdconv.fast.cpu.winograd import (
     Scheme,
 )
 
-# the dtype of Winograd's strips, scratch memory and packed weights, and of what is added to outputs
+# the dtype of tiles and their products, of packed weights, and of shortcuts' products
 COMPUTE_DTYPE = torch.float32
 
 
@@ -262,7 +262,7 @@ def direct_downsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def patches_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def im2col_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 3x3 convolution with stride 2 and padding 1 by one matrix product, in any dtype: of each
     output's patch with the weight, which is read as it lies. For channels-last order, torch's
     convolution copies the weight in each call, which takes longer than a few pixels' products.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdconv.errors import SdconvWarning
 from sdconv.fast.cpu import torch_kernels
-from sdconv.fast.cpu.processor import has_amx_kernels
+from sdconv.fast.cpu.processor import ProcessorError, has_amx_kernels
 from sdconv.fast.cpu.tiling import MULTIPLE, Bands, Strip, part_channels
 from sdconv.fast.cpu.winograd import Scheme
 
@@ -22,7 +22,7 @@ Affine = tuple[Tensor, Tensor]
 
 class Kernels(Protocol):
     """What a module of kernels provides. Rows are ``(rows, W, C)``, in float32, bfloat16 or
-    float16; all else is float32, but for weights."""
+    float16, and so are weights; sums are float64, all else is float32."""
 
     def input_transform(
         self,
@@ -185,7 +185,9 @@ def numba_kernels() -> tuple[Kernels, float]:
         from sdconv.fast.cpu.numba import kernels
     except (ImportError, OSError, RuntimeError) as error:  # an unsuitable NumPy; no cache folder
         what = f"the fast backend computes without Numba, slower: {error}"
-        hint = "install the versions that sdconv[fast] asks for; NUMBA_CACHE_DIR names a cache"
-        warnings.warn(SdconvWarning(f"{what}. hint: {hint}"), stacklevel=2)
+        if not isinstance(error, ProcessorError):
+            what += ". hint: install the versions that sdconv[fast] asks for; NUMBA_CACHE_DIR "
+            what += "names a cache"
+        warnings.warn(SdconvWarning(what), stacklevel=2)
         return torch_kernels, 0.0
     return kernels, time.perf_counter() - begin

@@ -1,8 +1,9 @@
 """What a processor computes natively in 16 bits, which decides whether direct summation is faster
 there than Winograd's method in float32.
 
-The rate of torch's kernel with AMX was measured on a Xeon of the fifth generation; the others are
-estimates.
+Rates of torch's kernel were measured on a Xeon of the fifth generation (AMX in bfloat16) and on
+EPYCs of the third and the fourth (without native instructions, and ``avx512_bf16``); that of AMX in
+float16 is an estimate.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _RATES: dict[torch.dtype, tuple[tuple[str, float], ...]] = {
     torch.bfloat16: (("amx_bf16", 3.0), ("avx512_bf16", 2.0)),
     torch.float16: (("amx_fp16", 3.0),),
 }
+# Without native instructions: torch's kernels take 5 to 100 times as long as in float32.
+_NOT_NATIVE = 0.2
 # torch's names for what it asks the processor.
 _QUESTIONS = {
     "amx_bf16": "_is_amx_tile_supported",
@@ -45,7 +48,17 @@ def direct_rate(dtype: torch.dtype, found: frozenset[str] | None = None) -> floa
         found: the processor's features; None for this processor's.
     """
     found = features() if found is None else found
-    return next((rate for name, rate in _RATES.get(dtype, ()) if name in found), 1.0)
+    otherwise = _NOT_NATIVE if dtype in _RATES else 1.0
+    return next((rate for name, rate in _RATES.get(dtype, ()) if name in found), otherwise)
+
+
+class ProcessorError(RuntimeError):
+    """The kernels need instructions that the processor does not have."""
+
+
+def compiles_for_this_processor() -> bool:
+    """Whether Numba compiles for this processor, not for one that the environment names."""
+    return not any(os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"))
 
 
 @cache
@@ -54,8 +67,8 @@ def has_amx_kernels() -> bool:
     bfloat16, the system lets this process use it, and Numba is there to compile them."""
     if "amx_bf16" not in features() or find_spec("numba") is None:
         return False
-    if any(os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")):
-        return False  # Numba compiles for another processor
+    if not compiles_for_this_processor():
+        return False
     try:
         from llvmlite import binding  # type: ignore[import-untyped]
     except (ImportError, OSError):

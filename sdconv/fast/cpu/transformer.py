@@ -2,8 +2,8 @@
 
 Each residual is added by the linear layer before it, GEGLU is computed by its own, the tokens
 ``(B, H W, C)`` are a view of a channels-last feature map, and an unchanged prompt's keys and values
-are those of the step before. A part that is not plain (a hook, an
-adapter, another attention processor) is called, and only what is around it is fused.
+are those of the step before. A part that is not plain (a hook, an adapter, another attention
+processor) is called, and only what is around it is fused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdconv.fast.cpu.kernels import kernels_for
-from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.weight_cache import prompt_cache
 from sdconv.fast.preconditions import (
     is_bare,
     is_conv1x1,
@@ -104,7 +104,7 @@ def _attend(attention: Any, x: Tensor, context: Any, residual: Tensor) -> Tensor
 def _of_prompt(layer: Any, context: Tensor) -> Tensor:
     """A linear layer's output for a prompt, which is kept for the next step."""
     if is_linear(layer, context) and layer.bias is None and is_eager(context, layer.weight):
-        return weight_cache.get(layer.weight, project, context)
+        return prompt_cache.get(layer.weight, project, context)
     out: Tensor = layer(context)
     return out
 

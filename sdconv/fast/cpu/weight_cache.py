@@ -1,5 +1,5 @@
-"""A cache of what is made of weights: packed ones, the form that the fast kernels read, and a
-prompt's keys and values. Its entries are never stale.
+"""Caches of what is made of weights: packed ones, the form that the fast kernels read, and keys and
+values of a prompt. Their entries are never stale.
 
 An entry belongs to one tensor object and is dropped with it. Before each use all bits of what it
 was made of are hashed and compared, because edits through ``.data`` (as PEFT merges) and any edits
@@ -47,7 +47,7 @@ class WeightCache:
     Args:
         limit: bytes of all that is kept. A weight that would exceed it is not kept: its layer
             computes by another method, so that a network larger than the limit does not pack every
-            weight again in every forward pass.
+            weight again in every forward pass. Keys and values that would are computed each time.
     """
 
     def __init__(self, limit: int) -> None:
@@ -62,7 +62,7 @@ class WeightCache:
             return sum(entry.memory for entry in self._entries.values())
 
     def clear(self) -> None:
-        """Drops all packed weights; a later call packs what it needs again."""
+        """Drops all that is kept; a later call makes what it needs again."""
         with self._lock:
             self._entries.clear()
 
@@ -74,8 +74,8 @@ class WeightCache:
             return kept or self.memory + size <= self.limit
 
     def get(self, weight: Tensor, pack: Pack, *inputs: Tensor) -> Tensor:
-        """``pack(weight, *inputs)``, which is kept from then on if there is room for it, until the
-        inputs are others."""
+        """``pack(weight, *inputs)``, which is kept from then on if there is room for it, until
+        there are other inputs."""
         key, state = (id(weight), pack), tuple(map(_state, (weight, *inputs)))
         kept = self._kept(weight, pack, state)
         if kept is not None:
@@ -114,15 +114,18 @@ def _packed(weight: Tensor, pack: Pack, *inputs: Tensor) -> Tensor:
         return pack(weight.detach(), *(one.detach() for one in inputs))
 
 
-def _state(weight: Tensor) -> tuple[object, ...]:
+def _state(tensor: Tensor) -> tuple[object, ...]:
     """A value that is equal as long as a tensor's bits and memory layout stay the same."""
-    bits = weight.detach()
+    bits = tensor.detach()
     if not bits.is_contiguous() and not bits.is_contiguous(memory_format=torch.channels_last):
         bits = bits.contiguous()
     if bits.numel() * bits.element_size() % 4:
         bits = bits.float()
-    stride, dtype = bits.stride(), weight.dtype
-    return weight.shape, stride, dtype, kernels_for(torch.float32).fingerprint(bits)
+    stride, dtype = bits.stride(), tensor.dtype
+    return tensor.shape, stride, dtype, kernels_for(torch.float32).fingerprint(bits)
 
 
 weight_cache = WeightCache(_quarter_of_memory())
+"""Packed weights."""
+prompt_cache = WeightCache(_quarter_of_memory() // 16)
+"""Keys and values of prompts, which cross-attention layers make of them."""

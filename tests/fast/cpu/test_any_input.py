@@ -120,14 +120,14 @@ def test_few_outputs_of_a_strided_convolution_are_one_product(
     size: tuple[int, int], calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replaces the function that computes the product by one that counts."""
-    module, x, right, seen = Downsample2D(64), torch.randn(1, 64, *size), blocks.patches_conv, 0
+    module, x, right, seen = Downsample2D(64), torch.randn(1, 64, *size), blocks.im2col_conv, 0
 
     def counted(*given: Any) -> Tensor:
         nonlocal seen
         seen += 1
         return right(*given)
 
-    monkeypatch.setattr(blocks, "patches_conv", counted)
+    monkeypatch.setattr(blocks, "im2col_conv", counted)
     fast_and_reference(module, x)
     assert seen == calls
 

@@ -23,7 +23,7 @@ from sdconv.fast import transformers as fast_transformers
 from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu import transformer as fast_transformer
 from sdconv.fast.cpu.kernels import numba_kernels
-from sdconv.fast.cpu.weight_cache import weight_cache
+from sdconv.fast.cpu.weight_cache import prompt_cache
 from sdconv.integrations.diffusers import transformer
 from sdconv.models.unet_blocks import TransformerSlot, run_transformer
 
@@ -112,11 +112,11 @@ def test_keys_and_values_of_a_prompt_are_computed_once(
         return right(x, *others)
 
     monkeypatch.setattr(functional, "linear", counted)
-    weight_cache.clear()
+    prompt_cache.clear()
     out = run(module, "fast", encoder_hidden_states=prompt)
     assert computed == 4
     # keys and values of two blocks
-    assert weight_cache.memory == 4 * CONTEXT[..., 0].numel() * 64 * 4
+    assert prompt_cache.memory == 4 * CONTEXT[..., 0].numel() * 64 * 4
     assert torch.equal(run(module, "fast", encoder_hidden_states=prompt), out)
     assert computed == 4
     if change == "prompt":
@@ -137,7 +137,7 @@ def test_keys_and_values_of_a_prompt_are_computed_once(
     assert error(changed, out) > 1e-4
     del module
     gc.collect()
-    assert weight_cache.memory == 0
+    assert prompt_cache.memory == 0
 
 
 def names_of(module: nn.Module) -> list[str]:
@@ -148,6 +148,7 @@ def names_of(module: nn.Module) -> list[str]:
 def test_a_hook_on_any_part_sees_and_changes_what_it_does_in_the_reference(name: str) -> None:
     module = made(depth=1)
     plain = run(module, "reference")
+    run(module, "fast")  # keeps the prompt's keys and values
     seen: list[tuple[Any, ...]] = []
 
     def double(part: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
@@ -167,7 +168,7 @@ def test_a_hook_on_any_part_sees_and_changes_what_it_does_in_the_reference(name:
 
 
 def lora(module: Any) -> None:
-    layers = ["to_q", "to_out.0", "net.0.proj", "net.2", "proj_out"]
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_out"]
     config = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
     peft.inject_adapter_in_model(config, module)
 

@@ -147,6 +147,7 @@ def test_same_bits_each_time_and_nearly_so_for_other_strips() -> None:
         width=st.sampled_from([2, 5, 17, 70]),
         normed=st.booleans(),
         shortcut=st.booleans(),
+        dtype=st.sampled_from(list(WITHIN)),
     ),
     count=st.integers(1, 9),
     tile_rows=st.integers(1, 3),
@@ -184,10 +185,11 @@ def test_the_default_dtype_and_device_make_no_difference(height: int) -> None:
 @pytest.mark.parametrize(("count", "tile_rows"), [(1, 1), (2, 3), (8, 2), (40, 1)])
 @pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize("height", [1, 4, 30, 32, 33, 131])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bands_in_place_have_the_bits_of_strips(
-    height: int, shortcut: bool, count: int, tile_rows: int
+    dtype: torch.dtype, height: int, shortcut: bool, count: int, tile_rows: int
 ) -> None:
-    case = Case(channels=8, height=height, shortcut=shortcut)
+    case = Case(channels=8, height=height, shortcut=shortcut, dtype=dtype)
     with halos.strips_of(1):
         expected, stats = case.run()
     with halos.bands_of(count, tile_rows):

@@ -17,6 +17,7 @@ from helpers import halos
 from helpers.conv_cases import GROUPS, WITHIN, Case, expected_stats, in_place
 from helpers.numbers import error
 from torch import Tensor
+from torch.nn import functional
 
 from sdconv.fast.cpu import conv, group_stats, torch_kernels
 from sdconv.fast.cpu.conv import Epilogue, direct_downsample_conv, direct_upsample_conv
@@ -207,13 +208,21 @@ def test_a_missing_row_between_strips_is_noticed(
     assert found.max() < WITHIN[torch.float32], "the border alone shows it"
 
 
-@pytest.mark.parametrize(("field", "further"), [("borders", 1), ("x", -1), ("x", 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("field", "further"), [("borders", 1), ("x", -1), ("x", 1), ("residual", 1)]
+)
 def test_a_wrong_row_between_bands_is_noticed(
-    field: str, further: int, monkeypatch: pytest.MonkeyPatch
+    field: str, further: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Launches the kernel with the address of another row."""
     pytest.importorskip("numba", reason="without it there are no bands: pip install sdconv[fast]")
-    case, module = Case(channels=8, height=131), import_module("sdconv.fast.cpu.numba.winograd")
+    module = import_module("sdconv.fast.cpu.numba.winograd")
+    case = Case(channels=8, height=131, dtype=dtype, shortcut=field == "residual")
+    assert case.epilogue.residual is not None
+    below = functional.pad(case.epilogue.residual, (0, 0, 0, 1))  # a row, which is then read
+    below = below.contiguous(memory_format=torch.channels_last)
+    case.epilogue = replace(case.epilogue, residual=below[:, :, :-1])
     launch, changed = vars(module)["launch"], 0
     with halos.bands_of(8, 1):
         expected = in_place(case)[0]

@@ -42,7 +42,7 @@ from sdconv.fast.cpu.numba.dsl import (
     uint16s,
     uint64s,
 )
-from sdconv.fast.cpu.numba.halves import narrow_bfloat16, widen_bfloat16
+from sdconv.fast.cpu.numba.sixteen_bits import narrow_bfloat16, widen_bfloat16
 
 # rows: of the input in a band; unit_rows: in a unit; plane: numbers in a plane of scratch memory;
 # first, end: the rows that are computed; steps: planes of the input's channels; taps: the bytes

@@ -12,7 +12,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import llvm
-from sdconv.fast.cpu.numba.halves import BFLOAT16
+from sdconv.fast.cpu.numba.sixteen_bits import BFLOAT16
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 from sdconv.fast.cpu.tiling import AMX_BLOCK
 

@@ -24,7 +24,7 @@ from sdconv.fast.cpu.numba.dsl import (
     uint16s,
 )
 from sdconv.fast.cpu.numba.gemm import BMM, CHUNK
-from sdconv.fast.cpu.numba.halves import read
+from sdconv.fast.cpu.numba.sixteen_bits import read
 from sdconv.fast.cpu.numba.transforms import INPUT, OUTPUT, TILES
 from sdconv.fast.cpu.winograd import OUTPUT_TILE
 

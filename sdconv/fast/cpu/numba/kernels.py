@@ -19,8 +19,8 @@ from sdconv.fast.cpu.numba import attention as attention_kernel
 from sdconv.fast.cpu.numba import gemm, reductions
 from sdconv.fast.cpu.numba import linear as linear_kernels
 from sdconv.fast.cpu.numba.gemm import padded
-from sdconv.fast.cpu.numba.halves import DTYPES
 from sdconv.fast.cpu.numba.launch import launch, thread_scratch, threads
+from sdconv.fast.cpu.numba.sixteen_bits import CODES
 from sdconv.fast.cpu.numba.vectors import LANES
 from sdconv.fast.cpu.numba.winograd import (
     bmm,
@@ -64,7 +64,7 @@ def sums(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         **thread_scratch(reductions.SUMS_SCRATCH),
         width=width,
         channels=channels,
-        dtype=DTYPES[rows.dtype],
+        dtype=CODES[rows.dtype],
         x=rows.data_ptr(),
         groups=groups,
         sums=found.data_ptr(),

@@ -21,7 +21,7 @@ from sdconv.fast.cpu.numba.dsl import (
     uint32s,
     uint64s,
 )
-from sdconv.fast.cpu.numba.halves import FLOAT32, read
+from sdconv.fast.cpu.numba.sixteen_bits import FLOAT32, read
 
 SUMS = job("width", "channels", "dtype", "x", "groups", "sums")
 HASH = job("words", "size", "keys", "hashes")

@@ -14,7 +14,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import BLOCK, llvm
-from sdconv.fast.cpu.numba.halves import FLOAT32
+from sdconv.fast.cpu.numba.sixteen_bits import FLOAT32
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, OUTPUT_TILE, UPSAMPLE_CONV
 

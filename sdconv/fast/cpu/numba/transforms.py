@@ -29,7 +29,7 @@ from sdconv.fast.cpu.numba.dsl import (
     uint16s,
     zero,
 )
-from sdconv.fast.cpu.numba.halves import BFLOAT16, FLOAT16, FLOAT32, read, write
+from sdconv.fast.cpu.numba.sixteen_bits import BFLOAT16, FLOAT16, FLOAT32, read, write
 from sdconv.fast.cpu.numba.transform_code import (
     affine,
     along,
@@ -192,8 +192,8 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
 
 
 def _tile(transform_1d: Any, side: int, dtype: int, residuals: bool) -> Any:
-    """Makes a function that writes a whole tile of the output, of numbers of a ``dtype``, and adds
-    residuals of that dtype or of float32 if ``residuals``."""
+    """Makes a function that writes a whole tile of an output of a ``dtype``, and adds residuals of
+    that dtype or of float32 if ``residuals``."""
     pointer = floats if dtype == FLOAT32 else uint16s
     bare = output_tile(transform_1d, side, dtype)
     with_own, with_float32 = (output_tile(transform_1d, side, dtype, by) for by in (dtype, FLOAT32))
@@ -210,43 +210,22 @@ def _tile(transform_1d: Any, side: int, dtype: int, residuals: bool) -> Any:
         vectors: int,
         by: int,
     ) -> None:
-        row, ahead = job.width * job.channels, job.products_step
-        given = products, at, job.plane, ahead, bias, least, pointer(job.out), to, row, job.channels
-        bare(*given, sums, vectors, floats(job.residual), 0, 0, 0)
-
-    @inner
-    def tile_with_residual(
-        job: Any,
-        products: Any,
-        at: int,
-        bias: Any,
-        least: Any,
-        to: int,
-        sums: Any,
-        vectors: int,
-        by: int,
-    ) -> None:
-        row, ahead, by_row = (
-            job.width * job.channels,
-            job.products_step,
-            job.width * job.residual_step,
-        )
-        given = products, at, job.plane, ahead, bias, least, pointer(job.out), to, row, job.channels
-        if job.residual == 0:
-            bare(*given, sums, vectors, floats(job.residual), 0, 0, 0)
+        channels, step, ahead = job.channels, job.residual_step, job.products_step
+        place = pointer(job.out), to, job.width * channels, channels
+        given = products, at, job.plane, ahead, bias, least, *place, sums, vectors
+        if not residuals or job.residual == 0:
+            bare(*given, floats(job.residual), 0, 0, 0)
         elif dtype == FLOAT32 or job.residual_dtype == dtype:
-            added = pointer(job.residual), by, by_row, job.residual_step
-            with_own(*given, sums, vectors, *added)
+            with_own(*given, pointer(job.residual), by, job.width * step, step)
         else:
-            products_of_shortcut = floats(job.residual), by, by_row, job.residual_step
-            with_float32(*given, sums, vectors, *products_of_shortcut)
+            with_float32(*given, floats(job.residual), by, job.width * step, step)
 
-    return tile_with_residual if residuals else tile
+    return tile
 
 
 def _output_kernel(scheme: Scheme, transform_1d: Any, *, residuals: bool = False) -> Any:
-    """Makes the output transform of a scheme from its transform along one axis; without
-    ``residuals``, tiles to which some are added take several times as long."""
+    """Makes the output transform of a scheme from its transform along one axis. One that is made
+    without ``residuals`` adds them, too, as in tiles that are cut off: slowly."""
     side = len(scheme.input)
     tile, tile_of_bfloat16, tile_of_float16 = (
         _tile(transform_1d, side, dtype, residuals) for dtype in (FLOAT32, BFLOAT16, FLOAT16)

@@ -9,7 +9,7 @@ from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import llvm
-from sdconv.fast.cpu.numba.halves import FLOAT32, narrowed, widened
+from sdconv.fast.cpu.numba.sixteen_bits import FLOAT32, narrowed, widened
 
 # floats in a vector register
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8

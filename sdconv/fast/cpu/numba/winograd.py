@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from sdconv.fast.cpu.buffer_pool import copied_borders, scratch
 from sdconv.fast.cpu.numba import bands, gemm, packing, tile_products, transforms
-from sdconv.fast.cpu.numba.halves import DTYPES
 from sdconv.fast.cpu.numba.launch import launch, thread_jobs, thread_scratch, threads
+from sdconv.fast.cpu.numba.sixteen_bits import CODES
 from sdconv.fast.cpu.tiling import Bands, Strip, part_channels
 from sdconv.fast.cpu.winograd import (
     CONV3X3,
@@ -78,7 +78,7 @@ def _input(
         "height": strip.input_height,
         "width": rows.shape[1],
         "channels": rows.shape[2],
-        "dtype": DTYPES[rows.dtype],
+        "dtype": CODES[rows.dtype],
         "x": rows.data_ptr(),
         "x_row": row,
         "scale": 0 if affine is None else affine[0].data_ptr(),
@@ -121,6 +121,7 @@ def _output(
     groups: int,
 ) -> dict[str, int]:
     """Fields of the output transform's job."""
+    assert residual is None or residual.dtype in (out.dtype, torch.float32)
     return {
         **_tiles(strip),
         "plane": products.stride(0),
@@ -130,10 +131,10 @@ def _output(
         "products_step": products.shape[2],
         "products": products.data_ptr(),
         "bias": bias.data_ptr(),
-        "residual_dtype": DTYPES[torch.float32 if residual is None else residual.dtype],
+        "residual_dtype": CODES[torch.float32 if residual is None else residual.dtype],
         "residual": 0 if residual is None else residual.data_ptr(),
         "residual_step": 0 if residual is None else residual.stride(1),
-        "dtype": DTYPES[out.dtype],
+        "dtype": CODES[out.dtype],
         "out": out.data_ptr(),
         "relu": relu,
         "groups": groups,
@@ -250,7 +251,7 @@ def conv_in_bands(
         above=0 if above is None else above.data_ptr(),
         borders=0 if borders is None else borders.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
-        residual_dtype=DTYPES[torch.float32 if residual is None else residual.dtype],
+        residual_dtype=CODES[torch.float32 if residual is None else residual.dtype],
         residual_row=0 if residual is None else residual.stride(0),
         widened=0 if widened is None else widened.data_ptr(),
         widened_step=0 if widened is None else widened.stride(0),

@@ -11,14 +11,16 @@ from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 
 from sdconv.fast.cpu.numba.dsl import copy, f32, floats, inner, llvm, uint16s
+from sdconv.fast.cpu.processor import ProcessorError, compiles_for_this_processor
 
 # what the numbers of a feature map are, in jobs and in code
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 _FEATURES = binding.get_host_cpu_features()
 if _FEATURES.get("sse2") and not _FEATURES.get("f16c"):
-    raise RuntimeError("the processor has no instructions for float16 (F16C)")
+    raise ProcessorError("the processor has no F16C, instructions for float16")
+_HAS_BFLOAT16 = bool(_FEATURES.get("avx512bf16")) and compiles_for_this_processor()
 binding.initialize_native_asmparser()
 
 
@@ -45,7 +47,7 @@ def narrowed(builder: Any, value: Any, dtype: int) -> Any:
     narrow, wide = _like(value, ir.IntType(16)), _like(value, ir.IntType(32))
     if dtype == FLOAT16:
         return builder.bitcast(builder.fptrunc(value, _like(value, ir.HalfType())), narrow)
-    if _FEATURES.get("avx512bf16") and getattr(value.type, "count", 1) == 16:
+    if _HAS_BFLOAT16 and getattr(value.type, "count", 1) == 16:
         # llvmlite has no bfloat16, which LLVM's function returns
         function = ir.FunctionType(narrow, [value.type])
         code = "vcvtneps2bf16 $1, $0"
