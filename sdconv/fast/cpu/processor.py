@@ -19,7 +19,7 @@ _RATES: dict[torch.dtype, tuple[tuple[str, float], ...]] = {
     torch.bfloat16: (("amx_bf16", 3.0), ("avx512_bf16", 2.0)),
     torch.float16: (("amx_fp16", 3.0),),
 }
-# Without native instructions: torch's kernels take 5 to 100 times as long as in float32.
+# Without native instructions: torch's kernels take at least 5 times as long as in float32.
 _NOT_NATIVE = 0.2
 # torch's names for what it asks the processor.
 _QUESTIONS = {

@@ -115,12 +115,14 @@ def test_downsampling_with_padding_on_all_sides_is_another_function() -> None:
     assert around.shape == out.shape and error(around, out) > 0.1
 
 
-@pytest.mark.parametrize(("size", "calls"), [((15, 16), 1), ((16, 16), 0)])
+@pytest.mark.parametrize(
+    ("batch", "size", "calls"), [(1, (15, 16), 1), (1, (16, 16), 0), (2, (15, 16), 0)]
+)
 def test_few_outputs_of_a_strided_convolution_are_one_product(
-    size: tuple[int, int], calls: int, monkeypatch: pytest.MonkeyPatch
+    batch: int, size: tuple[int, int], calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replaces the function that computes the product by one that counts."""
-    module, x, right, seen = Downsample2D(64), torch.randn(1, 64, *size), blocks.im2col_conv, 0
+    module, x, right, seen = Downsample2D(64), torch.randn(batch, 64, *size), blocks.im2col_conv, 0
 
     def counted(*given: Any) -> Tensor:
         nonlocal seen

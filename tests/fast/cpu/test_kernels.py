@@ -203,9 +203,8 @@ def test_a_fingerprint_depends_on_the_ends_of_every_size(size: int) -> None:
     assert len(seen) == 1 + len(changes)
 
 
-@pytest.mark.slow
-def test_with_a_broken_numba_it_warns_and_computes_by_torch(tmp_path: Path) -> None:
-    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less')")
+def warning_with_torchs_kernels(folder: Path) -> str:
+    """What a new process warns of that has ``folder`` before all others and computes by torch."""
     code = """
         import torch
         from sdconv.fast.cpu import torch_kernels
@@ -213,7 +212,7 @@ def test_with_a_broken_numba_it_warns_and_computes_by_torch(tmp_path: Path) -> N
         assert kernels_for(torch.float32) is torch_kernels
         print(kernels_for(torch.float32).fingerprint(torch.ones(3)) != b"")
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
@@ -222,5 +221,27 @@ def test_with_a_broken_numba_it_warns_and_computes_by_torch(tmp_path: Path) -> N
         check=True,
     )
     assert run.stdout == "True\n"
-    assert "Numba needs NumPy 2.2 or less" in run.stderr
-    assert "NUMBA_CACHE_DIR" in run.stderr
+    return run.stderr
+
+
+@pytest.mark.slow
+def test_with_a_broken_numba_it_warns_and_computes_by_torch(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less')")
+    found = warning_with_torchs_kernels(tmp_path)
+    assert "Numba needs NumPy 2.2 or less" in found
+    assert "NUMBA_CACHE_DIR" in found
+
+
+@pytest.mark.slow
+def test_without_instructions_for_float16_it_warns_and_computes_by_torch(tmp_path: Path) -> None:
+    """As if the processor had none."""
+    hides = """
+        from llvmlite import binding
+        features = binding.get_host_cpu_features()
+        features |= {"sse2": True, "f16c": False}
+        binding.get_host_cpu_features = lambda: features
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(hides))
+    found = warning_with_torchs_kernels(tmp_path)
+    assert "F16C" in found
+    assert "NUMBA_CACHE_DIR" not in found

@@ -59,29 +59,24 @@ def narrowed(builder: Any, value: Any, dtype: int) -> Any:
     return builder.trunc(builder.select(is_nan, _constant(wide, 0x7FC0), rounded), narrow)
 
 
-def _widen(dtype: int) -> Any:
-    def widen(typing_context: Any, half: Any) -> Any:
+def _scalar(convert: Any, signature: Any, dtype: int) -> Any:
+    """Makes a function for kernels that converts one number."""
+
+    def one(typing_context: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return widened(builder, args[0], dtype)
+            return convert(builder, args[0], dtype)
 
-        return types.float32(types.uint16), codegen
+        return signature, codegen
 
-    return llvm(widen)
-
-
-def _narrow(dtype: int) -> Any:
-    def narrow(typing_context: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return narrowed(builder, args[0], dtype)
-
-        return types.uint16(types.float32), codegen
-
-    return llvm(narrow)
+    return llvm(one)
 
 
+_TO_FLOAT32, _FROM_FLOAT32 = types.float32(types.uint16), types.uint16(types.float32)
 # in kernels: from one number, given as an integer, and to one
-widen_bfloat16, widen_float16 = _widen(BFLOAT16), _widen(FLOAT16)
-narrow_bfloat16, narrow_float16 = _narrow(BFLOAT16), _narrow(FLOAT16)
+widen_bfloat16 = _scalar(widened, _TO_FLOAT32, BFLOAT16)
+widen_float16 = _scalar(widened, _TO_FLOAT32, FLOAT16)
+narrow_bfloat16 = _scalar(narrowed, _FROM_FLOAT32, BFLOAT16)
+narrow_float16 = _scalar(narrowed, _FROM_FLOAT32, FLOAT16)
 
 
 @inner
