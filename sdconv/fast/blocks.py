@@ -19,6 +19,7 @@ from sdconv.backends import begins, implements, is_fast
 from sdconv.fast.cpu import blocks as cpu
 from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cpu.conv import direct_downsample_conv, im2col_conv
+from sdconv.fast.cpu.processor import in_float32
 from sdconv.fast.cuda import blocks as cuda
 from sdconv.fast.preconditions import (
     is_bare,
@@ -125,9 +126,12 @@ def can_run_downsample(block: Any, x: Tensor) -> bool:
 
 @implements(Downsample2D.forward)
 def padded_downsample(block: Any, x: Tensor) -> Tensor | None:
-    if not can_run_padded_downsample(block, x):
+    if x.device.type != "cpu" or not (is_supported(x) and is_eager(x, block.conv)):
         return None
-    return im2col_conv(x, block.conv.weight, block.conv.bias)
+    with in_float32(x.dtype):
+        if can_run_padded_downsample(block, x):
+            return im2col_conv(x, block.conv.weight, block.conv.bias)
+        return cast(Tensor, block.conv(x))
 
 
 def can_run_padded_downsample(block: Any, x: Tensor) -> bool:
@@ -190,7 +194,7 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
     elif _is_cuda(x):
         x, stats = _layer_by_layer(network, x, blocks)
     else:
-        with use_pool():
+        with use_pool(), in_float32(x.dtype):
             x, stats = _layer_by_layer(network, _in_channels_last(x), blocks)
     return _output(network, x, stats)
 
@@ -276,8 +280,8 @@ def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def unet_input(network: Any, sample: Tensor) -> Tensor | None:
     if not _can_run(sample):
         return None
-    out: Tensor = network.conv_in(_in_channels_last(sample))
-    return out
+    with in_float32(sample.dtype):
+        return cast(Tensor, network.conv_in(_in_channels_last(sample)))
 
 
 @implements(UNet2DConditionModel.project_out)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdconv.backends import implements, is_fast
 from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, conv3x3, plan_for, upsample_conv
+from sdconv.fast.cpu.processor import in_float32
 from sdconv.fast.preconditions import is_bare, is_conv3x3, is_eager, is_supported
 from sdconv.models.tiny import DecoderTiny, EncoderTiny, TinyBlock
 
@@ -68,7 +69,7 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
     feature maps reuse memory."""
     x = x.contiguous(memory_format=torch.channels_last)
     remaining = list(layers)
-    with use_pool():
+    with use_pool(), in_float32(x.dtype):
         while remaining:
             layer = remaining.pop(0)
             if remaining and can_run_upsample(layer, remaining[0], x):

@@ -18,6 +18,7 @@ from torch.utils._device import DeviceContext
 from sdconv.backends import implements
 from sdconv.fast.cpu.group_stats import group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for
+from sdconv.fast.cpu.processor import in_float32
 from sdconv.fast.cpu.transformer import can_run_transformer
 from sdconv.fast.cpu.transformer import transformer as run_transformer_fused
 from sdconv.fast.preconditions import is_eager, is_supported
@@ -33,7 +34,7 @@ def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor 
         plain: Tensor = module(x.contiguous(), return_dict=False, **conditions)[0]
         return plain
     fused = not _has_modes() and can_run_transformer(module, x, conditions)
-    with _FastFunctions():
+    with _FastFunctions(), in_float32(x.dtype):
         if fused:
             return run_transformer_fused(module, x, conditions)
         out: Tensor = module(x, return_dict=False, **conditions)[0]

@@ -25,7 +25,7 @@ from sdconv.fast.cpu.cost_constants import constants_for
 from sdconv.fast.cpu.cost_model import ConvPlan, packed_bytes, plan_by
 from sdconv.fast.cpu.group_stats import affine, combine, group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for, methods_for
-from sdconv.fast.cpu.processor import direct_rate
+from sdconv.fast.cpu.processor import direct_rate, in_float32
 from sdconv.fast.cpu.tiling import MULTIPLE, Strip, bands, strips, whole_strip
 from sdconv.fast.cpu.weight_cache import Pack, weight_cache
 from sdconv.fast.cpu.winograd import (
@@ -214,11 +214,14 @@ def run_plan(
         except NotFiniteError:
             if in_place:
                 raise
-    if plan.kind == "upsample_conv":
-        return _with_stats(direct_upsample_conv(x, weight, epilogue.bias), groups)
-    if plan.kind == "downsample_conv":
-        return _with_stats(direct_downsample_conv(x, weight, epilogue.bias), groups)
-    return _with_stats(direct_conv(x, weight, prologue, epilogue), groups)
+    with in_float32(x.dtype):
+        if plan.kind == "upsample_conv":
+            out = direct_upsample_conv(x, weight, epilogue.bias)
+        elif plan.kind == "downsample_conv":
+            out = direct_downsample_conv(x, weight, epilogue.bias)
+        else:
+            out = direct_conv(x, weight, prologue, epilogue)
+    return _with_stats(out, groups)
 
 
 def _with_stats(out: Tensor, groups: int) -> tuple[Tensor, Tensor]:

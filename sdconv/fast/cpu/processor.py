@@ -1,5 +1,5 @@
 """What a processor computes natively in 16 bits, which decides whether direct summation is faster
-there than Winograd's method in float32.
+there than Winograd's method in float32, and whether torch's own functions are slow there.
 
 Rates of torch's kernel were measured on a Xeon of the fifth generation (AMX in bfloat16) and on
 EPYCs of the third and the fourth (without native instructions, and ``avx512_bf16``); that of AMX in
@@ -9,18 +9,24 @@ float16 is an estimate.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 # By dtype, features and how many times as many products as in float32 they compute, fastest first.
 _RATES: dict[torch.dtype, tuple[tuple[str, float], ...]] = {
     torch.bfloat16: (("amx_bf16", 3.0), ("avx512_bf16", 2.0)),
     torch.float16: (("amx_fp16", 3.0),),
 }
-# Without native instructions: torch's kernels take at least 5 times as long as in float32.
-_NOT_NATIVE = 0.2
+# Without native instructions, in float32: with few channels, copies take as long as the products.
+_NOT_NATIVE = 0.5
 # torch's names for what it asks the processor.
 _QUESTIONS = {
     "amx_bf16": "_is_amx_tile_supported",
@@ -50,6 +56,67 @@ def direct_rate(dtype: torch.dtype, found: frozenset[str] | None = None) -> floa
     found = features() if found is None else found
     otherwise = _NOT_NATIVE if dtype in _RATES else 1.0
     return next((rate for name, rate in _RATES.get(dtype, ()) if name in found), otherwise)
+
+
+# torch's functions that say whether oneDNN has kernels for a dtype on this processor
+_KERNELS = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+_MULTIPLY = frozenset(
+    (
+        functional.linear,
+        functional.conv2d,
+        functional.scaled_dot_product_attention,
+        torch.matmul,
+        torch.bmm,
+        torch.baddbmm,
+    )
+)
+
+
+@cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies in a 16-bit dtype without kernels for this processor, which takes 4
+    to 8 times as long as in float32."""
+    supported = getattr(torch.ops.mkldnn, _KERNELS.get(dtype, ""), None)
+    return supported is not None and not supported()
+
+
+def in_float32(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Makes torch's linear layers, convolutions and attention on the CPU compute in float32, and
+    round their results to ``dtype``, in which their operands are. Does nothing where `is_slow` says
+    that this saves no time, and while torch.compile traces."""
+    if torch.compiler.is_compiling() or not is_slow(dtype):
+        return nullcontext()
+    return _InFloat32(dtype)
+
+
+class _InFloat32(TorchFunctionMode):
+    """Widens the operands in a dtype of the functions ``_MULTIPLY``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function not in _MULTIPLY or not any(map(self._widens, (*args, *kwargs.values()))):
+            return function(*args, **kwargs)
+        named = {name: self._widened(value) for name, value in kwargs.items()}
+        return function(*map(self._widened, args), **named).to(self._dtype)
+
+    def _widens(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dtype is self._dtype and value.is_cpu
+
+    def _widened(self, value: Any) -> Any:
+        return value.float() if self._widens(value) else value
 
 
 class ProcessorError(RuntimeError):
