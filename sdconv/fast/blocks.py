@@ -280,8 +280,11 @@ def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def unet_input(network: Any, sample: Tensor) -> Tensor | None:
     if not _can_run(sample):
         return None
+    sample = _in_channels_last(sample)
+    if _is_cuda(sample) or not is_eager(sample):
+        return cast(Tensor, network.conv_in(sample))
     with in_float32(sample.dtype):
-        return cast(Tensor, network.conv_in(_in_channels_last(sample)))
+        return cast(Tensor, network.conv_in(sample))
 
 
 @implements(UNet2DConditionModel.project_out)

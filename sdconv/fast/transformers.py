@@ -1,4 +1,5 @@
-"""The U-Net's transformers on a CPU: linear layers, 1x1 convolutions and attention in float32.
+"""The U-Net's transformers on a CPU: linear layers, 1x1 convolutions and attention in float32, also
+in a 16-bit network where the processor is no faster in its dtype.
 
 The transformers are diffusers' own modules, so the torch functions that they call are intercepted;
 plain ones are computed by :mod:`sdconv.fast.cpu.transformer` instead, which fuses more.
@@ -18,10 +19,10 @@ from torch.utils._device import DeviceContext
 from sdconv.backends import implements
 from sdconv.fast.cpu.group_stats import group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for
-from sdconv.fast.cpu.processor import in_float32
+from sdconv.fast.cpu.processor import has_matrix_units, in_float32, is_slow
 from sdconv.fast.cpu.transformer import can_run_transformer
 from sdconv.fast.cpu.transformer import transformer as run_transformer_fused
-from sdconv.fast.preconditions import is_eager, is_supported
+from sdconv.fast.preconditions import DTYPES, is_eager, is_supported
 from sdconv.models.unet_blocks import Conditions, run_transformer
 
 
@@ -34,7 +35,7 @@ def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor 
         plain: Tensor = module(x.contiguous(), return_dict=False, **conditions)[0]
         return plain
     fused = not _has_modes() and can_run_transformer(module, x, conditions)
-    with _FastFunctions(), in_float32(x.dtype):
+    with in_float32(x.dtype), _FastFunctions():
         if fused:
             return run_transformer_fused(module, x, conditions)
         out: Tensor = module(x, return_dict=False, **conditions)[0]
@@ -64,13 +65,15 @@ class _FastFunctions(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    tensors = [tensor for tensor in (input, weight, bias) if tensor is not None]
-    dense = all(x.dtype is torch.float32 and x.is_contiguous() for x in tensors)
-    if not dense or not is_eager(*tensors):
+    tensors, dtype = [tensor for tensor in (input, weight, bias) if tensor is not None], input.dtype
+    dense = all(x.dtype is dtype and x.is_contiguous() for x in tensors)
+    if not dense or not (dtype is torch.float32 or is_slow(dtype)) or not is_eager(*tensors):
         return None
     if weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
         return None
-    return kernels_for(torch.float32).linear(input, weight, bias)
+    bias = None if bias is None else bias.float()
+    out = kernels_for(torch.float32).linear(input.float(), weight, bias)
+    return None if out is None else out.to(dtype)
 
 
 def _conv1x1(
@@ -118,9 +121,11 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Attention with one key and value head for each query head, and without a mask."""
-    inputs = (query, key, value)
+    inputs, dtype = (query, key, value), query.dtype
     plain = attn_mask is None and not dropout_p and not is_causal
-    if not plain or any(x.ndim != 4 or x.dtype is not torch.float32 for x in inputs):
+    if not plain or any(x.ndim != 4 or x.dtype is not dtype for x in inputs):
+        return None
+    if dtype not in DTYPES or has_matrix_units(dtype):
         return None
     agree = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3]
     if not agree or query.shape[3] != key.shape[3] or 0 in (*query.shape, *value.shape):
@@ -128,7 +133,9 @@ def _attention(
     if not is_eager(*inputs):
         return None
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    return kernels_for(torch.float32).attention(query, key, value, factor)
+    query, key, value = (x.float() for x in inputs)
+    out = kernels_for(torch.float32).attention(query, key, value, factor)
+    return None if out is None else out.to(dtype)
 
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Tensor | None]] = {

@@ -113,13 +113,13 @@ class Kernels(Protocol):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
     ) -> Tensor | None:
         """``x`` ``(..., K)`` times the transpose of ``weight`` ``(O, K)``, plus ``bias`` ``(O,)``
-        and ``residual`` ``(..., O)``, all contiguous; None where torch's own kernels are as
-        good."""
+        and ``residual`` ``(..., O)``, all contiguous, and in float32 but for the weight; None where
+        torch's own kernels are as good."""
 
     def geglu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The first half of ``x`` ``(..., K)`` times the transpose of ``weight`` ``(2O, K)``, plus
-        ``bias`` ``(2O,)``, times GELU of the second half: ``(..., O)``. All are contiguous; None
-        where torch's own kernels are as good."""
+        ``bias`` ``(2O,)``, times GELU of the second half: ``(..., O)``. All are contiguous, and in
+        float32 but for the weight; None where torch's own kernels are as good."""
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
         """``softmax(query key^T scale) value`` per head: ``(B, heads, T, D)``, ``(B, heads, S, D)``
@@ -158,10 +158,11 @@ def uncached_bytes(tiles: int, weight: Tensor) -> int:
 def packing_bytes(weight: Tensor) -> int:
     """Bytes of memory, at most, that `Kernels.pack_kernels` takes next to its result and to the
     threads' scratch memory."""
-    if weight.dtype is torch.float32 and weight.is_contiguous():
+    if weight.is_contiguous():
         return 0
     out_channels, channels = weight.shape[:2]  # is copied in parts
-    return 36 * channels * min(out_channels, part_channels(channels, torch.get_num_threads()))
+    part = min(out_channels, part_channels(channels, torch.get_num_threads()))
+    return 9 * weight.element_size() * channels * part
 
 
 def has_numba_kernels() -> bool:

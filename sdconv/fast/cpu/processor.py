@@ -58,6 +58,12 @@ def direct_rate(dtype: torch.dtype, found: frozenset[str] | None = None) -> floa
     return next((rate for name, rate in _RATES.get(dtype, ()) if name in found), otherwise)
 
 
+def has_matrix_units(dtype: torch.dtype) -> bool:
+    """Whether the processor has AMX for a dtype."""
+    return _MATRIX_UNITS.get(dtype) in features()
+
+
+_MATRIX_UNITS = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
 # torch's functions that say whether oneDNN has kernels for a dtype on this processor
 _KERNELS = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
@@ -83,13 +89,12 @@ def is_slow(dtype: torch.dtype) -> bool:
     return supported is not None and not supported()
 
 
+@cache
 def in_float32(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Makes torch's linear layers, convolutions and attention on the CPU compute in float32, and
-    round their results to ``dtype``, in which their operands are. Does nothing where `is_slow` says
-    that this saves no time, and while torch.compile traces."""
-    if torch.compiler.is_compiling() or not is_slow(dtype):
-        return nullcontext()
-    return _InFloat32(dtype)
+    round their results to ``dtype``, in which their operands are; nothing where `is_slow` says that
+    this saves no time. Not for code that torch.compile traces."""
+    return _InFloat32(dtype) if is_slow(dtype) else nullcontext()
 
 
 class _InFloat32(TorchFunctionMode):

@@ -123,6 +123,7 @@ def _linear(
         depth=depth,
         width=columns,
         a=x.data_ptr(),
+        dtype=CODES[weight.dtype],
         b=weight.data_ptr(),
         start=start.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),

@@ -14,9 +14,11 @@ from typing import Any
 from sdconv.fast.cpu.numba.dsl import atomic_next, carray, f32, floats, inner, job, kernel
 from sdconv.fast.cpu.numba.gemm import PANEL, ROWS, multiply
 from sdconv.fast.cpu.numba.packing import pack
+from sdconv.fast.cpu.numba.sixteen_bits import size_of
 from sdconv.fast.cpu.numba.vectors import LANES, LINE, prefetch
 
-LINEAR = job("rows", "chunk", "depth", "width", "a", "b", "start", "residual", "out")
+# dtype: of the weight's numbers
+LINEAR = job("rows", "chunk", "depth", "width", "a", "dtype", "b", "start", "residual", "out")
 
 # rows of the output that are finished together
 _FINISHED = 8 * ROWS
@@ -52,7 +54,7 @@ def linear(pointer: Any) -> None:
     ``residual`` ``(rows, width)``, unless that is 0. A unit is a panel of ``chunk`` rows."""
     job = carray(pointer, 1)[0]
     own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
-    depth, width = job.depth, job.width
+    depth, width, number = job.depth, job.width, size_of(job.dtype)
     panels = (width + PANEL - 1) // PANEL
     while True:
         unit = atomic_next(pointer, 0)
@@ -60,7 +62,7 @@ def linear(pointer: Any) -> None:
             break
         column = unit % panels * PANEL
         columns = min(PANEL, width - column)
-        pack(job.b + 4 * column * depth, depth, columns, depth, own)
+        pack(job.b + number * column * depth, job.dtype, depth, columns, depth, own)
         first = unit // panels * job.chunk
         end = min(job.rows, first + job.chunk)
         for row in range(first, end, _FINISHED):
@@ -85,7 +87,7 @@ def geglu(pointer: Any) -> None:
     layer whose weight is ``(2 * width, depth)``. A unit is a panel of ``chunk`` rows."""
     job = carray(pointer, 1)[0]
     own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
-    depth, width = job.depth, job.width
+    depth, width, number = job.depth, job.width, size_of(job.dtype)
     own_gate = own + 4 * depth * PANEL
     gate_at = own_gate + 4 * depth * PANEL
     gate = floats(gate_at)
@@ -96,8 +98,9 @@ def geglu(pointer: Any) -> None:
             break
         column = unit % panels * PANEL
         columns = min(PANEL, width - column)
-        pack(job.b + 4 * column * depth, depth, columns, depth, own)
-        pack(job.b + 4 * (width + column) * depth, depth, columns, depth, own_gate)
+        pack(job.b + number * column * depth, job.dtype, depth, columns, depth, own)
+        gate_weight = job.b + number * (width + column) * depth
+        pack(gate_weight, job.dtype, depth, columns, depth, own_gate)
         first = unit // panels * job.chunk
         end = min(job.rows, first + job.chunk)
         for row in range(first, end, _FINISHED):

@@ -1,5 +1,5 @@
-"""Packs weights for matrix products: rows as a panel, in squares that are transposed in registers,
-and 3x3 kernels after Winograd's transform."""
+"""Packs weights for matrix products, in float32 whatever their dtype: rows as a panel, in squares
+that are transposed in registers, and 3x3 kernels after Winograd's transform."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from sdconv.fast.cpu.numba.dsl import atomic_next, carray, copy, floats, inner, job, kernel, llvm
+from sdconv.fast.cpu.numba.dsl import (
+    atomic_next,
+    carray,
+    copy,
+    floats,
+    inner,
+    job,
+    kernel,
+    llvm,
+    uint16s,
+)
 from sdconv.fast.cpu.numba.gemm import PANEL
+from sdconv.fast.cpu.numba.sixteen_bits import BFLOAT16, FLOAT16, FLOAT32, read, size_of
 from sdconv.fast.cpu.numba.vectors import LANES, VectorCode
 from sdconv.fast.cpu.tiling import MULTIPLE
 from sdconv.fast.cpu.winograd import CONV3X3, DOWNSAMPLE_CONV, UPSAMPLE_CONV, Scheme
 
-PACK = job("channels", "width", "first", "b", "out", "out_step")
+# dtype: of the weight's numbers
+PACK = job("channels", "width", "first", "dtype", "b", "out", "out_step")
 
 # input channels whose kernels are transformed at a time
 CHANNELS = min(MULTIPLE, 2048 // PANEL)
@@ -25,26 +37,33 @@ PLANE = CHANNELS * PANEL + 64
 PACK_SCRATCH = TAPS * CHANNELS * PANEL + CONV3X3.kernels * PLANE
 
 
-@llvm
-def _transpose(typing_context: Any, x: Any, x_step: Any, out: Any, out_step: Any) -> Any:
-    """Writes the transpose of a square of LANES rows and columns; rows are ``x_step`` and
-    ``out_step`` numbers apart."""
+def _transposing(dtype: int) -> Any:
+    """Makes a function that writes the transpose of a square of LANES rows and columns of a
+    ``dtype``; rows are ``x_step`` and ``out_step`` numbers apart."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _Code(builder).transpose(*args)
-        return context.get_dummy_value()
+    def fill(typing_context: Any, x: Any, x_step: Any, out: Any, out_step: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _Code(builder).transpose(dtype, *args)
+            return context.get_dummy_value()
 
-    return types.void(x, x_step, out, out_step), codegen
+        return types.void(x, x_step, out, out_step), codegen
+
+    return llvm(fill)
+
+
+_transpose, _transpose_bfloat16, _transpose_float16 = map(
+    _transposing, (FLOAT32, BFLOAT16, FLOAT16)
+)
 
 
 class _Code(VectorCode):
     """Writes the LLVM code of a transpose, and of the kernels' transform."""
 
-    def transpose(self, x: Any, x_step: Any, out: Any, out_step: Any) -> None:
-        """Writes the body of ``_transpose``: squares of half the size change places, then those
-        inside them."""
+    def transpose(self, dtype: int, x: Any, x_step: Any, out: Any, out_step: Any) -> None:
+        """Writes the body of what `_transposing` makes: squares of half the size change places,
+        then those inside them."""
         builder, lanes = self.builder, range(LANES)
-        rows = [self.load(x, builder.mul(x_step, x_step.type(i))) for i in lanes]
+        rows = [self.load(x, builder.mul(x_step, x_step.type(i)), dtype=dtype) for i in lanes]
         distance = LANES // 2
         while distance:
             for i in (i for i in lanes if not i & distance):
@@ -91,18 +110,23 @@ class _Code(VectorCode):
 
 
 @inner
-def pack(weight: int, step: int, rows: int, depth: int, packed: int) -> None:
-    """Packs ``depth`` numbers of each of some rows of a weight, ``step`` numbers apart, as a panel
-    ``(depth, rows)``."""
-    squares = depth // LANES * LANES
-    x, out = floats(weight), floats(packed)
+def pack(weight: int, dtype: int, step: int, rows: int, depth: int, packed: int) -> None:
+    """Packs ``depth`` numbers of each of some rows of a weight of a ``dtype``, ``step`` numbers
+    apart, as a panel ``(depth, rows)``."""
+    squares, number = depth // LANES * LANES, size_of(dtype)
+    out = floats(packed)
     for c in range(0, rows, LANES):
         for k in range(0, squares, LANES):
-            of, to = floats(weight + 4 * (c * step + k)), floats(packed + 4 * (k * rows + c))
-            _transpose(of, step, to, rows)
+            of, to = weight + number * (c * step + k), floats(packed + 4 * (k * rows + c))
+            if dtype == FLOAT32:
+                _transpose(floats(of), step, to, rows)
+            elif dtype == BFLOAT16:
+                _transpose_bfloat16(uint16s(of), step, to, rows)
+            else:
+                _transpose_float16(uint16s(of), step, to, rows)
         for k in range(squares, depth):
             for i in range(c, c + LANES):
-                out[k * rows + i] = x[i * step + k]
+                read(out, k * rows + i, weight + number * (i * step + k), 1, dtype)
 
 
 def transform(scheme: Scheme, *, exact: bool) -> Any:
@@ -140,8 +164,8 @@ def packing(scheme: Scheme) -> Any:
             columns = min(PANEL, job.width - column)
             for c in range(0, channels, CHANNELS):
                 n = min(CHANNELS, channels - c)
-                weight = job.b + 4 * TAPS * (row * channels + c)
-                pack(weight, TAPS * channels, PANEL, TAPS * n, taps)
+                weight = job.b + size_of(job.dtype) * TAPS * (row * channels + c)
+                pack(weight, job.dtype, TAPS * channels, PANEL, TAPS * n, taps)
                 exactly(floats(taps), made, n)
                 for number in range(count):
                     to = number * job.out_step + column * channels + c * columns

@@ -80,6 +80,12 @@ narrow_float16 = _scalar(narrowed, _FROM_FLOAT32, FLOAT16)
 
 
 @inner
+def size_of(dtype: int) -> int:
+    """Bytes of a number."""
+    return 4 if dtype == FLOAT32 else 2
+
+
+@inner
 def read(out: Any, to: int, address: int, n: int, dtype: int) -> None:
     """Reads ``n`` numbers of a ``dtype`` into float32."""
     if dtype == FLOAT32:

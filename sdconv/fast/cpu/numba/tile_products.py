@@ -21,12 +21,14 @@ from sdconv.fast.cpu.numba.packing import (
     pack,
     transform,
 )
+from sdconv.fast.cpu.numba.sixteen_bits import size_of
 from sdconv.fast.cpu.numba.vectors import LINE, prefetch
 from sdconv.fast.cpu.tiling import MULTIPLE
 from sdconv.fast.cpu.winograd import CONV3X3, UPSAMPLE_CONV, Scheme
 
+# dtype: of the weight's numbers
 PRODUCTS = job(
-    *("rows", "chunk", "channels", "columns", "width"),
+    *("rows", "chunk", "channels", "columns", "width", "dtype"),
     *("a", "a_step", "block", "b", "start", "out", "out_step"),
 )
 
@@ -84,6 +86,7 @@ def _kernel(scheme: Scheme) -> Any:
         kernels = taps + 4 * TAPS * CHANNELS * PANEL
         sums = kernels + 4 * positions * PLANE
         channels, width, panels = job.channels, job.width, job.columns // PANEL
+        number = size_of(job.dtype)
         while True:
             unit = atomic_next(pointer, 0)
             if unit >= job.units:
@@ -91,15 +94,15 @@ def _kernel(scheme: Scheme) -> Any:
             column, first = unit % panels * PANEL, unit // panels * job.chunk
             rows = min(job.chunk, job.rows - first)
             for c in range(0, channels, CHANNELS):
-                weight = job.b + 4 * TAPS * (column * channels + c)
-                pack(weight, TAPS * channels, PANEL, TAPS * CHANNELS, taps)
+                weight = job.b + number * TAPS * (column * channels + c)
+                pack(weight, job.dtype, TAPS * channels, PANEL, TAPS * CHANNELS, taps)
                 transformed(floats(taps), floats(kernels), CHANNELS)
                 at = c // MULTIPLE * job.block + c % MULTIPLE + first * MULTIPLE
                 for position in range(positions):
                     a = job.a + 4 * (at + position * job.a_step)
                     for row in range(PANEL):  # a line of each row of the next weights
                         ahead = row * channels + CHANNELS
-                        prefetch(weight + 4 * (TAPS * ahead + position * LINE))
+                        prefetch(weight + number * (TAPS * ahead + position * LINE))
                     b = floats(kernels + 4 * position * PLANE)
                     to = sums + 4 * position * rows * PANEL
                     if c == 0:

@@ -29,7 +29,7 @@ from sdconv.fast.cpu.numba.dsl import (
     uint16s,
     zero,
 )
-from sdconv.fast.cpu.numba.sixteen_bits import BFLOAT16, FLOAT16, FLOAT32, read, write
+from sdconv.fast.cpu.numba.sixteen_bits import BFLOAT16, FLOAT16, FLOAT32, read, size_of, write
 from sdconv.fast.cpu.numba.transform_code import (
     affine,
     along,
@@ -85,12 +85,6 @@ _silu_of_bfloat16, _silu_of_float16 = affine(True, BFLOAT16), affine(True, FLOAT
 
 
 @inner
-def _size(dtype: int) -> int:
-    """Bytes of a number."""
-    return 4 if dtype == FLOAT32 else 2
-
-
-@inner
 def _read_normalised(
     out: Any, to: int, address: int, dtype: int, scale: Any, shift: Any, vectors: int, ahead: int
 ) -> None:
@@ -113,7 +107,7 @@ def _input_kernel(scheme: Scheme, transform_1d: Any) -> Any:
     def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
         tiles, scale, shift = floats(job.tiles), floats(job.scale), floats(job.shift)
-        number = _size(job.dtype)
+        number = size_of(job.dtype)
         own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
         own_scale, own_shift, scratch = floats(own), floats(own + 4 * WIDE), floats(own)
         channels, width, columns = job.channels, job.width, job.tile_columns
@@ -236,7 +230,7 @@ def _output_kernel(scheme: Scheme, transform_1d: Any, *, residuals: bool = False
     def body(pointer: Any) -> None:
         job = carray(pointer, 1)[0]
         products, bias = floats(job.products), floats(job.bias)
-        number, residual_number = _size(job.dtype), _size(job.residual_dtype)
+        number, residual_number = size_of(job.dtype), size_of(job.residual_dtype)
         own = job.scratch + 4 * atomic_next(pointer, 1) * job.scratch_size
         # float64 first: their addresses must be multiples of 8
         channel_sums, squares, unused = (

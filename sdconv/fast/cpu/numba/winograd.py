@@ -277,6 +277,7 @@ def pack_kernels(scheme: Scheme, weight: Tensor) -> Tensor:
             channels=channels,
             width=width,
             first=first,
+            dtype=CODES[part.dtype],
             b=part.data_ptr(),
             out=packed.data_ptr(),
             out_step=packed.stride(0),
@@ -285,15 +286,15 @@ def pack_kernels(scheme: Scheme, weight: Tensor) -> Tensor:
 
 
 def _parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A weight in contiguous float32: itself, or copies of parts of its output channels. Each comes
+    """A weight in contiguous memory: itself, or copies of parts of its output channels. Each comes
     with the number of its first."""
-    if weight.dtype is torch.float32 and weight.is_contiguous():
+    if weight.is_contiguous():
         yield 0, weight
         return
     step = part_channels(weight.shape[1], threads())
     for first in range(0, len(weight), step):
         part = weight[first : first + step]
-        yield first, scratch.take("weight", tuple(part.shape), torch.float32).copy_(part)
+        yield first, scratch.take("weight", tuple(part.shape), weight.dtype).copy_(part)
 
 
 def multiply_tiles(scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -316,6 +317,7 @@ def _multiply_part(scheme: Scheme, tiles: Tensor, weight: Tensor, out: Tensor) -
         channels=weight.shape[1],
         columns=len(weight),
         width=out.stride(1),
+        dtype=CODES[weight.dtype],
         a=tiles.data_ptr(),
         a_step=tiles.stride(1),
         block=tiles.stride(0),
