@@ -31,7 +31,7 @@ from scripts.bench.dataset import FAST, LOOP
 from scripts.bench.record import ROOT, differences, machine, table, write_whole
 
 RUNTIMES = ("openvino", "onnxruntime", "mnn", "ncnn")
-BF16 = ("--dtype", "bfloat16")
+BF16, F16 = ("--dtype", "bfloat16"), ("--dtype", "float16")
 TORCHS = ("channels_last", "compiled")
 
 
@@ -84,6 +84,10 @@ def tasks(cores: int, quick: bool) -> Iterator[Task]:
     for peer in (*TORCHS, "openvino"):  # by itself: few machines have room for more
         yield Task("unet", cores, compared("unet", unet, 3, peer), 1.5)
     yield Task("unet-bf16", cores, ("unet", *unet, *bf16), 3)
+    # small ones: torch's own take minutes where the processor does not compute in float16
+    f16 = (*F16, *rounds(1), "--peers")
+    yield Task("unet-f16", cores, ("unet", *sized(32, 16), *f16), 4)
+    yield Task("encode-f16", cores, ("encode", *sized(128, 64), *f16), 2)
     for work in tiny:
         peers = (*TORCHS, *RUNTIMES) if work.startswith("tiny") else TORCHS
         yield Task(work, cores, compared(work, vae, 3, *peers), 1.5)

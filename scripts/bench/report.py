@@ -137,8 +137,8 @@ def _summary_lines(machine: tuple[Any, ...], kept: Iterable[Run]) -> list[Row]:
 
 
 _SUMMARY = (
-    *("decode", "decode-bf16", "encode", "encode-bf16", "unet", "unet-bf16", "unet-xl"),
-    *("tiny-decode", "taef1-decode"),
+    *("decode", "decode-bf16", "encode", "encode-bf16", "unet", "unet-bf16", "unet-f16"),
+    *("unet-xl", "tiny-decode", "taef1-decode"),
 )
 
 

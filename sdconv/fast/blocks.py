@@ -9,6 +9,7 @@ feature map is on: :mod:`sdconv.fast.cpu.blocks` or :mod:`sdconv.fast.cuda.block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,7 @@ from sdconv.backends import begins, implements, is_fast
 from sdconv.fast.cpu import blocks as cpu
 from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cpu.conv import direct_downsample_conv, im2col_conv
-from sdconv.fast.cpu.processor import in_float32
+from sdconv.fast.cpu.processor import in_float32, is_slow
 from sdconv.fast.cuda import blocks as cuda
 from sdconv.fast.preconditions import (
     is_bare,
@@ -71,15 +72,27 @@ def resnet(block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor | None:
 
 
 def _plain(function: Any, module: Any, x: Tensor, *args: Any) -> Tensor | None:
-    """A dispatched function's plain body, for a feature map that this backend has put into
-    channels-last order; None for others.
+    """A dispatched function's plain body, for a feature map on a CPU that this backend has put into
+    channels-last order, or whose dtype is slow; None for others.
 
     In that order, torch's GroupNorm for CPUs takes the variance as ``E[x^2] - E[x]^2`` in float32.
     """
-    if x.device.type != "cpu" or x.ndim != 4 or x.is_contiguous():
+    if x.device.type != "cpu" or x.ndim != 4:
         return None
-    out: Tensor = function.__wrapped__(module, x.contiguous(), *args)
+    dense = x.contiguous()
+    out = _in_float32(function, module, dense, *args)
+    if out is None and dense is not x:
+        out = function.__wrapped__(module, dense, *args)
     return out
+
+
+def _in_float32(function: Any, module: Any, x: Tensor, *args: Any) -> Tensor | None:
+    """A dispatched function's plain body, whose layers compute in float32 where torch is slow in
+    the dtype of ``x``; None elsewhere."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not is_slow(x.dtype):
+        return None
+    with in_float32(x.dtype):
+        return cast(Tensor, function.__wrapped__(module, x, *args))
 
 
 def can_run_resnet(block: Any, x: Tensor) -> bool:
@@ -98,7 +111,7 @@ def can_run_resnet(block: Any, x: Tensor) -> bool:
 @implements(Upsample2D.forward)
 def upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor | None:
     if not can_run_upsample(block, x, output_size):
-        return None
+        return _in_float32(Upsample2D.forward, block, x, output_size)
     return ARITHMETIC[x.device.type].upsample(block, x)
 
 
@@ -111,7 +124,7 @@ def can_run_upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None)
 @implements(AsymmetricDownsample2D.forward)
 def downsample(block: Any, x: Tensor) -> Tensor | None:
     if not can_run_downsample(block, x):
-        return None
+        return _in_float32(AsymmetricDownsample2D.forward, block, x)
     if _is_cuda(x):
         return direct_downsample_conv(x, block.conv.weight, block.conv.bias)
     return cpu.downsample(block, x)
@@ -126,12 +139,10 @@ def can_run_downsample(block: Any, x: Tensor) -> bool:
 
 @implements(Downsample2D.forward)
 def padded_downsample(block: Any, x: Tensor) -> Tensor | None:
-    if x.device.type != "cpu" or not (is_supported(x) and is_eager(x, block.conv)):
-        return None
+    if not can_run_padded_downsample(block, x):
+        return _in_float32(Downsample2D.forward, block, x)
     with in_float32(x.dtype):
-        if can_run_padded_downsample(block, x):
-            return im2col_conv(x, block.conv.weight, block.conv.bias)
-        return cast(Tensor, block.conv(x))
+        return im2col_conv(x, block.conv.weight, block.conv.bias)
 
 
 def can_run_padded_downsample(block: Any, x: Tensor) -> bool:
@@ -150,7 +161,7 @@ def can_run_padded_downsample(block: Any, x: Tensor) -> bool:
 @implements(Attention.forward)
 def attention(block: Any, x: Tensor) -> Tensor | None:
     if not _is_cuda(x) or not can_run_attention(block, x):
-        return None
+        return _in_float32(Attention.forward, block, x)
     return cuda.attention(block, x)
 
 
@@ -281,10 +292,8 @@ def unet_input(network: Any, sample: Tensor) -> Tensor | None:
     if not _can_run(sample):
         return None
     sample = _in_channels_last(sample)
-    if _is_cuda(sample) or not is_eager(sample):
-        return cast(Tensor, network.conv_in(sample))
-    with in_float32(sample.dtype):
-        return cast(Tensor, network.conv_in(sample))
+    plain = _in_float32(UNet2DConditionModel.project_in, network, sample)
+    return cast(Tensor, network.conv_in(sample)) if plain is None else plain
 
 
 @implements(UNet2DConditionModel.project_out)
@@ -299,7 +308,9 @@ def _output(network: Any, x: Tensor, stats: Tensor | None = None) -> Tensor:
         return ARITHMETIC[x.device.type].output(norm, conv, x, stats)
     if x.device.type == "cpu":  # see _plain
         x = x.contiguous()
-    return cast(Tensor, conv(activation(norm(x))))
+    may_be_slow = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    with in_float32(x.dtype) if may_be_slow else nullcontext():
+        return cast(Tensor, conv(activation(norm(x))))
 
 
 def can_run_output(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sdconv
+from sdconv.fast.cpu import processor
 from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.models.unet_blocks import run_transformer
 
@@ -113,3 +114,27 @@ def test_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert absolute_error(mask) < 1e-5
     assert absolute_error(is_causal=True) < 1e-5
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_of_16_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without matrix units it is computed in float32 and rounded; with them (an injected fault),
+    torch's kernel is called."""
+    lengths = enumerate((30, 40, 40))
+    query, key, value = (randn(2, 3, length, 8, seed=seed).to(dtype) for seed, length in lengths)
+    attend: Any = functional.scaled_dot_product_attention
+    calls, compiled = [], numba_kernels()[0]
+    plain = compiled.attention
+    wide = (query.float(), key.float(), value.float())
+    with torch.no_grad():
+        expected = plain(*wide, 8**-0.5)
+        assert expected is not None
+        monkeypatch.setattr(compiled, "attention", lambda *given: calls.append(1) or plain(*given))
+        for units in (frozenset(), frozenset({"amx_bf16", "amx_fp16"})):
+            monkeypatch.setattr(processor, "features", lambda units=units: units)
+            calls.clear()
+            with sdconv.backend("fast"):
+                out = run(lambda query: attend(query, key, value), query)
+            assert bool(calls) is not bool(units)
+            assert out.dtype is dtype and error(out, attend(*wide)) < 2 * torch.finfo(dtype).eps
+            assert units or torch.equal(out, expected.to(dtype))

@@ -83,10 +83,14 @@ _MULTIPLY = frozenset(
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies in a 16-bit dtype without kernels for this processor, which takes 4
-    to 8 times as long as in float32."""
-    supported = getattr(torch.ops.mkldnn, _KERNELS.get(dtype, ""), None)
-    return supported is not None and not supported()
+    """Whether torch multiplies in a 16-bit dtype without oneDNN's kernels on this processor, which
+    takes many times as long as in float32."""
+    return dtype in _KERNELS and not _has_kernels(dtype)
+
+
+def _has_kernels(dtype: torch.dtype) -> bool:
+    supported = getattr(torch.ops.mkldnn, _KERNELS[dtype], None)
+    return supported is None or bool(supported())
 
 
 @cache

@@ -63,6 +63,21 @@ def test_geglu(rows: int, depth: int, columns: int, bias: bool) -> None:
     assert error(out, exact_geglu(x, weight.roll(columns, 0), added)) > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [5, 16, 70])
+def test_a_weight_of_16_bits(dtype: torch.dtype, depth: int) -> None:
+    """It is read as it is: the bits are those of a copy in float32."""
+    kernels, x, full = numba_kernels()[0], randn(1, 300, depth), randn(96, depth, seed=1)
+    weight = full.to(dtype)
+    for out, wide, other in (
+        (kernels.linear(x, one, None) for one in (weight, weight.float(), full)),
+        (kernels.geglu(x, one, None) for one in (weight, weight.float(), full)),
+    ):
+        assert out is not None and wide is not None and other is not None
+        assert torch.equal(out, wide)
+        assert not torch.equal(out, other), "the control"
+
+
 def test_gelu_in_its_whole_range() -> None:
     gates = torch.linspace(-30, 30, 512 * 16).view(512, 16)
     # the first half of the output is 1, the second half the gates
