@@ -9,6 +9,7 @@ import torch
 from helpers.slow import first_of
 from helpers.versions import fails_on_torch_2_6
 from torch import Tensor
+from torch.testing._internal.optests.generate_tests import OpCheckError
 
 from sdconv.fast.cpu import custom_ops
 from sdconv.fast.cpu.group_stats import group_stats
@@ -60,5 +61,5 @@ def test_a_wrong_shape_is_noticed() -> None:
         return group_stats(x, groups)
 
     wrong.register_fake(lambda x, groups: x.new_empty(len(x), groups, 1, dtype=torch.float64))
-    with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
+    with pytest.raises(OpCheckError):
         torch.library.opcheck(wrong, (torch.randn(2, 8, 5, 7), GROUPS))
