@@ -17,6 +17,7 @@ from sdconv.config import Config
 from sdconv.devices import on_meta
 from sdconv.errors import InputError
 from sdconv.fast import blocks as fast
+from sdconv.fast.cpu import amx
 from sdconv.fast.cpu.conv import PRODUCTS
 from sdconv.fast.cpu.cost_constants import (
     CostConstants,
@@ -28,7 +29,7 @@ from sdconv.fast.cpu.kernels import methods_for
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import Kind
-from sdconv.fast.preconditions import has_plain_methods
+from sdconv.fast.preconditions import DTYPES, has_plain_methods
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
@@ -62,12 +63,14 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """``layers``: in the order in which they run. ``memory``: bytes of their packed weights;
-    ``limit``: the most that these may take. ``constants``: the cost model's; ``calibrated``: the
-    day on which they were fitted on this machine, None for those that ship."""
+    """``dtype``: that of weights and feature maps, by torch's name. ``layers``: in the order in
+    which they run. ``memory``: bytes of their packed weights; ``limit``: the most that these may
+    take. ``constants``: the cost model's; ``calibrated``: the day on which they were fitted on this
+    machine, None for those that ship."""
 
     class_name: str
     size: tuple[int, int]
+    dtype: str
     layers: tuple[Explained, ...]
     memory: int
     limit: int
@@ -110,22 +113,37 @@ def method_inputs(network: Network, size: tuple[int, int], noise: Noise) -> Inpu
     }
 
 
-def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) -> Explanation:
-    """How the fast backend computes a network on a CPU, in float32, for one image or one sample.
+def explain(
+    config: Config,
+    size: tuple[int, int],
+    *,
+    limit: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Explanation:
+    """How the fast backend computes a network on this machine's CPU, for one image or one sample.
 
     Args:
         config: as ``sdconv.infer`` finds it from shapes.
         size: rows and columns of an image for an autoencoder, of latents for a U-Net.
         limit: bytes that packed weights may take; None for the limit in force.
+        dtype: of weights and feature maps: float32, float16 or bfloat16.
 
     Raises:
-        InputError: the network does not take this size.
+        InputError: the network does not take this size, or the fast backend not this dtype.
     """
+    if dtype not in DTYPES:
+        raise InputError(
+            "the fast backend does not compute in this dtype",
+            where="dtype",
+            expected=" or ".join(map(dtype_name, DTYPES)),
+            got=dtype_name(dtype),
+            hint="the reference does",
+        )
     with on_meta():
-        dry = build(config).eval()
+        dry = build(config).to(dtype).eval()
     # weights of one repeated value have the shapes, dtype and device of loaded ones
     network = meta_copy(dry)
-    values = {name: torch.empty(()).expand(w.shape) for name, w in dry.state_dict().items()}
+    values = {name: _like(w.shape, w.dtype) for name, w in dry.state_dict().items()}
     network.load_state_dict(values, assign=True)
     limit = weight_cache.limit if limit is None else limit
     layers, memory = [], 0
@@ -142,6 +160,7 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
     return Explanation(
         class_name=config.class_name,
         size=size,
+        dtype=dtype_name(dtype),
         layers=tuple(layers),
         memory=memory,
         limit=limit,
@@ -150,11 +169,16 @@ def explain(config: Config, size: tuple[int, int], *, limit: int | None = None) 
     )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without the module: ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 class _Shapes(Noise):
     """Draws no values: tensors on the meta device."""
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.empty(1, *shape, device="meta")
+        return torch.empty(1, *shape, dtype=self._dtype, device="meta")
 
     def below(self, end: int, *shape: int) -> Tensor:
         return torch.empty(1, *shape, dtype=torch.int64, device="meta")
@@ -232,8 +256,8 @@ def _kind(module: nn.Module, parent: nn.Module) -> Kind | None:
 
 def _declined(module: Any, parent: Any, call: _Call) -> str | None:
     """Why the fast backend leaves a call to the layer itself, None if it does not."""
-    x = _like(call.input)
     conv = module if isinstance(module, nn.Conv2d) else module.conv
+    x = _like(call.input, conv.weight.dtype)
     pads_zeros = conv.padding_mode == "zeros" and not getattr(module, "seamless_axes", "")
     if not (pads_zeros and has_plain_methods(conv, nn.Conv2d)):
         return "another padding than zeros, or a forward of its own"
@@ -245,7 +269,7 @@ def _declined(module: Any, parent: Any, call: _Call) -> str | None:
         return None if fast.can_run_downsample(module, x) else "an input of a single row or column"
     if isinstance(parent, ResnetBlock2D):
         block_input = (call.input[0], parent.conv1.in_channels, *call.input[2:])
-        fused = fast.can_run_resnet(parent, _like(block_input))
+        fused = fast.can_run_resnet(parent, _like(block_input, x.dtype))
     else:
         last = hasattr(parent, "conv_norm_out") and module is parent.conv_out
         fused = last and fast.can_run_output(parent.conv_norm_out, parent.conv_act, module, x)
@@ -256,11 +280,14 @@ def _shortcut_bytes(network: nn.Module, layer: Explained) -> int:
     """Bytes of a block's packed shortcut, which its second convolution adds."""
     block, _, part = layer.name.rpartition(".")
     parent: Any = network.get_submodule(block)
-    if layer.method not in PRODUCTS or part != "conv2" or parent.conv_shortcut is None:
+    if part != "conv2" or parent.conv_shortcut is None:
         return 0
-    return 4 * int(parent.conv_shortcut.weight.numel())
+    if layer.method == "amx":
+        out_channels, channels = parent.conv_shortcut.weight.shape[:2]
+        return amx.packed_bytes("conv3x3", channels, out_channels) // 9
+    return 4 * int(parent.conv_shortcut.weight.numel()) if layer.method in PRODUCTS else 0
 
 
-def _like(shape: Shape) -> Tensor:
-    """A feature map of that shape in the memory of one value."""
-    return torch.empty(()).expand(shape)
+def _like(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """A tensor of that shape in the memory of one value."""
+    return torch.empty((), dtype=dtype).expand(shape)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconv.analysis.explain import method_inputs
+from sdconv.analysis.explain import dtype_name, method_inputs
 from sdconv.backends import BACKENDS, backend
 from sdconv.fast.cpu.kernels import numba_kernels
 from sdconv.fast.cpu.weight_cache import prompt_cache, weight_cache
@@ -44,6 +44,7 @@ class Timing:
 class Timings:
     """The times of all methods of a network.
 
+    ``dtype``: that of weights and feature maps, by torch's name.
     ``compiling``: seconds to compile the Numba kernels, or to read them from Numba's cache.
     ``memory``: bytes of packed weights; ``limit``: the most that they may take.
     ``prompt_memory``: bytes of a prompt's keys and values. ``threads``: torch's.
@@ -51,6 +52,7 @@ class Timings:
 
     class_name: str
     size: tuple[int, int]
+    dtype: str
     rows: tuple[Timing, ...]
     compiling: float
     memory: int
@@ -91,6 +93,7 @@ def time_backends(
     return Timings(
         class_name=network.config.class_name,
         size=size,
+        dtype=dtype_name(network.dtype),
         rows=rows,
         compiling=compiling,
         memory=weight_cache.memory,

@@ -11,6 +11,8 @@ import typer
 
 from sdconv.cli.common import (
     Component,
+    ComputeDtype,
+    Dtype,
     Ema,
     Family,
     InputSize,
@@ -43,6 +45,7 @@ def bench(
     key: Key = None,
     ema: Ema = False,
     size: InputSize = None,
+    dtype: ComputeDtype = Dtype.float32,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each backend.")] = 3,
     explained: Annotated[
         bool,
@@ -64,7 +67,7 @@ def bench(
 ) -> None:
     """Time the reference and the fast backend against each other.
 
-    They take turns on this CPU, in float32. Prints medians, the first fast call (which packs
+    They take turns on this CPU. Prints medians, the first fast call (which packs
     weights), the memory of the packed weights, and the largest difference over the largest value.
     With --explain: the method for each 3x3 convolution, what each method would cost, and why; from
     headers alone, without computing anything.
@@ -78,6 +81,7 @@ def bench(
       sdconv bench weights/tiny-vae.safetensors --size 128x128
       sdconv bench v1-5-pruned-emaonly.safetensors --component unet --rounds 5 --json
       sdconv bench v1-5-pruned-emaonly.safetensors --component unet --size 96x64 --explain
+      sdconv bench weights/tiny-vae.safetensors --dtype bfloat16 --explain
       sdconv bench --calibrate
       sdconv bench --show --json
     """
@@ -107,15 +111,13 @@ def bench(
     pixels = found.component == "vae"
     shape = given or ((512, 512) if pixels else (64, 64))
     with running("running without values"):
-        explanation = explain(found.config, shape)
+        explanation = explain(found.config, shape, dtype=dtype.in_torch())
     if explained:
         if as_json:
             print_json({"component": found.component, **asdict(explanation)})
         else:
             show(explanation_report(explanation))
         return
-
-    import torch
 
     from sdconv.analysis.timings import time_backends
     from sdconv.loading import load
@@ -124,16 +126,17 @@ def bench(
     # the input and output of the largest layer
     least = max(
         (
-            4 * layer.size[0] * layer.size[1] * (layer.channels + layer.out_channels)
+            layer.size[0] * layer.size[1] * (layer.channels + layer.out_channels)
             for layer in explanation.layers
         ),
         default=0,
     )
+    least *= dtype.in_torch().itemsize
     check_free_memory(least, where, ("size",))
     network = load(
         one_or_all(paths),
         found.component,
-        dtype=torch.float32,
+        dtype=dtype.in_torch(),
         family=family,
         prefix=prefix,
         key=key,

@@ -33,7 +33,7 @@ def timings_report(found: Timings) -> RenderableType:
             f"{row.difference:.1e}",
         )
     facts = {
-        "network": f"{found.class_name}, {_by(found.size)}, {found.threads} threads",
+        "network": f"{found.class_name}, {_by(found.size)}, {found.dtype}, {found.threads} threads",
         "medians of": f"{len(found.rows[0].fast)} rounds",
         "compiling": f"{found.compiling:.3g} s",
         "packed weights": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
@@ -61,7 +61,7 @@ def explanation_report(found: Explanation) -> RenderableType:
             plain(layer.reason),
         )
     facts = {
-        "network": f"{found.class_name}, {_by(found.size)}",
+        "network": f"{found.class_name}, {_by(found.size)}, {found.dtype}",
         "packed weights": f"{in_bytes(found.memory)} of at most {in_bytes(found.limit)}",
         "cost model": _source(found.calibrated),
     }

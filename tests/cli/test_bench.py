@@ -11,6 +11,7 @@ from helpers.commands import answer, run
 from helpers.paths import WEIGHTS
 
 from sdconv.analysis.explain import Explanation, explain
+from sdconv.cli.common import parse_dtype
 from sdconv.config import AutoencoderKLConfig
 from sdconv.fast.cpu import conv
 from sdconv.fast.cpu.cost_model import ConvPlan
@@ -64,9 +65,12 @@ def test_without_room_no_weight_is_cached() -> None:
     assert 0 < half.memory <= whole.memory // 2
 
 
-@pytest.mark.parametrize(("path", "size"), [(VAE, "128x96"), (UNET, "33x32")])
+@pytest.mark.parametrize(("path", "size", "dtype"), [
+    (VAE, "128x96", "float32"), (VAE, "128x96", "bf16"), (UNET, "33x32", "float32"),
+    (UNET, "33x32", "fp16"),
+])  # fmt: skip
 def test_the_plans_explained_are_those_that_run(
-    path: Path, size: str, monkeypatch: pytest.MonkeyPatch
+    path: Path, size: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Watches the function that plans convolutions."""
     own, ran = conv.plan_for, []
@@ -77,8 +81,10 @@ def test_the_plans_explained_are_those_that_run(
         return plan
 
     monkeypatch.setattr(conv, "plan_for", watched)
-    answer("bench", path, "--size", size, "--rounds", "1")
-    layers = answer("bench", path, "--size", size, "--explain")["layers"]
+    timed = answer("bench", path, "--size", size, "--dtype", dtype, "--rounds", "1")
+    explained = answer("bench", path, "--size", size, "--dtype", dtype, "--explain")
+    assert timed["dtype"] == explained["dtype"] == parse_dtype(dtype)
+    layers = explained["layers"]
     said = [
         (one["kind"], (one["out_channels"], one["channels"]), tuple(one["size"]), one["method"])
         for one in layers
@@ -137,6 +143,7 @@ def test_tables() -> None:
         ((VAE, "--size", "65536"), "the image is too large for the free memory"),
         ((VAE, "--component", "unet"), "no such component"),
         ((VAE, "--rounds", "0"), "--rounds"),
+        ((VAE, "--dtype", "float64", "--explain"), "expected: float32 or float16 or bfloat16"),
     ],
 )
 def test_bad_input(arguments: tuple[object, ...], words: str) -> None:
