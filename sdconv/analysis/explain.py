@@ -29,7 +29,7 @@ from sdconv.fast.cpu.kernels import methods_for
 from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import Kind
-from sdconv.fast.preconditions import DTYPES, has_plain_methods
+from sdconv.fast.preconditions import DTYPES, has_plain_methods, reads_image
 from sdconv.loading import build
 from sdconv.models.base import Autoencoder, Network
 from sdconv.models.blocks import AsymmetricDownsample2D, ResnetBlock2D, Upsample2D
@@ -45,9 +45,9 @@ class Explained:
 
     ``work``: "encode", "decode" or "forward". ``kind``: "conv3x3", "upsample_conv" or
     "downsample_conv". ``size``: rows and columns of the input. ``method``: one of
-    `ConvPlan`'s, or "torch" for what the fast backend leaves to the layer itself. ``costs``: the
-    modelled time of each method, in multiplications of a matrix product; empty for "torch".
-    ``reason``: why this method, in words.
+    `ConvPlan`'s, "image_conv" for an encoder's first, or "torch" for what the fast backend leaves
+    to the layer itself. ``costs``: the modelled time of each method, in multiplications of a matrix
+    product; empty for those two. ``reason``: why this method, in words.
     """
 
     name: str
@@ -219,8 +219,11 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
     batch, _, height, width = call.input
     channels, out_channels = conv.in_channels, conv.out_channels
     declined = _declined(module, parent, call)
-    if declined is not None:
-        method, costs, reason = "torch", {}, declined
+    costs: dict[str, float] = {}
+    if declined is not None and isinstance(module, nn.Conv2d) and reads_image(module):
+        method, reason = "image_conv", "so few channels are summed directly"
+    elif declined is not None:
+        method, reason = "torch", declined
     else:
         sizes = packed_bytes(kind, channels, out_channels)
         methods = methods_for(conv.weight.dtype)

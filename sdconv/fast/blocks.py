@@ -27,6 +27,7 @@ from sdconv.fast.preconditions import (
     is_conv1x1,
     is_conv3x3,
     is_eager,
+    is_image_conv,
     is_linear,
     is_norm,
     is_supported,
@@ -243,8 +244,9 @@ def _with_stats(layer: Any, x: Tensor) -> Callable[..., tuple[Tensor, Tensor | N
     if is_bare(layer, Upsample2D) and can_run_upsample(layer, x, None):
         return arithmetic.upsample_with_stats
     if arithmetic is cpu:
-        strided = is_bare(layer, AsymmetricDownsample2D) and can_run_downsample(layer, x)
-        return cpu.downsample_with_stats if strided else None
+        if is_bare(layer, AsymmetricDownsample2D) and can_run_downsample(layer, x):
+            return cpu.downsample_with_stats
+        return cpu.image_conv_with_stats if is_image_conv(layer, x) else None
     if is_bare(layer, Attention) and can_run_attention(layer, x):
         return cuda.attention_with_stats
     if is_conv3x3(layer, x):

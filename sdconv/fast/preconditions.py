@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
+
+from sdconv.fast.cpu.tiling import MULTIPLE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # torch 2.6 has no function that asks for all of them
@@ -75,6 +77,20 @@ def is_conv3x3(module: nn.Module | None, x: Tensor, *, stride: int = 1, padding:
         and module.padding_mode == "zeros"
         and _fits(module.weight, x)
     )
+
+
+def is_image_conv(module: nn.Module | None, x: Tensor) -> bool:
+    """Whether a module is a bare 3x3 convolution of an image, an encoder's first, that the CPU's
+    arithmetic computes by a kernel of its own."""
+    if not is_conv3x3(module, x):
+        return False
+    conv = cast(nn.Conv2d, module)
+    return reads_image(conv) and is_eager(x, conv)
+
+
+def reads_image(conv: nn.Conv2d) -> bool:
+    """Whether a convolution has the channels of an image, and whole panels of outputs."""
+    return conv.in_channels <= 3 and conv.out_channels % MULTIPLE == 0
 
 
 def is_conv1x1(module: nn.Module | None, x: Tensor) -> bool:

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from sdconv.backends import implements, is_fast
 from sdconv.fast.cpu.buffer_pool import use_pool
-from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, conv3x3, plan_for, upsample_conv
+from sdconv.fast.cpu.conv import (
+    Epilogue,
+    NotFiniteError,
+    conv3x3,
+    image_conv,
+    plan_for,
+    upsample_conv,
+)
 from sdconv.fast.cpu.processor import in_float32
-from sdconv.fast.preconditions import is_bare, is_conv3x3, is_eager, is_supported
+from sdconv.fast.preconditions import is_bare, is_conv3x3, is_eager, is_image_conv, is_supported
 from sdconv.models.tiny import DecoderTiny, EncoderTiny, TinyBlock
 
 
@@ -68,13 +75,15 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Runs layers on a channels-last feature map, upsampling as part of the convolution after it;
     feature maps reuse memory."""
     x = x.contiguous(memory_format=torch.channels_last)
-    remaining = list(layers)
+    remaining: list[Any] = list(layers)
     with use_pool(), in_float32(x.dtype):
         while remaining:
             layer = remaining.pop(0)
             if remaining and can_run_upsample(layer, remaining[0], x):
                 conv: Any = remaining.pop(0)
                 x = upsample_conv(x, conv.weight, conv.bias, groups=1)[0]
+            elif is_fast(layer) and is_image_conv(layer, x):
+                x = image_conv(x, layer.weight, layer.bias, groups=1)[0]
             else:
                 x = layer(x)
     return x.contiguous()

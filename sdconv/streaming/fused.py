@@ -23,6 +23,7 @@ from sdconv.fast.cpu.conv import (
     NotFiniteError,
     WinogradPass,
     by_packed,
+    image_conv_rows,
     pack_pointwise,
     uncached_products,
 )
@@ -32,7 +33,7 @@ from sdconv.fast.cpu.processor import direct_rate
 from sdconv.fast.cpu.tiling import Strip, strip_bytes
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.fast.cpu.winograd import OUTPUT_TILE, SCHEMES, Kind, Scheme
-from sdconv.fast.preconditions import DTYPES
+from sdconv.fast.preconditions import DTYPES, reads_image
 from sdconv.streaming.group_stats import RunningGroupStats
 from sdconv.streaming.layers import (
     Conv3x3,
@@ -54,6 +55,8 @@ def layer_for(
     kind: Kind, conv: nn.Conv2d, height: int, width: int, *, normalised: bool = False
 ) -> type[StreamLayer]:
     """The class of layer for the plan of a convolution whose input has this size."""
+    if kind == "conv3x3" and not normalised and reads_image(conv):
+        return ImageConv3x3
     sizes = conv.in_channels, conv.out_channels, height, width
     # packed weights are not kept, so they need no room
     rate = direct_rate(conv.weight.dtype)
@@ -174,6 +177,29 @@ class SidePaddedDownsampleConv(DownsampleConv):
     def scratch_numel(self, rows: int, width: int) -> int:
         # the output, its cropped copy, and the padded window of a single row
         return 2 * super().scratch_numel(rows + 2, width + 2) + self.conv_input_numel(5, width)
+
+
+class ImageConv3x3(Conv3x3):
+    """A 3x3 convolution of an image, an encoder's first."""
+
+    channels_first = False
+
+    def apply(self, window: Tensor) -> Tensor:
+        conv, (rows, width, _) = self.module, window.shape
+        out = window.new_empty(rows - 2, width, self.out_channels)
+        padded = functional.pad(window, (0, 0, 1, 1))
+        if image_conv_rows(padded, conv.weight, conv.bias, out, 1) is None:
+            return self.convolve(window)
+        return out
+
+    def workspace(self, units: int, width: int) -> int:
+        # the padded window, and its copy in float32
+        numbers = self.conv_input_numel(units + 2, width + 2)
+        weight = self.module.weight
+        copies = numbers * (weight.dtype.itemsize + COMPUTE_DTYPE.itemsize)
+        return (
+            super().workspace(units, width) + copies + 2 * weight.numel() * COMPUTE_DTYPE.itemsize
+        )
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,15 @@ def upsample_with_stats(
     return out, own if groups else None
 
 
+def image_conv_with_stats(
+    conv: nn.Conv2d, x: Tensor, stats: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """Runs a convolution of an image, and returns the statistics of its output in ``groups``
+    groups, None for 0 groups; does not use those of ``x``."""
+    out, own = cpu_conv.image_conv(x, conv.weight, conv.bias, groups=groups or 1)
+    return out, own if groups else None
+
+
 def downsample(block: Any, x: Tensor) -> Tensor:
     """Runs a strided convolution that pads on the right and at the bottom."""
     return downsample_with_stats(block, x, None, 0)[0]

@@ -3,7 +3,10 @@
 An operating system clears every page before a process first touches it, and C libraries return
 large blocks at once, so that a network pays for fresh pages at every feature map. Within `use_pool`
 the memory of a freed feature map is reused for the next one. If no free block is large enough, the
-largest one grows, and the others are returned to the system, as all of them are at the end.
+largest one grows, and the others are returned to the system.
+
+At the end, blocks are offered to the system (``MADV_FREE``): it takes their pages when it needs
+memory, and until then the next pool finds them as they are. Tools count them as the process's.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import sys
 import threading
 import weakref
@@ -26,11 +30,52 @@ _LARGE = 8 << 20
 _PAGE, _SPREAD = 4096, 256
 
 
+class _Offered:
+    """Blocks that no pool uses, which the system may empty."""
+
+    def __init__(self) -> None:
+        self._blocks: list[mmap.mmap] = []
+        # a feature map may be collected, and its block added, while one is taken or added
+        self._lock = threading.RLock()
+
+    def take(self) -> list[mmap.mmap]:
+        """All of them, which are the caller's from then on."""
+        with self._lock:
+            blocks, self._blocks = self._blocks, []
+        return blocks
+
+    def add(self, blocks: list[mmap.mmap]) -> None:
+        """Offers the largest blocks that stay within the limit, and returns the others."""
+        with self._lock:
+            kept: list[mmap.mmap] = []
+            for block in sorted((*self._blocks, *blocks), key=len, reverse=True):
+                if sum(map(len, kept)) + len(block) <= _limit() and _offered(block):
+                    kept.append(block)
+            self._blocks = kept
+
+
+def _limit() -> int:
+    """The most bytes to offer: an eighth of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+
+
+def _offered(block: mmap.mmap) -> bool:
+    """Offers a block's pages to the system; False if this one does not know how."""
+    try:
+        block.madvise(mmap.MADV_FREE)
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+_offer = _Offered()
+
+
 class _Pool:
     """Blocks of memory that feature maps use one after the other."""
 
     def __init__(self) -> None:
-        self._free: list[mmap.mmap] = []
+        self._free = _offer.take()
         self._open = True
 
     def allocate(self, size: int) -> Tensor:
@@ -41,9 +86,10 @@ class _Pool:
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Returns all blocks to the system, those in use as soon as they are free."""
+        """Offers all blocks to the system, those in use as soon as they are free."""
         self._open = False
-        self._free.clear()
+        _offer.add(self._free)
+        self._free = []
 
     def _fitting(self, size: int) -> mmap.mmap:
         if not self._free:
@@ -53,13 +99,14 @@ class _Pool:
         self._free.remove(block)
         if not fitting:
             self._free.clear()  # before more is allocated
-        if len(block) != size:
             block.resize(size)
         return block
 
     def _recycle(self, block: mmap.mmap) -> None:
         if self._open:
             self._free.append(block)
+        else:
+            _offer.add([block])
 
 
 class _Thread(threading.local):

@@ -278,6 +278,39 @@ def im2col_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(patches.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
+def image_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int
+) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution with padding 1 of an image, for which `preconditions.is_image_conv` holds.
+
+    Returns:
+        ``(B, O, H, W)`` in channels-last order, and its statistics ``(B, groups, 2)``.
+    """
+    stats = []
+    batch, _, height, width = x.shape
+    out = empty_nhwc(batch, len(weight), height, width, x.dtype)
+    for image, made in zip(x, out, strict=True):
+        rows = functional.pad(image.permute(1, 2, 0), (0, 0, 1, 1, 1, 1))
+        found = image_conv_rows(rows, weight, bias, made.permute(1, 2, 0), groups)
+        if found is None:
+            return _with_stats(functional.conv2d(x, weight, bias, padding=1), groups)
+        stats.append(combine(*found))
+    return out, torch.stack(stats)
+
+
+def image_conv_rows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, groups: int
+) -> tuple[Tensor, Tensor] | None:
+    """Writes `image_conv`'s output ``(H, W, O)`` for rows ``(H + 2, W + 2, C)`` that have a border;
+    returns its sums and counts, see `group_stats.combine`. None where torch's own kernel is as
+    good."""
+    kernels = kernels_for(COMPUTE_DTYPE)
+    right = weight.permute(2, 3, 1, 0).flatten(0, 2).to(COMPUTE_DTYPE)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    rows, bias = rows.to(COMPUTE_DTYPE).contiguous(), bias.to(COMPUTE_DTYPE)
+    return kernels.image_conv(rows, kernels.pack(right[None]), bias, out, groups)
+
+
 # --- matrix units
 
 

@@ -109,6 +109,20 @@ class Kernels(Protocol):
         ``(positions, T, O)``, whose rows are contiguous. C and O are multiples of 64,
         `MULTIPLE`."""
 
+    def image_conv(
+        self, rows: Tensor, packed: Tensor, bias: Tensor, out: Tensor, groups: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """A 3x3 convolution of few channels; returns the `sums` of ``out``. None where torch's own
+        kernels are as good.
+
+        Args:
+            rows: the input with a border, ``(H + 2, W + 2, C)``, contiguous and in float32.
+            packed: the weight ``(3, 3, C, O)`` as a packed right factor ``(9C, O)``, where O is a
+                multiple of 64, `MULTIPLE`.
+            bias: ``(O,)`` in float32.
+            out: ``(H, W, O)``, contiguous.
+        """
+
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
     ) -> Tensor | None:

@@ -1,4 +1,5 @@
-"""The pool of feature maps: what is reused, what never is, and that all memory is returned."""
+"""The pool of feature maps: what is reused, what never is, and that all memory is offered to the
+system, or returned."""
 
 from __future__ import annotations
 
@@ -23,6 +24,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, wh
 SMALL, LARGE = (1, 64, 256, 256), (1, 128, 256, 256)
 
 
+@pytest.fixture(autouse=True)
+def nothing_offered() -> None:
+    """No blocks of earlier tests."""
+    gc.collect()
+    buffer_pool._offer.take()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def test_the_next_feature_map_reuses_the_memory_of_one_that_is_gone() -> None:
     with use_pool():
         first = empty_nhwc(*SMALL, torch.float32)
@@ -38,13 +50,14 @@ def test_the_next_feature_map_reuses_the_memory_of_one_that_is_gone() -> None:
         assert empty_nhwc(*SMALL, torch.float32).data_ptr() == where
 
 
-def test_a_larger_block_is_shrunk_and_a_smaller_one_grows() -> None:
+def test_a_larger_block_is_used_and_a_smaller_one_grows() -> None:
     with use_pool():
         where = empty_nhwc(*LARGE, torch.float32).data_ptr()
         small = empty_nhwc(*SMALL, torch.float32)
-        assert small.data_ptr() == where
-        count = small.fill_(1).numel()
-        del small
+        assert small.data_ptr() == where, "the larger one"
+        other = empty_nhwc(*SMALL, torch.float32)
+        count = other.fill_(1).numel()
+        del other
         large = empty_nhwc(*LARGE, torch.float32)
         numbers = large.permute(0, 2, 3, 1).flatten()
         assert numbers[:count].eq(1).all(), "the pages that were there"
@@ -63,24 +76,53 @@ def test_a_feature_map_that_outlives_the_pool_keeps_its_values() -> None:
     assert kept.eq(3).all() and where
 
 
-def test_all_memory_is_returned_at_the_end() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_all_memory_is_returned_or_offered_at_the_end(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is offered counts as resident until the system needs it."""
 
+    def offered() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("LazyFree"))
+
+    monkeypatch.setattr(buffer_pool, "_limit", lambda: limit)
     outlives: list[torch.Tensor] = []
     gc.collect()
-    before = resident()
+    before, offered_before = resident(), offered()
     for error in (False, True):
         with pytest.raises(KeyError) if error else use_pool():
             with use_pool():
                 outlives.append(empty_nhwc(*LARGE, torch.float32).fill_(1))
                 empty_nhwc(*LARGE, torch.float32).fill_(1)
-                assert resident() > before + 50 * 2**20, "the control"
+                assert resident() - offered() > before + 50 * 2**20, "the control"
             if error:
                 raise KeyError
         outlives.clear()
         gc.collect()
-        assert resident() < before + 24 * 2**20
+        assert resident() - (offered() - offered_before) < before + 24 * 2**20
+        assert bool(limit) == (offered() > offered_before + 50 * 2**20)
+
+
+def test_the_next_pool_finds_the_blocks_of_the_one_before() -> None:
+    with use_pool():
+        where = empty_nhwc(*SMALL, torch.float32).fill_(1).data_ptr()
+    with use_pool():
+        found = empty_nhwc(*SMALL, torch.float32)
+        assert found.data_ptr() == where
+        taken: list[bool] = []
+        thread = threading.Thread(target=lambda: taken.append(bool(buffer_pool._offer.take())))
+        thread.start()
+        thread.join()
+        assert taken == [False], "no other pool finds them"
+
+
+def test_no_more_is_offered_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffer_pool, "_limit", lambda: 50 << 20)
+    with use_pool():
+        maps = [empty_nhwc(*size, torch.float32) for size in (SMALL, SMALL, LARGE, SMALL)]
+        del maps
+    assert [len(block) >> 20 for block in buffer_pool._offer.take()] == [32, 16]
 
 
 def test_each_thread_has_its_own_pool() -> None:

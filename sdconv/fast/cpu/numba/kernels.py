@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from sdconv.fast.cpu.numba import attention as attention_kernel
 from sdconv.fast.cpu.numba import gemm, reductions
+from sdconv.fast.cpu.numba import image_conv as image_conv_kernel
 from sdconv.fast.cpu.numba import linear as linear_kernels
 from sdconv.fast.cpu.numba.gemm import padded
 from sdconv.fast.cpu.numba.launch import launch, thread_scratch, threads
@@ -37,6 +38,7 @@ __all__ = [
     "conv_in_bands",
     "fingerprint",
     "geglu",
+    "image_conv",
     "input_transform",
     "linear",
     "multiply_tiles",
@@ -82,6 +84,30 @@ def pack(right: Tensor) -> Tensor:
         panel = right[:, :, first : first + gemm.PANEL]
         packed[:, depth * first :][:, : panel[0].numel()].view(panel.shape).copy_(panel)
     return packed
+
+
+def image_conv(
+    rows: Tensor, packed: Tensor, bias: Tensor, out: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    height, width, out_channels = out.shape
+    found = torch.empty(height, groups, 2, dtype=torch.float64, device="cpu")
+    launch(
+        image_conv_kernel.image_conv,
+        image_conv_kernel.IMAGE_CONV,
+        units=height,
+        **thread_scratch(image_conv_kernel.IMAGE_CONV_SCRATCH),
+        columns=width,
+        channels=rows.shape[2],
+        width=out_channels,
+        x=rows.data_ptr(),
+        b=packed.data_ptr(),
+        bias=bias.data_ptr(),
+        dtype=CODES[out.dtype],
+        out=out.data_ptr(),
+        groups=groups,
+        sums=found.data_ptr(),
+    )
+    return found, found.new_full((height,), width * out_channels // groups)
 
 
 def linear(
