@@ -28,6 +28,7 @@ _KERNEL = "sdconv kernel: "
 _OPERATIONS = {
     "products": (
         *(f"{_KERNEL}bmm", f"{_KERNEL}multiply_tiles", f"{_KERNEL}linear", f"{_KERNEL}geglu"),
+        f"{_KERNEL}image_conv",
         *("aten::mkldnn", "aten::_slow_conv"),
         *("aten::convolution", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm"),
         *("aten::linear", "aten::matmul"),

@@ -178,7 +178,7 @@ def test_an_unknown_dtype_is_refused(command: str) -> None:
 
 def test_dtypes_are_in_every_command_that_computes() -> None:
     computing = ["check", "convert", "encode", "decode", "reconstruct", "plan", "features"]
-    computing += ["extract-lora"]
+    computing += ["extract-lora", "bench"]
     computing += ["export", "anatomy"]  # the latter for the memory of weights and activations
     assert with_option("--dtype") == [name for name in COMMANDS if name in computing]
 
