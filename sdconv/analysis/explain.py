@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def explain(
             where="dtype",
             expected=" or ".join(map(dtype_name, DTYPES)),
             got=dtype_name(dtype),
-            hint="the reference does",
+            hint="use one of these",
         )
     with on_meta():
         dry = build(config).to(dtype).eval()
@@ -220,7 +221,7 @@ def _explained(network: nn.Module, call: _Call, room: int) -> Explained | None:
     channels, out_channels = conv.in_channels, conv.out_channels
     declined = _declined(module, parent, call)
     costs: dict[str, float] = {}
-    if declined is not None and isinstance(module, nn.Conv2d) and reads_image(module):
+    if declined == _NOT_NORMALISED and _is_image_conv(network, conv):
         method, reason = "image_conv", "so few channels are summed directly"
     elif declined is not None:
         method, reason = "torch", declined
@@ -276,7 +277,16 @@ def _declined(module: Any, parent: Any, call: _Call) -> str | None:
     else:
         last = hasattr(parent, "conv_norm_out") and module is parent.conv_out
         fused = last and fast.can_run_output(parent.conv_norm_out, parent.conv_act, module, x)
-    return None if fused else "no GroupNorm and SiLU before it"
+    return None if fused else _NOT_NORMALISED
+
+
+_NOT_NORMALISED = "no GroupNorm and SiLU before it"
+
+
+def _is_image_conv(network: nn.Module, conv: nn.Conv2d) -> bool:
+    """Whether an autoencoder's convolution is of an image, and there are kernels for it."""
+    kernels = find_spec("numba") is not None
+    return kernels and isinstance(network, Autoencoder) and reads_image(conv)
 
 
 def _shortcut_bytes(network: nn.Module, layer: Explained) -> int:

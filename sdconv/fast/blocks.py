@@ -9,7 +9,7 @@ feature map is on: :mod:`sdconv.fast.cpu.blocks` or :mod:`sdconv.fast.cuda.block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
@@ -81,19 +81,30 @@ def _plain(function: Any, module: Any, x: Tensor, *args: Any) -> Tensor | None:
     if x.device.type != "cpu" or x.ndim != 4:
         return None
     dense = x.contiguous()
-    out = _in_float32(function, module, dense, *args)
+    out = plain_in_float32(function, module, dense, *args)
     if out is None and dense is not x:
         out = function.__wrapped__(module, dense, *args)
     return out
 
 
-def _in_float32(function: Any, module: Any, x: Tensor, *args: Any) -> Tensor | None:
-    """A dispatched function's plain body, whose layers compute in float32 where torch is slow in
-    the dtype of ``x``; None elsewhere."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not is_slow(x.dtype):
+def plain_in_float32(function: Any, module: Any, x: Tensor, *args: Any) -> Tensor | None:
+    """A dispatched function's plain body, where torch is slow in the dtype of ``x`` and its layers
+    may compute in float32; None elsewhere."""
+    if not is_widened(x):
         return None
-    with in_float32(x.dtype):
+    with widened(x):
         return cast(Tensor, function.__wrapped__(module, x, *args))
+
+
+def widened(x: Tensor) -> AbstractContextManager[Any]:
+    """`in_float32` for a feature map that `is_widened`; nothing for others."""
+    return in_float32(x.dtype) if is_widened(x) else nullcontext()
+
+
+def is_widened(x: Tensor) -> bool:
+    """Whether a feature map's layers compute in float32: it is on a CPU that is slow in its dtype.
+    torch.compile traces its own operations."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and is_slow(x.dtype)
 
 
 def can_run_resnet(block: Any, x: Tensor) -> bool:
@@ -112,7 +123,7 @@ def can_run_resnet(block: Any, x: Tensor) -> bool:
 @implements(Upsample2D.forward)
 def upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor | None:
     if not can_run_upsample(block, x, output_size):
-        return _in_float32(Upsample2D.forward, block, x, output_size)
+        return plain_in_float32(Upsample2D.forward, block, x, output_size)
     return ARITHMETIC[x.device.type].upsample(block, x)
 
 
@@ -125,7 +136,7 @@ def can_run_upsample(block: Any, x: Tensor, output_size: tuple[int, int] | None)
 @implements(AsymmetricDownsample2D.forward)
 def downsample(block: Any, x: Tensor) -> Tensor | None:
     if not can_run_downsample(block, x):
-        return _in_float32(AsymmetricDownsample2D.forward, block, x)
+        return plain_in_float32(AsymmetricDownsample2D.forward, block, x)
     if _is_cuda(x):
         return direct_downsample_conv(x, block.conv.weight, block.conv.bias)
     return cpu.downsample(block, x)
@@ -141,8 +152,8 @@ def can_run_downsample(block: Any, x: Tensor) -> bool:
 @implements(Downsample2D.forward)
 def padded_downsample(block: Any, x: Tensor) -> Tensor | None:
     if not can_run_padded_downsample(block, x):
-        return _in_float32(Downsample2D.forward, block, x)
-    with in_float32(x.dtype):
+        return plain_in_float32(Downsample2D.forward, block, x)
+    with widened(x):
         return im2col_conv(x, block.conv.weight, block.conv.bias)
 
 
@@ -162,7 +173,7 @@ def can_run_padded_downsample(block: Any, x: Tensor) -> bool:
 @implements(Attention.forward)
 def attention(block: Any, x: Tensor) -> Tensor | None:
     if not _is_cuda(x) or not can_run_attention(block, x):
-        return _in_float32(Attention.forward, block, x)
+        return plain_in_float32(Attention.forward, block, x)
     return cuda.attention(block, x)
 
 
@@ -199,16 +210,17 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
     if not _can_run(x):
         return None
     stats = None
-    if torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_cuda(x)):
-        x = network.conv_in(_in_channels_last(x))
-        for block in blocks:
-            x = network.checkpoint_call(block, x)
-    elif _is_cuda(x):
-        x, stats = _layer_by_layer(network, x, blocks)
-    else:
-        with use_pool(), in_float32(x.dtype):
-            x, stats = _layer_by_layer(network, _in_channels_last(x), blocks)
-    return _output(network, x, stats)
+    with widened(x):
+        if torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_cuda(x)):
+            x = network.conv_in(_in_channels_last(x))
+            for block in blocks:
+                x = network.checkpoint_call(block, x)
+        elif _is_cuda(x):
+            x, stats = _layer_by_layer(network, x, blocks)
+        else:
+            with use_pool():
+                x, stats = _layer_by_layer(network, _in_channels_last(x), blocks)
+        return _output(network, x, stats)
 
 
 def _layer_by_layer(
@@ -293,14 +305,14 @@ def flatten_stages(blocks: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def unet_input(network: Any, sample: Tensor) -> Tensor | None:
     if not _can_run(sample):
         return None
-    sample = _in_channels_last(sample)
-    plain = _in_float32(UNet2DConditionModel.project_in, network, sample)
-    return cast(Tensor, network.conv_in(sample)) if plain is None else plain
+    with widened(sample):
+        return cast(Tensor, network.conv_in(_in_channels_last(sample)))
 
 
 @implements(UNet2DConditionModel.project_out)
 def unet_output(network: Any, x: Tensor) -> Tensor:
-    return _output(network, x)
+    with widened(x):
+        return _output(network, x)
 
 
 def _output(network: Any, x: Tensor, stats: Tensor | None = None) -> Tensor:
@@ -310,9 +322,7 @@ def _output(network: Any, x: Tensor, stats: Tensor | None = None) -> Tensor:
         return ARITHMETIC[x.device.type].output(norm, conv, x, stats)
     if x.device.type == "cpu":  # see _plain
         x = x.contiguous()
-    may_be_slow = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    with in_float32(x.dtype) if may_be_slow else nullcontext():
-        return cast(Tensor, conv(activation(norm(x))))
+    return cast(Tensor, conv(activation(norm(x))))
 
 
 def can_run_output(norm: nn.Module, activation: nn.Module, conv: nn.Module, x: Tensor) -> bool:

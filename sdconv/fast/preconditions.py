@@ -80,8 +80,8 @@ def is_conv3x3(module: nn.Module | None, x: Tensor, *, stride: int = 1, padding:
 
 
 def is_image_conv(module: nn.Module | None, x: Tensor) -> bool:
-    """Whether a module is a bare 3x3 convolution of an image, an encoder's first, that the CPU's
-    arithmetic computes by a kernel of its own."""
+    """Whether a module is a bare 3x3 convolution of an image, such as an encoder's first, that the
+    CPU's arithmetic computes by a kernel of its own."""
     if not is_conv3x3(module, x):
         return False
     conv = cast(nn.Conv2d, module)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconv.backends import implements, is_fast
+from sdconv.fast.blocks import plain_in_float32, widened
 from sdconv.fast.cpu.buffer_pool import use_pool
 from sdconv.fast.cpu.conv import (
     Epilogue,
@@ -22,7 +23,6 @@ from sdconv.fast.cpu.conv import (
     plan_for,
     upsample_conv,
 )
-from sdconv.fast.cpu.processor import in_float32
 from sdconv.fast.preconditions import is_bare, is_conv3x3, is_eager, is_image_conv, is_supported
 from sdconv.models.tiny import DecoderTiny, EncoderTiny, TinyBlock
 
@@ -60,14 +60,14 @@ def _conv(x: Tensor, conv: nn.Conv2d, epilogue: Epilogue, in_place: bool = False
 @implements(EncoderTiny.forward)
 def encoder(network: Any, x: Tensor) -> Tensor | None:
     if not _can_run_half(network, x):
-        return None
+        return plain_in_float32(EncoderTiny.forward, network, x)
     return _run(network.layers, network.enter(x))
 
 
 @implements(DecoderTiny.forward)
 def decoder(network: Any, z: Tensor) -> Tensor | None:
     if not _can_run_half(network, z):
-        return None
+        return plain_in_float32(DecoderTiny.forward, network, z)
     return _run(network.layers, network.enter(z)).mul_(2).sub_(1)
 
 
@@ -76,7 +76,7 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
     feature maps reuse memory."""
     x = x.contiguous(memory_format=torch.channels_last)
     remaining: list[Any] = list(layers)
-    with use_pool(), in_float32(x.dtype):
+    with use_pool(), widened(x):
         while remaining:
             layer = remaining.pop(0)
             if remaining and can_run_upsample(layer, remaining[0], x):

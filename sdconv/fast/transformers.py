@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from sdconv.backends import implements
+from sdconv.fast.blocks import is_widened, widened
+from sdconv.fast.cpu import torch_kernels
 from sdconv.fast.cpu.group_stats import group_stats, normalise
 from sdconv.fast.cpu.kernels import kernels_for
-from sdconv.fast.cpu.processor import has_matrix_units, in_float32, is_slow
+from sdconv.fast.cpu.processor import has_matrix_units, is_slow
 from sdconv.fast.cpu.transformer import can_run_transformer
 from sdconv.fast.cpu.transformer import transformer as run_transformer_fused
 from sdconv.fast.preconditions import DTYPES, is_eager, is_supported
@@ -30,12 +32,13 @@ from sdconv.models.unet_blocks import Conditions, run_transformer
 def transformer(module: nn.Module, x: Tensor, conditions: Conditions) -> Tensor | None:
     if not (x.device.type == "cpu" and is_supported(x) and is_eager(x)):
         # in channels-first order, in which torch's GroupNorm is accurate
-        if x.device.type != "cpu" or x.ndim != 4 or x.is_contiguous():
+        if x.device.type != "cpu" or x.ndim != 4 or (x.is_contiguous() and not is_widened(x)):
             return None
-        plain: Tensor = module(x.contiguous(), return_dict=False, **conditions)[0]
+        with widened(x):
+            plain: Tensor = module(x.contiguous(), return_dict=False, **conditions)[0]
         return plain
     fused = not _has_modes() and can_run_transformer(module, x, conditions)
-    with in_float32(x.dtype), _FastFunctions():
+    with widened(x), _FastFunctions():
         if fused:
             return run_transformer_fused(module, x, conditions)
         out: Tensor = module(x, return_dict=False, **conditions)[0]
@@ -133,8 +136,10 @@ def _attention(
     if not is_eager(*inputs):
         return None
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    query, key, value = (x.float() for x in inputs)
-    out = kernels_for(torch.float32).attention(query, key, value, factor)
+    kernels = kernels_for(torch.float32)
+    if kernels is torch_kernels:
+        return None
+    out = kernels.attention(query.float(), key.float(), value.float(), factor)
     return None if out is None else out.to(dtype)
 
 

@@ -117,7 +117,7 @@ _CONSTANTS = {
 _EXPLAINED = """\
 input: rows x columns of the input
 costs: the modelled time of each method, in multiplications of a matrix product
-image_conv: an encoder's first, by a kernel of its own
+image_conv: of an image or other input with few channels, by a kernel of its own
 torch: the layer's own forward. Not listed: 1x1 convolutions, the U-Net's strided convolutions"""
 
 

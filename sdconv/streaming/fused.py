@@ -182,8 +182,6 @@ class SidePaddedDownsampleConv(DownsampleConv):
 class ImageConv3x3(Conv3x3):
     """A 3x3 convolution of an image, an encoder's first."""
 
-    channels_first = False
-
     def apply(self, window: Tensor) -> Tensor:
         conv, (rows, width, _) = self.module, window.shape
         out = window.new_empty(rows - 2, width, self.out_channels)

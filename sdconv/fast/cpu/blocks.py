@@ -15,6 +15,7 @@ from sdconv.fast.cpu import conv as cpu_conv
 from sdconv.fast.cpu import custom_ops
 from sdconv.fast.cpu.conv import Epilogue, NotFiniteError, Prologue
 from sdconv.fast.cpu.group_stats import group_stats
+from sdconv.fast.cpu.processor import in_float32
 from sdconv.fast.preconditions import is_eager
 
 
@@ -47,9 +48,10 @@ def resnet_with_stats(
         out, own = fused_conv3x3(hidden, block.conv2, norm2, second, groups or 1, in_place=True)
         return out, own if groups else None
     except NotFiniteError:
-        hidden = cpu_conv.direct_conv(x, block.conv1.weight, _prologue(block.norm1, x), first)
-        norm2 = _prologue(block.norm2, hidden)
-        return cpu_conv.direct_conv(hidden, block.conv2.weight, norm2, second), None
+        with in_float32(x.dtype):
+            hidden = cpu_conv.direct_conv(x, block.conv1.weight, _prologue(block.norm1, x), first)
+            norm2 = _prologue(block.norm2, hidden)
+            return cpu_conv.direct_conv(hidden, block.conv2.weight, norm2, second), None
 
 
 def upsample(block: Any, x: Tensor) -> Tensor:

@@ -44,12 +44,14 @@ class _Offered:
             blocks, self._blocks = self._blocks, []
         return blocks
 
-    def add(self, blocks: list[mmap.mmap]) -> None:
-        """Offers the largest blocks that stay within the limit, and returns the others."""
+    def add(self, blocks: list[mmap.mmap], idle: Sequence[mmap.mmap] = ()) -> None:
+        """Offers the largest blocks that stay within the limit, and returns the others; those that
+        are ``idle`` have been offered already."""
         with self._lock:
-            kept: list[mmap.mmap] = []
-            for block in sorted((*self._blocks, *blocks), key=len, reverse=True):
-                if sum(map(len, kept)) + len(block) <= _limit() and _offered(block):
+            known, kept = {id(block) for block in (*self._blocks, *idle)}, list[mmap.mmap]()
+            for block in sorted((*self._blocks, *idle, *blocks), key=len, reverse=True):
+                fits = sum(map(len, kept)) + len(block) <= _limit()
+                if fits and (id(block) in known or _offered(block)):
                     kept.append(block)
             self._blocks = kept
 
@@ -59,16 +61,20 @@ def _limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
-def _offered(block: mmap.mmap) -> bool:
-    """Offers a block's pages to the system; False if this one does not know how."""
+def _offered(block: mmap.mmap, start: int = 0) -> bool:
+    """Offers a block's pages to the system, from ``start`` bytes on; False if this one does not
+    know how."""
     try:
-        block.madvise(mmap.MADV_FREE)
+        block.madvise(mmap.MADV_FREE, start)
     except (AttributeError, OSError):
         return False
     return True
 
 
 _offer = _Offered()
+if hasattr(os, "register_at_fork"):
+    # the lock may be held by a thread that the child does not have
+    os.register_at_fork(after_in_child=_offer.__init__)  # type: ignore[misc]
 
 
 class _Pool:
@@ -76,19 +82,28 @@ class _Pool:
 
     def __init__(self) -> None:
         self._free = _offer.take()
+        # those that no feature map has used since they were offered
+        self._idle = {id(block) for block in self._free}
+        self._used: dict[int, tuple[mmap.mmap, int]] = {}
         self._open = True
 
     def allocate(self, size: int) -> Tensor:
         """Uninitialised bytes, which return to the pool with the last tensor that views them."""
         block = self._fitting(size)
+        self._used[id(block)] = (block, size)
         buffer = (ctypes.c_char * size).from_buffer(block)
         weakref.finalize(buffer, self._recycle, block).atexit = False
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Offers all blocks to the system, those in use as soon as they are free."""
+        """Offers all blocks to the system, those in use as soon as they are free, and at once what
+        their feature maps do not use."""
         self._open = False
-        _offer.add(self._free)
+        for block, size in list(self._used.values()):
+            if size < len(block):
+                _offered(block, -(-size // _PAGE) * _PAGE)
+        idle = [block for block in self._free if id(block) in self._idle]
+        _offer.add([block for block in self._free if id(block) not in self._idle], idle)
         self._free = []
 
     def _fitting(self, size: int) -> mmap.mmap:
@@ -100,9 +115,11 @@ class _Pool:
         if not fitting:
             self._free.clear()  # before more is allocated
             block.resize(size)
+        self._idle.discard(id(block))
         return block
 
     def _recycle(self, block: mmap.mmap) -> None:
+        del self._used[id(block)]
         if self._open:
             self._free.append(block)
         else:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -25,8 +25,9 @@ _RATES: dict[torch.dtype, tuple[tuple[str, float], ...]] = {
     torch.bfloat16: (("amx_bf16", 3.0), ("avx512_bf16", 2.0)),
     torch.float16: (("amx_fp16", 3.0),),
 }
-# Without native instructions, in float32: with few channels, copies take as long as the products.
-_NOT_NATIVE = 0.5
+# Without native instructions; and in float32, where with few channels copies take as long as
+# products.
+_NOT_NATIVE, _IN_FLOAT32 = 0.2, 0.5
 # torch's names for what it asks the processor.
 _QUESTIONS = {
     "amx_bf16": "_is_amx_tile_supported",
@@ -54,7 +55,9 @@ def direct_rate(dtype: torch.dtype, found: frozenset[str] | None = None) -> floa
         found: the processor's features; None for this processor's.
     """
     found = features() if found is None else found
-    otherwise = _NOT_NATIVE if dtype in _RATES else 1.0
+    otherwise = 1.0
+    if dtype in _RATES:
+        otherwise = _IN_FLOAT32 if is_slow(dtype) else _NOT_NATIVE
     return next((rate for name, rate in _RATES.get(dtype, ()) if name in found), otherwise)
 
 
@@ -71,12 +74,9 @@ _KERNELS = {
 }
 _MULTIPLY = frozenset(
     (
-        functional.linear,
-        functional.conv2d,
-        functional.scaled_dot_product_attention,
-        torch.matmul,
-        torch.bmm,
-        torch.baddbmm,
+        *(functional.linear, functional.conv2d, functional.scaled_dot_product_attention),
+        *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+        *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm),
     )
 )
 
@@ -95,9 +95,9 @@ def _has_kernels(dtype: torch.dtype) -> bool:
 
 @cache
 def in_float32(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Makes torch's linear layers, convolutions and attention on the CPU compute in float32, and
-    round their results to ``dtype``, in which their operands are; nothing where `is_slow` says that
-    this saves no time. Not for code that torch.compile traces."""
+    """Makes torch's linear layers, convolutions, attention and matrix products on the CPU compute
+    in float32, and round their results to ``dtype``, in which their operands are; nothing where
+    `is_slow` says that this saves no time. Not for code that torch.compile traces."""
     return _InFloat32(dtype) if is_slow(dtype) else nullcontext()
 
 
@@ -116,16 +116,24 @@ class _InFloat32(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function not in _MULTIPLY or not any(map(self._widens, (*args, *kwargs.values()))):
+        if function not in _MULTIPLY or not self._widens(*args, *kwargs.values()):
             return function(*args, **kwargs)
-        named = {name: self._widened(value) for name, value in kwargs.items()}
-        return function(*map(self._widened, args), **named).to(self._dtype)
+        if "out" in kwargs or torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        named = {name: _widened(value) for name, value in kwargs.items()}
+        return function(*map(_widened, args), **named).to(self._dtype)
 
-    def _widens(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dtype is self._dtype and value.is_cpu
+    def _widens(self, *values: Any) -> bool:
+        """Whether all operands are on the CPU in this dtype; a mask may be of booleans."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        dtypes = {one.dtype for one in tensors} - {torch.bool}
+        plain = all(type(one) in (Tensor, nn.Parameter) and one.is_cpu for one in tensors)
+        return dtypes == {self._dtype} and plain
 
-    def _widened(self, value: Any) -> Any:
-        return value.float() if self._widens(value) else value
+
+def _widened(value: Any) -> Any:
+    wide = isinstance(value, Tensor) and value.dtype is not torch.bool
+    return value.float() if wide else value
 
 
 class ProcessorError(RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import sys
 import threading
 from pathlib import Path
@@ -33,6 +34,12 @@ def nothing_offered() -> None:
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def offered() -> int:
+    """Bytes that the system may take."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("LazyFree"))
 
 
 def test_the_next_feature_map_reuses_the_memory_of_one_that_is_gone() -> None:
@@ -82,10 +89,6 @@ def test_all_memory_is_returned_or_offered_at_the_end(
 ) -> None:
     """What is offered counts as resident until the system needs it."""
 
-    def offered() -> int:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("LazyFree"))
-
     monkeypatch.setattr(buffer_pool, "_limit", lambda: limit)
     outlives: list[torch.Tensor] = []
     gc.collect()
@@ -115,6 +118,31 @@ def test_the_next_pool_finds_the_blocks_of_the_one_before() -> None:
         thread.start()
         thread.join()
         assert taken == [False], "no other pool finds them"
+
+
+def test_a_small_feature_map_does_not_keep_a_large_block() -> None:
+    with use_pool():
+        empty_nhwc(*LARGE, torch.float32).fill_(1)
+        before = offered()
+        kept = empty_nhwc(*SMALL, torch.float32).fill_(2)
+        assert offered() == before, "the control"
+    half = kept.numel() * 4
+    assert offered() >= before + half - 2**20
+    assert kept.eq(2).all()
+
+
+def test_a_child_process_has_a_lock_of_its_own() -> None:
+    """The lock is held while the process forks, as by another thread."""
+    with buffer_pool._offer._lock:
+        child = os.fork()
+        if child == 0:
+            lock = buffer_pool._offer._lock
+            acquired: list[bool] = []
+            thread = threading.Thread(target=lambda: acquired.append(lock.acquire(timeout=5)))
+            thread.start()
+            thread.join()
+            os._exit(0 if acquired == [True] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_no_more_is_offered_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,8 @@ def test_only_plain_convolutions_of_images_are_taken() -> None:
         nn.Conv2d(3, 64, 3),
     ):
         assert not is_image_conv(other.requires_grad_(False), x)
-    assert not is_image_conv(nn.Conv2d(4, 64, 3, padding=1), randn(1, 4, 8, 8))
+    wider = nn.Conv2d(4, 64, 3, padding=1).requires_grad_(False)
+    assert not is_image_conv(wider, randn(1, 4, 8, 8))
     conv.register_forward_hook(lambda *given: None)
     assert not is_image_conv(conv, x)
 

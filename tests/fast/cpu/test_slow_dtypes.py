@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 import sdconv
 from sdconv.fast.cpu import processor
+from sdconv.models.blocks import ResnetBlock2D
 
 LOW = [torch.float16, torch.bfloat16]
 # what takes no time to speak of: a matrix and few vectors, and latents by a weight of few values
-FEW = 100
+FEW_ROWS, FEW_VALUES = 16, 100
 
 
 @pytest.fixture(params=LOW, ids=str)
@@ -46,8 +47,8 @@ class Multiplied(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function in processor._MULTIPLY and args[0].dtype in LOW:
-            few = args[0].ndim < 4 and args[0].numel() // args[0].shape[-1] < FEW
-            if not few and args[1].numel() > FEW:
+            few = args[0].ndim < 4 and args[0].numel() // args[0].shape[-1] < FEW_ROWS
+            if not few and args[1].numel() > FEW_VALUES:
                 self.found.append(function.__name__)
         return function(*args, **(kwargs or {}))
 
@@ -79,6 +80,40 @@ def test_networks_multiply_nothing_in_a_slow_dtype(slow: torch.dtype) -> None:
         assert not fast.found, (name, fast.found)
         assert out.dtype is slow
         assert error(out, expected) < 16 * torch.finfo(slow).eps, name
+
+
+@pytest.mark.parametrize("name", ["decode", "encode", "tiny decode", "tiny encode", "U-Net"])
+def test_with_gradients_nothing_is_multiplied_in_a_slow_dtype(name: str, slow: torch.dtype) -> None:
+    with Multiplied() as fast, sdconv.backend("fast"):
+        out = calls(slow)[name]()
+    assert out.requires_grad and not fast.found
+
+
+@torch.no_grad()
+def test_a_block_that_overflows(slow: torch.dtype) -> None:
+    """It is computed again directly, see `NotFiniteError`."""
+    block = ResnetBlock2D(64, 128, temb_channels=None, groups=8, eps=1e-6).to(slow)
+    x = randn(1, 64, 40, 40).to(slow)
+    x[0, 3, 20, 20] = torch.inf
+    expected = block(x)
+    with Multiplied() as fast, sdconv.backend("fast"):
+        out = block(x)
+    assert not fast.found
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
+
+
+def test_what_is_left_alone(slow: torch.dtype) -> None:
+    """A result that is written into a tensor, operands of several dtypes, and autocast."""
+    x = randn(32, 32).to(slow)
+    with processor.in_float32(slow):
+        out = torch.empty_like(x)
+        torch.matmul(x, x, out=out)
+        assert out.any()
+        with pytest.raises(RuntimeError, match="dtype"):
+            functional.linear(x, x.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.linear(x, x).dtype is torch.bfloat16
+        assert all(one.dtype is slow for one in (x @ x, x.matmul(x), torch.mm(x, x)))
 
 
 def test_results_are_those_of_float32_rounded_once(slow: torch.dtype) -> None:

@@ -1,4 +1,5 @@
-"""3x3 convolutions of images by Numba, an encoder's first: with three channels, direct summation.
+"""3x3 convolutions of images by Numba, such as an encoder's first: with three channels, direct
+summation.
 
 Its products take less time than the feature map that they make takes to write. So it is written
 once, in its own dtype, and the sums for the next GroupNorm are computed meanwhile.
