@@ -131,6 +131,8 @@ def test_a_small_feature_map_does_not_keep_a_large_block() -> None:
     assert kept.eq(2).all()
 
 
+# Python 3.12 warns of forks next to threads, such as torch's
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_process_has_a_lock_of_its_own() -> None:
     """The lock is held while the process forks, as by another thread."""
     with buffer_pool._offer._lock:
