@@ -74,7 +74,7 @@ from scripts.bench.sides import (
     size_of,
     turns,
 )
-from sdconv.fast.cpu.buffer_pool import scratch
+from sdconv.fast.cpu.buffer_pool import release_memory
 from sdconv.fast.cpu.conv import Epilogue, conv3x3, plan_for
 from sdconv.fast.cpu.weight_cache import weight_cache
 from sdconv.loading import build
@@ -232,7 +232,7 @@ def once(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start
-        scratch.release()
+        release_memory()
     else:
         first = 0.0
     # memory that was freed returns to the system

@@ -206,6 +206,13 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
+def release_memory() -> None:
+    """Returns what is kept between calls to the system: this thread's scratch memory, and the
+    blocks of the pools."""
+    scratch.release()
+    _offer.take()
+
+
 def dense_rows(x: Tensor) -> Tensor | None:
     """One feature map ``(C, H, W)`` as rows ``(H, W, C)`` without a copy; None if its memory layout
     requires one."""

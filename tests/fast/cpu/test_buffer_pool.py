@@ -147,6 +147,15 @@ def test_a_child_process_has_a_lock_of_its_own() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_memory_can_be_released_at_once() -> None:
+    with use_pool():
+        empty_nhwc(*LARGE, torch.float32).fill_(1)
+    before = resident()
+    buffer_pool.release_memory()
+    assert resident() < before - 24 * 2**20
+    assert not buffer_pool._offer.take()
+
+
 def test_no_more_is_offered_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffer_pool, "_limit", lambda: 50 << 20)
     with use_pool():
