@@ -219,7 +219,7 @@ def _half(network: Any, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor | None
             x, stats = _layer_by_layer(network, x, blocks)
         else:
             with use_pool():
-                x, stats = _layer_by_layer(network, _in_channels_last(x), blocks)
+                return _output(network, *_layer_by_layer(network, _in_channels_last(x), blocks))
         return _output(network, x, stats)
 
 

@@ -35,8 +35,7 @@ class _Offered:
 
     def __init__(self) -> None:
         self._blocks: list[mmap.mmap] = []
-        # a feature map may be collected, and its block added, while one is taken or added
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def take(self) -> list[mmap.mmap]:
         """All of them, which are the caller's from then on."""
@@ -96,8 +95,8 @@ class _Pool:
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Offers all blocks to the system, those in use as soon as they are free, and at once what
-        their feature maps do not use."""
+        """Offers the free blocks to the system, and of those in use what their feature maps do not
+        use; these are returned as soon as they are free."""
         self._open = False
         for block, size in list(self._used.values()):
             if size < len(block):
@@ -122,8 +121,6 @@ class _Pool:
         del self._used[id(block)]
         if self._open:
             self._free.append(block)
-        else:
-            _offer.add([block])
 
 
 class _Thread(threading.local):

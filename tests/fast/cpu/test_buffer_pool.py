@@ -104,7 +104,8 @@ def test_all_memory_is_returned_or_offered_at_the_end(
         outlives.clear()
         gc.collect()
         assert resident() - (offered() - offered_before) < before + 24 * 2**20
-        assert bool(limit) == (offered() > offered_before + 50 * 2**20)
+        # but for the feature map that outlived its pool, whose block is returned
+        assert bool(limit) == (offered() > offered_before + 24 * 2**20)
 
 
 def test_the_next_pool_finds_the_blocks_of_the_one_before() -> None:
