@@ -113,6 +113,7 @@ class _Pool:
         self._free.remove(block)
         if not fitting:
             self._free.clear()  # before more is allocated
+            self._idle.clear()
             block.resize(size)
         self._idle.discard(id(block))
         return block
