@@ -1,8 +1,8 @@
 """3x3 convolutions of images by Numba, such as an encoder's first: with three channels, direct
 summation.
 
-Its products take less time than the feature map that they make takes to write. So it is written
-once, in its own dtype, and the sums for the next GroupNorm are computed meanwhile.
+So few products leave much of the time to the feature map that they make. It is written once, in its
+own dtype, and the sums for the next GroupNorm are computed while it is in the cache.
 """
 
 from __future__ import annotations
